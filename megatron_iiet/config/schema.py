@@ -1,0 +1,195 @@
+"""Every field of a run, as typed nested dataclasses.
+
+The docstring under a field is its ``--help`` text. Cross-field checks live in
+:mod:`megatron_iiet.config.validation`; loading (YAML, command line) in
+:mod:`megatron_iiet.config.load`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass
+class ModelConfig:
+    """Shape of the Transformer, whatever solver integrates it."""
+
+    hidden_size: int = 512
+    """Width d of the residual stream."""
+    ffn_hidden_size: int = 1408
+    """Inner width of the SwiGLU feed-forward."""
+    num_layers: int = 12
+    """Number of decoder layers N."""
+    num_attention_heads: int = 4
+    """Query heads; must divide hidden_size."""
+    num_key_value_heads: int | None = None
+    """Key/value heads of grouped-query attention; must divide num_attention_heads. null: as many as query heads."""
+    vocab_size: int = 32000
+    """Rows of the embedding V; at least the tokenizer's size."""
+    max_position_embeddings: int = 2048
+    """Length of the rotary table; the longest sequence the model can read."""
+    tie_embeddings: bool = True
+    """Use the embedding matrix as output head."""
+    embedding_scale: float | Literal["unit"] = "unit"
+    """Factor on the embedding output. 'unit' brings the initial output to rms 1 (1 / init_std);
+    1 reproduces LLaMA. At rms 0.02 the corrector of an implicit solver is far from contractive."""
+    rms_norm_eps: float = 1.0e-6
+    """Epsilon of every RMSNorm."""
+    rotary_base: float = 10000.0
+    """Base of the rotary position embedding."""
+    init_std: float = 0.02
+    """Standard deviation of the normal initialisation of every weight matrix."""
+
+
+@dataclass
+class SolverConfig:
+    """How a decoder layer is integrated from y_n to y_{n+1}."""
+
+    kind: Literal["euler", "dlcl", "iiet"] = "iiet"
+    """euler: y + F(y), the plain Transformer++. dlcl: learned merge of all earlier increments.
+    iiet: predictor plus fixed-point corrector iterations."""
+    variant: Literal["paper", "released"] = "paper"
+    """Reading of IIET: 'paper' (Algorithm 1: merges raw increments) or 'released'
+    (the authors' code: merges LayerNorm-ed layer outputs). Only for kind iiet."""
+    iterations: int | list[int] = 3
+    """Corrector iterations r of kind iiet: one number, or one number per layer."""
+    predictor: Literal["merged", "euler"] = "merged"
+    """First iterate of kind iiet, variant paper: with ('merged') or without ('euler') the merge."""
+    coefficient_init: Literal["identity", "average"] | None = None
+    """Initial merge coefficients: identity (own increment 1, others 0) or average (all 1/(n+1)).
+    null: identity for dlcl and variant paper, average for variant released."""
+    schedule: list[tuple[float, int]] | None = None
+    """Two-stage training: (fraction of steps, r) pairs, e.g. [[0.75, 0], [0.25, 3]]. A stage with
+    r = 0 is plain Transformer++ (no merge). The last r must equal `iterations`. null: one stage."""
+
+
+@dataclass
+class DataConfig:
+    """Token shards and how samples are cut from them."""
+
+    prefix: str = ""
+    """Path of the .bin/.idx pair without its suffix, as written by tools/preprocess_data.py."""
+    tokenizer: str = ""
+    """SentencePiece .model or Hugging Face tokenizer.json the shards were made with."""
+    sequence_length: int = 2048
+    """Tokens T per sample; the model sees T and predicts T (a window of T + 1)."""
+    split: list[float] = field(default_factory=lambda: [0.98, 0.01, 0.01])
+    """Shares of documents for train, validation, test; must sum to 1."""
+    num_workers: int = 0
+    """Loader processes per rank that read ahead; 0 reads in the training process."""
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW and its learning-rate schedule."""
+
+    lr: float = 3.0e-4
+    """Peak learning rate."""
+    min_lr_ratio: float = 0.1
+    """Final learning rate as a share of the peak."""
+    warmup_fraction: float = 0.05
+    """Share of the steps with linear warm-up."""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """Shape after warm-up."""
+    beta1: float = 0.9
+    """First-moment decay."""
+    beta2: float = 0.95
+    """Second-moment decay."""
+    eps: float = 1.0e-8
+    """Denominator epsilon."""
+    weight_decay: float = 0.01
+    """Decoupled weight decay; never applied to norms, biases and merge coefficients."""
+    gradient_clipping: float = 1.0
+    """Largest global gradient norm; 0 turns clipping off."""
+
+
+@dataclass
+class TrainingConfig:
+    """The loop: steps, batches, precision."""
+
+    steps: int = 1000
+    """Optimizer steps of the whole run."""
+    global_batch_size: int = 128
+    """Sequences per optimizer step over all ranks."""
+    micro_batch_size: int = 8
+    """Sequences per forward pass on one rank."""
+    precision: Literal["fp32", "bf16"] = "bf16"
+    """Arithmetic of the layers; master weights, merges' accumulation and the loss are fp32 in both."""
+    recompute: Literal["off", "layer", "evaluation"] = "off"
+    """Activation recomputation: off, once per layer (all its iterations), or per F evaluation."""
+    seed: int = 1234
+    """Seed of initial weights and of the sample order."""
+    stop_after: int | None = None
+    """Stop (with a checkpoint) once this step is reached, leaving schedules as they are; for tests and time limits."""
+
+
+@dataclass
+class EvaluationConfig:
+    """Validation loss during training."""
+
+    interval: int = 200
+    """Steps between validations; 0: only before the first and after the last step."""
+    samples: int = 256
+    """Validation sequences read each time (the same ones every time); fewer if the split is smaller."""
+
+
+@dataclass
+class CheckpointConfig:
+    """What is saved, and when."""
+
+    interval: int = 500
+    """Steps between checkpoints; 0: only the last step."""
+    keep: int = 2
+    """Checkpoints kept; older ones are removed after a newer one is complete. 0 keeps all."""
+    resume: bool = True
+    """Continue from the newest checkpoint in output_dir; false refuses to write over one."""
+
+
+@dataclass
+class LoggingConfig:
+    """Console and TensorBoard."""
+
+    interval: int = 10
+    """Steps between console lines and TensorBoard points."""
+    tensorboard: bool = True
+    """Write TensorBoard events to output_dir/tensorboard."""
+    solver_interval: int = 200
+    """Steps between solver diagnostics (relative residual per layer and iteration); 0 turns them off."""
+    peak_tflops: float | None = None
+    """Peak dense TFLOP/s of one device at the run's precision, the base of MFU and HFU.
+    null: known GPUs from a table, CPUs from a matmul timed at start-up."""
+
+
+@dataclass
+class OpsConfig:
+    """Kernels."""
+
+    backend: Literal["auto", "reference"] = "auto"
+    """Backend of merge_norm; 'reference' is plain torch."""
+
+
+@dataclass
+class RunConfig:
+    """Everything that defines one pretraining run."""
+
+    output_dir: str = "runs/default"
+    """Folder of checkpoints, TensorBoard events and the resolved configuration."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """Shape of the Transformer."""
+    solver: SolverConfig = field(default_factory=SolverConfig)
+    """How its layers are integrated."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """Token shards and samples."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """AdamW and learning rate."""
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    """Steps, batches, precision."""
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    """Validation in the loop."""
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """Saving and resuming."""
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    """Console and TensorBoard."""
+    ops: OpsConfig = field(default_factory=OpsConfig)
+    """Kernel choice."""
