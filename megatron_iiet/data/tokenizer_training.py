@@ -1,0 +1,93 @@
+"""Train a SentencePiece BPE vocabulary on JSON-lines text."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_iiet.data.text import expand_inputs, iter_documents
+
+
+@dataclass(frozen=True)
+class TrainedTokenizer:
+    """What was written."""
+
+    path: Path
+    vocab_size: int
+    characters: int
+    """Characters of text read."""
+
+    def __str__(self) -> str:
+        return f"wrote {self.path}: {self.vocab_size:,} pieces from {self.characters:,} characters of text"
+
+
+def train_tokenizer(
+    inputs: Sequence[str],
+    output_prefix: str | os.PathLike[str],
+    vocab_size: int = 32000,
+    max_characters: int = 30_000_000,
+    key: str = "text",
+) -> TrainedTokenizer:
+    """Train on the first ``max_characters`` characters and write ``OUTPUT_PREFIX.model``.
+
+    The shape of LLaMA's vocabulary: unk, bos, eos are 0, 1, 2; digits stand alone; characters without a
+    piece become bytes; white space is kept as it is.
+
+    Raises:
+        ValueError: a bad input, or too little text for ``vocab_size`` pieces; nothing is written.
+    """
+    from sentencepiece import SentencePieceTrainer
+
+    target = Path(f"{os.fspath(output_prefix)}.model")
+    if not target.parent.is_dir():
+        raise ValueError(f"The folder {target.parent} of the output prefix is missing; create it.")
+    counted = _Counted(iter_documents(expand_inputs(inputs), key), max_characters)
+    model = io.BytesIO()
+    try:
+        SentencePieceTrainer.train(
+            sentence_iterator=counted.lines(),
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=vocab_size,
+            byte_fallback=True,
+            split_digits=True,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            unk_id=0,
+            bos_id=1,
+            eos_id=2,
+            pad_id=-1,
+            minloglevel=2,
+        )
+    except (RuntimeError, OSError) as error:
+        raise ValueError(
+            f"Training {vocab_size} pieces on {counted.characters:,} characters failed ({error}); "
+            "give more text or a --vocab-size that fits it (at least 259 plus the alphabet)."
+        ) from None
+    partial = target.with_name(target.name + ".partial")
+    partial.write_bytes(model.getvalue())
+    partial.rename(target)
+    return TrainedTokenizer(target, vocab_size, counted.characters)
+
+
+class _Counted:
+    """Lines of documents until a number of characters is reached."""
+
+    def __init__(self, documents: Iterable[str], limit: int) -> None:
+        self._documents = documents
+        self._limit = limit
+        self.characters = 0
+
+    def lines(self) -> Iterator[str]:
+        for document in self._documents:
+            for line in document.split("\n"):
+                if self.characters >= self._limit:
+                    return
+                # The trainer takes NUL for the end of a string and leaves out lines over 4192 bytes.
+                line = line.replace("\0", " ")
+                for start in range(0, len(line), 1000):
+                    yield line[start : start + 1000]
+                self.characters += len(line)

@@ -1,0 +1,40 @@
+#!/usr/bin/env python
+"""Train a SentencePiece BPE tokenizer on JSON-lines text."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from megatron_iiet.data.tokenizer_training import train_tokenizer
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--input", nargs="+", required=True, help="files or quoted globs: .jsonl, .jsonl.gz, .jsonl.zst"
+    )
+    parser.add_argument("--output-prefix", required=True, help="writes OUTPUT_PREFIX.model")
+    parser.add_argument("--vocab-size", type=int, default=32000, help="number of pieces")
+    parser.add_argument(
+        "--max-characters", type=int, default=30_000_000, help="read no more text than this, from the start"
+    )
+    parser.add_argument("--json-key", default="text", help="key of the text in each line")
+    arguments = parser.parse_args()
+    try:
+        report = train_tokenizer(
+            arguments.input,
+            arguments.output_prefix,
+            vocab_size=arguments.vocab_size,
+            max_characters=arguments.max_characters,
+            key=arguments.json_key,
+        )
+        print(report)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
