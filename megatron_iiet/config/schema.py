@@ -24,7 +24,8 @@ class ModelConfig:
     num_attention_heads: int = 4
     """Query heads; must divide hidden_size."""
     num_key_value_heads: int | None = None
-    """Key/value heads of grouped-query attention; must divide num_attention_heads. null: as many as query heads."""
+    """Key/value heads of grouped-query attention; must divide num_attention_heads.
+    null: as many as query heads."""
     vocab_size: int = 32000
     """Rows of the embedding V; at least the tokenizer's size."""
     max_position_embeddings: int = 2048
@@ -40,6 +41,21 @@ class ModelConfig:
     """Base of the rotary position embedding."""
     init_std: float = 0.02
     """Standard deviation of the normal initialisation of every weight matrix."""
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def num_kv_heads(self) -> int:
+        """Key/value heads, null resolved to the number of query heads."""
+        return self.num_attention_heads if self.num_key_value_heads is None else self.num_key_value_heads
+
+    @property
+    def resolved_embedding_scale(self) -> float:
+        """The factor on the embedding output, 'unit' resolved to 1 / init_std."""
+        return 1.0 / self.init_std if self.embedding_scale == "unit" else float(self.embedding_scale)
 
 
 @dataclass
@@ -62,6 +78,13 @@ class SolverConfig:
     schedule: list[tuple[float, int]] | None = None
     """Two-stage training: (fraction of steps, r) pairs, e.g. [[0.75, 0], [0.25, 3]]. A stage with
     r = 0 is plain Transformer++ (no merge). The last r must equal `iterations`. null: one stage."""
+
+    @property
+    def resolved_coefficient_init(self) -> Literal["identity", "average"]:
+        """Initial merge coefficients, null resolved by kind and variant."""
+        if self.coefficient_init is not None:
+            return self.coefficient_init
+        return "average" if self.kind == "iiet" and self.variant == "released" else "identity"
 
 
 @dataclass
@@ -121,7 +144,8 @@ class TrainingConfig:
     seed: int = 1234
     """Seed of initial weights and of the sample order."""
     stop_after: int | None = None
-    """Stop (with a checkpoint) once this step is reached, leaving schedules as they are; for tests and time limits."""
+    """Stop (with a checkpoint) once this step is reached, leaving schedules as they are; for tests and
+    time limits. null: run to the end."""
 
 
 @dataclass
@@ -193,3 +217,11 @@ class RunConfig:
     """Console and TensorBoard."""
     ops: OpsConfig = field(default_factory=OpsConfig)
     """Kernel choice."""
+
+
+def iterations_per_layer(config: RunConfig) -> list[int]:
+    """Corrector iterations r_n of every layer at the end of training; zeros for kinds without a corrector."""
+    layers, iterations = config.model.num_layers, config.solver.iterations
+    if config.solver.kind != "iiet":
+        return [0] * layers
+    return list(iterations) if isinstance(iterations, list) else [iterations] * layers

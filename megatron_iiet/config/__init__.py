@@ -1,0 +1,31 @@
+"""Typed configuration of a run: schema, strict loading, cross-field checks, the DeepSpeed side."""
+
+from megatron_iiet.config.errors import ConfigError, exit_with_error
+from megatron_iiet.config.load import (
+    LoadedConfig,
+    config_from_dict,
+    config_from_file,
+    config_to_dict,
+    config_to_yaml,
+    load_config,
+    load_config_or_exit,
+)
+from megatron_iiet.config.schema import RunConfig, iterations_per_layer
+from megatron_iiet.config.validation import check_world_size, gradient_accumulation_steps, validate
+
+__all__ = [
+    "ConfigError",
+    "LoadedConfig",
+    "RunConfig",
+    "check_world_size",
+    "config_from_dict",
+    "config_from_file",
+    "config_to_dict",
+    "config_to_yaml",
+    "exit_with_error",
+    "gradient_accumulation_steps",
+    "iterations_per_layer",
+    "load_config",
+    "load_config_or_exit",
+    "validate",
+]

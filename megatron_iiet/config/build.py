@@ -1,0 +1,124 @@
+"""From loose settings (key, value, where it came from) to a typed :class:`RunConfig`; and the help text.
+
+jsonargparse knows the types and the help; the messages are written here, because its own name types the
+way Python does and cannot say in which file and line a value stood.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+from megatron_iiet.config.errors import ConfigError
+from megatron_iiet.config.keys import (
+    allows_null,
+    describe_type,
+    did_you_mean,
+    key_types,
+    literal_choices,
+    section_names,
+)
+from megatron_iiet.config.schema import RunConfig
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
+
+USAGE = "%(prog)s --config FILE.yaml --ds-config FILE.json [--section.key VALUE ...]"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One value for one key, and the words that tell a user where it came from."""
+
+    key: str
+    """Dotted name; known to the schema."""
+    value: Any
+    """As parsed, before its type is checked."""
+    where: str
+    """``in run.yaml (line 3)`` or ``on the command line``."""
+
+
+@cache
+def make_parser() -> ArgumentParser:
+    """The jsonargparse parser of all keys, with the docstrings of the fields as help."""
+    import argparse
+
+    # Imported late: most of the package needs the schema only, not a parser.
+    from jsonargparse import ArgumentParser, set_parsing_settings
+
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = ArgumentParser(
+        usage=USAGE,
+        description=f"{RunConfig.__doc__} Flags win over the YAML file, wherever they stand.",
+        exit_on_error=False,
+        default_env=False,
+    )
+    parser.add_argument("--config", metavar="FILE.yaml", help="Run configuration; every key is optional.")
+    parser.add_argument(
+        "--ds-config",
+        metavar="FILE.json",
+        help="DeepSpeed configuration (also --deepspeed_config); shared values may be left out or 'auto'.",
+    )
+    parser.add_class_arguments(RunConfig)
+    for action in parser._actions:
+        if action.dest in section_names():
+            action.help = argparse.SUPPRESS  # jsonargparse offers `--model FILE`; one way is enough
+        # ... and `--data.split+ VALUE`, which appends to a list.
+        action.option_strings = [flag for flag in action.option_strings if not flag.endswith("+")]
+    return parser
+
+
+def format_help() -> str:
+    """The ``--help`` text: every key with explanation, type and default."""
+    text: str = make_parser().format_help()
+    return text
+
+
+def build_config(settings: Iterable[Setting]) -> RunConfig:
+    """Check the type of every setting and build the configuration; a later setting of a key wins.
+
+    Raises:
+        ConfigError: a value has the wrong type or is none of the allowed choices.
+    """
+    final = list({setting.key: setting for setting in settings}.values())
+    for setting in final:
+        if setting.value is None and not allows_null(key_types()[setting.key]):
+            raise _type_error(setting)
+    try:
+        return _instantiate(final)
+    except _parse_errors() as error:
+        for setting in final:  # all at once is fast; one by one finds the culprit
+            try:
+                _instantiate([setting])
+            except _parse_errors():
+                raise _type_error(setting) from None
+        raise ConfigError(f"cannot build the configuration: {' '.join(str(error).split())}") from None
+
+
+def _parse_errors() -> tuple[type[Exception], ...]:
+    from argparse import ArgumentError
+
+    return (ArgumentError, TypeError, ValueError)
+
+
+def _instantiate(settings: Sequence[Setting]) -> RunConfig:
+    nested: dict[str, Any] = {}
+    for setting in settings:
+        *section, leaf = setting.key.split(".")
+        target = nested.setdefault(section[0], {}) if section else nested
+        target[leaf] = setting.value
+    parser = make_parser()
+    built = parser.instantiate(parser.parse_object(nested))
+    names = RunConfig.__dataclass_fields__
+    return RunConfig(**{name: built[name] for name in names})
+
+
+def _type_error(setting: Setting) -> ConfigError:
+    hint = key_types()[setting.key]
+    value = "null" if setting.value is None else repr(setting.value)
+    hint_text = did_you_mean(str(setting.value), literal_choices(hint))
+    return ConfigError(
+        f"{setting.key} is {value} {setting.where}, but must be {describe_type(hint)}{hint_text}"
+    )

@@ -1,0 +1,215 @@
+"""Reading the DeepSpeed JSON and making it agree with the run configuration.
+
+The file is the ecosystem's ordinary one. A value that both sides define may be missing or ``"auto"`` there
+and is then filled in from the run configuration; written out, it must be equal. Nothing here imports
+deepspeed, so a wrong file is reported before the slow start-up.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from megatron_iiet.config.errors import ConfigError
+from megatron_iiet.config.keys import did_you_mean
+from megatron_iiet.config.schema import RunConfig
+from megatron_iiet.config.validation import gradient_accumulation_steps
+
+AUTO = "auto"
+NEVER_PRINT = 1_000_000_000
+"""steps_per_print that silences DeepSpeed's own progress lines; the run has its own logging."""
+_NEAR_MISS = 0.8
+_KNOWN_KEYS = (
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps",
+    "gradient_clipping",
+    "optimizer",
+    "scheduler",
+    "bf16",
+    "fp16",
+    "data_types",
+    "zero_optimization",
+    "steps_per_print",
+    "activation_checkpointing",
+    "communication_data_type",
+    "flops_profiler",
+    "tensorboard",
+    "wall_clock_breakdown",
+)
+
+
+def load_ds_config(path: str | Path) -> dict[str, Any]:
+    """Read a DeepSpeed JSON file.
+
+    Raises:
+        ConfigError: the file cannot be read, is no JSON (line and column), repeats a key or holds no object.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        data = json.loads(text, object_pairs_hook=_object_without_duplicates)
+    except json.JSONDecodeError as error:
+        place = f"line {error.lineno}, column {error.colno}"
+        raise ConfigError(f"cannot read the DeepSpeed file {path} ({place}): {error.msg}") from None
+    except ConfigError as error:
+        raise ConfigError(f"cannot read the DeepSpeed file {path}: {error}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not a UTF-8 text"
+        raise ConfigError(f"cannot read the DeepSpeed file {path}: {reason}") from None
+    if not isinstance(data, dict):
+        raise ConfigError(f"the DeepSpeed file {path} must hold an object {{...}}")
+    return data
+
+
+def reconcile(
+    ds_json: dict[str, Any],
+    config: RunConfig,
+    data_parallel_size: int,
+    source: str = "the DeepSpeed file",
+) -> dict[str, Any]:
+    """The DeepSpeed configuration of this run: ``ds_json`` with every shared value filled in.
+
+    An absent ``optimizer`` section stays absent (the trainer then brings its own AdamW); a present one is
+    completed. Any other ``"auto"`` is dropped, which leaves DeepSpeed's default. ``ds_json`` is not changed;
+    ``source`` is how messages name it, best the file's path.
+
+    Raises:
+        ConfigError: the two sides contradict each other, or the file asks for what this trainer cannot do.
+    """
+    ds = copy.deepcopy(ds_json)
+    _check_keys(ds, source)
+    _check_unsupported(ds, config, source)
+    shared: list[tuple[str, str, Any]] = [
+        ("train_batch_size", "training.global_batch_size", config.training.global_batch_size),
+        ("train_micro_batch_size_per_gpu", "training.micro_batch_size", config.training.micro_batch_size),
+        (
+            "gradient_accumulation_steps",
+            "training.global_batch_size / (training.micro_batch_size x data-parallel ranks)",
+            gradient_accumulation_steps(config, data_parallel_size),
+        ),
+        ("gradient_clipping", "optimizer.gradient_clipping", config.optimizer.gradient_clipping),
+        ("bf16.enabled", "training.precision == 'bf16'", config.training.precision == "bf16"),
+    ]
+    if "optimizer" in ds:
+        optimizer = config.optimizer
+        shared += [
+            ("optimizer.type", "the run's optimizer", "AdamW"),
+            ("optimizer.params.lr", "optimizer.lr", optimizer.lr),
+            (
+                "optimizer.params.betas",
+                "[optimizer.beta1, optimizer.beta2]",
+                [optimizer.beta1, optimizer.beta2],
+            ),
+            ("optimizer.params.eps", "optimizer.eps", optimizer.eps),
+            ("optimizer.params.weight_decay", "optimizer.weight_decay", optimizer.weight_decay),
+        ]
+    for ds_key, our_key, our_value in shared:
+        _fill(ds, ds_key, our_key, our_value, source)
+    if "fp16" in ds:
+        ds["fp16"]["enabled"] = False
+    _drop_auto(ds)
+    if config.training.precision == "bf16":
+        # DeepSpeed would sum bf16 gradients over the micro-batches in bf16 and lose small contributions.
+        ds.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
+    ds.setdefault("steps_per_print", NEVER_PRINT)
+    return ds
+
+
+def zero_stage(ds: dict[str, Any]) -> int:
+    """The ZeRO stage of a reconciled configuration; DeepSpeed's default is 0."""
+    return int(ds.get("zero_optimization", {}).get("stage", 0))
+
+
+def _object_without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ConfigError(f"the key '{key}' appears twice")
+        found[key] = value
+    return found
+
+
+def _check_keys(ds: dict[str, Any], source: str) -> None:
+    """Catch typos of the keys used here; DeepSpeed's full list of keys is not known to this module."""
+    for key in ds:
+        if key in _KNOWN_KEYS:
+            continue
+        if key == "bfloat16":
+            raise ConfigError(f"'bfloat16' in {source} is an old name; write 'bf16'")
+        hint = did_you_mean(key, _KNOWN_KEYS, cutoff=_NEAR_MISS)
+        if hint:
+            raise ConfigError(f"unknown key '{key}' in {source}{hint}")
+    for section in ("optimizer", "bf16", "fp16", "data_types", "zero_optimization"):
+        if section in ds and not isinstance(ds[section], dict):
+            raise ConfigError(
+                f"'{section}' is {json.dumps(ds[section])} in {source}, but must be an object {{...}}"
+            )
+
+
+def _check_unsupported(ds: dict[str, Any], config: RunConfig, source: str) -> None:
+    if "scheduler" in ds:
+        raise ConfigError(
+            f"{source} has a 'scheduler' section, but the learning rate follows optimizer.schedule, "
+            "optimizer.warmup_fraction and optimizer.min_lr_ratio of the run configuration; remove the "
+            "section"
+        )
+    if ds.get("fp16", {}).get("enabled", False) not in (False, AUTO):
+        raise ConfigError(
+            f"fp16.enabled is true in {source}, but fp16 is not supported; remove the section and set "
+            "training.precision to 'bf16' or 'fp32'"
+        )
+    stage = ds.get("zero_optimization", {}).get("stage", 0)
+    if type(stage) is not int or stage not in (0, 1, 2, 3):
+        raise ConfigError(
+            f"zero_optimization.stage is {json.dumps(stage)} in {source}, but must be 0, 1, 2 or 3"
+        )
+    if stage == 0 and config.training.precision == "bf16":
+        # DeepSpeed 0.19.8 initialises this optimizer with one extra step on zero gradients.
+        raise ConfigError(
+            f"zero_optimization.stage is 0 in {source} while training.precision is 'bf16', a pair for which "
+            "DeepSpeed applies one extra optimizer step; set the stage to 1 (it also works on one rank) or "
+            "the precision to 'fp32'"
+        )
+    params = ds.get("optimizer", {}).get("params")
+    if isinstance(params, dict) and params.get("adam_w_mode", True) is False:
+        raise ConfigError(
+            f"optimizer.params.adam_w_mode is false in {source}, but optimizer.weight_decay is decoupled "
+            "(AdamW); remove it"
+        )
+
+
+def _fill(ds: dict[str, Any], ds_key: str, our_key: str, our_value: Any, source: str) -> None:
+    *path, leaf = ds_key.split(".")
+    section = ds
+    for name in path:
+        section = section.setdefault(name, {})
+        if not isinstance(section, dict):
+            raise ConfigError(f"'{name}' in {source} must be an object {{...}}")
+    if not _agree(section.get(leaf, AUTO), our_value):
+        theirs, ours = json.dumps(section[leaf]), json.dumps(our_value)
+        raise ConfigError(
+            f"{ds_key} is {theirs} in {source}, but {our_key} is {ours} in "
+            f'the run configuration; make them equal, or write "auto" in {source}'
+        )
+    section[leaf] = our_value
+
+
+def _agree(theirs: Any, ours: Any) -> bool:
+    if theirs == AUTO:
+        return True
+    if isinstance(ours, list):
+        return isinstance(theirs, list) and len(theirs) == len(ours) and all(map(_agree, theirs, ours))
+    if isinstance(ours, bool) or isinstance(theirs, bool) or isinstance(ours, str):
+        return theirs is ours if isinstance(ours, bool) else theirs == ours
+    return isinstance(theirs, (int, float)) and math.isclose(theirs, ours, rel_tol=1e-9)
+
+
+def _drop_auto(section: dict[str, Any]) -> None:
+    for key in [key for key, value in section.items() if value == AUTO]:
+        del section[key]
+    for value in section.values():
+        if isinstance(value, dict):
+            _drop_auto(value)

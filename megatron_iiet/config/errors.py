@@ -1,0 +1,31 @@
+"""The one error type of the config room, and how a script shows it to a person."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import NoReturn
+
+EXIT_CODE = 2
+"""Exit status of a script that was started with a wrong configuration."""
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message is one sentence meant for the user."""
+
+
+def is_first_rank() -> bool:
+    """Whether this process is the one that speaks for all ranks.
+
+    Reads what a launcher left in the environment (RANK; SLURM_PROCID under a bare ``srun``), because
+    configuration errors appear before any process group exists. Without a launcher the answer is yes.
+    """
+    rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
+    return rank == "0"
+
+
+def exit_with_error(message: str) -> NoReturn:
+    """Print ``error: message`` to stderr on the first rank only, and exit with status 2 on every rank."""
+    if is_first_rank():
+        print(f"error: {message}", file=sys.stderr, flush=True)
+    sys.exit(EXIT_CODE)

@@ -1,0 +1,104 @@
+"""The dotted names of all configuration keys, their types in words, and the closest name to a typo."""
+
+from __future__ import annotations
+
+import difflib
+import types
+import typing
+from collections.abc import Iterable
+from dataclasses import is_dataclass
+from functools import cache
+from typing import Any, Literal, Union, get_args, get_origin
+
+from megatron_iiet.config.schema import RunConfig
+
+SIMILARITY_CUTOFF = 0.6
+"""difflib ratio below which a suggestion would puzzle more than it helps."""
+TIE_MARGIN = 0.05
+"""Candidates this close to the best one are all named (``interval`` exists in three sections)."""
+MAX_SUGGESTIONS = 3
+
+
+@cache
+def key_types() -> dict[str, Any]:
+    """Type of every leaf key, by dotted name, in the order of the schema."""
+    found: dict[str, Any] = {}
+    for name, hint in typing.get_type_hints(RunConfig).items():
+        if is_dataclass(hint):
+            found.update({f"{name}.{leaf}": kind for leaf, kind in typing.get_type_hints(hint).items()})
+        else:
+            found[name] = hint
+    return found
+
+
+@cache
+def section_names() -> tuple[str, ...]:
+    """Names of the sections: the fields of :class:`RunConfig` that are dataclasses themselves."""
+    return tuple(name for name, hint in typing.get_type_hints(RunConfig).items() if is_dataclass(hint))
+
+
+def closest(word: str, candidates: Iterable[str], cutoff: float = SIMILARITY_CUTOFF) -> list[str]:
+    """Up to three candidates that like ``word``, best first; dotted names also match by their last part."""
+    scores = {candidate: _similarity(word, candidate) for candidate in candidates}
+    best = max(scores.values(), default=0.0)
+    if best < cutoff:
+        return []
+    near = [candidate for candidate, score in scores.items() if score >= best - TIE_MARGIN]
+    return sorted(near, key=lambda candidate: -scores[candidate])[:MAX_SUGGESTIONS]
+
+
+def _similarity(word: str, candidate: str) -> float:
+    full = difflib.SequenceMatcher(None, word, candidate).ratio()
+    # A right key in the wrong section (or in none) must be found too: compare the last parts, at a
+    # discount so that a match of the whole name wins.
+    leaf = difflib.SequenceMatcher(None, word.rpartition(".")[2], candidate.rpartition(".")[2]).ratio()
+    return max(full, 0.95 * leaf)
+
+
+def did_you_mean(
+    word: str, candidates: Iterable[str], prefix: str = "", cutoff: float = SIMILARITY_CUTOFF
+) -> str:
+    """The tail of an error message: ``; did you mean 'a' or 'b'?``, or empty when nothing is close."""
+    near = [f"'{prefix}{candidate}'" for candidate in closest(word, candidates, cutoff)]
+    return f"; did you mean {join_or(near)}?" if near else ""
+
+
+def join_or(words: list[str]) -> str:
+    """``a``, ``a or b``, ``a, b or c``."""
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"
+
+
+def describe_type(hint: Any, plural: bool = False) -> str:
+    """A type in a user's words: ``an integer or a list of integers``."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return join_or([f"'{value}'" for value in arguments])
+    if origin in (Union, types.UnionType):
+        return join_or([describe_type(argument, plural) for argument in arguments])
+    if origin is list:
+        return f"{'lists' if plural else 'a list'} of {describe_type(arguments[0], plural=True)}"
+    if origin is tuple:
+        parts = ", ".join(describe_type(argument).split(" ", 1)[-1] for argument in arguments)
+        return f"[{parts}] pairs" if plural else f"a pair [{parts}]"
+    singular, several = {
+        int: ("an integer", "integers"),
+        float: ("a number", "numbers"),
+        bool: ("true or false", "true or false"),
+        str: ("a text", "texts"),
+        type(None): ("null", "null"),
+    }[hint]
+    return several if plural else singular
+
+
+def literal_choices(hint: Any) -> list[str]:
+    """The texts a type allows literally, also inside a union; empty for open types."""
+    if get_origin(hint) is Literal:
+        return list(get_args(hint))
+    if get_origin(hint) in (Union, types.UnionType):
+        return [choice for argument in get_args(hint) for choice in literal_choices(argument)]
+    return []
+
+
+def allows_null(hint: Any) -> bool:
+    """Whether null is a value of this type."""
+    return hint is type(None) or type(None) in get_args(hint)

@@ -1,0 +1,203 @@
+"""Loading a run's configuration: strict YAML, then command-line overrides, then every check.
+
+loaded = load_config()                       # sys.argv; raises ConfigError
+loaded = load_config_or_exit()               # for scripts: one line on stderr, exit status 2
+config = config_from_file("run.yaml", ["--training.steps", "20"])
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_iiet.config import strict_yaml
+from megatron_iiet.config.build import Setting, build_config, format_help
+from megatron_iiet.config.errors import ConfigError, exit_with_error, is_first_rank
+from megatron_iiet.config.keys import describe_type, did_you_mean, key_types, section_names
+from megatron_iiet.config.schema import RunConfig
+from megatron_iiet.config.validation import validate
+
+COMMAND_LINE = "on the command line"
+SEE_HELP = "; --help lists all keys"
+_FILE_FLAGS = {
+    "--config": "config",
+    "--ds-config": "ds_config",
+    "--ds_config": "ds_config",
+    "--deepspeed_config": "ds_config",
+}
+# What launchers add to a script's arguments; the process group is read from the environment instead.
+_IGNORED_WITH_VALUE = {"--local_rank", "--local-rank"}
+_IGNORED_ALONE = {"--deepspeed"}
+
+
+@dataclass(frozen=True)
+class LoadedConfig:
+    """What a script was started with."""
+
+    config: RunConfig
+    """Complete and validated."""
+    config_path: Path | None
+    """The YAML file, if one was given."""
+    ds_config_path: Path | None
+    """The DeepSpeed JSON, if one was given; for :func:`megatron_iiet.config.deepspeed.load_ds_config`."""
+
+
+def load_config(argv: Sequence[str] | None = None) -> LoadedConfig:
+    """Load a run's configuration from command-line arguments (``sys.argv[1:]`` by default).
+
+    Flags win over the YAML file whatever their order; of two equal flags the later wins. ``--help`` prints
+    the help (on the first rank) and exits with status 0.
+
+    Raises:
+        ConfigError: unknown key, wrong type, unreadable file, or values that do not fit together.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if "--help" in arguments or "-h" in arguments:
+        if is_first_rank():
+            print(format_help())
+        sys.exit(0)
+    files, overrides = _read_arguments(arguments)
+    settings = (_settings_of_file(files["config"]) if "config" in files else []) + overrides
+    config = build_config(settings)
+    validate(config)
+    paths = {name: Path(files[name]) if name in files else None for name in ("config", "ds_config")}
+    return LoadedConfig(config, paths["config"], paths["ds_config"])
+
+
+def load_config_or_exit(argv: Sequence[str] | None = None) -> LoadedConfig:
+    """:func:`load_config` for scripts: an error becomes one line on stderr and exit status 2."""
+    try:
+        return load_config(argv)
+    except ConfigError as error:
+        exit_with_error(str(error))
+
+
+def config_from_file(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Load a YAML file; ``overrides`` are words of a command line, e.g. ``["--training.steps", "20"]``.
+
+    Raises:
+        ConfigError: as :func:`load_config`.
+    """
+    files, settings = _read_arguments(overrides)
+    if files:
+        raise ConfigError("overrides of a configuration file may only set keys, not name other files")
+    config = build_config(_settings_of_file(path) + settings)
+    validate(config)
+    return config
+
+
+def config_from_dict(data: Mapping[str, Any], source: str = "the given dictionary") -> RunConfig:
+    """Build a configuration from nested plain data, e.g. what a checkpoint stored.
+
+    Raises:
+        ConfigError: as :func:`load_config`; ``source`` is named in the message.
+    """
+    config = build_config(_flatten(data, source, {}))
+    validate(config)
+    return config
+
+
+def config_to_dict(config: RunConfig) -> dict[str, Any]:
+    """Nested plain data (no tuples) that :func:`config_from_dict` and JSON read back unchanged."""
+    data = asdict(config)
+    if data["solver"]["schedule"] is not None:
+        data["solver"]["schedule"] = [list(stage) for stage in data["solver"]["schedule"]]
+    return data
+
+
+def config_to_yaml(config: RunConfig) -> str:
+    """The whole configuration as YAML; :func:`config_from_file` reads it back to an equal object."""
+    return strict_yaml.dump(config_to_dict(config))
+
+
+def _settings_of_file(path: str | Path) -> list[Setting]:
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not a UTF-8 text"
+        raise ConfigError(f"cannot read the configuration file {path}: {reason}") from None
+    document = strict_yaml.parse_document(text, str(path))
+    return _flatten({} if document.data is None else document.data, str(path), document.lines)
+
+
+def _flatten(data: Any, source: str, lines: Mapping[str, int]) -> list[Setting]:
+    """Nested data as settings; every key is checked against the schema, none is checked for its type."""
+    if not isinstance(data, Mapping):
+        raise ConfigError(f"{source} must hold sections with keys, but holds {data!r}")
+    settings = []
+    for name, value in data.items():
+        if "." in str(name):
+            raise ConfigError(
+                f"unknown key '{name}' {_where(str(name), source, lines)}; write keys inside their section, "
+                "not with dots"
+            )
+        if name not in section_names():
+            settings.append(_setting(str(name), value, source, lines))
+        elif isinstance(value, Mapping):
+            settings += [_setting(f"{name}.{leaf}", part, source, lines) for leaf, part in value.items()]
+        elif value is not None:  # a section whose lines are all commented out is null
+            where = _where(str(name), source, lines)
+            raise ConfigError(f"{name} is {value!r} {where}, but is a section and must hold keys")
+    return settings
+
+
+def _setting(key: str, value: Any, source: str, lines: Mapping[str, int]) -> Setting:
+    where = _where(key, source, lines)
+    if key not in key_types():
+        candidates = [*key_types(), *section_names()] if "." not in key else list(key_types())
+        raise ConfigError(f"unknown key '{key}' {where}{did_you_mean(key, candidates) or SEE_HELP}")
+    return Setting(key, value, where)
+
+
+def _where(key: str, source: str, lines: Mapping[str, int]) -> str:
+    return f"in {source} (line {lines[key]})" if key in lines else f"in {source}"
+
+
+def _read_arguments(arguments: Sequence[str]) -> tuple[dict[str, str], list[Setting]]:
+    """Split command-line words into file flags and settings; launcher flags are dropped."""
+    files: dict[str, str] = {}
+    settings: list[Setting] = []
+    words = iter(arguments)
+    for word in words:
+        flag, equals, value = word.partition("=")
+        if not flag.startswith("--"):
+            raise ConfigError(
+                f"unexpected word '{word}' {COMMAND_LINE}: write --section.key VALUE, and a list as one word "
+                'such as "[0,1,2]"'
+            )
+        if flag in _IGNORED_ALONE:
+            continue
+        _check_flag(flag)
+        if not equals:
+            value = _next_value(flag, words)
+        if flag in _FILE_FLAGS:
+            name = _FILE_FLAGS[flag]
+            if files.get(name, value) != value:
+                raise ConfigError(
+                    f"{flag} names {value} {COMMAND_LINE}, but {files[name]} is given too; keep one"
+                )
+            files[name] = value
+        elif flag not in _IGNORED_WITH_VALUE:
+            key = flag[2:]
+            parsed = value if key_types()[key] is str else strict_yaml.parse_value(value)
+            settings.append(Setting(key, parsed, COMMAND_LINE))
+    return files, settings
+
+
+def _check_flag(flag: str) -> None:
+    if flag in _FILE_FLAGS or flag in _IGNORED_WITH_VALUE or flag[2:] in key_types():
+        return
+    candidates = [*key_types(), "config", "ds-config"]
+    hint = did_you_mean(flag[2:], candidates, prefix="--") or SEE_HELP
+    raise ConfigError(f"unknown key '{flag}' {COMMAND_LINE}{hint}")
+
+
+def _next_value(flag: str, words: Any) -> str:
+    value: str | None = next(words, None)
+    if value is None or value.startswith("--"):
+        kind = describe_type(key_types()[flag[2:]]) if flag[2:] in key_types() else "a value"
+        raise ConfigError(f"{flag} has no value {COMMAND_LINE}; write {kind} behind it")
+    return value

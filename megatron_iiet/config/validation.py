@@ -1,0 +1,231 @@
+"""Every check that needs neither files nor processes; each failure is one sentence for the user.
+
+Types and literal choices are checked while loading; here values are checked for range and for fitting
+together. Checks stop at the first failure, in the order of the schema.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from megatron_iiet.config.errors import ConfigError
+from megatron_iiet.config.keys import key_types
+from megatron_iiet.config.schema import RunConfig
+
+SUM_TOLERANCE = 1e-6
+
+_POSITIVE = (
+    "model.hidden_size",
+    "model.ffn_hidden_size",
+    "model.num_layers",
+    "model.num_attention_heads",
+    "model.num_key_value_heads",
+    "model.vocab_size",
+    "model.max_position_embeddings",
+    "model.embedding_scale",
+    "model.rms_norm_eps",
+    "model.rotary_base",
+    "model.init_std",
+    "data.sequence_length",
+    "optimizer.lr",
+    "optimizer.eps",
+    "training.steps",
+    "training.global_batch_size",
+    "training.micro_batch_size",
+    "training.stop_after",
+    "evaluation.samples",
+    "logging.interval",
+    "logging.peak_tflops",
+)
+_NOT_NEGATIVE = (
+    "data.num_workers",
+    "optimizer.weight_decay",
+    "optimizer.gradient_clipping",
+    "training.seed",
+    "evaluation.interval",
+    "checkpoint.interval",
+    "checkpoint.keep",
+    "logging.solver_interval",
+)
+_FRACTIONS = ("optimizer.min_lr_ratio",)
+_FRACTIONS_BELOW_ONE = ("optimizer.warmup_fraction", "optimizer.beta1", "optimizer.beta2")
+
+
+def validate(config: RunConfig) -> None:
+    """Check a configuration's values, alone and together.
+
+    Raises:
+        ConfigError: the first value or combination that cannot be trained, with what to do about it.
+    """
+    _check_ranges(config)
+    _check_attention(config)
+    _check_data(config)
+    _check_solver(config)
+    _check_schedule(config)
+    _check_batch(config)
+
+
+def check_world_size(config: RunConfig, data_parallel_size: int) -> None:
+    """Check that the global batch divides evenly over ``data_parallel_size`` ranks.
+
+    Raises:
+        ConfigError: names the numbers, the nearest global batch sizes and the nearest numbers of ranks.
+    """
+    batch, micro = config.training.global_batch_size, config.training.micro_batch_size
+    unit = micro * data_parallel_size
+    if batch % unit == 0:
+        return
+    below, above = batch // unit * unit, -(-batch // unit) * unit
+    batches = f"{below} or {above}" if below else f"{above}"
+    legal = [ranks for ranks in range(1, batch // micro + 1) if batch % (micro * ranks) == 0]
+    fewer = max((ranks for ranks in legal if ranks < data_parallel_size), default=None)
+    more = min((ranks for ranks in legal if ranks > data_parallel_size), default=None)
+    ranks_text = " or ".join(str(ranks) for ranks in (fewer, more) if ranks is not None)
+    raise ConfigError(
+        f"training.global_batch_size is {batch}, but must be a multiple of training.micro_batch_size times "
+        f"the data-parallel ranks, {micro} x {data_parallel_size} = {unit}; set it to {batches}, or start "
+        f"{ranks_text} {'rank' if ranks_text == '1' else 'ranks'}"
+    )
+
+
+def gradient_accumulation_steps(config: RunConfig, data_parallel_size: int) -> int:
+    """Forward passes per optimizer step on each of ``data_parallel_size`` ranks.
+
+    Raises:
+        ConfigError: as :func:`check_world_size`.
+    """
+    check_world_size(config, data_parallel_size)
+    return config.training.global_batch_size // (config.training.micro_batch_size * data_parallel_size)
+
+
+def _value(config: RunConfig, key: str) -> Any:
+    value: Any = config
+    for name in key.split("."):
+        value = getattr(value, name)
+    return value
+
+
+def _check_ranges(config: RunConfig) -> None:
+    # In the order of the schema, so that the first complaint is about the first wrong line of a file.
+    for key in key_types():
+        value = _value(config, key)
+        if not isinstance(value, (int, float)) or isinstance(value, bool):
+            continue
+        if not math.isfinite(value):
+            raise ConfigError(f"{key} is {value}, but must be a finite number")
+        if key in _POSITIVE and value <= 0:
+            raise ConfigError(f"{key} is {value}, but must be greater than 0")
+        if key in _NOT_NEGATIVE and value < 0:
+            raise ConfigError(f"{key} is {value}, but must be 0 or greater")
+        if key in _FRACTIONS and not 0 <= value <= 1:
+            raise ConfigError(f"{key} is {value}, but must lie between 0 and 1")
+        if key in _FRACTIONS_BELOW_ONE and not 0 <= value < 1:
+            raise ConfigError(f"{key} is {value}, but must be at least 0 and less than 1")
+    if not config.output_dir:
+        raise ConfigError("output_dir is empty; name the folder for checkpoints and logs")
+
+
+def _check_attention(config: RunConfig) -> None:
+    model = config.model
+    if model.hidden_size % model.num_attention_heads:
+        raise ConfigError(
+            f"model.hidden_size is {model.hidden_size}, but must be a multiple of model.num_attention_heads "
+            f"= {model.num_attention_heads}; change one of them"
+        )
+    if model.head_dim % 2:
+        raise ConfigError(
+            f"model.hidden_size / model.num_attention_heads is {model.hidden_size} / "
+            f"{model.num_attention_heads} = {model.head_dim}, but rotary embeddings need an even head width; "
+            "change one of them"
+        )
+    if model.num_attention_heads % model.num_kv_heads:
+        raise ConfigError(
+            f"model.num_key_value_heads is {model.num_kv_heads}, but must divide model.num_attention_heads = "
+            f"{model.num_attention_heads}; change one of them, or write null for as many as query heads"
+        )
+
+
+def _check_data(config: RunConfig) -> None:
+    data, longest = config.data, config.model.max_position_embeddings
+    if data.sequence_length > longest:
+        raise ConfigError(
+            f"data.sequence_length is {data.sequence_length}, but must not exceed "
+            f"model.max_position_embeddings = {longest}; lower the first or raise the second"
+        )
+    split = data.split
+    if len(split) != 3:
+        raise ConfigError(
+            f"data.split is {split}, but must have three shares (train, validation, test), "
+            "e.g. [0.98, 0.01, 0.01]"
+        )
+    if not all(math.isfinite(share) and 0 <= share <= 1 for share in split) or split[0] == 0:
+        raise ConfigError(
+            f"data.split is {split}, but its shares must lie between 0 and 1, the first (train) above 0"
+        )
+    if abs(sum(split) - 1) > SUM_TOLERANCE:
+        raise ConfigError(f"data.split is {split}, which sums to {sum(split):.6g}; the shares must sum to 1")
+
+
+def _check_solver(config: RunConfig) -> None:
+    solver, layers = config.solver, config.model.num_layers
+    if solver.kind != "iiet":
+        return  # iterations, variant and predictor have no effect: one file serves all kinds in a comparison
+    counts = solver.iterations if isinstance(solver.iterations, list) else [solver.iterations]
+    if isinstance(solver.iterations, list) and len(counts) != layers:
+        raise ConfigError(
+            f"solver.iterations lists {len(counts)} numbers, but model.num_layers is {layers}; give one "
+            "number per layer, or a single number for all"
+        )
+    if min(counts) < 0:
+        raise ConfigError(
+            f"solver.iterations is {solver.iterations}, but iteration counts must be 0 or greater"
+        )
+    if solver.variant == "released" and solver.predictor == "euler":
+        raise ConfigError(
+            "solver.predictor is 'euler', which solver.variant 'released' does not have; set "
+            "solver.predictor to 'merged' or solver.variant to 'paper'"
+        )
+
+
+def _check_schedule(config: RunConfig) -> None:
+    solver, schedule = config.solver, config.solver.schedule
+    if schedule is None:
+        return
+    shown = [list(stage) for stage in schedule]
+    if solver.kind != "iiet":
+        raise ConfigError(
+            f"solver.schedule is {shown}, but solver.kind is '{solver.kind}', which has no iterations to "
+            "schedule; set solver.schedule to null or solver.kind to 'iiet'"
+        )
+    if not schedule:
+        raise ConfigError("solver.schedule is an empty list; write null for training in one stage")
+    fractions, counts = [stage[0] for stage in schedule], [stage[1] for stage in schedule]
+    if not all(math.isfinite(fraction) and fraction > 0 for fraction in fractions) or min(counts) < 0:
+        raise ConfigError(
+            f"solver.schedule is {shown}, but each stage must be [fraction above 0, iterations 0 or greater]"
+        )
+    if abs(sum(fractions) - 1) > SUM_TOLERANCE:
+        raise ConfigError(
+            f"solver.schedule is {shown}, whose fractions sum to {sum(fractions):.6g}; they must sum to 1"
+        )
+    if isinstance(solver.iterations, list):
+        raise ConfigError(
+            f"solver.schedule is {shown}, but solver.iterations is a list per layer; a schedule needs one "
+            "number for all layers, so make solver.iterations a number or set solver.schedule to null"
+        )
+    if counts[-1] != solver.iterations:
+        raise ConfigError(
+            f"solver.schedule ends with {counts[-1]} iterations, but solver.iterations is "
+            f"{solver.iterations}; make them equal"
+        )
+
+
+def _check_batch(config: RunConfig) -> None:
+    batch, micro = config.training.global_batch_size, config.training.micro_batch_size
+    if batch % micro:
+        choices = f"{batch // micro * micro} or {-(-batch // micro) * micro}" if batch > micro else f"{micro}"
+        raise ConfigError(
+            f"training.global_batch_size is {batch}, but must be a multiple of training.micro_batch_size = "
+            f"{micro}; set it to {choices}"
+        )
