@@ -1,0 +1,44 @@
+"""What the corrector does: is the fixed-point iteration contracting, and does it still change anything?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megatron_iiet.models.transformer import Transformer
+
+
+@dataclass
+class IterateStatistics:
+    """Means over all tokens seen, by (layer, iterate)."""
+
+    relative_residual: dict[tuple[int, int], float] = field(default_factory=dict)
+    """‖y^i − y^{i−1}‖ / ‖y^i‖; falls with i where the iteration contracts. Iterate 0 is against y_n."""
+    influence: dict[tuple[int, int], float] = field(default_factory=dict)
+    """1 − cos(y^{i−1}, y^i): iteration influence (IIET paper, section 4)."""
+
+    def add(self, layer: int, iterate: int, before: Tensor, after: Tensor) -> None:
+        before32, after32 = before.float(), after.float()
+        residual = (after32 - before32).norm(dim=-1) / after32.norm(dim=-1)
+        self.relative_residual[layer, iterate] = residual.mean().item()
+        self.influence[layer, iterate] = 1 - F.cosine_similarity(before32, after32, dim=-1).mean().item()
+
+
+@contextmanager
+def observe_iterates(model: Transformer) -> Iterator[IterateStatistics]:
+    """Collect statistics of every forward pass inside the block; the last pass counts."""
+    statistics = IterateStatistics()
+    for n, solver in enumerate(model.solvers):
+        solver.observer = partial(statistics.add, n)
+    try:
+        with torch.no_grad():
+            yield statistics
+    finally:
+        for solver in model.solvers:
+            solver.observer = None

@@ -1,0 +1,92 @@
+"""What every solver is, and what it may see of the layer it integrates."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from megatron_iiet.models.history import History
+from megatron_iiet.models.layer import RMSNorm
+
+IterateObserver = Callable[[int, Tensor, Tensor], None]
+"""Called with (i, y^{i-1}, y^i) for every iterate; i = 0 compares y_n with the predictor's y^0."""
+
+
+class IncrementFn(Protocol):
+    """F as a solver sees it."""
+
+    input_norm: RMSNorm
+    """The norm F applies to its input first; a merge that ends in it saves F a pass over memory."""
+
+    def __call__(self, y_BTD: Tensor, normed_BTD: Tensor | None, evaluation: int) -> Tensor:
+        """F(y), [B, T, D]. ``normed_BTD``: ``input_norm(y)`` if known. ``evaluation``: 0 for the predictor."""
+
+
+class Solver(nn.Module):
+    """Integrates one layer. ``iterations`` may be changed between forward passes (two-stage training)."""
+
+    merges_embedding = False
+    """Whether entry 0 of the history is the embedding output."""
+
+    def __init__(self, iterations: int = 0) -> None:
+        super().__init__()
+        self.iterations = iterations
+        self.merging = True
+        self.observer: IterateObserver | None = None
+
+    @property
+    def keeps_increment(self) -> bool:
+        """Whether later layers read what this layer kept."""
+        return self.merging
+
+    @property
+    def evaluations(self) -> int:
+        """Evaluations of F a step."""
+        return self.iterations + 1 if self.merging else 1
+
+    def forward(self, y_BTD: Tensor, increment_fn: IncrementFn, history: History) -> tuple[Tensor, Tensor]:
+        """One step: ``(y_{n+1}, the increment to keep)``, both [B, T, D]."""
+        if not self.merging:
+            return euler_step(y_BTD, increment_fn)
+        return self.step(y_BTD, increment_fn, history)
+
+    def step(self, y_BTD: Tensor, increment_fn: IncrementFn, history: History) -> tuple[Tensor, Tensor]:
+        """The solver's own step."""
+        raise NotImplementedError
+
+    def observe(self, iterate: int, before: Tensor, after: Tensor) -> None:
+        """Show an iterate to the observer, if there is one."""
+        if self.observer is not None:
+            self.observer(iterate, before, after)
+
+
+def euler_step(y_BTD: Tensor, increment_fn: IncrementFn) -> tuple[Tensor, Tensor]:
+    """Explicit Euler, the plain residual connection: y + F(y)."""
+    f_BTD = increment_fn(y_BTD, None, 0)
+    return y_BTD + f_BTD, f_BTD
+
+
+def fp32_parameter(values: Tensor) -> nn.Parameter:
+    """A parameter that stays fp32 when the rest of the model trains in bf16.
+
+    Merge coefficients live near 1, where bf16 values are 0.0078 apart: too coarse for what they learn.
+    """
+    parameter = nn.Parameter(values.float())
+    parameter.keep_fp32 = True  # type: ignore[attr-defined]
+    return parameter
+
+
+def initial_row(length: int, init: str) -> Tensor:
+    """Initial merge coefficients, [length]: the last entry is the layer's own increment.
+
+    ``identity``: own 1, others 0 (training starts from Transformer++). ``average``: all 1/length
+    (DLCL, Wang et al. 2019).
+    """
+    if init == "average":
+        return torch.full((length,), 1.0 / length)
+    row = torch.zeros(length)
+    row[-1] = 1.0
+    return row

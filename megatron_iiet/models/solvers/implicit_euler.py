@@ -1,0 +1,64 @@
+"""The iterative implicit Euler step as the IIET paper writes it, and DLCL as its r = 0."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from megatron_iiet.models.history import History
+from megatron_iiet.models.solvers.base import IncrementFn, Solver, fp32_parameter, initial_row
+from megatron_iiet.ops import merge_norm
+
+
+class ImplicitEuler(Solver):
+    """Iterative implicit Euler (IIET, arXiv 2509.22463, Algorithm 1)::
+
+        base = y_n + Σ_{j<n} α_{n,j} F̃_j
+        y^0  = base + α_{n,n} F(y_n)                 predictor 'merged'
+        y^0  = y_n + F(y_n)                          predictor 'euler' (Eq. 10 read literally)
+        y^i  = base + α_{n,n} F(y^{i-1})             i = 1..r
+        y_{n+1} = y^r,  F̃_n = f^r
+
+    ``coefficients``: fp32 [n + 1], α_{n,0} … α_{n,n}, shared by all iterations.
+    """
+
+    def __init__(
+        self, layer: int, *, iterations: int, predictor: str = "merged", coefficient_init: str, backend: str
+    ) -> None:
+        super().__init__(iterations)
+        self.predictor = predictor
+        self.backend = backend
+        self.coefficients = fp32_parameter(initial_row(layer + 1, coefficient_init))
+
+    def step(self, y_BTD: Tensor, increment_fn: IncrementFn, history: History) -> tuple[Tensor, Tensor]:
+        norm = increment_fn.input_norm
+        f = increment_fn(y_BTD, None, 0)
+        if self.predictor == "euler" and self.iterations == 0:
+            return y_BTD + f, f  # plain Transformer++: there is no corrector to merge in
+        base = history.merge(y_BTD, self.coefficients[:-1], backend=self.backend)
+        own = self.coefficients[-1:]
+        iterate = y_BTD
+        for i in range(self.iterations + 1):
+            before = iterate
+            plain = i == 0 and self.predictor == "euler"
+            iterate, normed = merge_norm(
+                y_BTD if plain else base,
+                (f,),
+                None if plain else own,
+                norm.weight if i < self.iterations else None,
+                eps=norm.eps,
+                backend=self.backend,
+            )
+            self.observe(i, before, iterate)
+            if i < self.iterations:
+                f = increment_fn(iterate, normed, i + 1)
+        return iterate, f
+
+
+class DLCL(ImplicitEuler):
+    """Dynamic linear combination of layers (Wang et al. 2019): the merge without the corrector::
+
+        y_{n+1} = y_n + α_{n,n} F(y_n) + Σ_{j<n} α_{n,j} F̃_j
+    """
+
+    def __init__(self, layer: int, *, coefficient_init: str, backend: str) -> None:
+        super().__init__(layer, iterations=0, coefficient_init=coefficient_init, backend=backend)

@@ -1,0 +1,75 @@
+"""The iterative implicit Euler step as the IIET authors' released code computes it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from megatron_iiet.models.history import History
+from megatron_iiet.models.solvers.base import IncrementFn, Solver, fp32_parameter, initial_row
+from megatron_iiet.ops import merge_norm
+
+LAYER_NORM_EPS = 1e-5
+
+
+class ReleasedImplicitEuler(Solver):
+    """Implicit Euler over normalised layer outputs, with a row of its own for the read-out.
+
+    With G(h) = h + F(h), the history L_0 = embedding, L_1, …, and layers counted n = 1..N::
+
+        L_n = LN^a(G(h))
+        repeat r times:  h' = Σ_{j≤n} W[n,j] L_j ;  L_n = LN^b(G(h'))
+        h = Σ_{j≤n} Wc[n,j] L_j                      input of layer n + 1
+
+    The rows are stored N + 1 wide, and row 0 with the first layer, as in the authors' (N+1) × (N+1)
+    matrices: their checkpoints map one to one. Entries right of the diagonal and row 0 are never read.
+    Both rows read the older entries in one pass.
+    """
+
+    merges_embedding = True
+
+    def __init__(
+        self,
+        layer: int,
+        num_layers: int,
+        *,
+        width: int,
+        iterations: int,
+        coefficient_init: str,
+        backend: str,
+    ) -> None:
+        super().__init__(iterations)
+        self.layer = layer + 1  # the formula counts from 1
+        self.backend = backend
+        self.predictor_norm = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
+        self.corrector_norm = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
+
+        def row(n: int) -> Tensor:
+            full = torch.zeros(num_layers + 1)
+            full[: n + 1] = initial_row(n + 1, coefficient_init)
+            return full
+
+        self.coefficients = fp32_parameter(row(self.layer))
+        self.readout_coefficients = fp32_parameter(row(self.layer))
+        if layer == 0:
+            self.unused_row_0 = fp32_parameter(torch.stack((row(0), row(0))))
+
+    def step(self, y_BTD: Tensor, increment_fn: IncrementFn, history: History) -> tuple[Tensor, Tensor]:
+        n = self.layer
+        norm = increment_fn.input_norm
+        own, readout_own = self.coefficients[n : n + 1], self.readout_coefficients[n : n + 1]
+        output = self.predictor_norm(y_BTD + increment_fn(y_BTD, None, 0))
+        self.observe(0, y_BTD, output)
+        if self.iterations == 0:
+            base = None
+            readout_base = history.merge(None, self.readout_coefficients[:n], backend=self.backend)
+        else:
+            rows = torch.stack((self.coefficients[:n], self.readout_coefficients[:n]))
+            base, readout_base = history.merge(None, rows, backend=self.backend)
+        for i in range(1, self.iterations + 1):
+            before = output
+            h_BTD, normed = merge_norm(base, (output,), own, norm.weight, eps=norm.eps, backend=self.backend)
+            output = self.corrector_norm(h_BTD + increment_fn(h_BTD, normed, i))
+            self.observe(i, before, output)
+        h_BTD = merge_norm(readout_base, (output,), readout_own, backend=self.backend).merged
+        return h_BTD, output

@@ -1,0 +1,125 @@
+"""``merge_norm``: the step that makes a numerical Transformer, as one public function.
+
+    merged = residual + Σ_j coefficients[j] · increments[j]
+    normed = merged · rsqrt(mean(merged²) + eps) · norm_weight
+
+The contract every backend keeps:
+
+* storage is fp32, bf16 or fp16; accumulation, coefficients and the norm's statistics are fp32;
+* ``merged`` is rounded to the storage type *first* and the norm is of the rounded value, so that
+  recomputing the norm from a stored ``merged`` is bit-exact;
+* additions happen in the order residual, increments[0], increments[1], …: with coefficient 0 an
+  increment leaves ``merged`` bit-equal, with coefficient 1 it is a plain addition;
+* the result is deterministic.
+
+Four forms appear in the model: the entry merge (residual and all history), the corrector (base + α f,
+normed), the plain add-and-norm inside a layer (coefficients None), and several coefficient rows over one
+history read in one pass (coefficients of shape [R, k]).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from megatron_iiet.ops.reference import merge_norm_reference
+
+STORAGE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class MergeNorm(NamedTuple):
+    """Result of :func:`merge_norm`."""
+
+    merged: Tensor
+    """[..., d], or [R, ..., d] for R coefficient rows; storage type of the inputs."""
+    normed: Tensor | None
+    """RMSNorm of ``merged`` times ``norm_weight``, same shape; None without ``norm_weight``."""
+
+
+_BACKENDS: dict[str, Callable[..., tuple[Tensor, Tensor | None]]] = {"reference": merge_norm_reference}
+
+
+def resolve_backend(requested: str) -> tuple[str, str]:
+    """The backend that ``requested`` means on this machine, and why: ``(name, reason)``.
+
+    Raises:
+        ValueError: ``requested`` is not available here.
+    """
+    if requested == "auto":
+        return "reference", "plain torch; no compiled backend is part of this version"
+    if requested not in _BACKENDS:
+        raise ValueError(
+            f"ops.backend is '{requested}', but only {', '.join(sorted(_BACKENDS))} is available here; "
+            "choose one of these or 'auto'"
+        )
+    return requested, "asked for"
+
+
+def merge_norm(
+    residual: Tensor | None,
+    increments: Sequence[Tensor],
+    coefficients: Tensor | None = None,
+    norm_weight: Tensor | None = None,
+    *,
+    eps: float = 1e-6,
+    backend: str = "reference",
+) -> MergeNorm:
+    """Merge increments into a residual stream and normalise the result.
+
+    Args:
+        residual: [..., d] or None (then the merge is the weighted sum alone).
+        increments: k tensors of the residual's shape and type; k may be 0 if there is a residual.
+        coefficients: fp32, [k] or [R, k]; None means all ones.
+        norm_weight: [d], or [R, d] for one norm per row; None skips the norm.
+        eps: epsilon of the RMSNorm.
+        backend: a name from :func:`resolve_backend`.
+
+    Returns:
+        MergeNorm: merged and normed, with a leading R if ``coefficients`` has rows.
+
+    Raises:
+        ValueError: shapes, types or devices do not fit; the message names the argument.
+    """
+    _check(residual, increments, coefficients, norm_weight)
+    return MergeNorm(*_BACKENDS[backend](residual, increments, coefficients, norm_weight, eps))
+
+
+def _check(
+    residual: Tensor | None,
+    increments: Sequence[Tensor],
+    coefficients: Tensor | None,
+    norm_weight: Tensor | None,
+) -> None:
+    tensors = [*increments] if residual is None else [residual, *increments]
+    if not tensors:
+        raise ValueError("merge_norm: residual is None and increments is empty; give at least one of them")
+    first = tensors[0]
+    if first.dtype not in STORAGE_DTYPES:
+        raise ValueError(f"merge_norm: storage type {first.dtype} is not fp32, bf16 or fp16")
+    offset = 0 if residual is None else -1
+    for i, t in enumerate(tensors):
+        if t.shape != first.shape or t.dtype != first.dtype or t.device != first.device:
+            raise ValueError(
+                f"merge_norm: increments[{i + offset}] is {tuple(t.shape)} {t.dtype} on {t.device}, "
+                f"expected {tuple(first.shape)} {first.dtype} on {first.device}"
+            )
+    if coefficients is not None and (
+        coefficients.dtype != torch.float32
+        or coefficients.dim() not in (1, 2)
+        or coefficients.shape[-1] != len(increments)
+        or coefficients.device != first.device
+    ):
+        raise ValueError(
+            f"merge_norm: coefficients is {tuple(coefficients.shape)} {coefficients.dtype} on "
+            f"{coefficients.device}, expected fp32 [{len(increments)}] or [rows, {len(increments)}] on {first.device}"
+        )
+    if norm_weight is not None and (
+        norm_weight.shape[-1:] != first.shape[-1:] or norm_weight.device != first.device
+    ):
+        raise ValueError(
+            f"merge_norm: norm_weight is {tuple(norm_weight.shape)} on {norm_weight.device}, "
+            f"expected a last dimension of {first.shape[-1]} on {first.device}"
+        )

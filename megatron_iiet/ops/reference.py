@@ -1,0 +1,45 @@
+"""The reference backend of ``merge_norm``: plain torch and its autograd. Other backends are tested against it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def merge_norm_reference(
+    residual: Tensor | None,
+    increments: Sequence[Tensor],
+    coefficients: Tensor | None,
+    norm_weight: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor | None]:
+    """See :func:`megatron_iiet.ops.merge_norm`; arguments are already checked."""
+    if coefficients is not None and coefficients.dim() == 2:
+        rows = [_merge(residual, increments, row) for row in coefficients]
+        merged = torch.stack(rows)
+        if norm_weight is not None and norm_weight.dim() == 2:
+            norm_weight = norm_weight.view(len(rows), *[1] * (merged.dim() - 2), -1)
+    else:
+        merged = _merge(residual, increments, coefficients)
+    return merged, None if norm_weight is None else _rms_norm(merged, norm_weight, eps)
+
+
+def _merge(residual: Tensor | None, increments: Sequence[Tensor], coefficients: Tensor | None) -> Tensor:
+    if not increments:
+        assert residual is not None
+        return residual
+    storage = increments[0].dtype
+    total = None if residual is None else residual.float()
+    for j, increment in enumerate(increments):
+        term = increment.float() if coefficients is None else coefficients[j] * increment.float()
+        total = term if total is None else total + term
+    assert total is not None
+    return total.to(storage)
+
+
+def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    x32 = x.float()
+    normed = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)
+    return (normed * weight.float()).to(x.dtype)

@@ -1,0 +1,159 @@
+"""Folder layout of a run, and how it is resumed.
+
+    output_dir/
+      config.yaml                     resolved configuration of the newest start
+      ds_config.json                  the DeepSpeed configuration in force
+      log.jsonl                       one line per step
+      tensorboard/                    events
+      checkpoints/
+        latest                        name of the newest complete checkpoint
+        step_00000500/                DeepSpeed's shards, config.yaml, state.json
+
+``latest`` is replaced atomically after every rank's shards are on disk: a kill at any moment leaves the
+previous checkpoint in force.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_iiet.config import ConfigError, RunConfig, config_from_file, config_to_dict, config_to_yaml
+
+FORMAT = 1
+# What decides which parameters exist and what they compute; a checkpoint fits only if all of it agrees.
+_ARCHITECTURE = (
+    *(f"model.{name}" for name in ("hidden_size", "ffn_hidden_size", "num_layers", "num_attention_heads")),
+    *(f"model.{name}" for name in ("num_key_value_heads", "vocab_size", "tie_embeddings", "embedding_scale")),
+    *(f"model.{name}" for name in ("rms_norm_eps", "rotary_base")),
+    *(f"solver.{name}" for name in ("kind", "variant", "predictor")),
+)
+
+
+@dataclass(frozen=True)
+class TrainState:
+    """Everything outside weights and optimizer that the next step depends on."""
+
+    step: int
+    """Finished optimizer steps."""
+    data: dict[str, int]
+    """State of the sample reader."""
+    world_size: int
+    """Processes that wrote the shards."""
+    zero_stage: int
+    """ZeRO stage that laid the shards out."""
+    precision: str
+    """Arithmetic of the run."""
+
+
+def checkpoints_folder(output_dir: str | Path) -> Path:
+    """Where the checkpoints of a run live."""
+    return Path(output_dir) / "checkpoints"
+
+
+def tag_of(step: int) -> str:
+    """Name of the checkpoint after ``step`` steps."""
+    return f"step_{step:08d}"
+
+
+def latest_tag(output_dir: str | Path) -> str | None:
+    """Name of the newest complete checkpoint of a run, or None.
+
+    Raises:
+        ConfigError: ``latest`` names a checkpoint that is not there.
+    """
+    folder = checkpoints_folder(output_dir)
+    marker = folder / "latest"
+    if not marker.is_file():
+        return None
+    tag = marker.read_text().strip()
+    if not (folder / tag / "state.json").is_file():
+        raise ConfigError(
+            f"{marker} names '{tag}', but {folder / tag} is not a complete checkpoint; "
+            "write the name of one that is into 'latest', or remove the file to start anew"
+        )
+    return tag
+
+
+def read_state(folder: Path) -> TrainState:
+    """The training state stored in a checkpoint folder.
+
+    Raises:
+        ConfigError: it is of another format.
+    """
+    data = json.loads((folder / "state.json").read_text())
+    if data.pop("format", None) != FORMAT:
+        raise ConfigError(f"{folder / 'state.json'} is not of format {FORMAT}; use the version that wrote it")
+    return TrainState(**data)
+
+
+def write_metadata(folder: Path, config: RunConfig, state: TrainState) -> None:
+    """Write ``config.yaml`` and ``state.json`` into a checkpoint folder."""
+    write_durably(folder / "config.yaml", config_to_yaml(config))
+    write_durably(folder / "state.json", json.dumps({"format": FORMAT, **asdict(state)}, indent=2) + "\n")
+
+
+def commit(output_dir: str | Path, tag: str, keep: int) -> None:
+    """Make ``tag`` the newest checkpoint, then remove all but the ``keep`` newest (0 keeps all)."""
+    folder = checkpoints_folder(output_dir)
+    write_durably(folder / "latest", tag + "\n")
+    if keep:
+        for old in sorted(folder.glob("step_*"))[:-keep]:
+            if old.name != tag:
+                shutil.rmtree(old)
+
+
+def write_durably(path: Path, text: str) -> None:
+    """Replace a file's text atomically and on disk, not only in the page cache."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w") as f:
+        f.write(text)
+        f.flush()
+        os.fsync(f.fileno())
+    temporary.replace(path)
+
+
+def check_resumable(folder: Path, config: RunConfig, state: TrainState, world_size: int, zero_stage: int) -> None:
+    """Refuse a checkpoint that another architecture, layout or precision wrote.
+
+    Raises:
+        ConfigError: naming every difference.
+    """
+    old, new = config_to_dict(config_from_file(folder / "config.yaml")), config_to_dict(config)
+    differences = [
+        f"{key} is {_get(old, key)} there and {_get(new, key)} here"
+        for key in _ARCHITECTURE
+        if _get(old, key) != _get(new, key)
+    ]
+    if differences:
+        raise ConfigError(
+            f"checkpoint {folder} is of another architecture: {'; '.join(differences)}; "
+            "give this run another output_dir, or the checkpoint's configuration"
+        )
+    layout = {
+        "number of processes": (state.world_size, world_size),
+        "ZeRO stage": (state.zero_stage, zero_stage),
+        "training.precision": (state.precision, config.training.precision),
+    }
+    for name, (there, here) in layout.items():
+        if there != here:
+            raise ConfigError(
+                f"checkpoint {folder} was written with {name} {there}, this run has {here}; "
+                "resume with the checkpoint's, or give this run another output_dir"
+            )
+
+
+def changed_settings(folder: Path, config: RunConfig) -> list[str]:
+    """Settings outside the architecture that differ from the checkpoint's: ``key: old → new``."""
+    old, new = config_to_dict(config_from_file(folder / "config.yaml")), config_to_dict(config)
+    keys = [f"{s}.{k}" for s, values in new.items() if isinstance(values, dict) for k in values]
+    return [f"{key}: {_get(old, key)} → {_get(new, key)}" for key in keys if _get(old, key) != _get(new, key)]
+
+
+def _get(data: dict[str, Any], key: str) -> Any:
+    section, leaf = key.split(".")
+    return data[section][leaf]

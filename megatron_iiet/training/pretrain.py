@@ -1,0 +1,163 @@
+"""Pretraining from a configuration: build everything, check everything, train."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from megatron_iiet.config import (
+    ConfigError,
+    LoadedConfig,
+    RunConfig,
+    check_world_size,
+    config_to_yaml,
+)
+from megatron_iiet.config.deepspeed import load_ds_config, reconcile
+from megatron_iiet.data.batches import TrainBatches, ValidationBatches
+from megatron_iiet.data.samples import Splits, build_splits
+from megatron_iiet.data.tokenizer import load_tokenizer
+from megatron_iiet.models.transformer import Transformer
+from megatron_iiet.ops import resolve_backend
+from megatron_iiet.parallel import ParallelContext
+from megatron_iiet.training import callbacks, checkpoint
+from megatron_iiet.training.engine import Engine
+from megatron_iiet.training.loop import train
+from megatron_iiet.training.run import Run
+
+
+def pretrain(loaded: LoadedConfig) -> None:
+    """Train the model that a configuration describes, from scratch or from the newest checkpoint of its folder.
+
+    Raises:
+        ValueError: (and its subclass ConfigError) the configuration, data, tokenizer or checkpoint do not fit;
+            raised before anything is trained or written.
+    """
+    config = loaded.config
+    with ParallelContext.start() as context:
+        ds_config = reconciled_ds_config(loaded, context.data_parallel_size)
+        backend, reason = resolve_backend(config.ops.backend)
+        check_tokenizer(config)
+        splits = build_splits(config.data.prefix, config.data.sequence_length, config.data.split)
+        tag = find_checkpoint(config, ds_config, context)
+
+        model = Transformer(config, backend=backend)
+        model.initialise(config.training.seed)
+        run = Run(
+            config,
+            context,
+            model,
+            Engine(model, config, ds_config, context),
+            train_batches(config, splits, context),
+        )
+        run.say(describe_start(config, model, splits, context, ds_config))
+        run.say(f"merge_norm backend: {backend} ({reason})")
+        if tag is not None:
+            report_resume(run, tag)
+            run.resume(tag)
+        if context.is_main:
+            write_run_files(config, ds_config)
+        try:
+            train(run, build_callbacks(config, splits, context))
+        finally:
+            run.close()
+
+
+def reconciled_ds_config(loaded: LoadedConfig, data_parallel_size: int) -> dict[str, Any]:
+    """The DeepSpeed configuration with our values filled in; checked against the number of ranks."""
+    check_world_size(loaded.config, data_parallel_size)
+    ds_json = load_ds_config(loaded.ds_config_path) if loaded.ds_config_path else {"zero_optimization": {"stage": 1}}
+    return reconcile(ds_json, loaded.config, data_parallel_size)
+
+
+def check_tokenizer(config: RunConfig) -> None:
+    """Refuse a tokenizer with more ids than the model has embedding rows."""
+    size = load_tokenizer(config.data.tokenizer).vocab_size
+    if size > config.model.vocab_size:
+        raise ConfigError(
+            f"the tokenizer {config.data.tokenizer} has {size} ids, but model.vocab_size is "
+            f"{config.model.vocab_size}; set it to at least {size}"
+        )
+
+
+def find_checkpoint(config: RunConfig, ds_config: dict[str, Any], context: ParallelContext) -> str | None:
+    """The checkpoint to continue from, checked against this run; None to start from scratch."""
+    tag = checkpoint.latest_tag(config.output_dir)
+    if tag is None:
+        return None
+    folder = checkpoint.checkpoints_folder(config.output_dir) / tag
+    if not config.checkpoint.resume:
+        raise ConfigError(
+            f"{config.output_dir} already holds checkpoint {tag} and checkpoint.resume is false; "
+            "set it to true to continue, or choose another output_dir"
+        )
+    stage = ds_config.get("zero_optimization", {}).get("stage", 0)
+    checkpoint.check_resumable(folder, config, checkpoint.read_state(folder), context.world_size, stage)
+    return tag
+
+
+def train_batches(config: RunConfig, splits: Splits, context: ParallelContext) -> TrainBatches:
+    """This rank's training micro-batches."""
+    return TrainBatches(
+        splits.train,
+        global_batch_size=config.training.global_batch_size,
+        micro_batch_size=config.training.micro_batch_size,
+        data_parallel_rank=context.data_parallel_rank,
+        data_parallel_size=context.data_parallel_size,
+        seed=config.training.seed,
+        num_workers=config.data.num_workers,
+    )
+
+
+def build_callbacks(config: RunConfig, splits: Splits, context: ParallelContext) -> list[callbacks.Callback]:
+    """What happens around a step, in order."""
+    chosen: list[callbacks.Callback] = [callbacks.MetricLogger()]
+    if len(splits.validation):
+        batches = ValidationBatches(
+            splits.validation,
+            samples=config.evaluation.samples,
+            micro_batch_size=config.training.micro_batch_size,
+            dp_rank=context.data_parallel_rank,
+            dp_size=context.data_parallel_size,
+        )
+        chosen.append(callbacks.Validation(batches, config.evaluation.interval))
+        if config.logging.solver_interval and config.solver.kind == "iiet":
+            batch = next(iter(batches)).tokens
+            chosen.append(callbacks.SolverDiagnostics(batch, config.logging.solver_interval))
+    chosen.append(callbacks.Checkpointing(config.checkpoint.interval))
+    return chosen
+
+
+def describe_start(
+    config: RunConfig, model: Transformer, splits: Splits, context: ParallelContext, ds_config: dict[str, Any]
+) -> str:
+    """The opening lines of a run."""
+    training, m = config.training, config.model
+    solver_parameters = model.num_solver_parameters()
+    tokens = training.global_batch_size * config.data.sequence_length
+    stage = ds_config.get("zero_optimization", {}).get("stage", 0)
+    return (
+        f"model: {m.num_layers} layers, d {m.hidden_size}, ffn {m.ffn_hidden_size}, {m.num_attention_heads} heads, "
+        f"vocabulary {m.vocab_size}: {model.num_parameters():,} parameters, {solver_parameters:,} of them the solver's\n"
+        f"data: {len(splits.train):,} training windows of {config.data.sequence_length} tokens from {config.data.prefix}\n"
+        f"training: {training.steps} steps of {tokens:,} tokens, {context.world_size} data-parallel ranks on "
+        f"{context.device.type}, {training.precision}, ZeRO stage {stage}"
+    )
+
+
+def report_resume(run: Run, tag: str) -> None:
+    """Say where the run continues, and what was changed since."""
+    folder = checkpoint.checkpoints_folder(run.config.output_dir) / tag
+    run.say(f"resuming from {folder}")
+    for change in checkpoint.changed_settings(folder, run.config):
+        run.say(f"  changed since then: {change}")
+
+
+def write_run_files(config: RunConfig, ds_config: dict[str, Any]) -> None:
+    """Write the resolved configurations into the run's folder."""
+    folder = Path(config.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    checkpoint.write_durably(folder / "config.yaml", config_to_yaml(config))
+    checkpoint.write_durably(folder / "ds_config.json", json.dumps(ds_config, indent=2) + "\n")
+
+

@@ -1,0 +1,104 @@
+"""A run: everything one process holds while it trains."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megatron_iiet.config import RunConfig
+from megatron_iiet.data.batches import TrainBatches
+from megatron_iiet.models.transformer import Transformer
+from megatron_iiet.parallel import ParallelContext
+from megatron_iiet.training import checkpoint
+from megatron_iiet.training.engine import Engine
+from megatron_iiet.training.metrics import MetricWriter
+
+
+class Run:
+    """Model, engine, data position and step of one training process; passed to every callback."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        context: ParallelContext,
+        model: Transformer,
+        engine: Engine,
+        batches: TrainBatches,
+    ) -> None:
+        self.config = config
+        self.context = context
+        self.model = model
+        self.engine = engine
+        self.batches = batches
+        self.step = 0
+        self.step_seconds = 0.0
+        stop = config.training.stop_after
+        self.last_step = config.training.steps if stop is None else min(stop, config.training.steps)
+        self._values: dict[str, float] = {}
+        self._writer: MetricWriter | None = None
+
+    def say(self, text: str) -> None:
+        """Print a line, once for all ranks."""
+        if self.context.is_main:
+            print(text, flush=True)
+
+    def record(self, values: dict[str, float]) -> None:
+        """Add values to this step's record."""
+        self._values.update(values)
+
+    def flush(self) -> None:
+        """Write this step's record (main rank) and start the next."""
+        if self.context.is_main:
+            if self._writer is None:
+                self._writer = MetricWriter(
+                    self.config.output_dir, tensorboard=self.config.logging.tensorboard, first_step=self.step
+                )
+            self._writer.write(self.step, self._values)
+        self._values = {}
+
+    def close(self) -> None:
+        """Close the files of the record."""
+        if self._writer is not None:
+            self._writer.close()
+
+    def save(self) -> Path:
+        """Write a checkpoint of this step and make it the newest."""
+        tag = checkpoint.tag_of(self.step)
+        folder = checkpoint.checkpoints_folder(self.config.output_dir)
+        self.engine.save(folder, tag)
+        if self.context.is_main:
+            checkpoint.write_metadata(folder / tag, self.config, self._state())
+            checkpoint.commit(self.config.output_dir, tag, self.config.checkpoint.keep)
+        self.context.barrier()
+        return folder / tag
+
+    def resume(self, tag: str) -> None:
+        """Continue from a checkpoint of this run.
+
+        Raises:
+            ConfigError: it does not fit this run.
+        """
+        folder = checkpoint.checkpoints_folder(self.config.output_dir)
+        state = checkpoint.read_state(folder / tag)
+        self.engine.load(folder, tag)
+        self.batches.load_state_dict(state.data)
+        self.step = state.step
+
+    def describe_solver(self) -> str:
+        """The solver in force, in a few words."""
+        solver = self.config.solver
+        if solver.kind == "euler" or not self.model.solvers[0].merging:
+            return "solver euler (plain Transformer++)"
+        if solver.kind == "dlcl":
+            return "solver dlcl"
+        counts = [s.iterations for s in self.model.solvers]
+        r = str(counts[0]) if len(set(counts)) == 1 else str(counts)
+        return f"solver iiet, variant {solver.variant}, r = {r}"
+
+    def _state(self) -> checkpoint.TrainState:
+        return checkpoint.TrainState(
+            step=self.step,
+            data=self.batches.state_dict(),
+            world_size=self.context.world_size,
+            zero_stage=self.engine.zero_stage,
+            precision=self.config.training.precision,
+        )

@@ -1,0 +1,23 @@
+#!/usr/bin/env python
+"""Pretrain an IIET or any system it is compared with.
+
+    deepspeed --num_accelerators 2 pretrain_iiet.py --config examples/configs/demo.yaml \
+        --ds-config examples/ds_configs/zero1.json [--optimizer.lr 3e-4 …]
+"""
+
+from megatron_iiet.config import exit_with_error, load_config_or_exit
+
+
+def main() -> None:
+    """Load the configuration (fast, no torch), then train."""
+    loaded = load_config_or_exit()
+    from megatron_iiet.training.pretrain import pretrain
+
+    try:
+        pretrain(loaded)
+    except (ValueError, FloatingPointError) as error:
+        exit_with_error(str(error))
+
+
+if __name__ == "__main__":
+    main()
