@@ -154,10 +154,8 @@ def _parse_line(line: str, keys: Sequence[str]) -> tuple[str, ...]:
             raise ValueError(f"no key {key!r}, only {sorted(row)[:8]}; check --json-keys.")
         text = row[key]
         if not isinstance(text, str):
-            kind = "null" if text is None else type(text).__name__
-            raise ValueError(
-                f"{key!r} is {kind}, not a string: {_excerpt(json.dumps(text))}; repair the line."
-            )
+            found = "null" if text is None else f"{_excerpt(json.dumps(text))} ({type(text).__name__})"
+            raise ValueError(f"{key!r} is {found}, not a string; repair or remove the line.")
         if not text.isascii():
             try:
                 text.encode("utf-8")
