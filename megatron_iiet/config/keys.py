@@ -71,10 +71,8 @@ def join_or(words: list[str]) -> str:
 def describe_type(hint: Any, plural: bool = False) -> str:
     """A type in a user's words: ``an integer or a list of integers``."""
     origin, arguments = get_origin(hint), get_args(hint)
-    if origin is Literal:
-        return join_or([f"'{value}'" for value in arguments])
-    if origin in (Union, types.UnionType):
-        return join_or([describe_type(argument, plural) for argument in arguments])
+    if origin is Literal or origin in (Union, types.UnionType):
+        return join_or(_alternatives(hint, plural))
     if origin is list:
         return f"{'lists' if plural else 'a list'} of {describe_type(arguments[0], plural=True)}"
     if origin is tuple:
@@ -88,6 +86,14 @@ def describe_type(hint: Any, plural: bool = False) -> str:
         type(None): ("null", "null"),
     }[hint]
     return several if plural else singular
+
+
+def _alternatives(hint: Any, plural: bool) -> list[str]:
+    if get_origin(hint) is Literal:
+        return [f"'{value}'" for value in get_args(hint)]
+    if get_origin(hint) in (Union, types.UnionType):
+        return [words for argument in get_args(hint) for words in _alternatives(argument, plural)]
+    return [describe_type(hint, plural)]
 
 
 def literal_choices(hint: Any) -> list[str]:

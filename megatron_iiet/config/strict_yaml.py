@@ -75,8 +75,8 @@ def parse_document(text: str, source: str) -> Document:
     Raises:
         ConfigError: the text is no YAML or repeats a key; names ``source``, line and column.
     """
-    loader = _StrictLoader(text)
     try:
+        loader = _StrictLoader(text)
         node = loader.get_single_node()
         data = None if node is None else loader.construct_document(node)
     except yaml.MarkedYAMLError as error:
@@ -85,8 +85,6 @@ def parse_document(text: str, source: str) -> Document:
         raise ConfigError(f"cannot read {source}{place}: {error.problem or error.context}") from None
     except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"cannot read {source}: {' '.join(str(error).split())}") from None
-    finally:
-        loader.dispose()
     return Document(data, _key_lines(node))
 
 

@@ -1,0 +1,215 @@
+"""Reconciliation with the DeepSpeed JSON."""
+
+# ruff: noqa: E501  (a golden message is easier to compare on one line)
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_iiet.config import ConfigError, RunConfig
+from megatron_iiet.config.deepspeed import load_ds_config, reconcile, zero_stage
+
+EXAMPLES = Path(__file__).parents[2] / "examples" / "ds_configs"
+
+
+def fp32() -> RunConfig:
+    config = RunConfig()
+    config.training.precision = "fp32"
+    return config
+
+
+def test_everything_shared_is_filled_in() -> None:
+    ds = {"zero_optimization": {"stage": 1}}
+    assert reconcile(ds, RunConfig(), 4) == {
+        "train_batch_size": 128,
+        "train_micro_batch_size_per_gpu": 8,
+        "gradient_accumulation_steps": 4,
+        "gradient_clipping": 1.0,
+        "bf16": {"enabled": True},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "zero_optimization": {"stage": 1},
+        "steps_per_print": 1_000_000_000,
+    }
+    assert ds == {"zero_optimization": {"stage": 1}}  # the caller's dictionary is left alone
+
+
+def test_fp32_without_zero() -> None:
+    ds = reconcile({"fp16": {"enabled": "auto"}}, fp32(), 1)
+    assert ds["bf16"] == {"enabled": False}
+    assert ds["fp16"] == {"enabled": False}
+    assert "data_types" not in ds
+    assert zero_stage(ds) == 0
+
+
+def test_optimizer_section_is_completed() -> None:
+    params = {"lr": "auto", "betas": [0.9, "auto"], "torch_adam": True}
+    ds = reconcile(
+        {"zero_optimization": {"stage": 2}, "optimizer": {"type": "AdamW", "params": params}}, RunConfig(), 1
+    )
+    assert ds["optimizer"] == {
+        "type": "AdamW",
+        "params": {"lr": 3e-4, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.01, "torch_adam": True},
+    }
+    assert zero_stage(ds) == 2
+    bare = reconcile({"zero_optimization": {"stage": 2}, "optimizer": {}}, RunConfig(), 1)
+    assert bare["optimizer"]["type"] == "AdamW"
+
+
+def test_equal_values_and_own_choices_are_kept() -> None:
+    given = {
+        "train_batch_size": 128,
+        "gradient_clipping": 1,
+        "bf16": {"enabled": True},
+        "data_types": {"grad_accum_dtype": "bf16"},
+        "steps_per_print": 10,
+        "wall_clock_breakdown": True,
+        "zero_optimization": {"stage": 3, "reduce_bucket_size": "auto", "overlap_comm": False},
+        "comms_logger": {"enabled": False},
+    }
+    ds = reconcile(given, RunConfig(), 1)
+    for key in ("data_types", "steps_per_print", "wall_clock_breakdown", "comms_logger"):
+        assert ds[key] == given[key]
+    assert ds["zero_optimization"] == {"stage": 3, "overlap_comm": False}  # auto: DeepSpeed's default
+
+
+Z1 = {"zero_optimization": {"stage": 1}}
+EQUAL = 'in the run configuration; make them equal, or write "auto" in ds.json'
+RECONCILE_ERRORS: list[tuple[dict[str, Any], str]] = [
+    (
+        {**Z1, "train_batch_size": 64},
+        f"train_batch_size is 64 in ds.json, but training.global_batch_size is 128 {EQUAL}",
+    ),
+    (
+        {**Z1, "train_micro_batch_size_per_gpu": 4},
+        f"train_micro_batch_size_per_gpu is 4 in ds.json, but training.micro_batch_size is 8 {EQUAL}",
+    ),
+    (
+        {**Z1, "gradient_accumulation_steps": 2},
+        "gradient_accumulation_steps is 2 in ds.json, but training.global_batch_size / "
+        f"(training.micro_batch_size x data-parallel ranks) is 8 {EQUAL}",
+    ),
+    (
+        {**Z1, "gradient_clipping": 0.5},
+        f"gradient_clipping is 0.5 in ds.json, but optimizer.gradient_clipping is 1.0 {EQUAL}",
+    ),
+    (
+        {**Z1, "gradient_clipping": "1.0"},
+        f'gradient_clipping is "1.0" in ds.json, but optimizer.gradient_clipping is 1.0 {EQUAL}',
+    ),
+    (
+        {**Z1, "bf16": {"enabled": False}},
+        f"bf16.enabled is false in ds.json, but training.precision == 'bf16' is true {EQUAL}",
+    ),
+    (
+        {**Z1, "optimizer": {"type": "Lion"}},
+        f'optimizer.type is "Lion" in ds.json, but the run\'s optimizer is "AdamW" {EQUAL}',
+    ),
+    (
+        {**Z1, "optimizer": {"type": "AdamW", "params": {"lr": 0.1}}},
+        f"optimizer.params.lr is 0.1 in ds.json, but optimizer.lr is 0.0003 {EQUAL}",
+    ),
+    (
+        {**Z1, "optimizer": {"params": {"betas": [0.9, 0.999]}}},
+        "optimizer.params.betas is [0.9, 0.999] in ds.json, but [optimizer.beta1, optimizer.beta2] is "
+        f"[0.9, 0.95] {EQUAL}",
+    ),
+    (
+        {**Z1, "optimizer": {"params": {"eps": 1e-6}}},
+        f"optimizer.params.eps is 1e-06 in ds.json, but optimizer.eps is 1e-08 {EQUAL}",
+    ),
+    (
+        {**Z1, "optimizer": {"params": {"weight_decay": 0}}},
+        f"optimizer.params.weight_decay is 0 in ds.json, but optimizer.weight_decay is 0.01 {EQUAL}",
+    ),
+    (
+        {**Z1, "optimizer": {"params": {"adam_w_mode": False}}},
+        "optimizer.params.adam_w_mode is false in ds.json, but optimizer.weight_decay is decoupled (AdamW); "
+        "remove it",
+    ),
+    ({**Z1, "optimizer": {"params": 3}}, "'params' in ds.json must be an object {...}"),
+    ({**Z1, "optimizer": "AdamW"}, "'optimizer' is \"AdamW\" in ds.json, but must be an object {...}"),
+    (
+        {**Z1, "scheduler": {"type": "WarmupLR"}},
+        "ds.json has a 'scheduler' section, but the learning rate follows optimizer.schedule, "
+        "optimizer.warmup_fraction and optimizer.min_lr_ratio of the run configuration; remove the section",
+    ),
+    (
+        {**Z1, "fp16": {"enabled": True}},
+        "fp16.enabled is true in ds.json, but fp16 is not supported; remove the section and set "
+        "training.precision to 'bf16' or 'fp32'",
+    ),
+    (
+        {"zero_optimization": {"stage": 4}},
+        "zero_optimization.stage is 4 in ds.json, but must be 0, 1, 2 or 3",
+    ),
+    (
+        {"zero_optimization": {"stage": "auto"}},
+        'zero_optimization.stage is "auto" in ds.json, but must be 0, 1, 2 or 3',
+    ),
+    (
+        {},
+        "zero_optimization.stage is 0 in ds.json while training.precision is 'bf16', a pair for which DeepSpeed "
+        "applies one extra optimizer step; set the stage to 1 (it also works on one rank) or the precision to "
+        "'fp32'",
+    ),
+    (
+        {"zero_optimisation": {"stage": 1}},
+        "unknown key 'zero_optimisation' in ds.json; did you mean 'zero_optimization'?",
+    ),
+    (
+        {**Z1, "train_micro_batch_size": 8},
+        "unknown key 'train_micro_batch_size' in ds.json; did you mean 'train_micro_batch_size_per_gpu' or 'train_batch_size'?",
+    ),
+    ({**Z1, "bfloat16": {"enabled": True}}, "'bfloat16' in ds.json is an old name; write 'bf16'"),
+]
+
+
+@pytest.mark.parametrize(("ds", "message"), RECONCILE_ERRORS, ids=lambda value: str(value)[:50])
+def test_reconcile_errors(ds: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        reconcile(ds, RunConfig(), 2, source="ds.json")
+    assert str(caught.value) == message
+
+
+def test_world_size_is_checked() -> None:
+    with pytest.raises(ConfigError, match="8 x 3 = 24"):
+        reconcile(Z1, RunConfig(), 3)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_examples(stage: int) -> None:
+    config = fp32() if stage == 0 else RunConfig()
+    ds = reconcile(load_ds_config(EXAMPLES / f"zero{stage}.json"), config, 2)
+    assert zero_stage(ds) == stage
+    assert '"auto"' not in json.dumps(ds)
+    assert ds["train_batch_size"] == 128
+
+
+FILE_ERRORS = [
+    ('{"a": 1,}', "cannot read the DeepSpeed file ds.json (line 1, column 8): Illegal trailing comma before end of object"),
+    ('{"a": 1, "a": 2}', "cannot read the DeepSpeed file ds.json: the key 'a' appears twice"),
+    ('{"a": {"b": 1, "b": 2}}', "cannot read the DeepSpeed file ds.json: the key 'b' appears twice"),
+    ("[1]", "the DeepSpeed file ds.json must hold an object {...}"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "message"), FILE_ERRORS, ids=lambda value: value[:20])
+def test_file_errors(text: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("ds.json").write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        load_ds_config("ds.json")
+    if "comma" in message:  # the decoder's own words differ between Python versions
+        assert str(caught.value).startswith("cannot read the DeepSpeed file ds.json (line 1, column ")
+    else:
+        assert str(caught.value) == message
+
+
+def test_missing_file() -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_ds_config("no.json")
+    assert str(caught.value) == "cannot read the DeepSpeed file no.json: No such file or directory"

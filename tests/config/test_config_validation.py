@@ -1,0 +1,260 @@
+"""Cross-field checks: one golden message each, and what must stay allowed."""
+
+# ruff: noqa: E501  (a golden message is easier to compare on one line)
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from megatron_iiet.config import (
+    ConfigError,
+    RunConfig,
+    check_world_size,
+    gradient_accumulation_steps,
+    iterations_per_layer,
+    validate,
+)
+
+
+def config_with(**changes: Any) -> RunConfig:
+    """The default configuration with ``section__key`` set to a value."""
+    config = RunConfig()
+    for name, value in changes.items():
+        section, _, key = name.rpartition("__")
+        setattr(getattr(config, section) if section else config, key, value)
+    return config
+
+
+def message_of(**changes: Any) -> str:
+    with pytest.raises(ConfigError) as caught:
+        validate(config_with(**changes))
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+RANGE_ERRORS = [
+    ("model__hidden_size", 0, "model.hidden_size is 0, but must be greater than 0"),
+    ("model__ffn_hidden_size", -1, "model.ffn_hidden_size is -1, but must be greater than 0"),
+    ("model__num_layers", 0, "model.num_layers is 0, but must be greater than 0"),
+    ("model__num_attention_heads", 0, "model.num_attention_heads is 0, but must be greater than 0"),
+    ("model__num_key_value_heads", 0, "model.num_key_value_heads is 0, but must be greater than 0"),
+    ("model__vocab_size", 0, "model.vocab_size is 0, but must be greater than 0"),
+    ("model__embedding_scale", 0.0, "model.embedding_scale is 0.0, but must be greater than 0"),
+    ("model__init_std", 0.0, "model.init_std is 0.0, but must be greater than 0"),
+    ("model__rms_norm_eps", 0.0, "model.rms_norm_eps is 0.0, but must be greater than 0"),
+    ("model__rotary_base", 0.0, "model.rotary_base is 0.0, but must be greater than 0"),
+    ("data__sequence_length", 0, "data.sequence_length is 0, but must be greater than 0"),
+    ("data__num_workers", -1, "data.num_workers is -1, but must be 0 or greater"),
+    ("optimizer__lr", 0.0, "optimizer.lr is 0.0, but must be greater than 0"),
+    ("optimizer__lr", float("nan"), "optimizer.lr is nan, but must be a finite number"),
+    ("optimizer__eps", float("inf"), "optimizer.eps is inf, but must be a finite number"),
+    ("optimizer__min_lr_ratio", 1.5, "optimizer.min_lr_ratio is 1.5, but must lie between 0 and 1"),
+    (
+        "optimizer__warmup_fraction",
+        1.0,
+        "optimizer.warmup_fraction is 1.0, but must be at least 0 and less than 1",
+    ),
+    ("optimizer__beta1", 1.0, "optimizer.beta1 is 1.0, but must be at least 0 and less than 1"),
+    ("optimizer__beta2", -0.1, "optimizer.beta2 is -0.1, but must be at least 0 and less than 1"),
+    ("optimizer__weight_decay", -0.1, "optimizer.weight_decay is -0.1, but must be 0 or greater"),
+    ("optimizer__gradient_clipping", -1.0, "optimizer.gradient_clipping is -1.0, but must be 0 or greater"),
+    ("training__steps", 0, "training.steps is 0, but must be greater than 0"),
+    ("training__global_batch_size", 0, "training.global_batch_size is 0, but must be greater than 0"),
+    ("training__micro_batch_size", 0, "training.micro_batch_size is 0, but must be greater than 0"),
+    ("training__stop_after", 0, "training.stop_after is 0, but must be greater than 0"),
+    ("training__seed", -1, "training.seed is -1, but must be 0 or greater"),
+    ("evaluation__interval", -1, "evaluation.interval is -1, but must be 0 or greater"),
+    ("evaluation__samples", 0, "evaluation.samples is 0, but must be greater than 0"),
+    ("checkpoint__interval", -1, "checkpoint.interval is -1, but must be 0 or greater"),
+    ("checkpoint__keep", -1, "checkpoint.keep is -1, but must be 0 or greater"),
+    ("logging__interval", 0, "logging.interval is 0, but must be greater than 0"),
+    ("logging__solver_interval", -1, "logging.solver_interval is -1, but must be 0 or greater"),
+    ("logging__peak_tflops", 0.0, "logging.peak_tflops is 0.0, but must be greater than 0"),
+    ("output_dir", "", "output_dir is empty; name the folder for checkpoints and logs"),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "message"), RANGE_ERRORS)
+def test_ranges(name: str, value: Any, message: str) -> None:
+    assert message_of(**{name: value}) == message
+
+
+COMBINATION_ERRORS: list[tuple[dict[str, Any], str]] = [
+    (
+        {"model__num_attention_heads": 3},
+        "model.hidden_size is 512, but must be a multiple of model.num_attention_heads = 3; change one of them",
+    ),
+    (
+        {"model__hidden_size": 12},
+        "model.hidden_size / model.num_attention_heads is 12 / 4 = 3, but rotary embeddings need an even head "
+        "width; change one of them",
+    ),
+    (
+        {"model__num_key_value_heads": 3},
+        "model.num_key_value_heads is 3, but must divide model.num_attention_heads = 4; change one of them, or "
+        "write null for as many as query heads",
+    ),
+    (
+        {"data__sequence_length": 4096},
+        "data.sequence_length is 4096, but must not exceed model.max_position_embeddings = 2048; lower the first "
+        "or raise the second",
+    ),
+    (
+        {"data__split": [0.9, 0.1]},
+        "data.split is [0.9, 0.1], but must have three shares (train, validation, test), e.g. [0.98, 0.01, 0.01]",
+    ),
+    (
+        {"data__split": [1.1, -0.1, 0.0]},
+        "data.split is [1.1, -0.1, 0.0], but its shares must lie between 0 and 1, the first (train) above 0",
+    ),
+    (
+        {"data__split": [0.9, 0.05, 0.01]},
+        "data.split is [0.9, 0.05, 0.01], which sums to 0.96; the shares must sum to 1",
+    ),
+    (
+        {"solver__iterations": [1, 2]},
+        "solver.iterations lists 2 numbers, but model.num_layers is 12; give one number per layer, or a single "
+        "number for all",
+    ),
+    (
+        {"solver__iterations": -1},
+        "solver.iterations is -1, but iteration counts must be 0 or greater",
+    ),
+    (
+        {"solver__iterations": [0, -1], "model__num_layers": 2},
+        "solver.iterations is [0, -1], but iteration counts must be 0 or greater",
+    ),
+    (
+        {"solver__iterations": [], "model__num_layers": 2},
+        "solver.iterations lists 0 numbers, but model.num_layers is 2; give one number per layer, or a single "
+        "number for all",
+    ),
+    (
+        {"solver__variant": "released", "solver__predictor": "euler"},
+        "solver.predictor is 'euler', which solver.variant 'released' does not have; set solver.predictor to "
+        "'merged' or solver.variant to 'paper'",
+    ),
+    (
+        {"solver__kind": "dlcl", "solver__schedule": [(1.0, 3)]},
+        "solver.schedule is [[1.0, 3]], but solver.kind is 'dlcl', which has no iterations to schedule; set "
+        "solver.schedule to null or solver.kind to 'iiet'",
+    ),
+    (
+        {"solver__schedule": []},
+        "solver.schedule is an empty list; write null for training in one stage",
+    ),
+    (
+        {"solver__schedule": [(0.0, 0), (1.0, 3)]},
+        "solver.schedule is [[0.0, 0], [1.0, 3]], but each stage must be [fraction above 0, iterations 0 or "
+        "greater]",
+    ),
+    (
+        {"solver__schedule": [(0.5, -1), (0.5, 3)]},
+        "solver.schedule is [[0.5, -1], [0.5, 3]], but each stage must be [fraction above 0, iterations 0 or "
+        "greater]",
+    ),
+    (
+        {"solver__schedule": [(0.5, 0), (0.4, 3)]},
+        "solver.schedule is [[0.5, 0], [0.4, 3]], whose fractions sum to 0.9; they must sum to 1",
+    ),
+    (
+        {"solver__schedule": [(0.5, 0), (0.5, 3)], "solver__iterations": [3] * 12},
+        "solver.schedule is [[0.5, 0], [0.5, 3]], but solver.iterations is a list per layer; a schedule needs one "
+        "number for all layers, so make solver.iterations a number or set solver.schedule to null",
+    ),
+    (
+        {"solver__schedule": [(0.5, 0), (0.5, 2)]},
+        "solver.schedule ends with 2 iterations, but solver.iterations is 3; make them equal",
+    ),
+    (
+        {"training__global_batch_size": 12},
+        "training.global_batch_size is 12, but must be a multiple of training.micro_batch_size = 8; set it to 8 "
+        "or 16",
+    ),
+    (
+        {"training__global_batch_size": 4},
+        "training.global_batch_size is 4, but must be a multiple of training.micro_batch_size = 8; set it to 8",
+    ),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), COMBINATION_ERRORS, ids=lambda value: str(value)[:40])
+def test_combinations(changes: dict[str, Any], message: str) -> None:
+    assert message_of(**changes) == message
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"solver__kind": "euler", "solver__iterations": [1, 2]},  # no effect there: one file for all kinds
+        {"solver__kind": "dlcl", "solver__variant": "released", "solver__predictor": "euler"},
+        {"solver__kind": "dlcl", "solver__coefficient_init": "identity"},
+        {"solver__variant": "released", "solver__coefficient_init": "identity"},
+        {"solver__schedule": [(0.75, 0), (0.25, 3)]},
+        {"solver__schedule": [(1 / 3, 0), (1 / 3, 1), (1 / 3, 3)]},
+        {"solver__iterations": [0] * 11 + [4]},
+        {"solver__iterations": 0},
+        {"data__split": [1.0, 0.0, 0.0]},
+        {"model__num_key_value_heads": 2},
+        {"optimizer__gradient_clipping": 0.0},
+        {"training__stop_after": 5000},
+    ],
+    ids=str,
+)
+def test_allowed(changes: dict[str, Any]) -> None:
+    validate(config_with(**changes))
+
+
+@pytest.mark.parametrize(
+    ("ranks", "batch", "message"),
+    [
+        (3, 128, "8 x 3 = 24; set it to 120 or 144, or start 2 or 4 ranks"),
+        (32, 128, "8 x 32 = 256; set it to 256, or start 16 ranks"),
+        (2, 8, "8 x 2 = 16; set it to 16, or start 1 rank"),
+    ],
+)
+def test_world_size(ranks: int, batch: int, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        check_world_size(config_with(training__global_batch_size=batch), ranks)
+    assert str(caught.value) == (
+        f"training.global_batch_size is {batch}, but must be a multiple of training.micro_batch_size times the "
+        f"data-parallel ranks, {message}"
+    )
+
+
+def test_gradient_accumulation_steps() -> None:
+    assert gradient_accumulation_steps(RunConfig(), 1) == 16
+    assert gradient_accumulation_steps(RunConfig(), 4) == 4
+    with pytest.raises(ConfigError):
+        gradient_accumulation_steps(RunConfig(), 5)
+
+
+def test_resolved_values() -> None:
+    config = config_with(model__num_layers=3)
+    assert config.model.resolved_embedding_scale == pytest.approx(50.0)
+    assert config_with(model__embedding_scale=1.0).model.resolved_embedding_scale == 1.0
+    assert config.model.head_dim == 128
+    assert config.model.num_kv_heads == 4
+    assert config_with(model__num_key_value_heads=2).model.num_kv_heads == 2
+    assert iterations_per_layer(config) == [3, 3, 3]
+    assert iterations_per_layer(config_with(model__num_layers=2, solver__iterations=[0, 2])) == [0, 2]
+    assert iterations_per_layer(config_with(model__num_layers=2, solver__kind="dlcl")) == [0, 0]
+
+
+@pytest.mark.parametrize(
+    ("kind", "variant", "init", "resolved"),
+    [
+        ("iiet", "paper", None, "identity"),
+        ("iiet", "released", None, "average"),
+        ("iiet", "released", "identity", "identity"),
+        ("dlcl", "paper", None, "identity"),
+        ("dlcl", "released", None, "identity"),
+        ("dlcl", "paper", "average", "average"),
+    ],
+)
+def test_resolved_coefficient_init(kind: str, variant: str, init: str | None, resolved: str) -> None:
+    changes = {"solver__kind": kind, "solver__variant": variant, "solver__coefficient_init": init}
+    assert config_with(**changes).solver.resolved_coefficient_init == resolved
