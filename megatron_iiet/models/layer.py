@@ -39,7 +39,9 @@ class Rotary(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.length = config.max_position_embeddings
-        inverse_K = config.rotary_base ** (-torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim)
+        # A reciprocal, not a negative power: the rounding must be LLaMA's, position 2000 multiplies it.
+        powers_K = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
+        inverse_K = 1.0 / config.rotary_base**powers_K
         angles_TK = torch.outer(torch.arange(self.length, dtype=torch.float32), inverse_K).repeat(1, 2)
         self.register_buffer("cos", angles_TK.cos(), persistent=False)
         self.register_buffer("sin", angles_TK.sin(), persistent=False)
@@ -80,7 +82,9 @@ class Attention(nn.Module):
         q_BHTK = rotate(q.view(B, T, -1, self.head_dim).transpose(1, 2), tables)
         k_BGTK = rotate(k.view(B, T, -1, self.head_dim).transpose(1, 2), tables)
         v_BGTK = v.view(B, T, -1, self.head_dim).transpose(1, 2)
-        out_BHTK = F.scaled_dot_product_attention(q_BHTK, k_BGTK, v_BGTK, is_causal=True, enable_gqa=self.grouped)
+        out_BHTK = F.scaled_dot_product_attention(
+            q_BHTK, k_BGTK, v_BGTK, is_causal=True, enable_gqa=self.grouped
+        )
         return self.output(out_BHTK.transpose(1, 2).reshape(B, T, self.query_width))
 
     def forward_flops(self, length: int) -> int:

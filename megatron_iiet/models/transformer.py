@@ -73,7 +73,9 @@ class Transformer(nn.Module):
         self.rotary = Rotary(model)
         self.layers = nn.ModuleList(IntegratedLayer(config, n, backend) for n in range(model.num_layers))
         self.norm = RMSNorm(model.hidden_size, model.rms_norm_eps, backend)
-        self.head = None if model.tie_embeddings else nn.Linear(model.hidden_size, model.vocab_size, bias=False)
+        self.head = (
+            None if model.tie_embeddings else nn.Linear(model.hidden_size, model.vocab_size, bias=False)
+        )
 
     @property
     def solvers(self) -> list[Solver]:
@@ -125,7 +127,9 @@ class Transformer(nn.Module):
             if parameter.dim() == 2 and ".solver." not in name:
                 digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
                 generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-                values = torch.empty(parameter.shape).normal_(0.0, self.config.model.init_std, generator=generator)
+                values = torch.empty(parameter.shape).normal_(
+                    0.0, self.config.model.init_std, generator=generator
+                )
                 parameter.copy_(values)
 
     def forward_flops(self, length: int) -> int:

@@ -114,7 +114,8 @@ def _check(
     ):
         raise ValueError(
             f"merge_norm: coefficients is {tuple(coefficients.shape)} {coefficients.dtype} on "
-            f"{coefficients.device}, expected fp32 [{len(increments)}] or [rows, {len(increments)}] on {first.device}"
+            f"{coefficients.device}, expected fp32 [{len(increments)}] or [rows, {len(increments)}] "
+            f"on {first.device}"
         )
     if norm_weight is not None and (
         norm_weight.shape[-1:] != first.shape[-1:] or norm_weight.device != first.device

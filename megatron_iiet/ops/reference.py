@@ -1,4 +1,4 @@
-"""The reference backend of ``merge_norm``: plain torch and its autograd. Other backends are tested against it."""
+"""The reference backend of ``merge_norm``: plain torch and its autograd. Others are tested against it."""
 
 from __future__ import annotations
 

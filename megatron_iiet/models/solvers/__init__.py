@@ -29,4 +29,6 @@ def build_solver(config: RunConfig, layer: int, backend: str) -> Solver:
             coefficient_init=init,
             backend=backend,
         )
-    return ImplicitEuler(layer, iterations=r, predictor=solver.predictor, coefficient_init=init, backend=backend)
+    return ImplicitEuler(
+        layer, iterations=r, predictor=solver.predictor, coefficient_init=init, backend=backend
+    )

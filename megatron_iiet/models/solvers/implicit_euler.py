@@ -57,7 +57,7 @@ class ImplicitEuler(Solver):
 class DLCL(ImplicitEuler):
     """Dynamic linear combination of layers (Wang et al. 2019): the merge without the corrector::
 
-        y_{n+1} = y_n + α_{n,n} F(y_n) + Σ_{j<n} α_{n,j} F̃_j
+    y_{n+1} = y_n + α_{n,n} F(y_n) + Σ_{j<n} α_{n,j} F̃_j
     """
 
     def __init__(self, layer: int, *, coefficient_init: str, backend: str) -> None:

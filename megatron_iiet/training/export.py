@@ -1,0 +1,109 @@
+"""A training checkpoint as a plain fp32 model: what DeepSpeed sharded, put together again."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from megatron_iiet.config import ConfigError, RunConfig, config_from_file
+from megatron_iiet.training import checkpoint
+from megatron_iiet.training.schedules import iterations_at
+
+
+@dataclass(frozen=True)
+class ExportedRun:
+    """A model as a run left it at one of its checkpoints."""
+
+    folder: Path
+    """The checkpoint."""
+    config: RunConfig
+    """Describes the function the model computed at that step; ``data.tokenizer`` is a bare file name."""
+    state: dict[str, Tensor]
+    """Parameter name → fp32 tensor."""
+    tokenizer_files: list[Path]
+    """The run's tokenizer, and the tokenizer_config.json beside it if there is one."""
+
+
+def export_run(run_folder: str | Path, step: int | None = None) -> ExportedRun:
+    """Read the newest checkpoint of a run, or the one of ``step``, whatever its ZeRO stage and world size.
+
+    In the middle of two-stage training the solver is the one of the stage that the step belongs to: a
+    checkpoint of the first stage is exported as the plain Transformer++ it is.
+
+    Raises:
+        ValueError: (and its subclass ConfigError) no run, no such checkpoint, a damaged one, or its
+            tokenizer is gone.
+    """
+    folder = find_checkpoint(run_folder, step)
+    config = _read_config(folder)
+    files = _tokenizer_files(config, folder)
+    state = _read_state(folder)
+    _settle_schedule(config, state, checkpoint.read_state(folder).step)
+    config.data.tokenizer = files[0].name if files else ""
+    return ExportedRun(folder, config, state, files)
+
+
+def find_checkpoint(run_folder: str | Path, step: int | None) -> Path:
+    """The folder of a run's newest complete checkpoint, or of the one after ``step`` steps.
+
+    Raises:
+        ValueError: there is none; the message lists those there are.
+    """
+    folder = checkpoint.checkpoints_folder(run_folder)
+    there = sorted(file.parent.name for file in folder.glob("step_*/state.json"))
+    if not there:
+        raise ConfigError(f"{run_folder} holds no complete checkpoint; give the output_dir of a training run")
+    tag = checkpoint.latest_tag(run_folder) if step is None else checkpoint.tag_of(step)
+    if tag is None:
+        raise ConfigError(
+            f"{folder / 'latest'} is missing; name a checkpoint with --step ({', '.join(there)})"
+        )
+    if tag not in there:
+        raise ConfigError(f"{run_folder} has no checkpoint {tag}; there are {', '.join(there)}")
+    return folder / tag
+
+
+def _read_config(folder: Path) -> RunConfig:
+    path = folder / "config.yaml"
+    if not path.is_file():
+        raise ConfigError(
+            f"{folder} has no config.yaml, so it is not a complete checkpoint; choose another --step"
+        )
+    return config_from_file(path)
+
+
+def _read_state(folder: Path) -> dict[str, Tensor]:
+    from megatron_iiet.training.engine import (
+        export_fp32,
+    )  # imports deepspeed: slow, so only once all else fits
+
+    return export_fp32(folder.parent, folder.name)
+
+
+def _settle_schedule(config: RunConfig, state: dict[str, Tensor], step: int) -> None:
+    """Make the solver section say, without a schedule, what the model computed in its last step."""
+    if config.solver.schedule is None:
+        return
+    iterations, merging = iterations_at(config, max(step - 1, 0))
+    config.solver.schedule = None
+    if merging:
+        config.solver.iterations = iterations[0]
+        return
+    config.solver.kind = "euler"
+    for name in [name for name in state if ".solver." in name]:
+        del state[name]
+
+
+def _tokenizer_files(config: RunConfig, folder: Path) -> list[Path]:
+    if not config.data.tokenizer:
+        return []
+    tokenizer = Path(config.data.tokenizer)
+    if not tokenizer.is_file():
+        raise ConfigError(
+            f"the tokenizer {tokenizer}, which data.tokenizer in {folder / 'config.yaml'} names, is missing; "
+            "put it back, or start from the folder the run was started in"
+        )
+    beside = tokenizer.with_name("tokenizer_config.json")
+    return [tokenizer, beside] if tokenizer.suffix == ".json" and beside.is_file() else [tokenizer]
