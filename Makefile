@@ -13,6 +13,7 @@ CSRC := $(shell find csrc -type f \( -name '*.cpp' -o -name '*.cu' -o -name '*.h
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.package
+	@:
 
 $(VENV)/.python:
 	$(PYTHON) -m venv $(VENV)
