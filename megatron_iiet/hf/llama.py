@@ -203,7 +203,7 @@ class _TensorReader:
         return tensor
 
     def refuse_unread(self) -> None:
-        """Refuse tensors nobody asked for: they would be lost. Rotary tables, which old files store, may be."""
+        """Refuse tensors nobody asked for; only rotary tables, which old files store, may be lost."""
         left = sorted(n for n in self._where.keys() - self._read if not n.endswith("rotary_emb.inv_freq"))
         if left:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""A model as a folder that needs no training stack to read: ``config.yaml`` and fp32 ``model.safetensors``."""
+"""A model as a folder that needs no training stack to read: ``config.yaml``, fp32 ``model.safetensors``."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ class IncrementFn(Protocol):
     """The norm F applies to its input first; a merge that ends in it saves F a pass over memory."""
 
     def __call__(self, y_BTD: Tensor, normed_BTD: Tensor | None, evaluation: int) -> Tensor:
-        """F(y), [B, T, D]; ``normed_BTD`` is ``input_norm(y)`` if known, ``evaluation`` 0 for the predictor."""
+        """F(y), [B, T, D]; ``normed_BTD``: ``input_norm(y)`` if known; ``evaluation``: 0 the predictor."""
 
 
 class Solver(nn.Module):
