@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from typing import NoReturn
 
 EXIT_CODE = 2
 """Exit status of a script that was started with a wrong configuration."""
+
+
+_PATIENCE_SECONDS = 10.0
 
 
 class ConfigError(ValueError):
@@ -25,7 +29,13 @@ def is_first_rank() -> bool:
 
 
 def exit_with_error(message: str) -> NoReturn:
-    """Print ``error: message`` to stderr on the first rank only, and exit with status 2 on every rank."""
+    """Print ``error: message`` to stderr on the first rank only, and exit with status 2 on every rank.
+
+    The other ranks wait a little before they exit: launchers kill all ranks when the first one ends, and
+    that must not be before the first rank has spoken.
+    """
     if is_first_rank():
         print(f"error: {message}", file=sys.stderr, flush=True)
+    else:
+        time.sleep(_PATIENCE_SECONDS)
     sys.exit(EXIT_CODE)

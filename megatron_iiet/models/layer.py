@@ -42,26 +42,31 @@ class Rotary(nn.Module):
         # A reciprocal, not a negative power: the rounding must be LLaMA's, position 2000 multiplies it.
         powers_K = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
         inverse_K = 1.0 / config.rotary_base**powers_K
-        angles_TK = torch.outer(torch.arange(self.length, dtype=torch.float32), inverse_K).repeat(1, 2)
-        self.register_buffer("cos", angles_TK.cos(), persistent=False)
-        self.register_buffer("sin", angles_TK.sin(), persistent=False)
+        angles = torch.outer(torch.arange(self.length, dtype=torch.float32), inverse_K)
+        self.register_buffer("cos", angles.cos().repeat(1, 2), persistent=False)
+        # The rotation swaps the halves and negates one: the sign sits in the table, so a roll does the swap.
+        self.register_buffer("signed_sin", torch.cat((-angles.sin(), angles.sin()), dim=-1), persistent=False)
 
     def forward(self, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Tables of the first ``length`` positions, each [T, K], in ``dtype``."""
+        """Cosines and signed sines of the first ``length`` positions, each [T, K], in ``dtype``."""
         if length > self.length:
             raise ValueError(
                 f"a sequence of {length} tokens is longer than the rotary table "
                 f"(model.max_position_embeddings = {self.length}); shorten it or enlarge the table"
             )
-        cos, sin = self.get_buffer("cos"), self.get_buffer("sin")
+        cos, sin = self.get_buffer("cos"), self.get_buffer("signed_sin")
         return cos[:length].to(dtype), sin[:length].to(dtype)
 
 
 def rotate(x_BHTK: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
     """Apply the rotary tables ([T, K] each) to queries or keys."""
-    cos_TK, sin_TK = tables
-    first, second = x_BHTK.chunk(2, dim=-1)
-    return x_BHTK * cos_TK + torch.cat((-second, first), dim=-1) * sin_TK
+    cos_TK, signed_sin_TK = tables
+    return torch.addcmul(x_BHTK * cos_TK, x_BHTK.roll(x_BHTK.shape[-1] // 2, -1), signed_sin_TK)
+
+
+def weight_count(linear: nn.Linear) -> int:
+    """Entries of a linear map's matrix; from its shape, because ZeRO-3 holds the matrix elsewhere."""
+    return linear.in_features * linear.out_features
 
 
 class Attention(nn.Module):
@@ -89,8 +94,9 @@ class Attention(nn.Module):
 
     def forward_flops(self, length: int) -> int:
         """FLOPs of one sequence: projections and the full T × T scores (the causal half is counted too)."""
-        weights = self.qkv.weight.numel() + self.output.weight.numel()
-        return (2 * weights + 4 * self.query_width * length) * length
+        return (
+            2 * (weight_count(self.qkv) + weight_count(self.output)) + 4 * self.query_width * length
+        ) * length
 
 
 class SwiGLU(nn.Module):
@@ -107,7 +113,7 @@ class SwiGLU(nn.Module):
 
     def forward_flops(self, length: int) -> int:
         """FLOPs of one sequence of ``length`` tokens."""
-        return 2 * (self.gate_up.weight.numel() + self.down.weight.numel()) * length
+        return 2 * (weight_count(self.gate_up) + weight_count(self.down)) * length
 
 
 class DecoderLayer(nn.Module):

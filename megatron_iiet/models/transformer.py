@@ -143,7 +143,7 @@ class Transformer(nn.Module):
 
     def head_flops(self, length: int) -> int:
         """FLOPs of the output head on one sequence: 2·d·V·T."""
-        return 2 * self.embedding.weight.numel() * length
+        return 2 * self.embedding.num_embeddings * self.embedding.embedding_dim * length
 
     def num_parameters(self) -> int:
         """Parameters, tied ones once, merge coefficients and solver norms included."""

@@ -81,8 +81,12 @@ def merge_norm(
         MergeNorm: merged and normed, with a leading R if ``coefficients`` has rows.
 
     Raises:
-        ValueError: shapes, types or devices do not fit; the message names the argument.
+        ValueError: shapes, types or devices do not fit, or the backend is none; the message names the argument.
     """
+    if backend not in _BACKENDS:
+        raise ValueError(
+            f"merge_norm: backend is '{backend}', but only {', '.join(sorted(_BACKENDS))} is available here"
+        )
     _check(residual, increments, coefficients, norm_weight)
     return MergeNorm(*_BACKENDS[backend](residual, increments, coefficients, norm_weight, eps))
 
@@ -117,10 +121,10 @@ def _check(
             f"{coefficients.device}, expected fp32 [{len(increments)}] or [rows, {len(increments)}] "
             f"on {first.device}"
         )
-    if norm_weight is not None and (
-        norm_weight.shape[-1:] != first.shape[-1:] or norm_weight.device != first.device
-    ):
-        raise ValueError(
-            f"merge_norm: norm_weight is {tuple(norm_weight.shape)} on {norm_weight.device}, "
-            f"expected a last dimension of {first.shape[-1]} on {first.device}"
-        )
+    if norm_weight is not None:
+        width, rows = first.shape[-1:], () if coefficients is None else coefficients.shape[:-1]
+        if norm_weight.shape not in (width, (*rows, *width)) or norm_weight.device != first.device:
+            raise ValueError(
+                f"merge_norm: norm_weight is {tuple(norm_weight.shape)} on {norm_weight.device}, expected "
+                f"[{width[0]}], or [rows, {width[0]}] with coefficient rows, on {first.device}"
+            )

@@ -33,13 +33,17 @@ def _merge(residual: Tensor | None, increments: Sequence[Tensor], coefficients: 
     storage = increments[0].dtype
     total = None if residual is None else residual.float()
     for j, increment in enumerate(increments):
-        term = increment.float() if coefficients is None else coefficients[j] * increment.float()
-        total = term if total is None else total + term
+        if total is None:
+            total = increment.float() if coefficients is None else coefficients[j] * increment.float()
+        elif coefficients is None:
+            total = total + increment.float()
+        else:
+            total = torch.addcmul(total, increment.float(), coefficients[j])
     assert total is not None
     return total.to(storage)
 
 
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     x32 = x.float()
-    normed = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)
-    return (normed * weight.float()).to(x.dtype)
+    mean_square = torch.linalg.vecdot(x32, x32).unsqueeze(-1) / x.shape[-1]
+    return (x32 * torch.rsqrt(mean_square + eps) * weight.float()).to(x.dtype)

@@ -117,7 +117,9 @@ def write_durably(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
-def check_resumable(folder: Path, config: RunConfig, state: TrainState, world_size: int, zero_stage: int) -> None:
+def check_resumable(
+    folder: Path, config: RunConfig, state: TrainState, world_size: int, zero_stage: int
+) -> None:
     """Refuse a checkpoint that another architecture, layout or precision wrote.
 
     Raises:

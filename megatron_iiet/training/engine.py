@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import logging
-from collections.abc import Iterable, Iterator
+import pickle
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -26,6 +29,8 @@ from megatron_iiet.training.optimizer import build_optimizer, parameter_groups
 # hangs it). It serves inference only.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
+MODEL_STATES = "mp_rank_00_model_states.pt"  # DeepSpeed's file of the module's weights, stages 0 to 2
+
 
 @dataclass(frozen=True)
 class StepResult:
@@ -46,7 +51,9 @@ class MixedPrecisionEngine(DeepSpeedEngine):
     copy of a marked parameter is bf16 like the rest (its master copy is fp32 in every stage).
     """
 
-    def _cast_module_mixed_precision(self, param_dtype: torch.dtype | None, *args: Any, **kwargs: Any) -> None:
+    def _cast_module_mixed_precision(
+        self, param_dtype: torch.dtype | None, *args: Any, **kwargs: Any
+    ) -> None:
         kept = {}
         if self.zero_optimization_stage() < 3:
             kept = {p: p.data for p in self.module.parameters() if getattr(p, "keep_fp32", False)}
@@ -69,15 +76,16 @@ class Engine:
         self.zero_stage: int = ds_config.get("zero_optimization", {}).get("stage", 0)
         self.accumulation: int = ds_config["gradient_accumulation_steps"]
         own_optimizer = "optimizer" not in ds_config
-        self._engine = MixedPrecisionEngine(
-            args=None,
-            model=model,
-            optimizer=build_optimizer(model, config.optimizer) if own_optimizer else None,
-            model_parameters=None if own_optimizer else parameter_groups(model, config.optimizer),
-            config=ds_config,
-            config_class=DeepSpeedConfig(ds_config),
-            dist_init_required=False,
-        )
+        with redirect_stdout(io.StringIO()):  # it prints a memory report a parameter group
+            self._engine = MixedPrecisionEngine(
+                args=None,
+                model=model,
+                optimizer=build_optimizer(model, config.optimizer) if own_optimizer else None,
+                model_parameters=None if own_optimizer else parameter_groups(model, config.optimizer),
+                config=ds_config,
+                config_class=DeepSpeedConfig(ds_config),
+                dist_init_required=False,
+            )
 
     def train_step(self, micro_batches: Iterator[Tensor], lr: float) -> StepResult:
         """One optimizer step over ``accumulation`` micro-batches of token windows, each [b, T + 1]."""
@@ -123,7 +131,9 @@ class Engine:
     def coefficient_norms(self) -> dict[str, float]:
         """Euclidean norm of every solver's merge coefficients, by parameter; the same on every rank."""
         named = {
-            name: p for name, p in self.model.named_parameters() if name.endswith("coefficients") and p.requires_grad
+            name: p
+            for name, p in self.model.named_parameters()
+            if name.endswith("coefficients") and p.requires_grad
         }
         with deepspeed.zero.GatheredParameters(list(named.values()), enabled=self.zero_stage == 3):
             return {name: p.detach().float().norm().item() for name, p in named.items()}
@@ -136,7 +146,9 @@ class Engine:
         """Restore weights and optimizer from ``folder/tag``, written under the same layout."""
         loaded, _ = self._engine.load_checkpoint(str(folder), tag=tag)
         if loaded is None:
-            raise ValueError(f"{folder / tag} holds no DeepSpeed checkpoint; remove it to start from an older one")
+            raise ValueError(
+                f"{folder / tag} holds no DeepSpeed checkpoint; remove it to start from an older one"
+            )
 
     def _split(self, windows: Tensor) -> tuple[Tensor, Tensor]:
         windows = windows.to(self.context.device, non_blocking=True)
@@ -144,7 +156,52 @@ class Engine:
 
 
 def export_fp32(folder: Path, tag: str) -> dict[str, Tensor]:
-    """The fp32 weights of a checkpoint of any ZeRO stage, parameter name → tensor, read without a process group."""
+    """The fp32 weights of a checkpoint, parameter name → tensor, read without a process group.
+
+    Like resuming, it unpickles what DeepSpeed pickled: read checkpoints of your own runs only.
+
+    Raises:
+        ValueError: DeepSpeed's files are missing, damaged or incomplete.
+    """
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-    return cast(dict[str, Tensor], get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=tag))
+    shards = folder / tag
+    files = sorted(shards.glob("*_optim_states.pt"), key=lambda file: (len(file.name), file.name))
+    try:
+        if not files:  # stage 0 in fp32: the module's weights are the masters
+            states = torch.load(shards / MODEL_STATES, map_location="cpu", weights_only=True)
+            return cast(dict[str, Tensor], states["module"])
+        first = torch.load(files[0], map_location="cpu", weights_only=False, mmap=True)[
+            "optimizer_state_dict"
+        ]
+        if "zero_stage" not in first:
+            return _export_bf16_optimizer(shards, files)
+        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):  # it narrates
+            return cast(dict[str, Tensor], get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=tag))
+    except (OSError, ValueError, RuntimeError, KeyError, EOFError, pickle.UnpicklingError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{shards} is not a complete DeepSpeed checkpoint ({reason})") from None
+
+
+def _export_bf16_optimizer(shards: Path, files: Sequence[Path]) -> dict[str, Tensor]:
+    """Stage 1 in bf16: DeepSpeed's BF16_Optimizer, a layout that its zero_to_fp32 does not read.
+
+    Every parameter group is one flat fp32 tensor, cut into equal parts over the ranks and padded at the end.
+    """
+    ranks = [
+        torch.load(file, map_location="cpu", weights_only=False, mmap=True)["optimizer_state_dict"]
+        for file in files
+    ]
+    parts = max(ranks[0]["partition_count"])
+    if parts != len(files):
+        raise ValueError(f"{parts} ranks wrote it, but there are {len(files)} optimizer files")
+    states = torch.load(shards / MODEL_STATES, map_location="cpu", weights_only=False, mmap=True)
+    weights: dict[str, Tensor] = {}
+    for group, shapes in enumerate(states["param_shapes"]):
+        flat = torch.cat([rank["single_partition_of_fp32_groups"][group] for rank in ranks])
+        sizes = [shape.numel() for shape in shapes.values()]
+        pieces = flat.split([*sizes, flat.numel() - sum(sizes)])
+        weights |= {
+            name: piece.view(shape) for (name, shape), piece in zip(shapes.items(), pieces, strict=False)
+        }
+    return weights

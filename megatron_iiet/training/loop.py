@@ -28,13 +28,15 @@ def train(run: Run, callbacks: Sequence[Callback]) -> None:
             run.model.set_iterations(iterations, merging=merging)
             run.say(f"step {run.step:>6} | {run.describe_solver()}")
         started = time.perf_counter()
-        result = run.engine.train_step(run.batches, learning_rate(config.optimizer, run.step, config.training.steps))
+        result = run.engine.train_step(
+            run.batches, learning_rate(config.optimizer, run.step, config.training.steps)
+        )
         run.step_seconds = time.perf_counter() - started
         run.step += 1
         if not math.isfinite(result.loss):
             raise FloatingPointError(
-                f"the loss of step {run.step} is {result.loss}; resume from the last checkpoint with a smaller "
-                f"optimizer.lr (now {config.optimizer.lr}) or a larger optimizer.warmup_fraction"
+                f"the loss of step {run.step} is {result.loss}; resume from the last checkpoint with a "
+                f"smaller optimizer.lr (now {config.optimizer.lr}) or a larger optimizer.warmup_fraction"
             )
         for callback in callbacks:
             callback.on_step(run, result)

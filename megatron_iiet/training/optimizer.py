@@ -16,7 +16,9 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str
     Parameters that stay fp32 in bf16 training have a group of their own, because DeepSpeed flattens each
     group into one tensor.
     """
-    decayed, plain, fp32 = [], [], []
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
+    fp32: list[nn.Parameter] = []
     for parameter in model.parameters():
         if getattr(parameter, "keep_fp32", False):
             fp32.append(parameter)

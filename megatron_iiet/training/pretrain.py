@@ -27,46 +27,57 @@ from megatron_iiet.training.run import Run
 
 
 def pretrain(loaded: LoadedConfig) -> None:
-    """Train the model that a configuration describes, from scratch or from the newest checkpoint of its folder.
+    """Train the model that a configuration describes, from scratch or from its newest checkpoint.
 
     Raises:
-        ValueError: (and its subclass ConfigError) the configuration, data, tokenizer or checkpoint do not fit;
-            raised before anything is trained or written.
+        ConfigError: configuration, data, tokenizer or checkpoint do not fit; raised before anything is
+            trained or written.
     """
-    config = loaded.config
     with ParallelContext.start() as context:
-        ds_config = reconciled_ds_config(loaded, context.data_parallel_size)
-        backend, reason = resolve_backend(config.ops.backend)
-        check_tokenizer(config)
-        splits = build_splits(config.data.prefix, config.data.sequence_length, config.data.split)
-        tag = find_checkpoint(config, ds_config, context)
-
-        model = Transformer(config, backend=backend)
-        model.initialise(config.training.seed)
-        run = Run(
-            config,
-            context,
-            model,
-            Engine(model, config, ds_config, context),
-            train_batches(config, splits, context),
-        )
-        run.say(describe_start(config, model, splits, context, ds_config))
-        run.say(f"merge_norm backend: {backend} ({reason})")
-        if tag is not None:
-            report_resume(run, tag)
-            run.resume(tag)
-        if context.is_main:
-            write_run_files(config, ds_config)
         try:
-            train(run, build_callbacks(config, splits, context))
+            run, chosen = prepare(loaded, context)
+        except ConfigError:
+            raise
+        except ValueError as error:  # the data and ops rooms know nothing of configurations
+            raise ConfigError(str(error)) from error
+        try:
+            train(run, chosen)
         finally:
             run.close()
+
+
+def prepare(loaded: LoadedConfig, context: ParallelContext) -> tuple[Run, list[callbacks.Callback]]:
+    """Check everything, then build the run and its callbacks; the cheapest checks come first."""
+    config = loaded.config
+    ds_config = reconciled_ds_config(loaded, context.data_parallel_size)
+    backend, reason = resolve_backend(config.ops.backend)
+    check_tokenizer(config)
+    splits = build_splits(config.data.prefix, config.data.sequence_length, config.data.split)
+    tag = find_checkpoint(config, ds_config, context)
+
+    model = Transformer(config, backend=backend)
+    model.initialise(config.training.seed)
+    counts = model.num_parameters(), model.num_solver_parameters()  # ZeRO-3 is about to take them away
+    engine = Engine(model, config, ds_config, context)
+    run = Run(config, context, model, engine, train_batches(config, splits, context))
+    run.say(describe_start(run, splits, *counts))
+    run.say(f"merge_norm backend: {backend} ({reason})")
+    if tag is not None:
+        report_resume(run, tag)
+        run.resume(tag)
+    if context.is_main:
+        write_run_files(config, ds_config)
+    return run, build_callbacks(config, splits, context)
 
 
 def reconciled_ds_config(loaded: LoadedConfig, data_parallel_size: int) -> dict[str, Any]:
     """The DeepSpeed configuration with our values filled in; checked against the number of ranks."""
     check_world_size(loaded.config, data_parallel_size)
-    ds_json = load_ds_config(loaded.ds_config_path) if loaded.ds_config_path else {"zero_optimization": {"stage": 1}}
+    ds_json = (
+        load_ds_config(loaded.ds_config_path)
+        if loaded.ds_config_path
+        else {"zero_optimization": {"stage": 1}}
+    )
     return reconcile(ds_json, loaded.config, data_parallel_size)
 
 
@@ -128,20 +139,20 @@ def build_callbacks(config: RunConfig, splits: Splits, context: ParallelContext)
     return chosen
 
 
-def describe_start(
-    config: RunConfig, model: Transformer, splits: Splits, context: ParallelContext, ds_config: dict[str, Any]
-) -> str:
+def describe_start(run: Run, splits: Splits, parameters: int, solver_parameters: int) -> str:
     """The opening lines of a run."""
-    training, m = config.training, config.model
-    solver_parameters = model.num_solver_parameters()
-    tokens = training.global_batch_size * config.data.sequence_length
-    stage = ds_config.get("zero_optimization", {}).get("stage", 0)
-    return (
-        f"model: {m.num_layers} layers, d {m.hidden_size}, ffn {m.ffn_hidden_size}, {m.num_attention_heads} heads, "
-        f"vocabulary {m.vocab_size}: {model.num_parameters():,} parameters, {solver_parameters:,} of them the solver's\n"
-        f"data: {len(splits.train):,} training windows of {config.data.sequence_length} tokens from {config.data.prefix}\n"
-        f"training: {training.steps} steps of {tokens:,} tokens, {context.world_size} data-parallel ranks on "
-        f"{context.device.type}, {training.precision}, ZeRO stage {stage}"
+    config, context = run.config, run.context
+    m, length = config.model, config.data.sequence_length
+    return "\n".join(
+        (
+            f"model: {m.num_layers} layers, d {m.hidden_size}, ffn {m.ffn_hidden_size}, "
+            f"{m.num_attention_heads} heads, vocabulary {m.vocab_size}: "
+            f"{parameters:,} parameters, {solver_parameters:,} of them the solver's",
+            f"data: {len(splits.train):,} training windows of {length} tokens from {config.data.prefix}",
+            f"training: {config.training.steps} steps of "
+            f"{config.training.global_batch_size * length:,} tokens, {context.world_size} data-parallel rank(s) "
+            f"on {context.device.type}, {config.training.precision}, ZeRO stage {run.engine.zero_stage}",
+        )
     )
 
 
@@ -159,5 +170,3 @@ def write_run_files(config: RunConfig, ds_config: dict[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint.write_durably(folder / "config.yaml", config_to_yaml(config))
     checkpoint.write_durably(folder / "ds_config.json", json.dumps(ds_config, indent=2) + "\n")
-
-

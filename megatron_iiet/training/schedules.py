@@ -31,12 +31,11 @@ def iterations_at(config: RunConfig, step: int) -> tuple[list[int], bool]:
     schedule = config.solver.schedule
     if config.solver.kind != "iiet" or not schedule:
         return iterations_per_layer(config), True
+    layers = config.model.num_layers
     end = 0.0
-    for fraction, r in schedule:
+    for fraction, r in schedule[:-1]:
         end += fraction
         if step < round(end * config.training.steps):
-            break
-    if r == 0:
-        return [0] * config.model.num_layers, False
-    last = end >= 1.0 - 1e-6
-    return (iterations_per_layer(config) if last else [r] * config.model.num_layers), True
+            return [r] * layers, r > 0
+    final = iterations_per_layer(config)
+    return final, any(final)

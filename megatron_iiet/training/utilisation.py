@@ -12,7 +12,7 @@ import torch
 
 from megatron_iiet.models.transformer import Transformer
 
-# Dense bf16 peaks in TFLOP/s from the makers' data sheets, by a part of the device's name; the first hit counts.
+# Dense bf16 peaks in TFLOP/s from the makers' data sheets, by a part of the device's name; first hit.
 _BF16_PEAKS = (
     ("GB200", 2450.0),
     ("B200", 2250.0),

@@ -34,8 +34,9 @@ class ImplicitEuler(Solver):
         f = increment_fn(y_BTD, None, 0)
         if self.predictor == "euler" and self.iterations == 0:
             return y_BTD + f, f  # plain Transformer++: there is no corrector to merge in
-        base = history.merge(y_BTD, self.coefficients[:-1], backend=self.backend)
-        own = self.coefficients[-1:]
+        coefficients = self.coefficients.float()  # ZeRO-3 in bf16 can't keep them fp32
+        base = history.merge(y_BTD, coefficients[:-1], backend=self.backend)
+        own = coefficients[-1:]
         iterate = y_BTD
         for i in range(self.iterations + 1):
             before = iterate

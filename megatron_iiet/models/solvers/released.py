@@ -57,19 +57,21 @@ class ReleasedImplicitEuler(Solver):
     def step(self, y_BTD: Tensor, increment_fn: IncrementFn, history: History) -> tuple[Tensor, Tensor]:
         n = self.layer
         norm = increment_fn.input_norm
-        own, readout_own = self.coefficients[n : n + 1], self.readout_coefficients[n : n + 1]
+        row, readout_row = self.coefficients.float(), self.readout_coefficients.float()
         output = self.predictor_norm(y_BTD + increment_fn(y_BTD, None, 0))
         self.observe(0, y_BTD, output)
         if self.iterations == 0:
             base = None
-            readout_base = history.merge(None, self.readout_coefficients[:n], backend=self.backend)
+            readout_base = history.merge(None, readout_row[:n], backend=self.backend)
         else:
-            rows = torch.stack((self.coefficients[:n], self.readout_coefficients[:n]))
+            rows = torch.stack((row[:n], readout_row[:n]))
             base, readout_base = history.merge(None, rows, backend=self.backend)
         for i in range(1, self.iterations + 1):
             before = output
-            h_BTD, normed = merge_norm(base, (output,), own, norm.weight, eps=norm.eps, backend=self.backend)
+            h_BTD, normed = merge_norm(
+                base, (output,), row[n : n + 1], norm.weight, eps=norm.eps, backend=self.backend
+            )
             output = self.corrector_norm(h_BTD + increment_fn(h_BTD, normed, i))
             self.observe(i, before, output)
-        h_BTD = merge_norm(readout_base, (output,), readout_own, backend=self.backend).merged
+        h_BTD = merge_norm(readout_base, (output,), readout_row[n : n + 1], backend=self.backend).merged
         return h_BTD, output

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 class Callback:
-    """Called on every rank, in the order of the run's list. Collectives are allowed; decide by step, not by time."""
+    """Called on every rank, in the run's order. Collectives are allowed; decide by step, not by time."""
 
     def on_start(self, run: Run) -> None:
         """Before the first step of this process (also after a resume)."""

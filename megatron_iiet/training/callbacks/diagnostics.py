@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class SolverDiagnostics(Callback):
-    """Every ``interval`` steps: relative residual and influence per layer and iterate on one validation batch."""
+    """Every ``interval`` steps: relative residual and influence per layer and iterate, on one batch."""
 
     def __init__(self, batch: Tensor, interval: int) -> None:
         """``batch``: token windows [b, T + 1], the same on every rank."""
@@ -27,7 +27,10 @@ class SolverDiagnostics(Callback):
             return
         with observe_iterates(run.model) as statistics:
             run.engine.forward(self.batch)
-        values = {f"relative_residual/layer_{n}_iterate_{i}": v for (n, i), v in statistics.relative_residual.items()}
+        values = {
+            f"relative_residual/layer_{n}_iterate_{i}": v
+            for (n, i), v in statistics.relative_residual.items()
+        }
         values |= {f"influence/layer_{n}_iterate_{i}": v for (n, i), v in statistics.influence.items()}
         if not values:
             return

@@ -32,4 +32,6 @@ class Validation(Callback):
     def _validate(self, run: Run) -> None:
         loss = run.engine.evaluate(self.batches)
         run.record({"validation_loss": loss, "validation_perplexity": math.exp(min(loss, 700.0))})
-        run.say(f"step {run.step:>6} | validation loss {loss:.4f} | perplexity {math.exp(min(loss, 700.0)):.2f}")
+        run.say(
+            f"step {run.step:>6} | validation loss {loss:.4f} | perplexity {math.exp(min(loss, 700.0)):.2f}"
+        )

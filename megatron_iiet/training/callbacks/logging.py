@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class MetricLogger(Callback):
-    """Records every step; every ``logging.interval`` steps adds throughput and prints a line a human can read.
+    """Records every step; every ``logging.interval`` steps adds throughput and prints a line.
 
     Throughput is of training alone: time spent in validation, diagnostics and saving is left out.
     """
@@ -53,7 +53,9 @@ class MetricLogger(Callback):
         base = self.seconds * self.peak * run.context.world_size
         mfu, hfu = (flops / base if base else math.nan for flops in (self.needed_flops, self.done_flops))
         run.record({"tokens_per_second": tokens / self.seconds, "mfu": mfu, "hfu": hfu})
-        run.record({f"coefficient_norm/{name}": norm for name, norm in run.engine.coefficient_norms().items()})
+        run.record(
+            {f"coefficient_norm/{name}": norm for name, norm in run.engine.coefficient_norms().items()}
+        )
         left = _clock((run.last_step - run.step) * self.seconds / self.steps)
         run.say(
             f"step {run.step:>6}/{config.training.steps} | loss {result.loss:.4f} | lr {result.lr:.2e} | "

@@ -1,0 +1,42 @@
+"""What ranks do in the tests: a whole pretraining run through the public entry point's parts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_iiet.config import LoadedConfig, RunConfig, config_from_dict, config_to_dict
+from megatron_iiet.parallel import ParallelContext
+from megatron_iiet.training.loop import train
+from megatron_iiet.training.pretrain import prepare
+
+
+def ds_json(folder: Path, stage: int, **extra: Any) -> Path:
+    """An ordinary DeepSpeed JSON of a ZeRO stage."""
+    path = folder / f"zero{stage}.json"
+    path.write_text(json.dumps({"zero_optimization": {"stage": stage}} | extra))
+    return path
+
+
+def pretrain_rank(config: dict[str, Any], ds_path: Path | None) -> dict[str, torch.Tensor]:
+    """Train as ``pretrain_iiet.py`` does; returns the fp32 master weights, parameter name → tensor."""
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    loaded = LoadedConfig(config_from_dict(config), None, ds_path)
+    with ParallelContext.start() as context:
+        run, callbacks = prepare(loaded, context)
+        train(run, callbacks)
+        run.close()
+        weights = {}
+        for name, parameter in run.model.named_parameters():
+            full = safe_get_full_fp32_param(parameter) if run.engine.zero_stage else parameter.detach()
+            weights[name] = full.clone()
+        return weights if context.is_main else {}
+
+
+def as_data(config: RunConfig) -> dict[str, Any]:
+    """A configuration as plain data, to cross a process boundary."""
+    return config_to_dict(config)
