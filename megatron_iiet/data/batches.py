@@ -5,16 +5,18 @@ is :class:`~megatron_iiet.data.permutation.Permutation` (seed, epoch). Global ba
 [s G, (s + 1) G). Data-parallel size and micro-batch only decide who reads which rows, so the state of the
 reader is one number and survives a change of both.
 
-Shapes: B micro-batch, T sequence length; _B1 means [B, T + 1].
+Shape suffixes: B micro-batch, T1 window of T + 1 tokens.
 """
 
 from __future__ import annotations
 
 import signal
 from collections.abc import Iterator, Sequence
+from itertools import count
 from typing import NamedTuple, Protocol
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch.utils.data import DataLoader
 
@@ -114,45 +116,48 @@ class TrainBatches:
     def __next__(self) -> torch.Tensor:
         if self._batches is None:
             self._batches = self._read()
-        tokens_B1 = next(self._batches)
+        tokens_BT1 = next(self._batches)
         self._delivered += 1
-        return tokens_B1
+        return tokens_BT1
 
     def _read(self) -> Iterator[torch.Tensor]:
-        rows = self._rows(self._start)
+        # Nothing below may refer to self: a cycle would leave the reading processes to the garbage collector,
+        # which takes them down in an order that costs five seconds each.
+        dataset = self.dataset
+        order = _Order(len(dataset), self._seed)
+        size = self.micro_batch_size
+        first, step = self._start + self._rank * size, self._ranks * size
+        rows = (order.windows(np.arange(i, i + size)).tolist() for i in count(first, step))
         if self._num_workers == 0:
-            return (_stack(self.dataset, indices) for indices in rows)
+            return (_stack(dataset, indices) for indices in rows)
         loader: DataLoader[torch.Tensor] = DataLoader(
-            self.dataset,  # type: ignore[arg-type]
+            dataset,  # type: ignore[arg-type]
             batch_sampler=_Endless(rows),
             num_workers=self._num_workers,
             worker_init_fn=_ignore_signals,
+            generator=torch.Generator(),  # else each start draws from the generator that dropout uses
         )
         return iter(loader)
 
-    def _rows(self, start: int) -> Iterator[list[int]]:
-        """Window numbers of each of this rank's micro-batches, from global sample ``start`` on."""
-        n, size = len(self.dataset), self.micro_batch_size
-        order = Permutation(n, self._seed, 0)
-        epoch = 0
-        for first in _micro_batch_starts(start, size, self._rank, self._ranks):
-            samples = np.arange(first, first + size)
-            windows = np.empty(size, dtype=np.int64)
-            for sample_epoch in np.unique(samples // n):
-                if sample_epoch != epoch:
-                    epoch = int(sample_epoch)
-                    order = Permutation(n, self._seed, epoch)
-                inside = samples // n == sample_epoch
-                windows[inside] = order(samples[inside] % n)
-            yield windows.tolist()
 
+class _Order:
+    """Sample numbers over all epochs -> window numbers."""
 
-def _micro_batch_starts(start: int, size: int, rank: int, ranks: int) -> Iterator[int]:
-    """First sample of each micro-batch; G is a multiple of size * ranks, so global batches need no care."""
-    first = start + rank * size
-    while True:
-        yield first
-        first += size * ranks
+    def __init__(self, n: int, seed: int) -> None:
+        self._n = n
+        self._seed = seed
+        self._current = (0, Permutation(n, seed, 0))
+
+    def windows(self, samples_B: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Windows of samples [B]; an epoch may end within them."""
+        epochs_B, positions_B = np.divmod(samples_B, self._n)
+        windows_B = np.empty_like(samples_B)
+        for epoch in np.unique(epochs_B).tolist():
+            if epoch != self._current[0]:
+                self._current = (epoch, Permutation(self._n, self._seed, epoch))
+            inside_B = epochs_B == epoch
+            windows_B[inside_B] = self._current[1](positions_B[inside_B])
+        return windows_B
 
 
 def _stack(dataset: Windows, indices: Sequence[int]) -> torch.Tensor:
@@ -221,5 +226,5 @@ class ValidationBatches:
         for batch in range(len(self)):
             first = (batch * self._ranks + self._rank) * self._size
             rows = range(first, first + self._size)
-            tokens_B1 = _stack(self._dataset, [row if row < self.samples else 0 for row in rows])
-            yield ValidationBatch(tokens_B1, torch.tensor([float(row < self.samples) for row in rows]))
+            tokens_BT1 = _stack(self._dataset, [row if row < self.samples else 0 for row in rows])
+            yield ValidationBatch(tokens_BT1, torch.tensor([float(row < self.samples) for row in rows]))

@@ -114,7 +114,7 @@ def build_corpus(
     chosen = installed_packages(packages)
     rows: list[tuple[bytes, str]] = []
     shares: list[PackageShare] = []
-    selection = _Selection(min_characters)
+    selection = _Selection()
     for package, docstrings in zip(chosen, _extract_all(chosen, min_characters, workers), strict=True):
         kept = [docstring for docstring in docstrings if selection.keep(docstring.text)]
         rows += ((_order_key(docstring.text), _row(package, docstring)) for docstring in kept)
@@ -239,9 +239,9 @@ def _is_encodable(text: str) -> bool:
 def prose_share(text: str) -> float:
     """Share of the characters of ``text`` in prose lines, 0 to 1.
 
-    A prose line has at least three plain words (letters only, punctuation around them aside), and they are at
-    least 60 % of its blank-separated parts. Doctest examples (``>>>`` to the next blank line) and fenced code
-    are never prose.
+    A prose line has at least three plain words (two or more letters, punctuation around them aside), and they
+    are at least half of its blank-separated parts. Doctest examples (``>>>`` to the next blank line) and
+    fenced code are never prose.
     """
     total = prose = 0
     in_example = in_fence = False
@@ -254,8 +254,9 @@ def prose_share(text: str) -> float:
         if in_example or in_fence:
             continue
         parts = line.split()
-        plain = sum(part.strip(".,;:()\"'").isalpha() for part in parts)
-        if plain >= 3 and plain >= 0.6 * len(parts):
+        words = (part.strip(".,;:()\"'") for part in parts)
+        plain = sum(len(word) > 1 and word.isalpha() for word in words)
+        if plain >= max(3, 0.5 * len(parts)):
             prose += len(line)
     return prose / max(total, 1)
 
@@ -263,8 +264,7 @@ def prose_share(text: str) -> float:
 class _Selection:
     """Decides, document after document, what enters the corpus."""
 
-    def __init__(self, min_characters: int) -> None:
-        self._min_characters = min_characters
+    def __init__(self) -> None:
         self._texts: set[bytes] = set()
         self._lines: set[str] = set()
         self.dropped: Counter[str] = Counter()

@@ -1,0 +1,72 @@
+"""The computed order is a bijection for every size and key, and looks random."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_iiet.data.permutation import Permutation
+
+INT64 = st.integers(-(2**63), 2**63 - 1)
+
+
+@settings(max_examples=80, deadline=None)
+@given(n=st.integers(1, 3000), seed=INT64, epoch=st.integers(0, 10**6))
+def test_bijection(n: int, seed: int, epoch: int) -> None:
+    images = Permutation(n, seed, epoch)(np.arange(n))
+    assert images.dtype == np.int64
+    assert np.array_equal(np.sort(images), np.arange(n))
+
+
+@settings(max_examples=30, deadline=None)
+@given(n=st.integers(2**40, 2**62), start=st.integers(0, 2**40 - 1000))
+def test_large_ranges_stay_inside_without_collision(n: int, start: int) -> None:
+    images = Permutation(n, 1, 2)(np.arange(start, start + 1000))
+    assert images.min() >= 0
+    assert images.max() < n
+    assert len(np.unique(images)) == 1000
+
+
+@given(n=st.integers(2, 500), data=st.data())
+def test_shape_and_slices_do_not_matter(n: int, data: st.DataObject) -> None:
+    order = Permutation(n, 5, 0)
+    positions = np.array(data.draw(st.lists(st.integers(0, n - 1), min_size=1, max_size=20)))
+    assert order(positions).tolist() == order(np.arange(n))[positions].tolist()
+    assert order(positions[None]).shape == (1, len(positions))
+    assert int(order(int(positions[0]))) == int(order(positions)[0])
+
+
+def test_keys_give_different_orders() -> None:
+    orders = [Permutation(10_000, *key)(np.arange(10_000)) for key in [(0, 0), (0, 1), (1, 0)]]
+    for i, one in enumerate(orders):
+        for other in orders[:i]:
+            assert (one == other).sum() < 20  # 1 expected by chance
+
+
+def test_looks_random() -> None:
+    """Fixed points, neighbours and correlation of a random order of 65,537 things."""
+    n = 65_537
+    images = Permutation(n, 3, 0)(np.arange(n))
+    assert (images == np.arange(n)).sum() < 10
+    assert (np.abs(np.diff(images)) == 1).sum() < 15  # 2 expected
+    assert abs(np.corrcoef(np.arange(n), images)[0, 1]) < 0.02
+    counts = np.histogram(images[: n // 8], bins=64, range=(0, n))[0]  # 128 in each expected
+    assert ((counts - 128) ** 2 / 128).sum() < 120  # chi squared, 63 degrees of freedom
+
+
+def test_order_is_frozen() -> None:
+    """A checkpoint stores a position in this order: changing it silently changes resumed runs."""
+    assert Permutation(1000, 1234, 7)(np.arange(5)).tolist() == [487, 786, 59, 209, 248]
+
+
+@pytest.mark.parametrize("n", [0, -1, 2**62 + 1])
+def test_impossible_sizes(n: int) -> None:
+    with pytest.raises(ValueError, match=f"Cannot permute {n} things"):
+        Permutation(n, 0, 0)
+
+
+def test_positions_outside() -> None:
+    with pytest.raises(IndexError, match=r"leave \[0, 10\)"):
+        Permutation(10, 0, 0)([3, 10])
