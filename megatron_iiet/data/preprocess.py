@@ -7,14 +7,16 @@ border. Results are written in input order, so the shard does not depend on the 
 from __future__ import annotations
 
 import os
+import signal
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 import numpy.typing as npt
@@ -181,7 +183,17 @@ _encode: Callable[[Chunk], list[_Packed]]  # of a worker process, set when it st
 def _start_worker(encoder: _ChunkEncoder) -> None:
     global _encode
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one thread a worker: the processes are the parallelism
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent cleans up
+    Thread(target=_exit_with_parent, daemon=True).start()
     _encode = encoder
+
+
+def _exit_with_parent() -> None:
+    """A parent killed outright cannot stop its workers, which would wait for work for ever."""
+    parent = parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _encode_in_worker(chunk: Chunk) -> list[_Packed]:

@@ -6,6 +6,8 @@ import os
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +22,7 @@ from megatron_iiet.data.tokenizer import load_tokenizer
 from tests.data.inputs import jsonl, make_texts
 
 ROOT = Path(__file__).parents[2]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
 TEXTS = make_texts(120, seed=3)
 
 
@@ -135,11 +138,21 @@ def test_killed_worker(options: PreprocessOptions, monkeypatch: pytest.MonkeyPat
     assert outputs(options) == {}
 
 
-def run_tool(options: PreprocessOptions, *extra: str) -> subprocess.CompletedProcess[str]:
+def wait_until(condition: Callable[[], bool], seconds: float = 30) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "timed out"
+        time.sleep(0.01)
+
+
+def tool_command(options: PreprocessOptions) -> list[str]:
     command = [sys.executable, str(ROOT / "tools" / "preprocess_data.py"), "--input", *options.inputs]
-    command += ["--output-prefix", options.output_prefix, "--tokenizer-model", options.tokenizer_model]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.run([*command, *extra], capture_output=True, text=True, env=environment, timeout=60)
+    return [*command, "--output-prefix", options.output_prefix, "--tokenizer-model", options.tokenizer_model]
+
+
+def run_tool(options: PreprocessOptions, *extra: str) -> subprocess.CompletedProcess[str]:
+    command = [*tool_command(options), *extra]
+    return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=60)
 
 
 def test_tool(options: PreprocessOptions, tmp_path: Path) -> None:
@@ -159,6 +172,32 @@ def test_tool(options: PreprocessOptions, tmp_path: Path) -> None:
     assert "z.jsonl, line 1: no key 'text'" in failed.stderr.splitlines()[-1]
     assert "Traceback" not in failed.stderr
     assert outputs(options) == from_tool
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "leftovers"),
+    [
+        (signal.SIGTERM, 143, []),
+        (signal.SIGINT, 130, []),
+        (signal.SIGKILL, -9, ["corpus_text_document.bin.partial"]),
+    ],
+)
+def test_stopped_by_a_signal(
+    options: PreprocessOptions, tmp_path: Path, number: signal.Signals, code: int, leftovers: list[str]
+) -> None:
+    """Neither a half-written pair nor a worker process stays behind."""
+    command = [*tool_command(options), "--workers", "2"]
+    (tmp_path / "in" / "c.jsonl").write_bytes(jsonl(make_texts(200)) * 500)
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENVIRONMENT, text=True
+    )
+    partial = Path(f"{options.output_prefix}_text_document.bin.partial")
+    wait_until(lambda: partial.exists() and partial.stat().st_size > 0)
+    process.send_signal(number)
+    # The pipes close only when the workers, which inherited them, are gone as well.
+    process.communicate(timeout=20)
+    assert process.returncode == code
+    assert list(outputs(options)) == leftovers
 
 
 def test_preprocessing_imports_no_torch() -> None:
