@@ -61,14 +61,22 @@ def edited(source: Path, target: Path, **fields: Any) -> Path:
         {"tie_word_embeddings": True},
         {"tie_word_embeddings": False, "num_key_value_heads": 2, "rms_norm_eps": 1e-5},
         {"num_key_value_heads": 1, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
-        {"hidden_size": 6, "num_attention_heads": 1, "intermediate_size": 1, "num_hidden_layers": 1, "vocab_size": 5},
+        {
+            "hidden_size": 6,
+            "num_attention_heads": 1,
+            "intermediate_size": 1,
+            "num_hidden_layers": 1,
+            "vocab_size": 5,
+        },
     ],
     ids=["tied", "untied-grouped", "one-kv-head-theta", "tiny"],
 )
 @pytest.mark.parametrize("shard", ["5GB", "20KB"])
 def test_logits_equal_transformers(tmp_path: Path, fields: dict[str, Any], shard: str) -> None:
     llama = make_llama(tmp_path / "hf", shard, **fields)
-    assert (tmp_path / "hf" / "model.safetensors.index.json").exists() == (shard == "20KB" and "hidden_size" not in fields)
+    assert (tmp_path / "hf" / "model.safetensors.index.json").exists() == (
+        shard == "20KB" and "hidden_size" not in fields
+    )
     config, state = import_llama(tmp_path / "hf")
     assert config.solver.kind == "euler"
     models.save(config, state, tmp_path / "ours")
@@ -93,7 +101,9 @@ def test_half_precision_weights_become_fp32_exactly(tmp_path: Path, dtype: torch
 
 def test_rotary_base_of_older_transformers(tmp_path: Path, llama_folder: Path) -> None:
     def base(name: str, **fields: Any) -> float:
-        return import_llama(edited(llama_folder, tmp_path / name, rope_parameters=..., **fields))[0].model.rotary_base
+        return import_llama(edited(llama_folder, tmp_path / name, rope_parameters=..., **fields))[
+            0
+        ].model.rotary_base
 
     assert base("none") == 10000.0
     assert base("theta", rope_theta=5e5, rope_scaling=None) == 5e5
@@ -102,7 +112,13 @@ def test_rotary_base_of_older_transformers(tmp_path: Path, llama_folder: Path) -
 
 
 def test_optional_fields_have_transformers_defaults(tmp_path: Path, llama_folder: Path) -> None:
-    optional = ["num_key_value_heads", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings", "head_dim"]
+    optional = [
+        "num_key_value_heads",
+        "max_position_embeddings",
+        "rms_norm_eps",
+        "tie_word_embeddings",
+        "head_dim",
+    ]
     folder = edited(llama_folder, tmp_path / "x", **dict.fromkeys(optional, ...), initializer_range=...)
     model = import_llama(folder)[0].model
     assert (model.num_kv_heads, model.max_position_embeddings, model.rms_norm_eps) == (4, 2048, 1e-6)
@@ -119,12 +135,18 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"attention_dropout": 0.1}, "attention_dropout is 0.1; supported is 0: the model has no dropout"),
     ({"pretraining_tp": 2}, "pretraining_tp is 2; supported is 1: matrices are not multiplied in slices"),
     ({"head_dim": 16}, "head_dim is 16; supported is hidden_size / num_attention_heads (40 / 4 = 10)"),
-    ({"num_attention_heads": 3}, "head_dim is 10; supported is hidden_size / num_attention_heads (40 / 3 = 13.3333)"),
+    (
+        {"num_attention_heads": 3},
+        "head_dim is 10; supported is hidden_size / num_attention_heads (40 / 3 = 13.3333)",
+    ),
     (
         {"num_attention_heads": 8, "head_dim": None, "num_key_value_heads": 8},
         "head_dim is 5; supported is an even number",
     ),
-    ({"num_key_value_heads": 3}, "num_key_value_heads is 3; supported is a divisor of num_attention_heads = 4"),
+    (
+        {"num_key_value_heads": 3},
+        "num_key_value_heads is 3; supported is a divisor of num_attention_heads = 4",
+    ),
     (
         {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
         "rope_scaling.rope_type is 'llama3'; supported is 'default': rotary positions are not scaled",
@@ -141,14 +163,20 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
         "rope_parameters.partial_rotary_factor is 0.5; supported is 1: every part of a head is rotated",
     ),
-    ({"rope_parameters": {"rope_theta": -1}}, "rope_parameters.rope_theta is -1; supported is a number greater than 0"),
+    (
+        {"rope_parameters": {"rope_theta": -1}},
+        "rope_parameters.rope_theta is -1; supported is a number greater than 0",
+    ),
     ({"rope_parameters": 3}, "rope_parameters is 3; supported is null or an object with rope_type 'default'"),
-    ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config is 'gptq'; supported is unquantised weights"),
+    (
+        {"quantization_config": {"quant_method": "gptq"}},
+        "quantization_config is 'gptq'; supported is unquantised weights",
+    ),
     ({"hidden_size": ...}, "hidden_size is missing; supported is a whole number of at least 1"),
     ({"vocab_size": True}, "vocab_size is True; supported is a whole number of at least 1"),
     ({"rms_norm_eps": "small"}, "rms_norm_eps is 'small'; supported is a number greater than 0"),
     ({"tie_word_embeddings": "no"}, "tie_word_embeddings is 'no'; supported is true or false"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("fields", "message"), REFUSED)
@@ -183,10 +211,13 @@ def test_refuses_what_is_not_a_checkpoint(tmp_path: Path, llama_folder: Path) ->
     assert message(tmp_path / "bare") == neither + "give the folder of a complete checkpoint"
     (tmp_path / "bare" / "pytorch_model.bin").write_bytes(b"")
     assert message(tmp_path / "bare") == (
-        neither + "its .bin files are pickles, which can run code and are never read; save it with safetensors"
+        neither
+        + "its .bin files are pickles, which can run code and are never read; save it with safetensors"
     )
     (tmp_path / "bare" / "model.safetensors").write_bytes(b"not a header")
-    assert message(tmp_path / "bare").startswith("TMP/bare/model.safetensors is not a readable safetensors file (")
+    assert message(tmp_path / "bare").startswith(
+        "TMP/bare/model.safetensors is not a readable safetensors file ("
+    )
 
 
 def with_tensors(source: Path, target: Path, change: dict[str, torch.Tensor | None], **fields: Any) -> Path:
@@ -202,22 +233,22 @@ Q = "model.layers.0.self_attn.q_proj.weight"
 TENSORS: list[tuple[dict[str, torch.Tensor | None], str]] = [
     (
         {Q: None},
-        "FOLDER has no tensor model.layers.0.self_attn.q_proj.weight ([40, 40]), which its config.json asks for; "
-        "give the complete checkpoint of a LlamaForCausalLM",
+        "DIR has no tensor model.layers.0.self_attn.q_proj.weight ([40, 40]), which its config.json asks "
+        "for; give the complete checkpoint of a LlamaForCausalLM",
     ),
     (
         {Q: torch.zeros(40, 20)},
-        "FOLDER/model.safetensors: tensor model.layers.0.self_attn.q_proj.weight is [40, 20], but config.json "
+        "DIR/model.safetensors: tensor model.layers.0.self_attn.q_proj.weight is [40, 20], but config.json "
         "asks for [40, 40]; weights and configuration do not belong together",
     ),
     (
         {Q: torch.zeros(40, 40, dtype=torch.int8)},
-        "FOLDER/model.safetensors: tensor model.layers.0.self_attn.q_proj.weight is stored as I8; supported are "
+        "DIR/model.safetensors: tensor model.layers.0.self_attn.q_proj.weight is stored as I8; supported are "
         "F32, BF16, F16, so save the checkpoint without quantisation",
     ),
     (
         {"model.layers.0.self_attn.q_proj.bias": torch.zeros(40)},
-        "FOLDER/model.safetensors: tensor model.layers.0.self_attn.q_proj.bias has no place in the model that "
+        "DIR/model.safetensors: tensor model.layers.0.self_attn.q_proj.bias has no place in the model that "
         "config.json describes (1 such tensors); supported are the tensors of a plain LlamaForCausalLM",
     ),
 ]
@@ -230,7 +261,7 @@ def test_refuses_wrong_tensors(
     folder = with_tensors(llama_folder, tmp_path / "x", change)
     with pytest.raises(ValueError) as caught:
         import_llama(folder)
-    assert str(caught.value).replace(str(folder), "FOLDER") == message
+    assert str(caught.value).replace(str(folder), "DIR") == message
 
 
 def test_stored_rotary_tables_are_ignored(tmp_path: Path, llama_folder: Path) -> None:
@@ -240,9 +271,13 @@ def test_stored_rotary_tables_are_ignored(tmp_path: Path, llama_folder: Path) ->
 
 def test_tied_checkpoint_that_stores_a_head(tmp_path: Path, llama_folder: Path) -> None:
     embedding = load_file(llama_folder / "model.safetensors")["model.embed_tokens.weight"]
-    same = with_tensors(llama_folder, tmp_path / "a", {"lm_head.weight": embedding.clone()}, tie_word_embeddings=True)
+    same = with_tensors(
+        llama_folder, tmp_path / "a", {"lm_head.weight": embedding.clone()}, tie_word_embeddings=True
+    )
     assert "head.weight" not in import_llama(same)[1]
-    other = with_tensors(llama_folder, tmp_path / "b", {"lm_head.weight": embedding + 1}, tie_word_embeddings=True)
+    other = with_tensors(
+        llama_folder, tmp_path / "b", {"lm_head.weight": embedding + 1}, tie_word_embeddings=True
+    )
     with pytest.raises(ValueError, match=r"tie_word_embeddings is true, but lm_head\.weight differs"):
         import_llama(other)
 
@@ -256,7 +291,9 @@ def test_tied_checkpoint_that_stores_a_head(tmp_path: Path, llama_folder: Path) 
         ({"weight_map": {"a": "a.safetensors"}}, "names a.safetensors, which is missing"),
     ],
 )
-def test_refuses_a_wrong_index(tmp_path: Path, llama_folder: Path, index: dict[str, Any], message: str) -> None:
+def test_refuses_a_wrong_index(
+    tmp_path: Path, llama_folder: Path, index: dict[str, Any], message: str
+) -> None:
     folder = edited(llama_folder, tmp_path / "x")
     (folder / "model.safetensors").unlink()
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
@@ -277,7 +314,9 @@ def test_coefficients_start_as_the_solver_asks(llama_folder: Path) -> None:
     _, average = import_llama(llama_folder, {"kind": "dlcl", "coefficient_init": "average"})
     assert identity["layers.2.solver.coefficients"].tolist() == [0, 0, 1]
     assert torch.allclose(average["layers.2.solver.coefficients"], torch.full((3,), 1 / 3))
-    config, released = import_llama(llama_folder, {"kind": "iiet", "variant": "released", "iterations": [0, 1, 2]})
+    config, released = import_llama(
+        llama_folder, {"kind": "iiet", "variant": "released", "iterations": [0, 1, 2]}
+    )
     assert config.solver.iterations == [0, 1, 2]
     assert released["layers.0.solver.coefficients"].tolist() == [0.5, 0.5, 0, 0]
 

@@ -1,0 +1,201 @@
+"""tools/convert_checkpoint.py as a user runs it."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from megatron_iiet import models
+from megatron_iiet.config import config_to_yaml
+from tests.tiny import make_data, tiny_config
+
+torch.set_num_threads(1)
+
+ROOT = Path(__file__).parents[2]
+TOOL = ROOT / "tools" / "convert_checkpoint.py"
+STAGES = [("fp32", 0), ("fp32", 1), ("bf16", 1), ("bf16", 2), ("bf16", 3)]
+
+
+@dataclass
+class Result:
+    """What a user sees of a command."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def error(self) -> str:
+        assert self.code == 2
+        assert "wrote" not in self.out
+        lines = self.err.splitlines()
+        assert len(lines) == 1, self.err
+        assert lines[0].startswith("error: ")
+        return lines[0].removeprefix("error: ")
+
+
+Convert = Callable[..., Result]
+
+
+@pytest.fixture
+def convert(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Convert:
+    """Runs the tool in ``tmp_path`` and in this process: starting torch takes longer than all the rest."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: str) -> Result:
+        monkeypatch.setattr(sys, "argv", [str(TOOL), *arguments])
+        code = 0
+        capsys.readouterr()
+        try:
+            runpy.run_path(str(TOOL), run_name="__main__")
+        except SystemExit as stop:
+            code = stop.code if isinstance(stop.code, int) else 1
+        return Result(code, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def llama(tmp_path: Path) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=24,
+        intermediate_size=40,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        vocab_size=50,
+        max_position_embeddings=64,
+        tie_word_embeddings=True,
+        initializer_range=0.1,
+    )
+    model = LlamaForCausalLM(config).eval()
+    model.save_pretrained(tmp_path / "hf")
+    for name in ("tokenizer.model", "tokenizer_config.json"):
+        (tmp_path / "hf" / name).write_text("{}")
+    return model
+
+
+def test_from_hf(tmp_path: Path, llama: LlamaForCausalLM, convert: Convert) -> None:
+    result = convert("--from-hf", "hf", "--to", "plain")
+    assert result.code == 0, result.err
+    assert result.out == (
+        f"wrote plain: {llama.num_parameters():,} parameters from hf, solver euler, "
+        "tokenizer.model, tokenizer_config.json\n"
+    )
+    tokens = torch.arange(40)[None]
+    plain = models.load(tmp_path / "plain")
+    with torch.no_grad():
+        assert (plain(tokens) - llama(tokens).logits).abs().max() < 1e-5
+    assert plain.config.data.tokenizer == "tokenizer.model"
+    assert (tmp_path / "plain" / "tokenizer_config.json").is_file()
+
+    options = ["--solver.kind", "iiet", "--solver.iterations", "[0,2,1]", "--solver.predictor", "euler"]
+    result = convert("--from-hf", "hf", "--to", "iiet", *options)
+    assert result.code == 0, result.err
+    iiet = models.load(tmp_path / "iiet")
+    assert (iiet.config.solver.iterations, iiet.config.solver.predictor) == ([0, 2, 1], "euler")
+    assert iiet.get_parameter("layers.2.solver.coefficients").tolist() == [0, 0, 1]
+    iiet.set_iterations([0, 0, 0])
+    assert torch.equal(iiet(tokens), plain(tokens))
+
+
+def test_errors_are_one_line(tmp_path: Path, llama: LlamaForCausalLM, convert: Convert) -> None:
+    assert convert("--to", "x").error == ("one of the arguments --from-hf --from-run is required")
+    both = convert("--from-hf", "hf", "--from-run", "r", "--to", "x")
+    assert both.error == "argument --from-run: not allowed with argument --from-hf"
+    solver = convert("--from-run", "r", "--to", "x", "--solver.kind", "iiet")
+    assert solver.error == "--solver.kind is given with --from-run; a checkpoint keeps its run's solver"
+    step = convert("--from-hf", "hf", "--to", "x", "--step", "3")
+    assert step.error == "--step is given with --from-hf; only the checkpoints of a run have steps"
+    there = convert("--from-hf", "hf", "--to", "hf")
+    assert there.error == "hf exists already; choose another folder or remove it"
+    kind = convert("--from-hf", "hf", "--to", "x", "--solver.kind", "heun")
+    assert kind.error.startswith(
+        "solver.kind is 'heun' in hf/config.json and the solver options, but must be"
+    )
+    gone = convert("--from-hf", "gone", "--to", "x")
+    assert gone.error == "gone is not a folder; give the folder of a Hugging Face LLaMA checkpoint"
+    assert convert("--from-run", "hf", "--to", "x").error == (
+        "hf holds no complete checkpoint; give the output_dir of a training run"
+    )
+    assert not (tmp_path / "x").exists()
+
+
+def test_as_a_process(tmp_path: Path) -> None:
+    result = subprocess.run([sys.executable, TOOL, "--to", "x"], cwd=tmp_path, capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr == "error: one of the arguments --from-hf --from-run is required\n"
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    return make_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("precision", "zero_stage"), STAGES)
+def test_from_run(
+    tmp_path: Path, convert: Convert, data: dict[str, str], precision: str, zero_stage: int
+) -> None:
+    """A two-stage run: its validation loss comes back from the exported folder, in both stages."""
+    config = tiny_config(
+        data,
+        tmp_path / "run",
+        solver={"kind": "iiet", "iterations": 2, "schedule": [[0.5, 0], [0.5, 2]]},
+        training={"steps": 4, "precision": precision},
+        evaluation={"interval": 2},
+        checkpoint={"interval": 2, "keep": 0},
+        logging={"tensorboard": False},
+    )
+    (tmp_path / "run.yaml").write_text(config_to_yaml(config))
+    (tmp_path / "ds.json").write_text(json.dumps({"zero_optimization": {"stage": zero_stage}}))
+    command = [sys.executable, ROOT / "pretrain_iiet.py", "--config", "run.yaml", "--ds-config", "ds.json"]
+    trained = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert trained.returncode == 0, trained.stderr
+    records = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    logged = {record["step"]: record["validation_loss"] for record in records if "validation_loss" in record}
+
+    for step, kind in ((2, "euler"), (4, "iiet")):
+        chosen = ["--step", "2"] if step == 2 else []
+        result = convert("--from-run", "run", "--to", f"m{step}", *chosen)
+        assert result.code == 0, result.err
+        assert f"solver {kind}, tokenizer.model" in result.out
+        model = models.load(tmp_path / f"m{step}")
+        assert model.config.solver.kind == kind
+        assert model.config.solver.schedule is None
+        assert validation_loss(model) == pytest.approx(
+            logged[step], abs=1e-5 if precision == "fp32" else 5e-3
+        )
+    wrong = convert("--from-run", "run", "--to", "x", "--step", "3").error
+    assert wrong == "run has no checkpoint step_00000003; there are step_00000002, step_00000004"
+
+    for shard in (tmp_path / "run" / "checkpoints" / "step_00000004").glob("*_states.pt"):
+        shard.write_bytes(shard.read_bytes()[:100])
+    damaged = convert("--from-run", "run", "--to", "x").error
+    assert damaged.startswith("run/checkpoints/step_00000004 is not a complete DeepSpeed checkpoint (")
+
+
+def validation_loss(model: models.Transformer) -> float:
+    from megatron_iiet.data.batches import ValidationBatches
+    from megatron_iiet.data.samples import build_splits
+
+    config = model.config
+    splits = build_splits(config.data.prefix, config.data.sequence_length, config.data.split)
+    batches = ValidationBatches(
+        splits.validation, samples=config.evaluation.samples, micro_batch_size=2, dp_rank=0, dp_size=1
+    )
+    losses, weights = 0.0, 0.0
+    with torch.no_grad():
+        for tokens, weight in batches:
+            losses += model(tokens[:, :-1], tokens[:, 1:], weight).item()
+            weights += weight.sum().item()
+    return losses / weights

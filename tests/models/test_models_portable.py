@@ -1,0 +1,102 @@
+"""Model folders: round trip and refusals."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from megatron_iiet import models
+from tests.models.conftest import Build, randomise_solvers
+
+
+@pytest.mark.parametrize(
+    "solver",
+    [
+        {"kind": "euler"},
+        {"kind": "dlcl"},
+        {"kind": "iiet", "iterations": [1, 0, 2, 1]},
+        {"kind": "iiet", "variant": "released", "iterations": 1},
+    ],
+)
+@pytest.mark.parametrize("tied", [True, False])
+def test_round_trip(
+    build: Build, tokens: torch.Tensor, tmp_path: Path, solver: dict[str, Any], tied: bool
+) -> None:
+    model = build(**solver, model={"tie_embeddings": tied}, training={"recompute": "layer"})
+    randomise_solvers(model)
+    extra = tmp_path / "tokenizer.model"
+    extra.write_bytes(b"x")
+    models.save(model.config, model.state_dict(), tmp_path / "m", extra_files=[extra])
+    assert {f.name for f in (tmp_path / "m").iterdir()} == {
+        "config.yaml",
+        "model.safetensors",
+        "tokenizer.model",
+    }
+    loaded = models.load(tmp_path / "m")
+    assert torch.equal(loaded(tokens), model(tokens))
+    assert not loaded.training
+    for n in range(4):
+        if solver["kind"] != "euler":
+            coefficients = loaded.get_parameter(f"layers.{n}.solver.coefficients")
+            assert coefficients.shape == ((5,) if solver.get("variant") else (n + 1,))
+    marked = {name for name, p in model.named_parameters() if getattr(p, "keep_fp32", False)}
+    assert {name for name, p in loaded.named_parameters() if getattr(p, "keep_fp32", False)} == marked
+
+
+def test_loads_in_fp32(build: Build, tmp_path: Path) -> None:
+    model = build()
+    models.save(model.config, {n: t.bfloat16() for n, t in model.state_dict().items()}, tmp_path / "m")
+    assert {p.dtype for p in models.load(tmp_path / "m").parameters()} == {torch.float32}
+    weights = tmp_path / "m" / "model.safetensors"
+    save_file({n: t.bfloat16() for n, t in load_file(weights).items()}, weights)
+    assert {p.dtype for p in models.load(tmp_path / "m").parameters()} == {torch.float32}
+
+
+def test_saving_refuses(build: Build, tmp_path: Path) -> None:
+    model = build()
+    state = model.state_dict()
+    with pytest.raises(ValueError) as caught:
+        models.save(model.config, state, tmp_path)
+    assert str(caught.value) == f"{tmp_path} exists already; choose another folder or remove it"
+    del state["norm.weight"]
+    with pytest.raises(ValueError) as caught:
+        models.save(model.config, state, tmp_path / "m")
+    assert str(caught.value) == (
+        f"{tmp_path / 'm'}: parameter norm.weight is missing, the configuration asks for (24,); weights and "
+        "configuration do not belong together"
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_loading_refuses(build: Build, tmp_path: Path) -> None:
+    def message() -> str:
+        with pytest.raises(ValueError) as caught:
+            models.load(tmp_path / "m")
+        return str(caught.value).replace(str(tmp_path), "TMP")
+
+    hint = "so it is not a model folder; make one with tools/convert_checkpoint.py"
+    assert message() == f"TMP/m has no config.yaml, {hint}"
+    model = build(kind="iiet")
+    models.save(model.config, model.state_dict(), tmp_path / "m")
+    weights = tmp_path / "m" / "model.safetensors"
+    whole = weights.read_bytes()
+
+    weights.write_bytes(whole[: len(whole) // 2])
+    assert message().startswith("TMP/m/model.safetensors is damaged (")
+    weights.write_bytes(b"")
+    assert message().startswith("TMP/m/model.safetensors is damaged (")
+    weights.unlink()
+    assert message() == f"TMP/m has no model.safetensors, {hint}"
+
+    state = model.state_dict()
+    save_file({**state, "layers.1.solver.coefficients": torch.ones(3)}, weights)
+    assert "parameter layers.1.solver.coefficients is (3,), the configuration asks for (2,)" in message()
+    save_file({**state, "layers.9.x": torch.ones(3)}, weights)
+    assert "parameter layers.9.x is (3,), the configuration asks for none of that name" in message()
+    config = tmp_path / "m" / "config.yaml"
+    config.write_text(config.read_text().replace("hidden_size: 24", "hidden_size: twenty"))
+    assert "model.hidden_size is 'twenty' in TMP/m/config.yaml" in message()

@@ -1,0 +1,90 @@
+"""Activation recomputation changes memory and time, never a number."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_iiet.models import Transformer
+from tests.models.conftest import Build, randomise_solvers
+
+SOLVERS: dict[str, dict[str, Any]] = {
+    "euler": {"kind": "euler"},
+    "dlcl": {"kind": "dlcl"},
+    "merged": {"kind": "iiet", "iterations": 2},
+    "predictor-euler": {"kind": "iiet", "iterations": 2, "predictor": "euler"},
+    "released": {"kind": "iiet", "variant": "released", "iterations": 2},
+    "released-r0": {"kind": "iiet", "variant": "released", "iterations": 0},
+}
+
+
+def in_dtype(model: Transformer, dtype: torch.dtype) -> Transformer:
+    """As mixed precision has it: everything in ``dtype`` but what is marked to stay fp32."""
+    for parameter in model.parameters():
+        if not getattr(parameter, "keep_fp32", False):
+            parameter.data = parameter.data.to(dtype)
+    return model
+
+
+def loss_and_gradients(model: Transformer, tokens: torch.Tensor) -> dict[str, torch.Tensor | None]:
+    loss = model(tokens[:, :-1], tokens[:, 1:])
+    loss.backward()
+    return {"loss": loss.detach()} | {name: p.grad for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("solver", SOLVERS.values(), ids=SOLVERS.keys())
+def test_recomputation_is_exact(
+    build: Build, tokens: torch.Tensor, solver: dict[str, Any], dtype: torch.dtype
+) -> None:
+    results = {}
+    for recompute in ("off", "layer", "evaluation"):
+        model = in_dtype(build(**solver, training={"recompute": recompute}), dtype)
+        randomise_solvers(model)
+        results[recompute] = loss_and_gradients(model, tokens)
+    plain = results.pop("off")
+    assert plain["loss"] is not None
+    assert plain["loss"].isfinite()
+    for recompute, values in results.items():
+        for name, wanted in plain.items():
+            found = values[name]
+            same = found is wanted is None or (
+                found is not None and wanted is not None and torch.equal(found, wanted)
+            )
+            assert same, f"{recompute}: {name}"
+
+
+@pytest.mark.parametrize(("recompute", "factor"), [("off", 1), ("layer", 2), ("evaluation", 2)])
+def test_it_does_recompute(build: Build, tokens: torch.Tensor, recompute: str, factor: int) -> None:
+    model = build(kind="iiet", iterations=[2, 0, 1, 3], training={"recompute": recompute})
+    starts = 0
+
+    def count(*_: Any) -> None:
+        nonlocal starts
+        starts += 1
+
+    for n in range(4):
+        # Before the layer: non-reentrant recomputation stops inside it once it has what it needs.
+        model.get_submodule(f"layers.{n}.increment").register_forward_pre_hook(count)
+    loss_and_gradients(model, tokens)
+    assert starts == factor * 10
+    with torch.no_grad():
+        model(tokens)
+    assert starts == factor * 10 + 10
+
+
+@pytest.mark.parametrize("recompute", ["layer", "evaluation"])
+def test_stages_may_change_between_forward_and_backward_passes(
+    build: Build, tokens: torch.Tensor, recompute: str
+) -> None:
+    solver = {"kind": "iiet", "iterations": 2}
+    model = build(**solver, training={"recompute": recompute})
+    model.set_iterations([0] * 4, merging=False)
+    loss_and_gradients(model, tokens)
+    model.zero_grad()
+    model.set_iterations([2] * 4)
+    plain = loss_and_gradients(build(**solver), tokens)
+    for name, value in loss_and_gradients(model, tokens).items():
+        assert value is plain[name] is None or torch.equal(value, plain[name])  # type: ignore[arg-type]
