@@ -81,7 +81,7 @@ def merge_norm(
         MergeNorm: merged and normed, with a leading R if ``coefficients`` has rows.
 
     Raises:
-        ValueError: shapes, types or devices do not fit, or the backend is none; the message names the argument.
+        ValueError: shapes, types, devices or the backend do not fit; the message names the argument.
     """
     if backend not in _BACKENDS:
         raise ValueError(

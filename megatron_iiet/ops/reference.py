@@ -1,11 +1,13 @@
-"""The reference backend of ``merge_norm``: plain torch and its autograd. Others are tested against it."""
+"""The reference backend of ``merge_norm``: plain torch. Others are tested against it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 def merge_norm_reference(
@@ -30,6 +32,13 @@ def _merge(residual: Tensor | None, increments: Sequence[Tensor], coefficients: 
     if not increments:
         assert residual is not None
         return residual
+    if coefficients is None:
+        return _sum(residual, increments, None)
+    merged: Tensor = _WeightedSum.apply(coefficients, residual, *increments)
+    return merged
+
+
+def _sum(residual: Tensor | None, increments: Sequence[Tensor], coefficients: Tensor | None) -> Tensor:
     storage = increments[0].dtype
     total = None if residual is None else residual.float()
     for j, increment in enumerate(increments):
@@ -41,6 +50,34 @@ def _merge(residual: Tensor | None, increments: Sequence[Tensor], coefficients: 
             total = torch.addcmul(total, increment.float(), coefficients[j])
     assert total is not None
     return total.to(storage)
+
+
+class _WeightedSum(torch.autograd.Function):
+    """The sum with coefficients, keeping the increments themselves for the backward pass.
+
+    Autograd would keep an fp32 copy of every half-precision increment for every layer that merges it:
+    memory that grows with the square of the depth.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, coefficients: Tensor, residual: Tensor | None, *increments: Tensor) -> Tensor:
+        ctx.save_for_backward(coefficients, *increments)
+        return _sum(residual, increments, coefficients)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        coefficients, *increments = ctx.saved_tensors
+        for_coefficients, for_residual, *for_increments = ctx.needs_input_grad
+        gradient32 = gradient.float()
+        return (
+            torch.stack([(gradient32 * t.float()).sum() for t in increments]) if for_coefficients else None,
+            gradient if for_residual else None,
+            *(
+                (coefficients[j] * gradient32).to(gradient.dtype) if wanted else None
+                for j, wanted in enumerate(for_increments)
+            ),
+        )
 
 
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

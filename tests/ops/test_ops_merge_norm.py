@@ -254,3 +254,18 @@ def test_backends() -> None:
         ValueError, match=r"ops\.backend is 'cuda', but only reference is available here; choose"
     ):
         resolve_backend("cuda")
+
+
+def test_a_merge_keeps_no_copies_of_the_history() -> None:
+    """N layers merge N²/2 increments; an fp32 copy of each would outweigh everything else in memory."""
+    increments = [torch.randn(4, 64).bfloat16().requires_grad_() for _ in range(5)]
+    coefficients = torch.randn(5, requires_grad=True)
+    saved = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        saved.append(tensor.untyped_storage().data_ptr())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        merge_norm(increments[0], increments, coefficients)
+    assert set(saved) <= {t.untyped_storage().data_ptr() for t in (*increments, coefficients)}
