@@ -1,4 +1,4 @@
-# make setup | test | check | format | clean    (see CONTRIBUTING.md)
+# make demo | demo-compare | setup | test | check | format | clean    (see README.md and CONTRIBUTING.md)
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
@@ -9,7 +9,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 unexport PYTHONDONTWRITEBYTECODE
 CSRC := $(shell find csrc -type f \( -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh' \) 2>/dev/null)
 
-.PHONY: setup test test-nightly check format clean
+.PHONY: setup demo demo-compare test test-nightly check format clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.package
@@ -29,6 +29,54 @@ $(VENV)/.requirements: requirements.lock $(VENV)/.python
 $(VENV)/.package: pyproject.toml setup.py $(CSRC) $(VENV)/.requirements
 	$(BIN)/pip install --quiet --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	touch $@
+
+# The demo: text -> tokenizer -> shards -> training -> model -> sample and curve. Every step is made once and
+# reused; an interrupted training goes on from its newest checkpoint. With text of your own:
+#   make demo NAME=mine CORPUS=/path/to/mine.jsonl.zst
+NAME ?= demo
+RANKS ?= 2
+DATA := data/$(NAME)
+RUN := runs/$(NAME)
+CORPUS ?= $(DATA)/corpus.jsonl.zst
+SHARD := $(DATA)/corpus_text_document
+# One thread a rank: the ranks share the cores.
+TRAIN := OMP_NUM_THREADS=1 deepspeed --num_accelerators $(RANKS) pretrain_iiet.py \
+	--config examples/configs/demo.yaml --ds-config examples/ds_configs/zero1.json \
+	--data.prefix $(SHARD) --data.tokenizer $(DATA)/tokenizer.model
+
+demo: $(RUN)/loss.png $(RUN)/sample.txt
+	@$(BIN)/python tools/summarize_run.py $(RUN) --also $(DATA)
+
+$(DATA)/corpus.jsonl.zst: | setup
+	mkdir -p $(DATA)
+	$(BIN)/python tools/build_docstring_corpus.py --output $@
+
+$(DATA)/tokenizer.model: $(CORPUS) | setup
+	mkdir -p $(DATA)
+	$(BIN)/python tools/train_tokenizer.py --input $(CORPUS) --output-prefix $(DATA)/tokenizer --vocab-size 4096
+
+$(SHARD).idx: $(CORPUS) $(DATA)/tokenizer.model | setup
+	$(BIN)/python tools/preprocess_data.py --input $(CORPUS) --output-prefix $(DATA)/corpus \
+		--tokenizer-model $(DATA)/tokenizer.model --append-eod --workers 2
+
+$(RUN)/.trained: $(SHARD).idx | setup
+	$(TRAIN) --output_dir $(RUN)
+	touch $@
+
+$(RUN)/model/model.safetensors: $(RUN)/.trained
+	rm -rf $(RUN)/model
+	$(BIN)/python tools/convert_checkpoint.py --from-run $(RUN) --to $(RUN)/model
+
+$(RUN)/sample.txt: $(RUN)/model/model.safetensors
+	$(BIN)/python tools/generate.py --model $(RUN)/model --max-new-tokens 80 \
+		--prompt "The function returns" --prompt "This class is used to" --prompt "If the input is" > $@
+
+$(RUN)/loss.png: $(RUN)/.trained
+	$(BIN)/python tools/plot_losses.py --run "$(NAME)=$(RUN)" --output $@
+
+demo-compare: $(SHARD).idx
+	$(BIN)/python benchmarks/compare_demo.py --output-dir runs/$(NAME)-compare --ranks $(RANKS) \
+		--data.prefix $(SHARD) --data.tokenizer $(DATA)/tokenizer.model
 
 test: setup
 	$(BIN)/python -m pytest -m "not nightly"

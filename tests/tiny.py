@@ -12,12 +12,25 @@ from megatron_iiet.config import RunConfig, config_from_dict
 from megatron_iiet.data.indexed import IndexedDatasetWriter
 from megatron_iiet.data.tokenizer_training import train_tokenizer
 
-_SUBJECTS = (
-    "the solver|a layer|the optimizer|every rank|one increment|the history|a gradient|this loss".split("|")
-)
-_VERBS = "merges|adds|keeps|reads|predicts|corrects|normalises|scales".split("|")
-_OBJECTS = "the residual stream|its input|all earlier increments|a batch of tokens|the next token".split("|")
-_ENDINGS = "once more.|in every step.|before the norm.|without a word.|twice.|and stops.".split("|")
+_SUBJECTS = [
+    "the solver",
+    "a layer",
+    "the optimizer",
+    "every rank",
+    "one increment",
+    "the history",
+    "a gradient",
+    "this loss",
+]
+_VERBS = ["merges", "adds", "keeps", "reads", "predicts", "corrects", "normalises", "scales"]
+_OBJECTS = [
+    "the residual stream",
+    "its input",
+    "all earlier increments",
+    "a batch of tokens",
+    "the next token",
+]
+_ENDINGS = ["once more.", "in every step.", "before the norm.", "without a word.", "twice.", "and stops."]
 
 
 def write_corpus(path: Path, documents: int = 200, seed: int = 0) -> None:

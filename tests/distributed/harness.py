@@ -30,7 +30,7 @@ _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(_PRELOAD)
 
 
-class RanksFailed(AssertionError):
+class RanksFailedError(AssertionError):
     """A rank raised; the message holds the traceback of the first that did."""
 
 
@@ -63,7 +63,7 @@ def _collect(pipes: list[Connection], deadline: float) -> list[Any]:
         waiting = [pipe for rank, pipe in enumerate(pipes) if rank not in results]
         ready = wait(waiting, timeout=max(0.0, deadline - time.monotonic()))
         if not ready:
-            raise RanksFailed(
+            raise RanksFailedError(
                 f"ranks {sorted(set(range(len(pipes))) - results.keys())} did not finish in time"
             )
         for pipe in ready:
@@ -71,9 +71,9 @@ def _collect(pipes: list[Connection], deadline: float) -> list[Any]:
             try:
                 ok, value = pipe.recv()  # type: ignore[union-attr]
             except EOFError:
-                raise RanksFailed(f"rank {rank} died without a word") from None
+                raise RanksFailedError(f"rank {rank} died without a word") from None
             if not ok:
-                raise RanksFailed(f"rank {rank} failed:\n{value}")
+                raise RanksFailedError(f"rank {rank} failed:\n{value}")
             results[rank] = torch.load(io.BytesIO(value), weights_only=False)
     return [results[rank] for rank in range(len(pipes))]
 

@@ -1,0 +1,50 @@
+"""Loss curves of one or several runs as a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from megatron_iiet.training.metrics import read_log
+
+SMOOTHING_STEPS = 20
+"""Width of the running mean drawn over the training loss."""
+
+
+def plot_losses(runs: Mapping[str, str | Path], output: str | Path) -> None:
+    """Draw training loss (thin: every step, thick: running mean) and validation loss of labelled run folders.
+
+    Raises:
+        ValueError: a run has no log.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    for color, (label, folder) in zip(plt.cm.tab10.colors, runs.items(), strict=False):  # type: ignore[attr-defined]
+        log = read_log(folder)
+        steps = np.array([s for s, values in log.items() if "loss" in values])
+        losses = np.array([log[s]["loss"] for s in steps])
+        axes.plot(steps, losses, color=color, linewidth=0.4, alpha=0.4)
+        if len(steps) > SMOOTHING_STEPS:
+            smooth = np.convolve(losses, np.full(SMOOTHING_STEPS, 1 / SMOOTHING_STEPS), mode="valid")
+            axes.plot(
+                steps[SMOOTHING_STEPS - 1 :], smooth, color=color, linewidth=1.5, label=f"{label}, training"
+            )
+        validation = {
+            s: values["validation_loss"] for s, values in log.items() if "validation_loss" in values
+        }
+        axes.plot(
+            list(validation), list(validation.values()), "o--", color=color, markersize=4, linewidth=0.8,
+            label=f"{label}, validation",
+        )  # fmt: skip
+    axes.set_xlabel("optimizer step")
+    axes.set_ylabel("loss (nats per token)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(output, dpi=120)
+    plt.close(figure)

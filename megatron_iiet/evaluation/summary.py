@@ -1,0 +1,46 @@
+"""What a run achieved and what it left on disk, in a few lines."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+from megatron_iiet.config import config_from_file
+from megatron_iiet.training.metrics import read_log
+
+
+def summarize_run(folder: str | Path) -> str:
+    """Validation before and after, training loss, time; then every file of the run.
+
+    Raises:
+        ValueError: it is not the folder of a run, or the run has not validated yet.
+    """
+    folder = Path(folder)
+    log = read_log(folder)
+    config = config_from_file(folder / "config.yaml")
+    validation = {s: v["validation_loss"] for s, v in log.items() if "validation_loss" in v}
+    losses = {s: v["loss"] for s, v in log.items() if "loss" in v}
+    if not validation or not losses:
+        raise ValueError(f"{folder} holds no validated steps yet; let the run go on")
+    first, last = min(validation), max(validation)
+    tokens = max(losses) * config.training.global_batch_size * config.data.sequence_length
+    rates = [v["tokens_per_second"] for v in log.values() if "tokens_per_second" in v]
+    lines = [
+        f"{max(losses)} of {config.training.steps} steps, {tokens / 1e6:.2f} M tokens, "
+        f"median {sorted(rates)[len(rates) // 2]:,.0f} tokens/s",
+        f"validation perplexity {math.exp(validation[first]):.1f} at step {first} → "
+        f"{math.exp(validation[last]):.2f} at step {last} (loss {validation[last]:.4f} nats per token)",
+    ]
+    return "\n".join(lines)
+
+
+def list_files(*paths: str | Path) -> list[str]:
+    """``path  size`` of files and of every file under folders, checkpoints' shards summed up by folder."""
+    rows: dict[str, int] = {}
+    for path in map(Path, paths):
+        files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+        for file in files:
+            in_checkpoint = "checkpoints" in file.parts and file.parent.name.startswith("step_")
+            name = f"{file.parent}/" if in_checkpoint else str(file)
+            rows[name] = rows.get(name, 0) + file.stat().st_size
+    return [f"{size / 1e6:9.2f} MB  {name}" for name, size in rows.items()]

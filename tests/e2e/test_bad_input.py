@@ -1,0 +1,100 @@
+"""What a user does wrong ends before training with one sentence and a non-zero status."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_iiet.config import config_to_yaml
+from tests.distributed.harness import free_port, run_ranks
+from tests.tiny import make_data, tiny_config
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A working configuration, its data, and broken variants of the data."""
+    folder = tmp_path_factory.mktemp("bad")
+    data = make_data(folder)
+    (folder / "run.yaml").write_text(config_to_yaml(tiny_config(data, folder / "run")))
+    for name in ("empty", "torn", "no_bin"):
+        for suffix in (".bin", ".idx"):
+            (folder / (name + suffix)).write_bytes((folder / ("shard" + suffix)).read_bytes())
+    (folder / "empty.idx").write_bytes(b"")
+    with (folder / "torn.bin").open("r+b") as f:
+        f.truncate(100)
+    (folder / "no_bin.bin").unlink()
+    (folder / "ds.json").write_text(json.dumps({"gradient_clipping": 2.5}))
+    return folder
+
+
+def run_script(argv: list[str]) -> tuple[int, str]:
+    """``pretrain_iiet.py`` in this process: exit status and standard error."""
+    sys.argv = ["pretrain_iiet.py", *argv]
+    error = io.StringIO()
+    with contextlib.redirect_stderr(error):
+        try:
+            runpy.run_path(str(ROOT / "pretrain_iiet.py"), run_name="__main__")
+        except SystemExit as stop:
+            return int(stop.code or 0), error.getvalue()
+    return 0, error.getvalue()
+
+
+BAD = {
+    "missing data": (["--data.prefix", "{folder}/nowhere"], "nowhere"),
+    "empty index": (["--data.prefix", "{folder}/empty"], "empty.idx"),
+    "index without its bin": (["--data.prefix", "{folder}/no_bin"], "no_bin.bin"),
+    "index of another bin": (["--data.prefix", "{folder}/torn"], "torn.bin"),
+    "missing tokenizer": (["--data.tokenizer", "{folder}/none.model"], "none.model"),
+    "tokenizer larger than the vocabulary": (["--model.vocab_size", "128"], "300"),
+    "sequence longer than the rotary table": (["--data.sequence_length", "64"], "64"),
+    "unknown key": (["--optimizer.learning_rate", "1"], "optimizer.lr"),
+    "batch sizes that do not divide": (["--training.micro_batch_size", "3"], "3"),
+    "contradicting DeepSpeed file": (["--ds-config", "{folder}/ds.json"], "2.5"),
+    "backend that is not there": (["--ops.backend", "cuda"], "cuda"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_one_sentence_and_nothing_written(case: str, folder: Path) -> None:
+    flags, named = BAD[case]
+    argv = ["--config", f"{folder}/run.yaml", *(flag.format(folder=folder) for flag in flags)]
+    [(status, error)] = run_ranks(run_script, 1, argv)
+    assert status != 0
+    assert named in error
+    lines = [line for line in error.splitlines() if "Setting accelerator" not in line]
+    assert len(lines) == 1, error
+    assert lines[0].startswith("error: ")
+    assert not (folder / "run").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
+def test_two_ranks_speak_once(launcher: str, folder: Path) -> None:
+    """Under real launchers, for an error found after the ranks have met."""
+    program = {
+        "deepspeed": ["deepspeed", "--num_accelerators", "2", "--master_port", str(free_port())],
+        "torchrun": ["torchrun", "--nproc_per_node", "2", "--master_port", str(free_port())],
+    }[launcher]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
+    done = subprocess.run(
+        [*program, "pretrain_iiet.py", "--config", f"{folder}/run.yaml", "--data.prefix", f"{folder}/torn"],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode != 0
+    assert (done.stdout + done.stderr).count("error: ") == 1, done.stdout + done.stderr
+    assert not (folder / "run").exists()

@@ -1,0 +1,115 @@
+"""A stopped and resumed run is the uninterrupted run, to the bit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_iiet.training import checkpoint
+from megatron_iiet.training.metrics import read_log
+from tests.distributed.harness import RanksFailedError, run_ranks
+from tests.distributed.runs import as_data, ds_json, pretrain_rank
+from tests.tiny import make_data, tiny_config
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    return make_data(tmp_path_factory.mktemp("data"))
+
+
+def bits(folder: Path) -> dict[int, tuple[str, ...]]:
+    """Loss, gradient norm and learning rate of every step, and validation losses, in hexadecimal."""
+    keys = ("loss", "grad_norm", "lr", "validation_loss")
+    return {s: tuple(v[k].hex() for k in keys if k in v) for s, v in read_log(folder).items()}
+
+
+CASES: dict[str, tuple[int, dict[str, Any]]] = {
+    "iiet": (1, {"solver": {"kind": "iiet", "iterations": 2}}),
+    "released": (1, {"solver": {"kind": "iiet", "variant": "released", "iterations": 1}}),
+    "two-stage": (1, {"solver": {"kind": "iiet", "iterations": 2, "schedule": [[0.5, 0], [0.5, 2]]}}),
+    "zero0": (0, {}),
+    "zero2": (2, {}),
+    "zero3": (3, {}),
+    "bf16": (1, {"training": {"precision": "bf16"}}),
+    "readers": (1, {"data": {"num_workers": 2}}),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+def test_resumed_twice_equals_uninterrupted(case: str, data: dict[str, str], tmp_path: Path) -> None:
+    """Stops after steps 3 and 5 of 8 (two-stage training switches between), resumes with the same command."""
+    stage, sections = CASES[case]
+    sections = {name: dict(values) for name, values in sections.items()}
+    sections["data"] = {**data, **sections.get("data", {})}
+    ds_path = ds_json(tmp_path, stage)
+    whole = tiny_config(data, tmp_path / "whole", **sections)
+    expected = run_ranks(pretrain_rank, 2, as_data(whole), ds_path)[0]
+    for stop in (3, 5, None):
+        training = {**sections.get("training", {}), "stop_after": stop}
+        part = tiny_config(data, tmp_path / "parts", **{**sections, "training": training})
+        weights = run_ranks(pretrain_rank, 2, as_data(part), ds_path)[0]
+    assert bits(tmp_path / "parts") == bits(tmp_path / "whole")
+    assert max(bits(tmp_path / "parts")) == 8
+    for name, value in expected.items():
+        assert torch.equal(weights[name], value), name
+
+
+def test_two_stage_switches_and_leaves_coefficients_alone(data: dict[str, str], tmp_path: Path) -> None:
+    """The first stage is plain Transformer++, bit for bit; the coefficients start moving after it."""
+    schedule = {"kind": "iiet", "iterations": 1, "schedule": [[0.5, 0], [0.5, 1]]}
+    first = tiny_config(data, tmp_path / "two", solver=schedule, training={"stop_after": 4})
+    weights = run_ranks(pretrain_rank, 1, as_data(first), ds_json(tmp_path, 1))[0]
+    euler = tiny_config(data, tmp_path / "euler", solver={"kind": "euler"}, training={"stop_after": 4})
+    run_ranks(pretrain_rank, 1, as_data(euler), ds_json(tmp_path, 1))
+    two, plain = bits(tmp_path / "two"), bits(tmp_path / "euler")
+    assert [two[s][0] for s in range(1, 5)] == [plain[s][0] for s in range(1, 5)]
+    assert weights["layers.2.solver.coefficients"].tolist() == [0.0, 0.0, 1.0]
+    rest = tiny_config(data, tmp_path / "two", solver=schedule)
+    weights = run_ranks(pretrain_rank, 1, as_data(rest), ds_json(tmp_path, 1))[0]
+    assert weights["layers.2.solver.coefficients"].tolist() != [0.0, 0.0, 1.0]
+
+
+def test_keeps_the_newest_checkpoints_and_their_configuration(data: dict[str, str], tmp_path: Path) -> None:
+    config = tiny_config(data, tmp_path / "run", checkpoint={"interval": 2, "keep": 2})
+    run_ranks(pretrain_rank, 1, as_data(config), ds_json(tmp_path, 1))
+    folder = checkpoint.checkpoints_folder(tmp_path / "run")
+    assert sorted(p.name for p in folder.glob("step_*")) == ["step_00000006", "step_00000008"]
+    assert checkpoint.latest_tag(tmp_path / "run") == "step_00000008"
+    assert (folder / "step_00000008" / "config.yaml").read_text() == (
+        tmp_path / "run/config.yaml"
+    ).read_text()
+    assert checkpoint.read_state(folder / "step_00000008").step == 8
+
+
+@pytest.mark.parametrize(
+    ("sections", "stage", "ranks", "message"),
+    [
+        ({"model": {"ffn_hidden_size": 64}}, 1, 1, "model.ffn_hidden_size is 48 there and 64 here"),
+        ({"solver": {"kind": "euler"}}, 1, 1, "solver.kind is iiet there and euler here"),
+        ({}, 2, 1, "ZeRO stage 1, this run has 2"),
+        ({}, 1, 2, "number of processes 1, this run has 2"),
+        ({"training": {"precision": "bf16"}}, 1, 1, "training.precision fp32, this run has bf16"),
+        ({"checkpoint": {"interval": 0, "resume": False}}, 1, 1, "checkpoint.resume is false"),
+    ],
+)
+def test_refuses_a_checkpoint_that_does_not_fit(
+    sections: dict[str, Any],
+    stage: int,
+    ranks: int,
+    message: str,
+    data: dict[str, str],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    folder = tmp_path_factory.getbasetemp() / "refused"
+    first = tiny_config(data, folder, training={"stop_after": 2})
+    if not folder.exists():
+        run_ranks(pretrain_rank, 1, as_data(first), ds_json(tmp_path_factory.getbasetemp(), 1))
+    before = sorted(p.relative_to(folder) for p in folder.rglob("*"))
+    other = tiny_config(data, folder, **sections)
+    with pytest.raises(RanksFailedError, match=message):
+        run_ranks(pretrain_rank, ranks, as_data(other), ds_json(tmp_path_factory.getbasetemp(), stage))
+    assert sorted(p.relative_to(folder) for p in folder.rglob("*")) == before
