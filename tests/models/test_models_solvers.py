@@ -85,7 +85,7 @@ def test_without_merging_every_solver_is_euler(
 ) -> None:
     model, euler = build(**solver, iterations=3, coefficient_init="average"), build()
     randomise_solvers(model)
-    model.set_iterations([0] * 4, merging=False)
+    model.set_iterations([2] * 4, merging=False)  # "whatever the counts"
     assert torch.equal(model(tokens), euler(tokens))
     assert model.forward_flops(16) == euler.forward_flops(16)
     model(tokens[:, :-1], tokens[:, 1:]).backward()
