@@ -2,8 +2,8 @@
 """Is the demo's IIET better than Transformer++ of the same size?
 
 Trains both through the DeepSpeed launcher with the demo's configuration: same parameters (but for the
-solver's own), data order, steps, seeds and embedding scale. Prints validation loss and wall time of each run and
-the ratios, writes them as JSON and draws the curves. Runs that are complete are reused, broken ones resume.
+solver's own), data order, steps, seeds and embedding scale. Prints validation loss and wall time of each run
+and the ratios, writes them as JSON and draws the curves. Runs that are complete are reused, broken ones resume.
 
     python benchmarks/compare_demo.py --output-dir runs/demo-compare --seeds 1234 1235 [--training.steps 200]
 

@@ -63,7 +63,7 @@ def make_data(folder: Path) -> dict[str, str]:
     return {"prefix": str(folder / "shard"), "tokenizer": str(folder / "tokenizer.model")}
 
 
-def tiny_config(data: dict[str, str], output_dir: Path, **sections: dict[str, Any]) -> RunConfig:
+def tiny_config(paths: dict[str, str], output_dir: Path, **sections: dict[str, Any]) -> RunConfig:
     """A three-layer model, 32 wide, on :func:`make_data`'s shard; ``sections`` override."""
     base: dict[str, Any] = {
         "output_dir": str(output_dir),
@@ -76,7 +76,7 @@ def tiny_config(data: dict[str, str], output_dir: Path, **sections: dict[str, An
             "max_position_embeddings": 32,
         },
         "solver": {"kind": "iiet", "iterations": 1},
-        "data": {**data, "sequence_length": 16, "split": [0.8, 0.1, 0.1]},
+        "data": {**paths, "sequence_length": 16, "split": [0.8, 0.1, 0.1]},
         "optimizer": {"lr": 1e-2},
         "training": {"steps": 8, "global_batch_size": 8, "micro_batch_size": 2, "precision": "fp32"},
         "evaluation": {"interval": 0, "samples": 8},

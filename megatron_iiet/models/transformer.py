@@ -111,8 +111,15 @@ class Transformer(nn.Module):
 
         ``merging=False`` runs every layer as plain explicit Euler, whatever the counts: the first stage of
         two-stage training.
+
+        Raises:
+            ValueError: a count other than 0 for a solver without corrector.
         """
-        for solver, r in zip(self.solvers, iterations, strict=True):
+        for n, (solver, r) in enumerate(zip(self.solvers, iterations, strict=True)):
+            if r and not solver.iterative:
+                raise ValueError(
+                    f"layer {n} is integrated by {type(solver).__name__}: no corrector to iterate {r} times"
+                )
             solver.iterations = r
             solver.merging = merging
 

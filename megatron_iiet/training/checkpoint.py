@@ -26,11 +26,15 @@ from megatron_iiet.config import ConfigError, RunConfig, config_from_file, confi
 
 FORMAT = 1
 # What decides which parameters exist and what they compute; a checkpoint fits only if all of it agrees.
-_ARCHITECTURE = (
-    *(f"model.{name}" for name in ("hidden_size", "ffn_hidden_size", "num_layers", "num_attention_heads")),
-    *(f"model.{name}" for name in ("num_key_value_heads", "vocab_size", "tie_embeddings", "embedding_scale")),
-    *(f"model.{name}" for name in ("rms_norm_eps", "rotary_base")),
-    *(f"solver.{name}" for name in ("kind", "variant", "predictor")),
+# (embedding_scale is compared as a number: "unit" means another one under another init_std.)
+_ARCHITECTURE = tuple(
+    f"{section}.{key}"
+    for section, keys in {
+        "model": "hidden_size ffn_hidden_size num_layers num_attention_heads num_key_value_heads vocab_size "
+        "tie_embeddings embedding_scale rms_norm_eps rotary_base",
+        "solver": "kind variant predictor",
+    }.items()
+    for key in keys.split()
 )
 
 
@@ -125,7 +129,7 @@ def check_resumable(
     Raises:
         ConfigError: naming every difference.
     """
-    old, new = config_to_dict(config_from_file(folder / "config.yaml")), config_to_dict(config)
+    old, new = _settings(config_from_file(folder / "config.yaml")), _settings(config)
     differences = [
         f"{key} is {_get(old, key)} there and {_get(new, key)} here"
         for key in _ARCHITECTURE
@@ -154,6 +158,12 @@ def changed_settings(folder: Path, config: RunConfig) -> list[str]:
     old, new = config_to_dict(config_from_file(folder / "config.yaml")), config_to_dict(config)
     keys = [f"{s}.{k}" for s, values in new.items() if isinstance(values, dict) for k in values]
     return [f"{key}: {_get(old, key)} → {_get(new, key)}" for key in keys if _get(old, key) != _get(new, key)]
+
+
+def _settings(config: RunConfig) -> dict[str, Any]:
+    data = config_to_dict(config)
+    data["model"]["embedding_scale"] = config.model.resolved_embedding_scale
+    return data
 
 
 def _get(data: dict[str, Any], key: str) -> Any:

@@ -19,7 +19,9 @@ class MetricWriter:
         folder = Path(output_dir)
         self._log = (folder / "log.jsonl").open("a")
         self._events = (
-            SummaryWriter(str(folder / "tensorboard"), purge_step=first_step or None) if tensorboard else None
+            SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1 if first_step else None)
+            if tensorboard
+            else None
         )
 
     def write(self, step: int, values: dict[str, float]) -> None:

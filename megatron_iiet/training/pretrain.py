@@ -149,9 +149,9 @@ def describe_start(run: Run, splits: Splits, parameters: int, solver_parameters:
             f"{m.num_attention_heads} heads, vocabulary {m.vocab_size}: "
             f"{parameters:,} parameters, {solver_parameters:,} of them the solver's",
             f"data: {len(splits.train):,} training windows of {length} tokens from {config.data.prefix}",
-            f"training: {config.training.steps} steps of "
-            f"{config.training.global_batch_size * length:,} tokens, {context.world_size} data-parallel rank(s) "
-            f"on {context.device.type}, {config.training.precision}, ZeRO stage {run.engine.zero_stage}",
+            f"training: {config.training.steps} steps of {config.training.global_batch_size * length:,} "
+            f"tokens, {context.world_size} data-parallel rank(s) on {context.device.type}, "
+            f"{config.training.precision}, ZeRO stage {run.engine.zero_stage}",
         )
     )
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from megatron_iiet.training import checkpoint
+from megatron_iiet.training.export import export_run
 from megatron_iiet.training.metrics import read_log
 from tests.distributed.harness import RanksFailedError, run_ranks
 from tests.distributed.runs import as_data, ds_json, pretrain_rank
@@ -44,7 +45,6 @@ def test_resumed_twice_equals_uninterrupted(case: str, data: dict[str, str], tmp
     """Stops after steps 3 and 5 of 8 (two-stage training switches between), resumes with the same command."""
     stage, sections = CASES[case]
     sections = {name: dict(values) for name, values in sections.items()}
-    sections["data"] = {**data, **sections.get("data", {})}
     ds_path = ds_json(tmp_path, stage)
     whole = tiny_config(data, tmp_path / "whole", **sections)
     expected = run_ranks(pretrain_rank, 2, as_data(whole), ds_path)[0]
@@ -113,3 +113,19 @@ def test_refuses_a_checkpoint_that_does_not_fit(
     with pytest.raises(RanksFailedError, match=message):
         run_ranks(pretrain_rank, ranks, as_data(other), ds_json(tmp_path_factory.getbasetemp(), stage))
     assert sorted(p.relative_to(folder) for p in folder.rglob("*")) == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("stage", "precision"), [(1, "fp32"), (1, "bf16"), (2, "fp32"), (2, "bf16"), (3, "bf16")]
+)
+def test_exported_weights_are_the_master_weights(
+    stage: int, precision: str, data: dict[str, str], tmp_path: Path
+) -> None:
+    """What two ranks sharded is put together again without a process group."""
+    config = tiny_config(data, tmp_path / "run", training={"precision": precision})
+    expected = run_ranks(pretrain_rank, 2, as_data(config), ds_json(tmp_path, stage))[0]
+    state = export_run(tmp_path / "run").state
+    assert state.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(state[name], value), name

@@ -28,6 +28,8 @@ class IncrementFn(Protocol):
 class Solver(nn.Module):
     """Integrates one layer. ``iterations`` may be changed between forward passes (two-stage training)."""
 
+    iterative = False
+    """Whether there is a corrector to iterate."""
     merges_embedding = False
     """Whether entry 0 of the history is the embedding output."""
 

@@ -21,6 +21,8 @@ class ImplicitEuler(Solver):
     ``coefficients``: fp32 [n + 1], α_{n,0} … α_{n,n}, shared by all iterations.
     """
 
+    iterative = True
+
     def __init__(
         self, layer: int, *, iterations: int, predictor: str = "merged", coefficient_init: str, backend: str
     ) -> None:
@@ -60,6 +62,8 @@ class DLCL(ImplicitEuler):
 
     y_{n+1} = y_n + α_{n,n} F(y_n) + Σ_{j<n} α_{n,j} F̃_j
     """
+
+    iterative = False
 
     def __init__(self, layer: int, *, coefficient_init: str, backend: str) -> None:
         super().__init__(layer, iterations=0, coefficient_init=coefficient_init, backend=backend)

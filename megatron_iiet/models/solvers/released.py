@@ -26,6 +26,7 @@ class ReleasedImplicitEuler(Solver):
     Both rows read the older entries in one pass.
     """
 
+    iterative = True
     merges_embedding = True
 
     def __init__(
@@ -58,8 +59,9 @@ class ReleasedImplicitEuler(Solver):
         n = self.layer
         norm = increment_fn.input_norm
         row, readout_row = self.coefficients.float(), self.readout_coefficients.float()
-        output = self.predictor_norm(y_BTD + increment_fn(y_BTD, None, 0))
-        self.observe(0, y_BTD, output)
+        stepped = y_BTD + increment_fn(y_BTD, None, 0)
+        self.observe(0, y_BTD, stepped)  # before the norm, whose output has another scale than y
+        output = self.predictor_norm(stepped)
         if self.iterations == 0:
             base = None
             readout_base = history.merge(None, readout_row[:n], backend=self.backend)
