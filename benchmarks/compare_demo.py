@@ -3,7 +3,7 @@
 
 Trains both through the DeepSpeed launcher with the demo's configuration: same parameters (but for the
 solver's own), data order, steps, seeds and embedding scale. Prints validation loss and wall time of each run
-and the ratios, writes them as JSON and draws the curves. Runs that are complete are reused, broken ones resume.
+and the ratios, writes them as JSON and draws the curves. Complete runs are reused, broken ones resume.
 
     python benchmarks/compare_demo.py --output-dir runs/demo-compare --seeds 1234 1235 [--training.steps 200]
 

@@ -49,6 +49,9 @@ def pretrain(loaded: LoadedConfig) -> None:
 def prepare(loaded: LoadedConfig, context: ParallelContext) -> tuple[Run, list[callbacks.Callback]]:
     """Check everything, then build the run and its callbacks; the cheapest checks come first."""
     config = loaded.config
+    for key, made_by in (("prefix", "tools/preprocess_data.py"), ("tokenizer", "tools/train_tokenizer.py")):
+        if not getattr(config.data, key):
+            raise ConfigError(f"data.{key} is not set; give the path of what {made_by} wrote")
     ds_config = reconciled_ds_config(loaded, context.data_parallel_size)
     backend, reason = resolve_backend(config.ops.backend)
     check_tokenizer(config)
@@ -73,12 +76,10 @@ def prepare(loaded: LoadedConfig, context: ParallelContext) -> tuple[Run, list[c
 def reconciled_ds_config(loaded: LoadedConfig, data_parallel_size: int) -> dict[str, Any]:
     """The DeepSpeed configuration with our values filled in; checked against the number of ranks."""
     check_world_size(loaded.config, data_parallel_size)
-    ds_json = (
-        load_ds_config(loaded.ds_config_path)
-        if loaded.ds_config_path
-        else {"zero_optimization": {"stage": 1}}
-    )
-    return reconcile(ds_json, loaded.config, data_parallel_size)
+    path = loaded.ds_config_path
+    if path is None:
+        return reconcile({"zero_optimization": {"stage": 1}}, loaded.config, data_parallel_size)
+    return reconcile(load_ds_config(path), loaded.config, data_parallel_size, source=str(path))
 
 
 def check_tokenizer(config: RunConfig) -> None:
