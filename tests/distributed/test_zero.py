@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -71,8 +74,14 @@ def reference(config: RunConfig) -> tuple[list[float], list[float], dict[str, to
     return losses, norms, {name: p.detach() for name, p in model.named_parameters()}
 
 
-@pytest.mark.parametrize("solver", SOLVERS)
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def cases(every: Iterable[tuple[Any, ...]], smoke: set[tuple[Any, ...]]) -> list[Any]:
+    """All cases, those outside the smoke subset of `make check` marked slow."""
+    return [pytest.param(*case, marks=[] if case in smoke else [pytest.mark.slow]) for case in every]
+
+
+@pytest.mark.parametrize(
+    ("stage", "solver"), cases(itertools.product(range(4), SOLVERS), {(1, "iiet"), (3, "released")})
+)
 def test_fp32_equals_plain_torch(stage: int, solver: str, data: dict[str, str], tmp_path: Path) -> None:
     """Two ranks, two micro-batches a step, clipping in force, weight decay on matrices only."""
     config = tiny_config(
@@ -93,7 +102,7 @@ def test_fp32_equals_plain_torch(stage: int, solver: str, data: dict[str, str], 
         )
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("stage", cases([(1,), (2,), (3,)], {(1,)}))
 def test_bf16_follows_fp32(stage: int, data: dict[str, str], tmp_path: Path) -> None:
     """bf16 losses stay near the fp32 reference, and merge coefficients learn below bf16's resolution."""
     config = tiny_config(data, tmp_path / "run", solver=SOLVERS["iiet"], training={"precision": "bf16"})
@@ -106,7 +115,7 @@ def test_bf16_follows_fp32(stage: int, data: dict[str, str], tmp_path: Path) -> 
     assert not torch.equal(coefficients, coefficients.bfloat16().float())
 
 
-@pytest.mark.parametrize("recompute", ["off", "layer", "evaluation"])
+@pytest.mark.parametrize("recompute", cases([("off",), ("layer",), ("evaluation",)], {("layer",)}))
 def test_zero3_with_every_parameter_partitioned(recompute: str, data: dict[str, str], tmp_path: Path) -> None:
     """No parameter is small enough to stay whole: merges and the tied head gather what they read."""
     config = tiny_config(data, tmp_path / "run", solver=SOLVERS["iiet"], training={"recompute": recompute})
