@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import pickle
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ from megatron_iiet.training.optimizer import build_optimizer, parameter_groups
 # On CPUs DeepSpeed would compile a shared-memory collective at first use (45 s, and a stale lock file
 # hangs it). It serves inference only.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+# DeepSpeed calls a collective by the name it had before torch 2.13; users cannot help it.
+warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*", category=FutureWarning)
 
 MODEL_STATES = "mp_rank_00_model_states.pt"  # DeepSpeed's file of the module's weights, stages 0 to 2
 
