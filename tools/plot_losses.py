@@ -14,8 +14,8 @@ def main() -> None:
     parser.add_argument("--run", action="append", required=True, metavar="LABEL=DIR", help="may be repeated")
     parser.add_argument("--output", required=True, metavar="FILE.png")
     arguments = parser.parse_args()
-    runs = dict(run.partition("=")[::2] for run in arguments.run)
-    if not all(runs.values()):
+    runs = dict(run.rpartition("=")[::2] for run in arguments.run)
+    if "" in runs or "" in runs.values():
         exit_with_error(f"--run wants LABEL=DIR, found {' '.join(arguments.run)}")
     from megatron_iiet.evaluation.curves import plot_losses
 

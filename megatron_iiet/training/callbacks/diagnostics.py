@@ -18,7 +18,7 @@ class SolverDiagnostics(Callback):
     """Every ``interval`` steps: relative residual and influence per layer and iterate, on one batch."""
 
     def __init__(self, batch: Tensor, interval: int) -> None:
-        """``batch``: token windows [b, T + 1], the same on every rank."""
+        """``batch``: this rank's token windows, [b, T + 1]; the main rank's are recorded."""
         self.batch = batch
         self.interval = interval
 

@@ -1,0 +1,80 @@
+"""Sampling, curves and summaries, on a tiny model and a run folder written by hand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_iiet.config import config_to_yaml
+from megatron_iiet.data.tokenizer import load_tokenizer
+from megatron_iiet.evaluation.curves import plot_losses
+from megatron_iiet.evaluation.sampling import sample_text
+from megatron_iiet.evaluation.summary import list_files, summarize_run
+from megatron_iiet.models import Transformer
+from tests.tiny import make_data, tiny_config
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    return make_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture
+def run(data: dict[str, str], tmp_path: Path) -> Path:
+    folder = tmp_path / "run"
+    (folder / "checkpoints/step_00000002").mkdir(parents=True)
+    (folder / "checkpoints/step_00000002/a.pt").write_bytes(bytes(10))
+    (folder / "checkpoints/step_00000002/b.pt").write_bytes(bytes(20))
+    (folder / "config.yaml").write_text(config_to_yaml(tiny_config(data, folder, training={"steps": 2})))
+    rows = [
+        {"step": 0, "validation_loss": 5.0},
+        {"step": 1, "loss": 9.0},
+        {"step": 1, "loss": 4.0},  # repeated after a resume: the last one counts
+        {"step": 2, "loss": 3.0, "tokens_per_second": 100.0, "validation_loss": 2.0},
+    ]
+    (folder / "log.jsonl").write_text("".join(json.dumps({"time": 0.0, **row}) + "\n" for row in rows))
+    return folder
+
+
+def test_greedy_sampling_takes_the_likeliest_token(data: dict[str, str], tmp_path: Path) -> None:
+    """Against a hand-written loop over full forward passes, past the end of the rotary table."""
+    model = Transformer(tiny_config(data, tmp_path))
+    model.initialise(3)
+    tokenizer = load_tokenizer(data["tokenizer"])
+    ids = [tokenizer.eod_id, *tokenizer.encode("the solver").tolist()]
+    with torch.no_grad():
+        for _ in range(40):
+            ids.append(int(model(torch.tensor([ids[-32:]]))[0, -1, : tokenizer.vocab_size].argmax()))
+    assert tokenizer.eod_id not in ids[1:], "choose a seed whose text does not end"
+    text = sample_text(model, tokenizer, "the solver", max_new_tokens=40, temperature=0)
+    assert text == tokenizer.decode(ids[1:])[len("the solver") :]
+
+
+def test_sampling_is_reproducible_by_seed(data: dict[str, str], tmp_path: Path) -> None:
+    model = Transformer(tiny_config(data, tmp_path))
+    model.initialise(3)
+    tokenizer = load_tokenizer(data["tokenizer"])
+    texts = [sample_text(model, tokenizer, "", max_new_tokens=20, seed=seed) for seed in (1, 1, 2)]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_summary(run: Path) -> None:
+    text = summarize_run(run)
+    assert "2 of 2 steps" in text
+    assert "validation perplexity 148.4 at step 0 → 7.39 at step 2" in text
+    files = list_files(run)
+    assert sum("step_00000002/" in line for line in files) == 1  # a checkpoint's shards are one line
+    assert any(line.endswith("log.jsonl") for line in files)
+
+
+def test_summary_of_something_else(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="not the folder of a run"):
+        summarize_run(tmp_path)
+
+
+def test_plot_is_a_picture(run: Path, tmp_path: Path) -> None:
+    plot_losses({"a": run, "b": run}, tmp_path / "x.png")
+    assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
