@@ -9,7 +9,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 unexport PYTHONDONTWRITEBYTECODE
 CSRC := $(shell find csrc -type f \( -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh' \) 2>/dev/null)
 
-.PHONY: setup demo demo-compare test test-nightly check format clean
+.PHONY: setup demo demo-compare test check format clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.package
@@ -79,16 +79,13 @@ demo-compare: $(SHARD).idx
 		--data.prefix $(SHARD) --data.tokenizer $(DATA)/tokenizer.model
 
 test: setup
-	$(BIN)/python -m pytest -m "not nightly"
-
-test-nightly: setup
-	$(BIN)/python -m pytest -m nightly
+	$(BIN)/python -m pytest
 
 check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -m "not slow and not nightly"
+	$(BIN)/python -m pytest -m "not slow"
 
 format: setup
 	$(BIN)/ruff format .

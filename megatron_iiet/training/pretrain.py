@@ -65,6 +65,8 @@ def prepare(loaded: LoadedConfig, context: ParallelContext) -> tuple[Run, list[c
     run = Run(config, context, model, engine, train_batches(config, splits, context))
     run.say(describe_start(run, splits, *counts))
     run.say(f"merge_norm backend: {backend} ({reason})")
+    if engine.zero_stage == 3 and config.training.precision == "bf16" and config.solver.kind != "euler":
+        run.say("merge coefficients: bf16 working copy, fp32 master copy (ZeRO-3 keeps one type)")
     if tag is not None:
         report_resume(run, tag)
         run.resume(tag)
