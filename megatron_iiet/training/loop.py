@@ -18,15 +18,12 @@ def train(run: Run, callbacks: Sequence[Callback]) -> None:
         FloatingPointError: the loss stopped being finite; the checkpoints before it are untouched.
     """
     config = run.config
+    stage = enter_stage(run, None)  # before the callbacks, which may validate
     for callback in callbacks:
         callback.on_start(run)
     run.flush()
-    stage = None
     while run.step < run.last_step:
-        if stage != (stage := iterations_at(config, run.step)):
-            iterations, merging = stage
-            run.model.set_iterations(iterations, merging=merging)
-            run.say(f"step {run.step:>6} | {run.describe_solver()}")
+        stage = enter_stage(run, stage)
         started = time.perf_counter()
         result = run.engine.train_step(
             run.batches, learning_rate(config.optimizer, run.step, config.training.steps)
@@ -43,3 +40,13 @@ def train(run: Run, callbacks: Sequence[Callback]) -> None:
         run.flush()
     for callback in callbacks:
         callback.on_end(run)
+
+
+def enter_stage(run: Run, current: tuple[list[int], bool] | None) -> tuple[list[int], bool]:
+    """Give the model the iterations of the step about to run, if they are not the current ones."""
+    stage = iterations_at(run.config, run.step)
+    if stage != current:
+        iterations, merging = stage
+        run.model.set_iterations(iterations, merging=merging)
+        run.say(f"step {run.step:>6} | {run.describe_solver()}")
+    return stage
