@@ -1,5 +1,10 @@
 """Typed configuration of a run: schema, strict loading, cross-field checks, the DeepSpeed side."""
 
+from megatron_iiet.config.combinations import (
+    check_combination,
+    check_world_size,
+    gradient_accumulation_steps,
+)
 from megatron_iiet.config.errors import ConfigError, exit_with_error
 from megatron_iiet.config.load import (
     LoadedConfig,
@@ -11,12 +16,13 @@ from megatron_iiet.config.load import (
     load_config_or_exit,
 )
 from megatron_iiet.config.schema import RunConfig, iterations_per_layer
-from megatron_iiet.config.validation import check_world_size, gradient_accumulation_steps, validate
+from megatron_iiet.config.validation import validate
 
 __all__ = [
     "ConfigError",
     "LoadedConfig",
     "RunConfig",
+    "check_combination",
     "check_world_size",
     "config_from_dict",
     "config_from_file",

@@ -13,12 +13,12 @@ import math
 from pathlib import Path
 from typing import Any
 
+from megatron_iiet.config.combinations import gradient_accumulation_steps
 from megatron_iiet.config.errors import ConfigError
-from megatron_iiet.config.keys import did_you_mean
+from megatron_iiet.config.keys import did_you_mean, join_or
+from megatron_iiet.config.rules import AUTO
 from megatron_iiet.config.schema import RunConfig
-from megatron_iiet.config.validation import gradient_accumulation_steps
 
-AUTO = "auto"
 NEVER_PRINT = 1_000_000_000
 """steps_per_print that silences DeepSpeed's own progress lines; the run has its own logging."""
 _NEAR_MISS = 0.8
@@ -33,6 +33,8 @@ _KNOWN_KEYS = (
     "fp16",
     "data_types",
     "zero_optimization",
+    "zero_force_ds_cpu_optimizer",
+    "pipeline",
     "steps_per_print",
     "activation_checkpointing",
     "communication_data_type",
@@ -40,6 +42,15 @@ _KNOWN_KEYS = (
     "tensorboard",
     "wall_clock_breakdown",
 )
+_PIPELINE: dict[str, Any] = {
+    # Stages hand on one packed tensor, which DeepSpeed would cut over the tensor-parallel ranks ...
+    "pipe_partitioned": False,
+    "grad_partitioned": False,
+    # ... and recompute their layers themselves.
+    "activation_checkpoint_interval": 0,
+    "use_reentrant": False,
+}
+"""Not DeepSpeed's defaults, which do not fit this trainer's stages."""
 
 
 def load_ds_config(path: str | Path) -> dict[str, Any]:
@@ -73,15 +84,16 @@ def reconcile(
     """The DeepSpeed configuration of this run: ``ds_json`` with every shared value filled in.
 
     An absent ``optimizer`` section stays absent (the trainer then brings its own AdamW); a present one is
-    completed. Any other ``"auto"`` is dropped, which leaves DeepSpeed's default. ``ds_json`` is not changed;
-    ``source`` is how messages name it, best the file's path.
+    completed. Any other ``"auto"`` is dropped, which leaves DeepSpeed's default or, for a few settings, ours.
+    ``ds_json`` is not changed; ``source`` is how messages name it, best the file's path. Whether the settings
+    go together is :func:`~megatron_iiet.config.combinations.check_combination`'s business, before this.
 
     Raises:
         ConfigError: the two sides contradict each other, or the file asks for what this trainer cannot do.
     """
     ds = copy.deepcopy(ds_json)
     _check_keys(ds, source)
-    _check_unsupported(ds, config, source)
+    _check_unsupported(ds, source)
     shared: list[tuple[str, str, Any]] = [
         ("train_batch_size", "training.global_batch_size", config.training.global_batch_size),
         ("train_micro_batch_size_per_gpu", "training.micro_batch_size", config.training.micro_batch_size),
@@ -111,10 +123,7 @@ def reconcile(
     if "fp16" in ds:
         ds["fp16"]["enabled"] = False
     _drop_auto(ds)
-    if config.training.precision == "bf16":
-        # DeepSpeed would sum bf16 gradients over the micro-batches in bf16 and lose small contributions.
-        ds.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
-    ds.setdefault("steps_per_print", NEVER_PRINT)
+    _fill_own_defaults(ds, config)
     return ds
 
 
@@ -142,14 +151,29 @@ def _check_keys(ds: dict[str, Any], source: str) -> None:
         hint = did_you_mean(key, _KNOWN_KEYS, cutoff=_NEAR_MISS)
         if hint:
             raise ConfigError(f"unknown key '{key}' in {source}{hint}")
-    for section in ("optimizer", "bf16", "fp16", "data_types", "zero_optimization"):
-        if section in ds and not isinstance(ds[section], dict):
-            raise ConfigError(
-                f"'{section}' is {json.dumps(ds[section])} in {source}, but must be an object {{...}}"
-            )
+    for section in ("optimizer", "bf16", "fp16", "data_types", "zero_optimization", "pipeline"):
+        _check_section(ds, section, source)
+    for section in ("offload_optimizer", "offload_param"):
+        _check_section(ds.get("zero_optimization", {}), section, source)
+    _check_pipeline_keys(ds.get("pipeline", {}), source)
 
 
-def _check_unsupported(ds: dict[str, Any], config: RunConfig, source: str) -> None:
+def _check_section(parent: dict[str, Any], name: str, source: str) -> None:
+    if name in parent and not isinstance(parent[name], dict):
+        raise ConfigError(
+            f"'{name}' is {json.dumps(parent[name])} in {source}, but must be an object {{...}}"
+        )
+
+
+def _check_pipeline_keys(section: dict[str, Any], source: str) -> None:
+    # DeepSpeed reads this section without looking for keys it does not know.
+    for key in section:
+        if key not in (*_PIPELINE, "stages", "partition", "seed_layers"):
+            hint = did_you_mean(key, _PIPELINE) or f"; it has {join_or(list(_PIPELINE))}"
+            raise ConfigError(f"unknown key 'pipeline.{key}' in {source}{hint}")
+
+
+def _check_unsupported(ds: dict[str, Any], source: str) -> None:
     if "scheduler" in ds:
         raise ConfigError(
             f"{source} has a 'scheduler' section, but the learning rate follows optimizer.schedule, "
@@ -165,13 +189,6 @@ def _check_unsupported(ds: dict[str, Any], config: RunConfig, source: str) -> No
     if type(stage) is not int or stage not in (0, 1, 2, 3):
         raise ConfigError(
             f"zero_optimization.stage is {json.dumps(stage)} in {source}, but must be 0, 1, 2 or 3"
-        )
-    if stage == 0 and config.training.precision == "bf16":
-        # DeepSpeed 0.19.8 initialises this optimizer with one extra step on zero gradients.
-        raise ConfigError(
-            f"zero_optimization.stage is 0 in {source} while training.precision is 'bf16', a pair for which "
-            "DeepSpeed applies one extra optimizer step; set the stage to 1 (it also works on one rank) or "
-            "the precision to 'fp32'"
         )
     params = ds.get("optimizer", {}).get("params")
     if isinstance(params, dict) and params.get("adam_w_mode", True) is False:
@@ -213,3 +230,21 @@ def _drop_auto(section: dict[str, Any]) -> None:
     for value in section.values():
         if isinstance(value, dict):
             _drop_auto(value)
+
+
+def _fill_own_defaults(ds: dict[str, Any], config: RunConfig) -> None:
+    """Where DeepSpeed's defaults lose precision or do not fit this trainer."""
+    stage = zero_stage(ds)
+    if config.training.precision == "bf16" and stage > 0:
+        # DeepSpeed would sum bf16 gradients over the micro-batches in bf16 and lose small contributions.
+        ds.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
+        if stage == 1 and ds["data_types"]["grad_accum_dtype"] == "fp32":
+            # ... and then round that sum to bf16 to add it up over the ranks, once a step.
+            ds.setdefault("communication_data_type", "fp32")
+    if config.parallel.pipeline > 1:
+        ds["pipeline"] = _PIPELINE | ds.get("pipeline", {})
+    offloaded = ds.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none") != "none"
+    if offloaded and "optimizer" not in ds:
+        # torch's fused AdamW steps on CPUs too; DeepSpeed's would be compiled at first use.
+        ds.setdefault("zero_force_ds_cpu_optimizer", False)
+    ds.setdefault("steps_per_print", NEVER_PRINT)

@@ -27,7 +27,10 @@ class ModelConfig:
     """Key/value heads of grouped-query attention; must divide num_attention_heads.
     null: as many as query heads."""
     vocab_size: int = 32000
-    """Rows of the embedding V; at least the tokenizer's size."""
+    """Token ids V that the model knows; at least the tokenizer's size."""
+    vocab_multiple: int = 128
+    """Embedding and head get zero rows up to a multiple of this; they are masked and never trained.
+    Independent of parallel.tensor, which must divide the padded size."""
     max_position_embeddings: int = 2048
     """Length of the rotary table; the longest sequence the model can read."""
     tie_embeddings: bool = True
@@ -41,6 +44,11 @@ class ModelConfig:
     """Base of the rotary position embedding."""
     init_std: float = 0.02
     """Standard deviation of the normal initialisation of every weight matrix."""
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of embedding and head: vocab_size rounded up to a multiple of vocab_multiple."""
+        return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
 
     @property
     def head_dim(self) -> int:
@@ -85,6 +93,21 @@ class SolverConfig:
         if self.coefficient_init is not None:
             return self.coefficient_init
         return "average" if self.kind == "iiet" and self.variant == "released" else "identity"
+
+
+@dataclass
+class ParallelConfig:
+    """The grid of processes: tensor x pipeline x data. The data-parallel size is what the number of
+    processes leaves; ranks of one tensor-parallel group are neighbours."""
+
+    tensor: int = 1
+    """Tensor-parallel size: ranks that share every layer's matrices. Must divide the query heads, key/value
+    heads, feed-forward width and padded vocabulary; keep it within one host."""
+    pipeline: int = 1
+    """Pipeline-parallel size: stages that share the layers; at most num_layers. With ZeRO stages 0 and 1."""
+    sequence: bool = False
+    """Sequence parallelism: residual stream, norms, merges and history on 1/tensor of the sequence each.
+    Saves activation memory at the same traffic. Needs tensor > 1."""
 
 
 @dataclass
@@ -203,6 +226,8 @@ class RunConfig:
     """Shape of the Transformer."""
     solver: SolverConfig = field(default_factory=SolverConfig)
     """How its layers are integrated."""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    """How processes share the work."""
     data: DataConfig = field(default_factory=DataConfig)
     """Token shards and samples."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)

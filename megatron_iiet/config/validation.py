@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from megatron_iiet.config.combinations import check_layout
 from megatron_iiet.config.errors import ConfigError
 from megatron_iiet.config.keys import key_types
 from megatron_iiet.config.schema import RunConfig
@@ -22,11 +23,14 @@ _POSITIVE = (
     "model.num_attention_heads",
     "model.num_key_value_heads",
     "model.vocab_size",
+    "model.vocab_multiple",
     "model.max_position_embeddings",
     "model.embedding_scale",
     "model.rms_norm_eps",
     "model.rotary_base",
     "model.init_std",
+    "parallel.tensor",
+    "parallel.pipeline",
     "data.sequence_length",
     "optimizer.lr",
     "optimizer.eps",
@@ -64,39 +68,7 @@ def validate(config: RunConfig) -> None:
     _check_solver(config)
     _check_schedule(config)
     _check_batch(config)
-
-
-def check_world_size(config: RunConfig, data_parallel_size: int) -> None:
-    """Check that the global batch divides evenly over ``data_parallel_size`` ranks.
-
-    Raises:
-        ConfigError: names the numbers, the nearest global batch sizes and the nearest numbers of ranks.
-    """
-    batch, micro = config.training.global_batch_size, config.training.micro_batch_size
-    unit = micro * data_parallel_size
-    if batch % unit == 0:
-        return
-    below, above = batch // unit * unit, -(-batch // unit) * unit
-    batches = f"{below} or {above}" if below else f"{above}"
-    legal = [ranks for ranks in range(1, batch // micro + 1) if batch % (micro * ranks) == 0]
-    fewer = max((ranks for ranks in legal if ranks < data_parallel_size), default=None)
-    more = min((ranks for ranks in legal if ranks > data_parallel_size), default=None)
-    ranks_text = " or ".join(str(ranks) for ranks in (fewer, more) if ranks is not None)
-    raise ConfigError(
-        f"training.global_batch_size is {batch}, but must be a multiple of training.micro_batch_size times "
-        f"the data-parallel ranks, {micro} x {data_parallel_size} = {unit}; set it to {batches}, or start "
-        f"{ranks_text} {'rank' if ranks_text == '1' else 'ranks'}"
-    )
-
-
-def gradient_accumulation_steps(config: RunConfig, data_parallel_size: int) -> int:
-    """Forward passes per optimizer step on each of ``data_parallel_size`` ranks.
-
-    Raises:
-        ConfigError: as :func:`check_world_size`.
-    """
-    check_world_size(config, data_parallel_size)
-    return config.training.global_batch_size // (config.training.micro_batch_size * data_parallel_size)
+    check_layout(config)
 
 
 def _value(config: RunConfig, key: str) -> Any:

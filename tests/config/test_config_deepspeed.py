@@ -31,6 +31,7 @@ def test_everything_shared_is_filled_in() -> None:
         "gradient_clipping": 1.0,
         "bf16": {"enabled": True},
         "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32",
         "zero_optimization": {"stage": 1},
         "steps_per_print": 1_000_000_000,
     }
@@ -57,6 +58,42 @@ def test_optimizer_section_is_completed() -> None:
     assert zero_stage(ds) == 2
     bare = reconcile({"zero_optimization": {"stage": 2}, "optimizer": {}}, RunConfig(), 1)
     assert bare["optimizer"]["type"] == "AdamW"
+
+
+def test_pipeline_section_is_completed() -> None:
+    config = RunConfig()
+    assert "pipeline" not in reconcile(Z1, config, 2)
+    config.parallel.pipeline = 2
+    assert reconcile(Z1, config, 2)["pipeline"] == {
+        "pipe_partitioned": False,
+        "grad_partitioned": False,
+        "activation_checkpoint_interval": 0,
+        "use_reentrant": False,
+    }
+    given = {**Z1, "pipeline": {"grad_partitioned": True, "use_reentrant": "auto"}}
+    assert reconcile(given, config, 2)["pipeline"]["grad_partitioned"] is True
+    assert reconcile(given, config, 2)["pipeline"]["use_reentrant"] is False
+
+
+def test_gradients_are_summed_in_fp32() -> None:
+    config = RunConfig()
+    ds = reconcile({"zero_optimization": {"stage": 2}}, config, 2)
+    assert ds["data_types"] == {"grad_accum_dtype": "fp32"}
+    assert "communication_data_type" not in ds  # reduced after every micro-batch: twice the traffic
+    assert (
+        reconcile({**Z1, "communication_data_type": "bf16"}, config, 2)["communication_data_type"] == "bf16"
+    )
+    config.parallel.pipeline = 2
+    assert "data_types" not in reconcile({}, config, 2)  # DeepSpeed cannot without ZeRO
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_offloaded_optimizer_is_torchs(stage: int) -> None:
+    offload = {"zero_optimization": {"stage": stage, "offload_optimizer": {"device": "cpu"}}}
+    assert reconcile(offload, RunConfig(), 1)["zero_force_ds_cpu_optimizer"] is False
+    assert "zero_force_ds_cpu_optimizer" not in reconcile(offload | {"optimizer": {}}, RunConfig(), 1)
+    none = {"zero_optimization": {"stage": stage, "offload_optimizer": {"device": "none"}}}
+    assert "zero_force_ds_cpu_optimizer" not in reconcile(none, RunConfig(), 1)
 
 
 def test_equal_values_and_own_choices_are_kept() -> None:
@@ -151,12 +188,6 @@ RECONCILE_ERRORS: list[tuple[dict[str, Any], str]] = [
         'zero_optimization.stage is "auto" in ds.json, but must be 0, 1, 2 or 3',
     ),
     (
-        {},
-        "zero_optimization.stage is 0 in ds.json while training.precision is 'bf16', a pair for which DeepSpeed "
-        "applies one extra optimizer step; set the stage to 1 (it also works on one rank) or the precision to "
-        "'fp32'",
-    ),
-    (
         {"zero_optimisation": {"stage": 1}},
         "unknown key 'zero_optimisation' in ds.json; did you mean 'zero_optimization'?",
     ),
@@ -165,6 +196,23 @@ RECONCILE_ERRORS: list[tuple[dict[str, Any], str]] = [
         "unknown key 'train_micro_batch_size' in ds.json; did you mean 'train_micro_batch_size_per_gpu' or 'train_batch_size'?",
     ),
     ({**Z1, "bfloat16": {"enabled": True}}, "'bfloat16' in ds.json is an old name; write 'bf16'"),
+    (
+        {**Z1, "pipline": {"grad_partitioned": False}},
+        "unknown key 'pipline' in ds.json; did you mean 'pipeline'?",
+    ),
+    (
+        {**Z1, "pipeline": {"grad_partitoned": False}},
+        "unknown key 'pipeline.grad_partitoned' in ds.json; did you mean 'grad_partitioned'?",
+    ),
+    (
+        {**Z1, "pipeline": {"chunks": 2}},
+        "unknown key 'pipeline.chunks' in ds.json; it has pipe_partitioned, grad_partitioned, "
+        "activation_checkpoint_interval or use_reentrant",
+    ),
+    (
+        {"zero_optimization": {"stage": 3, "offload_param": True}},
+        "'offload_param' is true in ds.json, but must be an object {...}",
+    ),
 ]
 
 

@@ -1,0 +1,218 @@
+"""What cannot be combined: layouts, run settings and DeepSpeed settings, in one table.
+
+:func:`check_combination` reads the table before any process waits for another, :func:`table_markdown` prints
+it for the documentation. The DeepSpeed rows are about version 0.19.8, which runs these combinations wrongly
+without a word, or stops with an assertion that helps nobody.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from megatron_iiet.config.errors import ConfigError
+from megatron_iiet.config.keys import join_or
+from megatron_iiet.config.rules import Rule, Setup
+from megatron_iiet.config.rules_deepspeed import DEEPSPEED_RULES
+from megatron_iiet.config.schema import RunConfig
+
+
+def check_combination(config: RunConfig, ds: Mapping[str, Any], world_size: int, source: str) -> int:
+    """Check that a run can be laid out on ``world_size`` processes; returns its data-parallel size.
+
+    ``ds`` is the DeepSpeed JSON as it was read, before reconciliation; ``source`` is how messages name it.
+    Needs no process group.
+
+    Raises:
+        ConfigError: the first combination of the table that applies, with the nearest legal choice.
+    """
+    setup = Setup(config, ds, world_size, source)
+    _raise_first(COMBINATIONS, setup)
+    return setup.data_parallel_size
+
+
+def check_layout(config: RunConfig) -> None:
+    """The rows of the table that the run configuration alone decides.
+
+    Raises:
+        ConfigError: as :func:`check_combination`.
+    """
+    _raise_first(LAYOUT_RULES, Setup(config, {}, 0, ""))
+
+
+def check_world_size(config: RunConfig, data_parallel_size: int) -> None:
+    """Check that the global batch divides evenly over ``data_parallel_size`` replicas of the model.
+
+    Raises:
+        ConfigError: names the numbers, the nearest global batch sizes and the nearest numbers of ranks.
+    """
+    if config.training.global_batch_size % (config.training.micro_batch_size * data_parallel_size):
+        raise ConfigError(_batch_sentence(config, data_parallel_size))
+
+
+def gradient_accumulation_steps(config: RunConfig, data_parallel_size: int) -> int:
+    """Forward passes per optimizer step on each of ``data_parallel_size`` ranks.
+
+    Raises:
+        ConfigError: as :func:`check_world_size`.
+    """
+    check_world_size(config, data_parallel_size)
+    return config.training.global_batch_size // (config.training.micro_batch_size * data_parallel_size)
+
+
+def tensor_sizes(config: RunConfig) -> list[int]:
+    """Every legal parallel.tensor of this model, smallest first."""
+    widths = _split_widths(config).values()
+    return [size for size in range(1, min(widths) + 1) if not any(width % size for width in widths)]
+
+
+def table_markdown() -> str:
+    """The table as Markdown, for the documentation."""
+    lines = ["| not together | because | instead |", "|---|---|---|"]
+    lines += [f"| {rule.combination} | {rule.why} | {rule.instead} |" for rule in COMBINATIONS]
+    return "\n".join(lines) + "\n"
+
+
+def _raise_first(rules: Iterable[Rule], setup: Setup) -> None:
+    for rule in rules:
+        if rule.applies(setup):
+            raise ConfigError(rule.sentence(setup))
+
+
+def _split_widths(config: RunConfig) -> dict[str, int]:
+    """What tensor parallelism divides, by the name to show."""
+    model = config.model
+    return {
+        "model.num_attention_heads": model.num_attention_heads,
+        "model.num_key_value_heads": model.num_kv_heads,
+        "model.ffn_hidden_size": model.ffn_hidden_size,
+        "the padded vocabulary": model.padded_vocab_size,
+    }
+
+
+def _nearest(value: int, legal: Iterable[int]) -> str:
+    """The nearest legal numbers below and above ``value``: "4 or 8"; empty if there is none."""
+    legal = list(legal)
+    below, above = [n for n in legal if n < value], [n for n in legal if n > value]
+    return join_or([str(n) for n in [*below[-1:], *above[:1]]]) if below or above else ""
+
+
+def _multiples(unit: int, value: int) -> list[int]:
+    """The multiples of ``unit``, 0 excepted, around ``value``."""
+    below = value // unit * unit
+    return [n for n in (below, below + unit) if n > 0]
+
+
+def _tensor_sentence(setup: Setup) -> str:
+    size = setup.config.parallel.tensor
+    misfits = [f"{name} = {width}" for name, width in _split_widths(setup.config).items() if width % size]
+    return (
+        f"parallel.tensor is {size}, but does not divide {', '.join(misfits)}; set it to "
+        f"{_nearest(size, tensor_sizes(setup.config))}"
+    )
+
+
+def _pipeline_sentence(setup: Setup) -> str:
+    layers = setup.config.model.num_layers
+    return (
+        f"parallel.pipeline is {setup.config.parallel.pipeline}, but model.num_layers is {layers} and every "
+        f"stage needs a layer; set it to {layers} or less"
+    )
+
+
+def _sequence_sentence(setup: Setup) -> str:
+    length, size = setup.config.data.sequence_length, setup.config.parallel.tensor
+    return (
+        f"data.sequence_length is {length}, but parallel.sequence cuts it into parallel.tensor = {size} "
+        f"equal parts; set it to {_nearest(length, _multiples(size, length))}, or parallel.sequence to false"
+    )
+
+
+def _grid_sentence(setup: Setup) -> str:
+    world, parallel = setup.world_size, setup.config.parallel
+    tensor, pipeline = parallel.tensor, parallel.pipeline
+    layers = setup.config.model.num_layers
+    tensors = [size for size in tensor_sizes(setup.config) if world % (size * pipeline) == 0]
+    pipelines = [size for size in range(1, layers + 1) if world % (size * tensor) == 0]
+    choices = [f"start {_nearest(world, _multiples(tensor * pipeline, world))}"]
+    for name, size, legal in (("tensor", tensor, tensors), ("pipeline", pipeline, pipelines)):
+        if legal:
+            choices.append(f"set parallel.{name} to {_nearest(size, legal)}")
+    return (
+        f"the number of processes is {world}, but must be a multiple of parallel.tensor x parallel.pipeline, "
+        f"{tensor} x {pipeline} = {tensor * pipeline}; {join_or(choices)}"
+    )
+
+
+def _batch_sentence(config: RunConfig, data_parallel_size: int) -> str:
+    batch, micro = config.training.global_batch_size, config.training.micro_batch_size
+    unit, replica = micro * data_parallel_size, config.parallel.tensor * config.parallel.pipeline
+    legal = [size * replica for size in range(1, batch // micro + 1) if batch % (micro * size) == 0]
+    ranks = _nearest(data_parallel_size * replica, legal)
+    return (
+        f"training.global_batch_size is {batch}, but must be a multiple of training.micro_batch_size times "
+        f"the data-parallel ranks, {micro} x {data_parallel_size} = {unit}; set it to "
+        f"{_nearest(batch, _multiples(unit, batch))}, or start {ranks} {'rank' if ranks == '1' else 'ranks'}"
+    )
+
+
+def _grid(setup: Setup) -> int:
+    return setup.config.parallel.tensor * setup.config.parallel.pipeline
+
+
+def _batch_does_not_divide(setup: Setup) -> bool:
+    unit = setup.config.training.micro_batch_size * setup.data_parallel_size
+    return setup.config.training.global_batch_size % unit != 0
+
+
+LAYOUT_RULES = (
+    Rule(
+        "`parallel.tensor` that does not divide query heads, key/value heads, feed-forward width and padded "
+        "vocabulary",
+        "every rank holds an equal part of each",
+        "a common divisor",
+        lambda setup: any(
+            width % setup.config.parallel.tensor for width in _split_widths(setup.config).values()
+        ),
+        _tensor_sentence,
+    ),
+    Rule(
+        "`parallel.pipeline` > `model.num_layers`",
+        "every stage needs a layer",
+        "at most as many stages as layers",
+        lambda setup: setup.config.parallel.pipeline > setup.config.model.num_layers,
+        _pipeline_sentence,
+    ),
+    Rule(
+        "`parallel.sequence` with a `data.sequence_length` that `parallel.tensor` does not divide",
+        "every rank holds an equal part of a sequence",
+        "a multiple of `parallel.tensor`",
+        lambda setup: (
+            setup.config.parallel.sequence
+            and setup.config.data.sequence_length % setup.config.parallel.tensor != 0
+        ),
+        _sequence_sentence,
+    ),
+)
+"""Rows that the run configuration alone decides."""
+
+WORLD_RULES = (
+    Rule(
+        "a number of processes that is no multiple of `parallel.tensor` x `parallel.pipeline`",
+        "every replica of the model takes that many",
+        "a multiple",
+        lambda setup: setup.world_size % _grid(setup) != 0,
+        _grid_sentence,
+    ),
+    Rule(
+        "`training.global_batch_size` that is no multiple of `training.micro_batch_size` x data-parallel "
+        "ranks",
+        "every rank does the same number of equal micro-batches",
+        "a multiple",
+        _batch_does_not_divide,
+        lambda setup: _batch_sentence(setup.config, setup.data_parallel_size),
+    ),
+)
+"""Rows about the number of processes; the second counts on the first."""
+
+COMBINATIONS: tuple[Rule, ...] = (*LAYOUT_RULES, *WORLD_RULES, *DEEPSPEED_RULES)

@@ -1,0 +1,280 @@
+"""The rows of the table of illegal combinations that are about a DeepSpeed setting (version 0.19.8)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from megatron_iiet.config.rules import Rule, Value, With, refuse
+
+TRUE = Value("true", lambda value: value is True)
+FALSE = Value("false", lambda value: value is False)
+PRESENT = Value("", lambda value: value is not None)
+POSITIVE = Value("> 0", lambda value: _number(value) and value > 0)
+NOT_ONE = Value("other than 1", lambda value: _number(value) and value != 1)
+BELOW_ONE = Value("< 1", lambda value: _number(value) and value < 1)
+SEVERAL = Value("> 1", lambda value: _number(value) and value > 1)
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _one_of(*choices: Any) -> Value:
+    words = " or ".join(str(choice) for choice in choices)
+    return Value(words, lambda value: type(value) is not bool and value in choices)
+
+
+_FP32 = ("fp32", "float32", "float", "torch.float32")
+_BF16 = ("bf16", "bfloat16", "torch.bfloat16")
+
+
+PIPELINE = With(
+    "`parallel.pipeline` > 1",
+    lambda setup: setup.pipelined,
+    lambda setup: f"parallel.pipeline = {setup.config.parallel.pipeline}",
+)
+TENSOR_AND_PIPELINE = With(
+    "`parallel.tensor` > 1 and `parallel.pipeline` > 1",
+    lambda setup: setup.pipelined and setup.config.parallel.tensor > 1,
+    lambda setup: (
+        f"parallel.tensor = {setup.config.parallel.tensor} and "
+        f"parallel.pipeline = {setup.config.parallel.pipeline}"
+    ),
+)
+
+
+def _precision(bf16: bool, words: str = "", holds: Callable[[Any], bool] = lambda setup: True) -> With:
+    name = "bf16" if bf16 else "fp32"
+    return With(
+        f"`training.precision: {name}`{words}",
+        lambda setup: setup.bf16 is bf16 and holds(setup),
+        lambda setup: f"training.precision = '{name}'",
+    )
+
+
+def _stage(*stages: int) -> With:
+    return With(
+        f"ZeRO stage {' or '.join(map(str, stages))}",
+        lambda setup: setup.stage in stages,
+        lambda setup: f"zero_optimization.stage = {setup.stage}",
+    )
+
+
+_BF16_PIPELINE_WITHOUT_ZERO = With(
+    "`training.precision: bf16`, `parallel.pipeline` > 1 and ZeRO stage 0",
+    lambda setup: setup.bf16 and setup.pipelined and setup.stage == 0,
+    lambda setup: (
+        f"training.precision = 'bf16', parallel.pipeline = {setup.config.parallel.pipeline} and "
+        "zero_optimization.stage = 0"
+    ),
+)
+
+_LAYOUT = (
+    refuse(
+        "zero_optimization.stage",
+        _one_of(2, 3),
+        PIPELINE,
+        why="DeepSpeed's pipeline knows ZeRO stages 0 and 1 only",
+        instead="set it to 1, or parallel.pipeline to 1",
+    ),
+    refuse(
+        ("tensor_parallel", "expert_parallel", "zero_optimization.mics_shard_size", "pipeline.stages"),
+        PRESENT,
+        why="the layout is this trainer's",
+        instead="remove it and set parallel.tensor and parallel.pipeline",
+    ),
+    refuse(
+        "sequence_parallel_size",
+        SEVERAL,
+        why="the layout is this trainer's",
+        instead="remove it and set parallel.tensor and parallel.sequence",
+    ),
+    refuse(
+        ("pipeline.pipe_partitioned", "pipeline.grad_partitioned"),
+        TRUE,
+        TENSOR_AND_PIPELINE,
+        why="DeepSpeed would cut what stages hand on as if it were the same on all tensor-parallel ranks",
+        instead="set it to false",
+    ),
+    refuse(
+        "pipeline.activation_checkpoint_interval",
+        POSITIVE,
+        PIPELINE,
+        why="a stage is one layer to DeepSpeed",
+        instead="remove it and set training.recompute",
+    ),
+    refuse(
+        ("wall_clock_breakdown", "flops_profiler.enabled"),
+        TRUE,
+        PIPELINE,
+        why="it starts timers that stop all but the last pipeline stage with an AssertionError",
+        instead="set it to false",
+    ),
+)
+
+_PRECISION = (
+    refuse(
+        "zero_optimization.stage",
+        _one_of(0),
+        _precision(True, " and `parallel.pipeline: 1`", lambda setup: not setup.pipelined),
+        why="DeepSpeed then takes one extra optimizer step",
+        instead="set it to 1 (it also works on one rank), or training.precision to 'fp32'",
+    ),
+    refuse(
+        "data_types.grad_accum_dtype",
+        _one_of(*_FP32),
+        _BF16_PIPELINE_WITHOUT_ZERO,
+        why="DeepSpeed accumulates in bf16 there",
+        instead="set zero_optimization.stage to 1",
+    ),
+    refuse(
+        "data_types.grad_accum_dtype",
+        Value("other than fp32 and bf16", lambda value: value is not None and value not in _FP32 + _BF16),
+        why="gradients are summed in fp32 or bf16",
+        instead="remove it",
+    ),
+    refuse(
+        "data_types.grad_accum_dtype",
+        _one_of(*_BF16),
+        _precision(False),
+        why="gradients are fp32 then",
+        instead="remove it",
+    ),
+    refuse(
+        ("bf16.bf16_master_weights_and_grads", "bf16.bf16_optimizer_states"),
+        TRUE,
+        why="master weights and moments are fp32 here",
+        instead="remove it",
+    ),
+    refuse(
+        "torch_autocast.enabled",
+        TRUE,
+        why="it would change the arithmetic behind training.precision",
+        instead="remove it",
+    ),
+    refuse(
+        "communication_data_type",
+        _one_of("fp16"),
+        why="gradients overflow in fp16",
+        instead="set it to 'fp32' or remove it",
+    ),
+)
+
+_OFFLOAD = (
+    refuse(
+        ("zero_optimization.offload_optimizer.device", "zero_optimization.offload_param.device"),
+        _one_of("nvme"),
+        why="checkpoints cannot read what is swapped out to disk",
+        instead="set it to 'cpu'",
+    ),
+    refuse(
+        "zero_optimization.offload_optimizer.device",
+        _one_of("cpu"),
+        _stage(0),
+        why="there is nothing to offload without ZeRO",
+        instead="set zero_optimization.stage to 1, 2 or 3",
+    ),
+    refuse(
+        "zero_optimization.offload_param.device",
+        _one_of("cpu"),
+        _stage(0, 1, 2),
+        why="only stage 3 offloads parameters",
+        instead="set zero_optimization.stage to 3, or remove the section",
+    ),
+    refuse(
+        "zero_optimization.offload_optimizer.device",
+        _one_of("cpu"),
+        PIPELINE,
+        why="DeepSpeed then sums the gradients of a tied embedding before they are there",
+        instead="remove the section, or set parallel.pipeline to 1",
+    ),
+    refuse(
+        "zero_force_ds_cpu_optimizer",
+        TRUE,
+        With(
+            "`offload_optimizer` and no `optimizer` section",
+            lambda setup: setup.offloads_optimizer and setup.setting("optimizer") is None,
+            lambda setup: "zero_optimization.offload_optimizer and no optimizer section",
+        ),
+        why="AdamW is then torch's",
+        instead="remove it, or add an optimizer section to get DeepSpeed's (compiled at first use)",
+    ),
+    refuse(
+        "zero_optimization.offload_optimizer.ratio",
+        BELOW_ONE,
+        why="it needs DeepSpeed's own CPU optimizer",
+        instead="remove it",
+    ),
+    refuse(
+        ("zero_optimization.offload_optimizer.super_offload", "zero_optimization.zenflow"),
+        Value("", lambda value: value not in (None, False)),
+        why="checkpoints do not know its optimizer",
+        instead="remove it",
+    ),
+    refuse(
+        ("zero_optimization.cpu_offload", "zero_optimization.cpu_offload_param"),
+        TRUE,
+        why="it is an old name",
+        instead='write "offload_optimizer": {"device": "cpu"} or "offload_param": {"device": "cpu"}',
+    ),
+)
+
+_TRAINING = (
+    refuse(
+        "gradient_allreduce_op",
+        _one_of("sum"),
+        why="the gradient is the mean over data-parallel ranks",
+        instead="remove it",
+    ),
+    refuse(
+        "managed_gradient_accumulation",
+        FALSE,
+        why="the optimizer would step after every micro-batch",
+        instead="remove it",
+    ),
+    refuse(
+        "prescale_gradients",
+        TRUE,
+        why="ZeRO with reduce_scatter does not scale before it sums",
+        instead="remove it",
+    ),
+    refuse(
+        "gradient_predivide_factor",
+        NOT_ONE,
+        why="ZeRO with reduce_scatter does not divide before it sums",
+        instead="remove it",
+    ),
+    refuse(
+        "zero_optimization.compute_grad_norm",
+        FALSE,
+        why="the gradient norm is clipped and logged",
+        instead="remove it",
+    ),
+    refuse(
+        ("activation_checkpointing.partition_activations", "activation_checkpointing.cpu_checkpointing"),
+        TRUE,
+        why="DeepSpeed's activation checkpointing is not used",
+        instead="remove it and set training.recompute",
+    ),
+    refuse(
+        "data_efficiency.enabled",
+        TRUE,
+        why="the order of the data is this trainer's",
+        instead="remove it",
+    ),
+    refuse(
+        "compile.deepcompile",
+        TRUE,
+        why="the engine is not compiled here",
+        instead="remove it",
+    ),
+    refuse(
+        ("elasticity", "amp", "sparse_gradients", "curriculum_learning", "progressive_layer_drop"),
+        PRESENT,
+        why="DeepSpeed 0.19 does not have it any more",
+        instead="remove it",
+    ),
+)
+
+DEEPSPEED_RULES: tuple[Rule, ...] = (*_LAYOUT, *_PRECISION, *_OFFLOAD, *_TRAINING)
