@@ -1,0 +1,164 @@
+"""Who this process is: what the DeepSpeed launcher, torchrun or srun left in the environment."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+from collections.abc import MutableMapping
+from dataclasses import dataclass
+
+_FIRST_PORT = 10_000
+_PORTS = 20_000  # up to 29,999: below Linux's ephemeral ports (32768 and up), above well-known services
+_STEPS_PER_JOB = 101  # steps of one job, and jobs started one after another, get ports of their own
+
+
+@dataclass(frozen=True)
+class LaunchEnvironment:
+    """One process's place among those started together."""
+
+    rank: int
+    """Rank in the world."""
+    world_size: int
+    """Number of processes."""
+    local_rank: int
+    """Index of this process's GPU among those it sees: its rank on this host, or 0 where it sees only one."""
+    launcher: str
+    """Who started it: "deepspeed or torchrun", "srun" or "none"."""
+
+
+def launch_environment(environ: MutableMapping[str, str] = os.environ) -> LaunchEnvironment:
+    """Find this process's place, and make sure that torch.distributed and DeepSpeed find it too.
+
+    Looked for in this order: RANK (set by the DeepSpeed launcher and torchrun); a task of an srun step; else
+    the process is a world of its own, also in the body of an sbatch script and in the shell of
+    ``srun --pty``, where SLURM's variables speak of a whole job. Under srun, a MASTER_ADDR or MASTER_PORT
+    that the user set is kept; the default is the step's first host and a port that follows from the ids of
+    job and step.
+
+    Args:
+        environ: read, and completed with RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT.
+
+    Raises:
+        ValueError: variables are missing or contradict each other.
+    """
+    if "RANK" in environ:
+        found = _of_launcher(environ)
+    elif _is_srun_task(environ):
+        found = _of_srun(environ)
+    elif environ.get("WORLD_SIZE", "1") != "1":
+        raise ValueError(
+            f"WORLD_SIZE is {environ['WORLD_SIZE']!r} but RANK is not set: start every process with "
+            "deepspeed, torchrun or srun, or unset WORLD_SIZE for a run of one process"
+        )
+    else:
+        found = LaunchEnvironment(0, 1, 0, "none")
+        # A master left over from a script's preamble means other processes than this one.
+        environ.pop("MASTER_ADDR", None)
+        environ.pop("MASTER_PORT", None)
+    _set_master(environ, found)
+    environ.update(RANK=str(found.rank), WORLD_SIZE=str(found.world_size), LOCAL_RANK=str(found.local_rank))
+    return found
+
+
+def first_host(node_list: str) -> str:
+    """The first host of a list as SLURM writes it: ``gpu[003-007,012],login`` → ``gpu003``."""
+    first = re.match(r"((?:[^,\[\]\s]|\[\d[\d,-]*\])+)(?:,|$)", node_list)
+    if first is None:
+        raise ValueError(
+            f"cannot read the node list {node_list!r} of SLURM: set MASTER_ADDR to the host of rank 0"
+        )
+    return re.sub(r"\[(\d+)[\d,-]*\]", r"\1", first[1])
+
+
+def _of_launcher(environ: MutableMapping[str, str]) -> LaunchEnvironment:
+    remedy = "set by deepspeed and torchrun; unset RANK for a run of one process"
+    rank, world_size = _integer(environ, "RANK", remedy), _integer(environ, "WORLD_SIZE", remedy)
+    local_rank = _integer(environ, "LOCAL_RANK", remedy) if "LOCAL_RANK" in environ else 0
+    _check_rank("RANK", rank, "WORLD_SIZE", world_size)
+    if world_size > 1:
+        for name in ("MASTER_ADDR", "MASTER_PORT"):
+            if not environ.get(name):
+                raise ValueError(
+                    f"{name} is not set but WORLD_SIZE is {world_size}: start every process with deepspeed, "
+                    f"torchrun or srun, or set {name} to where rank 0 listens"
+                )
+    return LaunchEnvironment(rank, world_size, local_rank, "deepspeed or torchrun")
+
+
+def _is_srun_task(environ: MutableMapping[str, str]) -> bool:
+    # SLURM_PROCID and SLURM_NTASKS are also set in the body of an sbatch script (0, and the number of tasks
+    # that srun would start there); the step's own variables only in what srun starts.
+    if "SLURM_STEP_ID" not in environ or "SLURM_STEP_NUM_TASKS" not in environ:
+        return False
+    # In the shell of `srun --ntasks 8 --pty bash` they speak of 8 tasks, while what is typed there runs once.
+    # SLURM_PTY_PORT alone is no proof: it is inherited by steps that are started from that shell.
+    is_step_itself = environ.get("SLURM_TASK_PID") == str(os.getpid())
+    return is_step_itself or "SLURM_PTY_PORT" not in environ or not _has_terminal()
+
+
+def _has_terminal() -> bool:
+    try:
+        os.close(os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY))
+    except OSError:
+        return False
+    return True
+
+
+def _of_srun(environ: MutableMapping[str, str]) -> LaunchEnvironment:
+    remedy = "set by srun for every task; unset SLURM_STEP_ID for a run of one process"
+    rank = _integer(environ, "SLURM_PROCID", remedy)
+    # Not SLURM_NTASKS: `srun --preserve-env` leaves the job's number there.
+    world_size = _integer(environ, "SLURM_STEP_NUM_TASKS", remedy)
+    local_rank = _integer(environ, "SLURM_LOCALID", remedy)
+    _check_rank("SLURM_PROCID", rank, "SLURM_STEP_NUM_TASKS", world_size)
+    # With --gpus-per-task or --gpu-bind every task sees one GPU, as number 0.
+    if environ.get("CUDA_VISIBLE_DEVICES", "").strip() and "," not in environ["CUDA_VISIBLE_DEVICES"]:
+        local_rank = 0
+    return LaunchEnvironment(rank, world_size, local_rank, "srun")
+
+
+def _set_master(environ: MutableMapping[str, str], found: LaunchEnvironment) -> None:
+    if not environ.get("MASTER_ADDR"):
+        environ["MASTER_ADDR"] = "127.0.0.1" if found.world_size == 1 else _srun_host(environ)
+    if not environ.get("MASTER_PORT"):
+        environ["MASTER_PORT"] = str(_free_port() if found.world_size == 1 else _srun_port(environ))
+    remedy = "set it to a free port of the host of rank 0"
+    if not 0 < _integer(environ, "MASTER_PORT", remedy) < 1 << 16:
+        raise ValueError(f"MASTER_PORT is {environ['MASTER_PORT']}, not in 1 to 65535: {remedy}")
+
+
+def _srun_host(environ: MutableMapping[str, str]) -> str:
+    node_list = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST")
+    if not node_list:
+        raise ValueError("SLURM_STEP_NODELIST is not set: set MASTER_ADDR to the host of rank 0")
+    return first_host(node_list)
+
+
+def _srun_port(environ: MutableMapping[str, str]) -> int:
+    remedy = "set MASTER_PORT to a free port of the host of rank 0"
+    job, step = _integer(environ, "SLURM_JOB_ID", remedy), _integer(environ, "SLURM_STEP_ID", remedy)
+    return _FIRST_PORT + (job * _STEPS_PER_JOB + step) % _PORTS
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _integer(environ: MutableMapping[str, str], name: str, remedy: str) -> int:
+    if name not in environ:
+        raise ValueError(f"{name} is not set: {remedy}")
+    value = environ[name].strip()
+    if not re.fullmatch(r"[0-9]+", value):
+        raise ValueError(f"{name} is {environ[name]!r}, not a non-negative integer: {remedy}")
+    return int(value)
+
+
+def _check_rank(rank_name: str, rank: int, size_name: str, world_size: int) -> None:
+    if rank >= world_size:
+        raise ValueError(
+            f"{rank_name} is {rank} but {size_name} is {world_size}: ranks count from 0 to {world_size - 1}; "
+            "correct one of them"
+        )

@@ -1,0 +1,225 @@
+"""Who a process is, for the environments that launchers leave behind."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from megatron_iiet.parallel import launch
+from megatron_iiet.parallel.launch import LaunchEnvironment, first_host, launch_environment
+
+# As SLURM 22.05 sets them for a job of 2 nodes with 2 tasks each.
+BATCH_BODY = {
+    "SLURM_JOB_ID": "71",
+    "SLURM_JOB_NODELIST": "gpu[003-004]",
+    "SLURM_LOCALID": "0",
+    "SLURM_NODEID": "0",
+    "SLURM_NTASKS": "4",
+    "SLURM_PROCID": "0",
+    "SLURM_TASK_PID": "1",
+}
+SRUN_TASK = {
+    **BATCH_BODY,
+    "SLURM_LOCALID": "1",
+    "SLURM_NODEID": "1",
+    "SLURM_PROCID": "3",
+    "SLURM_STEP_ID": "2",
+    "SLURM_STEP_NODELIST": "gpu[003-004]",
+    "SLURM_STEP_NUM_TASKS": "4",
+}
+PTY = {**SRUN_TASK, "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_PTY_PORT": "34325"}
+TORCHRUN = {
+    "RANK": "5",
+    "WORLD_SIZE": "8",
+    "LOCAL_RANK": "1",
+    "MASTER_ADDR": "gpu003",
+    "MASTER_PORT": "29500",
+}
+
+
+def _check_complete(environ: dict[str, str], found: LaunchEnvironment) -> None:
+    assert environ["RANK"] == str(found.rank)
+    assert environ["WORLD_SIZE"] == str(found.world_size)
+    assert environ["LOCAL_RANK"] == str(found.local_rank)
+    assert environ["MASTER_ADDR"]
+    assert 0 < int(environ["MASTER_PORT"]) < 65536
+
+
+def test_a_launcher_is_believed() -> None:
+    environ = dict(TORCHRUN)
+    assert launch_environment(environ) == LaunchEnvironment(5, 8, 1, "deepspeed or torchrun")
+    assert environ == TORCHRUN
+
+
+def test_a_launcher_inside_an_srun_task_wins() -> None:
+    environ = SRUN_TASK | TORCHRUN
+    assert launch_environment(environ) == LaunchEnvironment(5, 8, 1, "deepspeed or torchrun")
+    assert environ == SRUN_TASK | TORCHRUN
+
+
+def test_one_process_of_a_launcher_needs_no_master() -> None:
+    environ = {"RANK": "0", "WORLD_SIZE": "1"}
+    found = launch_environment(environ)
+    assert found == LaunchEnvironment(0, 1, 0, "deepspeed or torchrun")
+    _check_complete(environ, found)
+
+
+def test_srun_task() -> None:
+    environ = dict(SRUN_TASK)
+    found = launch_environment(environ)
+    assert found == LaunchEnvironment(3, 4, 1, "srun")
+    _check_complete(environ, found)
+    assert environ["MASTER_ADDR"] == "gpu003"
+
+
+def test_srun_counts_the_step_not_the_job() -> None:
+    environ = SRUN_TASK | {"SLURM_NTASKS": "16", "WORLD_SIZE": "16"}
+    assert launch_environment(environ).world_size == 4
+    assert environ["WORLD_SIZE"] == "4"
+
+
+def test_master_lives_on_the_step_not_on_the_job() -> None:
+    environ = SRUN_TASK | {"SLURM_STEP_NODELIST": "gpu004"}
+    launch_environment(environ)
+    assert environ["MASTER_ADDR"] == "gpu004"
+
+
+def test_tasks_of_a_step_agree_on_the_port_and_steps_and_jobs_do_not() -> None:
+    def port(job: int, step: int, rank: int = 0) -> int:
+        environ = SRUN_TASK | {
+            "SLURM_JOB_ID": str(job),
+            "SLURM_STEP_ID": str(step),
+            "SLURM_PROCID": str(rank),
+        }
+        launch_environment(environ)
+        return int(environ["MASTER_PORT"])
+
+    assert len({port(7, 0, rank) for rank in range(4)}) == 1
+    ports = [port(job, step) for job in range(9_990, 10_010) for step in range(20)]
+    assert len(set(ports)) == len(ports)
+    assert all(10_000 <= port < 30_000 for port in ports)
+
+
+def test_the_users_master_wins_under_srun() -> None:
+    environ = SRUN_TASK | {"MASTER_ADDR": "gpu003-ib0", "MASTER_PORT": "4000"}
+    launch_environment(environ)
+    assert (environ["MASTER_ADDR"], environ["MASTER_PORT"]) == ("gpu003-ib0", "4000")
+
+
+@pytest.mark.parametrize(("visible", "local_rank"), [("0,1", 1), ("1", 0), ("", 1)])
+def test_a_task_that_sees_one_gpu_uses_it(visible: str, local_rank: int) -> None:
+    environ = SRUN_TASK | {"CUDA_VISIBLE_DEVICES": visible}
+    assert launch_environment(environ).local_rank == local_rank
+    assert environ["LOCAL_RANK"] == str(local_rank)
+
+
+@pytest.mark.parametrize("environ", [{}, BATCH_BODY], ids=["nothing", "sbatch body"])
+def test_without_a_launcher_the_process_is_alone(environ: dict[str, str]) -> None:
+    environ = dict(environ)
+    found = launch_environment(environ)
+    assert found == LaunchEnvironment(0, 1, 0, "none")
+    _check_complete(environ, found)
+    assert environ["MASTER_ADDR"] == "127.0.0.1"
+
+
+def test_alone_with_the_master_of_others() -> None:
+    environ = BATCH_BODY | {"MASTER_ADDR": "gpu003", "MASTER_PORT": "4000"}
+    launch_environment(environ)
+    assert environ["MASTER_ADDR"] == "127.0.0.1"
+    assert environ["MASTER_PORT"] != "4000"
+
+
+@pytest.mark.parametrize(
+    ("is_task_itself", "has_terminal", "launcher"),
+    [(False, True, "none"), (True, True, "srun"), (False, False, "srun")],
+    ids=["typed in its shell", "srun --pty python", "a step started from its shell"],
+)
+def test_interactive_step(
+    monkeypatch: pytest.MonkeyPatch, is_task_itself: bool, has_terminal: bool, launcher: str
+) -> None:
+    monkeypatch.setattr(launch, "_has_terminal", lambda: has_terminal)
+    environ = PTY | {"SLURM_TASK_PID": str(os.getpid() if is_task_itself else 1)}
+    assert launch_environment(environ).launcher == launcher
+
+
+def test_a_terminal_alone_does_not_hide_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "_has_terminal", lambda: True)
+    assert launch_environment(dict(SRUN_TASK)).launcher == "srun"
+
+
+def test_asking_twice_is_harmless() -> None:
+    environ = dict(SRUN_TASK)
+    first = launch_environment(environ)
+    written = dict(environ)
+    second = launch_environment(environ)
+    assert (second.rank, second.world_size, second.local_rank) == (
+        first.rank,
+        first.world_size,
+        first.local_rank,
+    )
+    assert environ == written
+
+
+@pytest.mark.parametrize(
+    ("node_list", "host"),
+    [
+        ("gpu003", "gpu003"),
+        ("a,b", "a"),
+        ("gpu[003-007,012]", "gpu003"),
+        ("gpu[7]", "gpu7"),
+        ("gpu[12,003-007],login", "gpu12"),
+        ("rack[1-2]n[01-04]", "rack1n01"),
+        ("rack[1,4]-n01-ib,b[1-2]", "rack1-n01-ib"),
+        ("node-1.cluster.example,node-2.cluster.example", "node-1.cluster.example"),
+    ],
+)
+def test_first_host(node_list: str, host: str) -> None:
+    assert first_host(node_list) == host
+
+
+@pytest.mark.parametrize("node_list", ["", ",a", "gpu[", "gpu[003-", "gpu]3", "gpu[]", "gpu[x-y]", "(null) "])
+def test_an_unreadable_node_list(node_list: str) -> None:
+    with pytest.raises(ValueError, match="set MASTER_ADDR"):
+        first_host(node_list)
+
+
+def _without(environ: dict[str, str], *names: str) -> dict[str, str]:
+    return {name: value for name, value in environ.items() if name not in names}
+
+
+@pytest.mark.parametrize(
+    ("environ", "message"),
+    [
+        (
+            _without(TORCHRUN, "WORLD_SIZE"),
+            "WORLD_SIZE is not set: set by deepspeed and torchrun; unset RANK",
+        ),
+        (TORCHRUN | {"RANK": "two"}, "RANK is 'two', not a non-negative integer: .*unset RANK"),
+        (TORCHRUN | {"RANK": "-1"}, "RANK is '-1', not a non-negative integer"),
+        (TORCHRUN | {"RANK": ""}, "RANK is '', not a non-negative integer"),
+        (TORCHRUN | {"WORLD_SIZE": "8.0"}, "WORLD_SIZE is '8.0'"),
+        (TORCHRUN | {"LOCAL_RANK": "x"}, "LOCAL_RANK is 'x'"),
+        (TORCHRUN | {"RANK": "8"}, "RANK is 8 but WORLD_SIZE is 8: ranks count from 0 to 7"),
+        (
+            _without(TORCHRUN, "MASTER_ADDR"),
+            "MASTER_ADDR is not set but WORLD_SIZE is 8: .*where rank 0 listens",
+        ),
+        (_without(TORCHRUN, "MASTER_PORT"), "MASTER_PORT is not set but WORLD_SIZE is 8"),
+        (
+            TORCHRUN | {"MASTER_PORT": "http"},
+            "MASTER_PORT is 'http', not a non-negative integer: set it to a free",
+        ),
+        (TORCHRUN | {"MASTER_PORT": "70000"}, "MASTER_PORT is 70000, not in 1 to 65535"),
+        ({"WORLD_SIZE": "8"}, "WORLD_SIZE is '8' but RANK is not set: .*unset WORLD_SIZE"),
+        (_without(SRUN_TASK, "SLURM_PROCID"), "SLURM_PROCID is not set: set by srun"),
+        (SRUN_TASK | {"SLURM_STEP_NUM_TASKS": "4(x2)"}, r"SLURM_STEP_NUM_TASKS is '4\(x2\)'"),
+        (SRUN_TASK | {"SLURM_PROCID": "4"}, "SLURM_PROCID is 4 but SLURM_STEP_NUM_TASKS is 4"),
+        (_without(SRUN_TASK, "SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST"), "set MASTER_ADDR to the host"),
+        (SRUN_TASK | {"SLURM_STEP_NODELIST": "gpu["}, r"cannot read the node list 'gpu\['"),
+        (_without(SRUN_TASK, "SLURM_JOB_ID"), "SLURM_JOB_ID is not set: set MASTER_PORT to a free port"),
+    ],
+)
+def test_a_broken_environment_is_named(environ: dict[str, str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        launch_environment(dict(environ))
