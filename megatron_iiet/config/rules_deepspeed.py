@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from megatron_iiet.config.keys import join_or
 from megatron_iiet.config.rules import Rule, Value, With, refuse
 
 TRUE = Value("true", lambda value: value is True)
@@ -20,8 +21,8 @@ def _number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def _one_of(*choices: Any) -> Value:
-    words = " or ".join(str(choice) for choice in choices)
+def _one_of(*choices: Any, words: str | None = None) -> Value:
+    words = join_or([str(choice) for choice in choices]) if words is None else words
     return Value(words, lambda value: type(value) is not bool and value in choices)
 
 
@@ -55,7 +56,7 @@ def _precision(bf16: bool, words: str = "", holds: Callable[[Any], bool] = lambd
 
 def _stage(*stages: int) -> With:
     return With(
-        f"ZeRO stage {' or '.join(map(str, stages))}",
+        f"ZeRO stage {join_or([str(stage) for stage in stages])}",
         lambda setup: setup.stage in stages,
         lambda setup: f"zero_optimization.stage = {setup.stage}",
     )
@@ -67,6 +68,15 @@ _BF16_PIPELINE_WITHOUT_ZERO = With(
     lambda setup: (
         f"training.precision = 'bf16', parallel.pipeline = {setup.config.parallel.pipeline} and "
         "zero_optimization.stage = 0"
+    ),
+)
+
+_BF16_TIED_PIPELINE = With(
+    "`training.precision: bf16`, `parallel.pipeline` > 1 and `model.tie_embeddings`",
+    lambda setup: setup.bf16 and setup.pipelined and setup.config.model.tie_embeddings,
+    lambda setup: (
+        f"training.precision = 'bf16', parallel.pipeline = {setup.config.parallel.pipeline} and "
+        "model.tie_embeddings = true"
     ),
 )
 
@@ -123,7 +133,7 @@ _PRECISION = (
     ),
     refuse(
         "data_types.grad_accum_dtype",
-        _one_of(*_FP32),
+        _one_of(*_FP32, words="fp32"),
         _BF16_PIPELINE_WITHOUT_ZERO,
         why="DeepSpeed accumulates in bf16 there",
         instead="set zero_optimization.stage to 1",
@@ -136,7 +146,7 @@ _PRECISION = (
     ),
     refuse(
         "data_types.grad_accum_dtype",
-        _one_of(*_BF16),
+        _one_of(*_BF16, words="bf16"),
         _precision(False),
         why="gradients are fp32 then",
         instead="remove it",
@@ -185,9 +195,9 @@ _OFFLOAD = (
     refuse(
         "zero_optimization.offload_optimizer.device",
         _one_of("cpu"),
-        PIPELINE,
-        why="DeepSpeed then sums the gradients of a tied embedding before they are there",
-        instead="remove the section, or set parallel.pipeline to 1",
+        _BF16_TIED_PIPELINE,
+        why="DeepSpeed then does not sum the gradients of the tied embedding's two copies, which drift apart",
+        instead="remove the section, or set model.tie_embeddings to false",
     ),
     refuse(
         "zero_force_ds_cpu_optimizer",
