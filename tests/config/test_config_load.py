@@ -338,6 +338,7 @@ def test_one_rank_speaks(
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
+    monkeypatch.setattr("megatron_iiet.config.errors._PATIENCE_SECONDS", 0.0)
     with pytest.raises(SystemExit) as stopped:
         load_config_or_exit(["--lr", "1"])
     assert stopped.value.code == 2
