@@ -1,0 +1,440 @@
+"""The checkpoint store: what every rank holds of every parameter, readable under any other layout.
+
+A rank holds of a parameter a *fragment*: an interval of its flattened tensor-parallel shard (ZeRO cuts flat
+buffers anywhere), as master weight and AdamW moments. A checkpoint folder has one safetensors file for each
+rank that wrote, with tensors ``kind/name``, and ``index.json``, which says where everything is::
+
+    {"format": 1, "kinds": [...], "files": {file: {"bytes": n}},
+     "parameters": {name: {"shape": [...], "shard": null | {"dim": d, "blocks": [...]}, "tensor_size": k,
+                           "pieces": [[file, tensor_rank, start, numel], ...]}}}
+
+Nothing in it depends on pipeline, data parallelism or ZeRO. Numbers are fp32 and are moved, never computed
+with. Offsets and lengths count elements unless they say bytes; memory is little-endian, as is the format.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import torch
+from torch import Tensor
+
+from megatron_iiet.parallel.shard import Shard
+
+KINDS = ("fp32", "exp_avg", "exp_avg_sq")
+"""Master weight, first and second moment."""
+FORMAT = 1
+INDEX = "index.json"
+ITEM_BYTES = 4
+SCRATCH_BYTES = 64 << 20
+"""Bound of the temporary of one read, which is never less than a row of a stored shard."""
+OPEN_FILES = 64
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """What one rank holds of one parameter."""
+
+    name: str
+    shape: tuple[int, ...]
+    """Of the whole parameter."""
+    shard: Shard | None
+    tensor_size: int
+    tensor_rank: int
+    """Of the writer, out of ``tensor_size``; 0 for a replicated parameter, which that rank alone writes."""
+    start: int
+    numel: int
+    """The interval [start, start + numel) of the flattened local shard; may be empty."""
+    tensors: Mapping[str, Tensor]
+    """Kind → [numel] fp32 on any device; a checkpoint has the same kinds of every parameter."""
+
+
+class Piece(NamedTuple):
+    """The file that holds an interval of a rank's flattened local shard."""
+
+    file: str
+    tensor_rank: int
+    start: int
+    numel: int
+
+
+@dataclass(frozen=True)
+class ParameterEntry:
+    """What a checkpoint says of one parameter."""
+
+    shape: tuple[int, ...]
+    """Of the whole parameter."""
+    shard: Shard | None
+    tensor_size: int
+    """Tensor-parallel ranks it is stored for; 1 if replicated."""
+    pieces: tuple[Piece, ...]
+    """By tensor rank, then start; none is empty."""
+
+    def local_numel(self, tensor_size: int) -> int:
+        """Elements that each of ``tensor_size`` ranks holds."""
+        return prod(self.shard.local_shape(self.shape, tensor_size) if self.shard else self.shape)
+
+
+def write_fragments(path: Path, fragments: Sequence[Fragment]) -> list[dict[str, Any]]:
+    """Write one rank's fragments to ``path``, whole and on disk or not at all; one tensor at a time.
+
+    Returns their index entries, plain JSON data for :func:`write_index`.
+
+    Raises:
+        ValueError: a name comes twice, or a fragment's tensors do not fit its interval.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": f"megatron_iiet.fragments.{FORMAT}"}}
+    tensors: list[Tensor] = []
+    entries: dict[str, dict[str, Any]] = {}
+    end = 0
+    for f in fragments:
+        _check_tensors(path, f)
+        if f.name in entries:
+            raise ValueError(f"cannot write {path}: {f.name} comes twice; give one fragment a parameter")
+        kinds = [kind for kind in KINDS if kind in f.tensors]
+        for kind in kinds if f.numel else ():
+            start, end = end, end + ITEM_BYTES * f.numel
+            header[f"{kind}/{f.name}"] = {"dtype": "F32", "shape": [f.numel], "data_offsets": [start, end]}
+            tensors.append(f.tensors[kind])
+        parameter = {
+            "shape": list(f.shape),
+            "shard": f.shard and {"dim": f.shard.dim, "blocks": list(f.shard.blocks)},
+            "tensor_size": f.tensor_size if f.shard else 1,
+        }
+        piece = [f.tensor_rank, f.start, f.numel]
+        entries[f.name] = {"name": f.name, "parameter": parameter, "kinds": kinds, "piece": piece}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with _replacing(path) as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for tensor in tensors:
+            file.write(_bytes(tensor.detach().cpu().contiguous()))
+    return list(entries.values())
+
+
+def write_index(folder: Path, entries_by_file: Mapping[str, list[dict[str, Any]]]) -> None:
+    """Write ``index.json`` of a folder from what every :func:`write_fragments` into it returned.
+
+    Raises:
+        ValueError: the fragments contradict each other or do not cover every parameter exactly once, or a
+            file is not there.
+    """
+    parameters: dict[str, dict[str, Any]] = {}
+    kinds: list[str] = next((e["kinds"] for entries in entries_by_file.values() for e in entries), [])
+    for file, entries in entries_by_file.items():
+        for e in entries:
+            name, (rank, start, numel) = e["name"], e["piece"]
+            known = parameters.setdefault(name, e["parameter"] | {"pieces": []})
+            old = known | {"kinds": kinds}
+            for key, value in (e["parameter"] | {"kinds": e["kinds"]}).items():
+                if value != old[key]:
+                    raise ValueError(
+                        f"{folder / file} has {name} with {key} {value}, another file or parameter of the "
+                        f"checkpoint has {old[key]}; write all of a checkpoint from one model and layout"
+                    )
+            if numel:
+                known["pieces"].append(Piece(file, rank, start, numel))
+    for name, parameter in parameters.items():
+        parameter["pieces"].sort(key=lambda piece: piece[1:])
+        _check_coverage(folder, name, _entry_from_json(parameter))
+    files = {file: {"bytes": _size_of(folder / file)} for file in sorted(entries_by_file)}
+    index = {"format": FORMAT, "kinds": kinds, "files": files, "parameters": parameters}
+    with _replacing(folder / INDEX) as out:
+        out.write(json.dumps(index, separators=(",", ":")).encode() + b"\n")
+
+
+class FragmentReader:
+    """Reads a checkpoint folder under any layout; from disk comes what is asked for and little more.
+
+    Raises:
+        ValueError: the index or a file is missing, damaged or of an unknown format.
+    """
+
+    parameters: Mapping[str, ParameterEntry]
+    kinds: tuple[str, ...]
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._files: dict[str, _StoredFile] = {}  # the open ones, longest unused first
+        path = folder / INDEX
+        _size_of(path)
+        try:
+            index = json.loads(path.read_bytes())
+            if index["format"] != FORMAT:
+                raise ValueError(f"its format is {index['format']!r}")
+            self.kinds = tuple(index["kinds"])
+            self.parameters = {name: _entry_from_json(p) for name, p in index["parameters"].items()}
+            sizes = {file: entry["bytes"] for file, entry in index["files"].items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"cannot read {path} as an index of format {FORMAT}: {error!r}; use another checkpoint, "
+                "or the version of this program that wrote it"
+            ) from None
+        for file, size in sizes.items():
+            if (found := _size_of(folder / file)) != size:
+                raise ValueError(
+                    f"{folder / file} has {found} bytes, but {INDEX} says {size}: it is truncated or of "
+                    "another checkpoint; copy it again, or use another one"
+                )
+        for name, entry in self.parameters.items():
+            _check_coverage(folder, name, entry)
+
+    def read(
+        self,
+        name: str,
+        kind: str,
+        *,
+        shard: Shard | None,
+        tensor_size: int,
+        tensor_rank: int,
+        start: int,
+        numel: int,
+        shape: tuple[int, ...] | None = None,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """[numel] fp32: the interval [start, start + numel) of the reader's flattened local shard.
+
+        The reader is rank ``tensor_rank`` of the ``tensor_size`` that it splits the parameter over, by
+        ``shard``. ``shape``, its whole parameter's, is compared with the stored one if given; ``out``,
+        [numel] fp32 on any device, is filled instead of a new CPU tensor.
+
+        Raises:
+            ValueError: there is no such thing in the checkpoint, it has another shape or split, or its file
+                is damaged.
+        """
+        entry = self._entry(name, kind)
+        if shard != entry.shard or shape not in (None, entry.shape):
+            raise ValueError(
+                f"{name} in {self.folder} has shape {list(entry.shape)} split by {entry.shard}, but the "
+                f"model's has {list(shape or entry.shape)} split by {shard}; use the checkpoint's model"
+            )
+        held = entry.local_numel(tensor_size)
+        if not (0 <= start <= start + numel <= held and 0 <= tensor_rank < tensor_size):
+            raise ValueError(
+                f"cannot read elements [{start}, {start + numel}) of {name} for tensor-parallel rank "
+                f"{tensor_rank} of {tensor_size}: each holds {held} of {self.folder}; ask for a part of them"
+            )
+        out = torch.empty(numel) if out is None else out
+        if out.shape != (numel,) or out.dtype != torch.float32:
+            raise ValueError(
+                f"cannot read {name} into {out.dtype} of {list(out.shape)}; give torch.float32 of [{numel}]"
+            )
+        direct = out.device.type == "cpu" and out.is_contiguous()
+        target = out.detach() if direct else torch.empty(numel)
+        if shard is None or tensor_size == entry.tensor_size:
+            self._read_stored(name, kind, tensor_rank if shard else 0, start, target)
+        elif numel:
+            self._read_resharded(name, kind, shard.slices(tensor_size, tensor_rank), start, target)
+        if not direct:
+            out.detach().copy_(target)
+        return out
+
+    def read_full(self, name: str, kind: str = "fp32") -> Tensor:
+        """The whole parameter, fp32 in its global shape; errors as of :meth:`read`."""
+        entry = self._entry(name, kind)
+        whole = prod(entry.shape)
+        flat = self.read(name, kind, shard=entry.shard, tensor_size=1, tensor_rank=0, start=0, numel=whole)
+        return flat.view(entry.shape)
+
+    def close(self) -> None:
+        """Close the files; a later read opens them again."""
+        while self._files:
+            self._files.popitem()[1].close()
+
+    def __enter__(self) -> FragmentReader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _entry(self, name: str, kind: str) -> ParameterEntry:
+        if name not in self.parameters:
+            raise ValueError(f"{self.folder} has no parameter {name}; use a checkpoint of this model")
+        if kind not in self.kinds:
+            raise ValueError(
+                f"{self.folder} has no {kind} of {name}, only {', '.join(self.kinds)}; read one of these"
+            )
+        return self.parameters[name]
+
+    def _read_resharded(self, name: str, kind: str, held: list[slice], start: int, target: Tensor) -> None:
+        """Fill ``target`` from element ``start`` on of the flattened local shard made of the slices ``held``.
+
+        What is before the split dimension counts as rows, the rest as columns; a split by rows is then one of
+        a single long row. Intervals of one row go straight where they belong. Of many rows, those of a stored
+        shard are read whole, because only so they are contiguous, and what is shared is copied from there.
+        """
+        entry = self.parameters[name]
+        assert entry.shard is not None
+        inner = prod(entry.shape[entry.shard.dim + 1 :])
+        width = inner * sum(s.stop - s.start for s in held)
+        stored = [entry.shard.slices(entry.tensor_size, rank) for rank in range(entry.tensor_size)]
+        stored_width = inner * sum(s.stop - s.start for s in stored[0])
+        shared = [list(_shared(held, slices, inner)) for slices in stored]
+        most = max(1, SCRATCH_BYTES // (ITEM_BYTES * stored_width))
+        for row, rows, first, last in _rectangles(start, len(target), width, most):
+            offset = row * width + first - start
+            view = target[offset : offset + rows * (last - first)].view(rows, last - first)
+            for rank, runs in enumerate(shared):
+                # (from, to, first column in the stored rows) of what this rectangle and that rank share
+                spans = [(max(here, first), min(here + n, last), there - here) for here, there, n in runs]
+                spans = [(low, high, low + shift) for low, high, shift in spans if low < high]
+                if rows > 1 and spans:
+                    scratch = torch.empty(rows, stored_width)
+                    self._read_stored(name, kind, rank, row * stored_width, scratch.view(-1))
+                for low, high, there in spans:
+                    wanted = view[:, low - first : high - first]
+                    if rows > 1:
+                        wanted.copy_(scratch[:, there : there + high - low])
+                    else:
+                        self._read_stored(name, kind, rank, row * stored_width + there, wanted[0])
+
+    def _read_stored(self, name: str, kind: str, rank: int, start: int, target: Tensor) -> None:
+        """Fill ``target`` from element ``start`` on of the flattened local shard that ``rank`` stored."""
+        pieces, end = self.parameters[name].pieces, start + len(target)
+        i = bisect_right(pieces, (rank, start), key=lambda piece: piece[1:3]) - 1
+        while start < end:  # pieces are without gaps
+            piece = pieces[i]
+            stop = min(end, piece.start + piece.numel)
+            part, target = target[: stop - start], target[stop - start :]
+            self._open(piece.file).read(f"{kind}/{name}", piece.numel, start - piece.start, part)
+            start, i = stop, i + 1
+
+    def _open(self, file: str) -> _StoredFile:
+        stored = self._files.pop(file, None) or _StoredFile(self.folder / file)
+        self._files[file] = stored
+        if len(self._files) > OPEN_FILES:
+            self._files.pop(next(iter(self._files))).close()
+        return stored
+
+
+class _StoredFile:
+    """An open safetensors file. Read, not mapped: mapped pages would count as this process's memory."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file = path.open("rb")
+        length = int.from_bytes(self._file.read(8), "little")
+        self._data = 8 + length
+        try:
+            self._tensors = json.loads(self._file.read(min(length, _size_of(path))))
+        except ValueError:
+            self.close()
+            raise self._damaged("its header cannot be read") from None
+
+    def read(self, key: str, numel: int, start: int, target: Tensor) -> None:
+        """Fill a contiguous CPU tensor from element ``start`` on of the tensor ``key`` of [numel]."""
+        stored = self._tensors.get(key, {})
+        if (stored.get("dtype"), stored.get("shape")) != ("F32", [numel]):
+            raise self._damaged(f"for {key} it has {stored or 'nothing'}, not F32 of shape [{numel}]")
+        offset = self._data + stored["data_offsets"][0] + ITEM_BYTES * start
+        view = _bytes(target)
+        while view:
+            count = os.preadv(self._file.fileno(), [view], offset)
+            if not count:
+                raise self._damaged(f"it ends at byte {offset}, within {key}")
+            offset, view = offset + count, view[count:]
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _damaged(self, what: str) -> ValueError:
+        return ValueError(f"{self._path} is damaged: {what}; copy it again, or use another checkpoint")
+
+
+def _shared(held: list[slice], stored: list[slice], inner: int) -> Iterator[tuple[int, int, int]]:
+    """What two local tensors share: (first column in the one, in the other, columns), ``inner`` an index."""
+    here = 0
+    for a in held:
+        there = 0
+        for b in stored:
+            low, high = max(a.start, b.start), min(a.stop, b.stop)
+            if low < high:
+                yield inner * (here + low - a.start), inner * (there + low - b.start), inner * (high - low)
+            there += b.stop - b.start
+        here += a.stop - a.start
+
+
+def _rectangles(start: int, numel: int, width: int, most: int) -> Iterator[tuple[int, int, int, int]]:
+    """Cut an interval of a flattened matrix into (first row, rows, first column, column after the last).
+
+    Parts of a row come alone, whole rows up to ``most`` at a time.
+    """
+    end = start + numel
+    while start < end:
+        row, first = divmod(start, width)
+        last = min(width, first + end - start)
+        rows = 1 if last - first < width else min(most, (end - start) // width)
+        yield row, rows, first, last
+        start += rows * (last - first)
+
+
+def _check_tensors(path: Path, fragment: Fragment) -> None:
+    for kind, tensor in fragment.tensors.items():
+        if kind not in KINDS or tensor.shape != (fragment.numel,) or tensor.dtype != torch.float32:
+            raise ValueError(
+                f"cannot write {kind} of {fragment.name} to {path}: it is {tensor.dtype} of "
+                f"{list(tensor.shape)}; give {', '.join(KINDS)} as torch.float32 of [{fragment.numel}]"
+            )
+
+
+def _check_coverage(folder: Path, name: str, entry: ParameterEntry) -> None:
+    """Every element that a rank must hold is in exactly one piece."""
+    held = entry.local_numel(entry.tensor_size)
+    pieces: dict[int, list[tuple[int, int]]] = {rank: [] for rank in range(entry.tensor_size)}
+    for piece in entry.pieces:
+        pieces.setdefault(piece.tensor_rank, []).append((piece.start, piece.numel))
+    for rank, intervals in pieces.items():
+        end = 0
+        for start, numel in [*intervals, (held if rank < entry.tensor_size else 0, 0)]:
+            if start != end:
+                raise ValueError(
+                    f"{folder} has {'an overlap' if start < end else 'a gap'} between elements {start} and "
+                    f"{end} of {name} on tensor-parallel rank {rank} of {entry.tensor_size}, which holds "
+                    f"{held}; use a checkpoint of which every rank wrote its part once"
+                )
+            end = start + numel
+
+
+def _entry_from_json(data: Mapping[str, Any]) -> ParameterEntry:
+    shard = data["shard"] and Shard(data["shard"]["dim"], tuple(data["shard"]["blocks"]))
+    pieces = tuple(Piece(*piece) for piece in data["pieces"])
+    return ParameterEntry(tuple(data["shape"]), shard, data["tensor_size"], pieces)
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous CPU tensor of one dimension that is not empty."""
+    return tensor.numpy().data.cast("B")
+
+
+def _size_of(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing; copy the whole checkpoint again, or use another one") from None
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[BinaryIO]:
+    """A new file under a temporary name, which takes the place of ``path`` once it is whole and on disk."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # so that the new name outlives a power cut
+    finally:
+        os.close(folder)

@@ -1,0 +1,378 @@
+"""The checkpoint store: any layout reads, bit for bit, what any other wrote, and damage is named."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from torch import Tensor
+
+from megatron_iiet.parallel.shard import Shard
+from megatron_iiet.training import fragments as store
+from megatron_iiet.training.fragments import KINDS, Fragment, FragmentReader, write_fragments, write_index
+
+SIZES = (1, 2, 4)
+LARGEST = max(SIZES)
+Weights = Mapping[str, tuple[Shard | None, dict[str, Tensor]]]
+
+
+def random_bits(shape: tuple[int, ...], seed: int) -> Tensor:
+    """fp32 of all kinds, NaNs included: only a copy reproduces it."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(-(2**31), 2**31, shape, generator=generator, dtype=torch.int32).view(torch.float32)
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    return torch.equal(a.contiguous().view(torch.int32), b.contiguous().view(torch.int32))
+
+
+def local(full: Tensor, shard: Shard | None, size: int, rank: int) -> Tensor:
+    return (shard.take(full, size, rank) if shard else full).flatten()
+
+
+def write(folder: Path, weights: Weights, size: int, cut: Callable[[int], list[int]]) -> None:
+    """Write a checkpoint as ``size`` tensor-parallel ranks would; ``cut`` gives the bounds of data ranks."""
+    files: dict[str, list[Fragment]] = {}
+    for name, (shard, tensors) in weights.items():
+        shape = tuple(next(iter(tensors.values())).shape)
+        for rank in range(size if shard else 1):
+            flat = {kind: local(tensor, shard, size, rank) for kind, tensor in tensors.items()}
+            for part, (a, b) in enumerate(pairwise(cut(len(next(iter(flat.values())))))):
+                held = {kind: tensor[a:b] for kind, tensor in flat.items()}
+                fragment = Fragment(name, shape, shard, size, rank, a, b - a, held)
+                files.setdefault(f"{rank}_{part}.safetensors", []).append(fragment)
+    write_index(folder, {file: write_fragments(folder / file, found) for file, found in files.items()})
+
+
+@st.composite
+def parameters(draw: st.DrawFn) -> tuple[tuple[int, ...], Shard | None]:
+    other = draw(st.integers(1, 5))
+    parts = draw(st.lists(st.integers(1, 3), min_size=1, max_size=3))
+    blocks = tuple(LARGEST * part for part in parts)
+    n = sum(blocks)
+    return draw(
+        st.sampled_from(
+            [
+                ((other,), None),
+                ((other, n), None),
+                ((n,), Shard(0, blocks)),
+                ((n, other), Shard(0, blocks)),
+                ((other, n), Shard(1, blocks)),
+                ((other, n), Shard(1, (n,))),
+            ]
+        )
+    )
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data(), size=st.sampled_from(SIZES), pieces=st.integers(1, 5))
+def test_any_layout_reads_what_any_other_wrote(data: st.DataObject, size: int, pieces: int) -> None:
+    weights = {}
+    for i, (shape, shard) in enumerate(data.draw(st.lists(parameters(), min_size=1, max_size=3))):
+        weights[f"p{i}"] = (shard, {kind: random_bits(shape, 3 * i + j) for j, kind in enumerate(KINDS)})
+
+    def cut(n: int) -> list[int]:
+        inner = data.draw(st.lists(st.integers(0, n), min_size=pieces - 1, max_size=pieces - 1))
+        return [0, *sorted(inner), n]
+
+    # A budget of a few elements makes these small tensors pass through as many chunks as large ones.
+    scratch = mock.patch.object(store, "SCRATCH_BYTES", data.draw(st.sampled_from([4, 100, 1 << 20])))
+    cache = mock.patch.object(store, "OPEN_FILES", data.draw(st.sampled_from([1, 64])))
+    with tempfile.TemporaryDirectory() as name, mock.patch("os.fsync"), scratch, cache:
+        write(Path(name), weights, size, cut)
+        with FragmentReader(Path(name)) as reader:
+            assert reader.kinds == KINDS
+            for parameter, (shard, tensors) in weights.items():
+                for kind, full in tensors.items():
+                    assert same_bits(reader.read_full(parameter, kind), full)
+                check_intervals(data, reader, parameter, shard, tensors["exp_avg"])
+
+
+def check_intervals(
+    data: st.DataObject, reader: FragmentReader, name: str, shard: Shard | None, full: Tensor
+) -> None:
+    for size in SIZES:
+        for rank in range(size):
+            expected = local(full, shard, size, rank)
+            start, end = sorted(data.draw(st.tuples(*[st.integers(0, len(expected))] * 2)))
+            for a, b in [(start, end), (0, len(expected))]:
+                layout: dict[str, Any] = {"shard": shard, "tensor_size": size, "tensor_rank": rank}
+                found = reader.read(name, "exp_avg", **layout, start=a, numel=b - a, shape=full.shape)
+                assert same_bits(found, expected[a:b])
+
+
+MATRIX, GAIN = random_bits((6, 8), 0), random_bits((6,), 1)
+COLUMNS = Shard(1, (8,))
+WEIGHTS: Weights = {"w": (COLUMNS, {"fp32": MATRIX}), "gain": (None, {"fp32": GAIN})}
+WHOLE: dict[str, Any] = {"shard": COLUMNS, "tensor_size": 1, "tensor_rank": 0, "start": 0, "numel": 48}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    write(tmp_path, WEIGHTS, 2, lambda n: [0, n // 3, n])
+    return tmp_path
+
+
+def test_out_is_filled_wherever_it_is(folder: Path) -> None:
+    with FragmentReader(folder) as reader:
+        out = torch.zeros(60)
+        assert reader.read("w", "fp32", **WHOLE, out=out[6:54]).data_ptr() == out[6:].data_ptr()
+        assert same_bits(out[6:54], MATRIX.flatten())
+        assert not out[:6].any()
+        assert not out[54:].any()
+        strided = torch.zeros(48, 2)
+        reader.read("w", "fp32", **WHOLE, out=strided[:, 0])
+        assert same_bits(strided[:, 0], MATRIX.flatten())
+        learned = torch.zeros(48, requires_grad=True)
+        reader.read("w", "fp32", **WHOLE, out=learned)
+        assert same_bits(learned.detach(), MATRIX.flatten())
+
+
+def test_same_layout_reads_just_the_interval(folder: Path) -> None:
+    with FragmentReader(folder) as reader, mock.patch("os.preadv", wraps=os.preadv) as preadv:
+        reader.read("w", "fp32", shard=COLUMNS, tensor_size=2, tensor_rank=1, start=10, numel=3)
+    assert [len(call.args[1][0]) for call in preadv.mock_calls] == [12]
+
+
+def test_a_closed_reader_opens_again(folder: Path) -> None:
+    reader = FragmentReader(folder)
+    for _ in range(2):
+        assert same_bits(reader.read_full("gain"), GAIN)
+        reader.close()
+
+
+def test_the_library_reads_the_files(folder: Path) -> None:
+    with safe_open(folder / "1_0.safetensors", "pt") as file:
+        assert set(file.keys()) == {"fp32/w"}
+        assert file.metadata() == {"format": "megatron_iiet.fragments.1"}
+        assert same_bits(file.get_tensor("fp32/w"), COLUMNS.take(MATRIX, 2, 1).flatten()[:8])
+    with (folder / "1_0.safetensors").open("rb") as raw:
+        assert int.from_bytes(raw.read(8), "little") % 8 == 0
+
+
+def test_index_is_compact(folder: Path) -> None:
+    index = json.loads((folder / "index.json").read_text())
+    assert index["parameters"]["gain"] == {
+        "shape": [6],
+        "shard": None,
+        "tensor_size": 1,
+        "pieces": [["0_0.safetensors", 0, 0, 2], ["0_1.safetensors", 0, 2, 4]],
+    }
+    assert index["kinds"] == ["fp32"]
+    assert index["files"]["0_0.safetensors"] == {"bytes": (folder / "0_0.safetensors").stat().st_size}
+
+
+def test_an_empty_file_is_fine(folder: Path) -> None:
+    empty = Fragment("gain", (6,), None, 1, 0, 6, 0, {"fp32": torch.empty(0)})
+    whole = replace(empty, start=0, numel=6, tensors={"fp32": GAIN})
+    entries = {file: write_fragments(folder / file, [f]) for file, f in {"a": empty, "b": whole}.items()}
+    write_index(folder, entries)
+    assert same_bits(FragmentReader(folder).read_full("gain"), GAIN)
+    with safe_open(folder / "a", "pt") as file:
+        assert not list(file.keys())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"name": "v"}, "has no parameter v; use"),
+        ({"kind": "exp_avg"}, "has no exp_avg of w, only fp32"),
+        ({"shard": None}, r"w in .* split by Shard\(dim=1.*the model's has \[6, 8\] split by None"),
+        ({"shape": (8, 6)}, r"has shape \[6, 8\] .* model's has \[8, 6\]"),
+        ({"start": 1}, r"elements \[1, 49\) of w for tensor-parallel rank 0 of 1: each holds 48"),
+        ({"tensor_size": 2, "tensor_rank": 2, "numel": 1}, "tensor-parallel rank 2 of 2"),
+        ({"tensor_size": 3}, "a block of 8 .* does not split evenly over 3"),
+        ({"out": torch.zeros(48, dtype=torch.bfloat16)}, r"cannot read w into torch.bfloat16 of \[48\]"),
+        ({"out": torch.zeros(47)}, r"into torch.float32 of \[47\]; give torch.float32 of \[48\]"),
+    ],
+)
+def test_wrong_requests(folder: Path, change: dict[str, Any], message: str) -> None:
+    with FragmentReader(folder) as reader, pytest.raises(ValueError, match=message):
+        reader.read(**({"name": "w", "kind": "fp32", **WHOLE} | change))
+
+
+def edit_index(folder: Path, edit: Callable[[dict[str, Any]], object]) -> None:
+    index = json.loads((folder / "index.json").read_text())
+    edit(index)
+    (folder / "index.json").write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda f: (f / "index.json").unlink(), r"index\.json is missing"),
+        (lambda f: (f / "index.json").write_text('{"format": 1'), r"cannot read .*index\.json as an index"),
+        (lambda f: (f / "index.json").write_text("[]"), r"cannot read .*index\.json as an index"),
+        (lambda f: edit_index(f, lambda i: i.update(format=7)), "of format 1: .*its format is 7"),
+        (lambda f: edit_index(f, lambda i: i.pop("files")), "of format 1: KeyError.'files'"),
+        (lambda f: (f / "1_0.safetensors").unlink(), r"1_0\.safetensors is missing"),
+        (
+            lambda f: os.truncate(f / "1_0.safetensors", 100),
+            r"1_0\.safetensors has 100 bytes, but index\.json says \d+: it is truncated",
+        ),
+        (
+            lambda f: edit_index(f, lambda i: i["parameters"]["gain"]["pieces"].pop()),
+            "has a gap between elements 6 and 2 of gain on tensor-parallel rank 0 of 1, which holds 6",
+        ),
+    ],
+)
+def test_damaged_folders(folder: Path, damage: Callable[[Path], object], message: str) -> None:
+    damage(folder)
+    with pytest.raises(ValueError, match=message) as caught:
+        FragmentReader(folder)
+    assert str(folder) in str(caught.value)
+
+
+def test_damaged_files(folder: Path) -> None:
+    path = folder / "0_0.safetensors"
+    good = path.read_bytes()
+    with FragmentReader(folder) as reader:
+        path.write_bytes(b"\xff" * len(good))
+        with pytest.raises(ValueError, match=r"0_0\.safetensors is damaged: its header cannot be read"):
+            reader.read_full("gain")
+        path.write_bytes(good.replace(b"fp32/gain", b"fp32/main"))
+        with pytest.raises(ValueError, match=r"for fp32/gain it has nothing, not F32 of shape \[2\]"):
+            reader.read_full("gain")
+        reader.close()
+        path.write_bytes(good[:-1])
+        with pytest.raises(ValueError, match="damaged: it ends at byte"):
+            reader.read_full("gain")
+
+
+def gain(start: int, numel: int, **changes: Any) -> Fragment:
+    tensors = {"fp32": GAIN[start : start + numel]}
+    return replace(Fragment("gain", (6,), None, 1, 0, start, numel, tensors), **changes)
+
+
+@pytest.mark.parametrize(
+    ("fragments", "message"),
+    [
+        ([gain(0, 4)], "a gap between elements 6 and 4 of gain"),
+        ([gain(0, 2), gain(3, 3)], "a gap between elements 3 and 2 of gain"),
+        ([gain(0, 4), gain(3, 3)], "an overlap between elements 3 and 4 of gain"),
+        ([gain(0, 6), gain(0, 6)], "an overlap between elements 0 and 6 of gain"),
+        ([gain(6, 0)], "a gap between elements 6 and 0 of gain"),
+        ([gain(0, 6), gain(0, 6, tensor_rank=1)], "gain on tensor-parallel rank 1 of 1"),
+        ([gain(0, 6, shard=Shard(0, (6,)), tensor_size=2)], "an overlap .* rank 0 of 2, which holds 3"),
+        ([gain(0, 3, shard=Shard(0, (6,)), tensor_size=2)], "a gap between .* rank 1 of 2, which holds 3"),
+        ([gain(0, 4), gain(4, 2, shape=(7,))], r"1 has gain with shape \[7\], .* has \[6\]"),
+        ([gain(0, 4), gain(4, 2, tensors={"exp_avg": GAIN[4:]})], "gain with kinds .'exp_avg'"),
+    ],
+)
+def test_the_index_needs_every_element_once(tmp_path: Path, fragments: list[Fragment], message: str) -> None:
+    entries = {str(i): write_fragments(tmp_path / str(i), [f]) for i, f in enumerate(fragments)}
+    with pytest.raises(ValueError, match=message) as caught:
+        write_index(tmp_path, entries)
+    assert str(tmp_path) in str(caught.value)
+    assert not (tmp_path / "index.json").exists()
+
+
+def test_the_index_needs_every_file(tmp_path: Path) -> None:
+    entries = write_fragments(tmp_path / "a", [gain(0, 6)])
+    (tmp_path / "a").unlink()
+    with pytest.raises(ValueError, match="a is missing"):
+        write_index(tmp_path, {"a": entries})
+
+
+@pytest.mark.parametrize(
+    ("fragments", "message"),
+    [
+        ([gain(0, 2), gain(2, 4)], "gain comes twice"),
+        ([replace(gain(0, 2), numel=3)], r"fp32 of gain to .*: it is torch.float32 of \[2\]; .* of \[3\]"),
+        ([gain(0, 6, tensors={"fp32": GAIN.double()})], r"it is torch.float64 of \[6\]"),
+        ([gain(0, 6, tensors={"fp64": GAIN})], "cannot write fp64 of gain"),
+    ],
+)
+def test_what_cannot_be_written(tmp_path: Path, fragments: list[Fragment], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        write_fragments(tmp_path / "file", fragments)
+    assert not list(tmp_path.iterdir())
+
+
+class _Unreachable(Tensor):
+    """A tensor on a device that fails."""
+
+    def cpu(self, *_: object, **__: object) -> Tensor:
+        raise RuntimeError("device lost")
+
+
+def test_a_file_is_on_disk_before_it_has_its_name(tmp_path: Path) -> None:
+    named: list[bool] = []
+    with mock.patch("os.fsync", side_effect=lambda _: named.append((tmp_path / "file").exists())):
+        write_fragments(tmp_path / "file", [gain(0, 6)])
+    assert named == [False, True]  # the file, then its name in the folder
+
+
+def test_a_failing_writer_leaves_no_file(tmp_path: Path) -> None:
+    good = gain(0, 6)
+    bad = replace(good, name="bad", tensors={"fp32": torch.zeros(6).as_subclass(_Unreachable)})
+    with pytest.raises(RuntimeError, match="device lost"):
+        write_fragments(tmp_path / "file", [good, bad])
+    assert not list(tmp_path.iterdir())
+    write_fragments(tmp_path / "file", [good])
+    before = (tmp_path / "file").read_bytes()
+    with pytest.raises(RuntimeError, match="device lost"):
+        write_fragments(tmp_path / "file", [good, bad])
+    assert (tmp_path / "file").read_bytes() == before
+
+
+KILLED = """
+import os, sys, torch
+from pathlib import Path
+from megatron_iiet.training import fragments
+fragments._bytes = lambda tensor: os._exit(9)
+f = fragments.Fragment("w", (6,), None, 1, 0, 0, 6, {"fp32": torch.zeros(6)})
+fragments.write_fragments(Path(sys.argv[1]), [f])
+"""
+MEMORY = """
+import re, sys
+from pathlib import Path
+from megatron_iiet.training import fragments
+from megatron_iiet.training.fragments import FragmentReader
+
+def peak():  # of this process alone; ru_maxrss would count the parent's before exec
+    return int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+
+fragments.SCRATCH_BYTES = 1 << 20
+reader = FragmentReader(Path(sys.argv[1]))
+reader.read_full("small")
+before = peak()
+entry = reader.parameters["w"]
+for size in (1, 2, 8):
+    n = entry.local_numel(size)
+    reader.read("w", "fp32", shard=entry.shard, tensor_size=size, tensor_rank=0, start=0, numel=n)
+print(peak() - before)
+"""
+
+
+def run(script: str, path: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", script, path], capture_output=True, text=True, check=False)
+
+
+def test_a_killed_writer_leaves_no_file(tmp_path: Path) -> None:
+    assert run(KILLED, tmp_path / "file").returncode == 9
+    assert not (tmp_path / "file").exists()
+
+
+def test_peak_memory_of_a_resharding_read(tmp_path: Path) -> None:
+    full, small = torch.arange(16 << 20, dtype=torch.float32).view(4096, 4096), torch.ones(4, 4)
+    weights = {"w": (Shard(1, (4096,)), full), "small": (Shard(1, (4,)), small)}
+    write(tmp_path, {name: (s, {"fp32": t}) for name, (s, t) in weights.items()}, 4, lambda n: [0, n // 3, n])
+    done = run(MEMORY, tmp_path)
+    assert done.returncode == 0, done.stderr
+    # What is read, the scratch of 1 MiB, and what the interpreter likes to keep.
+    assert full.nbytes <= int(done.stdout) < 1.2 * full.nbytes
