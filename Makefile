@@ -1,4 +1,4 @@
-# make demo | demo-compare | setup | test | check | format | clean    (see README.md and CONTRIBUTING.md)
+# make demo | demo-compare | setup | test | test-layouts | check | format | clean    (see README.md and CONTRIBUTING.md)
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
@@ -9,7 +9,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 unexport PYTHONDONTWRITEBYTECODE
 CSRC := $(shell find csrc -type f \( -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh' \) 2>/dev/null)
 
-.PHONY: setup demo demo-compare test check format clean
+.PHONY: setup demo demo-compare test test-layouts check format clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.package
@@ -81,11 +81,15 @@ demo-compare: $(SHARD).idx
 test: setup
 	$(BIN)/python -m pytest
 
+# Layouts drawn at random, each against one process; minutes, and other ones every time.
+test-layouts: setup
+	$(BIN)/python -m pytest -m layouts tests/distributed/test_random_layouts.py
+
 check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow and not layouts"
 
 format: setup
 	$(BIN)/ruff format .

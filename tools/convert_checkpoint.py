@@ -55,6 +55,7 @@ def solver_options(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def convert(arguments: argparse.Namespace) -> str:
     """Do it; what to tell the user."""
+    from megatron_iiet.models import Transformer
     from megatron_iiet.models.portable import check_new, save
 
     check_new(arguments.to)
@@ -74,7 +75,7 @@ def convert(arguments: argparse.Namespace) -> str:
             exported.tokenizer_files,
         )
     save(config, state, arguments.to, extra_files=files)
-    parameters = sum(tensor.numel() for tensor in state.values())
+    parameters = Transformer.on_meta(config).num_parameters()
     names = ", ".join(file.name for file in files) or "no tokenizer"
     return (
         f"wrote {arguments.to}: {parameters:,} parameters from {source}, solver {config.solver.kind}, {names}"

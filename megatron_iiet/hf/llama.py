@@ -39,7 +39,7 @@ _ONLY_VALUES: dict[str, tuple[Any, str]] = {
 
 def import_llama(
     folder: str | Path, solver: Mapping[str, Any] | None = None
-) -> tuple[RunConfig, dict[str, Tensor]]:
+) -> tuple[RunConfig, Mapping[str, Tensor]]:
     """Configuration and fp32 parameters (by our names) of a LLaMA checkpoint.
 
     ``solver`` sets keys of the ``solver`` section; without any the layers are integrated as the checkpoint

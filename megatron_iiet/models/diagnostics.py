@@ -16,12 +16,17 @@ from megatron_iiet.models.transformer import Transformer
 
 @dataclass
 class IterateStatistics:
-    """Means over all tokens seen, by (layer, iterate)."""
+    """Means over this rank's tokens, by (layer, iterate)."""
 
     relative_residual: dict[tuple[int, int], float] = field(default_factory=dict)
     """‖y^i − y^{i−1}‖ / ‖y^i‖; falls with i where the iteration contracts. Iterate 0 is against y_n."""
     influence: dict[tuple[int, int], float] = field(default_factory=dict)
     """1 − cos(y^{i−1}, y^i): iteration influence (IIET paper, section 4)."""
+
+    def update(self, other: IterateStatistics) -> None:
+        """Take over the layers of another part of the model."""
+        self.relative_residual |= other.relative_residual
+        self.influence |= other.influence
 
     def add(self, layer: int, iterate: int, before: Tensor, after: Tensor) -> None:
         before32, after32 = before.float(), after.float()
@@ -34,11 +39,11 @@ class IterateStatistics:
 def observe_iterates(model: Transformer) -> Iterator[IterateStatistics]:
     """Collect statistics of every forward pass inside the block; the last pass counts."""
     statistics = IterateStatistics()
-    for n, solver in enumerate(model.solvers):
+    for n, solver in model.solvers.items():
         solver.observer = partial(statistics.add, n)
     try:
         with torch.no_grad():
             yield statistics
     finally:
-        for solver in model.solvers:
+        for solver in model.solvers.values():
             solver.observer = None

@@ -3,9 +3,11 @@
     a    = Attention(RMSNorm(y))
     F(y) = a + SwiGLU(RMSNorm(y + a))
 
-so that ``y + F(y)`` is exactly a LLaMA layer. F knows nothing of the solver that integrates it.
+so that ``y + F(y)`` is exactly a LLaMA layer. F knows nothing of the solver that integrates it, and of
+parallelism only the linear maps it is given: each splits its heads or columns over the tensor-parallel ranks.
 
-Shapes: B batch, T sequence, D hidden, H query heads, G key/value heads, K head width, M feed-forward width.
+Shapes: B batch, T sequence (of the residual stream: this rank's part of it under sequence parallelism), D
+hidden, H query heads, G key/value heads, K head width, M feed-forward width; H, G and M are this rank's.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from torch import Tensor, nn
 
 from megatron_iiet.config.schema import ModelConfig
 from megatron_iiet.ops import merge_norm
+from megatron_iiet.parallel import TensorParallel
 
 
 class RMSNorm(nn.Module):
@@ -64,67 +67,66 @@ def rotate(x_BHTK: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
     return torch.addcmul(x_BHTK * cos_TK, x_BHTK.roll(x_BHTK.shape[-1] // 2, -1), signed_sin_TK)
 
 
-def weight_count(linear: nn.Linear) -> int:
-    """Entries of a linear map's matrix; from its shape, because ZeRO-3 holds the matrix elsewhere."""
-    return linear.in_features * linear.out_features
-
-
 class Attention(nn.Module):
     """Causal grouped-query self-attention; queries, keys and values from one matrix [q; k; v]."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, parallel: TensorParallel) -> None:
         super().__init__()
         self.head_dim = config.head_dim
-        self.query_width = config.num_attention_heads * config.head_dim
-        self.kv_width = config.num_kv_heads * config.head_dim
         self.grouped = config.num_kv_heads != config.num_attention_heads
-        self.qkv = nn.Linear(config.hidden_size, self.query_width + 2 * self.kv_width, bias=False)
-        self.output = nn.Linear(self.query_width, config.hidden_size, bias=False)
+        query, kv = (heads * config.head_dim for heads in (config.num_attention_heads, config.num_kv_heads))
+        self.local_widths = [width // parallel.group.size for width in (query, kv, kv)]
+        self.qkv = parallel.column_linear(config.hidden_size, (query, kv, kv))
+        self.output = parallel.row_linear(query, config.hidden_size)
+        self.weights = config.hidden_size * (query + 2 * kv + query)
+        self.query_width = query
 
     def forward(self, x_BTD: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
-        B, T, _ = x_BTD.shape
-        q, k, v = self.qkv(x_BTD).split((self.query_width, self.kv_width, self.kv_width), dim=-1)
+        qkv_BTW = self.qkv(x_BTD)
+        B, T, _ = qkv_BTW.shape
+        q, k, v = qkv_BTW.split(self.local_widths, dim=-1)
         q_BHTK = rotate(q.view(B, T, -1, self.head_dim).transpose(1, 2), tables)
         k_BGTK = rotate(k.view(B, T, -1, self.head_dim).transpose(1, 2), tables)
         v_BGTK = v.view(B, T, -1, self.head_dim).transpose(1, 2)
         out_BHTK = F.scaled_dot_product_attention(
             q_BHTK, k_BGTK, v_BGTK, is_causal=True, enable_gqa=self.grouped
         )
-        return self.output(out_BHTK.transpose(1, 2).reshape(B, T, self.query_width))
+        return self.output(out_BHTK.transpose(1, 2).reshape(B, T, -1))
 
     def forward_flops(self, length: int) -> int:
-        """FLOPs of one sequence: projections and the full T × T scores (the causal half is counted too)."""
-        return (
-            2 * (weight_count(self.qkv) + weight_count(self.output)) + 4 * self.query_width * length
-        ) * length
+        """FLOPs of one sequence over all ranks: projections and the full T × T scores (the causal half is
+        counted too)."""
+        return (2 * self.weights + 4 * self.query_width * length) * length
 
 
 class SwiGLU(nn.Module):
     """Feed-forward ``down(silu(gate x) · up x)`` (Shazeer 2020); gate and up from one matrix [gate; up]."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, parallel: TensorParallel) -> None:
         super().__init__()
-        self.gate_up = nn.Linear(config.hidden_size, 2 * config.ffn_hidden_size, bias=False)
-        self.down = nn.Linear(config.ffn_hidden_size, config.hidden_size, bias=False)
+        width = config.ffn_hidden_size
+        self.gate_up = parallel.column_linear(config.hidden_size, (width, width))
+        self.down = parallel.row_linear(width, config.hidden_size)
+        self.weights = 3 * config.hidden_size * width
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         gate_BTM, up_BTM = self.gate_up(x_BTD).chunk(2, dim=-1)
         return self.down(F.silu(gate_BTM) * up_BTM)
 
     def forward_flops(self, length: int) -> int:
-        """FLOPs of one sequence of ``length`` tokens."""
-        return 2 * (weight_count(self.gate_up) + weight_count(self.down)) * length
+        """FLOPs of one sequence of ``length`` tokens over all ranks."""
+        return 2 * self.weights * length
 
 
 class DecoderLayer(nn.Module):
     """F(y; θ_n): the increment of one whole decoder layer."""
 
-    def __init__(self, config: ModelConfig, backend: str) -> None:
+    def __init__(self, config: ModelConfig, backend: str, parallel: TensorParallel) -> None:
         super().__init__()
         self.input_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, backend)
-        self.attention = Attention(config)
+        self.attention = Attention(config, parallel)
         self.post_attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, backend)
-        self.mlp = SwiGLU(config)
+        self.mlp = SwiGLU(config, parallel)
         self.backend = backend
 
     def forward(self, y_BTD: Tensor, normed_BTD: Tensor | None, tables: tuple[Tensor, Tensor]) -> Tensor:

@@ -1,47 +1,65 @@
-"""A model as a folder that needs no training stack to read: ``config.yaml``, fp32 ``model.safetensors``."""
+"""A model as a folder that needs no training stack to read: ``config.yaml``, fp32 ``model.safetensors``.
+
+The folder holds ``vocab_size`` rows of embedding and head; the padding that training adds stays out of it.
+"""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from megatron_iiet.config import RunConfig, config_from_file, config_to_yaml
-from megatron_iiet.models.transformer import Transformer
+from megatron_iiet.durable import sync_folder
+from megatron_iiet.models.safetensors_stream import TensorSource, write_safetensors
+from megatron_iiet.models.transformer import VOCABULARY_WEIGHTS, Transformer
 
 CONFIG_FILE = "config.yaml"
 WEIGHTS_FILE = "model.safetensors"
 
 
 def save(
-    config: RunConfig, state: dict[str, Tensor], folder: str | Path, *, extra_files: Sequence[str | Path] = ()
+    config: RunConfig,
+    state: Mapping[str, Tensor],
+    folder: str | Path,
+    *,
+    extra_files: Sequence[str | Path] = (),
 ) -> None:
     """Write ``state`` (parameter name → tensor) and the configuration it belongs to.
 
-    The folder appears whole or not at all: it is written under a temporary name and renamed.
-    ``extra_files`` are copied into it under their own names (tokenizer files).
+    The folder appears whole or not at all: it is written under a temporary name and renamed. Tensors are
+    asked for one at a time, so a mapping that reads them when asked needs memory for the largest only.
+    Padding rows of the vocabulary, if ``state`` has them, are left out. ``extra_files`` are copied into the
+    folder under their own names (tokenizer files).
 
     Raises:
         ValueError: the folder exists, or ``state`` does not fit the configuration.
     """
     folder = Path(folder)
     check_new(folder)
-    with torch.device("meta"):
-        model = Transformer(config)
-    _check_state(model, state, str(folder))
+    expected = _expected_shapes(Transformer.on_meta(config))
+    _check_shapes(expected, {name: expected.get(name, ()) for name in state}, str(folder))
+
+    def source(name: str) -> TensorSource:
+        return expected[name], lambda: without_padding(config, name, state[name])
+
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    (partial / CONFIG_FILE).write_text(config_to_yaml(config))
-    save_file({k: v.detach().float().contiguous() for k, v in state.items()}, partial / WEIGHTS_FILE)
-    for file in extra_files:
-        shutil.copy(file, partial / Path(file).name)
-    partial.rename(folder)
+    try:
+        (partial / CONFIG_FILE).write_text(config_to_yaml(config))
+        write_safetensors(partial / WEIGHTS_FILE, {name: source(name) for name in expected}, {"format": "pt"})
+        for file in extra_files:
+            shutil.copy(file, partial / Path(file).name)
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    sync_folder(folder.parent)
 
 
 def load(folder: str | Path) -> Transformer:
@@ -62,15 +80,17 @@ def load(folder: str | Path) -> Transformer:
             )
     config = config_from_file(folder / CONFIG_FILE)
     config.training.recompute = "off"
-    with torch.device("meta"):
-        model = Transformer(config)
+    model = Transformer.on_meta(config)
     try:
         state = load_file(folder / WEIGHTS_FILE)
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{folder / WEIGHTS_FILE} is damaged ({error}); convert the model again") from None
-    _check_state(model, state, str(folder / WEIGHTS_FILE))
+    found = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    _check_shapes(_expected_shapes(model), found, str(folder / WEIGHTS_FILE))
     kept = [name for name, p in model.named_parameters() if getattr(p, "keep_fp32", False)]
-    model.load_state_dict({name: value.float() for name, value in state.items()}, assign=True)
+    model.load_state_dict(
+        {name: _with_padding(config, name, value.float()) for name, value in state.items()}, assign=True
+    )
     for name in kept:  # the parameters are new ones, and have lost the mark
         model.get_parameter(name).keep_fp32 = True  # type: ignore[attr-defined]
     model.rotary = type(model.rotary)(config.model)  # its tables are not stored
@@ -87,9 +107,26 @@ def check_new(folder: str | Path) -> None:
         raise ValueError(f"{folder} exists already; choose another folder or remove it")
 
 
-def _check_state(model: Transformer, state: dict[str, Tensor], where: str) -> None:
-    expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    found = {name: tuple(t.shape) for name, t in state.items()}
+def without_padding(config: RunConfig, name: str, tensor: Tensor) -> Tensor:
+    """A parameter without the vocabulary's padding rows."""
+    return tensor[: config.model.vocab_size] if name in VOCABULARY_WEIGHTS else tensor
+
+
+def _with_padding(config: RunConfig, name: str, tensor: Tensor) -> Tensor:
+    padding = config.model.padded_vocab_size - config.model.vocab_size
+    if name not in VOCABULARY_WEIGHTS or not padding:
+        return tensor
+    return torch.cat((tensor, tensor.new_zeros(padding, tensor.shape[1])))
+
+
+def _expected_shapes(model: Transformer) -> dict[str, tuple[int, ...]]:
+    """Shape of every parameter as it is stored: without padding."""
+    return {name: tuple(without_padding(model.config, name, p).shape) for name, p in model.named_parameters()}
+
+
+def _check_shapes(
+    expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], where: str
+) -> None:
     for name in sorted(expected.keys() | found.keys()):
         if expected.get(name) != found.get(name):
             raise ValueError(

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -15,6 +16,12 @@ from megatron_iiet.config import RunConfig
 from megatron_iiet.models.history import History
 from megatron_iiet.models.layer import DecoderLayer, RMSNorm, Rotary
 from megatron_iiet.models.solvers import Solver, build_solver
+from megatron_iiet.parallel import TensorParallel
+from megatron_iiet.parallel.tensor import column_parallel, shard_of
+from megatron_iiet.parallel.vocabulary import VocabularyEmbedding, cross_entropy
+
+VOCABULARY_WEIGHTS = ("embedding.weight", "head.weight")
+"""Parameters with a row a token, padded to ``config.model.padded_vocab_size``."""
 
 
 @dataclass
@@ -38,9 +45,9 @@ class BoundIncrement:
 class IntegratedLayer(nn.Module):
     """One decoder layer F (``increment``) and the solver that integrates it."""
 
-    def __init__(self, config: RunConfig, layer: int, backend: str) -> None:
+    def __init__(self, config: RunConfig, layer: int, backend: str, parallel: TensorParallel) -> None:
         super().__init__()
-        self.increment = DecoderLayer(config.model, backend)
+        self.increment = DecoderLayer(config.model, backend, parallel)
         self.solver: Solver = build_solver(config, layer, backend)
         self.recompute = config.training.recompute
 
@@ -58,29 +65,56 @@ class IntegratedLayer(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A decoder-only language model whose layers are integrated by the configured solver.
+    """A decoder-only language model whose layers are integrated by the configured solver; or one pipeline
+    stage of it, with some of the layers.
 
-    Parameters are created by name: ``embedding.weight``, ``layers.{n}.increment.…``,
-    ``layers.{n}.solver.…``, ``norm.weight`` and, untied, ``head.weight``.
+    Parameters are named the same in every layout: ``embedding.weight``, ``layers.{n}.increment.…``,
+    ``layers.{n}.solver.…``, ``norm.weight`` and, untied, ``head.weight``. The first stage has the embedding,
+    the last one norm and head (tied: a copy of the embedding).
     """
 
-    def __init__(self, config: RunConfig, *, backend: str = "reference") -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        *,
+        backend: str = "reference",
+        parallel: TensorParallel | None = None,
+        layers: range | None = None,
+    ) -> None:
+        """``parallel``: how matrices are split (default: not); ``layers``: those of a stage (default: all).
+
+        Raises:
+            ValueError: ``parallel`` does not divide heads, feed-forward or vocabulary.
+        """
         super().__init__()
         model = config.model
+        parallel = TensorParallel() if parallel is None else parallel
+        layers = range(model.num_layers) if layers is None else layers
         self.config = config
-        self.embedding = nn.Embedding(model.vocab_size, model.hidden_size)
+        self.parallel = parallel
+        self.is_first, self.is_last = layers.start == 0, layers.stop == model.num_layers
         self.embedding_scale = model.resolved_embedding_scale
+        self.embedding = self.norm = self.head = None
+        if self.is_first or (self.is_last and model.tie_embeddings):
+            self.embedding = VocabularyEmbedding(model.padded_vocab_size, model.hidden_size, parallel)
         self.rotary = Rotary(model)
-        self.layers = nn.ModuleList(IntegratedLayer(config, n, backend) for n in range(model.num_layers))
-        self.norm = RMSNorm(model.hidden_size, model.rms_norm_eps, backend)
-        self.head = (
-            None if model.tie_embeddings else nn.Linear(model.hidden_size, model.vocab_size, bias=False)
-        )
+        self.layers = nn.ModuleDict({str(n): IntegratedLayer(config, n, backend, parallel) for n in layers})
+        if self.is_last:
+            self.norm = RMSNorm(model.hidden_size, model.rms_norm_eps, backend)
+            if not model.tie_embeddings:
+                self.head = parallel.column_linear(model.hidden_size, (model.padded_vocab_size,))
+        parallel.sum_replicated_gradients(self)
+
+    @classmethod
+    def on_meta(cls, config: RunConfig) -> Transformer:
+        """The whole model without memory: its counts, FLOPs and iterations."""
+        with torch.device("meta"):
+            return cls(config)
 
     @property
-    def solvers(self) -> list[Solver]:
-        """The solver of every layer, in order."""
-        return [cast(IntegratedLayer, layer).solver for layer in self.layers]
+    def solvers(self) -> dict[int, Solver]:
+        """The solver of every layer held here, by layer number."""
+        return {int(n): cast(IntegratedLayer, layer).solver for n, layer in self.layers.items()}
 
     def forward(
         self, tokens_BT: Tensor, targets_BT: Tensor | None = None, weights_B: Tensor | None = None
@@ -91,53 +125,88 @@ class Transformer(nn.Module):
         Raises:
             ValueError: the sequence is longer than the rotary table.
         """
+        y_BTD, history = self.embed(tokens_BT)
+        logits = self.project(self.integrate(y_BTD, history, tokens_BT.shape[1]))
+        if targets_BT is None:
+            assert self.parallel.group.size == 1, "logits are never gathered"
+            return logits[..., : self.config.model.vocab_size]
+        return self.loss(logits, targets_BT, weights_B)
+
+    def embed(self, tokens_BT: Tensor) -> tuple[Tensor, History]:
+        """y_0, [B, T, D] (T: this rank's part of the sequence), and the history it starts."""
+        assert self.embedding is not None
         y_BTD = self.embedding(tokens_BT) * self.embedding_scale
-        tables = self.rotary(tokens_BT.shape[1], y_BTD.dtype)
-        history = History(y_BTD if any(s.merges_embedding and s.merging for s in self.solvers) else None)
-        for layer in self.layers:
+        rooted = any(s.merges_embedding and s.merging for s in self.solvers.values())
+        return y_BTD, History([y_BTD] if rooted else [])
+
+    def integrate(self, y_BTD: Tensor, history: History, length: int) -> Tensor:
+        """Run the layers on y, appending to the history; ``length`` is the whole sequence's."""
+        tables = self.rotary(length, y_BTD.dtype)
+        for layer in self.layers.values():
             y_BTD, increment_BTD = layer(y_BTD, history, tables)
             if cast(IntegratedLayer, layer).solver.keeps_increment:
                 history.append(increment_BTD)
-        weight = self.embedding.weight if self.head is None else self.head.weight
-        logits_BTV = F.linear(self.norm(y_BTD), weight)
-        if targets_BT is None:
-            return logits_BTV
-        reduction = "mean" if weights_B is None else "none"
-        loss = F.cross_entropy(logits_BTV.float().flatten(0, 1), targets_BT.flatten(), reduction=reduction)
-        return loss if weights_B is None else (loss.view_as(targets_BT).mean(-1) * weights_B).sum()
+        return y_BTD
+
+    def project(self, y_BTD: Tensor) -> Tensor:
+        """Final norm and head: logits of this rank's part of the padded vocabulary, [B, T, V/size]."""
+        assert self.norm is not None
+        head = self.embedding if self.head is None else self.head
+        return column_parallel(self.norm(y_BTD), cast(nn.Parameter, head.weight), self.parallel)  # type: ignore[union-attr]
+
+    def loss(self, logits_BTV: Tensor, targets_BT: Tensor, weights_B: Tensor | None = None) -> Tensor:
+        """Mean cross-entropy, or the weighted sum of the rows' means; from :meth:`project`'s logits."""
+        losses_BT = cross_entropy(logits_BTV, targets_BT, self.config.model.vocab_size, self.parallel.group)
+        return losses_BT.mean() if weights_B is None else (losses_BT.mean(-1) * weights_B).sum()
 
     def set_iterations(self, iterations: list[int], *, merging: bool = True) -> None:
         """Change the corrector iterations r_n of every layer from the next forward pass on.
 
-        ``merging=False`` runs every layer as plain explicit Euler, whatever the counts: the first stage of
-        two-stage training.
+        ``iterations`` has one number for each layer of the whole model. ``merging=False`` runs every layer as
+        plain explicit Euler, whatever the counts: the first stage of two-stage training.
 
         Raises:
-            ValueError: a count other than 0 for a solver without corrector.
+            ValueError: a count other than 0 for a solver without corrector, or not one a layer.
         """
-        for n, (solver, r) in enumerate(zip(self.solvers, iterations, strict=True)):
-            if r and not solver.iterative:
+        if len(iterations) != self.config.model.num_layers:
+            raise ValueError(
+                f"{len(iterations)} iteration counts for {self.config.model.num_layers} layers; "
+                "give one a layer"
+            )
+        for n, solver in self.solvers.items():
+            if iterations[n] and not solver.iterative:
                 raise ValueError(
-                    f"layer {n} is integrated by {type(solver).__name__}: no corrector to iterate {r} times"
+                    f"layer {n} is integrated by {type(solver).__name__}: no corrector to iterate "
+                    f"{iterations[n]} times"
                 )
-            solver.iterations = r
+            solver.iterations = iterations[n]
             solver.merging = merging
 
     @torch.no_grad()
-    def initialise(self, seed: int) -> None:
+    def initialise(
+        self, seed: int, whole: Callable[[nn.Parameter], AbstractContextManager[Any]] = nullcontext
+    ) -> None:
         """Draw every weight matrix from normal(0, init_std).
 
-        Each matrix has a generator keyed by the seed and its own name: initial weights do not depend on
-        the solver, on which process holds a parameter, or on the order of creation.
+        Each matrix has a generator keyed by the seed and its own name and is drawn whole: initial weights
+        depend neither on the solver nor on how the model is spread over processes. Rows of the vocabulary's
+        padding are zero. Inside ``whole(parameter)`` a parameter must be there to write to, for engines that
+        keep them in parts.
         """
+        model = self.config.model
         for name, parameter in self.named_parameters():
-            if parameter.dim() == 2 and ".solver." not in name:
-                digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-                generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-                values = torch.empty(parameter.shape).normal_(
-                    0.0, self.config.model.init_std, generator=generator
-                )
-                parameter.copy_(values)
+            shard = shard_of(parameter)
+            if shard is None:
+                continue
+            digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+            with whole(parameter):
+                shape = list(parameter.shape)
+                shape[shard.dim] = sum(shard.blocks)
+                values = torch.zeros(shape)
+                drawn = values[: model.vocab_size] if name in VOCABULARY_WEIGHTS else values
+                drawn.normal_(0.0, model.init_std, generator=generator)
+                parameter.copy_(shard.take(values, self.parallel.group.size, self.parallel.group.rank))
 
     def forward_flops(self, length: int) -> int:
         """FLOPs of the forward pass of one sequence, iterations counted, as the IIET paper counts them."""
@@ -145,17 +214,21 @@ class Transformer(nn.Module):
 
     def layer_flops(self, length: int) -> int:
         """FLOPs of all evaluations of all layers on one sequence: E·(2(4d² + 3·d·ffn) + 4·d·T)·T."""
-        layers = cast(list[IntegratedLayer], self.layers)
+        layers = cast(Iterable[IntegratedLayer], self.layers.values())
         return sum(layer.solver.evaluations * layer.increment.forward_flops(length) for layer in layers)
 
     def head_flops(self, length: int) -> int:
         """FLOPs of the output head on one sequence: 2·d·V·T."""
-        return 2 * self.embedding.num_embeddings * self.embedding.embedding_dim * length
+        return 2 * self.config.model.vocab_size * self.config.model.hidden_size * length
 
     def num_parameters(self) -> int:
-        """Parameters, tied ones once, merge coefficients and solver norms included."""
-        return sum(p.numel() for p in self.parameters())
+        """Parameters held here, tied ones once, merge coefficients and solver norms included, the
+        vocabulary's padding not."""
+        model = self.config.model
+        padding = (model.padded_vocab_size - model.vocab_size) * model.hidden_size
+        tables = sum(name in VOCABULARY_WEIGHTS for name, _ in self.named_parameters())
+        return sum(p.numel() for p in self.parameters()) - tables * padding
 
     def num_solver_parameters(self) -> int:
         """Parameters that belong to solvers: merge coefficients and the released variant's norms."""
-        return sum(p.numel() for solver in self.solvers for p in solver.parameters())
+        return sum(p.numel() for solver in self.solvers.values() for p in solver.parameters())

@@ -1,9 +1,7 @@
-"""The grid of processes a run lives on."""
+"""The grid of processes a run lives on: pipeline × data × tensor."""
 
 from __future__ import annotations
 
-import os
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,12 +9,20 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+
+from megatron_iiet.config.schema import ParallelConfig
+from megatron_iiet.parallel.group import Group
+from megatron_iiet.parallel.launch import launch_environment
+from megatron_iiet.parallel.tensor import TensorParallel
 
 
 @dataclass(frozen=True)
 class ParallelContext:
-    """Who this process is. Made once by :meth:`start`, then passed in; there is no global."""
+    """Who this process is. Made once by :meth:`start`, then passed in; there is no global.
+
+    ``rank = (pipeline_rank · data_size + data_rank) · tensor_size + tensor_rank``: tensor-parallel ranks are
+    neighbours (they talk most, and share a host), pipeline stages are farthest apart (they talk least).
+    """
 
     rank: int
     """Rank in the world."""
@@ -26,16 +32,28 @@ class ParallelContext:
     """Rank on this host; picks the device."""
     device: torch.device
     """Where this process's parameters live."""
+    world: Group
+    """All ranks."""
+    tensor: Group
+    """Ranks that share this rank's matrices."""
+    data: Group
+    """Ranks that hold the same parameters and read other samples."""
+    pipeline: Group
+    """Ranks that hold the other stages of this rank's model."""
+    tied: Group
+    """First and last rank of the pipeline, which both hold a tied embedding; alone in between."""
+    tensor_parallel: TensorParallel
+    """What layers are built with."""
 
     @property
     def data_parallel_rank(self) -> int:
         """Rank among the replicas that split a global batch."""
-        return self.rank
+        return self.data.rank
 
     @property
     def data_parallel_size(self) -> int:
         """Number of replicas that split a global batch."""
-        return self.world_size
+        return self.data.size
 
     @property
     def is_main(self) -> bool:
@@ -44,42 +62,73 @@ class ParallelContext:
 
     @classmethod
     @contextmanager
-    def start(cls, timeout: timedelta = timedelta(minutes=30)) -> Iterator[ParallelContext]:
+    def start(
+        cls, config: ParallelConfig | None = None, timeout: timedelta = timedelta(minutes=30)
+    ) -> Iterator[ParallelContext]:
         """Join the process group that the launcher's environment describes; leave it at the end.
 
-        Started by the DeepSpeed launcher or torchrun (RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR,
-        MASTER_PORT). Without a launcher the process is a world of its own.
+        Started by the DeepSpeed launcher, torchrun or srun. Without a launcher the process is a world of
+        its own.
+
+        Raises:
+            ValueError: the environment is broken.
         """
-        rank, world_size, local_rank = launch_environment()
+        config = config or ParallelConfig()
+        environment = launch_environment()
         if torch.cuda.is_available():
-            device, backend = torch.device("cuda", local_rank), "nccl"
+            device, backend = torch.device("cuda", environment.local_rank), "nccl"
             torch.cuda.set_device(device)
         else:
             device, backend = torch.device("cpu"), "gloo"
         dist.init_process_group(backend, timeout=timeout)
         try:
-            yield cls(rank, world_size, local_rank, device)
+            yield cls.on_grid(
+                config, environment.rank, environment.world_size, environment.local_rank, device
+            )
         finally:
             # Left to the interpreter's exit, live process groups sometimes abort it.
             dist.destroy_process_group()
 
-    def mean(self, value: Tensor) -> Tensor:
-        """Mean over the data-parallel ranks, in place; the same bits on every rank."""
-        dist.all_reduce(value)
-        return value.div_(self.data_parallel_size)
+    @classmethod
+    def on_grid(
+        cls, config: ParallelConfig, rank: int, world_size: int, local_rank: int, device: torch.device
+    ) -> ParallelContext:
+        """This process's place on the configured grid; the world's process group exists already.
+
+        Every rank calls it, in the same order, for it makes process groups.
+        """
+        grid = grid_ranks(world_size, config.tensor, config.pipeline)
+        tensor = _own_group(grid.flatten(0, 1), rank)
+        ends = grid[[0, -1]] if config.pipeline > 1 else grid
+        return cls(
+            rank=rank,
+            world_size=world_size,
+            local_rank=local_rank,
+            device=device,
+            world=Group(range(world_size), rank, dist.group.WORLD),
+            tensor=tensor,
+            data=_own_group(grid.transpose(1, 2).flatten(0, 1), rank),
+            pipeline=_own_group(grid.flatten(1).t(), rank),
+            tied=_own_group(ends.flatten(1).t(), rank),
+            tensor_parallel=TensorParallel(tensor, config.sequence),
+        )
 
     def barrier(self) -> None:
         """Wait for every rank."""
         dist.barrier()
 
 
-def launch_environment() -> tuple[int, int, int]:
-    """(rank, world size, local rank) of the launcher, or of a world of one, whose variables are then set."""
-    if "RANK" not in os.environ:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        os.environ.update(
-            RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
-        )
-    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), int(os.environ.get("LOCAL_RANK", 0))
+def grid_ranks(world_size: int, tensor: int, pipeline: int) -> torch.Tensor:
+    """World ranks as [pipeline, data, tensor]."""
+    assert world_size % (tensor * pipeline) == 0
+    return torch.arange(world_size).view(pipeline, -1, tensor)
+
+
+def _own_group(lines: torch.Tensor, rank: int) -> Group:
+    """The group of the line [number, size] that ``rank`` is in; every rank must make every group."""
+    own = Group((rank,))
+    for line in lines.tolist():
+        handle = dist.new_group(line)  # also for one rank: DeepSpeed asks for the handle
+        if rank in line:
+            own = Group(line, line.index(rank), handle)
+    return own

@@ -7,31 +7,32 @@
       tensorboard/                    events
       checkpoints/
         latest                        name of the newest complete checkpoint
-        step_00000500/                DeepSpeed's shards, config.yaml, state.json
+        step_00000500/                config.yaml, state.json, index.json, rank_00000.safetensors …
 
 ``latest`` is replaced atomically after every rank's shards are on disk: a kill at any moment leaves the
-previous checkpoint in force.
+previous checkpoint in force. Weights and moments are stored under the parameters' names with their place in
+the whole (:mod:`megatron_iiet.training.fragments`), so that any layout reads what any other wrote.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_iiet import durable
 from megatron_iiet.config import ConfigError, RunConfig, config_from_file, config_to_dict, config_to_yaml
 
-FORMAT = 1
+FORMAT = 2
 # What decides which parameters exist and what they compute; a checkpoint fits only if all of it agrees.
 # (embedding_scale is compared as a number: "unit" means another one under another init_std.)
 _ARCHITECTURE = tuple(
     f"{section}.{key}"
     for section, keys in {
         "model": "hidden_size ffn_hidden_size num_layers num_attention_heads num_key_value_heads vocab_size "
-        "tie_embeddings embedding_scale rms_norm_eps rotary_base",
+        "vocab_multiple tie_embeddings embedding_scale rms_norm_eps rotary_base",
         "solver": "kind variant predictor",
     }.items()
     for key in keys.split()
@@ -46,12 +47,8 @@ class TrainState:
     """Finished optimizer steps."""
     data: dict[str, int]
     """State of the sample reader."""
-    world_size: int
-    """Processes that wrote the shards."""
-    zero_stage: int
-    """ZeRO stage that laid the shards out."""
-    precision: str
-    """Arithmetic of the run."""
+    layout: dict[str, int]
+    """How the writing processes were laid out; only told to the user."""
 
 
 def checkpoints_folder(output_dir: str | Path) -> Path:
@@ -97,34 +94,24 @@ def read_state(folder: Path) -> TrainState:
 
 def write_metadata(folder: Path, config: RunConfig, state: TrainState) -> None:
     """Write ``config.yaml`` and ``state.json`` into a checkpoint folder."""
-    write_durably(folder / "config.yaml", config_to_yaml(config))
-    write_durably(folder / "state.json", json.dumps({"format": FORMAT, **asdict(state)}, indent=2) + "\n")
+    durable.write_text(folder / "config.yaml", config_to_yaml(config))
+    durable.write_text(
+        folder / "state.json", json.dumps({"format": FORMAT, **asdict(state)}, indent=2) + "\n"
+    )
 
 
 def commit(output_dir: str | Path, tag: str, keep: int) -> None:
     """Make ``tag`` the newest checkpoint, then remove all but the ``keep`` newest (0 keeps all)."""
     folder = checkpoints_folder(output_dir)
-    write_durably(folder / "latest", tag + "\n")
+    durable.write_text(folder / "latest", tag + "\n")
     if keep:
         for old in sorted(folder.glob("step_*"))[:-keep]:
             if old.name != tag:
                 shutil.rmtree(old)
 
 
-def write_durably(path: Path, text: str) -> None:
-    """Replace a file's text atomically and on disk, not only in the page cache."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w") as f:
-        f.write(text)
-        f.flush()
-        os.fsync(f.fileno())
-    temporary.replace(path)
-
-
-def check_resumable(
-    folder: Path, config: RunConfig, state: TrainState, world_size: int, zero_stage: int
-) -> None:
-    """Refuse a checkpoint that another architecture, layout or precision wrote.
+def check_resumable(folder: Path, config: RunConfig) -> None:
+    """Refuse a checkpoint of another architecture; layout, ZeRO stage and precision may differ.
 
     Raises:
         ConfigError: naming every difference.
@@ -140,17 +127,6 @@ def check_resumable(
             f"checkpoint {folder} is of another architecture: {'; '.join(differences)}; "
             "give this run another output_dir, or the checkpoint's configuration"
         )
-    layout = {
-        "number of processes": (state.world_size, world_size),
-        "ZeRO stage": (state.zero_stage, zero_stage),
-        "training.precision": (state.precision, config.training.precision),
-    }
-    for name, (there, here) in layout.items():
-        if there != here:
-            raise ConfigError(
-                f"checkpoint {folder} was written with {name} {there}, this run has {here}; "
-                "resume with the checkpoint's, or give this run another output_dir"
-            )
 
 
 def changed_settings(folder: Path, config: RunConfig) -> list[str]:

@@ -1,7 +1,8 @@
-"""A training checkpoint as a plain fp32 model: what DeepSpeed sharded, put together again."""
+"""A training checkpoint as a plain fp32 model: what the ranks of any layout wrote, put together again."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from megatron_iiet.config import ConfigError, RunConfig, config_from_file
 from megatron_iiet.training import checkpoint
+from megatron_iiet.training.fragments import FragmentReader
 from megatron_iiet.training.schedules import iterations_at
 
 
@@ -20,14 +22,14 @@ class ExportedRun:
     """The checkpoint."""
     config: RunConfig
     """Describes the function the model computed at that step; ``data.tokenizer`` is a bare file name."""
-    state: dict[str, Tensor]
-    """Parameter name → fp32 tensor."""
+    state: Mapping[str, Tensor]
+    """Parameter name → fp32 tensor, read when asked for."""
     tokenizer_files: list[Path]
     """The run's tokenizer, and the tokenizer_config.json beside it if there is one."""
 
 
 def export_run(run_folder: str | Path, step: int | None = None) -> ExportedRun:
-    """Read the newest checkpoint of a run, or the one of ``step``, whatever its ZeRO stage and world size.
+    """Read the newest checkpoint of a run, or the one of ``step``, whatever layout wrote it.
 
     In the middle of two-stage training the solver is the one of the stage that the step belongs to: a
     checkpoint of the first stage is exported as the plain Transformer++ it is.
@@ -39,7 +41,7 @@ def export_run(run_folder: str | Path, step: int | None = None) -> ExportedRun:
     folder = find_checkpoint(run_folder, step)
     config = _read_config(folder)
     files = _tokenizer_files(config, folder)
-    state = _read_state(folder)
+    state = StoredWeights(folder)
     _settle_schedule(config, state, checkpoint.read_state(folder).step)
     config.data.tokenizer = files[0].name if files else ""
     return ExportedRun(folder, config, state, files)
@@ -74,15 +76,32 @@ def _read_config(folder: Path) -> RunConfig:
     return config_from_file(path)
 
 
-def _read_state(folder: Path) -> dict[str, Tensor]:
-    from megatron_iiet.training.engine import (
-        export_fp32,
-    )  # imports deepspeed: slow, so only once all else fits
+class StoredWeights(Mapping[str, Tensor]):
+    """The fp32 weights of a checkpoint by parameter name; one tensor is read at a time.
 
-    return export_fp32(folder.parent, folder.name)
+    Raises:
+        ValueError: the checkpoint is damaged or incomplete.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._reader = FragmentReader(folder)
+        self._names = list(self._reader.parameters)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._reader.read_full(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def leave_out(self, part_of_name: str) -> None:
+        """Forget the parameters whose name contains ``part_of_name``."""
+        self._names = [name for name in self._names if part_of_name not in name]
 
 
-def _settle_schedule(config: RunConfig, state: dict[str, Tensor], step: int) -> None:
+def _settle_schedule(config: RunConfig, state: StoredWeights, step: int) -> None:
     """Make the solver section say, without a schedule, what the model computed in its last step."""
     if config.solver.schedule is None:
         return
@@ -92,8 +111,7 @@ def _settle_schedule(config: RunConfig, state: dict[str, Tensor], step: int) -> 
         config.solver.iterations = iterations[0]
         return
     config.solver.kind = "euler"
-    for name in [name for name in state if ".solver." in name]:
-        del state[name]
+    state.leave_out(".solver.")
 
 
 def _tokenizer_files(config: RunConfig, folder: Path) -> list[Path]:

@@ -18,15 +18,17 @@ import json
 import os
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from megatron_iiet import durable
+from megatron_iiet.models.safetensors_stream import TensorSource, write_safetensors
 from megatron_iiet.parallel.shard import Shard
 
 KINDS = ("fp32", "exp_avg", "exp_avg_sq")
@@ -91,19 +93,15 @@ def write_fragments(path: Path, fragments: Sequence[Fragment]) -> list[dict[str,
     Raises:
         ValueError: a name comes twice, or a fragment's tensors do not fit its interval.
     """
-    header: dict[str, Any] = {"__metadata__": {"format": f"megatron_iiet.fragments.{FORMAT}"}}
-    tensors: list[Tensor] = []
+    tensors: dict[str, TensorSource] = {}
     entries: dict[str, dict[str, Any]] = {}
-    end = 0
     for f in fragments:
         _check_tensors(path, f)
         if f.name in entries:
             raise ValueError(f"cannot write {path}: {f.name} comes twice; give one fragment a parameter")
         kinds = [kind for kind in KINDS if kind in f.tensors]
         for kind in kinds if f.numel else ():
-            start, end = end, end + ITEM_BYTES * f.numel
-            header[f"{kind}/{f.name}"] = {"dtype": "F32", "shape": [f.numel], "data_offsets": [start, end]}
-            tensors.append(f.tensors[kind])
+            tensors[f"{kind}/{f.name}"] = ((f.numel,), partial(f.tensors.__getitem__, kind))
         parameter = {
             "shape": list(f.shape),
             "shard": f.shard and {"dim": f.shard.dim, "blocks": list(f.shard.blocks)},
@@ -111,12 +109,7 @@ def write_fragments(path: Path, fragments: Sequence[Fragment]) -> list[dict[str,
         }
         piece = [f.tensor_rank, f.start, f.numel]
         entries[f.name] = {"name": f.name, "parameter": parameter, "kinds": kinds, "piece": piece}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    with _replacing(path) as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for tensor in tensors:
-            file.write(_bytes(tensor.detach().cpu().contiguous()))
+    write_safetensors(path, tensors, {"format": f"megatron_iiet.fragments.{FORMAT}"})
     return list(entries.values())
 
 
@@ -147,8 +140,7 @@ def write_index(folder: Path, entries_by_file: Mapping[str, list[dict[str, Any]]
         _check_coverage(folder, name, _entry_from_json(parameter))
     files = {file: {"bytes": _size_of(folder / file)} for file in sorted(entries_by_file)}
     index = {"format": FORMAT, "kinds": kinds, "files": files, "parameters": parameters}
-    with _replacing(folder / INDEX) as out:
-        out.write(json.dumps(index, separators=(",", ":")).encode() + b"\n")
+    durable.write_text(folder / INDEX, json.dumps(index, separators=(",", ":")) + "\n")
 
 
 class FragmentReader:
@@ -419,22 +411,3 @@ def _size_of(path: Path) -> int:
         return path.stat().st_size
     except FileNotFoundError:
         raise ValueError(f"{path} is missing; copy the whole checkpoint again, or use another one") from None
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[BinaryIO]:
-    """A new file under a temporary name, which takes the place of ``path`` once it is whole and on disk."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with temporary.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # so that the new name outlives a power cut
-    finally:
-        os.close(folder)

@@ -43,10 +43,10 @@ def train(run: Run, callbacks: Sequence[Callback]) -> None:
 
 
 def enter_stage(run: Run, current: tuple[list[int], bool] | None) -> tuple[list[int], bool]:
-    """Give the model the iterations of the step about to run, if they are not the current ones."""
+    """Give the layers the iterations of the step about to run, if they are not the current ones."""
     stage = iterations_at(run.config, run.step)
     if stage != current:
         iterations, merging = stage
-        run.model.set_iterations(iterations, merging=merging)
+        run.engine.set_iterations(iterations, merging=merging)
         run.say(f"step {run.step:>6} | {run.describe_solver()}")
     return stage

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from megatron_iiet.config.schema import OptimizerConfig
+from megatron_iiet.parallel.tensor import shard_of
 
 
 def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
@@ -22,8 +23,10 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str
     for parameter in model.parameters():
         if getattr(parameter, "keep_fp32", False):
             fp32.append(parameter)
+        elif shard_of(parameter) is not None:  # every matrix is marked; its shape may be ZeRO-3's by now
+            decayed.append(parameter)
         else:
-            (decayed if parameter.dim() >= 2 else plain).append(parameter)
+            plain.append(parameter)
     groups = [
         {"params": decayed, "weight_decay": config.weight_decay},
         {"params": plain, "weight_decay": 0.0},

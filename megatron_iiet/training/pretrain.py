@@ -6,22 +6,25 @@ import json
 from pathlib import Path
 from typing import Any
 
+from megatron_iiet import durable
 from megatron_iiet.config import (
     ConfigError,
     LoadedConfig,
     RunConfig,
-    check_world_size,
     config_to_yaml,
+    gradient_accumulation_steps,
 )
+from megatron_iiet.config.combinations import check_combination
 from megatron_iiet.config.deepspeed import load_ds_config, reconcile
 from megatron_iiet.data.batches import TrainBatches, ValidationBatches
 from megatron_iiet.data.samples import Splits, build_splits
 from megatron_iiet.data.tokenizer import load_tokenizer
-from megatron_iiet.models.transformer import Transformer
 from megatron_iiet.ops import resolve_backend
 from megatron_iiet.parallel import ParallelContext
+from megatron_iiet.parallel.launch import launch_environment
 from megatron_iiet.training import callbacks, checkpoint
-from megatron_iiet.training.engine import Engine
+from megatron_iiet.training.engine import build_engine
+from megatron_iiet.training.layout import describe_layout, layout_of, stage_plan
 from megatron_iiet.training.loop import train
 from megatron_iiet.training.run import Run
 
@@ -30,40 +33,39 @@ def pretrain(loaded: LoadedConfig) -> None:
     """Train the model that a configuration describes, from scratch or from its newest checkpoint.
 
     Raises:
-        ConfigError: configuration, data, tokenizer or checkpoint do not fit; raised before anything is
-            trained or written.
+        ConfigError: layout, configuration, data, tokenizer or checkpoint do not fit; raised before
+            anything is trained or written, and a wrong layout before any process waits for another.
     """
-    with ParallelContext.start() as context:
-        try:
-            run, chosen = prepare(loaded, context)
-        except ConfigError:
-            raise
-        except ValueError as error:  # the data and ops rooms know nothing of configurations
-            raise ConfigError(str(error)) from error
-        try:
-            train(run, chosen)
-        finally:
-            run.close()
+    try:
+        ds_config = reconciled_ds_config(loaded, launch_environment().world_size)
+        with ParallelContext.start(loaded.config.parallel) as context:
+            run, chosen = prepare(loaded.config, ds_config, context)
+            try:
+                train(run, chosen)
+            finally:
+                run.close()
+    except ConfigError:
+        raise
+    except ValueError as error:  # the rooms below know nothing of configurations
+        raise ConfigError(str(error)) from error
 
 
-def prepare(loaded: LoadedConfig, context: ParallelContext) -> tuple[Run, list[callbacks.Callback]]:
+def prepare(
+    config: RunConfig, ds_config: dict[str, Any], context: ParallelContext
+) -> tuple[Run, list[callbacks.Callback]]:
     """Check everything, then build the run and its callbacks; the cheapest checks come first."""
-    config = loaded.config
     for key, made_by in (("prefix", "tools/preprocess_data.py"), ("tokenizer", "tools/train_tokenizer.py")):
         if not getattr(config.data, key):
             raise ConfigError(f"data.{key} is not set; give the path of what {made_by} wrote")
-    ds_config = reconciled_ds_config(loaded, context.data_parallel_size)
     backend, reason = resolve_backend(config.ops.backend)
     check_tokenizer(config)
     splits = build_splits(config.data.prefix, config.data.sequence_length, config.data.split)
-    tag = find_checkpoint(config, ds_config, context)
+    tag = find_checkpoint(config)
 
-    model = Transformer(config, backend=backend)
-    model.initialise(config.training.seed)
-    counts = model.num_parameters(), model.num_solver_parameters()  # ZeRO-3 is about to take them away
-    engine = Engine(model, config, ds_config, context)
-    run = Run(config, context, model, engine, train_batches(config, splits, context))
-    run.say(describe_start(run, splits, *counts))
+    engine = build_engine(config, ds_config, context, stage_plan(config), backend)
+    run = Run(config, context, engine, train_batches(config, splits, context))
+    run.say(describe_start(run, splits))
+    run.say(describe_layout(config, engine))
     run.say(f"merge_norm backend: {backend} ({reason})")
     if engine.zero_stage == 3 and config.training.precision == "bf16" and config.solver.kind != "euler":
         run.say("merge coefficients: bf16 working copy, fp32 master copy (ZeRO-3 keeps one type)")
@@ -75,13 +77,17 @@ def prepare(loaded: LoadedConfig, context: ParallelContext) -> tuple[Run, list[c
     return run, build_callbacks(config, splits, context)
 
 
-def reconciled_ds_config(loaded: LoadedConfig, data_parallel_size: int) -> dict[str, Any]:
-    """The DeepSpeed configuration with our values filled in; checked against the number of ranks."""
-    check_world_size(loaded.config, data_parallel_size)
+def reconciled_ds_config(loaded: LoadedConfig, world_size: int) -> dict[str, Any]:
+    """The DeepSpeed configuration with our values filled in; the layout is checked on the way.
+
+    Raises:
+        ConfigError: what was asked for cannot run on ``world_size`` processes.
+    """
     path = loaded.ds_config_path
-    if path is None:
-        return reconcile({"zero_optimization": {"stage": 1}}, loaded.config, data_parallel_size)
-    return reconcile(load_ds_config(path), loaded.config, data_parallel_size, source=str(path))
+    ds_json = {"zero_optimization": {"stage": 1}} if path is None else load_ds_config(path)
+    source = "the default DeepSpeed configuration" if path is None else str(path)
+    data_parallel_size = check_combination(loaded.config, ds_json, world_size, source)
+    return reconcile(ds_json, loaded.config, data_parallel_size, source=source)
 
 
 def check_tokenizer(config: RunConfig) -> None:
@@ -94,7 +100,7 @@ def check_tokenizer(config: RunConfig) -> None:
         )
 
 
-def find_checkpoint(config: RunConfig, ds_config: dict[str, Any], context: ParallelContext) -> str | None:
+def find_checkpoint(config: RunConfig) -> str | None:
     """The checkpoint to continue from, checked against this run; None to start from scratch."""
     tag = checkpoint.latest_tag(config.output_dir)
     if tag is None:
@@ -105,8 +111,7 @@ def find_checkpoint(config: RunConfig, ds_config: dict[str, Any], context: Paral
             f"{config.output_dir} already holds checkpoint {tag} and checkpoint.resume is false; "
             "set it to true to continue, or choose another output_dir"
         )
-    stage = ds_config.get("zero_optimization", {}).get("stage", 0)
-    checkpoint.check_resumable(folder, config, checkpoint.read_state(folder), context.world_size, stage)
+    checkpoint.check_resumable(folder, config)
     return tag
 
 
@@ -142,19 +147,21 @@ def build_callbacks(config: RunConfig, splits: Splits, context: ParallelContext)
     return chosen
 
 
-def describe_start(run: Run, splits: Splits, parameters: int, solver_parameters: int) -> str:
+def describe_start(run: Run, splits: Splits) -> str:
     """The opening lines of a run."""
-    config, context = run.config, run.context
+    config, whole = run.config, run.engine.whole
     m, length = config.model, config.data.sequence_length
+    batch = config.training.global_batch_size
+    accumulation = gradient_accumulation_steps(config, run.context.data.size)
     return "\n".join(
         (
             f"model: {m.num_layers} layers, d {m.hidden_size}, ffn {m.ffn_hidden_size}, "
             f"{m.num_attention_heads} heads, vocabulary {m.vocab_size}: "
-            f"{parameters:,} parameters, {solver_parameters:,} of them the solver's",
+            f"{whole.num_parameters():,} parameters, {whole.num_solver_parameters():,} of them the solver's",
             f"data: {len(splits.train):,} training windows of {length} tokens from {config.data.prefix}",
-            f"training: {config.training.steps} steps of {config.training.global_batch_size * length:,} "
-            f"tokens, {context.world_size} data-parallel rank(s) on {context.device.type}, "
-            f"{config.training.precision}, ZeRO stage {run.engine.zero_stage}",
+            f"training: {config.training.steps} steps of {batch * length:,} tokens in {accumulation} "
+            f"micro-batches of {config.training.micro_batch_size} x {length}, {config.training.precision}, "
+            f"on {run.context.world_size} {run.context.device.type} process(es)",
         )
     )
 
@@ -163,6 +170,11 @@ def report_resume(run: Run, tag: str) -> None:
     """Say where the run continues, and what was changed since."""
     folder = checkpoint.checkpoints_folder(run.config.output_dir) / tag
     run.say(f"resuming from {folder}")
+    state = checkpoint.read_state(folder)
+    here = layout_of(run.context, run.engine.zero_stage)
+    for axis, there in state.layout.items():
+        if here[axis] != there:
+            run.say(f"  changed since then: {axis.replace('_', ' ')}: {there} → {here[axis]}")
     for change in checkpoint.changed_settings(folder, run.config):
         run.say(f"  changed since then: {change}")
 
@@ -171,5 +183,5 @@ def write_run_files(config: RunConfig, ds_config: dict[str, Any]) -> None:
     """Write the resolved configurations into the run's folder."""
     folder = Path(config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    checkpoint.write_durably(folder / "config.yaml", config_to_yaml(config))
-    checkpoint.write_durably(folder / "ds_config.json", json.dumps(ds_config, indent=2) + "\n")
+    durable.write_text(folder / "config.yaml", config_to_yaml(config))
+    durable.write_text(folder / "ds_config.json", json.dumps(ds_config, indent=2) + "\n")

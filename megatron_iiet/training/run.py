@@ -6,27 +6,25 @@ from pathlib import Path
 
 from megatron_iiet.config import RunConfig
 from megatron_iiet.data.batches import TrainBatches
-from megatron_iiet.models.transformer import Transformer
 from megatron_iiet.parallel import ParallelContext
 from megatron_iiet.training import checkpoint
 from megatron_iiet.training.engine import Engine
+from megatron_iiet.training.layout import layout_of
 from megatron_iiet.training.metrics import MetricWriter
 
 
 class Run:
-    """Model, engine, data position and step of one training process; passed to every callback."""
+    """Engine, data position and step of one training process; passed to every callback."""
 
     def __init__(
         self,
         config: RunConfig,
         context: ParallelContext,
-        model: Transformer,
         engine: Engine,
         batches: TrainBatches,
     ) -> None:
         self.config = config
         self.context = context
-        self.model = model
         self.engine = engine
         self.batches = batches
         self.step = 0
@@ -64,7 +62,7 @@ class Run:
         """Write a checkpoint of this step and make it the newest."""
         tag = checkpoint.tag_of(self.step)
         folder = checkpoint.checkpoints_folder(self.config.output_dir)
-        self.engine.save(folder, tag)
+        self.engine.save(folder / tag)
         if self.context.is_main:
             checkpoint.write_metadata(folder / tag, self.config, self._state())
             checkpoint.commit(self.config.output_dir, tag, self.config.checkpoint.keep)
@@ -79,18 +77,18 @@ class Run:
         """
         folder = checkpoint.checkpoints_folder(self.config.output_dir)
         state = checkpoint.read_state(folder / tag)
-        self.engine.load(folder, tag)
+        self.engine.load(folder / tag, state.step)
         self.batches.load_state_dict(state.data)
         self.step = state.step
 
     def describe_solver(self) -> str:
         """The solver in force, in a few words."""
-        solver = self.config.solver
-        if solver.kind == "euler" or not self.model.solvers[0].merging:
+        solver, layers = self.config.solver, self.engine.whole.solvers
+        if solver.kind == "euler" or not layers[0].merging:
             return "solver euler (plain Transformer++)"
         if solver.kind == "dlcl":
             return "solver dlcl"
-        counts = [s.iterations for s in self.model.solvers]
+        counts = [layer.iterations for layer in layers.values()]
         r = str(counts[0]) if len(set(counts)) == 1 else str(counts)
         return f"solver iiet, variant {solver.variant}, r = {r}"
 
@@ -98,7 +96,5 @@ class Run:
         return checkpoint.TrainState(
             step=self.step,
             data=self.batches.state_dict(),
-            world_size=self.context.world_size,
-            zero_stage=self.engine.zero_stage,
-            precision=self.config.training.precision,
+            layout=layout_of(self.context, self.engine.zero_stage),
         )

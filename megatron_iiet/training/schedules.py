@@ -39,3 +39,11 @@ def iterations_at(config: RunConfig, step: int) -> tuple[list[int], bool]:
             return [r] * layers, r > 0
     final = iterations_per_layer(config)
     return final, any(final)
+
+
+def mean_evaluations(config: RunConfig) -> list[float]:
+    """Evaluations of F of every layer, averaged over the steps of the run."""
+    if config.solver.kind == "iiet" and config.solver.schedule:
+        mean = sum(fraction * (r + 1) for fraction, r in config.solver.schedule)
+        return [mean] * config.model.num_layers
+    return [r + 1.0 for r in iterations_per_layer(config)]

@@ -10,8 +10,9 @@ import torch
 
 from megatron_iiet.config import LoadedConfig, RunConfig, config_from_dict, config_to_dict
 from megatron_iiet.parallel import ParallelContext
+from megatron_iiet.parallel.launch import launch_environment
 from megatron_iiet.training.loop import train
-from megatron_iiet.training.pretrain import prepare
+from megatron_iiet.training.pretrain import prepare, reconciled_ds_config
 
 
 def ds_json(folder: Path, stage: int, **extra: Any) -> Path:
@@ -22,19 +23,14 @@ def ds_json(folder: Path, stage: int, **extra: Any) -> Path:
 
 
 def pretrain_rank(config: dict[str, Any], ds_path: Path | None) -> dict[str, torch.Tensor]:
-    """Train as ``pretrain_iiet.py`` does; returns the fp32 master weights, parameter name → tensor."""
-    from deepspeed.utils import safe_get_full_fp32_param
-
+    """Train as ``pretrain_iiet.py`` does; returns this rank's working weights, name → tensor."""
     loaded = LoadedConfig(config_from_dict(config), None, ds_path)
-    with ParallelContext.start() as context:
-        run, callbacks = prepare(loaded, context)
+    ds_config = reconciled_ds_config(loaded, launch_environment().world_size)
+    with ParallelContext.start(loaded.config.parallel) as context:
+        run, callbacks = prepare(loaded.config, ds_config, context)
         train(run, callbacks)
         run.close()
-        weights = {}
-        for name, parameter in run.model.named_parameters():
-            full = safe_get_full_fp32_param(parameter) if run.engine.zero_stage else parameter.detach()
-            weights[name] = full.clone()
-        return weights if context.is_main else {}
+        return dict(run.engine.gathered_parameters())
 
 
 def as_data(config: RunConfig) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_iiet import models
+from megatron_iiet.models.portable import without_padding
 from tests.models.conftest import Build, randomise_solvers
 
 
@@ -92,7 +93,7 @@ def test_loading_refuses(build: Build, tmp_path: Path) -> None:
     weights.unlink()
     assert message() == f"TMP/m has no model.safetensors, {hint}"
 
-    state = model.state_dict()
+    state = {k: without_padding(model.config, k, v).clone() for k, v in model.state_dict().items()}
     save_file({**state, "layers.1.solver.coefficients": torch.ones(3)}, weights)
     assert "parameter layers.1.solver.coefficients is (3,), the configuration asks for (2,)" in message()
     save_file({**state, "layers.9.x": torch.ones(3)}, weights)

@@ -74,7 +74,7 @@ def test_evaluations_of_f(
         model.get_submodule(f"layers.{n}.increment").register_forward_hook(count)
     model(tokens)
     expected = [r + 1 for r in (iterations if isinstance(iterations, list) else [iterations] * 4)]
-    assert counted == expected == [s.evaluations for s in model.solvers]
+    assert counted == expected == [s.evaluations for s in model.solvers.values()]
     one_evaluation = build().layer_flops(16) // 4
     assert model.layer_flops(16) == sum(expected) * one_evaluation
 

@@ -86,20 +86,15 @@ def test_keeps_the_newest_checkpoints_and_their_configuration(data: dict[str, st
 
 
 @pytest.mark.parametrize(
-    ("sections", "stage", "ranks", "message"),
+    ("sections", "message"),
     [
-        ({"model": {"ffn_hidden_size": 64}}, 1, 1, "model.ffn_hidden_size is 48 there and 64 here"),
-        ({"solver": {"kind": "euler"}}, 1, 1, "solver.kind is iiet there and euler here"),
-        ({}, 2, 1, "ZeRO stage 1, this run has 2"),
-        ({}, 1, 2, "number of processes 1, this run has 2"),
-        ({"training": {"precision": "bf16"}}, 1, 1, "training.precision fp32, this run has bf16"),
-        ({"checkpoint": {"interval": 0, "resume": False}}, 1, 1, "checkpoint.resume is false"),
+        ({"model": {"ffn_hidden_size": 64}}, "model.ffn_hidden_size is 48 there and 64 here"),
+        ({"solver": {"kind": "euler"}}, "solver.kind is iiet there and euler here"),
+        ({"checkpoint": {"interval": 0, "resume": False}}, "checkpoint.resume is false"),
     ],
 )
 def test_refuses_a_checkpoint_that_does_not_fit(
     sections: dict[str, Any],
-    stage: int,
-    ranks: int,
     message: str,
     data: dict[str, str],
     tmp_path_factory: pytest.TempPathFactory,
@@ -111,7 +106,7 @@ def test_refuses_a_checkpoint_that_does_not_fit(
     before = sorted(p.relative_to(folder) for p in folder.rglob("*"))
     other = tiny_config(data, folder, **sections)
     with pytest.raises(RanksFailedError, match=message):
-        run_ranks(pretrain_rank, ranks, as_data(other), ds_json(tmp_path_factory.getbasetemp(), stage))
+        run_ranks(pretrain_rank, 1, as_data(other), ds_json(tmp_path_factory.getbasetemp(), 1))
     assert sorted(p.relative_to(folder) for p in folder.rglob("*")) == before
 
 
@@ -122,10 +117,11 @@ def test_refuses_a_checkpoint_that_does_not_fit(
 def test_exported_weights_are_the_master_weights(
     stage: int, precision: str, data: dict[str, str], tmp_path: Path
 ) -> None:
-    """What two ranks sharded is put together again without a process group."""
+    """What two ranks sharded is put together again without a process group; the working weights of the last
+    step are the masters, rounded."""
     config = tiny_config(data, tmp_path / "run", training={"precision": precision})
     expected = run_ranks(pretrain_rank, 2, as_data(config), ds_json(tmp_path, stage))[0]
     state = export_run(tmp_path / "run").state
     assert state.keys() == expected.keys()
     for name, value in expected.items():
-        assert torch.equal(state[name], value), name
+        assert torch.equal(state[name].to(value.dtype), value), name

@@ -45,6 +45,16 @@ class Solver(nn.Module):
         return self.merging
 
     @property
+    def history_reads(self) -> int:
+        """Entries of the history that this layer merges: always the first ones."""
+        return self.merged_entries if self.merging else 0
+
+    @property
+    def merged_entries(self) -> int:
+        """:attr:`history_reads` while merging; none unless a solver says otherwise."""
+        return 0
+
+    @property
     def evaluations(self) -> int:
         """Evaluations of F a step."""
         return self.iterations + 1 if self.merging else 1

@@ -27,9 +27,14 @@ class ImplicitEuler(Solver):
         self, layer: int, *, iterations: int, predictor: str = "merged", coefficient_init: str, backend: str
     ) -> None:
         super().__init__(iterations)
+        self.layer = layer
         self.predictor = predictor
         self.backend = backend
         self.coefficients = fp32_parameter(initial_row(layer + 1, coefficient_init))
+
+    @property
+    def merged_entries(self) -> int:
+        return 0 if self.predictor == "euler" and self.iterations == 0 else self.layer
 
     def step(self, y_BTD: Tensor, increment_fn: IncrementFn, history: History) -> tuple[Tensor, Tensor]:
         norm = increment_fn.input_norm

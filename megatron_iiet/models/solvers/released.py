@@ -55,6 +55,10 @@ class ReleasedImplicitEuler(Solver):
         if layer == 0:
             self.unused_row_0 = fp32_parameter(torch.stack((row(0), row(0))))
 
+    @property
+    def merged_entries(self) -> int:
+        return self.layer
+
     def step(self, y_BTD: Tensor, increment_fn: IncrementFn, history: History) -> tuple[Tensor, Tensor]:
         n = self.layer
         norm = increment_fn.input_norm

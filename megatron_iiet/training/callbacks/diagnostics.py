@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from megatron_iiet.models.diagnostics import observe_iterates
 from megatron_iiet.training.callbacks.base import Callback, is_due
 
 if TYPE_CHECKING:
@@ -25,8 +24,7 @@ class SolverDiagnostics(Callback):
     def on_step(self, run: Run, result: StepResult) -> None:
         if not is_due(run.step, self.interval):
             return
-        with observe_iterates(run.model) as statistics:
-            run.engine.forward(self.batch)
+        statistics = run.engine.observe(self.batch)
         values = {
             f"relative_residual/layer_{n}_iterate_{i}": v
             for (n, i), v in statistics.relative_residual.items()

@@ -36,7 +36,7 @@ class MetricLogger(Callback):
 
     def on_step(self, run: Run, result: StepResult) -> None:
         config = run.config
-        needed, done = step_flops(run.model, config.data.sequence_length, config.training.recompute)
+        needed, done = step_flops(run.engine.whole, config.data.sequence_length, config.training.recompute)
         # Iterations may change from step to step, so FLOPs are added up.
         self.needed_flops += needed * config.training.global_batch_size
         self.done_flops += done * config.training.global_batch_size

@@ -1,0 +1,48 @@
+"""One pipeline stage, and what crosses the boundary to the next.
+
+The residual stream and the history that later layers still merge travel as one packed tensor
+[1 + k, B, T, D]: one message each way, and one walk through the stage's graph in the backward pass. Under
+sequence parallelism T is a rank's part of the sequence.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from megatron_iiet.models.history import History
+from megatron_iiet.models.transformer import Transformer
+
+
+class PipelineStage(nn.Module):
+    """A stage as a function of one tensor: token ids in the first, packed stream elsewhere; the last one
+    returns logits of its part of the vocabulary."""
+
+    def __init__(self, model: Transformer, sequence_length: int) -> None:
+        super().__init__()
+        self.model = model
+        self.sequence_length = sequence_length
+        self.entries_handed_on = 0
+        """History entries that the next stage receives; see :func:`entries_crossing`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        model = self.model
+        if model.is_first:
+            y_BTD, history = model.embed(x)
+        else:
+            y_BTD, *entries = x.unbind(0)
+            history = History(entries)
+        y_BTD = model.integrate(y_BTD, history, self.sequence_length)
+        if model.is_last:
+            return model.project(y_BTD)
+        return torch.stack([y_BTD, *history.first(self.entries_handed_on)])
+
+
+def entries_crossing(whole: Transformer, layer: int) -> int:
+    """History entries that layers from ``layer`` on merge and that exist before it: what a stage that starts
+    there must be given. ``whole``: the whole model, with the iterations in force."""
+    solvers = whole.solvers.values()
+    wanted = max((s.history_reads for n, s in whole.solvers.items() if n >= layer), default=0)
+    rooted = any(s.merges_embedding and s.merging for s in solvers)
+    kept = rooted + sum(s.keeps_increment for n, s in whole.solvers.items() if n < layer)
+    return min(wanted, kept)

@@ -1,0 +1,86 @@
+"""A set of ranks that exchange tensors, and a record of what they exchanged."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class Group:
+    """Ranks of one line of the process grid. Every collective is counted in :attr:`calls`.
+
+    A group of one rank sends nothing: its collectives return their input.
+    """
+
+    def __init__(self, ranks: Sequence[int] = (0,), rank: int = 0, handle: Any = None) -> None:
+        """``ranks``: world ranks in order; ``rank``: this process's place among them; ``handle``: the
+        process group, needed where there is more than one rank."""
+        assert handle is not None or len(ranks) == 1
+        self.ranks = tuple(ranks)
+        self.size = len(ranks)
+        self.rank = rank
+        self.handle = handle
+        self.calls: Counter[str] = Counter()
+        self.elements: Counter[str] = Counter()
+
+    def all_reduce(self, x: Tensor, *, asynchronous: bool = False) -> Any:
+        """Sum over the group, in place; returns the handle to wait for if ``asynchronous``."""
+        if self.size == 1:
+            return None
+        self._count("all_reduce", x)
+        return dist.all_reduce(x, group=self.handle, async_op=asynchronous)
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        """The tensors of all ranks, [size, *x.shape]."""
+        out = x.new_empty((self.size, *x.shape))
+        if self.size == 1:
+            return out.copy_(x.unsqueeze(0))
+        self._count("all_gather", out)
+        dist.all_gather_into_tensor(out.flatten(), x.contiguous().flatten(), group=self.handle)
+        return out
+
+    def reduce_scatter(self, x: Tensor, *, asynchronous: bool = False) -> tuple[Tensor, Any]:
+        """Of [size, …] summed over the group, this rank's part […]; and the handle to wait for."""
+        out = x.new_empty(x.shape[1:])
+        if self.size == 1:
+            return out.copy_(x[0]), None
+        self._count("reduce_scatter", x)
+        work = dist.reduce_scatter_tensor(
+            out.flatten(), x.contiguous().flatten(), group=self.handle, async_op=asynchronous
+        )
+        return out, work
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """A picklable object of every rank, in order, on every rank; not for hot paths."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self.handle)
+        return values
+
+    def mean(self, x: Tensor) -> Tensor:
+        """Mean over the group, in place; the same bits on every rank."""
+        self.all_reduce(x)
+        return x.div_(self.size)
+
+    def _count(self, kind: str, x: Tensor) -> None:
+        self.calls[kind] += 1
+        self.elements[kind] += x.numel()
+
+
+def wait(work: Any) -> None:
+    """Wait for an asynchronous collective (None: there was nothing to send)."""
+    if work is not None:
+        work.wait()
+
+
+def sum_in_fp32(x: Tensor, group: Group) -> Tensor:
+    """Sum over the group, accumulated in fp32 and rounded once."""
+    total = x.to(torch.float32, copy=True)
+    group.all_reduce(total)
+    return total.to(x.dtype)

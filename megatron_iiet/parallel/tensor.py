@@ -1,0 +1,186 @@
+"""Tensor and sequence parallelism: what a layer's input and output pass through, and its linear maps.
+
+A block of a layer is column-parallel, something pointwise or per head, then row-parallel. Between blocks the
+residual stream is whole on every rank, or under sequence parallelism cut along the sequence::
+
+    tensor only         enter: identity        backward: all-reduce
+                        leave: all-reduce      backward: identity
+    with sequence       enter: all-gather      backward: reduce-scatter
+                        leave: reduce-scatter  backward: all-gather
+
+Two blocks a layer make 2 collectives forward and 2 backward for one evaluation of F (Shoeybi et al. 2019,
+Korthikanti et al. 2022), hence 2 (r + 1) each for a layer with r corrector iterations.
+
+Shapes: B batch, T sequence, S the rank's part of it, C input columns, W output width of the rank.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from megatron_iiet.parallel.group import Group, sum_in_fp32, wait
+from megatron_iiet.parallel.shard import Shard
+
+
+@dataclass(frozen=True)
+class TensorParallel:
+    """How the ranks of one tensor-parallel group share a layer; the default is one rank alone."""
+
+    group: Group = field(default_factory=Group)
+    sequence: bool = False
+    """Whether the residual stream is cut along the sequence between blocks."""
+
+    @property
+    def cuts_sequence(self) -> bool:
+        """Whether a rank sees only its part of the sequence between blocks."""
+        return self.sequence and self.group.size > 1
+
+    def column_linear(self, in_features: int, blocks: tuple[int, ...]) -> nn.Module:
+        """``x Wᵀ`` for a W whose rows are the sub-matrices ``blocks``, each split by rows; enters a block."""
+        shard = Shard(0, blocks)
+        width = shard.local_shape((sum(blocks), in_features), self.group.size)[0]
+        linear = nn.Linear if self.group.size == 1 else _ColumnParallel
+        module = linear(in_features, width, bias=False)
+        if isinstance(module, _ColumnParallel):
+            module.parallel = self
+        mark_sharded(cast(nn.Parameter, module.weight), shard, self.group.size)
+        return module
+
+    def row_linear(self, in_features: int, out_features: int) -> nn.Module:
+        """``x Wᵀ`` for a W split by columns, x being a rank's part of the input; leaves a block."""
+        shard = Shard(1, (in_features,))
+        width = shard.local_shape((out_features, in_features), self.group.size)[1]
+        linear = nn.Linear if self.group.size == 1 else _RowParallel
+        module = linear(width, out_features, bias=False)
+        if isinstance(module, _RowParallel):
+            module.parallel = self
+        mark_sharded(cast(nn.Parameter, module.weight), shard, self.group.size)
+        return module
+
+    def leave(self, partial_BTC: Tensor) -> Tensor:
+        """Sum the ranks' parts; [B, T, C] → [B, T, C], or [B, S, C] under sequence parallelism."""
+        if self.group.size == 1:
+            return partial_BTC
+        function = _ScatterSequence if self.sequence else _Reduce
+        return cast(Tensor, function.apply(partial_BTC, self.group))
+
+    def local_positions(self, length: int) -> slice:
+        """The positions of a sequence of ``length`` tokens whose residual stream this rank holds."""
+        if not self.cuts_sequence:
+            return slice(0, length)
+        part = length // self.group.size
+        return slice(self.group.rank * part, (self.group.rank + 1) * part)
+
+    def sum_replicated_gradients(self, module: nn.Module) -> None:
+        """Under sequence parallelism, sum the gradients of replicated parameters over the group.
+
+        Norms and merge coefficients see a rank's part of the sequence only, so each rank has a part of
+        their gradient. A hook on the leaf sums it once a backward pass, before any optimizer sees it.
+        """
+        if not self.cuts_sequence:
+            return
+        for parameter in module.parameters():
+            if shard_of(parameter) is None:
+                parameter.register_hook(lambda gradient: sum_in_fp32(gradient, self.group))
+
+
+def mark_sharded(parameter: nn.Parameter, shard: Shard, size: int) -> None:
+    """Note how a parameter is split; DeepSpeed reads ``tensor_model_parallel`` for its gradient norm."""
+    parameter.shard = shard  # type: ignore[attr-defined]
+    if size > 1:
+        parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
+
+
+def shard_of(parameter: Tensor) -> Shard | None:
+    """How a parameter is split over the tensor-parallel ranks; None if each holds all of it."""
+    return cast("Shard | None", getattr(parameter, "shard", None))
+
+
+def column_parallel(x: Tensor, weight: Tensor, parallel: TensorParallel) -> Tensor:
+    """``enter(x) weightᵀ`` with the weight's rows of this rank: [B, S or T, C] → [B, T, W]."""
+    if parallel.group.size == 1:
+        return F.linear(x, weight)
+    return cast(Tensor, _ColumnLinear.apply(x, weight, parallel.group, parallel.sequence))
+
+
+class _ColumnParallel(nn.Linear):
+    parallel: TensorParallel
+
+    def forward(self, x: Tensor) -> Tensor:
+        return column_parallel(x, self.weight, self.parallel)
+
+
+class _RowParallel(nn.Linear):
+    parallel: TensorParallel
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.parallel.leave(F.linear(x, self.weight))
+
+
+class _ColumnLinear(torch.autograd.Function):
+    """Enter and multiply in one node, so that the backward collective overlaps the weight's gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, group: Group, sequence: bool) -> Tensor:
+        whole_BTC = gather_sequence(x, group) if sequence else x
+        ctx.save_for_backward(whole_BTC, weight)
+        ctx.group, ctx.sequence = group, sequence
+        return F.linear(whole_BTC, weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient_BTW: Tensor) -> tuple[Tensor | None, ...]:
+        whole_BTC, weight = ctx.saved_tensors
+        for_x = for_weight = work = None
+        if ctx.needs_input_grad[0]:
+            for_x = gradient_BTW @ weight
+            if ctx.sequence:
+                for_x, work = ctx.group.reduce_scatter(split_sequence(for_x, ctx.group), asynchronous=True)
+            else:
+                work = ctx.group.all_reduce(for_x, asynchronous=True)
+        if ctx.needs_input_grad[1]:
+            for_weight = gradient_BTW.flatten(0, -2).t() @ whole_BTC.flatten(0, -2)
+        wait(work)
+        return for_x, for_weight, None, None
+
+
+class _Reduce(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, partial: Tensor, group: Group) -> Tensor:
+        total = partial.clone(memory_format=torch.contiguous_format)
+        group.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
+
+
+class _ScatterSequence(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, partial_BTC: Tensor, group: Group) -> Tensor:
+        ctx.group = group
+        return group.reduce_scatter(split_sequence(partial_BTC, group))[0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient_BSC: Tensor) -> tuple[Tensor, None]:
+        return gather_sequence(gradient_BSC, ctx.group), None
+
+
+def split_sequence(x_BTC: Tensor, group: Group) -> Tensor:
+    """[B, T, C] → [size, B, S, C]; a copy unless B = 1."""
+    B, T, C = x_BTC.shape
+    return x_BTC.view(B, group.size, T // group.size, C).transpose(0, 1).contiguous()
+
+
+def gather_sequence(x_BSC: Tensor, group: Group) -> Tensor:
+    """[B, S, C] of every rank → [B, T, C]; needs no copy after the collective if B = 1."""
+    B, S, C = x_BSC.shape
+    return group.all_gather(x_BSC).transpose(0, 1).reshape(B, group.size * S, C)

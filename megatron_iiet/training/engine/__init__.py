@@ -1,0 +1,32 @@
+"""The one seam to DeepSpeed: nothing outside this folder imports it."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import deepspeed.ops
+
+from megatron_iiet.config import RunConfig
+from megatron_iiet.parallel import ParallelContext
+from megatron_iiet.parallel.stages import StagePlan
+from megatron_iiet.training.engine.base import Engine, StepResult
+from megatron_iiet.training.engine.pipelined import PipelinedEngine
+from megatron_iiet.training.engine.plain import PlainEngine
+
+__all__ = ["Engine", "StepResult", "build_engine"]
+
+# On CPUs DeepSpeed would compile a shared-memory collective at first use (45 s, and a stale lock file
+# hangs it). It serves inference only.
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+# DeepSpeed calls a collective by the name it had before torch 2.13; users cannot help it.
+warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*", category=FutureWarning)
+
+
+def build_engine(
+    config: RunConfig, ds_config: dict[str, Any], context: ParallelContext, plan: StagePlan, backend: str
+) -> Engine:
+    """The engine of this rank's part of the model, initialised; ``ds_config`` is the reconciled DeepSpeed
+    JSON (no "auto" left), ``backend`` that of the merges."""
+    kind = PipelinedEngine if context.pipeline.size > 1 else PlainEngine
+    return kind(config, ds_config, context, plan, backend)

@@ -1,0 +1,165 @@
+"""What the trainer sees of an engine, whether the model is pipelined or not."""
+
+from __future__ import annotations
+
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.utils import logger as deepspeed_logger
+from torch import Tensor
+
+from megatron_iiet.config import RunConfig
+from megatron_iiet.config.deepspeed import zero_stage
+from megatron_iiet.data.batches import ValidationBatch
+from megatron_iiet.models.diagnostics import IterateStatistics, observe_iterates
+from megatron_iiet.models.transformer import Transformer
+from megatron_iiet.parallel import ParallelContext
+from megatron_iiet.parallel.stages import StagePlan
+from megatron_iiet.training.engine.grid import model_parallel_unit
+from megatron_iiet.training.engine.optimizer_state import load_fragments, own_fragments
+from megatron_iiet.training.fragments import FragmentReader, write_fragments, write_index
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step did."""
+
+    loss: float
+    """Mean cross-entropy in nats per token over the global batch."""
+    grad_norm: float
+    """Global gradient norm before clipping."""
+    lr: float
+    """Learning rate applied."""
+
+
+class Engine(ABC):
+    """A model with its optimizer under DeepSpeed: steps, evaluates, saves and loads."""
+
+    model: Transformer
+    """This rank's part of the model."""
+    whole: Transformer
+    """The whole model on the meta device: its counts, FLOPs and iterations."""
+    _engine: DeepSpeedEngine
+
+    def __init__(
+        self,
+        config: RunConfig,
+        ds_config: dict[str, Any],
+        context: ParallelContext,
+        plan: StagePlan,
+        backend: str,
+    ) -> None:
+        deepspeed_logger.setLevel(logging.WARNING)
+        deepspeed.init_distributed(dist_init_required=False)  # takes over the process group there is
+        self.context = context
+        self.plan = plan
+        self.zero_stage = zero_stage(ds_config)
+        self.accumulation: int = ds_config["gradient_accumulation_steps"]
+        self.whole = Transformer.on_meta(config)
+        with context.device, self._partitioned_at_birth(ds_config):
+            self.model = Transformer(
+                config,
+                backend=backend,
+                parallel=context.tensor_parallel,
+                layers=plan.stages[context.pipeline.rank],
+            )
+        self.model.initialise(config.training.seed, whole=self._writable)
+        self._names = {parameter: name for name, parameter in self.model.named_parameters()}
+
+    @abstractmethod
+    def train_step(self, micro_batches: Iterator[Tensor], lr: float) -> StepResult:
+        """One optimizer step over ``accumulation`` micro-batches of token windows, each [b, T + 1]."""
+
+    @abstractmethod
+    def evaluate(self, batches: Iterable[ValidationBatch]) -> float:
+        """Mean cross-entropy in nats per token over the windows of weight 1 of all replicas."""
+
+    @abstractmethod
+    def _forward(self, windows: Tensor) -> None:
+        """A forward pass without gradients whose result nobody needs."""
+
+    def set_iterations(self, iterations: list[int], *, merging: bool) -> None:
+        """Change the corrector iterations of all layers, see :meth:`Transformer.set_iterations`."""
+        for model in (self.model, self.whole):
+            model.set_iterations(iterations, merging=merging)
+
+    def observe(self, windows: Tensor) -> IterateStatistics:
+        """Statistics of the iterates of all layers in a forward pass on token windows [b, T + 1].
+
+        Under tensor parallelism they are over the main rank's tokens; the same on every rank of a pipeline.
+        """
+        with observe_iterates(self.model) as statistics:
+            self._forward(windows)
+        for part in self.context.pipeline.gather_objects(statistics):
+            statistics.update(part)
+        return statistics
+
+    def coefficient_norms(self) -> dict[str, float]:
+        """Euclidean norm of every solver's merge coefficients, by parameter; the same on every rank."""
+        named = {
+            name: p for p, name in self._names.items() if name.endswith("coefficients") and p.requires_grad
+        }
+        with self._gathered(list(named)):
+            own = {name: p.detach().float().norm().item() for name, p in named.items()}
+        parts = self.context.pipeline.gather_objects(own)
+        return {name: norm for part in parts for name, norm in part.items()}
+
+    def save(self, folder: Path) -> None:
+        """Write this rank's part of a checkpoint; returns when every rank has, and the index is there."""
+        folder.mkdir(parents=True, exist_ok=True)
+        file = f"rank_{self.context.rank:05d}.safetensors"
+        fragments = own_fragments(self._engine, self._names, self.context)
+        entries = write_fragments(folder / file, fragments) if fragments else []
+        parts = self.context.world.gather_objects((file, entries))
+        if self.context.is_main:
+            write_index(folder, {file: entries for file, entries in parts if entries})
+        self.context.barrier()
+
+    def load(self, folder: Path, optimizer_steps: int) -> None:
+        """Restore weights and optimizer from a checkpoint of any layout.
+
+        Raises:
+            ValueError: files are missing, damaged, or of another model.
+        """
+        with FragmentReader(folder) as reader:
+            load_fragments(self._engine, self._names, self.context, reader, optimizer_steps)
+        self._engine.global_steps = optimizer_steps
+        self.context.barrier()
+
+    def gathered_parameters(self) -> Iterator[tuple[str, Tensor]]:
+        """Name and working copy of each of this rank's parameters, whole under ZeRO-3; for inspection."""
+        for parameter, name in self._names.items():
+            with self._gathered([parameter]):
+                yield name, parameter.detach().clone()
+
+    def _partitioned_at_birth(self, ds_config: dict[str, Any]) -> AbstractContextManager[Any]:
+        """Under ZeRO-3 no rank ever holds more than a module's parameters whole."""
+        if self.zero_stage < 3:
+            return nullcontext()
+        return deepspeed.zero.Init(
+            data_parallel_group=self.context.data.handle,
+            config_dict_or_path=ds_config,
+            mpu=model_parallel_unit(self.context),
+            mem_efficient_linear=False,
+        )
+
+    def _writable(self, parameter: Any) -> AbstractContextManager[None]:
+        if self.zero_stage < 3:
+            return nullcontext()
+        return deepspeed.zero.GatheredParameters([parameter], modifier_rank=0)
+
+    def _gathered(self, parameters: list[Any]) -> AbstractContextManager[None]:
+        if self.zero_stage < 3:
+            return nullcontext()
+        return deepspeed.zero.GatheredParameters(parameters)
+
+    def _split(self, windows: Tensor) -> tuple[Tensor, Tensor]:
+        windows = windows.to(self.context.device, non_blocking=True)
+        return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()

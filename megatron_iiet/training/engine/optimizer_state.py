@@ -1,0 +1,182 @@
+"""Where DeepSpeed keeps the fp32 masters and AdamW moments of a parameter, for every ZeRO stage.
+
+Every stage cuts its flat buffers differently; what they have in common is that a rank holds, of a parameter's
+flattened values, one interval. That interval is the unit of a checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from deepspeed.runtime.engine import DeepSpeedEngine
+from torch import Tensor
+
+from megatron_iiet.parallel import ParallelContext
+from megatron_iiet.parallel.tensor import shard_of
+from megatron_iiet.training.engine.precision import is_owner
+from megatron_iiet.training.fragments import Fragment, FragmentReader
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class _Held:
+    """What this rank holds of one parameter."""
+
+    parameter: Any
+    shape: tuple[int, ...]
+    """Of the whole tensor-parallel shard."""
+    start: int
+    """First element of the flattened shard that is held."""
+    flat: Tensor
+    """The optimizer's own tensor, which has the moments in its state."""
+    offset: int
+    """Where the interval starts in ``flat``."""
+    numel: int
+
+    def tensors(self, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+        """fp32 master and moments of the interval, as views."""
+        state = optimizer.state[self.flat]
+        whole = {"fp32": self.flat, **{kind: state[kind] for kind in MOMENTS}}
+        return {
+            kind: tensor.detach().view(-1).narrow(0, self.offset, self.numel)
+            for kind, tensor in whole.items()
+        }
+
+
+def own_fragments(
+    engine: DeepSpeedEngine, names: Mapping[Any, str], context: ParallelContext
+) -> list[Fragment]:
+    """The fragments that this rank writes; of what several ranks hold, one writes."""
+    optimizer = _prepared(engine)
+    replicated = engine.optimizer is engine.basic_optimizer and context.data.rank > 0
+    return [
+        Fragment(
+            name=names[held.parameter],
+            shape=_global_shape(held),
+            shard=shard_of(held.parameter),
+            tensor_size=context.tensor.size if shard_of(held.parameter) else 1,
+            tensor_rank=context.tensor.rank if shard_of(held.parameter) else 0,
+            start=held.start,
+            numel=held.numel,
+            tensors=held.tensors(optimizer),
+        )
+        for held in _held(engine, names)
+        if not replicated and is_owner(held.parameter, context.tensor)
+    ]
+
+
+@torch.no_grad()
+def load_fragments(
+    engine: DeepSpeedEngine,
+    names: Mapping[Any, str],
+    context: ParallelContext,
+    reader: FragmentReader,
+    steps: int,
+) -> None:
+    """Fill masters and moments from a checkpoint of any layout, then the working copies from the masters.
+
+    ``steps``: optimizer steps done, for AdamW's bias correction.
+    """
+    optimizer = _prepared(engine)
+    for held in _held(engine, names):
+        shard = shard_of(held.parameter)
+        for kind, tensor in held.tensors(optimizer).items():
+            values = reader.read(
+                names[held.parameter],
+                kind,
+                shard=shard,
+                tensor_size=context.tensor.size if shard else 1,
+                tensor_rank=context.tensor.rank if shard else 0,
+                start=held.start,
+                numel=held.numel,
+            )
+            tensor.copy_(values)
+    _set_steps(optimizer, steps)
+    _refresh_working_copies(engine)
+
+
+def _global_shape(held: _Held) -> tuple[int, ...]:
+    shard = shard_of(held.parameter)
+    if shard is None:
+        return held.shape
+    shape = list(held.shape)
+    shape[shard.dim] = sum(shard.blocks)
+    return tuple(shape)
+
+
+def _held(engine: DeepSpeedEngine, names: Iterable[Any]) -> Iterable[_Held]:
+    wrapper = engine.optimizer
+    for p in names:
+        if not p.requires_grad:
+            continue
+        if hasattr(p, "ds_id"):  # ZeRO-3: every parameter is cut into equal parts
+            group, offset, size = wrapper.grad_position[wrapper.get_param_id(p)]
+            start = wrapper._get_param_partition_rank(p) * p.ds_tensor.ds_numel
+            numel = max(0, min(size, p.ds_numel - start))
+            flat = wrapper.fp32_partitioned_groups_flat[group]
+            yield _Held(p, tuple(p.ds_shape), min(start, p.ds_numel), flat, offset, numel)
+        elif wrapper is engine.basic_optimizer:  # no ZeRO: parameters are their own masters
+            yield _Held(p, tuple(p.shape), 0, p, 0, p.numel())
+        elif p._hp_mapping is not None:  # ZeRO-1, ZeRO-2 and BF16_Optimizer: a group is one flat tensor, cut
+            held = p._hp_mapping
+            flats = getattr(wrapper, "fp32_groups_flat_partition", None)
+            if flats is None:
+                flats = wrapper.single_partition_of_fp32_groups
+            yield _Held(
+                p,
+                tuple(p.shape),
+                held.lp_fragment_address.start,
+                flats[held.param_group_index],
+                held.hp_fragment_address.start,
+                held.hp_fragment_address.numel,
+            )
+
+
+def _prepared(engine: DeepSpeedEngine) -> torch.optim.Optimizer:
+    """The optimizer inside DeepSpeed's, with moments: optimizers make them in their first step only."""
+    optimizer = engine.basic_optimizer
+    flats = getattr(engine.optimizer, "fp32_partitioned_groups_flat", None)
+    if flats is None:
+        flats = [p for group in optimizer.param_groups for p in group["params"]]
+    for flat in flats:
+        state = optimizer.state[flat]
+        if "exp_avg" not in state:
+            state.update(_first_step(optimizer, flat))
+            state.update({kind: torch.zeros_like(flat.detach()) for kind in MOMENTS})
+    return optimizer
+
+
+def _first_step(optimizer: torch.optim.Optimizer, flat: Tensor) -> dict[str, Any]:
+    """Where this optimizer counts its steps: torch in a tensor, DeepSpeed's CPU Adam in an int, its fused
+    Adam in the group."""
+    if isinstance(optimizer, torch.optim.Optimizer) and "torch.optim" in type(optimizer).__module__:
+        fused = optimizer.defaults.get("fused") or optimizer.defaults.get("capturable")
+        return {"step": torch.zeros((), dtype=torch.float32, device=flat.device if fused else "cpu")}
+    return {"step": 0} if type(optimizer).__name__ == "DeepSpeedCPUAdam" else {}
+
+
+def _set_steps(optimizer: torch.optim.Optimizer, steps: int) -> None:
+    for state in optimizer.state.values():
+        if isinstance(state.get("step"), Tensor):
+            state["step"].fill_(steps)
+        elif "step" in state:
+            state["step"] = steps
+    for group in optimizer.param_groups:
+        if type(optimizer).__name__ == "FusedAdam":
+            group["step"] = steps
+
+
+def _refresh_working_copies(engine: DeepSpeedEngine) -> None:
+    wrapper = engine.optimizer
+    if hasattr(wrapper, "fp32_partitioned_groups_flat"):
+        wrapper._partition_all_parameters()
+        for group in range(len(wrapper.fp32_partitioned_groups_flat)):
+            wrapper._reassign_or_swap_out_partitioned_parameters(group)
+        if wrapper.persistent_parameters:
+            wrapper.persistent_parameters[0].all_gather(wrapper.persistent_parameters)
+    elif wrapper is not engine.basic_optimizer:
+        wrapper.update_lp_params()

@@ -1,0 +1,75 @@
+"""The engine without pipeline stages: data and tensor parallelism, ZeRO 0 to 3."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from deepspeed.runtime.config import DeepSpeedConfig
+from torch import Tensor
+
+from megatron_iiet.config import RunConfig
+from megatron_iiet.data.batches import ValidationBatch
+from megatron_iiet.parallel import ParallelContext
+from megatron_iiet.parallel.stages import StagePlan
+from megatron_iiet.training.engine.base import Engine, StepResult
+from megatron_iiet.training.engine.grid import model_parallel_unit
+from megatron_iiet.training.engine.launch import deepspeed_engine
+from megatron_iiet.training.engine.precision import CorrectedEngine
+
+
+class PlainEngine(Engine):
+    """All layers on every rank."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        ds_config: dict[str, Any],
+        context: ParallelContext,
+        plan: StagePlan,
+        backend: str,
+    ) -> None:
+        super().__init__(config, ds_config, context, plan, backend)
+        mpu = model_parallel_unit(context)
+        self._engine = deepspeed_engine(
+            CorrectedEngine,
+            self.model,
+            self.model,
+            config,
+            ds_config,
+            DeepSpeedConfig(ds_config, mpu),
+            context,
+            mpu,
+        )
+
+    def train_step(self, micro_batches: Iterator[Tensor], lr: float) -> StepResult:
+        engine = self._engine
+        engine.train()
+        for group in engine.optimizer.param_groups:
+            group["lr"] = lr
+        total = torch.zeros((), device=self.context.device)
+        for _ in range(self.accumulation):
+            loss = engine(*self._split(next(micro_batches)))
+            engine.backward(loss)
+            total += loss.detach()
+            engine.step()
+        loss = self.context.data.mean(total / self.accumulation).item()
+        return StepResult(loss, float(engine.get_global_grad_norm()), lr)
+
+    @torch.no_grad()
+    def evaluate(self, batches: Iterable[ValidationBatch]) -> float:
+        self._engine.eval()
+        sums = torch.zeros(2, device=self.context.device)  # of losses, of weights
+        for tokens, weights in batches:
+            weights = weights.to(self.context.device)
+            sums += torch.stack((self._engine(*self._split(tokens), weights), weights.sum()))
+        self._engine.train()
+        loss, weight = self.context.data.mean(sums).tolist()
+        return loss / weight
+
+    @torch.no_grad()
+    def _forward(self, windows: Tensor) -> None:
+        self._engine.eval()
+        self._engine(*self._split(windows))
+        self._engine.train()

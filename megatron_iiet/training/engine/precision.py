@@ -1,0 +1,62 @@
+"""Two corrections to DeepSpeed 0.19.8 that every engine here shares."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from deepspeed.runtime.engine import DeepSpeedEngine
+from torch import Tensor, nn
+
+from megatron_iiet.parallel import Group, ParallelContext
+from megatron_iiet.parallel.tensor import shard_of
+
+
+class CorrectedEngine(DeepSpeedEngine):
+    """DeepSpeed's engine with fp32 merge coefficients and a right gradient norm in every layout.
+
+    Parameters marked ``keep_fp32`` are not cast to bf16. ZeRO-3 packs all parameters into one buffer of one
+    type and can't keep them apart: there the working copy of a marked parameter is bf16 like the rest (its
+    master copy is fp32 in every stage).
+
+    Without ZeRO in fp32, DeepSpeed reports no norm, and with pipeline stages clips by a norm that leaves the
+    later stages out; here the norm is over the whole model.
+    """
+
+    context: ParallelContext
+
+    def _cast_module_mixed_precision(
+        self, param_dtype: torch.dtype | None, *args: Any, **kwargs: Any
+    ) -> None:
+        kept = {}
+        if self.zero_optimization_stage() < 3:
+            kept = {p: p.data for p in self.module.parameters() if getattr(p, "keep_fp32", False)}
+        super()._cast_module_mixed_precision(param_dtype, *args, **kwargs)
+        for parameter, data in kept.items():
+            parameter.data = data.to(self.device)
+
+    def _take_model_step(self, *args: Any, **kwargs: Any) -> None:
+        if self.optimizer is self.basic_optimizer:  # no ZeRO, fp32
+            self._global_grad_norm = global_norm(self.module, self.context)
+        super()._take_model_step(*args, **kwargs)
+
+    def clip_fp32_gradients(self) -> None:
+        torch.nn.utils.clip_grads_with_norm_(
+            self.module.parameters(), self.gradient_clipping(), self._global_grad_norm
+        )
+
+
+def global_norm(module: nn.Module, context: ParallelContext) -> Tensor:
+    """Euclidean norm of the gradients of the whole model, each parameter once; the same on every rank."""
+    gradients = [p.grad for p in module.parameters() if p.grad is not None and is_owner(p, context.tensor)]
+    square = torch.nn.utils.get_total_norm(gradients).to(context.device).square()
+    context.tensor.all_reduce(square)
+    context.pipeline.all_reduce(square)
+    return square.sqrt()
+
+
+def is_owner(parameter: Tensor, tensor: Group) -> bool:
+    """Whether this rank answers for a parameter that others of its replica may hold too: tensor rank 0 for a
+    replicated one, the first stage for a tied embedding."""
+    tied_copy = getattr(parameter, "ds_pipe_replicated", False)
+    return not tied_copy and (tensor.rank == 0 or shard_of(parameter) is not None)

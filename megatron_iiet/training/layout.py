@@ -1,0 +1,87 @@
+"""How a run is laid out over its processes, and what that costs, in words."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, cast
+
+from megatron_iiet.config import RunConfig
+from megatron_iiet.models.pipeline import entries_crossing
+from megatron_iiet.models.transformer import IntegratedLayer, Transformer
+from megatron_iiet.parallel import ParallelContext
+from megatron_iiet.parallel.stages import StagePlan, plan_stages
+from megatron_iiet.training.schedules import mean_evaluations
+
+if TYPE_CHECKING:
+    from megatron_iiet.training.engine import Engine
+
+_BYTES = {"fp32": 4, "bf16": 2}
+
+
+def stage_plan(config: RunConfig) -> StagePlan:
+    """The cut of the layers into pipeline stages, by FLOPs; the embedding has none.
+
+    Raises:
+        ValueError: more stages than layers.
+    """
+    whole, length = Transformer.on_meta(config), config.data.sequence_length
+    layers = [cast(IntegratedLayer, layer) for layer in whole.layers.values()]
+    costs = [
+        count * layer.increment.forward_flops(length)
+        for count, layer in zip(mean_evaluations(config), layers, strict=True)
+    ]
+    return plan_stages(costs, 0.0, whole.head_flops(length), config.parallel.pipeline)
+
+
+def layout_of(context: ParallelContext, zero_stage: int) -> dict[str, int]:
+    """Sizes of the grid's axes and the ZeRO stage, for a checkpoint's record."""
+    return {
+        "tensor": context.tensor.size,
+        "pipeline": context.pipeline.size,
+        "data": context.data.size,
+        "zero_stage": zero_stage,
+    }
+
+
+def describe_layout(config: RunConfig, engine: Engine) -> str:
+    """The grid, and with pipeline stages their layers, the bubble and what crosses their boundaries."""
+    context = engine.context
+    sequence = ", sequence parallel" if context.tensor_parallel.cuts_sequence else ""
+    grid = (
+        f"layout: tensor {context.tensor.size} x pipeline {context.pipeline.size} x "
+        f"data {context.data.size}, ZeRO stage {engine.zero_stage}{sequence}"
+    )
+    if context.pipeline.size == 1:
+        return grid
+    plan, micro_batches = engine.plan, engine.accumulation
+    stages = ", ".join(
+        f"{part.start}-{part.stop - 1} ({cost:.0%})"
+        for part, cost in zip(plan.stages, plan.costs, strict=True)
+    )
+    return "\n".join(
+        (
+            grid,
+            f"pipeline: layers {stages} of the work; bubble {plan.bubble(micro_batches):.0%} of the time "
+            f"with {micro_batches} micro-batches a step",
+            f"payload: {payloads(config, plan, context)}",
+        )
+    )
+
+
+def payloads(config: RunConfig, plan: StagePlan, context: ParallelContext) -> str:
+    """What crosses each boundary a micro-batch, and what the receiving stage keeps of it for all
+    micro-batches that 1F1B has in flight there."""
+    whole, model = Transformer.on_meta(config), config.model
+    part = config.data.sequence_length
+    if context.tensor_parallel.cuts_sequence:
+        part //= context.tensor.size
+    tensor = config.training.micro_batch_size * part * model.hidden_size * _BYTES[config.training.precision]
+    said = []
+    for number, stage in enumerate(plan.stages[1:], start=1):
+        entries = entries_crossing(whole, stage.start)
+        in_flight = len(plan.stages) - number
+        mib = (1 + entries) * tensor / 2**20
+        said.append(
+            f"into stage {number} the stream and {entries} history entries, {mib:.1f} MiB a micro-batch "
+            f"({mib * in_flight:.1f} MiB with {in_flight} in flight)"
+        )
+    return "; ".join(said)

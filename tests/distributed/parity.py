@@ -1,0 +1,352 @@
+"""One model under many layouts, and in one process of plain torch: the pieces of the parity matrix."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_iiet.config import RunConfig, config_from_dict
+from megatron_iiet.config.combinations import check_combination
+from megatron_iiet.config.deepspeed import reconcile
+from megatron_iiet.data.batches import TrainBatches
+from megatron_iiet.data.samples import build_splits
+from megatron_iiet.models import Transformer
+from megatron_iiet.parallel import ParallelContext
+from megatron_iiet.training.engine import Engine, StepResult, build_engine
+from megatron_iiet.training.fragments import FragmentReader
+from megatron_iiet.training.layout import stage_plan
+from megatron_iiet.training.schedules import iterations_at, learning_rate
+
+STEPS = 3
+SOLVERS: dict[str, dict[str, Any]] = {
+    "euler": {"kind": "euler"},
+    "dlcl": {"kind": "dlcl", "coefficient_init": "average"},
+    "iiet-1": {"kind": "iiet", "iterations": 1, "coefficient_init": "average"},
+    "iiet-3": {"kind": "iiet", "iterations": 3},
+    "mixed": {"kind": "iiet", "iterations": [2, 0, 1, 3], "predictor": "euler"},
+    "released": {"kind": "iiet", "variant": "released", "iterations": 1},
+}
+AXES: dict[str, tuple[Any, ...]] = {
+    "tensor": (1, 2, 4),
+    "sequence": (False, True),
+    "pipeline": (1, 2, 4),
+    "data": (1, 2),
+    "stage": (0, 1, 2, 3),
+    "recompute": ("off", "layer", "evaluation"),
+    "solver": tuple(SOLVERS),
+    "tied": (True, False),
+    "accumulation": (1, 3),
+}
+GLOBAL_BATCH = 12
+
+
+@dataclass(frozen=True)
+class Case:
+    """One cell of the matrix."""
+
+    tensor: int = 1
+    sequence: bool = False
+    pipeline: int = 1
+    data: int = 1
+    stage: int = 1
+    recompute: str = "off"
+    solver: str = "iiet-1"
+    tied: bool = True
+    accumulation: int = 1
+    precision: str = "fp32"
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        return self.tensor, self.pipeline, self.data
+
+    @property
+    def world_size(self) -> int:
+        return self.tensor * self.pipeline * self.data
+
+    @property
+    def is_legal(self) -> bool:
+        """Up to 8 ranks, and a combination that the product allows."""
+        return (
+            self.world_size <= 8
+            and not (self.sequence and self.tensor == 1)
+            and not (self.pipeline > 1 and self.stage > 1)
+            and not (self.precision == "bf16" and self.stage == 0 and self.pipeline == 1)
+        )
+
+    def __str__(self) -> str:
+        sequence = "s" if self.sequence else ""
+        tied = "tied" if self.tied else "untied"
+        return (
+            f"t{self.tensor}{sequence}p{self.pipeline}d{self.data}-zero{self.stage}-{self.recompute}-"
+            f"{self.solver}-{tied}-acc{self.accumulation}-{self.precision}"
+        )
+
+    def config(self, paths: dict[str, str], steps: int = STEPS) -> RunConfig:
+        """Four layers; vocabulary 100 leaves most of the last rank's rows to padding; grouped queries."""
+        return config_from_dict(
+            {
+                "model": {
+                    "hidden_size": 32,
+                    "ffn_hidden_size": 48,
+                    "num_layers": 4,
+                    "num_attention_heads": 8,
+                    "num_key_value_heads": 4,
+                    "vocab_size": 100,
+                    "max_position_embeddings": 16,
+                    "tie_embeddings": self.tied,
+                },
+                "solver": SOLVERS[self.solver],
+                "parallel": {
+                    "tensor": self.tensor,
+                    "pipeline": self.pipeline,
+                    "sequence": self.sequence,
+                },
+                "data": {**paths, "sequence_length": 16, "split": [1.0, 0.0, 0.0]},
+                # A larger epsilon: where a gradient is all rounding, AdamW would turn it into a full step.
+                "optimizer": {"lr": 1e-2, "eps": 1e-4, "weight_decay": 0.1, "gradient_clipping": 0.5},
+                "training": {
+                    "steps": steps,
+                    "global_batch_size": GLOBAL_BATCH,
+                    "micro_batch_size": GLOBAL_BATCH // (self.data * self.accumulation),
+                    "precision": self.precision,
+                    "recompute": self.recompute,
+                },
+            }
+        )
+
+
+def every_grid() -> list[Case]:
+    """Each legal grid with and without sequence parallelism; the other axes take their values in turn."""
+    turns = {name: itertools.cycle(AXES[name]) for name in ("recompute", "solver", "tied", "accumulation")}
+    cases = []
+    for tensor, sequence, pipeline, data in itertools.product(
+        *(AXES[name] for name in ("tensor", "sequence", "pipeline", "data"))
+    ):
+        stages = itertools.cycle((1, 0) if pipeline > 1 else (3, 2, 1, 0))
+        stage = next(itertools.islice(stages, len(cases) % 4, None))
+        case = Case(tensor, sequence, pipeline, data, stage)
+        if case.is_legal:
+            cases.append(replace(case, **{name: next(values) for name, values in turns.items()}))
+    return cases
+
+
+def pairwise(seed_cases: list[Case]) -> list[Case]:
+    """The given cases and, greedily, as few more as cover every legal pair of values of two axes."""
+    names = list(AXES)
+    legal = [case for values in itertools.product(*AXES.values()) if (case := Case(*values)).is_legal]
+
+    def pairs(case: Case) -> set[tuple[int, Any, int, Any]]:
+        values = [getattr(case, name) for name in names]
+        return {(i, values[i], j, values[j]) for i, j in itertools.combinations(range(len(names)), 2)}
+
+    of_case = {case: pairs(case) for case in legal}
+    missing: set[tuple[int, Any, int, Any]] = set().union(*of_case.values())
+    chosen = list(seed_cases)
+    for case in chosen:
+        missing -= pairs(case)
+    while missing:
+        best = max(legal, key=lambda case: len(of_case[case] & missing))
+        chosen.append(best)
+        missing -= of_case[best]
+    return chosen
+
+
+def batches(
+    config: RunConfig, rank: int = 0, size: int = 1, micro_batch_size: int = GLOBAL_BATCH
+) -> TrainBatches:
+    """The training micro-batches of one data-parallel rank."""
+    splits = build_splits(config.data.prefix, config.data.sequence_length, config.data.split)
+    return TrainBatches(
+        splits.train,
+        global_batch_size=GLOBAL_BATCH,
+        micro_batch_size=micro_batch_size,
+        data_parallel_rank=rank,
+        data_parallel_size=size,
+        seed=config.training.seed,
+    )
+
+
+def open_engine(
+    case: Case, paths: dict[str, str], world: ParallelContext, steps: int
+) -> tuple[RunConfig, Engine, TrainBatches]:
+    """A case's engine and data on the processes there are."""
+    config = case.config(paths, steps)
+    context = ParallelContext.on_grid(
+        config.parallel, world.rank, world.world_size, world.local_rank, world.device
+    )
+    zero: dict[str, Any] = {"stage": case.stage}
+    if case.stage == 3 and case.accumulation == 1:  # DeepSpeed would keep parameters as small as these whole
+        zero["stage3_param_persistence_threshold"] = 0
+    ds_json = {"zero_optimization": zero}
+    size = check_combination(config, ds_json, world.world_size, "the test")
+    engine = build_engine(config, reconcile(ds_json, config, size), context, stage_plan(config), "reference")
+    return config, engine, batches(config, context.data.rank, size, config.training.micro_batch_size)
+
+
+def step_once(config: RunConfig, engine: Engine, own: TrainBatches, step: int) -> StepResult:
+    """What the training loop does in a step."""
+    iterations, merging = iterations_at(config, step)
+    engine.set_iterations(iterations, merging=merging)
+    return engine.train_step(own, learning_rate(config.optimizer, step, config.training.steps))
+
+
+def train_cases(
+    cases: list[Case], paths: dict[str, str], folder: Path
+) -> list[tuple[list[float], list[float]]]:
+    """On every rank: train all cases of one grid; losses and gradient norms of the steps. Checkpoints of the
+    first and the last step are left in ``folder/<case>/<step>``."""
+    results = []
+    with ParallelContext.start(cases[0].config(paths).parallel) as world:
+        for case in cases:
+            config, engine, own = open_engine(case, paths, world, STEPS)
+            losses, norms = [], []
+            for step in range(STEPS):
+                result = step_once(config, engine, own, step)
+                losses.append(result.loss)
+                norms.append(result.grad_norm)
+                if step in (0, STEPS - 1):
+                    engine.save(folder / str(case) / str(step))
+            results.append((losses, norms))
+    return results
+
+
+def train_curve(case: Case, paths: dict[str, str], steps: int) -> list[float]:
+    """On every rank: the losses of ``steps`` steps."""
+    with ParallelContext.start(case.config(paths).parallel) as world:
+        config, engine, own = open_engine(case, paths, world, steps)
+        return [step_once(config, engine, own, step).loss for step in range(steps)]
+
+
+def continue_case(
+    case: Case, paths: dict[str, str], stored: Path, again: Path
+) -> tuple[float, float, dict[str, torch.Tensor]]:
+    """On every rank: load ``stored``, which has STEPS steps, save it to ``again``, take one more step.
+
+    Its loss and gradient norm, and the working weights before it."""
+    with ParallelContext.start(case.config(paths).parallel) as world:
+        config, engine, own = open_engine(case, paths, world, STEPS + 1)
+        engine.load(stored, STEPS)
+        engine.save(again)
+        weights = dict(engine.gathered_parameters())
+        for _ in range(STEPS * own.micro_steps):
+            next(own)
+        result = step_once(config, engine, own, STEPS)
+        return result.loss, result.grad_norm, weights
+
+
+def train_and_save(case: Case, paths: dict[str, str], folder: Path) -> tuple[float, float]:
+    """On every rank: STEPS steps, a checkpoint, one more step; its loss and gradient norm."""
+    with ParallelContext.start(case.config(paths).parallel) as world:
+        config, engine, own = open_engine(case, paths, world, STEPS + 1)
+        for step in range(STEPS):
+            step_once(config, engine, own, step)
+        engine.save(folder)
+        result = step_once(config, engine, own, STEPS)
+        return result.loss, result.grad_norm
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What plain torch does in one process, in fp32."""
+
+    losses: list[float]
+    norms: list[float]
+    gradients: dict[str, torch.Tensor]
+    """Of the first step, before clipping."""
+    noise: dict[str, float]
+    """How much the gradients of this one process change, in absolute terms, if it merely adds up the batch in
+    other portions: fp32's own rounding, large where a gradient is what remains of a near-cancellation (rows
+    of the released variant, whose scale the next LayerNorm takes out)."""
+    weights: dict[str, torch.Tensor]
+    """After the last step."""
+
+    def largest_of_matrix(self, name: str) -> float:
+        """Of a row of merge coefficients: the largest gradient in the matrix of all layers' rows; else 0."""
+        kind = name.rpartition(".")[2]
+        rows = [g for n, g in self.gradients.items() if n.endswith("." + kind)] if "coeff" in kind else []
+        return max((row.abs().max().item() for row in rows), default=0.0)
+
+
+def gradients_of(
+    model: Transformer, windows: torch.Tensor, portion: int
+) -> tuple[float, dict[str, torch.Tensor]]:
+    """Mean loss of a batch and its gradients, accumulated over portions of ``portion`` sequences; torch's own
+    cross-entropy on whole logits."""
+    model.zero_grad()
+    total = 0.0
+    for part in windows.split(portion):
+        logits = model(part[:, :-1]).flatten(0, 1)
+        loss = torch.nn.functional.cross_entropy(logits, part[:, 1:].flatten()) * (len(part) / len(windows))
+        loss.backward()
+        total += loss.item()
+    named = model.named_parameters()
+    return total, {n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in named}
+
+
+def reference(config: RunConfig) -> Reference:
+    """Train with torch alone."""
+    model = Transformer(config)
+    model.initialise(config.training.seed)
+    named = dict(model.named_parameters())
+    decayed = [p for n, p in named.items() if p.dim() == 2 and ".solver." not in n]
+    others = [p for p in named.values() if all(p is not q for q in decayed)]
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": decayed, "weight_decay": config.optimizer.weight_decay},
+            {"params": others, "weight_decay": 0.0},
+        ],
+        betas=(config.optimizer.beta1, config.optimizer.beta2),
+        eps=config.optimizer.eps,
+        foreach=False,
+    )
+    reader = batches(config)
+    windows = next(reader)
+    _, first = gradients_of(model, windows, GLOBAL_BATCH)
+    others_of = [gradients_of(model, windows, portion)[1] for portion in (1, 2, 4)]
+    noise = {n: max((first[n] - o[n]).abs().max().item() for o in others_of) for n in first}
+    losses, norms = [], []
+    for step in range(STEPS):
+        loss, _ = gradients_of(model, windows, GLOBAL_BATCH)
+        norm = torch.nn.utils.clip_grad_norm_(list(named.values()), config.optimizer.gradient_clipping)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(config.optimizer, step, config.training.steps)
+        optimizer.step()
+        losses.append(loss)
+        norms.append(norm.item())
+        windows = next(reader)
+    return Reference(losses, norms, first, noise, {n: p.detach() for n, p in named.items()})
+
+
+def differences(
+    case: Case, expected: Reference, losses: list[float], norms: list[float], folder: Path, tolerance: float
+) -> Iterator[str]:
+    """What of a case differs from the reference by more than ``tolerance`` of the tensor's largest value, and
+    by more than a few times what one process differs from itself.
+
+    Merge coefficients are one triangular matrix, whose rows are parameters: there the largest value is the
+    matrix's. bf16 gradients are not compared: those of coefficients are mostly rounding.
+    """
+    config = case.config({})
+
+    def compare(what: str, found: torch.Tensor, wanted: torch.Tensor, floor: float = 0.0) -> Iterator[str]:
+        error, scale = (found - wanted).abs().max().item(), max(wanted.abs().max().item(), 1e-6)
+        if not error <= max(tolerance * scale, floor):
+            yield f"{case}: {what} differs by {error / scale:.1e} of its largest value"
+
+    yield from compare("losses", torch.tensor(losses), torch.tensor(expected.losses))
+    yield from compare("gradient norms", torch.tensor(norms), torch.tensor(expected.norms))
+    # The first moment after one step is (1 - beta1) times the clipped gradient: what the optimizer saw.
+    factor = (1 - config.optimizer.beta1) * min(1.0, config.optimizer.gradient_clipping / expected.norms[0])
+    with FragmentReader(folder / "0") as first, FragmentReader(folder / str(STEPS - 1)) as last:
+        assert set(first.parameters) == set(expected.gradients)
+        for name, gradient in expected.gradients.items():
+            yield from compare(name, last.read_full(name), expected.weights[name])
+            if case.precision == "fp32":
+                floor = max(4 * expected.noise[name], tolerance * expected.largest_of_matrix(name))
+                found = first.read_full(name, "exp_avg") / factor
+                yield from compare(f"gradient of {name}", found, gradient, floor)

@@ -1,0 +1,104 @@
+"""Every layout trains the model that one process trains: loss, every gradient, norm, weights, in fp32."""
+
+from __future__ import annotations
+
+import itertools
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_iiet.training.fragments import FragmentReader
+from tests.distributed.harness import run_ranks
+from tests.distributed.parity import (
+    STEPS,
+    Case,
+    Reference,
+    differences,
+    every_grid,
+    pairwise,
+    reference,
+    train_cases,
+)
+from tests.tiny import write_shard
+
+# The extremes of every two axes of the grid, with and without sequence parallelism.
+EXTREMES = [
+    Case(tensor=4, pipeline=2, solver="iiet-3", recompute="layer", accumulation=3),
+    Case(tensor=4, pipeline=2, sequence=True, solver="released", accumulation=3),
+    Case(tensor=4, data=2, stage=3, solver="mixed"),
+    Case(tensor=4, data=2, sequence=True, stage=2, solver="iiet-3"),
+    Case(tensor=2, pipeline=4, solver="mixed", tied=False, accumulation=3),
+    Case(tensor=2, pipeline=4, sequence=True, solver="iiet-3", accumulation=3),
+    Case(pipeline=4, data=2, solver="released", accumulation=3),
+    Case(tensor=2, pipeline=2, data=2, sequence=True, solver="iiet-1", accumulation=3),
+    Case(tensor=2, pipeline=2, data=2, stage=0, solver="iiet-3", accumulation=3),
+]
+SMOKE = [
+    Case(tensor=2, sequence=True, stage=3, solver="released", recompute="layer"),
+    Case(tensor=2, stage=1, solver="iiet-3", accumulation=3),
+    Case(pipeline=2, stage=1, solver="mixed", accumulation=3),
+    Case(pipeline=2, stage=0, solver="iiet-1", tied=False, accumulation=3, recompute="evaluation"),
+]
+BF16 = [
+    Case(tensor=2, sequence=True, pipeline=2, solver="iiet-3", accumulation=3, precision="bf16"),
+    Case(tensor=2, pipeline=2, stage=0, solver="released", accumulation=3, precision="bf16"),
+    Case(tensor=2, data=2, stage=3, solver="iiet-1", precision="bf16"),
+    Case(tensor=2, data=2, stage=2, sequence=True, solver="iiet-3", precision="bf16"),
+]
+FP32_TOLERANCE = 1e-5
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    prefix = tmp_path_factory.mktemp("data") / "shard"
+    write_shard(prefix)
+    return {"prefix": str(prefix)}
+
+
+@cache
+def expected_of(solver: str, tied: bool, prefix: str) -> Reference:
+    return reference(Case(solver=solver, tied=tied).config({"prefix": prefix}))
+
+
+def check(cases: list[Case], paths: dict[str, str], folder: Path, tolerance: float = FP32_TOLERANCE) -> None:
+    results = run_ranks(train_cases, cases[0].world_size, cases, paths, folder, timeout=400.0)
+    wrong = []
+    for case, (losses, norms) in zip(cases, results[0], strict=True):
+        expected = expected_of(case.solver, case.tied, paths["prefix"])
+        assert max(expected.norms) > 0.5, "clipping was never in force"
+        wrong += differences(case, expected, losses, norms, folder / str(case), tolerance)
+    assert not wrong, "\n".join(wrong)
+
+
+def by_grid(cases: list[Case]) -> list[list[Case]]:
+    """Cases of one grid share one launch."""
+    ordered = sorted(cases, key=lambda case: case.grid)
+    return [list(group) for _, group in itertools.groupby(ordered, key=lambda case: case.grid)]
+
+
+def name_of(cases: list[Case]) -> str:
+    return "t{}p{}d{}".format(*cases[0].grid) + f"-{len(cases)}cases"
+
+
+@pytest.mark.parametrize("cases", by_grid(SMOKE), ids=name_of)
+def test_smoke(cases: list[Case], paths: dict[str, str], tmp_path: Path) -> None:
+    check(cases, paths, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cases", by_grid(pairwise([*EXTREMES, *every_grid()])), ids=name_of)
+def test_matrix(cases: list[Case], paths: dict[str, str], tmp_path: Path) -> None:
+    """Every grid up to 8 processes, all pairs of values of all axes, and the extremes of the grid."""
+    check(cases, paths, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cases", by_grid(BF16), ids=name_of)
+def test_bf16(cases: list[Case], paths: dict[str, str], tmp_path: Path) -> None:
+    """bf16 rounds at other places in other layouts; what it must not do is train something else."""
+    check(cases, paths, tmp_path, tolerance=0.1)
+    with FragmentReader(tmp_path / str(cases[0]) / str(STEPS - 1)) as reader:
+        coefficients = reader.read_full("layers.2.solver.coefficients")
+    assert not torch.equal(coefficients, coefficients.bfloat16().float()), "coefficients learn in bf16 steps"

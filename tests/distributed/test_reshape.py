@@ -1,0 +1,101 @@
+"""A checkpoint of one layout, continued in another."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_iiet.training.fragments import KINDS, FragmentReader
+from tests.distributed.harness import run_ranks
+from tests.distributed.parity import Case, continue_case, train_and_save
+from tests.tiny import write_shard
+
+LAYOUTS = {
+    "one process": Case(),
+    "no zero": Case(stage=0),
+    "d2z1": Case(data=2),
+    "d2z2": Case(data=2, stage=2),
+    "d2z3": Case(data=2, stage=3),
+    "t2": Case(tensor=2),
+    "t2sd2z3": Case(tensor=2, sequence=True, data=2, stage=3),
+    "p2": Case(pipeline=2, accumulation=3),
+    "p2z0": Case(pipeline=2, stage=0, accumulation=3),
+    "p4": Case(pipeline=4, accumulation=3),
+    "t2p2": Case(tensor=2, pipeline=2, accumulation=3),
+    "t4d2z2": Case(tensor=4, data=2, stage=2),
+}
+PAIRS = [
+    ("d2z3", "t2"),
+    ("t2", "d2z2"),
+    ("t2p2", "t4d2z2"),
+    ("t4d2z2", "p4"),
+    ("p4", "one process"),
+    ("one process", "t2sd2z3"),
+    ("t2sd2z3", "t2p2"),
+    ("p2z0", "d2z1"),
+    ("d2z1", "no zero"),
+    ("no zero", "p2"),
+    ("p2", "p2z0"),
+    ("d2z2", "d2z3"),
+]
+SMOKE = [("d2z3", "t2"), ("t2", "p2")]
+SOLVER = {"solver": "released", "tied": True}
+
+
+@pytest.fixture
+def paths(tmp_path: Path) -> dict[str, str]:
+    write_shard(tmp_path / "shard")
+    return {"prefix": str(tmp_path / "shard")}
+
+
+def same_values(one: Path, other: Path) -> bool:
+    """Whether masters and moments of all parameters are bit-equal."""
+    with FragmentReader(one) as a, FragmentReader(other) as b:
+        assert set(a.parameters) == set(b.parameters)
+        return all(
+            torch.equal(a.read_full(name, kind), b.read_full(name, kind))
+            for name in a.parameters
+            for kind in KINDS
+        )
+
+
+@pytest.mark.parametrize(
+    ("source", "target"),
+    [*SMOKE, *(pytest.param(*pair, marks=pytest.mark.slow) for pair in PAIRS if pair not in SMOKE)],
+)
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
+def test_continues_in_another_layout(
+    source: str, target: str, precision: str, paths: dict[str, str], tmp_path: Path
+) -> None:
+    """Masters and moments arrive bit for bit; the next step is the one the first layout would have taken."""
+    first, second = (replace(LAYOUTS[name], **SOLVER, precision=precision) for name in (source, target))  # type: ignore[arg-type]
+    if not (first.is_legal and second.is_legal):
+        pytest.skip("bf16 needs ZeRO")
+    loss, norm = run_ranks(train_and_save, first.world_size, first, paths, tmp_path / "a")[0]
+    found = run_ranks(continue_case, second.world_size, second, paths, tmp_path / "a", tmp_path / "b")[0]
+    assert same_values(tmp_path / "a", tmp_path / "b")
+    tolerance = 1e-5 if precision == "fp32" else 0.05
+    assert found[:2] == pytest.approx((loss, norm), rel=tolerance)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "t2",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("t2p2", "t2sd2z3", "p2", "d2z2", "one process")
+        ),
+    ],
+)
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
+def test_continues_to_the_bit_in_its_own_layout(
+    name: str, precision: str, paths: dict[str, str], tmp_path: Path
+) -> None:
+    case = replace(LAYOUTS[name], **SOLVER, precision=precision)  # type: ignore[arg-type]
+    expected = run_ranks(train_and_save, case.world_size, case, paths, tmp_path / "a")[0]
+    found = run_ranks(continue_case, case.world_size, case, paths, tmp_path / "a", tmp_path / "b")[0]
+    assert [v.hex() for v in found[:2]] == [v.hex() for v in expected]

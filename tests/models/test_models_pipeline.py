@@ -1,0 +1,59 @@
+"""Stages chained by hand are the whole model; no more history crosses a boundary than later layers read."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_iiet.models import Transformer
+from megatron_iiet.models.pipeline import PipelineStage, entries_crossing
+from tests.models.conftest import Build, randomise_solvers
+
+CUTS = [[range(1), range(1, 4)], [range(2), range(2, 3), range(3, 4)], [range(n, n + 1) for n in range(4)]]
+
+
+@pytest.mark.parametrize("cut", CUTS, ids=len)
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(
+    "solver",
+    [
+        {"kind": "euler"},
+        {"kind": "dlcl"},
+        {"kind": "iiet", "iterations": [2, 0, 1, 1], "predictor": "euler"},
+        {"kind": "iiet", "variant": "released", "iterations": 1},
+    ],
+)
+def test_stages_are_the_whole(
+    build: Build, tokens: torch.Tensor, solver: dict[str, Any], tied: bool, cut: list[range]
+) -> None:
+    whole = build(**solver, model={"tie_embeddings": tied})
+    randomise_solvers(whole)
+    state = whole.state_dict()
+    x = tokens
+    for part, following in zip(cut, [*cut[1:], None], strict=True):
+        model = Transformer(whole.config, layers=part)
+        model.load_state_dict({name: state[name] for name in model.state_dict()})
+        stage = PipelineStage(model, tokens.shape[1])
+        if following is not None:
+            stage.entries_handed_on = entries_crossing(whole, following.start)
+        x = stage(x)
+        if following is not None:
+            assert len(x) == 1 + stage.entries_handed_on
+    assert torch.equal(x[..., : whole.config.model.vocab_size], whole(tokens))
+
+
+def test_what_crosses(build: Build) -> None:
+    def crossing(**solver: Any) -> list[int]:
+        return [entries_crossing(build(**solver), n) for n in (1, 2, 3)]
+
+    assert crossing(kind="euler") == [0, 0, 0]
+    assert crossing(kind="dlcl") == [1, 2, 3]
+    assert crossing(kind="iiet", iterations=2) == [1, 2, 3]
+    assert crossing(kind="iiet", variant="released", iterations=2) == [2, 3, 4]
+    # From layer 2 on nobody iterates, and the predictor 'euler' merges nothing: the stream alone.
+    assert crossing(kind="iiet", predictor="euler", iterations=[1, 1, 0, 0]) == [1, 0, 0]
+    two_stage = build(kind="iiet", iterations=2)
+    two_stage.set_iterations([0] * 4, merging=False)
+    assert [entries_crossing(two_stage, n) for n in (1, 2, 3)] == [0, 0, 0]
