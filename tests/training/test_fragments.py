@@ -306,7 +306,7 @@ def test_what_cannot_be_written(tmp_path: Path, fragments: list[Fragment], messa
 class _Unreachable(Tensor):
     """A tensor on a device that fails."""
 
-    def cpu(self, *_: object, **__: object) -> Tensor:
+    def to(self, *_: object, **__: object) -> Tensor:
         raise RuntimeError("device lost")
 
 
@@ -334,8 +334,11 @@ KILLED = """
 import os, sys, torch
 from pathlib import Path
 from megatron_iiet.training import fragments
-fragments._bytes = lambda tensor: os._exit(9)
-f = fragments.Fragment("w", (6,), None, 1, 0, 0, 6, {"fp32": torch.zeros(6)})
+class Killing(dict):  # when the writer asks for the tensor, in the middle of the file
+    def __getitem__(self, kind):
+        os._exit(9)
+
+f = fragments.Fragment("w", (6,), None, 1, 0, 0, 6, Killing(fp32=torch.zeros(6)))
 fragments.write_fragments(Path(sys.argv[1]), [f])
 """
 MEMORY = """
@@ -369,10 +372,10 @@ def test_a_killed_writer_leaves_no_file(tmp_path: Path) -> None:
 
 
 def test_peak_memory_of_a_resharding_read(tmp_path: Path) -> None:
-    full, small = torch.arange(16 << 20, dtype=torch.float32).view(4096, 4096), torch.ones(4, 4)
-    weights = {"w": (Shard(1, (4096,)), full), "small": (Shard(1, (4,)), small)}
-    write(tmp_path, {name: (s, {"fp32": t}) for name, (s, t) in weights.items()}, 4, lambda n: [0, n // 3, n])
+    full, small = torch.arange(16 << 20, dtype=torch.float32).view(4096, 4096), torch.ones(512, 512)
+    weights = {"w": (Shard(1, (4096,)), full), "small": (Shard(1, (512,)), small)}
+    write(tmp_path, {name: (s, {"fp32": t}) for name, (s, t) in weights.items()}, 2, lambda n: [0, n // 3, n])
     done = run(MEMORY, tmp_path)
     assert done.returncode == 0, done.stderr
-    # What is read, the scratch of 1 MiB, and what the interpreter likes to keep.
-    assert full.nbytes <= int(done.stdout) < 1.2 * full.nbytes
+    # What is read, 1 MiB of scratch and up to 13 MiB of torch's code; a stored shard would make it about 1.5.
+    assert 0.9 * full.nbytes < int(done.stdout) < 1.4 * full.nbytes
