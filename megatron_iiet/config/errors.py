@@ -29,13 +29,14 @@ def is_first_rank() -> bool:
 
 
 def exit_with_error(message: str) -> NoReturn:
-    """Print ``error: message`` to stderr on the first rank only, and exit with status 2 on every rank.
+    """Print ``error: message`` to stderr, once for all ranks, and exit with status 2 on every rank.
 
-    The other ranks wait a little before they exit: launchers kill all ranks when the first one ends, and
-    that must not be before the first rank has spoken.
+    The other ranks wait a little: launchers kill all ranks when the first one ends, and that must not be
+    before the first rank has spoken. One that is still alive after that failed alone, and says so.
     """
     if is_first_rank():
         print(f"error: {message}", file=sys.stderr, flush=True)
     else:
         time.sleep(_PATIENCE_SECONDS)
+        print(f"error on one rank: {message}", file=sys.stderr, flush=True)
     sys.exit(EXIT_CODE)

@@ -15,7 +15,6 @@ with. Offsets and lengths count elements unless they say bytes; memory is little
 from __future__ import annotations
 
 import json
-import os
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,7 +27,7 @@ import torch
 from torch import Tensor
 
 from megatron_iiet import durable
-from megatron_iiet.models.safetensors_stream import TensorSource, write_safetensors
+from megatron_iiet.models.safetensors_stream import SafetensorsFile, TensorSource, write_safetensors
 from megatron_iiet.parallel.shard import Shard
 
 KINDS = ("fp32", "exp_avg", "exp_avg_sq")
@@ -155,7 +154,7 @@ class FragmentReader:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._files: dict[str, _StoredFile] = {}  # the open ones, longest unused first
+        self._files: dict[str, SafetensorsFile] = {}  # the open ones, longest unused first
         path = folder / INDEX
         _size_of(path)
         try:
@@ -299,46 +298,12 @@ class FragmentReader:
             self._open(piece.file).read(f"{kind}/{name}", piece.numel, start - piece.start, part)
             start, i = stop, i + 1
 
-    def _open(self, file: str) -> _StoredFile:
-        stored = self._files.pop(file, None) or _StoredFile(self.folder / file)
+    def _open(self, file: str) -> SafetensorsFile:
+        stored = self._files.pop(file, None) or SafetensorsFile(self.folder / file)
         self._files[file] = stored
         if len(self._files) > OPEN_FILES:
             self._files.pop(next(iter(self._files))).close()
         return stored
-
-
-class _StoredFile:
-    """An open safetensors file. Read, not mapped: mapped pages would count as this process's memory."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._file = path.open("rb")
-        length = int.from_bytes(self._file.read(8), "little")
-        self._data = 8 + length
-        try:
-            self._tensors = json.loads(self._file.read(min(length, _size_of(path))))
-        except ValueError:
-            self.close()
-            raise self._damaged("its header cannot be read") from None
-
-    def read(self, key: str, numel: int, start: int, target: Tensor) -> None:
-        """Fill a contiguous CPU tensor from element ``start`` on of the tensor ``key`` of [numel]."""
-        stored = self._tensors.get(key, {})
-        if (stored.get("dtype"), stored.get("shape")) != ("F32", [numel]):
-            raise self._damaged(f"for {key} it has {stored or 'nothing'}, not F32 of shape [{numel}]")
-        offset = self._data + stored["data_offsets"][0] + ITEM_BYTES * start
-        view = _bytes(target)
-        while view:
-            count = os.preadv(self._file.fileno(), [view], offset)
-            if not count:
-                raise self._damaged(f"it ends at byte {offset}, within {key}")
-            offset, view = offset + count, view[count:]
-
-    def close(self) -> None:
-        self._file.close()
-
-    def _damaged(self, what: str) -> ValueError:
-        return ValueError(f"{self._path} is damaged: {what}; copy it again, or use another checkpoint")
 
 
 def _shared(held: list[slice], stored: list[slice], inner: int) -> Iterator[tuple[int, int, int]]:
@@ -399,11 +364,6 @@ def _entry_from_json(data: Mapping[str, Any]) -> ParameterEntry:
     shard = data["shard"] and Shard(data["shard"]["dim"], tuple(data["shard"]["blocks"]))
     pieces = tuple(Piece(*piece) for piece in data["pieces"])
     return ParameterEntry(tuple(data["shape"]), shard, data["tensor_size"], pieces)
-
-
-def _bytes(tensor: Tensor) -> memoryview:
-    """The memory of a contiguous CPU tensor of one dimension that is not empty."""
-    return tensor.numpy().data.cast("B")
 
 
 def _size_of(path: Path) -> int:

@@ -15,7 +15,7 @@ def train(run: Run, callbacks: Sequence[Callback]) -> None:
     """Train from ``run.step`` to ``run.last_step``.
 
     Raises:
-        FloatingPointError: the loss stopped being finite; the checkpoints before it are untouched.
+        FloatingPointError: loss or gradient stopped being finite; the checkpoints before are untouched.
     """
     config = run.config
     stage = enter_stage(run, None)  # before the callbacks, which may validate
@@ -30,10 +30,12 @@ def train(run: Run, callbacks: Sequence[Callback]) -> None:
         )
         run.step_seconds = time.perf_counter() - started
         run.step += 1
-        if not math.isfinite(result.loss):
+        if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
+            # DeepSpeed leaves such a step out without a word.
             raise FloatingPointError(
-                f"the loss of step {run.step} is {result.loss}; resume from the last checkpoint with a "
-                f"smaller optimizer.lr (now {config.optimizer.lr}) or a larger optimizer.warmup_fraction"
+                f"step {run.step} has loss {result.loss} and gradient norm {result.grad_norm}; resume from "
+                f"the last checkpoint with a smaller optimizer.lr (now {config.optimizer.lr}) or a larger "
+                "optimizer.warmup_fraction"
             )
         for callback in callbacks:
             callback.on_step(run, result)

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -378,3 +379,9 @@ def test_table_has_every_row() -> None:
         in table_markdown()
     )
     assert set(LAYOUT_RULES) < set(COMBINATIONS)
+
+
+def test_the_documentation_has_the_table() -> None:
+    """After a change of the table: paste what ``table_markdown()`` returns."""
+    docs = Path(__file__).resolve().parents[2] / "docs" / "parallelism.md"
+    assert table_markdown() in docs.read_text()

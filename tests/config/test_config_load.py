@@ -342,7 +342,9 @@ def test_one_rank_speaks(
     with pytest.raises(SystemExit) as stopped:
         load_config_or_exit(["--lr", "1"])
     assert stopped.value.code == 2
-    assert bool(capsys.readouterr().err) is speaks
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") is speaks
+    assert said.startswith("error on one rank: ") is not speaks  # nobody has ended it: it failed alone
 
 
 def test_neither_torch_nor_deepspeed_is_imported() -> None:

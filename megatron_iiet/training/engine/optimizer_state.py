@@ -85,7 +85,7 @@ def load_fragments(
     for held in _held(engine, names):
         shard = shard_of(held.parameter)
         for kind, tensor in held.tensors(optimizer).items():
-            values = reader.read(
+            reader.read(
                 names[held.parameter],
                 kind,
                 shard=shard,
@@ -93,8 +93,9 @@ def load_fragments(
                 tensor_rank=context.tensor.rank if shard else 0,
                 start=held.start,
                 numel=held.numel,
+                shape=_global_shape(held),
+                out=tensor,
             )
-            tensor.copy_(values)
     _set_steps(optimizer, steps)
     _refresh_working_copies(engine)
 
