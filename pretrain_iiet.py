@@ -15,7 +15,7 @@ def main() -> None:
 
     try:
         pretrain(loaded)
-    except (ValueError, FloatingPointError) as error:
+    except (ValueError, FloatingPointError, OSError) as error:
         exit_with_error(str(error))
 
 

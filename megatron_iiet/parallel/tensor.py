@@ -70,13 +70,6 @@ class TensorParallel:
         function = _ScatterSequence if self.sequence else _Reduce
         return cast(Tensor, function.apply(partial_BTC, self.group))
 
-    def local_positions(self, length: int) -> slice:
-        """The positions of a sequence of ``length`` tokens whose residual stream this rank holds."""
-        if not self.cuts_sequence:
-            return slice(0, length)
-        part = length // self.group.size
-        return slice(self.group.rank * part, (self.group.rank + 1) * part)
-
     def sum_replicated_gradients(self, module: nn.Module) -> None:
         """Under sequence parallelism, sum the gradients of replicated parameters over the group.
 

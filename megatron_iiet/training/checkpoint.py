@@ -24,6 +24,7 @@ from typing import Any
 
 from megatron_iiet import durable
 from megatron_iiet.config import ConfigError, RunConfig, config_from_file, config_to_dict, config_to_yaml
+from megatron_iiet.training.fragments import INDEX
 
 FORMAT = 2
 # What decides which parameters exist and what they compute; a checkpoint fits only if all of it agrees.
@@ -98,6 +99,14 @@ def write_metadata(folder: Path, config: RunConfig, state: TrainState) -> None:
     durable.write_text(
         folder / "state.json", json.dumps({"format": FORMAT, **asdict(state)}, indent=2) + "\n"
     )
+
+
+def invalidate(folder: Path) -> None:
+    """Make an older checkpoint of the same step incomplete, before its files are replaced one by one.
+
+    A kill in between must not leave a mixture that looks whole."""
+    for name in ("state.json", INDEX):
+        (folder / name).unlink(missing_ok=True)
 
 
 def commit(output_dir: str | Path, tag: str, keep: int) -> None:

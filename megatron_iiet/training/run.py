@@ -62,6 +62,9 @@ class Run:
         """Write a checkpoint of this step and make it the newest."""
         tag = checkpoint.tag_of(self.step)
         folder = checkpoint.checkpoints_folder(self.config.output_dir)
+        if self.context.is_main:
+            checkpoint.invalidate(folder / tag)
+        self.context.barrier()
         self.engine.save(folder / tag)
         if self.context.is_main:
             checkpoint.write_metadata(folder / tag, self.config, self._state())

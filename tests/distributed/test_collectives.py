@@ -67,6 +67,10 @@ def count_rank(data: dict[str, Any]) -> tuple[Counter[str], Counter[str]]:
                 else:
                     loss.backward()
             assert torch_saw.counts == context.tensor.calls
+            if not config.parallel.sequence:  # every one is of the whole residual stream
+                calls, elements = context.tensor.calls["all_reduce"], context.tensor.elements["all_reduce"]
+                assert elements == calls * tokens.numel() * config.model.hidden_size
+            context.tensor.elements.clear()
             passes.append(torch_saw.counts)
         return passes[0], passes[1]
 

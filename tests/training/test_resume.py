@@ -85,6 +85,20 @@ def test_keeps_the_newest_checkpoints_and_their_configuration(data: dict[str, st
     assert checkpoint.read_state(folder / "step_00000008").step == 8
 
 
+def test_a_save_over_an_older_one_is_never_a_mixture(data: dict[str, str], tmp_path: Path) -> None:
+    """Trained to step 4, set back to step 2, trained again: what is replaced is incomplete until it is whole."""
+    config = tiny_config(data, tmp_path / "run", training={"stop_after": 4}, checkpoint={"interval": 2})
+    run_ranks(pretrain_rank, 1, as_data(config), ds_json(tmp_path, 1))
+    folder = checkpoint.checkpoints_folder(tmp_path / "run")
+    checkpoint.invalidate(folder / "step_00000004")
+    with pytest.raises(ValueError, match="step_00000004 is not a complete checkpoint"):
+        checkpoint.latest_tag(tmp_path / "run")
+    (folder / "latest").write_text("step_00000002")
+    run_ranks(pretrain_rank, 1, as_data(config), ds_json(tmp_path, 1))
+    assert checkpoint.latest_tag(tmp_path / "run") == "step_00000004"
+    assert len(export_run(tmp_path / "run").state) > 0
+
+
 def test_stops_at_a_step_that_is_not_finite(data: dict[str, str], tmp_path: Path) -> None:
     """DeepSpeed would leave the step out in silence, and the run would log a loss that stands still."""
     config = tiny_config(data, tmp_path / "run", optimizer={"lr": 1e18, "warmup_fraction": 0.0})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from megatron_iiet.config import RunConfig
 from megatron_iiet.config.deepspeed import zero_stage
-from megatron_iiet.data.batches import ValidationBatch
+from megatron_iiet.data.batches import ValidationBatches
 from megatron_iiet.models.diagnostics import IterateStatistics, observe_iterates
 from megatron_iiet.models.transformer import Transformer
 from megatron_iiet.parallel import ParallelContext
@@ -78,7 +78,7 @@ class Engine(ABC):
         """One optimizer step over ``accumulation`` micro-batches of token windows, each [b, T + 1]."""
 
     @abstractmethod
-    def evaluate(self, batches: Iterable[ValidationBatch]) -> float:
+    def evaluate(self, batches: ValidationBatches) -> float:
         """Mean cross-entropy in nats per token over the windows of weight 1 of all replicas."""
 
     @abstractmethod

@@ -61,7 +61,7 @@ class PipelinedEngine(Engine):
         loss = engine.train_batch(self._split(windows) for windows in micro_batches)
         return StepResult(loss.item(), float(engine.get_global_grad_norm()), lr)
 
-    def evaluate(self, batches: ValidationBatches) -> float:  # type: ignore[override]
+    def evaluate(self, batches: ValidationBatches) -> float:
         def inputs() -> Iterator[tuple[Tensor, tuple[Tensor, Tensor]]]:
             for windows, weights in batches:
                 tokens, targets = self._split(windows)

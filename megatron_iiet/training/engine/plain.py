@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from deepspeed.runtime.config import DeepSpeedConfig
 from torch import Tensor
 
 from megatron_iiet.config import RunConfig
-from megatron_iiet.data.batches import ValidationBatch
+from megatron_iiet.data.batches import ValidationBatches
 from megatron_iiet.parallel import ParallelContext
 from megatron_iiet.parallel.stages import StagePlan
 from megatron_iiet.training.engine.base import Engine, StepResult
@@ -58,7 +58,7 @@ class PlainEngine(Engine):
         return StepResult(loss, float(engine.get_global_grad_norm()), lr)
 
     @torch.no_grad()
-    def evaluate(self, batches: Iterable[ValidationBatch]) -> float:
+    def evaluate(self, batches: ValidationBatches) -> float:
         self._engine.eval()
         sums = torch.zeros(2, device=self.context.device)  # of losses, of weights
         for tokens, weights in batches:
