@@ -41,7 +41,7 @@ class Group:
         if self.size == 1:
             return out.copy_(x.unsqueeze(0))
         self._count("all_gather", out)
-        dist.all_gather_into_tensor(out.flatten(), x.contiguous().flatten(), group=self.handle)
+        dist.all_gather_single(out.flatten(), x.contiguous().flatten(), group=self.handle)
         return out
 
     def reduce_scatter(self, x: Tensor, *, asynchronous: bool = False) -> tuple[Tensor, Any]:
@@ -50,7 +50,7 @@ class Group:
         if self.size == 1:
             return out.copy_(x[0]), None
         self._count("reduce_scatter", x)
-        work = dist.reduce_scatter_tensor(
+        work = dist.reduce_scatter_single(
             out.flatten(), x.contiguous().flatten(), group=self.handle, async_op=asynchronous
         )
         return out, work

@@ -86,7 +86,7 @@ def test_keeps_the_newest_checkpoints_and_their_configuration(data: dict[str, st
 
 
 def test_a_save_over_an_older_one_is_never_a_mixture(data: dict[str, str], tmp_path: Path) -> None:
-    """Trained to step 4, set back to step 2, trained again: what is replaced is incomplete until it is whole."""
+    """Set back to step 2 and trained to step 4 again: what is replaced is incomplete until it is whole."""
     config = tiny_config(data, tmp_path / "run", training={"stop_after": 4}, checkpoint={"interval": 2})
     run_ranks(pretrain_rank, 1, as_data(config), ds_json(tmp_path, 1))
     folder = checkpoint.checkpoints_folder(tmp_path / "run")
