@@ -172,9 +172,9 @@ def report_resume(run: Run, tag: str) -> None:
     run.say(f"resuming from {folder}")
     state = checkpoint.read_state(folder)
     here = layout_of(run.context, run.engine.zero_stage)
-    for axis, there in state.layout.items():
-        if here[axis] != there:
-            run.say(f"  changed since then: {axis.replace('_', ' ')}: {there} → {here[axis]}")
+    for key, words in (("data", "data-parallel ranks"), ("zero_stage", "ZeRO stage")):
+        if here[key] != state.layout[key]:
+            run.say(f"  changed since then: {words}: {state.layout[key]} → {here[key]}")
     for change in checkpoint.changed_settings(folder, run.config):
         run.say(f"  changed since then: {change}")
 

@@ -61,6 +61,13 @@ BAD = {
     "batch sizes that do not divide": (["--training.micro_batch_size", "3"], "3"),
     "contradicting DeepSpeed file": (["--ds-config", "{folder}/ds.json"], "2.5"),
     "backend that is not there": (["--ops.backend", "cuda"], "cuda"),
+    "tensor that does not divide": (["--parallel.tensor", "4"], "model.num_attention_heads = 2"),
+    "more stages than layers": (["--parallel.pipeline", "4"], "model.num_layers is 3"),
+    "sequence that cannot be cut": (
+        ["--parallel.tensor", "2", "--parallel.sequence", "true", "--data.sequence_length", "15"],
+        "14 or 16",
+    ),
+    "too few processes": (["--parallel.tensor", "2"], "the number of processes is 1"),
 }
 
 
@@ -97,4 +104,25 @@ def test_two_ranks_speak_once(launcher: str, folder: Path) -> None:
     )
     assert done.returncode != 0
     assert (done.stdout + done.stderr).count("error: ") == 1, done.stdout + done.stderr
+    assert not (folder / "run").exists()
+
+
+@pytest.mark.slow
+def test_a_wrong_layout_ends_all_ranks_at_once(folder: Path) -> None:
+    """One sentence for four ranks, well before the wait of any collective."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "4"]
+    flags = ["--config", str(folder / "run.yaml"), "--parallel.pipeline", "3"]
+    done = subprocess.run(
+        [*command, str(ROOT / "pretrain_iiet.py"), *flags],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode != 0
+    sentences = [line for line in done.stderr.splitlines() if line.startswith("error")]
+    assert len(sentences) == 1, done.stderr
+    assert "the number of processes is 4" in sentences[0]
+    assert "start 3 or 6" in sentences[0]
     assert not (folder / "run").exists()
