@@ -64,7 +64,8 @@ class TensorParallel:
         return module
 
     def leave(self, partial_BTC: Tensor) -> Tensor:
-        """Sum the ranks' parts; [B, T, C] → [B, T, C], or [B, S, C] under sequence parallelism."""
+        """Sum the ranks' parts, writing over them; [B, T, C] → [B, T, C], or [B, S, C] under sequence
+        parallelism."""
         if self.group.size == 1:
             return partial_BTC
         function = _ScatterSequence if self.sequence else _Reduce
@@ -144,11 +145,13 @@ class _ColumnLinear(torch.autograd.Function):
 
 
 class _Reduce(torch.autograd.Function):
+    """Sums in place: what a matrix product or a lookup puts out is nobody else's."""
+
     @staticmethod
     def forward(ctx: Any, partial: Tensor, group: Group) -> Tensor:
-        total = partial.clone(memory_format=torch.contiguous_format)
-        group.all_reduce(total)
-        return total
+        ctx.mark_dirty(partial)
+        group.all_reduce(partial)
+        return partial
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
