@@ -7,10 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from megatron_iiet.config import RunConfig, config_from_dict
+from megatron_iiet.data.batches import ValidationBatches
 from megatron_iiet.data.indexed import IndexedDatasetWriter
+from megatron_iiet.data.samples import build_splits
 from megatron_iiet.data.tokenizer_training import train_tokenizer
+from megatron_iiet.models import Transformer
 
 _SUBJECTS = [
     "the solver",
@@ -86,3 +90,18 @@ def tiny_config(paths: dict[str, str], output_dir: Path, **sections: dict[str, A
     for name, values in sections.items():
         base[name] = {**base[name], **values} if name in base else values
     return config_from_dict(base)
+
+
+def validation_loss(model: Transformer) -> float:
+    """What a run logs as validation loss, computed from a loaded model in one process."""
+    config = model.config
+    splits = build_splits(config.data.prefix, config.data.sequence_length, config.data.split)
+    batches = ValidationBatches(
+        splits.validation, samples=config.evaluation.samples, micro_batch_size=2, dp_rank=0, dp_size=1
+    )
+    losses, weights = 0.0, 0.0
+    with torch.no_grad():
+        for tokens, weight in batches:
+            losses += model(tokens[:, :-1], tokens[:, 1:], weight).item()
+            weights += weight.sum().item()
+    return losses / weights

@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from megatron_iiet import models
 from megatron_iiet.config import config_to_yaml
-from tests.tiny import make_data, tiny_config
+from tests.tiny import make_data, tiny_config, validation_loss
 
 torch.set_num_threads(1)
 
@@ -178,24 +178,11 @@ def test_from_run(
     wrong = convert("--from-run", "run", "--to", "x", "--step", "3").error
     assert wrong == "run has no checkpoint step_00000003; there are step_00000002, step_00000004"
 
-    for shard in (tmp_path / "run" / "checkpoints" / "step_00000004").glob("*_states.pt"):
-        shard.write_bytes(shard.read_bytes()[:100])
+    shard = tmp_path / "run" / "checkpoints" / "step_00000004" / "rank_00000.safetensors"
+    shard.write_bytes(shard.read_bytes()[:100])
     damaged = convert("--from-run", "run", "--to", "x").error
-    assert damaged.startswith("run/checkpoints/step_00000004 is not a complete DeepSpeed checkpoint (")
-
-
-def validation_loss(model: models.Transformer) -> float:
-    from megatron_iiet.data.batches import ValidationBatches
-    from megatron_iiet.data.samples import build_splits
-
-    config = model.config
-    splits = build_splits(config.data.prefix, config.data.sequence_length, config.data.split)
-    batches = ValidationBatches(
-        splits.validation, samples=config.evaluation.samples, micro_batch_size=2, dp_rank=0, dp_size=1
-    )
-    losses, weights = 0.0, 0.0
-    with torch.no_grad():
-        for tokens, weight in batches:
-            losses += model(tokens[:, :-1], tokens[:, 1:], weight).item()
-            weights += weight.sum().item()
-    return losses / weights
+    assert "step_00000004/rank_00000.safetensors has 100 bytes, but index.json says" in damaged
+    shard.unlink()
+    missing = convert("--from-run", "run", "--to", "x").error
+    assert "step_00000004/rank_00000.safetensors is missing" in missing
+    assert not (tmp_path / "x").exists()
