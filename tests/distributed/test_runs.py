@@ -82,6 +82,35 @@ def test_log_is_the_one_of_one_process(
     ]
 
 
+CPU = {"device": "cpu"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("parallel", "zero"),
+    [
+        ({}, {"stage": 1, "offload_optimizer": CPU}),
+        ({"tensor": 2}, {"stage": 2, "offload_optimizer": CPU}),
+        ({"tensor": 2, "sequence": True}, {"stage": 3, "offload_optimizer": CPU, "offload_param": CPU}),
+        ({"pipeline": 2}, {"stage": 1, "offload_optimizer": CPU}),
+    ],
+    ids=str,
+)
+def test_offload(
+    parallel: dict[str, Any],
+    zero: dict[str, Any],
+    data: dict[str, str],
+    expected: dict[int, dict[str, float]],
+    tmp_path: Path,
+) -> None:
+    """Optimizer and parameters in CPU memory; stopped and resumed on the way."""
+    for stop in (5, None):
+        sections = {**SECTIONS, "parallel": parallel, "training": {"stop_after": stop}}
+        config = tiny_config(data, tmp_path / "run", **sections)
+        run_ranks(pretrain_rank, 2, as_data(config), ds_json(tmp_path, zero["stage"], zero_optimization=zero))
+    assert_same(read_log(tmp_path / "run"), expected, "loss grad_norm lr validation_loss")
+
+
 @pytest.mark.slow
 def test_a_run_that_changes_its_layout_at_every_stop(
     data: dict[str, str], expected: dict[int, dict[str, float]], tmp_path: Path

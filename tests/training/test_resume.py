@@ -35,8 +35,12 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "zero2": (2, {}),
     "zero3": (3, {}),
     "bf16": (1, {"training": {"precision": "bf16"}}),
+    "json optimizer": (2, {}),
     "readers": (1, {"data": {"num_workers": 2}}),
 }
+
+
+JSON_OPTIMIZER = {"optimizer": {"type": "AdamW", "params": {"torch_adam": True}}}
 
 
 @pytest.mark.slow
@@ -45,7 +49,7 @@ def test_resumed_twice_equals_uninterrupted(case: str, data: dict[str, str], tmp
     """Stops after steps 3 and 5 of 8 (two-stage training switches between), resumes with the same command."""
     stage, sections = CASES[case]
     sections = {name: dict(values) for name, values in sections.items()}
-    ds_path = ds_json(tmp_path, stage)
+    ds_path = ds_json(tmp_path, stage, **(JSON_OPTIMIZER if case == "json optimizer" else {}))
     whole = tiny_config(data, tmp_path / "whole", **sections)
     expected = run_ranks(pretrain_rank, 2, as_data(whole), ds_path)[0]
     for stop in (3, 5, None):

@@ -146,29 +146,25 @@ def _prepared(engine: DeepSpeedEngine) -> torch.optim.Optimizer:
     for flat in flats:
         state = optimizer.state[flat]
         if "exp_avg" not in state:
-            state.update(_first_step(optimizer, flat))
+            state["step"] = _first_step(optimizer, flat)
             state.update({kind: torch.zeros_like(flat.detach()) for kind in MOMENTS})
     return optimizer
 
 
-def _first_step(optimizer: torch.optim.Optimizer, flat: Tensor) -> dict[str, Any]:
-    """Where this optimizer counts its steps: torch in a tensor, DeepSpeed's CPU Adam in an int, its fused
-    Adam in the group."""
-    if isinstance(optimizer, torch.optim.Optimizer) and "torch.optim" in type(optimizer).__module__:
-        fused = optimizer.defaults.get("fused") or optimizer.defaults.get("capturable")
-        return {"step": torch.zeros((), dtype=torch.float32, device=flat.device if fused else "cpu")}
-    return {"step": 0} if type(optimizer).__name__ == "DeepSpeedCPUAdam" else {}
+def _first_step(optimizer: torch.optim.Optimizer, flat: Tensor) -> Tensor | int:
+    """The count of an optimizer that has not stepped: torch keeps it in a tensor, DeepSpeed in an int."""
+    if not type(optimizer).__module__.startswith("torch.optim"):
+        return 0
+    on_device = optimizer.defaults.get("fused") or optimizer.defaults.get("capturable")
+    return torch.zeros((), dtype=torch.float32, device=flat.device if on_device else "cpu")
 
 
 def _set_steps(optimizer: torch.optim.Optimizer, steps: int) -> None:
     for state in optimizer.state.values():
-        if isinstance(state.get("step"), Tensor):
+        if isinstance(state["step"], Tensor):
             state["step"].fill_(steps)
-        elif "step" in state:
+        else:
             state["step"] = steps
-    for group in optimizer.param_groups:
-        if type(optimizer).__name__ == "FusedAdam":
-            group["step"] = steps
 
 
 def _refresh_working_copies(engine: DeepSpeedEngine) -> None:
