@@ -41,27 +41,21 @@ class TensorParallel:
         """Whether a rank sees only its part of the sequence between blocks."""
         return self.sequence and self.group.size > 1
 
-    def column_linear(self, in_features: int, blocks: tuple[int, ...]) -> nn.Module:
+    def column_linear(self, in_features: int, blocks: tuple[int, ...]) -> nn.Linear:
         """``x Wᵀ`` for a W whose rows are the sub-matrices ``blocks``, each split by rows; enters a block."""
-        shard = Shard(0, blocks)
-        width = shard.local_shape((sum(blocks), in_features), self.group.size)[0]
-        linear = nn.Linear if self.group.size == 1 else _ColumnParallel
-        module = linear(in_features, width, bias=False)
-        if isinstance(module, _ColumnParallel):
-            module.parallel = self
-        mark_sharded(cast(nn.Parameter, module.weight), shard, self.group.size)
-        return module
+        return self._linear(_ColumnParallel, (sum(blocks), in_features), Shard(0, blocks))
 
-    def row_linear(self, in_features: int, out_features: int) -> nn.Module:
+    def row_linear(self, in_features: int, out_features: int) -> nn.Linear:
         """``x Wᵀ`` for a W split by columns, x being a rank's part of the input; leaves a block."""
-        shard = Shard(1, (in_features,))
-        width = shard.local_shape((out_features, in_features), self.group.size)[1]
-        linear = nn.Linear if self.group.size == 1 else _RowParallel
-        module = linear(width, out_features, bias=False)
-        if isinstance(module, _RowParallel):
-            module.parallel = self
-        mark_sharded(cast(nn.Parameter, module.weight), shard, self.group.size)
-        return module
+        return self._linear(_RowParallel, (out_features, in_features), Shard(1, (in_features,)))
+
+    def _linear(self, kind: type[_ParallelLinear], shape: tuple[int, int], shard: Shard) -> nn.Linear:
+        """On one rank a plain linear map; marked either way, so that checkpoints know how it may be split."""
+        rows, columns = shard.local_shape(shape, self.group.size)
+        alone = self.group.size == 1
+        linear = nn.Linear(columns, rows, bias=False) if alone else kind(columns, rows, self)
+        mark_sharded(linear.weight, shard, self.group.size)
+        return linear
 
     def leave(self, partial_BTC: Tensor) -> Tensor:
         """Sum the ranks' parts, writing over them; [B, T, C] → [B, T, C], or [B, S, C] under sequence
@@ -84,7 +78,7 @@ class TensorParallel:
                 parameter.register_hook(lambda gradient: sum_in_fp32(gradient, self.group))
 
 
-def mark_sharded(parameter: nn.Parameter, shard: Shard, size: int) -> None:
+def mark_sharded(parameter: Tensor, shard: Shard, size: int) -> None:
     """Note how a parameter is split; DeepSpeed reads ``tensor_model_parallel`` for its gradient norm."""
     parameter.shard = shard  # type: ignore[attr-defined]
     if size > 1:
@@ -103,16 +97,20 @@ def column_parallel(x: Tensor, weight: Tensor, parallel: TensorParallel) -> Tens
     return cast(Tensor, _ColumnLinear.apply(x, weight, parallel.group, parallel.sequence))
 
 
-class _ColumnParallel(nn.Linear):
-    parallel: TensorParallel
+class _ParallelLinear(nn.Linear):
+    """A rank's part of a linear map."""
 
+    def __init__(self, in_features: int, out_features: int, parallel: TensorParallel) -> None:
+        super().__init__(in_features, out_features, bias=False)
+        self.parallel = parallel
+
+
+class _ColumnParallel(_ParallelLinear):
     def forward(self, x: Tensor) -> Tensor:
         return column_parallel(x, self.weight, self.parallel)
 
 
-class _RowParallel(nn.Linear):
-    parallel: TensorParallel
-
+class _RowParallel(_ParallelLinear):
     def forward(self, x: Tensor) -> Tensor:
         return self.parallel.leave(F.linear(x, self.weight))
 
