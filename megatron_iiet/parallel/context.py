@@ -107,7 +107,7 @@ class ParallelContext:
             device=device,
             world=Group(range(world_size), rank, dist.group.WORLD),
             tensor=tensor,
-            data=_own_group(grid.transpose(1, 2).flatten(0, 1), rank),
+            data=_own_group(grid.transpose(1, 2).flatten(0, 1), rank, handle_for_one=True),
             pipeline=_own_group(grid.flatten(1).t(), rank),
             tied=_own_group(ends.flatten(1).t(), rank),
             tensor_parallel=TensorParallel(tensor, config.sequence),
@@ -124,11 +124,14 @@ def grid_ranks(world_size: int, tensor: int, pipeline: int) -> torch.Tensor:
     return torch.arange(world_size).view(pipeline, -1, tensor)
 
 
-def _own_group(lines: torch.Tensor, rank: int) -> Group:
-    """The group of the line [number, size] that ``rank`` is in; every rank must make every group."""
+def _own_group(lines: torch.Tensor, rank: int, *, handle_for_one: bool = False) -> Group:
+    """The group of the line [number, size] that ``rank`` is in; every rank must make every group.
+
+    A rank alone sends nothing, but DeepSpeed asks for the handle of a data-parallel group of one.
+    """
     own = Group((rank,))
     for line in lines.tolist():
-        handle = dist.new_group(line)  # also for one rank: DeepSpeed asks for the handle
+        handle = dist.new_group(line) if len(line) > 1 or handle_for_one else None
         if rank in line:
             own = Group(line, line.index(rank), handle)
     return own

@@ -62,14 +62,14 @@ def describe_layout(config: RunConfig, engine: Engine) -> str:
             grid,
             f"pipeline: layers {stages} of the work; bubble {plan.bubble(micro_batches):.0%} of the time "
             f"with {micro_batches} micro-batches a step",
-            f"payload: {payloads(config, plan, context)}",
+            f"payload: {payloads(config, plan, context, micro_batches)}",
         )
     )
 
 
-def payloads(config: RunConfig, plan: StagePlan, context: ParallelContext) -> str:
-    """What crosses each boundary a micro-batch, and what the receiving stage keeps of it for all
-    micro-batches that 1F1B has in flight there."""
+def payloads(config: RunConfig, plan: StagePlan, context: ParallelContext, micro_batches: int) -> str:
+    """What crosses each boundary a micro-batch, and of how many micro-batches the receiving stage has
+    buffers at a time (DeepSpeed's 1F1B)."""
     whole, model = Transformer.on_meta(config), config.model
     part = config.data.sequence_length
     if context.tensor_parallel.cuts_sequence:
@@ -78,10 +78,10 @@ def payloads(config: RunConfig, plan: StagePlan, context: ParallelContext) -> st
     said = []
     for number, stage in enumerate(plan.stages[1:], start=1):
         entries = entries_crossing(whole, stage.start)
-        in_flight = len(plan.stages) - number
+        buffers = max(2, min(len(plan.stages) - number, micro_batches))
         mib = (1 + entries) * tensor / 2**20
         said.append(
             f"into stage {number} the stream and {entries} history entries, {mib:.1f} MiB a micro-batch "
-            f"({mib * in_flight:.1f} MiB with {in_flight} in flight)"
+            f"({mib * buffers:.1f} MiB in {buffers} buffers)"
         )
     return "; ".join(said)
