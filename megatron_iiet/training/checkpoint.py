@@ -120,11 +120,12 @@ def commit(output_dir: str | Path, tag: str, keep: int) -> None:
 
 
 def check_resumable(folder: Path, config: RunConfig) -> None:
-    """Refuse a checkpoint of another architecture; layout, ZeRO stage and precision may differ.
+    """Refuse a checkpoint of another format or architecture; layout, ZeRO stage and precision may differ.
 
     Raises:
         ConfigError: naming every difference.
     """
+    read_state(folder)
     old, new = _settings(config_from_file(folder / "config.yaml")), _settings(config)
     differences = [
         f"{key} is {_get(old, key)} there and {_get(new, key)} here"

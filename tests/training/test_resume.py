@@ -103,6 +103,15 @@ def test_a_save_over_an_older_one_is_never_a_mixture(data: dict[str, str], tmp_p
     assert len(export_run(tmp_path / "run").state) > 0
 
 
+def test_refuses_a_checkpoint_of_another_format(data: dict[str, str], tmp_path: Path) -> None:
+    config = tiny_config(data, tmp_path / "run", training={"stop_after": 1})
+    run_ranks(pretrain_rank, 1, as_data(config), ds_json(tmp_path, 1))
+    state = checkpoint.checkpoints_folder(tmp_path / "run") / "step_00000001" / "state.json"
+    state.write_text(state.read_text().replace(f'"format": {checkpoint.FORMAT}', '"format": 1'))
+    with pytest.raises(RanksFailedError, match=r"ConfigError: .*state.json is not of format 2"):
+        run_ranks(pretrain_rank, 1, as_data(config), ds_json(tmp_path, 1))
+
+
 def test_stops_at_a_step_that_is_not_finite(data: dict[str, str], tmp_path: Path) -> None:
     """DeepSpeed would leave the step out in silence, and the run would log a loss that stands still."""
     config = tiny_config(data, tmp_path / "run", optimizer={"lr": 1e18, "warmup_fraction": 0.0})
