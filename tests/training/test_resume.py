@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +104,41 @@ def test_a_save_over_an_older_one_is_never_a_mixture(data: dict[str, str], tmp_p
     run_ranks(pretrain_rank, 1, as_data(config), ds_json(tmp_path, 1))
     assert checkpoint.latest_tag(tmp_path / "run") == "step_00000004"
     assert len(export_run(tmp_path / "run").state) > 0
+
+
+def pretrain_until_killed(config: dict[str, Any], ds_path: Path, victim: int) -> None:
+    """Train; rank ``victim`` dies in the middle of writing its part of the second checkpoint."""
+    from megatron_iiet.models import safetensors_stream
+
+    whole, calls = safetensors_stream.replacing, [0]
+
+    @contextmanager
+    def dying(path: Path) -> Iterator[Any]:
+        with whole(path) as file:
+            calls[0] += path.suffix == ".safetensors"
+            if calls[0] == 2 and os.environ["RANK"] == str(victim):
+                file.write(b"half a fi")
+                file.flush()
+                os._exit(9)
+            yield file
+
+    safetensors_stream.replacing = dying
+    pretrain_rank(config, ds_path)
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_rank_killed_while_saving_costs_one_interval(
+    victim: int, data: dict[str, str], tmp_path: Path
+) -> None:
+    """The newest complete checkpoint stays in force, and the resumed run is the uninterrupted one."""
+    config = tiny_config(data, tmp_path / "run", checkpoint={"interval": 2}, training={"steps": 6})
+    with pytest.raises(RanksFailedError):
+        run_ranks(pretrain_until_killed, 2, as_data(config), ds_json(tmp_path, 1), victim)
+    assert checkpoint.latest_tag(tmp_path / "run") == "step_00000002"
+    run_ranks(pretrain_rank, 2, as_data(config), ds_json(tmp_path, 1))
+    whole = tiny_config(data, tmp_path / "whole", checkpoint={"interval": 2}, training={"steps": 6})
+    run_ranks(pretrain_rank, 2, as_data(whole), ds_json(tmp_path, 1))
+    assert bits(tmp_path / "run") == bits(tmp_path / "whole")
 
 
 def test_refuses_a_checkpoint_of_another_format(data: dict[str, str], tmp_path: Path) -> None:
