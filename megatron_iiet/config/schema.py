@@ -107,7 +107,7 @@ class ParallelConfig:
     """Pipeline-parallel size: stages that share the layers; at most num_layers. With ZeRO stages 0 and 1."""
     sequence: bool = False
     """Sequence parallelism: residual stream, norms, merges and history on 1/tensor of the sequence each.
-    Saves activation memory at the same traffic. Needs tensor > 1."""
+    Saves activation memory at the same traffic. No effect with tensor 1."""
 
 
 @dataclass

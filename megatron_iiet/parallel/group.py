@@ -14,7 +14,7 @@ from torch import Tensor
 class Group:
     """Ranks of one line of the process grid. Every collective is counted in :attr:`calls`.
 
-    A group of one rank sends nothing: its collectives return their input.
+    A group of one rank sends nothing, and counts nothing.
     """
 
     def __init__(self, ranks: Sequence[int] = (0,), rank: int = 0, handle: Any = None) -> None:

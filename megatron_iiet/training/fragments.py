@@ -27,14 +27,18 @@ import torch
 from torch import Tensor
 
 from megatron_iiet import durable
-from megatron_iiet.models.safetensors_stream import SafetensorsFile, TensorSource, write_safetensors
+from megatron_iiet.models.safetensors_stream import (
+    ITEM_BYTES,
+    SafetensorsFile,
+    TensorSource,
+    write_safetensors,
+)
 from megatron_iiet.parallel.shard import Shard
 
 KINDS = ("fp32", "exp_avg", "exp_avg_sq")
 """Master weight, first and second moment."""
 FORMAT = 1
 INDEX = "index.json"
-ITEM_BYTES = 4
 SCRATCH_BYTES = 64 << 20
 """Bound of the temporary of one read, which is never less than a row of a stored shard."""
 OPEN_FILES = 64

@@ -17,13 +17,13 @@ if TYPE_CHECKING:
 _BYTES = {"fp32": 4, "bf16": 2}
 
 
-def stage_plan(config: RunConfig) -> StagePlan:
-    """The cut of the layers into pipeline stages, by FLOPs; the embedding has none.
+def stage_plan(config: RunConfig, whole: Transformer) -> StagePlan:
+    """The cut of the layers of the whole model into pipeline stages, by FLOPs; the embedding has none.
 
     Raises:
         ValueError: more stages than layers.
     """
-    whole, length = Transformer.on_meta(config), config.data.sequence_length
+    length = config.data.sequence_length
     layers = [cast(IntegratedLayer, layer) for layer in whole.layers.values()]
     costs = [
         count * layer.increment.forward_flops(length)
@@ -62,23 +62,25 @@ def describe_layout(config: RunConfig, engine: Engine) -> str:
             grid,
             f"pipeline: layers {stages} of the work; bubble {plan.bubble(micro_batches):.0%} of the time "
             f"with {micro_batches} micro-batches a step",
-            f"payload: {payloads(config, plan, context, micro_batches)}",
+            f"payload: {payloads(config, engine)}",
         )
     )
 
 
-def payloads(config: RunConfig, plan: StagePlan, context: ParallelContext, micro_batches: int) -> str:
+def payloads(config: RunConfig, engine: Engine) -> str:
     """What crosses each boundary a micro-batch, and of how many micro-batches the receiving stage has
     buffers at a time (DeepSpeed's 1F1B)."""
-    whole, model = Transformer.on_meta(config), config.model
+    stages, context = engine.plan.stages, engine.context
     part = config.data.sequence_length
     if context.tensor_parallel.cuts_sequence:
         part //= context.tensor.size
-    tensor = config.training.micro_batch_size * part * model.hidden_size * _BYTES[config.training.precision]
+    tensor = (
+        config.training.micro_batch_size * part * config.model.hidden_size * _BYTES[config.training.precision]
+    )
     said = []
-    for number, stage in enumerate(plan.stages[1:], start=1):
-        entries = entries_crossing(whole, stage.start)
-        buffers = max(2, min(len(plan.stages) - number, micro_batches))
+    for number, stage in enumerate(stages[1:], start=1):
+        entries = entries_crossing(engine.whole, stage.start)
+        buffers = max(2, min(len(stages) - number, engine.accumulation))
         mib = (1 + entries) * tensor / 2**20
         said.append(
             f"into stage {number} the stream and {entries} history entries, {mib:.1f} MiB a micro-batch "

@@ -24,7 +24,7 @@ from megatron_iiet.parallel import ParallelContext
 from megatron_iiet.parallel.launch import launch_environment
 from megatron_iiet.training import callbacks, checkpoint
 from megatron_iiet.training.engine import build_engine
-from megatron_iiet.training.layout import describe_layout, layout_of, stage_plan
+from megatron_iiet.training.layout import describe_layout, layout_of
 from megatron_iiet.training.loop import train
 from megatron_iiet.training.run import Run
 
@@ -62,7 +62,7 @@ def prepare(
     splits = build_splits(config.data.prefix, config.data.sequence_length, config.data.split)
     tag = find_checkpoint(config)
 
-    engine = build_engine(config, ds_config, context, stage_plan(config), backend)
+    engine = build_engine(config, ds_config, context, backend, initialise=tag is None)
     run = Run(config, context, engine, train_batches(config, splits, context))
     run.say(describe_start(run, splits))
     run.say(describe_layout(config, engine))

@@ -19,7 +19,6 @@ from megatron_iiet.models import Transformer
 from megatron_iiet.parallel import ParallelContext
 from megatron_iiet.training.engine import Engine, StepResult, build_engine
 from megatron_iiet.training.fragments import FragmentReader
-from megatron_iiet.training.layout import stage_plan
 from megatron_iiet.training.schedules import iterations_at, learning_rate
 
 STEPS = 3
@@ -43,6 +42,9 @@ AXES: dict[str, tuple[Any, ...]] = {
     "accumulation": (1, 3),
 }
 GLOBAL_BATCH = 12
+TOLERANCES = {"fp32": (1e-5, 1e-5, 1e-5), "bf16": (5e-4, 1e-2, 0.1)}
+"""Of losses, gradient norms and tensors, relative. bf16's are a few times what was seen (6e-5, 1e-3, 0.06):
+AdamW's first steps turn the sign of a gradient into a step, so that weights differ most."""
 
 
 @dataclass(frozen=True)
@@ -184,7 +186,7 @@ def open_engine(
         zero["stage3_param_persistence_threshold"] = 0
     ds_json = {"zero_optimization": zero}
     size = check_combination(config, ds_json, world.world_size, "the test")
-    engine = build_engine(config, reconcile(ds_json, config, size), context, stage_plan(config), "reference")
+    engine = build_engine(config, reconcile(ds_json, config, size), context, "reference")
     return config, engine, batches(config, context.data.rank, size, config.training.micro_batch_size)
 
 
@@ -323,30 +325,33 @@ def reference(config: RunConfig) -> Reference:
 
 
 def differences(
-    case: Case, expected: Reference, losses: list[float], norms: list[float], folder: Path, tolerance: float
+    case: Case, expected: Reference, losses: list[float], norms: list[float], folder: Path
 ) -> Iterator[str]:
-    """What of a case differs from the reference by more than ``tolerance`` of the tensor's largest value, and
-    by more than a few times what one process differs from itself.
+    """What of a case differs from the reference by more than the tolerance of its precision, relative to the
+    tensor's largest value, and by more than a few times what one process differs from itself.
 
     Merge coefficients are one triangular matrix, whose rows are parameters: there the largest value is the
     matrix's. bf16 gradients are not compared: those of coefficients are mostly rounding.
     """
     config = case.config({})
+    for_losses, for_norms, for_tensors = TOLERANCES[case.precision]
 
-    def compare(what: str, found: torch.Tensor, wanted: torch.Tensor, floor: float = 0.0) -> Iterator[str]:
+    def compare(
+        what: str, found: torch.Tensor, wanted: torch.Tensor, tolerance: float, floor: float = 0.0
+    ) -> Iterator[str]:
         error, scale = (found - wanted).abs().max().item(), max(wanted.abs().max().item(), 1e-6)
         if not error <= max(tolerance * scale, floor):
             yield f"{case}: {what} differs by {error / scale:.1e} of its largest value"
 
-    yield from compare("losses", torch.tensor(losses), torch.tensor(expected.losses))
-    yield from compare("gradient norms", torch.tensor(norms), torch.tensor(expected.norms))
+    yield from compare("losses", torch.tensor(losses), torch.tensor(expected.losses), for_losses)
+    yield from compare("gradient norms", torch.tensor(norms), torch.tensor(expected.norms), for_norms)
     # The first moment after one step is (1 - beta1) times the clipped gradient: what the optimizer saw.
     factor = (1 - config.optimizer.beta1) * min(1.0, config.optimizer.gradient_clipping / expected.norms[0])
     with FragmentReader(folder / "0") as first, FragmentReader(folder / str(STEPS - 1)) as last:
         assert set(first.parameters) == set(expected.gradients)
         for name, gradient in expected.gradients.items():
-            yield from compare(name, last.read_full(name), expected.weights[name])
+            yield from compare(name, last.read_full(name), expected.weights[name], for_tensors)
             if case.precision == "fp32":
-                floor = max(4 * expected.noise[name], tolerance * expected.largest_of_matrix(name))
+                floor = max(4 * expected.noise[name], for_tensors * expected.largest_of_matrix(name))
                 found = first.read_full(name, "exp_avg") / factor
-                yield from compare(f"gradient of {name}", found, gradient, floor)
+                yield from compare(f"gradient of {name}", found, gradient, for_tensors, floor)

@@ -144,5 +144,10 @@ def test_a_checkpoint_of_another_precision_is_continued(data: dict[str, str], tm
         training = {"stop_after": stop, "precision": precision}
         config = tiny_config(data, tmp_path / "run", training=training)
         run_ranks(pretrain_rank, 1, as_data(config), ds_json(tmp_path, 1))
-    log = read_log(tmp_path / "run")
-    assert log[8]["loss"] < log[4]["loss"] < log[1]["loss"]
+    whole = tiny_config(data, tmp_path / "whole", training={"precision": "fp32"})
+    run_ranks(pretrain_rank, 1, as_data(whole), ds_json(tmp_path, 1))
+    log, expected = read_log(tmp_path / "run"), read_log(tmp_path / "whole")
+    assert [log[s]["loss"] for s in range(1, 5)] == [expected[s]["loss"] for s in range(1, 5)]
+    for step in range(5, 9):
+        assert log[step]["loss"] == pytest.approx(expected[step]["loss"], rel=5e-3)
+        assert log[step]["loss"] != expected[step]["loss"], "not bf16"

@@ -9,7 +9,6 @@ import deepspeed.ops
 
 from megatron_iiet.config import RunConfig
 from megatron_iiet.parallel import ParallelContext
-from megatron_iiet.parallel.stages import StagePlan
 from megatron_iiet.training.engine.base import Engine, StepResult
 from megatron_iiet.training.engine.pipelined import PipelinedEngine
 from megatron_iiet.training.engine.plain import PlainEngine
@@ -24,9 +23,17 @@ warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*", category
 
 
 def build_engine(
-    config: RunConfig, ds_config: dict[str, Any], context: ParallelContext, plan: StagePlan, backend: str
+    config: RunConfig,
+    ds_config: dict[str, Any],
+    context: ParallelContext,
+    backend: str,
+    *,
+    initialise: bool = True,
 ) -> Engine:
-    """The engine of this rank's part of the model, initialised; ``ds_config`` is the reconciled DeepSpeed
-    JSON (no "auto" left), ``backend`` that of the merges."""
+    """The engine of this rank's part of the model.
+
+    ``ds_config`` is the reconciled DeepSpeed JSON (no "auto" left), ``backend`` that of the merges. Without
+    ``initialise`` the matrices hold whatever they hold: for a checkpoint that is about to be loaded.
+    """
     kind = PipelinedEngine if context.pipeline.size > 1 else PlainEngine
-    return kind(config, ds_config, context, plan, backend)
+    return kind(config, ds_config, context, backend, initialise=initialise)

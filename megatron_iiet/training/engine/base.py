@@ -11,20 +11,20 @@ from pathlib import Path
 from typing import Any
 
 import deepspeed
-from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.utils import logger as deepspeed_logger
 from torch import Tensor
 
-from megatron_iiet.config import RunConfig
+from megatron_iiet.config import RunConfig, iterations_per_layer
 from megatron_iiet.config.deepspeed import zero_stage
 from megatron_iiet.data.batches import ValidationBatches
 from megatron_iiet.models.diagnostics import IterateStatistics, observe_iterates
 from megatron_iiet.models.transformer import Transformer
 from megatron_iiet.parallel import ParallelContext
-from megatron_iiet.parallel.stages import StagePlan
+from megatron_iiet.training.engine.corrected import CorrectedEngine
 from megatron_iiet.training.engine.grid import model_parallel_unit
 from megatron_iiet.training.engine.optimizer_state import load_fragments, own_fragments
 from megatron_iiet.training.fragments import FragmentReader, write_fragments, write_index
+from megatron_iiet.training.layout import stage_plan
 
 
 @dataclass(frozen=True)
@@ -46,32 +46,41 @@ class Engine(ABC):
     """This rank's part of the model."""
     whole: Transformer
     """The whole model on the meta device: its counts, FLOPs and iterations."""
-    _engine: DeepSpeedEngine
+    _engine: CorrectedEngine
 
     def __init__(
         self,
         config: RunConfig,
         ds_config: dict[str, Any],
         context: ParallelContext,
-        plan: StagePlan,
         backend: str,
+        *,
+        initialise: bool = True,
     ) -> None:
+        """See :func:`megatron_iiet.training.engine.build_engine`."""
         deepspeed_logger.setLevel(logging.WARNING)
         deepspeed.init_distributed(dist_init_required=False)  # takes over the process group there is
         self.context = context
-        self.plan = plan
         self.zero_stage = zero_stage(ds_config)
         self.accumulation: int = ds_config["gradient_accumulation_steps"]
         self.whole = Transformer.on_meta(config)
+        self.plan = stage_plan(config, self.whole)
         with context.device, self._partitioned_at_birth(ds_config):
             self.model = Transformer(
                 config,
                 backend=backend,
                 parallel=context.tensor_parallel,
-                layers=plan.stages[context.pipeline.rank],
+                layers=self.plan.stages[context.pipeline.rank],
             )
-        self.model.initialise(config.training.seed, whole=self._writable)
+        if initialise:
+            self.model.initialise(config.training.seed, whole=self._writable)
         self._names = {parameter: name for name, parameter in self.model.named_parameters()}
+        self._engine = self._start(config, ds_config)
+        self.set_iterations(iterations_per_layer(config), merging=True)
+
+    @abstractmethod
+    def _start(self, config: RunConfig, ds_config: dict[str, Any]) -> CorrectedEngine:
+        """DeepSpeed's engine around :attr:`model`."""
 
     @abstractmethod
     def train_step(self, micro_batches: Iterator[Tensor], lr: float) -> StepResult:

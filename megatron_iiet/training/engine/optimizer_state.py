@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megatron_iiet.parallel import ParallelContext
 from megatron_iiet.parallel.tensor import shard_of
-from megatron_iiet.training.engine.precision import is_owner
+from megatron_iiet.training.engine.corrected import is_owner
 from megatron_iiet.training.fragments import Fragment, FragmentReader
 
 MOMENTS = ("exp_avg", "exp_avg_sq")

@@ -8,7 +8,6 @@ from contextlib import redirect_stdout
 from typing import Any, cast
 
 import torch
-from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.runtime.pipe.module import PipelineModule
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
@@ -19,10 +18,8 @@ from megatron_iiet.data.batches import ValidationBatches
 from megatron_iiet.models.pipeline import PipelineStage, entries_crossing
 from megatron_iiet.models.transformer import Transformer
 from megatron_iiet.parallel import ParallelContext
-from megatron_iiet.parallel.stages import StagePlan
 from megatron_iiet.training.engine.base import Engine, StepResult
-from megatron_iiet.training.engine.launch import deepspeed_engine
-from megatron_iiet.training.engine.precision import CorrectedEngine
+from megatron_iiet.training.engine.corrected import CorrectedEngine
 
 
 class PipelinedEngine(Engine):
@@ -30,29 +27,10 @@ class PipelinedEngine(Engine):
 
     _engine: _CorrectedPipelineEngine
 
-    def __init__(
-        self,
-        config: RunConfig,
-        ds_config: dict[str, Any],
-        context: ParallelContext,
-        plan: StagePlan,
-        backend: str,
-    ) -> None:
-        super().__init__(config, ds_config, context, plan, backend)
+    def _start(self, config: RunConfig, ds_config: dict[str, Any]) -> _CorrectedPipelineEngine:
         self.stage = PipelineStage(self.model, config.data.sequence_length)
-        module = _StageModule(self.stage, context)
-        mpu = module.mpu()
-        self._engine = deepspeed_engine(
-            _CorrectedPipelineEngine,
-            module,
-            self.model,
-            config,
-            ds_config,
-            DeepSpeedConfig(ds_config, mpu),
-            context,
-            mpu,
-        )
-        self._resize_payload()
+        module = _StageModule(self.stage, self.context)
+        return _CorrectedPipelineEngine.start(module, config, ds_config, self.context, module.mpu())
 
     def train_step(self, micro_batches: Iterator[Tensor], lr: float) -> StepResult:
         engine = self._engine

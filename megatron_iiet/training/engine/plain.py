@@ -6,42 +6,21 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from deepspeed.runtime.config import DeepSpeedConfig
 from torch import Tensor
 
 from megatron_iiet.config import RunConfig
 from megatron_iiet.data.batches import ValidationBatches
-from megatron_iiet.parallel import ParallelContext
-from megatron_iiet.parallel.stages import StagePlan
 from megatron_iiet.training.engine.base import Engine, StepResult
+from megatron_iiet.training.engine.corrected import CorrectedEngine
 from megatron_iiet.training.engine.grid import model_parallel_unit
-from megatron_iiet.training.engine.launch import deepspeed_engine
-from megatron_iiet.training.engine.precision import CorrectedEngine
 
 
 class PlainEngine(Engine):
     """All layers on every rank."""
 
-    def __init__(
-        self,
-        config: RunConfig,
-        ds_config: dict[str, Any],
-        context: ParallelContext,
-        plan: StagePlan,
-        backend: str,
-    ) -> None:
-        super().__init__(config, ds_config, context, plan, backend)
-        mpu = model_parallel_unit(context)
-        self._engine = deepspeed_engine(
-            CorrectedEngine,
-            self.model,
-            self.model,
-            config,
-            ds_config,
-            DeepSpeedConfig(ds_config, mpu),
-            context,
-            mpu,
-        )
+    def _start(self, config: RunConfig, ds_config: dict[str, Any]) -> CorrectedEngine:
+        mpu = model_parallel_unit(self.context)
+        return CorrectedEngine.start(self.model, config, ds_config, self.context, mpu)
 
     def train_step(self, micro_batches: Iterator[Tensor], lr: float) -> StepResult:
         engine = self._engine

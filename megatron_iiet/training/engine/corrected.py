@@ -1,15 +1,20 @@
-"""Two corrections to DeepSpeed 0.19.8 that every engine here shares."""
+"""DeepSpeed 0.19.8's engine with the corrections that every engine here needs, started quietly."""
 
 from __future__ import annotations
 
-from typing import Any
+import io
+from contextlib import redirect_stdout
+from typing import Any, Self
 
 import torch
+from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor, nn
 
+from megatron_iiet.config import RunConfig
 from megatron_iiet.parallel import Group, ParallelContext
 from megatron_iiet.parallel.tensor import shard_of
+from megatron_iiet.training.optimizer import build_optimizer, parameter_groups
 
 
 class CorrectedEngine(DeepSpeedEngine):
@@ -24,6 +29,32 @@ class CorrectedEngine(DeepSpeedEngine):
     """
 
     context: ParallelContext
+
+    @classmethod
+    def start(
+        cls,
+        module: nn.Module,
+        config: RunConfig,
+        ds_config: dict[str, Any],
+        context: ParallelContext,
+        mpu: Any,
+    ) -> Self:
+        """Wrap ``module``; with our AdamW unless the DeepSpeed JSON has an optimizer of its own. ``mpu`` is
+        the grid in DeepSpeed's words."""
+        own_optimizer = "optimizer" not in ds_config
+        with redirect_stdout(io.StringIO()):  # it prints a memory report a parameter group
+            engine = cls(
+                args=None,
+                model=module,
+                optimizer=build_optimizer(module, config.optimizer) if own_optimizer else None,
+                model_parameters=None if own_optimizer else parameter_groups(module, config.optimizer),
+                mpu=mpu,
+                config=ds_config,
+                config_class=DeepSpeedConfig(ds_config, mpu),
+                dist_init_required=False,
+            )
+        engine.context = context
+        return engine
 
     def _cast_module_mixed_precision(
         self, param_dtype: torch.dtype | None, *args: Any, **kwargs: Any
