@@ -1,4 +1,4 @@
-# make demo | demo-compare | setup | test | test-layouts | check | format | clean    (see README.md and CONTRIBUTING.md)
+# make demo | demo-compare | setup | test | test-layouts | check | cuda-check | format | clean    (see README.md and CONTRIBUTING.md)
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
@@ -7,9 +7,9 @@ BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 # Where this is set, every process would compile torch's Python files anew (5 s each).
 unexport PYTHONDONTWRITEBYTECODE
-CSRC := $(shell find csrc -type f \( -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh' \) 2>/dev/null)
+CSRC := $(shell find csrc -type f \( -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.inl' -o -name '*.cuh' \) 2>/dev/null)
 
-.PHONY: setup demo demo-compare test test-layouts check format clean
+.PHONY: setup demo demo-compare test test-layouts check cuda-check format clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.package
@@ -90,6 +90,10 @@ check: setup
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -m "not slow and not layouts"
+
+# Everything that can be known of the CUDA kernels without a GPU; says what it skips where nvcc is missing.
+cuda-check: setup
+	$(BIN)/python tools/cuda_check.py
 
 format: setup
 	$(BIN)/ruff format .

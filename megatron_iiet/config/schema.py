@@ -212,8 +212,13 @@ class LoggingConfig:
 class OpsConfig:
     """Kernels."""
 
-    backend: Literal["auto", "reference"] = "auto"
-    """Backend of merge_norm; 'reference' is plain torch."""
+    backend: Literal["auto", "reference", "cpu", "cuda", "triton"] = "auto"
+    """Backend of merge_norm: 'cpu' and 'cuda' are the compiled extension, 'reference' is plain torch. 'auto'
+    takes the extension where it fits and says at start-up why not; any other value is an error where it can't
+    run."""
+    history_gradient: Literal["transposed", "per_edge"] = "transposed"
+    """How kept increments get the gradients of the merges that read them: 'transposed' computes each
+    increment's in one pass when all are known; 'per_edge' is plain autograd, several times the traffic."""
 
 
 @dataclass

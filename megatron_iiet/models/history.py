@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-from megatron_iiet.ops import merge_norm
+from megatron_iiet.ops import TransposedMerge, merge_norm
 
 
 class History:
@@ -14,14 +15,36 @@ class History:
     parallelism T is this rank's part of the sequence).
 
     Solvers read it through :meth:`merge` only; the stack that runs the layers appends. A merge names how
-    many entries it reads by the length of its coefficients, never "all so far": recomputing a layer in the
-    backward pass, when later layers have long appended theirs, must read what the first run read.
+    many entries it reads, never "all so far": recomputing a layer in the backward pass, when later layers
+    have long appended theirs, must read what the first run read.
     """
 
-    def __init__(self, entries: Iterable[Tensor] = ()) -> None:
-        """Start a history: empty, with the embedding for solvers that merge it too, or with what an earlier
-        pipeline stage handed on."""
-        self._entries = list(entries)
+    def __init__(
+        self,
+        entries: Iterable[Tensor] = (),
+        *,
+        rows: Sequence[nn.Parameter] = (),
+        backend: str = "reference",
+        transposed: bool = False,
+    ) -> None:
+        """Start a history.
+
+        Args:
+            entries: none, the embedding for solvers that merge it too, or what an earlier pipeline stage
+                handed on.
+            rows: the coefficient parameters that layers will merge with.
+            backend: of :func:`megatron_iiet.ops.merge_norm`.
+            transposed: compute gradients entry by entry (:mod:`megatron_iiet.ops.transposed`) and not merge
+                by merge.
+        """
+        self.backend = backend
+        self._entries: list[Tensor] = []
+        self._merges: TransposedMerge | None = None
+        if transposed and rows and torch.is_grad_enabled():
+            self._merges = TransposedMerge(rows, backend)
+            self._root = self._merges.root()
+        for entry in entries:
+            self.append(entry)
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -33,19 +56,33 @@ class History:
 
     def append(self, increment: Tensor) -> None:
         """Keep a layer's increment, [B, T, d]."""
+        if self._merges is not None:
+            increment = self._merges.publish(len(self._entries), increment, self._root)
         self._entries.append(increment)
 
-    def merge(self, residual: Tensor | None, coefficients: Tensor, *, backend: str) -> Tensor:
-        """``residual + Σ_j coefficients[..., j] · entry_j`` over the first k entries.
+    def merge(
+        self, residual: Tensor | None, rows: Sequence[nn.Parameter], count: int, own: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
+        """``residual + Σ_{j<count} rows[r][j] · entry_j``, and with ``own`` also ``+ rows[r][count] · own``.
 
         Args:
             residual: [B, T, d] or None.
-            coefficients: fp32, [k] or [R, k] (R merges from one reading of the entries).
-            backend: of :func:`megatron_iiet.ops.merge_norm`.
+            rows: R parameters of at least ``count`` coefficients (R merges from one reading of the entries).
+            count: entries to read, from the first.
+            own: [B, T, d], the layer's own increment; for one row.
 
         Returns:
-            Tensor: [B, T, d] or [R, B, T, d].
+            tuple: a merge [B, T, d] for each row.
         """
-        k = coefficients.shape[-1]
-        assert k <= len(self._entries), f"merge of {k} entries, but the history holds {len(self._entries)}"
-        return merge_norm(residual, self._entries[:k], coefficients, backend=backend).merged
+        assert count <= len(self._entries), (
+            f"merge of {count} entries, but the history holds {len(self._entries)}"
+        )
+        entries = self._entries[:count]
+        if self._merges is not None and entries and torch.is_grad_enabled():
+            return self._merges.merge(residual, entries, rows, own)
+        increments = entries if own is None else [*entries, own]
+        # .float(): ZeRO-3 in bf16 cannot keep coefficients fp32.
+        values = [row.float()[: len(increments)] for row in rows]
+        if len(rows) == 1:
+            return (merge_norm(residual, increments, values[0], backend=self.backend).merged,)
+        return merge_norm(residual, increments, torch.stack(values), backend=self.backend).merged.unbind()

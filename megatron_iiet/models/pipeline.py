@@ -10,7 +10,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from megatron_iiet.models.history import History
 from megatron_iiet.models.transformer import Transformer
 
 
@@ -31,7 +30,7 @@ class PipelineStage(nn.Module):
             y_BTD, history = model.embed(x)
         else:
             y_BTD, *entries = x.unbind(0)
-            history = History(entries)
+            history = model.start_history(entries)
         y_BTD = model.integrate(y_BTD, history, self.sequence_length)
         if model.is_last:
             return model.project(y_BTD)

@@ -91,6 +91,7 @@ class Transformer(nn.Module):
         parallel = TensorParallel() if parallel is None else parallel
         layers = range(model.num_layers) if layers is None else layers
         self.config = config
+        self.backend = backend
         self.parallel = parallel
         self.is_first, self.is_last = layers.start == 0, layers.stop == model.num_layers
         self.embedding_scale = model.resolved_embedding_scale
@@ -137,7 +138,16 @@ class Transformer(nn.Module):
         assert self.embedding is not None
         y_BTD = self.embedding(tokens_BT) * self.embedding_scale
         rooted = any(s.merges_embedding and s.merging for s in self.solvers.values())
-        return y_BTD, History([y_BTD] if rooted else [])
+        return y_BTD, self.start_history([y_BTD] if rooted else [])
+
+    def start_history(self, entries: Iterable[Tensor]) -> History:
+        """The history of one forward pass, with the entries there are before the first layer held here."""
+        return History(
+            entries,
+            rows=[row for solver in self.solvers.values() for row in solver.history_rows],
+            backend=self.backend,
+            transposed=self.config.ops.history_gradient == "transposed",
+        )
 
     def integrate(self, y_BTD: Tensor, history: History, length: int) -> Tensor:
         """Run the layers on y, appending to the history; ``length`` is the whole sequence's."""

@@ -19,13 +19,13 @@ history read in one pass (coefficients of shape [R, k]).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from megatron_iiet.ops.reference import merge_norm_reference
+from megatron_iiet.ops.backends import get_backend
 
 STORAGE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -37,25 +37,6 @@ class MergeNorm(NamedTuple):
     """[..., d], or [R, ..., d] for R coefficient rows; storage type of the inputs."""
     normed: Tensor | None
     """RMSNorm of ``merged`` times ``norm_weight``, same shape; None without ``norm_weight``."""
-
-
-_BACKENDS: dict[str, Callable[..., tuple[Tensor, Tensor | None]]] = {"reference": merge_norm_reference}
-
-
-def resolve_backend(requested: str) -> tuple[str, str]:
-    """The backend that ``requested`` means on this machine, and why: ``(name, reason)``.
-
-    Raises:
-        ValueError: ``requested`` is not available here.
-    """
-    if requested == "auto":
-        return "reference", "plain torch; no compiled backend is part of this version"
-    if requested not in _BACKENDS:
-        raise ValueError(
-            f"ops.backend is '{requested}', but only {', '.join(sorted(_BACKENDS))} is available here; "
-            "choose one of these or 'auto'"
-        )
-    return requested, "asked for"
 
 
 def merge_norm(
@@ -75,7 +56,7 @@ def merge_norm(
         coefficients: fp32, [k] or [R, k]; None means all ones.
         norm_weight: [d], or [R, d] for one norm per row; None skips the norm.
         eps: epsilon of the RMSNorm.
-        backend: a name from :func:`resolve_backend`.
+        backend: a name from :func:`megatron_iiet.ops.resolve_backend`.
 
     Returns:
         MergeNorm: merged and normed, with a leading R if ``coefficients`` has rows.
@@ -83,12 +64,12 @@ def merge_norm(
     Raises:
         ValueError: shapes, types, devices or the backend do not fit; the message names the argument.
     """
-    if backend not in _BACKENDS:
-        raise ValueError(
-            f"merge_norm: backend is '{backend}', but only {', '.join(sorted(_BACKENDS))} is available here"
-        )
+    try:
+        implementation = get_backend(backend)
+    except ValueError as error:
+        raise ValueError(f"merge_norm: {error}") from None
     _check(residual, increments, coefficients, norm_weight)
-    return MergeNorm(*_BACKENDS[backend](residual, increments, coefficients, norm_weight, eps))
+    return MergeNorm(*implementation.merge_norm(residual, increments, coefficients, norm_weight, eps))
 
 
 def _check(

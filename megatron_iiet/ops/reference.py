@@ -69,15 +69,38 @@ class _WeightedSum(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         coefficients, *increments = ctx.saved_tensors
         for_coefficients, for_residual, *for_increments = ctx.needs_input_grad
-        gradient32 = gradient.float()
         return (
-            torch.stack([(gradient32 * t.float()).sum() for t in increments]) if for_coefficients else None,
+            inner_products(increments, gradient) if for_coefficients else None,
             gradient if for_residual else None,
             *(
-                (coefficients[j] * gradient32).to(gradient.dtype) if wanted else None
+                _scaled(coefficients[j], gradient) if wanted else None
                 for j, wanted in enumerate(for_increments)
             ),
         )
+
+
+def merge_gradients(
+    gradient: Tensor, increments: Sequence[Tensor], coefficients: Tensor
+) -> tuple[list[Tensor], Tensor]:
+    """See :class:`megatron_iiet.ops.backends.Backend`."""
+    return [_scaled(c, gradient) for c in coefficients], inner_products(increments, gradient)
+
+
+def transposed_merge(
+    direct: Tensor | None, increment: Tensor, gradients: Sequence[Tensor], coefficients: Tensor
+) -> tuple[Tensor, Tensor]:
+    """See :class:`megatron_iiet.ops.backends.Backend`."""
+    return _sum(direct, gradients, coefficients), inner_products(gradients, increment)
+
+
+def inner_products(tensors: Sequence[Tensor], other: Tensor) -> Tensor:
+    """⟨tensors[j], other⟩ in fp32, [k]."""
+    other32 = other.float()
+    return torch.stack([(other32 * t.float()).sum() for t in tensors])
+
+
+def _scaled(coefficient: Tensor, gradient: Tensor) -> Tensor:
+    return (coefficient * gradient.float()).to(gradient.dtype)
 
 
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

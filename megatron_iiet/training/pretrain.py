@@ -57,7 +57,7 @@ def prepare(
     for key, made_by in (("prefix", "tools/preprocess_data.py"), ("tokenizer", "tools/train_tokenizer.py")):
         if not getattr(config.data, key):
             raise ConfigError(f"data.{key} is not set; give the path of what {made_by} wrote")
-    backend, reason = resolve_backend(config.ops.backend)
+    backend, reason = resolve_backend(config.ops.backend, context.device)
     check_tokenizer(config)
     splits = build_splits(config.data.prefix, config.data.sequence_length, config.data.split)
     tag = find_checkpoint(config)

@@ -60,6 +60,8 @@ class Case:
     solver: str = "iiet-1"
     tied: bool = True
     accumulation: int = 1
+    backend: str = "cpu"
+    history: str = "transposed"
     precision: str = "fp32"
 
     @property
@@ -85,7 +87,7 @@ class Case:
         tied = "tied" if self.tied else "untied"
         return (
             f"t{self.tensor}{sequence}p{self.pipeline}d{self.data}-zero{self.stage}-{self.recompute}-"
-            f"{self.solver}-{tied}-acc{self.accumulation}-{self.precision}"
+            f"{self.solver}-{tied}-acc{self.accumulation}-{self.backend}-{self.history}-{self.precision}"
         )
 
     def config(self, paths: dict[str, str], steps: int = STEPS) -> RunConfig:
@@ -118,6 +120,7 @@ class Case:
                     "precision": self.precision,
                     "recompute": self.recompute,
                 },
+                "ops": {"backend": self.backend, "history_gradient": self.history},
             }
         )
 
@@ -125,6 +128,8 @@ class Case:
 def every_grid() -> list[Case]:
     """Each legal grid with and without sequence parallelism; the other axes take their values in turn."""
     turns = {name: itertools.cycle(AXES[name]) for name in ("recompute", "solver", "tied", "accumulation")}
+    turns["backend"] = itertools.cycle(("cpu", "cpu", "reference"))
+    turns["history"] = itertools.cycle(("transposed", "transposed", "transposed", "per_edge"))
     cases = []
     for tensor, sequence, pipeline, data in itertools.product(
         *(AXES[name] for name in ("tensor", "sequence", "pipeline", "data"))
@@ -186,7 +191,7 @@ def open_engine(
         zero["stage3_param_persistence_threshold"] = 0
     ds_json = {"zero_optimization": zero}
     size = check_combination(config, ds_json, world.world_size, "the test")
-    engine = build_engine(config, reconcile(ds_json, config, size), context, "reference")
+    engine = build_engine(config, reconcile(ds_json, config, size), context, case.backend)
     return config, engine, batches(config, context.data.rank, size, config.training.micro_batch_size)
 
 
@@ -291,8 +296,9 @@ def gradients_of(
 
 
 def reference(config: RunConfig) -> Reference:
-    """Train with torch alone."""
-    model = Transformer(config)
+    """Train with torch alone: no kernels of ours, no gradient but autograd's."""
+    config.ops.history_gradient = "per_edge"
+    model = Transformer(config, backend="reference")
     model.initialise(config.training.seed)
     named = dict(model.named_parameters())
     decayed = [p for n, p in named.items() if p.dim() == 2 and ".solver." not in n]

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from megatron_iiet.models.history import History
 from tests.models.conftest import Build, randomise_solvers
@@ -169,10 +170,13 @@ def test_history_reads_by_index() -> None:
     for entry in entries:
         history.append(entry)
     assert len(history) == 3
-    two = history.merge(torch.zeros(1, 2, 3), torch.tensor([1.0, 2.0]), backend="reference")
+    row = nn.Parameter(torch.tensor([1.0, 2.0, 0.5, 7.0]))
+    (two,) = history.merge(torch.zeros(1, 2, 3), (row,), 2)
     assert torch.equal(two, torch.full((1, 2, 3), 21.0))
-    rows = history.merge(None, torch.tensor([[1.0, 0.0], [0.0, 3.0]]), backend="reference")
-    assert rows[:, 0, 0, 0].tolist() == [1.0, 30.0]
+    (own,) = history.merge(torch.zeros(1, 2, 3), (row,), 2, own=torch.full((1, 2, 3), 4.0))
+    assert torch.equal(own, torch.full((1, 2, 3), 23.0))
+    rows = history.merge(None, (row, nn.Parameter(torch.tensor([0.0, 3.0]))), 2)
+    assert [merged[0, 0, 0].item() for merged in rows] == [21.0, 30.0]
     with pytest.raises(AssertionError, match="merge of 4 entries, but the history holds 3"):
-        history.merge(None, torch.ones(4), backend="reference")
+        history.merge(None, (row,), 4)
     assert len(History(entries[0])) == 1

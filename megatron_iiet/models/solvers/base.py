@@ -50,6 +50,17 @@ class Solver(nn.Module):
         return self.merged_entries if self.merging else 0
 
     @property
+    def history_rows(self) -> list[nn.Parameter]:
+        """The coefficients that multiply the history, while merging; each parameter's first
+        :attr:`history_reads` values do."""
+        return self.coefficient_rows if self.history_reads else []
+
+    @property
+    def coefficient_rows(self) -> list[nn.Parameter]:
+        """:attr:`history_rows` while there is something to merge."""
+        return []
+
+    @property
     def merged_entries(self) -> int:
         """:attr:`history_reads` while merging; none unless a solver says otherwise."""
         return 0

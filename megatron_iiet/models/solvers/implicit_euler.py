@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from megatron_iiet.models.history import History
 from megatron_iiet.models.solvers.base import IncrementFn, Solver, fp32_parameter, initial_row
@@ -33,6 +33,10 @@ class ImplicitEuler(Solver):
         self.coefficients = fp32_parameter(initial_row(layer + 1, coefficient_init))
 
     @property
+    def coefficient_rows(self) -> list[nn.Parameter]:
+        return [self.coefficients]
+
+    @property
     def merged_entries(self) -> int:
         return 0 if self.predictor == "euler" and self.iterations == 0 else self.layer
 
@@ -41,9 +45,12 @@ class ImplicitEuler(Solver):
         f = increment_fn(y_BTD, None, 0)
         if self.predictor == "euler" and self.iterations == 0:
             return y_BTD + f, f  # plain Transformer++: there is no corrector to merge in
-        coefficients = self.coefficients.float()  # ZeRO-3 in bf16 can't keep them fp32
-        base = history.merge(y_BTD, coefficients[:-1], backend=self.backend)
-        own = coefficients[-1:]
+        if self.iterations == 0:  # nothing needs the base alone: all in one pass
+            (iterate,) = history.merge(y_BTD, (self.coefficients,), self.layer, own=f)
+            self.observe(0, y_BTD, iterate)
+            return iterate, f
+        (base,) = history.merge(y_BTD, (self.coefficients,), self.layer)
+        own = self.coefficients.float()[-1:]  # ZeRO-3 in bf16 can't keep them fp32
         iterate = y_BTD
         for i in range(self.iterations + 1):
             before = iterate

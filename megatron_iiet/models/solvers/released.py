@@ -56,22 +56,25 @@ class ReleasedImplicitEuler(Solver):
             self.unused_row_0 = fp32_parameter(torch.stack((row(0), row(0))))
 
     @property
+    def coefficient_rows(self) -> list[nn.Parameter]:
+        rows = [self.coefficients, self.readout_coefficients]
+        return rows if self.iterations else rows[1:]
+
+    @property
     def merged_entries(self) -> int:
         return self.layer
 
     def step(self, y_BTD: Tensor, increment_fn: IncrementFn, history: History) -> tuple[Tensor, Tensor]:
         n = self.layer
         norm = increment_fn.input_norm
-        row, readout_row = self.coefficients.float(), self.readout_coefficients.float()
         stepped = y_BTD + increment_fn(y_BTD, None, 0)
         self.observe(0, y_BTD, stepped)  # before the norm, whose output has another scale than y
         output = self.predictor_norm(stepped)
         if self.iterations == 0:
-            base = None
-            readout_base = history.merge(None, readout_row[:n], backend=self.backend)
-        else:
-            rows = torch.stack((row[:n], readout_row[:n]))
-            base, readout_base = history.merge(None, rows, backend=self.backend)
+            (h_BTD,) = history.merge(None, (self.readout_coefficients,), n, own=output)
+            return h_BTD, output
+        base, readout_base = history.merge(None, (self.coefficients, self.readout_coefficients), n)
+        row, readout_row = self.coefficients.float(), self.readout_coefficients.float()
         for i in range(1, self.iterations + 1):
             before = output
             h_BTD, normed = merge_norm(

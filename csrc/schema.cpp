@@ -1,0 +1,29 @@
+// The operators of the extension, for every device. Python's face of them is megatron_iiet/ops/.
+//
+// S is the storage type (fp32, bf16 or fp16) of all slabs; coefficients, statistics and sums are fp32, the norm
+// weight is S or fp32. A result that is not wanted is an empty tensor, [0].
+//
+// merge_norm           merged[r] = residual + Σ_j coefficients[r, j] · increments[j], rounded to S, then
+//                      normed[r] = merged[r] · rstd[r] · norm_weight with rstd = 1/rms of the rounded merge.
+//                      [R, ...] if coefficients is [R, k]; without increments the residual is normed.
+// merge_norm_backward  grad_base = grad_merged + the norm's gradient (empty without a norm: it is grad_merged),
+//                      the norm weight's gradient, and of the rounded grad_base: each increment's gradient and
+//                      the coefficients'.
+// transposed_merge     what one increment receives from all that merged it:
+//                      direct + Σ_m coefficients[m] · gradients[m], and ⟨increment, gradients[m]⟩ from the same
+//                      reading.
+#include <torch/library.h>
+
+TORCH_LIBRARY(megatron_iiet, m) {
+  m.def(
+      "merge_norm(Tensor? residual, Tensor[] increments, Tensor? coefficients, Tensor? norm_weight, float eps)"
+      " -> (Tensor merged, Tensor normed, Tensor rstd)");
+  m.def(
+      "merge_norm_backward(Tensor? grad_merged, Tensor? grad_normed, Tensor? merged, Tensor? rstd,"
+      " Tensor? norm_weight, Tensor[] increments, Tensor? coefficients, bool want_increments,"
+      " bool want_coefficients)"
+      " -> (Tensor grad_base, Tensor grad_norm_weight, Tensor[] grad_increments, Tensor grad_coefficients)");
+  m.def(
+      "transposed_merge(Tensor? direct, Tensor increment, Tensor[] gradients, Tensor coefficients,"
+      " bool want_coefficients) -> (Tensor grad_increment, Tensor grad_coefficients)");
+}

@@ -1,0 +1,197 @@
+"""The backends of ``merge_norm``: which are there, and which one runs.
+
+A backend is three functions. ``reference`` is plain torch; ``cpu`` and ``cuda`` are the extension's
+operators, ``triton`` the kernels of :mod:`megatron_iiet.ops.triton_kernels`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_iiet.ops import reference
+from megatron_iiet.ops.extension import load_extension
+from megatron_iiet.ops.formula import FusedMergeNorm
+
+NAMES = ("reference", "cpu", "cuda", "triton")
+
+
+@dataclass(frozen=True)
+class Backend:
+    """What a backend computes; arguments are already checked. Shapes as in
+    :func:`megatron_iiet.ops.merge_norm`."""
+
+    name: str
+    merge_norm: Callable[..., tuple[Tensor, Tensor | None]]
+    """(residual, increments, coefficients, norm_weight, eps) → (merged, normed); differentiable."""
+    merge_gradients: Callable[[Tensor, Sequence[Tensor], Tensor], tuple[Sequence[Tensor], Tensor]]
+    """(gradient [...], increments, coefficients [k]) → (gradient of each increment, of the coefficients)."""
+    transposed_merge: Callable[[Tensor | None, Tensor, Sequence[Tensor], Tensor], tuple[Tensor, Tensor]]
+    """(direct [...] or None, increment, M gradients, coefficients [M]) →
+    (direct + Σ_m coefficients[m] · gradients[m], ⟨increment, gradients[m]⟩ [M])."""
+
+
+def unavailable(name: str) -> str | None:
+    """Why a backend cannot run on this machine; None if it can."""
+    if name == "reference":
+        return None
+    if name == "triton":
+        if importlib.util.find_spec("triton") is None:
+            return "triton is not installed (pip install 'megatron-iiet[triton]')"
+        interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+        return None if interpreted or torch.cuda.is_available() else "there is no GPU"
+    status = load_extension()
+    if not status.loaded:
+        return status.reason
+    if name == "cuda":
+        if not status.build["cuda"]:
+            return f"the extension was built without CUDA kernels: {status.build['no_cuda_because']}"
+        if not torch.cuda.is_available():
+            return "there is no GPU"
+    return None
+
+
+@cache
+def get_backend(name: str) -> Backend:
+    """The backend called ``name``.
+
+    Raises:
+        ValueError: there is none of that name, or it cannot run here.
+    """
+    if name not in NAMES:
+        raise ValueError(f"backend is '{name}', expected one of {', '.join(NAMES)}")
+    reason = unavailable(name)
+    if reason is not None:
+        raise ValueError(f"backend '{name}' is not available here: {reason}")
+    if name == "reference":
+        return Backend(
+            name, reference.merge_norm_reference, reference.merge_gradients, reference.transposed_merge
+        )
+    if name == "triton":
+        from megatron_iiet.ops import triton_kernels
+
+        return _fused(name, triton_kernels)
+    return _fused(name, torch.ops.megatron_iiet)
+
+
+def _fused(name: str, kernels: Any) -> Backend:
+    """A backend of kernels with the signatures of csrc/schema.cpp."""
+
+    def merge_norm(
+        residual: Tensor | None,
+        increments: Sequence[Tensor],
+        coefficients: Tensor | None,
+        norm_weight: Tensor | None,
+        eps: float,
+    ) -> tuple[Tensor, Tensor | None]:
+        if not increments and norm_weight is None:
+            return reference.merge_norm_reference(residual, increments, coefficients, norm_weight, eps)
+        if not increments and coefficients is not None and coefficients.dim() == 2:
+            # Rows of nothing: every row is the residual.
+            assert residual is not None
+            residual, coefficients = residual.expand(coefficients.shape[0], *residual.shape), None
+            return reference.merge_norm_reference(residual, increments, coefficients, norm_weight, eps)
+        merged, normed, _ = FusedMergeNorm.apply(
+            kernels, residual, coefficients if increments else None, norm_weight, eps, *increments
+        )
+        if not increments:
+            assert residual is not None
+            merged = residual
+        return merged, None if norm_weight is None else normed
+
+    def merge_gradients(
+        gradient: Tensor, increments: Sequence[Tensor], coefficients: Tensor
+    ) -> tuple[Sequence[Tensor], Tensor]:
+        _, _, for_increments, for_coefficients = kernels.merge_norm_backward(
+            gradient, None, None, None, None, increments, coefficients, True, True
+        )
+        return for_increments, for_coefficients
+
+    def transposed_merge(
+        direct: Tensor | None, increment: Tensor, gradients: Sequence[Tensor], coefficients: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        result: tuple[Tensor, Tensor] = kernels.transposed_merge(
+            direct, increment, gradients, coefficients, True
+        )
+        return result
+
+    return Backend(name, merge_norm, merge_gradients, transposed_merge)
+
+
+def resolve_backend(requested: str, device: torch.device | str = "cpu") -> tuple[str, str]:
+    """The backend that ``requested`` means for tensors on ``device``, and why: ``(name, reason)``.
+
+    ``auto`` takes the extension's kernels for the device and falls back to ``reference``, saying why. A fused
+    backend is compared with the reference on a few numbers on this very device before it is chosen.
+
+    Raises:
+        ValueError: ``requested`` cannot run here, not on this device, or computes something else.
+    """
+    kind = torch.device(device).type
+    name = (kind if kind in ("cpu", "cuda") else "reference") if requested == "auto" else requested
+    reason = _unfit(name, kind)
+    if reason is None:
+        return name, "asked for" if requested == name else _praise(name)
+    if requested == "auto":
+        return "reference", f"plain torch; {reason}"
+    fit = [other for other in NAMES if _unfit(other, kind) is None]
+    raise ValueError(
+        f"ops.backend is '{requested}', but {reason}; available on this {kind} device: {', '.join(fit)}"
+    )
+
+
+def _praise(name: str) -> str:
+    if name == "reference":
+        return "plain torch"
+    if name == "cpu":
+        return f"compiled extension, {torch.backends.cpu.get_cpu_capability()} kernels"
+    return f"compiled extension, CUDA {load_extension().build['cuda']} kernels"
+
+
+def _unfit(name: str, kind: str) -> str | None:
+    if name not in NAMES:
+        return f"there are only {', '.join(NAMES)}"
+    reason = unavailable(name)
+    if reason is None and name in ("cpu", "cuda") and name != kind:
+        reason = f"its kernels cannot read tensors on {kind}"
+    if reason is None and name == "triton" and kind != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        reason = f"its kernels cannot read tensors on {kind}"
+    return reason or self_check(name, kind)
+
+
+@cache
+def self_check(name: str, kind: str) -> str | None:
+    """Run a small merge and its gradients on ``name`` and on the reference; the difference if there is
+    one."""
+    if name == "reference":
+        return None
+
+    def results(backend: Backend) -> list[Tensor]:
+        generator = torch.Generator().manual_seed(0)
+
+        def draw(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator).to(kind).requires_grad_()
+
+        residual, weight, coefficients = draw(3, 256), draw(256), draw(2)
+        increments = [draw(3, 256), draw(3, 256)]
+        merged, normed = backend.merge_norm(residual, increments, coefficients, weight, 1e-6)
+        assert normed is not None
+        leaves = [residual, *increments, coefficients, weight]
+        gradients = torch.autograd.grad((merged * draw(3, 256)).sum() + (normed * draw(3, 256)).sum(), leaves)
+        with torch.no_grad():
+            transposed = backend.transposed_merge(residual, increments[0], increments, coefficients)
+        return [merged.detach(), normed.detach(), *gradients, *transposed]
+
+    try:
+        pairs = zip(results(get_backend(name)), results(get_backend("reference")), strict=True)
+        error = max(((a - b).abs().max() / b.abs().max()).item() for a, b in pairs)
+    except Exception as failure:  # whatever a kernel that does not fit this device raises
+        return f"its self-check on this device failed: {failure}"
+    return None if error < 1e-5 else f"it is {error:.1e} away from plain torch on this device"

@@ -1,0 +1,142 @@
+"""The compiled extension: is it there, does it fit this torch, and what its operators tell torch.
+
+``setup.py`` builds it; nothing is ever compiled at import or run time.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_iiet.ops.formula import gradients_of_merge_norm, save_for_backward
+
+REBUILD = "pip install --no-build-isolation -e . builds it"
+_PACKAGE = Path(__file__).parents[1]
+
+
+@dataclass(frozen=True)
+class ExtensionStatus:
+    """Whether the extension's operators can be used, and why not."""
+
+    loaded: bool
+    reason: str
+    """One clause."""
+    build: dict[str, Any] = field(default_factory=dict)
+    """What setup.py noted: torch, python, cpu (instruction sets), cuda (toolkit or None), cuda_targets, …"""
+
+
+@cache
+def load_extension() -> ExtensionStatus:
+    """Load the extension once; a missing or unfit one is a status, not an error."""
+    libraries = sorted(_PACKAGE.glob("_extension*.so"))
+    note = _PACKAGE / "_extension.json"
+    if not libraries or not note.exists():
+        return ExtensionStatus(False, f"the extension is not built ({REBUILD})")
+    build = json.loads(note.read_text())
+    if build["torch"] != torch.__version__:
+        built, here = build["torch"], torch.__version__
+        reason = f"the extension was built for torch {built}, this is {here} ({REBUILD} anew)"
+        return ExtensionStatus(False, reason, build)
+    try:
+        torch.ops.load_library(libraries[0])
+    except OSError as error:
+        return ExtensionStatus(False, f"{libraries[0].name} does not load: {error.__cause__ or error}", build)
+    _describe_operators()
+    return ExtensionStatus(True, "built and loaded", build)
+
+
+def _describe_operators() -> None:
+    """Shapes and derivatives, for torch.compile, meta tensors and autograd."""
+    torch.library.register_fake("megatron_iiet::merge_norm", _fake_merge_norm)
+    torch.library.register_fake("megatron_iiet::merge_norm_backward", _fake_merge_norm_backward)
+    torch.library.register_fake("megatron_iiet::transposed_merge", _fake_transposed_merge)
+    torch.library.register_autograd("megatron_iiet::merge_norm", _backward, setup_context=_setup_context)
+
+
+def _fake_merge_norm(
+    residual: Tensor | None,
+    increments: Sequence[Tensor],
+    coefficients: Tensor | None,
+    norm_weight: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    like = increments[0] if residual is None else residual
+    shape: tuple[Any, ...] = like.shape  # of symbols where torch.compile asks
+    if coefficients is not None and coefficients.dim() == 2:
+        shape = (coefficients.shape[0], *shape)
+    none, none32 = like.new_empty(0), like.new_empty(0, dtype=torch.float32)
+    merged = like.new_empty(shape) if increments else none
+    if norm_weight is None:
+        return merged, none.clone(), none32
+    return merged, like.new_empty(shape), like.new_empty(shape[:-1], dtype=torch.float32)
+
+
+def _fake_merge_norm_backward(
+    grad_merged: Tensor | None,
+    grad_normed: Tensor | None,
+    merged: Tensor | None,
+    rstd: Tensor | None,
+    norm_weight: Tensor | None,
+    increments: Sequence[Tensor],
+    coefficients: Tensor | None,
+    want_increments: bool,
+    want_coefficients: bool,
+) -> tuple[Tensor, Tensor, list[Tensor], Tensor]:
+    like = grad_normed if grad_merged is None else grad_merged
+    assert like is not None
+    none32 = like.new_empty(0, dtype=torch.float32)
+    scaled = coefficients is not None
+    return (
+        like.new_empty(0) if grad_normed is None else like.new_empty(like.shape),
+        none32
+        if grad_normed is None or norm_weight is None
+        else like.new_empty(norm_weight.shape, dtype=torch.float32),
+        [t.new_empty(t.shape) for t in increments] if want_increments and scaled else [],
+        coefficients.new_empty(coefficients.shape)
+        if want_coefficients and coefficients is not None
+        else none32.clone(),
+    )
+
+
+def _fake_transposed_merge(
+    direct: Tensor | None,
+    increment: Tensor,
+    gradients: Sequence[Tensor],
+    coefficients: Tensor,
+    want_coefficients: bool,
+) -> tuple[Tensor, Tensor]:
+    wanted = len(gradients) if want_coefficients else 0
+    return increment.new_empty(increment.shape), increment.new_empty(wanted, dtype=torch.float32)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    residual, increments, coefficients, norm_weight, _ = inputs
+    merged, _, rstd = output
+    save_for_backward(ctx, residual, increments, coefficients, norm_weight, merged, rstd)
+    ctx.has_norm = norm_weight is not None
+
+
+def _backward(ctx: Any, grad_merged: Tensor, grad_normed: Tensor, _: Tensor) -> tuple[Any, ...]:
+    for_residual, for_increments, for_coefficients, for_weight, _ = ctx.needs_input_grad
+    residual, increments, coefficients, weight = gradients_of_merge_norm(
+        torch.ops.megatron_iiet.merge_norm_backward,
+        grad_merged if ctx.increments else None,  # what is no result has an empty gradient here
+        grad_normed if ctx.has_norm else None,
+        ctx,
+        for_increments=any(for_increments),
+        for_coefficients=for_coefficients,
+    )
+    return (
+        residual if for_residual else None,
+        list(increments),
+        coefficients,
+        weight if for_weight else None,
+        None,
+    )

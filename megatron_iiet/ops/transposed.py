@@ -1,0 +1,204 @@
+"""The backward pass of all merges of one history, transposed: one pass over memory a layer.
+
+Merge m reads entries F̃_0 … F̃_{k-1} with coefficients A[m, :]. Plain autograd makes each merge write a
+gradient for every entry and adds those up, entry by entry: traffic that grows with 2.5 N² slabs for N
+layers. Here a merge hands on the gradient G_m of its result only, and what an entry receives is computed
+where it is complete, in one reading of F̃_j and the G_m::
+
+    dF̃_j = direct_j + Σ_m A[m, j] G_m          dA[m, j] = ⟨F̃_j, G_m⟩
+
+Three autograd nodes carry it. *Publish* sits behind each entry: every merge that reads the entry has an
+edge to it (without a gradient), so its backward runs when all G_m are there. *Merge* stores G_m. *Root*, in
+front of all of them, gets the rows' gradients: parameters need not be where they are read.
+
+Gradients are stored under the row they belong to, never appended: running a layer's forward again to
+recompute it changes nothing. One instance serves one forward pass of one micro-batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from megatron_iiet.ops.backends import get_backend
+
+
+class TransposedMerge:
+    """Merges of one history whose gradients are computed entry by entry.
+
+    Args:
+        rows: the parameters that merges multiply the entries with, each 1-dimensional; any of them may stay
+            unused.
+        backend: a name from :func:`megatron_iiet.ops.resolve_backend`.
+    """
+
+    def __init__(self, rows: Sequence[nn.Parameter], backend: str) -> None:
+        self._backend = get_backend(backend)
+        self._index = {id(row): i for i, row in enumerate(rows)}
+        self._sizes = [row.numel() for row in rows]
+        self._values = torch.zeros(len(rows), max(self._sizes), device=rows[0].device)
+        self._received = torch.zeros_like(self._values)
+        self._counts: dict[int, int] = {}  # entries that a row multiplies, once a merge has read it
+        self._gradients: dict[int, Tensor | None] = {}  # G of a row's merge; None if nobody used the merge
+        self._finished = False
+        # Held by the caller through `root`: if the nodes were reachable from here, the cycle through them
+        # would keep every gradient until the garbage collector comes by.
+        self._rows = list(rows)
+
+    def root(self) -> Tensor:
+        """What every published entry hangs on, [0]."""
+        return cast(Tensor, _Root.apply(self, *self._rows))
+
+    def publish(self, entry: int, increment: Tensor, root: Tensor) -> Tensor:
+        """Entry number ``entry`` of the history as merges must read it: ``increment`` [..., d], unchanged."""
+        return cast(Tensor, _Publish.apply(self, entry, increment, root))
+
+    def merge(
+        self,
+        residual: Tensor | None,
+        entries: Sequence[Tensor],
+        rows: Sequence[nn.Parameter],
+        own: Tensor | None = None,
+    ) -> tuple[Tensor, ...]:
+        """``residual + Σ_j rows[r][j] · entries[j] (+ rows[r][k] · own)``.
+
+        Args:
+            residual: [..., d] or None.
+            entries: the first k published entries, k ≥ 1.
+            rows: R of this history's rows, each read by one merge only.
+            own: [..., d], an increment that is no entry yet; with one row only.
+
+        Returns:
+            tuple: a merge [..., d] for each row.
+        """
+        indices = [self._index[id(row)] for row in rows]
+        k = len(entries)
+        for i, row in zip(indices, rows, strict=True):
+            self._values[i, :k] = row.detach()[:k]
+            self._counts[i] = k
+        own_coefficient = None
+        if own is not None:
+            assert len(rows) == 1, "an increment of its own takes one row"
+            own_coefficient = rows[0].float()[k : k + 1]
+        merged = _Merge.apply(self, indices, residual, own, own_coefficient, *entries)
+        return cast(tuple[Tensor, ...], merged)
+
+    def _forward(
+        self, rows: list[int], residual: Tensor | None, increments: Sequence[Tensor], own: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        coefficients = self._values[_selection(rows), : self._counts[rows[0]]]
+        if len(rows) > 1:
+            return self._backend.merge_norm(residual, increments, coefficients, None, 0.0)[0].unbind()
+        coefficients = coefficients[0] if own is None else torch.cat((coefficients[0], own))
+        return (self._backend.merge_norm(residual, increments, coefficients, None, 0.0)[0],)
+
+    def _store(self, row: int, gradient: Tensor | None) -> None:
+        if self._finished or row in self._gradients:
+            raise RuntimeError(
+                "backward ran through a merge of the history twice (retain_graph=True?); its gradients are "
+                "computed once and not kept. Run the forward pass again, or set ops.history_gradient to "
+                "per_edge"
+            )
+        self._gradients[row] = gradient
+
+    def _collect(self, entry: int, increment: Tensor, direct: Tensor | None) -> Tensor | None:
+        """What entry number ``entry`` receives; notes the rows' gradients on the way."""
+        rows = sorted(row for row, count in self._counts.items() if count > entry)
+        missing = [row for row in rows if row not in self._gradients]
+        if missing:
+            raise RuntimeError(
+                f"entry {entry} of the history was merged by row(s) {missing}, but no gradient came back "
+                "from there: the result was detached or left out of the loss. Set ops.history_gradient to "
+                "per_edge"
+            )
+        used = {row: g for row in rows if (g := self._gradients[row]) is not None}
+        if not used:
+            return direct
+        selection = _selection(list(used))
+        column = self._values[selection, entry]
+        gradient, received = self._backend.transposed_merge(direct, increment, list(used.values()), column)
+        self._received[selection, entry] = received
+        return gradient
+
+    def _finish(self) -> list[Tensor | None]:
+        """The rows' gradients; nothing is kept."""
+        self._finished = True
+        self._gradients.clear()
+        gradients: list[Tensor | None] = []
+        for i, row in enumerate(self._rows):
+            used = i in self._counts
+            gradients.append(self._received[i, : self._sizes[i]].to(row.dtype) if used else None)
+        return gradients
+
+
+def _selection(rows: list[int]) -> slice | list[int]:
+    """An index of ``rows``, in rising order; a slice where one does, which costs no copy to the device."""
+    if rows[-1] - rows[0] + 1 == len(rows):
+        return slice(rows[0], rows[-1] + 1)
+    return rows
+
+
+class _Root(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, merges: TransposedMerge, *rows: Tensor) -> Tensor:
+        ctx.merges = merges
+        ctx.set_materialize_grads(False)
+        return rows[0].new_empty(0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, _: Tensor | None) -> tuple[Tensor | None, ...]:
+        return None, *ctx.merges._finish()
+
+
+class _Publish(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, merges: TransposedMerge, entry: int, increment: Tensor, root: Tensor) -> Tensor:
+        ctx.merges, ctx.entry = merges, entry
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(increment)
+        return increment.view_as(increment)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, direct: Tensor | None) -> tuple[Tensor | None, ...]:
+        (increment,) = ctx.saved_tensors
+        return None, None, ctx.merges._collect(ctx.entry, increment, direct), None
+
+
+class _Merge(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        merges: TransposedMerge,
+        rows: list[int],
+        residual: Tensor | None,
+        own: Tensor | None,
+        own_coefficient: Tensor | None,
+        *entries: Tensor,
+    ) -> tuple[Tensor, ...]:
+        ctx.merges, ctx.rows, ctx.entries = merges, rows, len(entries)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(own, own_coefficient)
+        increments = entries if own is None else (*entries, own)
+        return merges._forward(rows, residual, increments, own_coefficient)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        for row, gradient in zip(ctx.rows, gradients, strict=True):
+            ctx.merges._store(row, gradient)
+        own, own_coefficient = ctx.saved_tensors
+        received = [gradient for gradient in gradients if gradient is not None]
+        for_residual = for_own = for_coefficient = None
+        if received and ctx.needs_input_grad[2]:
+            for_residual = received[0] if len(received) == 1 else torch.stack(received).sum(0)
+        if received and own is not None:
+            (for_own,), for_coefficient = ctx.merges._backend.merge_gradients(
+                received[0], (own,), own_coefficient
+            )
+        return None, None, for_residual, for_own, for_coefficient, *(None,) * ctx.entries
