@@ -1,0 +1,303 @@
+"""``python -m megatron_iiet.doctor`` on this machine and on simulated ones."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_iiet import doctor
+from megatron_iiet.ops import backends
+from megatron_iiet.ops.extension import ExtensionStatus
+
+ROOT = Path(__file__).parents[1]
+BUILD: dict[str, Any] = {
+    "torch": torch.__version__,
+    "python": "3.11.7",
+    "cpu": ["default", "avx2"],
+    "cuda": None,
+    "cuda_targets": [],
+    "no_cuda_because": "no nvcc",
+}
+CUDA_BUILD = BUILD | {"cuda": "13.0", "cuda_targets": ["8.0", "9.0"]}
+
+
+@pytest.fixture(autouse=True)
+def _no_wishes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("ATEN_CPU_CAPABILITY", raising=False)
+    monkeypatch.delenv("CXX", raising=False)
+
+
+def use_extension(monkeypatch: pytest.MonkeyPatch, status: ExtensionStatus, wrong: str | None = None) -> None:
+    """Simulate an extension and what its self-check says."""
+    monkeypatch.setattr(backends, "load_extension", lambda: status)
+    monkeypatch.setattr(backends, "self_check", lambda name, kind: None if name == "reference" else wrong)
+
+
+def use_gpu(monkeypatch: pytest.MonkeyPatch, major: int, minor: int) -> None:
+    """Simulate two GPUs, on which nothing computes."""
+    gpu = SimpleNamespace(name="Fake GPU", major=major, minor=minor, total_memory=80 << 30)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: gpu)
+    monkeypatch.setattr(torch.cuda.nccl, "version", lambda: (2, 27, 5))
+
+
+def diagnose(capsys: pytest.CaptureFixture[str]) -> tuple[int, dict[str, dict[str, str]], str]:
+    """Exit code, lines by subject, verdict."""
+    capsys.readouterr()
+    code = doctor.main(["--json"])
+    report = json.loads(capsys.readouterr().out)
+    lines = [check for checks in report["groups"].values() for check in checks]
+    assert report["ok"] == (code == 0) == all(check["mark"] != "!!" for check in lines)
+    return code, {check["subject"]: check for check in lines}, report["verdict"]
+
+
+def test_here_as_text_and_as_json(capsys: pytest.CaptureFixture[str]) -> None:
+    command = [sys.executable, "-X", "importtime", "-m", "megatron_iiet.doctor"]
+    here = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert here.returncode == 0, here.stdout
+    assert "| megatron_iiet" in here.stderr
+    assert " deepspeed\n" not in here.stderr, "its import takes seconds"
+    lines, words = here.stdout.splitlines(), " ".join(here.stdout.split())
+    assert f"this CPU runs {torch.backends.cpu.get_cpu_capability().lower()}" in words
+
+    code = doctor.main(["--json"])
+    report = json.loads(capsys.readouterr().out)
+    assert (code, report["ok"], report["verdict"]) == (0, True, lines[-1])
+    assert report["verdict"].startswith("Ready to train; ops.backend auto on c")
+    for title, checks in report["groups"].items():
+        assert title in lines
+        for check in checks:
+            line = f"{check['mark']} {check['subject']} {check['finding']} {check['need']}"
+            assert " ".join(line.replace(";", "").split()) in words.replace(";", "")
+    assert {"extension", "instruction sets", "auto on cpu"} <= {
+        check["subject"] for check in report["groups"]["merge_norm"]
+    }
+
+
+def test_a_torch_that_does_not_import_is_reported(tmp_path: Path) -> None:
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").write_text("raise OSError('libcudart.so.13: cannot open')\n")
+    found = subprocess.run(
+        [sys.executable, "-m", "megatron_iiet.doctor"],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert found.returncode == 1, found.stderr
+    assert "!!  torch             does not import: OSError('libcudart.so.13: cannot open')" in found.stdout
+    assert "--  merge_norm        not examined without torch" in found.stdout
+    assert "C++ compiler" in found.stdout
+    assert found.stdout.splitlines()[-1] == "Not ready; see to torch."
+
+
+def test_a_good_extension(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    use_extension(monkeypatch, ExtensionStatus(True, "built and loaded", BUILD))
+    code, lines, verdict = diagnose(capsys)
+    assert code == 0
+    assert lines["extension"]["finding"] == f"built for torch {torch.__version__} with Python 3.11.7"
+    assert lines["instruction sets"]["finding"].startswith("default, avx2; this CPU runs ")
+    assert lines["CUDA targets"]["finding"] == "none: no nvcc"
+    assert lines["auto on cpu"]["finding"].endswith("self-check passed")
+    assert verdict.startswith("Ready to train; ops.backend auto on cpu is cpu: compiled extension")
+
+
+@pytest.mark.parametrize(
+    "status",
+    [
+        ExtensionStatus(False, "the extension is not built (this builds it)"),
+        ExtensionStatus(False, "the extension was built for torch 2.0", BUILD | {"torch": "2.0"}),
+    ],
+    ids=["missing", "of another torch"],
+)
+def test_without_a_fitting_extension_training_runs_on_the_reference(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], status: ExtensionStatus
+) -> None:
+    use_extension(monkeypatch, status)
+    code, lines, verdict = diagnose(capsys)
+    assert code == 0
+    assert lines["extension"]["mark"] == "--"
+    assert lines["extension"]["finding"] == status.reason
+    assert "slower" in lines["extension"]["need"]
+    assert lines["auto on cpu"]["mark"] == "--"
+    reason = status.reason.partition(" (")[0]
+    assert verdict == f"Ready to train; ops.backend auto on cpu is reference: plain torch; {reason}."
+
+
+def test_an_extension_for_this_torch_must_load(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    use_extension(monkeypatch, ExtensionStatus(False, "it does not load: undefined symbol", BUILD))
+    code, lines, verdict = diagnose(capsys)
+    assert (code, lines["extension"]["mark"]) == (1, "!!")
+    assert verdict == "Not ready; see to extension."
+
+
+def test_a_failing_self_check(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    wrong = "it is 3.0e-01 away from plain torch on this device"
+    use_extension(monkeypatch, ExtensionStatus(True, "built and loaded", BUILD), wrong)
+    code, lines, verdict = diagnose(capsys)
+    assert code == 1
+    assert lines["auto on cpu"]["mark"] == "!!"
+    assert wrong in lines["auto on cpu"]["finding"]
+    assert "do not trust its kernels" in lines["auto on cpu"]["need"]
+    assert verdict == "Not ready; see to auto on cpu."
+
+
+def test_a_check_that_raises_is_a_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def load() -> ExtensionStatus:
+        raise KeyError("torch")
+
+    monkeypatch.setattr(backends, "load_extension", load)
+    code, lines, _ = diagnose(capsys)
+    assert code == 1
+    assert lines["merge_norm"]["finding"] == "KeyError('torch')"
+    assert lines["gloo"]["mark"] == "ok"
+
+
+@pytest.mark.parametrize(
+    ("targets", "gpu", "fits"),
+    [
+        ("8.0;9.0", (7, 5), False),
+        ("8.0;9.0", (8, 0), True),
+        ("8.0;9.0", (8, 6), True),
+        ("8.6;9.0", (8, 0), False),
+        ("8.0;9.0", (10, 0), False),
+        ("12.0", (2, 0), False),
+        ("9.0+PTX", (10, 0), True),
+        ("9.0a", (9, 0), True),
+        ("10.0a", (10, 3), False),
+    ],
+)
+def test_gpus_and_the_targets(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    targets: str,
+    gpu: tuple[int, int],
+    fits: bool,
+) -> None:
+    build = CUDA_BUILD | {"cuda_targets": targets.split(";")}
+    use_extension(monkeypatch, ExtensionStatus(True, "built and loaded", build))
+    use_gpu(monkeypatch, *gpu)
+    _, lines, _ = diagnose(capsys)
+    number = f"{gpu[0]}.{gpu[1]}"
+    assert lines["this GPU"]["mark"] == ("ok" if fits else "--")
+    assert number in lines["this GPU"]["finding"]
+    if not fits:
+        assert f"TORCH_CUDA_ARCH_LIST={number} pip install" in lines["this GPU"]["need"]
+
+
+def test_a_gpu_without_kernels(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    wrong = "its self-check on this device failed: no kernel image is available"
+    use_extension(monkeypatch, ExtensionStatus(True, "built and loaded", CUDA_BUILD), wrong)
+    use_gpu(monkeypatch, 7, 5)
+    code, lines, verdict = diagnose(capsys)
+    assert code == 1
+    assert lines["this GPU"]["finding"] == "compute capability 7.5, not among the targets"
+    assert lines["auto on cuda"]["mark"] == "!!"
+    assert lines["GPUs"]["finding"] == "2 x Fake GPU, 80 GiB, compute capability 7.5"
+    assert lines["driver, runtime"]["mark"] == "ok"
+    assert lines["gpus"]["mark"] == "!!", "nothing computes on this GPU"
+    assert "auto on cuda" in verdict
+
+
+def test_a_gpu_and_an_extension_without_cuda(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    use_extension(monkeypatch, ExtensionStatus(True, "built and loaded", BUILD))
+    use_gpu(monkeypatch, 9, 0)
+    _, lines, _ = diagnose(capsys)
+    assert lines["auto on cuda"]["mark"] == "--"
+    assert lines["auto on cuda"]["finding"].startswith("reference: plain torch; ")
+    assert "slower" in lines["CUDA targets"]["need"]
+
+
+def test_a_driver_that_torch_cannot_use(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    driver = tmp_path / "version"
+    driver.write_text("NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  570.86.15  Release Build\n")
+    monkeypatch.setattr(doctor, "DRIVER", driver)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    _, lines, _ = diagnose(capsys)
+    assert "NVIDIA driver 570.86.15" in lines["GPUs"]["finding"]
+    assert "CUDA_VISIBLE_DEVICES=''" in lines["GPUs"]["finding"]
+    assert "does torch fit this driver?" in lines["GPUs"]["need"]
+
+
+def test_no_build_tools(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    use_extension(monkeypatch, ExtensionStatus(True, "built and loaded", BUILD))
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    code, lines, _ = diagnose(capsys)
+    assert code == 0, "training needs none of them"
+    assert lines["C++ compiler"]["mark"] == "--"
+    assert lines["C++ compiler"]["finding"] == "no g++ on PATH"
+    assert lines["nvcc"]["finding"] == f"not in {tmp_path}/bin"
+    assert {lines[name]["mark"] for name in ("ninja", "torchrun", "pdsh", "numactl")} == {"--"}
+
+
+def test_an_old_compiler(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    compiler = tmp_path / "g++"
+    compiler.write_text(
+        "#!/bin/sh\n[ $1 = --version ] && echo 'g++ (GCC) 8.5.0 20210514 (Red Hat)' || echo 8.5.0\n"
+    )
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    _, lines, _ = diagnose(capsys)
+    assert lines["C++ compiler"]["mark"] == "--"
+    assert "8.5.0" in lines["C++ compiler"]["finding"]
+    assert "GCC 10" in lines["C++ compiler"]["need"]
+
+
+def test_packages(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    use_extension(monkeypatch, ExtensionStatus(True, "built and loaded", BUILD))
+    installed = {"megatron-iiet": "0.1.0", "deepspeed": "0.1", "torch": "2.13.0+cu130"}
+    monkeypatch.setattr(
+        doctor.metadata, "requires", lambda name: ["torch==2.13.0", "deepspeed==0.19.8", "numpy"]
+    )
+    monkeypatch.setattr(doctor, "version", lambda name: installed.get(name, "1.0" if name != "numpy" else ""))
+    code, lines, _ = diagnose(capsys)
+    assert lines["pinned versions"]["mark"] == "--"
+    assert lines["pinned versions"]["finding"] == "deepspeed 0.1"
+    assert lines["pinned versions"]["need"] == "tested is 0.19.8; make setup"
+    assert lines["other packages"] == {
+        "mark": "!!", "subject": "other packages", "finding": "numpy", "need": "training needs it; make setup"
+    }  # fmt: skip
+    assert code == 1
+
+    installed.update(numpy="2.0", deepspeed="")
+    code, lines, verdict = diagnose(capsys)
+    assert (code, verdict) == (1, "Not ready; see to deepspeed.")
+
+    installed.update({"deepspeed": "0.19.8", "megatron-iiet": ""})
+    code, lines, _ = diagnose(capsys)
+    assert code == 0
+    assert lines["pinned versions"]["finding"] == "unknown: not installed"
+
+
+def test_a_limited_instruction_set(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    for limit, need in ("avx2", "unset"), ("AVX2", "ignores"):
+        monkeypatch.setenv("ATEN_CPU_CAPABILITY", limit)
+        _, lines, _ = diagnose(capsys)
+        assert f"this CPU runs avx2, with ATEN_CPU_CAPABILITY={limit}" in lines["instruction sets"]["finding"]
+        assert need in lines["instruction sets"]["need"]
