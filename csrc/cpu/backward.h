@@ -32,21 +32,21 @@ inline void increment_tile(const float* gradients, int64_t stride, int64_t R, co
                            int64_t count, const S* increment, const S* next, Dot* dots, S* result) {
   Dot first;
   for_blocks(count, [&](int64_t i, auto extent) __attribute__((always_inline)) {
-    const Block g = read(gradients + i);
+    const Block g = read(gradients + i, extent);  // behind the end are numbers of an earlier tile
     if constexpr (kDots) {
       prefetch(next + i);
       first.add(read(increment + i, extent), g);
     }
     if (!result) return;
     Block total = multiply(coefficients[0], g);
-    for (int64_t r = 1; r < R; ++r) multiply_add(total, coefficients[r * k], read(gradients + r * stride + i));
+    for (int64_t r = 1; r < R; ++r) multiply_add(total, coefficients[r * k], read(gradients + r * stride + i, extent));
     write<kStore>(result + i, total, extent);
   });
   if constexpr (kDots) dots[0].add(first);
   for (int64_t r = 1; kDots && r < R; ++r) {  // the increment comes from the cache now
     Dot dot;
     for_blocks(count, [&](int64_t i, auto extent) __attribute__((always_inline)) {
-      dot.add(read(increment + i, extent), read(gradients + r * stride + i));
+      dot.add(read(increment + i, extent), read(gradients + r * stride + i, extent));
     });
     dots[r * k].add(dot);
   }
@@ -54,7 +54,9 @@ inline void increment_tile(const float* gradients, int64_t stride, int64_t R, co
 
 template <Store kStore, typename S>
 void backward_rows(const BackwardArgs& a, int64_t begin, int64_t end, float* for_weight, float* for_coefficients) {
-  const int64_t T = a.T, h = a.h, R = a.R, k = a.k, group = std::max<int64_t>(1, kTile / h);
+  const int64_t T = a.rows, h = a.hidden, R = a.coefficient_rows, k = a.n_increments;
+  const int64_t group = std::max<int64_t>(1, kTile / h);
+  const auto* weights = static_cast<const float*>(a.norm_weight.data);
   const auto* grad_merged = static_cast<const S*>(a.grad_merged);
   const auto* grad_normed = static_cast<const S*>(a.grad_normed);
   const auto* merged = static_cast<const S*>(a.merged);
@@ -65,7 +67,7 @@ void backward_rows(const BackwardArgs& a, int64_t begin, int64_t end, float* for
   for (int64_t t = begin; t < end; t += group) {
     const int64_t rows = std::min(group, end - t), span = rows * h;
     for (int64_t r = 0; r < R; ++r) {
-      const int64_t at = (r * T + t) * h, of_row = a.weight_per_row ? r * h : 0;
+      const int64_t at = (r * T + t) * h, of_row = a.norm_weight.per_row ? r * h : 0;
       float* tile = gradients.data() + r * stride;
       if (!grad_normed) {
         read_tile(grad_merged + at, span, tile);
@@ -74,7 +76,7 @@ void backward_rows(const BackwardArgs& a, int64_t begin, int64_t end, float* for
       for (int64_t row = 0; row < rows; ++row) {
         const int64_t in = at + row * h;
         norm_gradient_row<kStore>(grad_merged ? grad_merged + in : nullptr, grad_normed + in, merged + in,
-                                  a.rstd[r * T + t + row], a.norm_weight + of_row, h,
+                                  a.rstd[r * T + t + row], weights + of_row, h,
                                   static_cast<S*>(a.grad_base) + in, tile + row * h, for_weight + of_row);
       }
     }
@@ -92,17 +94,18 @@ void backward_rows(const BackwardArgs& a, int64_t begin, int64_t end, float* for
 
 template <typename S>
 void backward(const BackwardArgs& a) {
-  const int64_t weights = a.grad_normed ? (a.weight_per_row ? a.R : 1) * a.h : 0;
-  const int64_t coefficients = a.grad_coefficients ? a.R * a.k : 0;
-  const int64_t P = partial_count(a.T * a.h, a.T);
-  bool stream = may_stream<S>(a.T * a.h, a.h, {a.grad_base});
-  for (int64_t j = 0; a.grad_increments && j < a.k; ++j) {
-    stream = stream && may_stream<S>(a.T * a.h, a.h, {a.grad_increments[j]});
+  const int64_t T = a.rows, h = a.hidden, R = a.coefficient_rows, k = a.n_increments;
+  const int64_t weights = a.grad_normed ? (a.norm_weight.per_row ? R : 1) * h : 0;
+  const int64_t coefficients = a.grad_coefficients ? R * k : 0;
+  const int64_t P = partial_count(T * h, T);
+  bool stream = may_stream<S>(T * h, h, {a.grad_base});
+  for (int64_t j = 0; a.grad_increments && j < k; ++j) {
+    stream = stream && may_stream<S>(T * h, h, {a.grad_increments[j]});
   }
   std::vector<float> for_weight(P * weights), for_coefficients(P * coefficients);
   at::parallel_for(0, P, 1, [&](int64_t first, int64_t last) {
     for (int64_t p = first; p < last; ++p) {
-      const int64_t begin = a.T * p / P, end = a.T * (p + 1) / P;
+      const int64_t begin = T * p / P, end = T * (p + 1) / P;
       float* weight = for_weight.data() + p * weights;
       float* coefficient = coefficients ? for_coefficients.data() + p * coefficients : nullptr;
       stream ? backward_rows<Store::kStreaming, S>(a, begin, end, weight, coefficient)

@@ -11,25 +11,29 @@ inline float reciprocal_rms(const float* row, int64_t h, float eps) {
 }
 
 template <Store kStore, typename S>
-inline void norm_row(const float* row, const float* weight, float rstd, int64_t h, S* normed) {
+inline void norm_row(const float* row, const float* weight, float rstd, int64_t h, S* normed, const S* ahead) {
   for_blocks(h, [&](int64_t i, auto extent) __attribute__((always_inline)) {
+    if (ahead) prefetch(ahead + i);
     write<kStore>(normed + i, multiply(multiply(rstd, read(row + i, extent)), read(weight + i, extent)), extent);
   });
 }
 
 template <Store kStore, typename S>
 void forward_rows(const ForwardArgs& a, int64_t begin, int64_t end) {
-  const int64_t T = a.T, h = a.h, R = a.R, group = std::max<int64_t>(1, kTile / h);
+  const int64_t T = a.rows, h = a.hidden, R = a.coefficient_rows, k = a.n_increments;
+  const int64_t group = std::max<int64_t>(1, kTile / h);
+  const auto* weights = static_cast<const float*>(a.norm_weight.data);
   const auto* residual = static_cast<const S*>(a.residual);
   auto* const* increments = reinterpret_cast<const S* const*>(a.increments);
   std::vector<float> sums(whole_blocks(group * h));
+  const std::vector<float> ones(a.coefficients ? 0 : k, 1.f);  // added with a multiplication by one, which is exact
   for (int64_t t = begin; t < end; t += group) {
     const int64_t rows = std::min(group, end - t), span = rows * h;
     for (int64_t r = 0; r < R; ++r) {
       const int64_t of_row = r * T * h;
-      if (a.k == 0) read_tile(residual + t * h, span, sums.data());
-      for (int64_t i = 0; a.k > 0 && i < span; i += kTile) {  // more than once only if a row is longer than a tile
-        const TileSum<S> tile{residual, increments, a.k, a.coefficients + r * a.k,
+      if (k == 0) read_tile(residual + t * h, span, sums.data());
+      for (int64_t i = 0; k > 0 && i < span; i += kTile) {  // more than once only if a row is longer than a tile
+        const TileSum<S> tile{residual, a.normed ? nullptr : residual, increments, k, a.coefficients ? a.coefficients + r * k : ones.data(),
                               static_cast<S*>(a.merged) + of_row, sums.data() + i, nullptr, nullptr};
         sum_tile<false, kStore>(tile, t * h + i, std::min(kTile, span - i));
       }
@@ -37,8 +41,9 @@ void forward_rows(const ForwardArgs& a, int64_t begin, int64_t end) {
         const float* of_stream = sums.data() + row * h;
         const float rstd = reciprocal_rms(of_stream, h, a.eps);
         a.rstd[r * T + t + row] = rstd;
-        norm_row<kStore>(of_stream, a.norm_weight + (a.weight_per_row ? r * h : 0), rstd, h,
-                         static_cast<S*>(a.normed) + of_row + (t + row) * h);
+        norm_row<kStore>(of_stream, weights + (a.norm_weight.per_row ? r * h : 0), rstd, h,
+                         static_cast<S*>(a.normed) + of_row + (t + row) * h,
+                         residual ? residual + (t + row) * h + span : nullptr);
       }
     }
   }
@@ -47,9 +52,9 @@ void forward_rows(const ForwardArgs& a, int64_t begin, int64_t end) {
 
 template <typename S>
 void forward(const ForwardArgs& a) {
-  const bool stream = may_stream<S>(a.T * a.h, a.h, {a.merged, a.normed});
-  const int64_t grain = std::max<int64_t>(1, kElementsPerPartial / (a.h * (a.k + 1)));
-  at::parallel_for(0, a.T, grain, [&](int64_t begin, int64_t end) {
+  const bool stream = may_stream<S>(a.rows * a.hidden, a.hidden, {a.merged, a.normed});
+  const int64_t grain = std::max<int64_t>(1, kElementsPerPartial / (a.hidden * (a.n_increments + 1)));
+  at::parallel_for(0, a.rows, grain, [&](int64_t begin, int64_t end) {
     stream ? forward_rows<Store::kStreaming, S>(a, begin, end) : forward_rows<Store::kCached, S>(a, begin, end);
   });
 }

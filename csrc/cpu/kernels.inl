@@ -27,9 +27,9 @@ namespace MERGE_NORM_NAMESPACE {
 template <typename Args, void (*kFloat)(const Args&), void (*kBf16)(const Args&), void (*kHalf)(const Args&)>
 void by_storage(const Args& a) {
   switch (a.storage) {
-    case Storage::kFloat: return kFloat(a);
-    case Storage::kBFloat16: return kBf16(a);
-    case Storage::kHalf: return kHalf(a);
+    case Storage::float32: return kFloat(a);
+    case Storage::bfloat16: return kBf16(a);
+    case Storage::float16: return kHalf(a);
   }
 }
 

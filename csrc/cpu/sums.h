@@ -53,6 +53,7 @@ MERGE_NORM_INLINE void prefetch(const S* p) {
 template <typename S>
 struct TileSum {
   const S* start;             // what the sum starts from, or null for zeros
+  const S* ahead;             // start, where its next tile is to be prefetched meanwhile
   const S* const* slabs;      // k pointers
   int64_t k;
   const float* coefficients;  // [k]
@@ -80,7 +81,7 @@ inline void add_group(const TileSum<S>& tile, int64_t first, int64_t at, int64_t
     Block total = !starts ? read(tile.sums + i) : tile.start ? read(tile.start + at + i, extent) : zeros();
     Block with;
     if constexpr (kDots) with = read(tile.with + i);
-    if (starts && tile.start) prefetch(tile.start + at + count + i);
+    if (starts && tile.ahead) prefetch(tile.ahead + at + count + i);
     MERGE_NORM_UNROLL for (int g = 0; g < kSlabs; ++g) {
       prefetch(next[g] + i);
       const Block slab = read(slabs[g] + i, extent);

@@ -39,9 +39,12 @@ def load_extension() -> ExtensionStatus:
     note = _PACKAGE / "_extension.json"
     if not libraries or not note.exists():
         return ExtensionStatus(False, f"the extension is not built ({REBUILD})")
-    build = json.loads(note.read_text())
-    if build["torch"] != torch.__version__:
+    try:
+        build = json.loads(note.read_text())
         built, here = build["torch"], torch.__version__
+    except (OSError, ValueError, KeyError) as error:
+        return ExtensionStatus(False, f"{note.name} is damaged: {error!r} ({REBUILD} anew)")
+    if built != here:
         reason = f"the extension was built for torch {built}, this is {here} ({REBUILD} anew)"
         return ExtensionStatus(False, reason, build)
     try:
@@ -58,6 +61,22 @@ def _describe_operators() -> None:
     torch.library.register_fake("megatron_iiet::merge_norm_backward", _fake_merge_norm_backward)
     torch.library.register_fake("megatron_iiet::transposed_merge", _fake_transposed_merge)
     torch.library.register_autograd("megatron_iiet::merge_norm", _backward, setup_context=_setup_context)
+    for name in ("merge_norm_backward", "transposed_merge"):
+        torch.library.register_autograd(f"megatron_iiet::{name}", _no_second_derivative)
+
+
+def _no_second_derivative(*_: Any) -> None:
+    raise RuntimeError("merge_norm has no second derivatives (create_graph=True); use the reference backend")
+
+
+def _check_devices(like: Tensor, **tensors: Tensor | Sequence[Tensor] | None) -> None:
+    """Fake kernels stand in for the real ones when any argument is on the meta device."""
+    for name, value in tensors.items():
+        one = value is None or isinstance(value, Tensor)
+        named = {name: value} if one else {f"{name}[{i}]": t for i, t in enumerate(value or ())}
+        for each, t in named.items():
+            if isinstance(t, Tensor) and t.device != like.device:
+                raise ValueError(f"{each} is on {t.device}, expected {like.device}")
 
 
 def _fake_merge_norm(
@@ -68,6 +87,7 @@ def _fake_merge_norm(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     like = increments[0] if residual is None else residual
+    _check_devices(like, increments=increments, coefficients=coefficients, norm_weight=norm_weight)
     shape: tuple[Any, ...] = like.shape  # of symbols where torch.compile asks
     if coefficients is not None and coefficients.dim() == 2:
         shape = (coefficients.shape[0], *shape)
@@ -91,6 +111,8 @@ def _fake_merge_norm_backward(
 ) -> tuple[Tensor, Tensor, list[Tensor], Tensor]:
     like = grad_normed if grad_merged is None else grad_merged
     assert like is not None
+    _check_devices(like, grad_normed=grad_normed, merged=merged, rstd=rstd, norm_weight=norm_weight)
+    _check_devices(like, increments=increments, coefficients=coefficients)
     none32 = like.new_empty(0, dtype=torch.float32)
     scaled = coefficients is not None
     return (
@@ -112,6 +134,7 @@ def _fake_transposed_merge(
     coefficients: Tensor,
     want_coefficients: bool,
 ) -> tuple[Tensor, Tensor]:
+    _check_devices(increment, direct=direct, gradients=gradients, coefficients=coefficients)
     wanted = len(gradients) if want_coefficients else 0
     return increment.new_empty(increment.shape), increment.new_empty(wanted, dtype=torch.float32)
 

@@ -17,12 +17,12 @@ recompute it changes nothing. One instance serves one forward pass of one micro-
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import wraps
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from megatron_iiet.ops.backends import get_backend
 
@@ -40,7 +40,7 @@ class TransposedMerge:
         self._backend = get_backend(backend)
         self._index = {id(row): i for i, row in enumerate(rows)}
         self._sizes = [row.numel() for row in rows]
-        self._values = torch.zeros(len(rows), max(self._sizes), device=rows[0].device)
+        self._values = torch.zeros(len(rows), max(self._sizes), dtype=torch.float32, device=rows[0].device)
         self._received = torch.zeros_like(self._values)
         self._counts: dict[int, int] = {}  # entries that a row multiplies, once a merge has read it
         self._gradients: dict[int, Tensor | None] = {}  # G of a row's merge; None if nobody used the merge
@@ -136,10 +136,25 @@ class TransposedMerge:
 
 
 def _selection(rows: list[int]) -> slice | list[int]:
-    """An index of ``rows``, in rising order; a slice where one does, which costs no copy to the device."""
-    if rows[-1] - rows[0] + 1 == len(rows):
+    """An index of ``rows``; a slice where one does, which costs no copy to the device."""
+    if rows == list(range(rows[0], rows[-1] + 1)):
         return slice(rows[0], rows[-1] + 1)
     return rows
+
+
+def _first_derivative(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Refuses ``create_graph=True``: what is stored on the way has no graph, and would pass for constant."""
+
+    @wraps(backward)
+    def checked(ctx: Any, *gradients: Tensor | None) -> Any:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "a merge of the history has no second derivatives (create_graph=True) with "
+                "ops.history_gradient transposed; set it to per_edge and ops.backend to reference"
+            )
+        return backward(ctx, *gradients)
+
+    return checked
 
 
 class _Root(torch.autograd.Function):
@@ -150,7 +165,7 @@ class _Root(torch.autograd.Function):
         return rows[0].new_empty(0)
 
     @staticmethod
-    @once_differentiable
+    @_first_derivative
     def backward(ctx: Any, _: Tensor | None) -> tuple[Tensor | None, ...]:
         return None, *ctx.merges._finish()
 
@@ -164,7 +179,7 @@ class _Publish(torch.autograd.Function):
         return increment.view_as(increment)
 
     @staticmethod
-    @once_differentiable
+    @_first_derivative
     def backward(ctx: Any, direct: Tensor | None) -> tuple[Tensor | None, ...]:
         (increment,) = ctx.saved_tensors
         return None, None, ctx.merges._collect(ctx.entry, increment, direct), None
@@ -188,7 +203,7 @@ class _Merge(torch.autograd.Function):
         return merges._forward(rows, residual, increments, own_coefficient)
 
     @staticmethod
-    @once_differentiable
+    @_first_derivative
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         for row, gradient in zip(ctx.rows, gradients, strict=True):
             ctx.merges._store(row, gradient)
