@@ -23,9 +23,10 @@ def main() -> None:
     from megatron_iiet import models
     from megatron_iiet.data.tokenizer import load_tokenizer
     from megatron_iiet.evaluation.sampling import sample_text
+    from megatron_iiet.ops import resolve_backend
 
     try:
-        model = models.load(arguments.model)
+        model = models.load(arguments.model, backend=resolve_backend("auto")[0])
         tokenizer = load_tokenizer(
             arguments.tokenizer or Path(arguments.model) / Path(model.config.data.tokenizer).name
         )

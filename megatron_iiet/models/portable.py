@@ -62,8 +62,10 @@ def save(
     sync_folder(folder.parent)
 
 
-def load(folder: str | Path) -> Transformer:
-    """The model of a folder that :func:`save` wrote, in fp32 and evaluation mode.
+def load(folder: str | Path, *, backend: str = "reference") -> Transformer:
+    """The model of a folder that :func:`save` wrote, in fp32 and evaluation mode, on the CPU.
+
+    ``backend`` is a name from :func:`megatron_iiet.ops.resolve_backend` for the device where it will run.
 
     Called on token ids [B, T] it returns logits [B, T, V]; layer n holds its merge coefficients as
     ``layers.{n}.solver.coefficients`` ([n + 1], fp32).
@@ -80,7 +82,7 @@ def load(folder: str | Path) -> Transformer:
             )
     config = config_from_file(folder / CONFIG_FILE)
     config.training.recompute = "off"
-    model = Transformer.on_meta(config)
+    model = Transformer.on_meta(config, backend)
     try:
         state = load_file(folder / WEIGHTS_FILE)
     except (SafetensorError, OSError) as error:

@@ -107,10 +107,10 @@ class Transformer(nn.Module):
         parallel.sum_replicated_gradients(self)
 
     @classmethod
-    def on_meta(cls, config: RunConfig) -> Transformer:
+    def on_meta(cls, config: RunConfig, backend: str = "reference") -> Transformer:
         """The whole model without memory: its counts, FLOPs and iterations."""
         with torch.device("meta"):
-            return cls(config)
+            return cls(config, backend=backend)
 
     @property
     def solvers(self) -> dict[int, Solver]:
