@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import cast
+from weakref import WeakMethod
 
 import torch
 from torch import Tensor, nn
@@ -38,10 +40,10 @@ class History:
                 by merge.
         """
         self.backend = backend
-        self._entries: list[Tensor] = []
+        self._entries: list[Tensor | None] = []
         self._merges: TransposedMerge | None = None
         if transposed and rows and torch.is_grad_enabled():
-            self._merges = TransposedMerge(rows, backend)
+            self._merges = TransposedMerge(rows, backend, WeakMethod(self._release))
             self._root = self._merges.root()
         for entry in entries:
             self.append(entry)
@@ -52,7 +54,16 @@ class History:
     def first(self, count: int) -> list[Tensor]:
         """The first ``count`` entries, to hand on to the next pipeline stage."""
         assert count <= len(self._entries)
-        return self._entries[:count]
+        return self._read(count)
+
+    def _read(self, count: int) -> list[Tensor]:
+        entries = self._entries[:count]
+        assert all(entry is not None for entry in entries), "an entry is read after its gradient was computed"
+        return cast(list[Tensor], entries)
+
+    def _release(self, entry: int) -> None:
+        """Layers that wait to be recomputed hold the history, and need only what lies before them."""
+        self._entries[entry] = None
 
     def append(self, increment: Tensor) -> None:
         """Keep a layer's increment, [B, T, d]."""
@@ -77,7 +88,7 @@ class History:
         assert count <= len(self._entries), (
             f"merge of {count} entries, but the history holds {len(self._entries)}"
         )
-        entries = self._entries[:count]
+        entries = self._read(count)
         if self._merges is not None and entries and torch.is_grad_enabled():
             return self._merges.merge(residual, entries, rows, own)
         increments = entries if own is None else [*entries, own]

@@ -20,6 +20,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any, cast
+from weakref import WeakMethod
 
 import torch
 from torch import Tensor, nn
@@ -34,10 +35,18 @@ class TransposedMerge:
         rows: the parameters that merges multiply the entries with, each 1-dimensional; any of them may stay
             unused.
         backend: a name from :func:`megatron_iiet.ops.resolve_backend`.
+        release: called with an entry's number when nothing will read it any more. A weak method: its owner
+            holds entries, which hold this.
     """
 
-    def __init__(self, rows: Sequence[nn.Parameter], backend: str) -> None:
+    def __init__(
+        self,
+        rows: Sequence[nn.Parameter],
+        backend: str,
+        release: WeakMethod[Callable[[int], None]] | None = None,
+    ) -> None:
         self._backend = get_backend(backend)
+        self._release = release
         self._index = {id(row): i for i, row in enumerate(rows)}
         self._sizes = [row.numel() for row in rows]
         self._values = torch.zeros(len(rows), max(self._sizes), dtype=torch.float32, device=rows[0].device)
@@ -182,7 +191,11 @@ class _Publish(torch.autograd.Function):
     @_first_derivative
     def backward(ctx: Any, direct: Tensor | None) -> tuple[Tensor | None, ...]:
         (increment,) = ctx.saved_tensors
-        return None, None, ctx.merges._collect(ctx.entry, increment, direct), None
+        gradient = ctx.merges._collect(ctx.entry, increment, direct)
+        release = ctx.merges._release and ctx.merges._release()
+        if release:
+            release(ctx.entry)
+        return None, None, gradient, None
 
 
 class _Merge(torch.autograd.Function):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import pytest
@@ -180,3 +181,19 @@ def test_history_reads_by_index() -> None:
     with pytest.raises(AssertionError, match="merge of 4 entries, but the history holds 3"):
         history.merge(None, (row,), 4)
     assert len(History(entries[0])) == 1
+
+
+def test_history_releases_what_nothing_reads_any_more() -> None:
+    """Layers that wait to be recomputed hold the whole history; it must not hold all increments for them."""
+    row = nn.Parameter(torch.ones(3))
+    history = History(rows=[row], transposed=True)
+    for _ in range(2):
+        history.append(torch.randn(1, 2, 3, requires_grad=True))
+    (merged,) = history.merge(None, (row,), 2)
+    published = [weakref.ref(entry) for entry in history.first(2)]
+    merged.sum().backward()
+    del merged
+    assert [entry() for entry in published] == [None, None]
+    assert len(history) == 2
+    with pytest.raises(AssertionError, match="after its gradient"):
+        history.first(1)

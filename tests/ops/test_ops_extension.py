@@ -468,6 +468,17 @@ def test_nan_and_inf_propagate(ops: Any, bad: float, dtype: torch.dtype) -> None
         assert not products[1].isfinite()
 
 
+@pytest.mark.parametrize("dtype", STORAGE)
+def test_a_nan_of_any_bits_stays_one(ops: Any, dtype: torch.dtype) -> None:
+    """Rounded as a number is, one with all bits set would become zero, one with few of them infinite."""
+    bits = torch.tensor([0x7FC00000, 0x7FFFFFFF, 0x7F800001, -1, -0x3FFFFF], dtype=torch.int32)
+    one = torch.ones(2, 150, dtype=dtype)
+    for nan in bits.view(fp32):
+        assert nan.isnan()
+        assert ops.merge_norm(one, [one], nan.view(1), None, EPS)[0].isnan().all()
+        assert ops.transposed_merge(one, one, [one], nan.view(1), True)[0].isnan().all()
+
+
 @pytest.mark.parametrize("normed", [True, False])
 def test_one_infinite_gradient_makes_an_infinite_product(ops: Any, normed: bool) -> None:
     """Not a NaN: nobody multiplies it with the zeros behind a row's end, or again with a later row's."""
