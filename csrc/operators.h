@@ -145,7 +145,7 @@ std::tuple<Tensor, Tensor, Tensor> merge_norm(const OptionalTensor& residual, at
   Tensor merged = at::empty(k > 0 ? all : none, like.options());
   Tensor normed = at::empty(norm_weight ? all : none, like.options());
   Tensor rstd = at::empty(norm_weight ? rows : none, fp32);
-  if (like.numel() == 0 || R == 0) return {merged, normed, rstd};
+  if (like.numel() == 0 || R == 0) return {merged, normed, rstd.zero_()};
 
   const OptionalTensor base = contiguous(residual), row = contiguous(coefficients);
   const OptionalTensor weight = contiguous_weight<Device>(norm_weight);

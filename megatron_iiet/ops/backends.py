@@ -58,13 +58,21 @@ def unavailable(name: str) -> str | None:
     return None
 
 
-@cache
+_READY: dict[str, Backend] = {}  # a dictionary and no @cache: torch.compile looks into functions, past caches
+
+
 def get_backend(name: str) -> Backend:
     """The backend called ``name``.
 
     Raises:
         ValueError: there is none of that name, or it cannot run here.
     """
+    if name not in _READY:
+        _READY[name] = _make_backend(name)
+    return _READY[name]
+
+
+def _make_backend(name: str) -> Backend:
     if name not in NAMES:
         raise ValueError(f"backend is '{name}', expected one of {', '.join(NAMES)}")
     reason = unavailable(name)

@@ -131,6 +131,8 @@ class TransposedMerge:
         column = self._values[selection, entry]
         gradient, received = self._backend.transposed_merge(direct, increment, list(used.values()), column)
         self._received[selection, entry] = received
+        if entry == 0 and not any(row.requires_grad for row in self._rows):
+            self._finish()  # nobody asks for the rows' gradients
         return gradient
 
     def _finish(self) -> list[Tensor | None]:
