@@ -51,13 +51,14 @@ MERGE_NORM_INLINE std::tuple<Vf, Vf> widen(const Bf16s& packed) {
           _mm512_castsi512_ps(_mm512_maskz_permutexvar_epi16(upper, word_order(16), words))};
 }
 
-// Nearest bf16, ties to even, in the upper half of each lane; NaN stays NaN.
+// Nearest bf16, ties to even, in the upper half of each lane. A NaN is left as it is: arithmetic made it, so it is
+// quiet and its upper half a NaN too.
 MERGE_NORM_INLINE __m512i round_to_bf16(__m512 value) {
   const __m512i bits = _mm512_castps_si512(value);
-  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
-  const __mmask16 nan = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
-  return _mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc00000));
+  const __mmask16 number = _mm512_cmp_ps_mask(value, value, _CMP_ORD_Q);
+  const __mmask16 odd = _mm512_mask_test_epi32_mask(number, bits, _mm512_set1_epi32(0x10000));
+  const __m512i raised = _mm512_mask_add_epi32(bits, number, bits, _mm512_set1_epi32(0x7fff));
+  return _mm512_mask_sub_epi32(raised, odd, raised, _mm512_set1_epi32(-1));
 }
 
 MERGE_NORM_INLINE void narrow(const Vf& low, const Vf& high, Bf16s& packed) {

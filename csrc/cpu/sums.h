@@ -2,7 +2,7 @@
 
 // Elements of a tile, and slabs read side by side.
 constexpr int64_t kTile = 2048;
-constexpr int kGroup = 4;
+constexpr int64_t kGroup = 6;
 // Slabs of more bytes than this are written past the cache: they would not be in it when they are read again.
 constexpr int64_t kStreamingBytes = 4 << 20;
 // Elements that one partial sum covers, and the most partial sums there are: fixed, so that a sum is the same
@@ -69,19 +69,22 @@ inline void add_group(const TileSum<S>& tile, int64_t first, int64_t at, int64_t
   const bool starts = first == 0, ends = first + kSlabs == tile.k;
   // Read next: the following group, or the first one of the next tile.
   const int64_t next_at = ends ? at + count : at;
-  const S *slabs[kSlabs], *next[kSlabs];
+  const S *slabs[kSlabs], *next[kSlabs + 1];  // a group has at most one slab more than the one before or after
   float coefficients[kSlabs];
   Dot dots[kSlabs];
   MERGE_NORM_UNROLL for (int g = 0; g < kSlabs; ++g) {
     slabs[g] = tile.slabs[first + g] + at;
-    next[g] = tile.slabs[ends ? std::min<int64_t>(g, tile.k - 1) : std::min(first + kSlabs + g, tile.k - 1)] + next_at;
     coefficients[g] = tile.coefficients[first + g];
+  }
+  MERGE_NORM_UNROLL for (int g = 0; g <= kSlabs; ++g) {
+    next[g] = tile.slabs[std::min<int64_t>(ends ? g : first + kSlabs + g, tile.k - 1)] + next_at;
   }
   for_blocks(count, [&](int64_t i, auto extent) __attribute__((always_inline)) {
     Block total = !starts ? read(tile.sums + i) : tile.start ? read(tile.start + at + i, extent) : zeros();
     Block with;
     if constexpr (kDots) with = read(tile.with + i);
     if (starts && tile.ahead) prefetch(tile.ahead + at + count + i);
+    if (next[kSlabs] != next[kSlabs - 1]) prefetch(next[kSlabs] + i);
     MERGE_NORM_UNROLL for (int g = 0; g < kSlabs; ++g) {
       prefetch(next[g] + i);
       const Block slab = read(slabs[g] + i, extent);
@@ -96,14 +99,19 @@ inline void add_group(const TileSum<S>& tile, int64_t first, int64_t at, int64_t
   }
 }
 
+// All of them, in groups of as equal a size as there can be.
 template <bool kDots, Store kStore, typename S>
 inline void sum_tile(const TileSum<S>& tile, int64_t at, int64_t count) {
-  for (int64_t j = 0; j < tile.k; j += kGroup) {
-    switch (std::min<int64_t>(kGroup, tile.k - j)) {
-      case 1: add_group<1, kDots, kStore>(tile, j, at, count); break;
-      case 2: add_group<2, kDots, kStore>(tile, j, at, count); break;
-      case 3: add_group<3, kDots, kStore>(tile, j, at, count); break;
-      default: add_group<4, kDots, kStore>(tile, j, at, count);
+  int64_t groups = (tile.k + kGroup - 1) / kGroup;
+  for (int64_t first = 0, slabs; groups > 0; first += slabs, --groups) {
+    slabs = (tile.k - first) / groups;
+    switch (slabs) {
+      case 1: add_group<1, kDots, kStore>(tile, first, at, count); break;
+      case 2: add_group<2, kDots, kStore>(tile, first, at, count); break;
+      case 3: add_group<3, kDots, kStore>(tile, first, at, count); break;
+      case 4: add_group<4, kDots, kStore>(tile, first, at, count); break;
+      case 5: add_group<5, kDots, kStore>(tile, first, at, count); break;
+      default: add_group<6, kDots, kStore>(tile, first, at, count);
     }
   }
 }
