@@ -5,8 +5,8 @@ Four comparisons, each with its peer in the same rounds:
 
     forward             a copy that moves the same bytes (the limit of the memory)
     forward, backward   plain eager torch, and torch.compile of the same expression compiled for this n
-    all layers          the backward pass of 24 layers' merges: transposed against the same operator with one
-                        gradient per edge
+    all layers          24 layers' merges: transposed gradients against the same operator with one gradient
+                        per edge, and against plain torch
     training step       (--step) a whole step of IIET r = 3, 12 layers, d = 512: this backend against
     `reference`
 
@@ -207,18 +207,20 @@ class Leaves(NamedTuple):
     increments: list[Tensor]
 
 
-def _backward_of_layers(leaves: Leaves, transposed: bool, backend: str) -> Callable[[], float]:
+def _layers(leaves: Leaves, transposed: bool, backend: str, *, both: bool) -> Callable[[], float]:
+    """Seconds of the backward pass, or of forward and backward."""
     gradient = torch.randn_like(leaves.start)
 
     def run() -> float:
+        start = time.perf_counter()
         history = History(rows=leaves.coefficients, backend=backend, transposed=transposed)
         y = leaves.start
         for n, (row, increment) in enumerate(zip(leaves.coefficients, leaves.increments, strict=True)):
             (y,) = history.merge(y, (row,), n, own=increment)
             history.append(increment)
-        begin = time.perf_counter()
+        middle = time.perf_counter()
         y.backward(gradient)
-        seconds = time.perf_counter() - begin
+        seconds = time.perf_counter() - (start if both else middle)
         for leaf in (*leaves.coefficients, leaves.start, *leaves.increments):
             leaf.grad = None
         return seconds
@@ -236,22 +238,23 @@ def _listed(ms: dict[str, float], ratios: dict[str, float]) -> str:
 def all_layers(arguments: argparse.Namespace, layers: int = 24) -> list[dict[str, Any]]:
     """The merges of a whole model, nothing between them."""
     rows = []
-    print(f"\nbackward of the merges of {layers} layers, {arguments.tokens} x {arguments.width}; ms")
+    print(f"\nthe merges of {layers} layers, {arguments.tokens} x {arguments.width}; ms")
     for name, dtype in DTYPES.items():
         torch.manual_seed(0)
         coefficients = [nn.Parameter(torch.randn(n + 1) / layers) for n in range(layers)]
         shape = (arguments.tokens, arguments.width)
         increments = [torch.randn(shape).to(dtype).requires_grad_() for _ in range(layers)]
         leaves = Leaves(coefficients, torch.randn(shape).to(dtype).requires_grad_(), increments)
-        contenders = {
-            "transposed": _backward_of_layers(leaves, True, "cpu"),
-            "per edge": _backward_of_layers(leaves, False, "cpu"),
-            "per edge, plain torch": _backward_of_layers(leaves, False, "reference"),
-        }
-        ms = race(contenders, max(3, arguments.rounds // 5))
-        ratios = {key: ms[key] / ms["transposed"] for key in list(ms)[1:]}
-        print(f"{name}: {_listed(ms, ratios)}", flush=True)
-        rows.append({"dtype": name, "ms": ms, "times faster": ratios})
+        for both, what in ((False, "backward"), (True, "forward + backward")):
+            contenders = {
+                "transposed": _layers(leaves, True, "cpu", both=both),
+                "per edge": _layers(leaves, False, "cpu", both=both),
+                "per edge, plain torch": _layers(leaves, False, "reference", both=both),
+            }
+            ms = race(contenders, max(3, arguments.rounds // 5))
+            ratios = {key: ms[key] / ms["transposed"] for key in list(ms)[1:]}
+            print(f"{name} {what}: {_listed(ms, ratios)}", flush=True)
+            rows.append({"dtype": name, "what": what, "ms": ms, "times faster": ratios})
     return rows
 
 

@@ -6,12 +6,12 @@ template <Store kStore, typename S>
 inline void norm_gradient_row(const S* grad_merged, const S* grad_normed, const S* merged, float rstd,
                               const float* weight, int64_t h, S* result, float* gradient, float* for_weight) {
   Block products = zeros();
-  for_blocks(h, [&](int64_t i, auto extent) __attribute__((always_inline)) {
+  for_blocks(h, [&](int64_t i, auto extent) MERGE_NORM_ALWAYS {
     if (grad_merged) prefetch(grad_merged + i);
     multiply_add(products, multiply(read(grad_normed + i, extent), read(weight + i, extent)), read(merged + i, extent));
   });
   const float pull = -rstd * rstd * rstd * (sum(products) / static_cast<float>(h));
-  for_blocks(h, [&](int64_t i, auto extent) __attribute__((always_inline)) {
+  for_blocks(h, [&](int64_t i, auto extent) MERGE_NORM_ALWAYS {
     prefetch(grad_normed + h + i);  // the next row's
     prefetch(merged + h + i);
     const Block scaled = multiply(rstd, read(grad_normed + i, extent)), m = read(merged + i, extent);
@@ -31,7 +31,7 @@ template <Store kStore, bool kDots, typename S>
 inline void increment_tile(const float* gradients, int64_t stride, int64_t R, const float* coefficients, int64_t k,
                            int64_t count, const S* increment, const S* next, Dot* dots, S* result) {
   Dot first;
-  for_blocks(count, [&](int64_t i, auto extent) __attribute__((always_inline)) {
+  for_blocks(count, [&](int64_t i, auto extent) MERGE_NORM_ALWAYS {
     const Block g = read(gradients + i, extent);  // behind the end are numbers of an earlier tile
     if constexpr (kDots) {
       prefetch(next + i);
@@ -45,7 +45,7 @@ inline void increment_tile(const float* gradients, int64_t stride, int64_t R, co
   if constexpr (kDots) dots[0].add(first);
   for (int64_t r = 1; kDots && r < R; ++r) {  // the increment comes from the cache now
     Dot dot;
-    for_blocks(count, [&](int64_t i, auto extent) __attribute__((always_inline)) {
+    for_blocks(count, [&](int64_t i, auto extent) MERGE_NORM_ALWAYS {
       dot.add(read(increment + i, extent), read(gradients + r * stride + i, extent));
     });
     dots[r * k].add(dot);

@@ -2,7 +2,9 @@
 //
 // Included once per instruction set, inside its namespace (see kernels.inl).
 
-#define MERGE_NORM_INLINE inline __attribute__((always_inline))
+// Blocks must stay in registers, which a call would empty.
+#define MERGE_NORM_ALWAYS __attribute__((always_inline))
+#define MERGE_NORM_INLINE inline MERGE_NORM_ALWAYS
 #define MERGE_NORM_UNROLL _Pragma("GCC unroll 8")
 
 using Vf = at::vec::Vectorized<float>;

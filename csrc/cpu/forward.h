@@ -3,7 +3,7 @@
 // 1 / rms of a row.
 inline float reciprocal_rms(const float* row, int64_t h, float eps) {
   Block squares = zeros();
-  for_blocks(h, [&](int64_t i, auto extent) __attribute__((always_inline)) {
+  for_blocks(h, [&](int64_t i, auto extent) MERGE_NORM_ALWAYS {
     const Block b = read(row + i, extent);
     multiply_add(squares, b, b);
   });
@@ -12,7 +12,7 @@ inline float reciprocal_rms(const float* row, int64_t h, float eps) {
 
 template <Store kStore, typename S>
 inline void norm_row(const float* row, const float* weight, float rstd, int64_t h, S* normed, const S* ahead) {
-  for_blocks(h, [&](int64_t i, auto extent) __attribute__((always_inline)) {
+  for_blocks(h, [&](int64_t i, auto extent) MERGE_NORM_ALWAYS {
     if (ahead) prefetch(ahead + i);
     write<kStore>(normed + i, multiply(multiply(rstd, read(row + i, extent)), read(weight + i, extent)), extent);
   });
@@ -26,15 +26,23 @@ void forward_rows(const ForwardArgs& a, int64_t begin, int64_t end) {
   const auto* residual = static_cast<const S*>(a.residual);
   auto* const* increments = reinterpret_cast<const S* const*>(a.increments);
   std::vector<float> sums(whole_blocks(group * h));
-  const std::vector<float> ones(a.coefficients ? 0 : k, 1.f);  // added with a multiplication by one, which is exact
+  const std::vector<float> ones(a.coefficients ? 0 : k, 1.f);  // multiplying by one is exact
   for (int64_t t = begin; t < end; t += group) {
     const int64_t rows = std::min(group, end - t), span = rows * h;
     for (int64_t r = 0; r < R; ++r) {
       const int64_t of_row = r * T * h;
       if (k == 0) read_tile(residual + t * h, span, sums.data());
-      for (int64_t i = 0; k > 0 && i < span; i += kTile) {  // more than once only if a row is longer than a tile
-        const TileSum<S> tile{residual, a.normed ? nullptr : residual, increments, k, a.coefficients ? a.coefficients + r * k : ones.data(),
-                              static_cast<S*>(a.merged) + of_row, sums.data() + i, nullptr, nullptr};
+      for (int64_t i = 0; k > 0 && i < span; i += kTile) {  // once, but for rows longer than a tile
+        // With a norm, the residual's next tile is prefetched while there is nothing else to read.
+        const TileSum<S> tile{residual,
+                              a.normed ? nullptr : residual,
+                              increments,
+                              k,
+                              a.coefficients ? a.coefficients + r * k : ones.data(),
+                              static_cast<S*>(a.merged) + of_row,
+                              sums.data() + i,
+                              nullptr,
+                              nullptr};
         sum_tile<false, kStore>(tile, t * h + i, std::min(kTile, span - i));
       }
       for (int64_t row = 0; a.normed && row < rows; ++row) {

@@ -79,7 +79,7 @@ inline void add_group(const TileSum<S>& tile, int64_t first, int64_t at, int64_t
   MERGE_NORM_UNROLL for (int g = 0; g <= kSlabs; ++g) {
     next[g] = tile.slabs[std::min<int64_t>(ends ? g : first + kSlabs + g, tile.k - 1)] + next_at;
   }
-  for_blocks(count, [&](int64_t i, auto extent) __attribute__((always_inline)) {
+  for_blocks(count, [&](int64_t i, auto extent) MERGE_NORM_ALWAYS {
     Block total = !starts ? read(tile.sums + i) : tile.start ? read(tile.start + at + i, extent) : zeros();
     Block with;
     if constexpr (kDots) with = read(tile.with + i);
@@ -119,7 +119,7 @@ inline void sum_tile(const TileSum<S>& tile, int64_t at, int64_t count) {
 // `count` elements of a slab as fp32, in whole blocks.
 template <typename S>
 inline void read_tile(const S* slab, int64_t count, float* tile) {
-  for_blocks(count, [&](int64_t i, auto extent) __attribute__((always_inline)) {
+  for_blocks(count, [&](int64_t i, auto extent) MERGE_NORM_ALWAYS {
     prefetch(slab + count + i);
     write(tile + i, read(slab + i, extent));
   });

@@ -5,7 +5,8 @@ void transposed_range(const TransposedArgs& a, int64_t begin, int64_t end, float
   auto* const* gradients = reinterpret_cast<const S* const*>(a.gradients);
   std::vector<float> sums(kTile), increment(for_coefficients ? kTile : 0);
   std::vector<Dot> dots(for_coefficients ? a.n_gradients : 0);
-  const TileSum<S> tile{static_cast<const S*>(a.direct), static_cast<const S*>(a.direct), gradients, a.n_gradients, a.coefficients,
+  const auto* direct = static_cast<const S*>(a.direct);
+  const TileSum<S> tile{direct, direct, gradients, a.n_gradients, a.coefficients,
                         static_cast<S*>(a.grad_increment), sums.data(), increment.data(), dots.data()};
   for (int64_t at = begin; at < end; at += kTile) {
     const int64_t count = std::min(kTile, end - at);

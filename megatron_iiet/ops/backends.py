@@ -44,7 +44,7 @@ def unavailable(name: str) -> str | None:
         return None
     if name == "triton":
         if importlib.util.find_spec("triton") is None:
-            return "triton is not installed (pip install 'megatron-iiet[triton]')"
+            return "triton is not installed (pip install triton)"
         interpreted = os.environ.get("TRITON_INTERPRET") == "1"
         return None if interpreted or torch.cuda.is_available() else "there is no GPU"
     status = load_extension()
