@@ -28,6 +28,7 @@ class History:
         rows: Sequence[nn.Parameter] = (),
         backend: str = "reference",
         transposed: bool = False,
+        rows_at_once: bool = False,
     ) -> None:
         """Start a history.
 
@@ -38,12 +39,15 @@ class History:
             backend: of :func:`megatron_iiet.ops.merge_norm`.
             transposed: compute gradients entry by entry (:mod:`megatron_iiet.ops.transposed`) and not merge
                 by merge.
+            rows_at_once: with it, see :class:`megatron_iiet.ops.TransposedMerge`.
         """
         self.backend = backend
         self._entries: list[Tensor | None] = []
         self._merges: TransposedMerge | None = None
         if transposed and rows and torch.is_grad_enabled():
-            self._merges = TransposedMerge(rows, backend, WeakMethod(self._release))
+            self._merges = TransposedMerge(
+                rows, backend, rows_at_once=rows_at_once, release=WeakMethod(self._release)
+            )
             self._root = self._merges.root()
         for entry in entries:
             self.append(entry)

@@ -93,6 +93,8 @@ class Transformer(nn.Module):
         self.config = config
         self.backend = backend
         self.parallel = parallel
+        self.parameters_in_parts = False
+        """Whether parameters are whole only while their module runs (ZeRO-3)."""
         self.is_first, self.is_last = layers.start == 0, layers.stop == model.num_layers
         self.embedding_scale = model.resolved_embedding_scale
         self.embedding = self.norm = self.head = None
@@ -147,6 +149,7 @@ class Transformer(nn.Module):
             rows=[row for solver in self.solvers.values() for row in solver.history_rows],
             backend=self.backend,
             transposed=self.config.ops.history_gradient == "transposed",
+            rows_at_once=self.parameters_in_parts,
         )
 
     def integrate(self, y_BTD: Tensor, history: History, length: int) -> Tensor:

@@ -31,11 +31,12 @@ class Backend:
     name: str
     merge_norm: Callable[..., tuple[Tensor, Tensor | None]]
     """(residual, increments, coefficients, norm_weight, eps) → (merged, normed); differentiable."""
-    merge_gradients: Callable[[Tensor, Sequence[Tensor], Tensor], tuple[Sequence[Tensor], Tensor]]
-    """(gradient [...], increments, coefficients [k]) → (gradient of each increment, of the coefficients)."""
-    transposed_merge: Callable[[Tensor | None, Tensor, Sequence[Tensor], Tensor], tuple[Tensor, Tensor]]
-    """(direct [...] or None, increment, M gradients, coefficients [M]) →
-    (direct + Σ_m coefficients[m] · gradients[m], ⟨increment, gradients[m]⟩ [M])."""
+    merge_gradients: Callable[[Tensor, Sequence[Tensor], Tensor, bool], tuple[Sequence[Tensor], Tensor]]
+    """(gradient [...], increments, coefficients [k], whether for increments) →
+    (gradient of each increment or nothing, of the coefficients)."""
+    transposed_merge: Callable[[Tensor | None, Tensor, Sequence[Tensor], Tensor, bool], tuple[Tensor, Tensor]]
+    """(direct [...] or None, increment, M gradients, coefficients [M], whether for coefficients) →
+    (direct + Σ_m coefficients[m] · gradients[m], ⟨increment, gradients[m]⟩ [M] or [0])."""
 
 
 def unavailable(name: str) -> str | None:
@@ -114,22 +115,14 @@ def _fused(name: str, kernels: Any) -> Backend:
         return merged, None if norm_weight is None else normed
 
     def merge_gradients(
-        gradient: Tensor, increments: Sequence[Tensor], coefficients: Tensor
+        gradient: Tensor, increments: Sequence[Tensor], coefficients: Tensor, wanted: bool
     ) -> tuple[Sequence[Tensor], Tensor]:
         _, _, for_increments, for_coefficients = kernels.merge_norm_backward(
-            gradient, None, None, None, None, increments, coefficients, True, True
+            gradient, None, None, None, None, increments, coefficients, wanted, True
         )
         return for_increments, for_coefficients
 
-    def transposed_merge(
-        direct: Tensor | None, increment: Tensor, gradients: Sequence[Tensor], coefficients: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        result: tuple[Tensor, Tensor] = kernels.transposed_merge(
-            direct, increment, gradients, coefficients, True
-        )
-        return result
-
-    return Backend(name, merge_norm, merge_gradients, transposed_merge)
+    return Backend(name, merge_norm, merge_gradients, kernels.transposed_merge)
 
 
 def resolve_backend(requested: str, device: torch.device | str = "cpu") -> tuple[str, str]:
@@ -193,7 +186,7 @@ def self_check(name: str, kind: str) -> str | None:
         leaves = [residual, *increments, coefficients, weight]
         gradients = torch.autograd.grad((merged * draw(3, 256)).sum() + (normed * draw(3, 256)).sum(), leaves)
         with torch.no_grad():
-            transposed = backend.transposed_merge(residual, increments[0], increments, coefficients)
+            transposed = backend.transposed_merge(residual, increments[0], increments, coefficients, True)
         return [merged.detach(), normed.detach(), *gradients, *transposed]
 
     try:

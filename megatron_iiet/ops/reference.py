@@ -80,17 +80,23 @@ class _WeightedSum(torch.autograd.Function):
 
 
 def merge_gradients(
-    gradient: Tensor, increments: Sequence[Tensor], coefficients: Tensor
+    gradient: Tensor, increments: Sequence[Tensor], coefficients: Tensor, wanted: bool
 ) -> tuple[list[Tensor], Tensor]:
     """See :class:`megatron_iiet.ops.backends.Backend`."""
-    return [_scaled(c, gradient) for c in coefficients], inner_products(increments, gradient)
+    for_increments = [_scaled(c, gradient) for c in coefficients] if wanted else []
+    return for_increments, inner_products(increments, gradient)
 
 
 def transposed_merge(
-    direct: Tensor | None, increment: Tensor, gradients: Sequence[Tensor], coefficients: Tensor
+    direct: Tensor | None,
+    increment: Tensor,
+    gradients: Sequence[Tensor],
+    coefficients: Tensor,
+    wanted: bool,
 ) -> tuple[Tensor, Tensor]:
     """See :class:`megatron_iiet.ops.backends.Backend`."""
-    return _sum(direct, gradients, coefficients), inner_products(gradients, increment)
+    products = inner_products(gradients, increment) if wanted else coefficients.new_empty(0)
+    return _sum(direct, gradients, coefficients), products
 
 
 def inner_products(tensors: Sequence[Tensor], other: Tensor) -> Tensor:

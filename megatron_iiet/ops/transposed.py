@@ -23,6 +23,7 @@ from typing import Any, cast
 from weakref import WeakMethod
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_iiet.ops.backends import get_backend
@@ -35,6 +36,8 @@ class TransposedMerge:
         rows: the parameters that merges multiply the entries with, each 1-dimensional; any of them may stay
             unused.
         backend: a name from :func:`megatron_iiet.ops.resolve_backend`.
+        rows_at_once: return each row's gradient from its own merge, for one more reading of the entries.
+            For parameters that are whole only while their module runs (ZeRO-3).
         release: called with an entry's number when nothing will read it any more. A weak method: its owner
             holds entries, which hold this.
     """
@@ -43,14 +46,19 @@ class TransposedMerge:
         self,
         rows: Sequence[nn.Parameter],
         backend: str,
+        *,
+        rows_at_once: bool = False,
         release: WeakMethod[Callable[[int], None]] | None = None,
     ) -> None:
         self._backend = get_backend(backend)
         self._release = release
+        self._rows_at_once = rows_at_once
         self._index = {id(row): i for i, row in enumerate(rows)}
-        self._sizes = [row.numel() for row in rows]
-        self._values = torch.zeros(len(rows), max(self._sizes), dtype=torch.float32, device=rows[0].device)
+        # Row by entry; wider as there are more entries. (The parameters may be in parts elsewhere until the
+        # module they belong to runs, as under ZeRO-3: their size is not known yet.)
+        self._values = torch.zeros(len(rows), 8, dtype=torch.float32, device=rows[0].device)
         self._received = torch.zeros_like(self._values)
+        self._sizes: dict[int, int] = {}
         self._counts: dict[int, int] = {}  # entries that a row multiplies, once a merge has read it
         self._gradients: dict[int, Tensor | None] = {}  # G of a row's merge; None if nobody used the merge
         self._finished = False
@@ -60,6 +68,8 @@ class TransposedMerge:
 
     def root(self) -> Tensor:
         """What every published entry hangs on, [0]."""
+        if self._rows_at_once:
+            return self._values.new_empty(0)
         return cast(Tensor, _Root.apply(self, *self._rows))
 
     def publish(self, entry: int, increment: Tensor, root: Tensor) -> Tensor:
@@ -86,14 +96,16 @@ class TransposedMerge:
         """
         indices = [self._index[id(row)] for row in rows]
         k = len(entries)
+        self._widen(k)
         for i, row in zip(indices, rows, strict=True):
             self._values[i, :k] = row.detach()[:k]
-            self._counts[i] = k
+            self._counts[i], self._sizes[i] = k, row.numel()
         own_coefficient = None
         if own is not None:
             assert len(rows) == 1, "an increment of its own takes one row"
             own_coefficient = rows[0].float()[k : k + 1]
-        merged = _Merge.apply(self, indices, residual, own, own_coefficient, *entries)
+        at_once = [row.float()[:k] for row in rows] if self._rows_at_once else []
+        merged = _Merge.apply(self, indices, k, residual, own, own_coefficient, *entries, *at_once)
         return cast(tuple[Tensor, ...], merged)
 
     def _forward(
@@ -104,6 +116,12 @@ class TransposedMerge:
             return self._backend.merge_norm(residual, increments, coefficients, None, 0.0)[0].unbind()
         coefficients = coefficients[0] if own is None else torch.cat((coefficients[0], own))
         return (self._backend.merge_norm(residual, increments, coefficients, None, 0.0)[0],)
+
+    def _widen(self, entries: int) -> None:
+        width = self._values.shape[1]
+        if entries > width:
+            missing = (0, max(entries, 2 * width) - width)
+            self._values, self._received = (F.pad(t, missing) for t in (self._values, self._received))
 
     def _store(self, row: int, gradient: Tensor | None) -> None:
         if self._finished or row in self._gradients:
@@ -129,9 +147,12 @@ class TransposedMerge:
             return direct
         selection = _selection(list(used))
         column = self._values[selection, entry]
-        gradient, received = self._backend.transposed_merge(direct, increment, list(used.values()), column)
-        self._received[selection, entry] = received
-        if entry == 0 and not any(row.requires_grad for row in self._rows):
+        gradient, received = self._backend.transposed_merge(
+            direct, increment, list(used.values()), column, not self._rows_at_once
+        )
+        if not self._rows_at_once:
+            self._received[selection, entry] = received
+        if entry == 0 and (self._rows_at_once or not any(row.requires_grad for row in self._rows)):
             self._finish()  # nobody asks for the rows' gradients
         return gradient
 
@@ -141,8 +162,12 @@ class TransposedMerge:
         self._gradients.clear()
         gradients: list[Tensor | None] = []
         for i, row in enumerate(self._rows):
-            used = i in self._counts
-            gradients.append(self._received[i, : self._sizes[i]].to(row.dtype) if used else None)
+            if i not in self._counts:
+                gradients.append(None)
+                continue
+            k, gradient = self._counts[i], self._received.new_zeros(self._sizes[i])
+            gradient[:k] = self._received[i, :k]
+            gradients.append(gradient.to(row.dtype))
         return gradients
 
 
@@ -206,14 +231,16 @@ class _Merge(torch.autograd.Function):
         ctx: Any,
         merges: TransposedMerge,
         rows: list[int],
+        count: int,
         residual: Tensor | None,
         own: Tensor | None,
         own_coefficient: Tensor | None,
-        *entries: Tensor,
+        *tensors: Tensor,
     ) -> tuple[Tensor, ...]:
-        ctx.merges, ctx.rows, ctx.entries = merges, rows, len(entries)
+        entries, at_once = tensors[:count], tensors[count:]
+        ctx.merges, ctx.rows, ctx.count = merges, rows, count
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(own, own_coefficient)
+        ctx.save_for_backward(own, own_coefficient, *(tensors if at_once else ()))
         increments = entries if own is None else (*entries, own)
         return merges._forward(rows, residual, increments, own_coefficient)
 
@@ -222,13 +249,18 @@ class _Merge(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         for row, gradient in zip(ctx.rows, gradients, strict=True):
             ctx.merges._store(row, gradient)
-        own, own_coefficient = ctx.saved_tensors
+        own, own_coefficient, *tensors = ctx.saved_tensors
+        entries, at_once = tensors[: ctx.count], tensors[ctx.count :]
         received = [gradient for gradient in gradients if gradient is not None]
         for_residual = for_own = for_coefficient = None
-        if received and ctx.needs_input_grad[2]:
+        if received and ctx.needs_input_grad[3]:
             for_residual = received[0] if len(received) == 1 else torch.stack(received).sum(0)
+        merge_gradients = ctx.merges._backend.merge_gradients
         if received and own is not None:
-            (for_own,), for_coefficient = ctx.merges._backend.merge_gradients(
-                received[0], (own,), own_coefficient
-            )
-        return None, None, for_residual, for_own, for_coefficient, *(None,) * ctx.entries
+            (for_own,), for_coefficient = merge_gradients(received[0], (own,), own_coefficient, True)
+        for_rows = [
+            None if gradient is None else merge_gradients(gradient, entries, row, False)[1]
+            for gradient, row in zip(gradients, at_once, strict=False)
+        ]
+        nothing = (None,) * ctx.count
+        return None, None, None, for_residual, for_own, for_coefficient, *nothing, *for_rows

@@ -56,9 +56,11 @@ class PerEdge:
 class EntryByEntry(PerEdge):
     """The same through a :class:`TransposedMerge`."""
 
-    def __init__(self, rows: Sequence[nn.Parameter], backend: str = "reference") -> None:
+    def __init__(
+        self, rows: Sequence[nn.Parameter], backend: str = "reference", *, rows_at_once: bool = False
+    ) -> None:
         super().__init__(rows)
-        self.merges = TransposedMerge(rows, backend)
+        self.merges = TransposedMerge(rows, backend, rows_at_once=rows_at_once)
         self.root = self.merges.root()
 
     def publish(self, increment: Tensor) -> None:
@@ -279,6 +281,14 @@ def test_a_deep_network(backend: str) -> None:
     inputs = [placed(t.detach(), backend).requires_grad_() for t in network.inputs()]
     found = network.gradients(EntryByEntry(network.rows, backend), inputs)
     expect(found, {name: placed(t, backend) for name, t in in_fp64(network).items()})
+
+
+@pytest.mark.parametrize("backend", ["reference", pytest.param("cpu", marks=needs_extension)])
+def test_rows_at_once(backend: str) -> None:
+    """Where parameters are whole only while their module runs: each row's gradient from its own merge."""
+    network = Network(mixed_plan())
+    found = network.gradients(EntryByEntry(network.rows, backend, rows_at_once=True), network.inputs())
+    expect(found, in_fp64(network))
 
 
 @on_every_backend
@@ -868,8 +878,8 @@ def test_whole_models_keep_nothing(
     watched: list[weakref.ref[TransposedMerge]] = []
 
     class Watched(TransposedMerge):
-        def __init__(self, *arguments: Any) -> None:
-            super().__init__(*arguments)
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options)
             watched.append(weakref.ref(self))
 
     monkeypatch.setattr(history, "TransposedMerge", Watched)

@@ -72,6 +72,7 @@ class Engine(ABC):
                 parallel=context.tensor_parallel,
                 layers=self.plan.stages[context.pipeline.rank],
             )
+        self.model.parameters_in_parts = self.zero_stage == 3
         if initialise:
             self.model.initialise(config.training.seed, whole=self._writable)
         self._names = {parameter: name for name, parameter in self.model.named_parameters()}
