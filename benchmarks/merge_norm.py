@@ -53,11 +53,16 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 GPU_BANDWIDTH = {"A100-80": 2.04e12, "H100 SXM": 3.35e12, "H200": 4.8e12}  # bytes/s, data sheets
 
 
+SWEEP = torch.zeros(1 << 25)  # 128 MiB, more than a last-level cache
+
+
 def race(contenders: dict[str, Callable[[], float | None]], rounds: int) -> dict[str, float]:
-    """Median milliseconds of each, interleaved. A contender may return its own seconds."""
+    """Median milliseconds of each, interleaved, all from memory: what a cache kept of the one before is swept
+    out first. A contender may return its own seconds."""
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for round_ in range(rounds + 2):
         for name, run in contenders.items():
+            SWEEP.add_(1)
             start = time.perf_counter()
             own = run()
             seconds = time.perf_counter() - start if own is None else own
