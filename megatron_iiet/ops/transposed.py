@@ -55,8 +55,8 @@ class TransposedMerge:
         self._rows_at_once = rows_at_once
         self._index = {id(row): i for i, row in enumerate(rows)}
         # Row by entry; wider as there are more entries. (The parameters may be in parts elsewhere until the
-        # module they belong to runs, as under ZeRO-3: their size is not known yet.)
-        self._values = torch.zeros(len(rows), 8, dtype=torch.float32, device=rows[0].device)
+        # module they belong to runs, as under ZeRO-3: size and device are not known yet.)
+        self._values = torch.zeros(len(rows), 0, dtype=torch.float32)
         self._received = torch.zeros_like(self._values)
         self._sizes: dict[int, int] = {}
         self._counts: dict[int, int] = {}  # entries that a row multiplies, once a merge has read it
@@ -96,7 +96,7 @@ class TransposedMerge:
         """
         indices = [self._index[id(row)] for row in rows]
         k = len(entries)
-        self._widen(k)
+        self._widen(k, entries[0].device)
         for i, row in zip(indices, rows, strict=True):
             self._values[i, :k] = row.detach()[:k]
             self._counts[i], self._sizes[i] = k, row.numel()
@@ -117,11 +117,12 @@ class TransposedMerge:
         coefficients = coefficients[0] if own is None else torch.cat((coefficients[0], own))
         return (self._backend.merge_norm(residual, increments, coefficients, None, 0.0)[0],)
 
-    def _widen(self, entries: int) -> None:
+    def _widen(self, entries: int, device: torch.device) -> None:
         width = self._values.shape[1]
         if entries > width:
-            missing = (0, max(entries, 2 * width) - width)
-            self._values, self._received = (F.pad(t, missing) for t in (self._values, self._received))
+            missing = (0, max(entries, 2 * width, 8) - width)
+            tables = (self._values, self._received)
+            self._values, self._received = (F.pad(t.to(device), missing) for t in tables)
 
     def _store(self, row: int, gradient: Tensor | None) -> None:
         if self._finished or row in self._gradients:
