@@ -15,6 +15,7 @@ from megatron_iiet.data.indexed import IndexedDatasetWriter
 from megatron_iiet.data.samples import build_splits
 from megatron_iiet.data.tokenizer_training import train_tokenizer
 from megatron_iiet.models import Transformer
+from megatron_iiet.training.inputs import inputs_of
 
 _SUBJECTS = [
     "the solver",
@@ -95,13 +96,15 @@ def tiny_config(paths: dict[str, str], output_dir: Path, **sections: dict[str, A
 def validation_loss(model: Transformer) -> float:
     """What a run logs as validation loss, computed from a loaded model in one process."""
     config = model.config
-    splits = build_splits(config.data.prefix, config.data.sequence_length, config.data.split)
-    batches = ValidationBatches(
-        splits.validation, samples=config.evaluation.samples, micro_batch_size=2, dp_rank=0, dp_size=1
+    splits = build_splits(
+        config.data.prefix, config.data.sequence_length, config.data.split, config.data.documents
     )
-    losses, weights = 0.0, 0.0
+    batches = ValidationBatches(
+        [splits.validation], samples=config.evaluation.samples, micro_batch_size=2, dp_rank=0, dp_size=1
+    )
+    losses, counted = 0.0, 0
     with torch.no_grad():
-        for tokens, weight in batches:
-            losses += model(tokens[:, :-1], tokens[:, 1:], weight).item()
-            weights += weight.sum().item()
-    return losses / weights
+        for inputs in map(inputs_of, batches):
+            losses += model(*inputs).item()
+            counted += int(inputs.counted.item())
+    return losses / counted

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Tokenize JSON-lines text into the .bin/.idx pairs that pretraining reads."""
+"""Tokenize JSON-lines text into the shards that pretraining reads; run it again to do what is missing."""
 
 from __future__ import annotations
 
@@ -9,45 +9,111 @@ import signal
 import sys
 
 from megatron_iiet.data.preprocess import PreprocessOptions, preprocess
+from megatron_iiet.data.preprocess.memory import give_back_large_blocks
+from megatron_iiet.data.preprocess.options import parse_count, share_of_work
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    add = parser.add_argument_group("inputs").add_argument
+    add(
+        "--input",
+        nargs="+",
+        default=[],
+        metavar="PATH",
+        help="files, folders or quoted globs of .jsonl[.gz|.zst]",
+    )
+    add(
+        "--dataset", metavar="NAME", help="or a Hugging Face dataset, by name on the hub or as a local folder"
+    )
+    add("--split", help="split of the dataset, such as train")
+    add(
+        "--streaming", action="store_true", help="read the dataset's files where they are, without a download"
+    )
+    add("--json-keys", nargs="+", default=["text"], metavar="KEY", help="one output for each (default: text)")
+    add("--bad-rows", choices=["error", "skip"], default="error", help="fail, or count and leave out")
+
+    add = parser.add_argument_group("tokens").add_argument
+    add("--tokenizer-model", required=True, help="SentencePiece .model, tokenizer.json or .tiktoken")
+    add("--append-eod", action="store_true", help="end every document with the eod token")
+
+    add = parser.add_argument_group("outputs").add_argument
+    add("--output-prefix", metavar="P", help="one shard: P_text_document")
+    add("--output-dir", metavar="D", help="many shards: D/text_document")
+    add("--inputs-per-shard", type=int, default=1, metavar="K", help="files for a shard (with --output-dir)")
+    add("--split-by", metavar="KEY", help="one output a source, such as meta.redpajama_set_name")
+    add(
+        "--holdout-validation",
+        type=float,
+        default=0.0,
+        metavar="X",
+        help="fraction of documents for validation",
+    )
+    add("--holdout-test", type=float, default=0.0, metavar="X", help="fraction of documents for test")
+    add("--overwrite", action="store_true", help="remove what an earlier run wrote to this output first")
+
+    add = parser.add_argument_group("selection").add_argument
+    add(
+        "--sample-tokens",
+        metavar="N",
+        help="keep a uniform sample of documents of about N tokens, such as 16B",
+    )
+    add("--corpus-tokens", metavar="N", help="tokens of the whole corpus (default: estimated)")
+    add("--seed", type=int, default=1234, help="of the sample")
+    add("--deduplicate", action="store_true", help="drop documents that repeat an earlier one exactly")
+
+    add = parser.add_argument_group("work").add_argument
+    add(
+        "--workers",
+        type=int,
+        metavar="N",
+        help="tokenizing processes (default: SLURM's cpus per task, else all cores)",
+    )
+    add("--num-jobs", type=int, metavar="N", help="jobs that share the work (default: as SLURM says, else 1)")
+    add("--job", type=int, metavar="I", help="number of this job, from 0 (default: as SLURM says)")
+    return parser
 
 
 def parse_arguments() -> PreprocessOptions:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--input", nargs="+", required=True, help="files or quoted globs: .jsonl, .jsonl.gz, .jsonl.zst"
-    )
-    parser.add_argument(
-        "--output-prefix", required=True, help="writes OUTPUT_PREFIX_text_document.bin and .idx"
-    )
-    parser.add_argument("--tokenizer-model", required=True, help="SentencePiece .model or tokenizer.json")
-    parser.add_argument("--json-keys", nargs="+", default=["text"], help="one output pair for each key")
-    parser.add_argument("--append-eod", action="store_true", help="end every document with the eod token")
-    parser.add_argument(
-        "--workers", type=int, default=os.cpu_count() or 1, help="tokenizing processes (default: all cores)"
-    )
-    arguments = parser.parse_args()
-    return PreprocessOptions(
-        inputs=arguments.input,
-        output_prefix=arguments.output_prefix,
-        tokenizer_model=arguments.tokenizer_model,
-        json_keys=arguments.json_keys,
-        append_eod=arguments.append_eod,
-        workers=arguments.workers,
-    )
+    """Options of the command line.
+
+    Raises:
+        ValueError: values that are out of range or contradict each other.
+    """
+    values = vars(build_parser().parse_args())
+    for name in ("sample_tokens", "corpus_tokens"):
+        values[name] = None if values[name] is None else parse_count(values[name])
+    values["num_jobs"], values["job"] = share_of_work(os.environ, values["num_jobs"], values["job"])
+    if values["workers"] is None:
+        values["workers"] = int(os.environ.get("SLURM_CPUS_PER_TASK") or len(os.sched_getaffinity(0)))
+    return PreprocessOptions(inputs=values.pop("input"), **values)
 
 
 def main() -> int:
-    options = parse_arguments()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # leave through the clean-up of what was begun
+    give_back_large_blocks()
     try:
-        print(preprocess(options))
+        report = preprocess(parse_arguments(), log=lambda line: print(line, flush=True))
     except (ValueError, RuntimeError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("error: interrupted; nothing was written.", file=sys.stderr)
+        print(
+            "error: interrupted; finished shards stay, run the same command again for the rest.",
+            file=sys.stderr,
+        )
         return 130
-    return 0
+    print(report, flush=True)
+    if report.waiting:
+        print(report.waiting, file=sys.stderr)
+    if report.failures:
+        count = len(report.failures)
+        print(
+            f"{count} shards failed; run the same command again to do only what is missing.", file=sys.stderr
+        )
+    for failure in report.failures:
+        print(f"error: {failure}", file=sys.stderr)
+    return report.exit_code
 
 
 if __name__ == "__main__":

@@ -75,6 +75,9 @@ def describe_type(hint: Any, plural: bool = False) -> str:
         return join_or(_alternatives(hint, plural))
     if origin is list:
         return f"{'lists' if plural else 'a list'} of {describe_type(arguments[0], plural=True)}"
+    if origin is dict:
+        key, value = (describe_type(argument, plural=True) for argument in arguments)
+        return f"{'mappings' if plural else 'a mapping'} of {key} to {value}"
     if origin is tuple:
         parts = ", ".join(describe_type(argument).split(" ", 1)[-1] for argument in arguments)
         return f"[{parts}] pairs" if plural else f"a pair [{parts}]"

@@ -112,18 +112,36 @@ class ParallelConfig:
 
 @dataclass
 class DataConfig:
-    """Token shards and how samples are cut from them."""
+    """Corpora and how samples are cut from them."""
 
     prefix: str = ""
-    """Path of the .bin/.idx pair without its suffix, as written by tools/preprocess_data.py."""
+    """Path of the corpus without suffix, as tools/preprocess_data.py names it: a .shards list or a bare pair
+    .bin/.idx."""
+    blend: dict[str, float] = field(default_factory=dict)
+    """Several corpora with weights, {prefix: weight}, instead of data.prefix. Samples are dealt in exactly
+    these proportions, whose sum may be anything."""
+    validation_prefix: str = ""
+    """A corpus to validate on as a whole. All documents of the others train then, and data.split has no
+    effect."""
     tokenizer: str = ""
-    """SentencePiece .model or Hugging Face tokenizer.json the shards were made with."""
+    """SentencePiece .model or Hugging Face tokenizer.json the corpora were made with."""
     sequence_length: int = 2048
     """Tokens T per sample; the model sees T and predicts T (a window of T + 1)."""
+    documents: Literal["ignore", "reset", "pack"] = "ignore"
+    """Samples and borders of documents. ignore: windows of the stream, attention crosses borders. reset: the
+    same windows, attention and positions start anew at each document. pack: the same, and documents are
+    packed into samples instead of cut by them."""
     split: list[float] = field(default_factory=lambda: [0.98, 0.01, 0.01])
     """Shares of documents for train, validation, test; must sum to 1."""
-    num_workers: int = 0
-    """Loader processes per rank that read ahead; 0 reads in the training process."""
+    num_workers: int = 1
+    """Threads per rank that read ahead; 0 reads in the training thread."""
+    timeout: float = 300.0
+    """Seconds to wait for a reading thread before the run is given up: a file system that hangs."""
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Weight of each corpus, by prefix; data.prefix alone is a blend of one."""
+        return self.blend or {self.prefix: 1.0}
 
 
 @dataclass

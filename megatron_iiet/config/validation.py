@@ -7,6 +7,7 @@ together. Checks stop at the first failure, in the order of the schema.
 from __future__ import annotations
 
 import math
+import os
 from typing import Any
 
 from megatron_iiet.config.combinations import check_layout
@@ -32,6 +33,7 @@ _POSITIVE = (
     "parallel.tensor",
     "parallel.pipeline",
     "data.sequence_length",
+    "data.timeout",
     "optimizer.lr",
     "optimizer.eps",
     "training.steps",
@@ -119,6 +121,7 @@ def _check_attention(config: RunConfig) -> None:
 
 
 def _check_data(config: RunConfig) -> None:
+    _check_blend(config)
     data, longest = config.data, config.model.max_position_embeddings
     if data.sequence_length > longest:
         raise ConfigError(
@@ -137,6 +140,39 @@ def _check_data(config: RunConfig) -> None:
         )
     if abs(sum(split) - 1) > SUM_TOLERANCE:
         raise ConfigError(f"data.split is {split}, which sums to {sum(split):.6g}; the shares must sum to 1")
+
+
+def _check_blend(config: RunConfig) -> None:
+    data = config.data
+    if data.blend and data.prefix:
+        raise ConfigError(
+            f"data.prefix is {data.prefix}, but data.blend names corpora too; keep one of them "
+            "(--data.prefix= unsets the first)"
+        )
+    seen: dict[str, str] = {}
+    for prefix, weight in data.blend.items():
+        if not (isinstance(prefix, str) and prefix):
+            raise ConfigError(
+                f"data.blend gives {prefix!r} a weight, which is no path; write the prefix of a corpus, in "
+                "quotes if it is a number"
+            )
+        if not (math.isfinite(weight) and weight > 0):
+            raise ConfigError(
+                f"data.blend gives {prefix} the weight {weight}, but weights must be finite and greater than "
+                "0; leave out what should not be read"
+            )
+        path = os.path.normpath(prefix)
+        if path in seen:
+            raise ConfigError(
+                f"data.blend names one corpus twice, as {seen[path]} and as {prefix}; add up their weights"
+            )
+        seen[path] = prefix
+    trained_on = [os.path.normpath(prefix) for prefix in data.weights]
+    if data.validation_prefix and os.path.normpath(data.validation_prefix) in trained_on:
+        raise ConfigError(
+            f"data.validation_prefix is {data.validation_prefix}, which is trained on; name another corpus, "
+            "or give validation a share in data.split"
+        )
 
 
 def _check_solver(config: RunConfig) -> None:

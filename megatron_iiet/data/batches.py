@@ -1,57 +1,88 @@
 """Micro-batches for training and validation, the same whatever the number of ranks.
 
-Sample number g counts over all epochs; with n windows it is position g mod n of epoch g div n, whose order
-is :class:`~megatron_iiet.data.permutation.Permutation` (seed, epoch). Global batch s is samples
-[s G, (s + 1) G). Data-parallel size and micro-batch only decide who reads which rows, so the state of the
-reader is one number and survives a change of both.
+Samples are numbered over all sources and epochs; which window of which source a number stands for is
+:class:`~megatron_iiet.data.order.SampleOrder`. Global batch s is samples [s G, (s + 1) G). Data-parallel size
+and micro-batch only decide who reads which rows, so the state of the reader is one number and survives a
+change of both.
 
 Shape suffixes: B micro-batch, T1 window of T + 1 tokens.
 """
 
 from __future__ import annotations
 
-import signal
+import threading
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from itertools import count
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch.utils.data import DataLoader
 
-from megatron_iiet.data.permutation import Permutation
+from megatron_iiet.data.blend import Blend
+from megatron_iiet.data.order import SampleOrder
+from megatron_iiet.data.read_ahead import ReadAhead
+from megatron_iiet.data.samples import Samples
+
+Int64Array = npt.NDArray[np.int64]
+_ORDERED_AT_ONCE = 16384  # samples: so many that the order costs a fraction of a microsecond each
 
 
-class Windows(Protocol):
-    """A map-style dataset of int64 [T + 1] windows."""
+class Batch(NamedTuple):
+    """One rank's micro-batch.
 
-    def __len__(self) -> int: ...
+    Padding tokens have position 0: each is a document of its own. Target t, which is token t + 1, counts iff
+    ``positions[t + 1] > 0``.
+    """
 
-    def __getitem__(self, index: int) -> torch.Tensor: ...
+    tokens: torch.Tensor
+    """int64 [B, T + 1]."""
+    positions: torch.Tensor | None = None
+    """int64 [B, T + 1]: place of each token in its document within the sample; 0 starts a document. None:
+    each sample is one document."""
+    count: float | None = None  # type: ignore[assignment]  # tuple.count is of no use here
+    """With positions: counted targets of the global batch / (micro-steps * data-parallel ranks). The sum of a
+    micro-batch's losses divided by it, averaged over micro-batches and ranks, is the exact mean over the
+    global batch's counted targets in every layout."""
+
+
+class ValidationBatch(NamedTuple):
+    """One rank's rows of a validation batch."""
+
+    tokens: torch.Tensor
+    """int64 [B, T + 1]."""
+    weights: torch.Tensor
+    """float32 [B]: 1 for a sample, 0 for a filler row."""
+    positions: torch.Tensor | None = None
+    """int64 [B, T + 1] as in :class:`Batch`."""
 
 
 class TrainBatches:
-    """Endless iterator of one rank's micro-batches, int64 [B, T + 1].
+    """Endless iterator of one rank's micro-batches.
 
     Micro-step m of rank r reads rows (m * ranks + r) * B ... + B of the global batch.
 
     Args:
-        dataset: windows to read.
+        sources: what to read; all with the same sequence length and with or without positions.
+        weights: of the sources, see :class:`~megatron_iiet.data.blend.Blend`.
         global_batch_size: G, samples per optimizer step over all ranks.
         micro_batch_size: B.
         data_parallel_rank, data_parallel_size: this rank and the number of ranks.
         seed: names the order of samples.
-        num_workers: processes that read ahead; 0 reads in this one. The order does not depend on it.
+        num_workers: threads that read ahead; 0 reads in this one. The order does not depend on it.
+        timeout: seconds to wait for a thread.
+        pin_memory: put batches in page-locked memory, for copies to a GPU in the background.
 
     Raises:
-        ValueError: no windows, or G is not a multiple of B * ranks.
-        RuntimeError: while iterating, a reading process died.
+        ValueError: no windows, G is not a multiple of B * ranks, or the weights cannot be blended.
+        RuntimeError: while iterating, a sample could not be read, or not in time.
     """
 
     def __init__(
         self,
-        dataset: Windows,
+        sources: Sequence[Samples],
+        weights: Sequence[float] = (1.0,),
         *,
         global_batch_size: int,
         micro_batch_size: int,
@@ -59,9 +90,9 @@ class TrainBatches:
         data_parallel_size: int,
         seed: int,
         num_workers: int = 0,
+        timeout: float = 300.0,
+        pin_memory: bool = False,
     ) -> None:
-        if len(dataset) == 0:
-            raise ValueError("The training split has no windows; use more text or a shorter sequence_length.")
         if (
             micro_batch_size < 1
             or global_batch_size < 1
@@ -73,132 +104,179 @@ class TrainBatches:
             )
         if not 0 <= data_parallel_rank < data_parallel_size:
             raise ValueError(f"data_parallel_rank {data_parallel_rank} is not below {data_parallel_size}.")
-        self.dataset = dataset
+        self.sources = sources
+        self.order = SampleOrder([len(source) for source in sources], weights, seed)
         self.global_batch_size = global_batch_size
         self.micro_batch_size = micro_batch_size
         self.micro_steps = global_batch_size // (micro_batch_size * data_parallel_size)
         self._rank, self._ranks = data_parallel_rank, data_parallel_size
-        self._seed = seed
-        self._num_workers = num_workers
+        self._num_workers, self._timeout, self._pin_memory = num_workers, timeout, pin_memory
         self._start = 0  # first sample of the first global batch since the last load
         self._delivered = 0  # micro-batches handed out since then
-        self._batches: Iterator[torch.Tensor] | None = None
+        self._batches: Iterator[Batch] | None = None
 
     @property
     def consumed_samples(self) -> int:
         """Samples of all fully delivered global batches, over all epochs."""
         return self._start + self._delivered // self.micro_steps * self.global_batch_size
 
-    def state_dict(self) -> dict[str, int]:
-        """Where the next global batch starts: its epoch and the position within it."""
-        epoch, sample = divmod(self.consumed_samples, len(self.dataset))
-        return {"epoch": epoch, "sample": sample}
+    def state_dict(self) -> dict[str, Any]:
+        """Where the next global batch starts, and what it is a place in."""
+        return {"samples": self.consumed_samples, "windows": [len(source) for source in self.sources]}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue at a saved place, also under another batch size or number of ranks.
 
         Raises:
-            ValueError: the place does not exist in this dataset.
+            ValueError: it is a place in other data.
         """
-        epoch, sample, n = state["epoch"], state["sample"], len(self.dataset)
-        if epoch < 0 or not 0 <= sample < n:
+        windows = [len(source) for source in self.sources]
+        if "epoch" in state:  # written before there were blends
+            samples, fits = state["epoch"] * windows[0] + state["sample"], state["sample"] < windows[0]
+            found = f"more than {state['sample']:,}"
+        else:
+            samples, fits = state["samples"], state["windows"] == windows
+            found = _listed(state["windows"])
+        if not fits:
             raise ValueError(
-                f"The checkpoint stopped at epoch {epoch}, sample {sample}, but the training split has {n} "
-                "windows; resume with the data.prefix, split and sequence_length of the checkpoint."
+                f"The checkpoint was trained on {found} windows, but the training split has "
+                f"{_listed(windows)}; resume with the corpora, data.split and data.sequence_length of the "
+                "checkpoint."
             )
-        self._start = epoch * n + sample
+        self.close()
+        self._start = samples
         self._delivered = 0
-        self._batches = None  # read-ahead of the old place is dropped with its processes
+
+    def close(self) -> None:
+        """End the reading threads; they come back when another batch is wanted."""
+        if isinstance(self._batches, ReadAhead):
+            self._batches.close()
+        self._batches = None
 
     def __iter__(self) -> TrainBatches:
         return self
 
-    def __next__(self) -> torch.Tensor:
+    def __next__(self) -> Batch:
         if self._batches is None:
             self._batches = self._read()
-        tokens_BT1 = next(self._batches)
+        try:
+            batch = next(self._batches)
+        except BaseException:
+            self.close()
+            raise
         self._delivered += 1
-        return tokens_BT1
+        return batch
 
-    def _read(self) -> Iterator[torch.Tensor]:
-        # Nothing below may refer to self: a cycle would leave the reading processes to the garbage collector,
-        # which takes them down in an order that costs five seconds each.
-        dataset = self.dataset
-        order = _Order(len(dataset), self._seed)
-        size = self.micro_batch_size
-        first, step = self._start + self._rank * size, self._ranks * size
-        rows = (order.windows(np.arange(i, i + size)).tolist() for i in count(first, step))
+    def _read(self) -> Iterator[Batch]:
+        # Nothing below may refer to self: threads end when their reader does, which a cycle would delay.
+        plan = _Plan(self)
+        jobs = (_MicroBatch(plan, number, self._pin_memory) for number in count(self._delivered))
         if self._num_workers == 0:
-            return (_stack(dataset, indices) for indices in rows)
-        loader: DataLoader[torch.Tensor] = DataLoader(
-            dataset,  # type: ignore[arg-type]
-            batch_sampler=_Endless(rows),
-            num_workers=self._num_workers,
-            worker_init_fn=_ignore_signals,
-            generator=torch.Generator(),  # else each start draws from the generator that dropout uses
+            return (job.run() for job in jobs)
+        return ReadAhead(jobs, self._num_workers, self._timeout)
+
+
+class _Plan:
+    """What each micro-step of this rank reads, counted from the first one here; shared by the threads.
+
+    Shape suffixes: M micro-steps of a global batch.
+    """
+
+    def __init__(self, batches: TrainBatches) -> None:
+        self.sources = batches.sources
+        self.shape = (batches.micro_batch_size, self.sources[0].sequence_length + 1)
+        self.has_positions = self.sources[0].has_positions
+        self._order = batches.order
+        self._first, self._global_size = batches._start, batches.global_batch_size
+        self._micro_steps = batches.micro_steps
+        self._micro_batches = self._micro_steps * batches._ranks
+        dealt = np.arange(self._global_size).reshape(self._micro_steps, batches._ranks, self.shape[0])
+        self._own_MB = dealt[:, batches._rank]
+        # Counting targets takes the rows of all ranks, reading takes this rank's.
+        self._rows = dealt.ravel() if self.has_positions else self._own_MB.ravel()
+        self._at_once = max(1, _ORDERED_AT_ONCE // len(self._rows))  # global batches
+        self._lock = threading.Lock()  # so that no two threads compute the same
+        self._ordered = lru_cache(2)(self._order_batches)
+        self._counted = lru_cache(2)(self._count_targets)
+
+    def first_sample(self, step: int) -> int:
+        """Number of the sample in the first row of micro-step ``step``."""
+        batch, micro_step = divmod(step, self._micro_steps)
+        return self._first + batch * self._global_size + int(self._own_MB[micro_step, 0])
+
+    def rows(self, step: int) -> tuple[list[int], list[int], float | None]:
+        """Source and window of each row of micro-step ``step``, and the count of its batch."""
+        batch, micro_step = divmod(step, self._micro_steps)
+        with self._lock:
+            sources, windows = self._batch(batch)
+            count = self._counted(batch) if self.has_positions else None
+        own = np.searchsorted(self._rows, self._own_MB[micro_step])
+        return sources[own].tolist(), windows[own].tolist(), count
+
+    def _batch(self, batch: int) -> tuple[Int64Array, Int64Array]:
+        """Sources and windows of the rows of a global batch."""
+        block, inside = divmod(batch, self._at_once)
+        sources, windows = self._ordered(block)
+        return sources[inside], windows[inside]
+
+    def _order_batches(self, block: int) -> tuple[Int64Array, Int64Array]:
+        """The same for a block of global batches: the order of many samples costs little more than of one."""
+        batches = np.arange(block * self._at_once, (block + 1) * self._at_once)
+        samples = self._first + np.add.outer(batches * self._global_size, self._rows)
+        sources, windows = self._order(samples.ravel())
+        return sources.reshape(samples.shape), windows.reshape(samples.shape)
+
+    def _count_targets(self, batch: int) -> float:
+        """:attr:`Batch.count` of a global batch."""
+        sources, windows = self._batch(batch)
+        total = sum(self.sources[i].counted(windows[sources == i]) for i in np.unique(sources).tolist())
+        return total / self._micro_batches
+
+
+class _MicroBatch:
+    """The job of reading one micro-batch."""
+
+    def __init__(self, plan: _Plan, step: int, pin_memory: bool) -> None:
+        # Allocated in the training thread, whose device is the right one to register the memory with.
+        self._tokens = torch.empty(plan.shape, dtype=torch.int64, pin_memory=pin_memory)
+        self._positions = (
+            torch.empty_like(self._tokens, pin_memory=pin_memory) if plan.has_positions else None
         )
-        return iter(loader)
+        self._plan, self._step = plan, step
+        self._reading: tuple[int, int, int] | None = None  # row, source, window
 
+    def run(self) -> Batch:
+        plan = self._plan
+        tokens = self._tokens.numpy()
+        positions = [None] * len(tokens) if self._positions is None else self._positions.numpy()
+        try:
+            sources, windows, counted = plan.rows(self._step)
+            for row, (source, window) in enumerate(zip(sources, windows, strict=True)):
+                self._reading = (row, source, window)
+                plan.sources[source].fill(window, tokens[row], positions[row])
+        except Exception as error:
+            raise RuntimeError(f"{self} could not be read: {error}") from error
+        return Batch(self._tokens, self._positions, counted)
 
-class _Order:
-    """Sample numbers over all epochs -> window numbers."""
-
-    def __init__(self, n: int, seed: int) -> None:
-        self._n = n
-        self._seed = seed
-        self._current = (0, Permutation(n, seed, 0))
-
-    def windows(self, samples_B: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """Windows of samples [B]; an epoch may end within them."""
-        epochs_B, positions_B = np.divmod(samples_B, self._n)
-        windows_B = np.empty_like(samples_B)
-        for epoch in np.unique(epochs_B).tolist():
-            if epoch != self._current[0]:
-                self._current = (epoch, Permutation(self._n, self._seed, epoch))
-            inside_B = epochs_B == epoch
-            windows_B[inside_B] = self._current[1](positions_B[inside_B])
-        return windows_B
-
-
-def _stack(dataset: Windows, indices: Sequence[int]) -> torch.Tensor:
-    return torch.stack([dataset[index] for index in indices])
-
-
-class _Endless:
-    """A batch sampler without length, which is all a DataLoader needs."""
-
-    def __init__(self, rows: Iterator[list[int]]) -> None:
-        self._rows = rows
-
-    def __iter__(self) -> Iterator[list[int]]:
-        return self._rows
-
-
-def _ignore_signals(worker_id: int) -> None:
-    """Forked readers inherit the trainer's handlers, which would save checkpoints; the trainer ends them."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    for name in (signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(name, signal.SIG_IGN)
-
-
-class ValidationBatch(NamedTuple):
-    """One rank's rows: int64 [B, T + 1] and float32 [B], 1 for a sample and 0 for a filler row."""
-
-    tokens: torch.Tensor
-    weights: torch.Tensor
+    def __str__(self) -> str:
+        first = self._plan.first_sample(self._step)
+        if self._reading is None:
+            return f"the documents of the batch of sample {first}"
+        row, source, window = self._reading
+        return f"sample {first + row} (window {window} of {self._plan.sources[source].stream.prefix})"
 
 
 class ValidationBatches:
-    """The first windows of a split, dealt to the ranks as in training; re-iterable.
+    """The first samples of the validation splits, dealt to the ranks as in training; re-iterable.
 
     Every rank gets the same number of batches of the same shape, so collectives match by construction. Where
-    the samples run out, rows are filled with copies of window 0 of weight 0: a mean weighted by
-    ``ValidationBatch.weights`` is over exactly :attr:`samples` windows whatever the number of ranks.
+    the samples run out, rows are filled with copies of the first one of weight 0: a mean weighted by
+    ``ValidationBatch.weights`` is over exactly :attr:`samples` samples whatever the number of ranks.
 
     Args:
-        dataset: windows to read.
-        samples: windows wanted; all of them if there are fewer.
+        sources: what to read, each from its beginning.
+        weights: of the sources, as in training.
+        samples: wanted; fewer if a source ends before.
         micro_batch_size: B.
         dp_rank, dp_size: this data-parallel rank and the number of ranks.
 
@@ -207,15 +285,25 @@ class ValidationBatches:
     """
 
     def __init__(
-        self, dataset: Windows, *, samples: int, micro_batch_size: int, dp_rank: int, dp_size: int
+        self,
+        sources: Sequence[Samples],
+        weights: Sequence[float] = (1.0,),
+        *,
+        samples: int,
+        micro_batch_size: int,
+        dp_rank: int,
+        dp_size: int,
     ) -> None:
-        self.samples = min(samples, len(dataset))
+        self._sources = sources
+        self._of, self._windows = Blend(weights)(np.arange(samples))
+        missing = self._windows >= np.array([len(source) for source in sources])[self._of]
+        self.samples = int(np.argmax(missing)) if missing.any() else samples
         if self.samples < 1:
             raise ValueError(
-                f"Nothing to validate on: {samples} samples wanted, the split has {len(dataset)} windows; "
-                "give validation a share in data.split and evaluation.samples at least 1."
+                f"Nothing to validate on: {samples} samples wanted, the split has "
+                f"{_listed([len(source) for source in sources])} windows; give validation a share in "
+                "data.split and evaluation.samples at least 1."
             )
-        self._dataset = dataset
         self._size, self._rank, self._ranks = micro_batch_size, dp_rank, dp_size
 
     def __len__(self) -> int:
@@ -226,5 +314,20 @@ class ValidationBatches:
         for batch in range(len(self)):
             first = (batch * self._ranks + self._rank) * self._size
             rows = range(first, first + self._size)
-            tokens_BT1 = _stack(self._dataset, [row if row < self.samples else 0 for row in rows])
-            yield ValidationBatch(tokens_BT1, torch.tensor([float(row < self.samples) for row in rows]))
+            tokens, positions = self._read_rows([row if row < self.samples else 0 for row in rows])
+            yield ValidationBatch(
+                tokens, torch.tensor([float(row < self.samples) for row in rows]), positions
+            )
+
+    def _read_rows(self, samples: list[int]) -> tuple[torch.Tensor, torch.Tensor | None]:
+        tokens = torch.empty(len(samples), self._sources[0].sequence_length + 1, dtype=torch.int64)
+        positions = torch.empty_like(tokens) if self._sources[0].has_positions else None
+        for row, sample in enumerate(samples):
+            source = self._sources[int(self._of[sample])]
+            own = None if positions is None else positions[row].numpy()
+            source.fill(int(self._windows[sample]), tokens[row].numpy(), own)
+        return tokens, positions
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    return " + ".join(f"{number:,}" for number in numbers)

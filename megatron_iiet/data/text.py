@@ -1,30 +1,34 @@
-"""Documents from ``.jsonl``, ``.jsonl.gz`` and ``.jsonl.zst`` files, one JSON object a line.
+"""Rows of files of JSON lines: ``.jsonl``, ``.json``, ``.ndjson``, plain or packed as ``.gz`` or ``.zst``.
 
-Nothing is guessed and nothing is dropped: the first line that is not a JSON object with the wanted text
-raises a ValueError naming file and line. Blank lines are allowed at the end of a file only. Reading is in
-two halves so that workers can share the second: :func:`read_chunks` (decompress, cut at line ends) and
-:func:`parse_chunk` (JSON, checks).
+Nothing is guessed and nothing is dropped silently: a line that is not a JSON object with the wanted texts
+gives a :class:`Reject`, which callers raise or count, and a damaged or cut file raises. Blank lines are
+allowed at the end of a file only. Of a key given twice in one object the last value counts; ``NaN`` and
+``Infinity`` are accepted as numbers, as Python's own writer makes them.
+
+Reading is in two halves so that workers can share the second: :func:`read_chunks` (decompress, cut at line
+ends) and :func:`parse_rows` (JSON, checks).
 """
 
 from __future__ import annotations
 
-import glob
-import gzip
 import json
 import os
-import zlib
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from io import BytesIO
+from typing import Any
 
-_SUFFIXES = (".jsonl", ".json", ".ndjson")
-_READ_BYTES = 1 << 18
+from megatron_iiet.data.compression import decompressed_blocks
+from megatron_iiet.data.long_text import LongText, parse_long_line
+from megatron_iiet.data.sources import InputFile, open_input
+
+LONG_LINE_BYTES = 8 << 20
+"""Longer lines are chunks of their own, and their texts are :class:`LongText`."""
+
 _BOM = b"\xef\xbb\xbf"
-_GLOB_CHARACTERS = frozenset("*?[")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Chunk:
     """Whole lines of one file."""
 
@@ -32,188 +36,282 @@ class Chunk:
     first_line: int
     """Number of the first line, counted from 1."""
     data: bytes
-    """UTF-8 lines joined by line breaks."""
+    """Lines joined by line breaks; one line if it is longer than ``LONG_LINE_BYTES``."""
 
 
-def expand_inputs(patterns: Iterable[str]) -> list[str]:
-    """Files behind paths and globs: in the order given, each glob's matches sorted.
+@dataclass(slots=True)
+class Row:
+    """The texts of one line."""
 
-    Raises:
-        ValueError: a file is missing or of an unknown kind, a glob matches nothing, a file occurs twice.
-    """
-    paths: list[str] = []
-    for pattern in patterns:
-        is_glob = not os.path.exists(pattern) and not _GLOB_CHARACTERS.isdisjoint(pattern)
-        matches = sorted(glob.glob(pattern, recursive=True)) if is_glob else [pattern]
-        if not matches:
-            raise ValueError(f"The input pattern {pattern} matches no file; check the path.")
-        paths += matches
-    for path in paths:
-        if not os.path.isfile(path):
-            found = (
-                "is a folder; give its files, for example with a glob"
-                if os.path.isdir(path)
-                else "is missing"
-            )
-            raise ValueError(f"The input {path} {found}.")
-        if not path.removesuffix(".gz").removesuffix(".zst").endswith(_SUFFIXES):
-            raise ValueError(
-                f"The input {path} is of an unknown kind; give .jsonl, .jsonl.gz or .jsonl.zst files."
-            )
-    twice = [path for path, count in Counter(paths).items() if count > 1]
-    if twice:
-        raise ValueError(f"The input {twice[0]} is named twice; name every file once.")
-    return paths
+    line: int
+    """Number of the line in its file, counted from 1."""
+    texts: tuple[str | LongText, ...]
+    """In the order of the keys asked for."""
+    source: str | None = None
+    """The string under the source key."""
 
 
-def iter_documents(paths: Iterable[str | os.PathLike[str]], key: str = "text") -> Iterator[str]:
+@dataclass(slots=True)
+class Reject:
+    """A line that gives no row."""
+
+    line: int
+    """Number of the line in its file, counted from 1."""
+    reason: str
+    """One of: blank line, byte-order mark, invalid UTF-8, invalid JSON, not an object, missing key, not a
+    string, lone surrogate."""
+    message: str
+    """One sentence with file, line, what was found and what to do."""
+
+
+def iter_documents(inputs: Iterable[InputFile | str | os.PathLike[str]], key: str = "text") -> Iterator[str]:
     """Texts of all documents of all files, in order, empty ones included.
 
     Raises:
-        ValueError: see the module's description.
+        ValueError: a file or line is bad; see the module's description.
     """
-    for path in paths:
-        for chunk in read_chunks(path):
-            for (text,) in parse_chunk(chunk, [key]):
-                yield text
+    for file in inputs:
+        for chunk in read_chunks(file):
+            rows, rejects = parse_rows(chunk, [key])
+            raise_first(rejects)
+            for row in rows:
+                (text,) = row.texts
+                yield text if isinstance(text, str) else "".join(text.parts())
 
 
-def read_chunks(path: str | os.PathLike[str], chunk_bytes: int = 1 << 20) -> Iterator[Chunk]:
-    """Whole lines of a file in chunks of about ``chunk_bytes``; a longer line makes a longer chunk.
+def raise_first(rejects: Sequence[Reject]) -> None:
+    """Raise the first reject as a ValueError, if there is any."""
+    if rejects:
+        raise ValueError(rejects[0].message)
 
-    Blank lines wait until a line with content follows, so those that end a file are dropped.
+
+def read_chunks(source: InputFile | str | os.PathLike[str], chunk_bytes: int = 1 << 20) -> Iterator[Chunk]:
+    """Whole lines of a file or url in chunks of about ``chunk_bytes``.
+
+    A line longer than ``LONG_LINE_BYTES`` is a chunk of its own, and its bytes are held once. Blank lines
+    wait until a line with content follows, so those that end a file are dropped.
 
     Raises:
-        ValueError: the file is empty, its compression is damaged or cut short, or it starts with a BOM.
+        ValueError: the file is empty, or its compression is damaged or cut short.
+        OSError: it cannot be read.
     """
-    name = os.fspath(path)
-    first_line = 1
-    pending = bytearray()
-    for block in _decompressed(name):
-        searched = len(pending)
-        pending += block
-        if len(pending) < chunk_bytes:
-            continue
-        line_end = pending.rfind(b"\n", searched) + 1
-        content = bytes(pending[:line_end]).rstrip()
+    path = source.path if isinstance(source, InputFile) else os.fspath(source)
+    buffer = _LineBuffer(path)
+    with open_input(source) as file:
+        for block in decompressed_blocks(file, path):
+            yield from buffer.add(block, chunk_bytes)
+        yield from buffer.rest()
+        if buffer.first_line == 1:
+            found = "holds no documents (no line with content)" if file.tell() else "is empty (0 bytes)"
+            raise ValueError(f"{path} {found}; remove it from the inputs.")
+
+
+class _LineBuffer:
+    """Blocks of a file on their way to chunks."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self.first_line = 1  # of what has not been given out
+        self._lines: list[bytes] = []  # whole lines, with their line breaks
+        self._size = 0  # bytes in _lines
+        self._open = BytesIO()  # start of a line whose end is to come
+
+    def add(self, block: bytes, chunk_bytes: int) -> Iterator[Chunk]:
+        """Take a block in; give out what is ready."""
+        start = 0
+        if self._open.tell():
+            end = block.find(b"\n")
+            self._open.write(block if end < 0 else block[:end])
+            is_long = self._open.tell() > LONG_LINE_BYTES
+            if is_long and self._lines:
+                yield self._take_lines()
+            if end < 0:
+                return
+            line = self._take_open()
+            if is_long:
+                yield self._chunk(line)
+                start = end + 1
+            else:
+                self._keep(line)
+                start = end
+        stop = block.rfind(b"\n") + 1
+        self._keep(block[start:stop])
+        self._open.write(block[stop:])
+        if self._size >= chunk_bytes:
+            yield from self._take_content()
+
+    def rest(self) -> Iterator[Chunk]:
+        """What is left at the end of the file, without blank lines at its end."""
+        line = self._take_open()
+        if len(line) > LONG_LINE_BYTES and not line.isspace():
+            if self._lines:
+                yield self._take_lines()
+            yield self._chunk(line)
+            return
+        self._keep(line)
+        content = b"".join(self._lines).rstrip()
         if content:
-            yield _checked(Chunk(name, first_line, content))
-            first_line += content.count(b"\n") + 1
-            del pending[: pending.index(b"\n", len(content)) + 1]
-    content = bytes(pending).rstrip()
-    if content:
-        yield _checked(Chunk(name, first_line, content))
-    elif first_line == 1:
-        raise ValueError(f"{name} holds no documents (no line with content); remove it from the inputs.")
+            yield self._chunk(content)
+
+    def _keep(self, lines: bytes) -> None:
+        if lines:
+            self._lines.append(lines)
+            self._size += len(lines)
+
+    def _take_open(self) -> bytes:
+        line = self._open.getvalue()  # the buffer itself, not a copy of it
+        self._open = BytesIO()
+        return line
+
+    def _take_lines(self) -> Chunk:
+        """All whole lines; for when more content follows."""
+        data = b"".join(self._lines)
+        self._lines, self._size = [], 0
+        return self._chunk(data[:-1])
+
+    def _take_content(self) -> Iterator[Chunk]:
+        """All whole lines but the blank ones at their end, which stay."""
+        lines, self._lines, self._size = self._lines, [], 0
+        blank = b""
+        while lines and not (content := lines[-1].rstrip()):
+            blank = lines.pop() + blank
+        if lines:
+            blank = lines[-1][len(content) :] + blank
+            lines[-1] = content
+            yield self._chunk(b"".join(lines))
+            blank = blank[blank.index(b"\n") + 1 :]
+        self._keep(blank)
+
+    def _chunk(self, data: bytes) -> Chunk:
+        chunk = Chunk(self._path, self.first_line, data)
+        self.first_line += data.count(b"\n") + 1
+        return chunk
 
 
-def _checked(chunk: Chunk) -> Chunk:
-    if chunk.first_line == 1 and chunk.data.startswith(_BOM):
-        raise ValueError(
-            f"{chunk.path}, line 1: starts with a byte-order mark; save it as UTF-8 without BOM."
-        )
-    return chunk
+def parse_rows(
+    chunk: Chunk, keys: Sequence[str], source_key: str | None = None
+) -> tuple[list[Row], list[Reject]]:
+    """The strings under ``keys``, and under ``source_key``, of every line of a chunk.
 
-
-def parse_chunk(chunk: Chunk, keys: Sequence[str]) -> list[tuple[str, ...]]:
-    """The texts under ``keys`` of every line of a chunk.
-
-    Raises:
-        ValueError: a line is not UTF-8, blank, not a JSON object, lacks a key, or has no proper string there.
+    A key may lead into nested objects with dots (``meta.redpajama_set_name``); a key that is there literally,
+    dots and all, comes first. Nothing is raised for bad lines.
     """
-    try:
-        lines = chunk.data.decode("utf-8").split("\n")
-    except UnicodeDecodeError as error:
-        line = chunk.first_line + chunk.data.count(b"\n", 0, error.start)
-        found = chunk.data[error.start : error.start + 1]
-        raise ValueError(
-            f"{chunk.path}, line {line}: byte {found!r} is not valid UTF-8; convert the file to UTF-8."
-        ) from None
-    rows = []
-    for number, line_text in enumerate(lines, start=chunk.first_line):
+    rows: list[Row] = []
+    rejects: list[Reject] = []
+    for number, line in enumerate(chunk.data.split(b"\n"), start=chunk.first_line):
         try:
-            rows.append(_parse_line(line_text, keys))
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{chunk.path}, line {number}: {error}") from None
-    return rows
+            row = _parse_line(line)
+            texts = tuple([_string(row, key, "--json-keys") for key in keys])
+            source = source_key and _source(row, source_key)
+            rows.append(Row(number, texts, source))
+        except _BadLineError as error:
+            rejects.append(Reject(number, error.reason, f"{chunk.path}, line {number}: {error}"))
+    return rows, rejects
 
 
-def _parse_line(line: str, keys: Sequence[str]) -> tuple[str, ...]:
-    """The texts of one line; errors say what is wrong, without file and line."""
-    if not line or line.isspace():
-        raise ValueError("blank line between documents; remove it.")
+class _BadLineError(ValueError):
+    """A line's defect, without file and line."""
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+def _parse_line(line: bytes) -> dict[str, Any]:
+    """The object of a line, with :class:`LongText` for giant strings of a giant line."""
     try:
-        row = json.loads(line)
+        value = _load(line) if len(line) <= LONG_LINE_BYTES else parse_long_line(line)
+    except UnicodeDecodeError as error:
+        found = error.object[error.start : error.start + 1]
+        raise _BadLineError(
+            "invalid UTF-8", f"byte {found!r} is not valid UTF-8; convert the file to UTF-8."
+        ) from None
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"not valid JSON ({error}): {_excerpt(line)}; repair or remove the line.") from None
-    if not isinstance(row, dict):
-        raise ValueError(f"a JSON {type(row).__name__} instead of an object: {_excerpt(line)}.")
-    texts = []
-    for key in keys:
-        if key not in row:
-            raise ValueError(f"no key {key!r}, only {sorted(row)[:8]}; check --json-keys.")
-        text = row[key]
-        if not isinstance(text, str):
-            found = "null" if text is None else f"{_excerpt(json.dumps(text))} ({type(text).__name__})"
-            raise ValueError(f"{key!r} is {found}, not a string; repair or remove the line.")
-        if not text.isascii():
-            try:
-                text.encode("utf-8")
-            except UnicodeEncodeError as error:
-                found = f"\\u{ord(text[error.start]):04x}"
-                raise ValueError(f"{key!r} holds half a surrogate pair, {found}; repair the line.") from None
-        texts.append(text)
-    return tuple(texts)
+        raise _json_error(line, error) from None
+    if not isinstance(value, dict):
+        raise _BadLineError(
+            "not an object", f"a JSON {type(value).__name__} instead of an object: {_excerpt(line)}."
+        )
+    return value
 
 
-def _excerpt(line: str) -> str:
-    return repr(line if len(line) <= 60 else line[:57] + "...")
+_raw_decode = json.JSONDecoder().raw_decode
 
 
-def _decompressed(name: str) -> Iterator[bytes]:
-    """Decompressed blocks of a file, chosen by its ending; the end of every frame is insisted on."""
-    path = Path(name)
-    if path.stat().st_size == 0:
-        raise ValueError(f"{name} is empty (0 bytes); remove it from the inputs.")
-    if name.endswith(".zst"):
-        yield from _zstd_blocks(path)
-    elif name.endswith(".gz"):
-        yield from _gzip_blocks(path)
-    else:
-        with path.open("rb") as file:
-            while block := file.read(_READ_BYTES):
-                yield block
+def _load(line: bytes) -> Any:
+    """``json.loads``; nearly twice as fast where nothing is around the value.
 
-
-def _gzip_blocks(path: Path) -> Iterator[bytes]:
+    Lines are decoded one by one: a chunk decoded whole takes two bytes a character as soon as one of its
+    characters is a dash.
+    """
+    text = line.decode("utf-8")
     try:
-        with gzip.open(path, "rb") as file:
-            while block := file.read(_READ_BYTES):
-                yield block
-    except EOFError:
-        raise ValueError(f"{path} is cut short: its gzip stream has no end; fetch the file again.") from None
-    except (gzip.BadGzipFile, zlib.error) as error:
-        raise ValueError(f"{path} is damaged gzip ({error}); fetch the file again.") from None
+        value, end = _raw_decode(text)
+    except ValueError:
+        return json.loads(text)
+    return value if end == len(text) or text[end:] == "\r" else json.loads(text)
 
 
-def _zstd_blocks(path: Path) -> Iterator[bytes]:
-    """Frame by frame: the library's stream reader stops silently where a file was cut, this does not."""
-    import zstandard
+def _json_error(line: bytes, error: Exception) -> _BadLineError:
+    if not line or line.isspace():
+        return _BadLineError("blank line", "blank line between documents; remove it.")
+    if line.startswith(_BOM):
+        return _BadLineError(
+            "byte-order mark", "starts with a byte-order mark; save it as UTF-8 without BOM."
+        )
+    return _BadLineError(
+        "invalid JSON", f"not valid JSON ({error}): {_excerpt(line)}; repair or remove the line."
+    )
 
-    context = zstandard.ZstdDecompressor(max_window_size=1 << 31)  # files made with --long
-    frame = None
-    with path.open("rb") as file:
-        while block := file.read(_READ_BYTES):
-            while block:
-                frame = frame or context.decompressobj()
-                try:
-                    data = frame.decompress(block)
-                except zstandard.ZstdError as error:
-                    raise ValueError(f"{path} is damaged zstd ({error}); fetch the file again.") from None
-                if data:
-                    yield data
-                block = frame.unused_data if frame.eof else b""
-                if frame.eof:
-                    frame = None
-    if frame is not None:
-        raise ValueError(f"{path} is cut short: its last zstd frame has no end; fetch the file again.")
+
+def _source(row: dict[str, Any], key: str) -> str:
+    name = _string(row, key, "--split-by")
+    if isinstance(name, LongText):
+        raise _BadLineError("not a string", f"{key!r} holds {name.characters:,} characters, not a name.")
+    return name
+
+
+def _string(row: dict[str, Any], key: str, option: str) -> str | LongText:
+    """The text under a key; ``option`` is where the user gave the key."""
+    text = row[key] if key in row else _nested(row, key, option)
+    if isinstance(text, str):
+        half = None if text.isascii() else _lone_surrogate(text)
+    elif isinstance(text, LongText):
+        half = text.lone_surrogate
+    else:
+        found = "null" if text is None else f"{_json_excerpt(text)} ({type(text).__name__})"
+        raise _BadLineError("not a string", f"{key!r} is {found}, not a string; repair or remove the line.")
+    if half:
+        raise _BadLineError(
+            "lone surrogate", f"{key!r} holds half a surrogate pair, \\u{ord(half):04x}; repair the line."
+        )
+    return text
+
+
+def _nested(row: dict[str, Any], key: str, option: str) -> Any:
+    """The value that a key with dots leads to."""
+    value: Any = row
+    for name in key.split("."):
+        if not isinstance(value, dict) or name not in value:
+            found = str(sorted(value)[:8])[:200] if isinstance(value, dict) else _json_excerpt(value)
+            raise _BadLineError("missing key", f"no key {key!r}, only {found}; check {option}.")
+        value = value[name]
+    return value
+
+
+def _lone_surrogate(text: str) -> str | None:
+    """The first half of a surrogate pair without its other half."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        return text[error.start]
+    return None
+
+
+def _json_excerpt(value: Any) -> str:
+    return _excerpt(json.dumps(value, default=repr))
+
+
+def _excerpt(line: bytes | str) -> str:
+    text = line[:240].decode("utf-8", "replace") if isinstance(line, bytes) else line
+    return repr(text if len(text) <= 60 else text[:57] + "...")

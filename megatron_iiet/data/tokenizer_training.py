@@ -8,7 +8,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_iiet.data.text import expand_inputs, iter_documents
+from megatron_iiet.data.sources import list_inputs
+from megatron_iiet.data.text import iter_documents
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ def train_tokenizer(
     target = Path(f"{os.fspath(output_prefix)}.model")
     if not target.parent.is_dir():
         raise ValueError(f"The folder {target.parent} of the output prefix is missing; create it.")
-    counted = _Counted(iter_documents(expand_inputs(inputs), key), max_characters)
+    counted = _Counted(iter_documents(list_inputs(inputs), key), max_characters)
     model = io.BytesIO()
     try:
         SentencePieceTrainer.train(

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_iiet.config.schema import ModelConfig
+from megatron_iiet.models.attention_layout import AttentionLayout
 from megatron_iiet.ops import merge_norm
 from megatron_iiet.parallel import TensorParallel
 
@@ -36,44 +37,12 @@ class RMSNorm(nn.Module):
         return normed
 
 
-class Rotary(nn.Module):
-    """Cosines and sines of the rotary position embedding (Su et al. 2021), half-split layout as in LLaMA."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.length = config.max_position_embeddings
-        # A reciprocal, not a negative power: the rounding must be LLaMA's, position 2000 multiplies it.
-        powers_K = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
-        inverse_K = 1.0 / config.rotary_base**powers_K
-        angles = torch.outer(torch.arange(self.length, dtype=torch.float32), inverse_K)
-        self.register_buffer("cos", angles.cos().repeat(1, 2), persistent=False)
-        # The rotation swaps the halves and negates one: the sign sits in the table, so a roll does the swap.
-        self.register_buffer("signed_sin", torch.cat((-angles.sin(), angles.sin()), dim=-1), persistent=False)
-
-    def forward(self, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Cosines and signed sines of the first ``length`` positions, each [T, K], in ``dtype``."""
-        if length > self.length:
-            raise ValueError(
-                f"a sequence of {length} tokens is longer than the rotary table "
-                f"(model.max_position_embeddings = {self.length}); shorten it or enlarge the table"
-            )
-        cos, sin = self.get_buffer("cos"), self.get_buffer("signed_sin")
-        return cos[:length].to(dtype), sin[:length].to(dtype)
-
-
-def rotate(x_BHTK: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
-    """Apply the rotary tables ([T, K] each) to queries or keys."""
-    cos_TK, signed_sin_TK = tables
-    return torch.addcmul(x_BHTK * cos_TK, x_BHTK.roll(x_BHTK.shape[-1] // 2, -1), signed_sin_TK)
-
-
 class Attention(nn.Module):
-    """Causal grouped-query self-attention; queries, keys and values from one matrix [q; k; v]."""
+    """Grouped-query self-attention, causal within documents; q, k and v from one matrix [q; k; v]."""
 
     def __init__(self, config: ModelConfig, parallel: TensorParallel) -> None:
         super().__init__()
         self.head_dim = config.head_dim
-        self.grouped = config.num_kv_heads != config.num_attention_heads
         query, kv = (heads * config.head_dim for heads in (config.num_attention_heads, config.num_kv_heads))
         self.local_widths = [width // parallel.group.size for width in (query, kv, kv)]
         self.qkv = parallel.column_linear(config.hidden_size, (query, kv, kv))
@@ -81,16 +50,14 @@ class Attention(nn.Module):
         self.weights = config.hidden_size * (query + 2 * kv + query)
         self.query_width = query
 
-    def forward(self, x_BTD: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
+    def forward(self, x_BTD: Tensor, layout: AttentionLayout) -> Tensor:
         qkv_BTW = self.qkv(x_BTD)
         B, T, _ = qkv_BTW.shape
         q, k, v = qkv_BTW.split(self.local_widths, dim=-1)
-        q_BHTK = rotate(q.view(B, T, -1, self.head_dim).transpose(1, 2), tables)
-        k_BGTK = rotate(k.view(B, T, -1, self.head_dim).transpose(1, 2), tables)
+        q_BHTK = layout.rotate(q.view(B, T, -1, self.head_dim).transpose(1, 2))
+        k_BGTK = layout.rotate(k.view(B, T, -1, self.head_dim).transpose(1, 2))
         v_BGTK = v.view(B, T, -1, self.head_dim).transpose(1, 2)
-        out_BHTK = F.scaled_dot_product_attention(
-            q_BHTK, k_BGTK, v_BGTK, is_causal=True, enable_gqa=self.grouped
-        )
+        out_BHTK = layout.attend(q_BHTK, k_BGTK, v_BGTK)
         return self.output(out_BHTK.transpose(1, 2).reshape(B, T, -1))
 
     def forward_flops(self, length: int) -> int:
@@ -129,11 +96,11 @@ class DecoderLayer(nn.Module):
         self.mlp = SwiGLU(config, parallel)
         self.backend = backend
 
-    def forward(self, y_BTD: Tensor, normed_BTD: Tensor | None, tables: tuple[Tensor, Tensor]) -> Tensor:
+    def forward(self, y_BTD: Tensor, normed_BTD: Tensor | None, layout: AttentionLayout) -> Tensor:
         """F(y), [B, T, D]; ``normed_BTD`` is ``input_norm(y)`` where the caller already has it."""
         if normed_BTD is None:
             normed_BTD = self.input_norm(y_BTD)
-        a_BTD = self.attention(normed_BTD, tables)
+        a_BTD = self.attention(normed_BTD, layout)
         norm = self.post_attention_norm
         normed_BTD = merge_norm(y_BTD, (a_BTD,), None, norm.weight, eps=norm.eps, backend=self.backend).normed
         return a_BTD + self.mlp(normed_BTD)

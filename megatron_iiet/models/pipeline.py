@@ -24,14 +24,15 @@ class PipelineStage(nn.Module):
         self.entries_handed_on = 0
         """History entries that the next stage receives; see :func:`entries_crossing`."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, positions_BT: Tensor | None = None) -> Tensor:
+        """``positions_BT``: of the micro-batch's tokens, see :meth:`Transformer.forward`."""
         model = self.model
         if model.is_first:
             y_BTD, history = model.embed(x)
         else:
             y_BTD, *entries = x.unbind(0)
             history = model.start_history(entries)
-        y_BTD = model.integrate(y_BTD, history, self.sequence_length)
+        y_BTD = model.integrate(y_BTD, history, self.sequence_length, positions_BT)
         if model.is_last:
             return model.project(y_BTD)
         return torch.stack([y_BTD, *history.first(self.entries_handed_on)])

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from megatron_iiet.config import RunConfig
+from megatron_iiet.models.attention_layout import AttentionLayout, Rotary, attention_layout
 from megatron_iiet.models.history import History
-from megatron_iiet.models.layer import DecoderLayer, RMSNorm, Rotary
+from megatron_iiet.models.layer import DecoderLayer, RMSNorm
 from megatron_iiet.models.solvers import Solver, build_solver
 from megatron_iiet.parallel import TensorParallel
 from megatron_iiet.parallel.tensor import column_parallel, shard_of
@@ -26,10 +27,10 @@ VOCABULARY_WEIGHTS = ("embedding.weight", "head.weight")
 
 @dataclass
 class BoundIncrement:
-    """A decoder layer as the solver sees it: F with its rotary tables and recomputation bound."""
+    """A decoder layer as the solver sees it: F with attention layout and recomputation bound."""
 
     layer: DecoderLayer
-    tables: tuple[Tensor, Tensor]
+    layout: AttentionLayout
     recompute: bool
 
     @property
@@ -38,8 +39,8 @@ class BoundIncrement:
 
     def __call__(self, y_BTD: Tensor, normed_BTD: Tensor | None, evaluation: int) -> Tensor:
         if self.recompute and torch.is_grad_enabled():
-            return cast(Tensor, checkpoint(self.layer, y_BTD, normed_BTD, self.tables, use_reentrant=False))
-        return cast(Tensor, self.layer(y_BTD, normed_BTD, self.tables))
+            return cast(Tensor, checkpoint(self.layer, y_BTD, normed_BTD, self.layout, use_reentrant=False))
+        return cast(Tensor, self.layer(y_BTD, normed_BTD, self.layout))
 
 
 class IntegratedLayer(nn.Module):
@@ -51,11 +52,9 @@ class IntegratedLayer(nn.Module):
         self.solver: Solver = build_solver(config, layer, backend)
         self.recompute = config.training.recompute
 
-    def forward(
-        self, y_BTD: Tensor, history: History, tables: tuple[Tensor, Tensor]
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, y_BTD: Tensor, history: History, layout: AttentionLayout) -> tuple[Tensor, Tensor]:
         """``(y_{n+1}, the increment to keep)``, both [B, T, D]."""
-        increment_fn = BoundIncrement(self.increment, tables, self.recompute == "evaluation")
+        increment_fn = BoundIncrement(self.increment, layout, self.recompute == "evaluation")
         if self.recompute == "layer" and torch.is_grad_enabled():
             return cast(
                 tuple[Tensor, Tensor],
@@ -120,20 +119,26 @@ class Transformer(nn.Module):
         return {int(n): cast(IntegratedLayer, layer).solver for n, layer in self.layers.items()}
 
     def forward(
-        self, tokens_BT: Tensor, targets_BT: Tensor | None = None, weights_B: Tensor | None = None
+        self,
+        tokens_BT: Tensor,
+        targets_BT: Tensor | None = None,
+        positions_BT: Tensor | None = None,
+        divisor: float | Tensor | None = None,
     ) -> Tensor:
-        """Logits [B, T, V] of token ids; with targets the mean cross-entropy in nats per token (fp32 scalar);
-        with row weights the sum over rows of weight times the row's mean cross-entropy.
+        """Logits [B, T, V] of token ids, or with targets their :meth:`loss`.
+
+        ``positions_BT``: each token's place in its document within the sample, see
+        :mod:`megatron_iiet.models.attention_layout`; default: each sample is one document.
 
         Raises:
             ValueError: the sequence is longer than the rotary table.
         """
         y_BTD, history = self.embed(tokens_BT)
-        logits = self.project(self.integrate(y_BTD, history, tokens_BT.shape[1]))
+        logits = self.project(self.integrate(y_BTD, history, tokens_BT.shape[1], positions_BT))
         if targets_BT is None:
             assert self.parallel.group.size == 1, "logits are never gathered"
             return logits[..., : self.config.model.vocab_size]
-        return self.loss(logits, targets_BT, weights_B)
+        return self.loss(logits, targets_BT, divisor)
 
     def embed(self, tokens_BT: Tensor) -> tuple[Tensor, History]:
         """y_0, [B, T, D] (T: this rank's part of the sequence), and the history it starts."""
@@ -152,11 +157,13 @@ class Transformer(nn.Module):
             rows_at_once=self.parameters_in_parts,
         )
 
-    def integrate(self, y_BTD: Tensor, history: History, length: int) -> Tensor:
-        """Run the layers on y, appending to the history; ``length`` is the whole sequence's."""
-        tables = self.rotary(length, y_BTD.dtype)
+    def integrate(
+        self, y_BTD: Tensor, history: History, length: int, positions_BT: Tensor | None = None
+    ) -> Tensor:
+        """Run the layers on y, appending to the history; length and positions are the whole sequence's."""
+        layout = attention_layout(self.rotary, length, y_BTD.dtype, positions_BT)
         for layer in self.layers.values():
-            y_BTD, increment_BTD = layer(y_BTD, history, tables)
+            y_BTD, increment_BTD = layer(y_BTD, history, layout)
             if cast(IntegratedLayer, layer).solver.keeps_increment:
                 history.append(increment_BTD)
         return y_BTD
@@ -167,10 +174,11 @@ class Transformer(nn.Module):
         head = self.embedding if self.head is None else self.head
         return column_parallel(self.norm(y_BTD), cast(nn.Parameter, head.weight), self.parallel)  # type: ignore[union-attr]
 
-    def loss(self, logits_BTV: Tensor, targets_BT: Tensor, weights_B: Tensor | None = None) -> Tensor:
-        """Mean cross-entropy, or the weighted sum of the rows' means; from :meth:`project`'s logits."""
+    def loss(self, logits_BTV: Tensor, targets_BT: Tensor, divisor: float | Tensor | None = None) -> Tensor:
+        """Cross-entropy in nats from :meth:`project`'s logits: the mean over all targets; or, with a divisor,
+        the sum over those that are not IGNORED, divided by it (fp32 scalar)."""
         losses_BT = cross_entropy(logits_BTV, targets_BT, self.config.model.vocab_size, self.parallel.group)
-        return losses_BT.mean() if weights_B is None else (losses_BT.mean(-1) * weights_B).sum()
+        return losses_BT.mean() if divisor is None else losses_BT.sum() / divisor
 
     def set_iterations(self, iterations: list[int], *, merging: bool = True) -> None:
         """Change the corrector iterations r_n of every layer from the next forward pass on.

@@ -16,6 +16,9 @@ from megatron_iiet.parallel.group import Group
 from megatron_iiet.parallel.shard import Shard
 from megatron_iiet.parallel.tensor import TensorParallel, mark_sharded
 
+IGNORED = -100
+"""The target of a token whose prediction does not count; its loss is 0, and so is its gradient."""
+
 CHUNK_ELEMENTS = 1 << 24
 """Logits of one chunk of tokens; bounds the fp32 temporaries of the loss to 64 MB each."""
 
@@ -47,10 +50,10 @@ def cross_entropy(logits_BTV: Tensor, targets_BT: Tensor, vocab_size: int, group
 
     Each rank contributes its maximum, sum of exponentials and target logit: one all-gather of three
     numbers a token, whatever the vocabulary. Columns from ``vocab_size`` on are padding and count nothing.
-    The backward pass sends nothing.
+    The backward pass sends nothing. Where the target is IGNORED there is no loss and no gradient.
     """
     loss = _CrossEntropy.apply(logits_BTV.flatten(0, -2), targets_BT.flatten(), vocab_size, group)
-    return cast(Tensor, loss).view_as(targets_BT)
+    return cast(Tensor, loss).view_as(targets_BT).masked_fill(targets_BT == IGNORED, 0.0)
 
 
 class _CrossEntropy(torch.autograd.Function):

@@ -18,15 +18,18 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_iiet import durable
 from megatron_iiet.config import ConfigError, RunConfig, config_from_file, config_to_dict, config_to_yaml
+from megatron_iiet.data.blend import Blend
 from megatron_iiet.training.fragments import INDEX
 
-FORMAT = 2
+FORMAT = 3
+_READABLE = (2, 3)  # 2 had a place in the data of another form, which the reader of samples understands
 # What decides which parameters exist and what they compute; a checkpoint fits only if all of it agrees.
 # (embedding_scale is compared as a number: "unit" means another one under another init_std.)
 _ARCHITECTURE = tuple(
@@ -39,6 +42,9 @@ _ARCHITECTURE = tuple(
     for key in keys.split()
 )
 
+# What decides which samples come in which order, the corpora themselves and the weights of a blend apart.
+_SAMPLES = ("data.sequence_length", "data.documents")
+
 
 @dataclass(frozen=True)
 class TrainState:
@@ -46,7 +52,7 @@ class TrainState:
 
     step: int
     """Finished optimizer steps."""
-    data: dict[str, int]
+    data: dict[str, Any]
     """State of the sample reader."""
     layout: dict[str, int]
     """How the writing processes were laid out; only told to the user."""
@@ -88,7 +94,7 @@ def read_state(folder: Path) -> TrainState:
         ConfigError: it is of another format.
     """
     data = json.loads((folder / "state.json").read_text())
-    if data.pop("format", None) != FORMAT:
+    if data.pop("format", None) not in _READABLE:
         raise ConfigError(f"{folder / 'state.json'} is not of format {FORMAT}; use the version that wrote it")
     return TrainState(**data)
 
@@ -120,22 +126,28 @@ def commit(output_dir: str | Path, tag: str, keep: int) -> None:
 
 
 def check_resumable(folder: Path, config: RunConfig) -> None:
-    """Refuse a checkpoint of another format or architecture; layout, ZeRO stage and precision may differ.
+    """Refuse a checkpoint of another format, architecture or order of samples; layout, ZeRO stage and
+    precision may differ, and corpora may have moved.
 
     Raises:
         ConfigError: naming every difference.
     """
     read_state(folder)
-    old, new = _settings(config_from_file(folder / "config.yaml")), _settings(config)
-    differences = [
-        f"{key} is {_get(old, key)} there and {_get(new, key)} here"
-        for key in _ARCHITECTURE
-        if _get(old, key) != _get(new, key)
-    ]
+    before = config_from_file(folder / "config.yaml")
+    differences = _differences(before, config, _ARCHITECTURE)
     if differences:
         raise ConfigError(
             f"checkpoint {folder} is of another architecture: {'; '.join(differences)}; "
             "give this run another output_dir, or the checkpoint's configuration"
+        )
+    differences = _differences(before, config, _SAMPLES)
+    old, new = (list(c.data.weights.values()) for c in (before, config))
+    if Blend(old).shares != Blend(new).shares:
+        differences.append(f"data.blend has the weights {old} there and {new} here")
+    if differences:
+        raise ConfigError(
+            f"checkpoint {folder} is a place in another order of samples: {'; '.join(differences)}; restore "
+            "these settings, or give this run another output_dir"
         )
 
 
@@ -144,6 +156,15 @@ def changed_settings(folder: Path, config: RunConfig) -> list[str]:
     old, new = config_to_dict(config_from_file(folder / "config.yaml")), config_to_dict(config)
     keys = [f"{s}.{k}" for s, values in new.items() if isinstance(values, dict) for k in values]
     return [f"{key}: {_get(old, key)} → {_get(new, key)}" for key in keys if _get(old, key) != _get(new, key)]
+
+
+def _differences(before: RunConfig, config: RunConfig, keys: Sequence[str]) -> list[str]:
+    old, new = _settings(before), _settings(config)
+    return [
+        f"{key} is {_get(old, key)} there and {_get(new, key)} here"
+        for key in keys
+        if _get(old, key) != _get(new, key)
+    ]
 
 
 def _settings(config: RunConfig) -> dict[str, Any]:

@@ -17,12 +17,12 @@ from megatron_iiet.config import (
 from megatron_iiet.config.combinations import check_combination
 from megatron_iiet.config.deepspeed import load_ds_config, reconcile
 from megatron_iiet.data.batches import TrainBatches, ValidationBatches
-from megatron_iiet.data.samples import Splits, build_splits
 from megatron_iiet.data.tokenizer import load_tokenizer
 from megatron_iiet.ops import resolve_backend
 from megatron_iiet.parallel import ParallelContext
 from megatron_iiet.parallel.launch import launch_environment
 from megatron_iiet.training import callbacks, checkpoint
+from megatron_iiet.training.corpora import Corpora, describe_corpora, open_corpora
 from megatron_iiet.training.engine import build_engine
 from megatron_iiet.training.layout import describe_layout, layout_of
 from megatron_iiet.training.loop import train
@@ -54,17 +54,16 @@ def prepare(
     config: RunConfig, ds_config: dict[str, Any], context: ParallelContext
 ) -> tuple[Run, list[callbacks.Callback]]:
     """Check everything, then build the run and its callbacks; the cheapest checks come first."""
-    for key, made_by in (("prefix", "tools/preprocess_data.py"), ("tokenizer", "tools/train_tokenizer.py")):
-        if not getattr(config.data, key):
-            raise ConfigError(f"data.{key} is not set; give the path of what {made_by} wrote")
+    check_paths(config)
     backend, reason = resolve_backend(config.ops.backend, context.device)
     check_tokenizer(config)
-    splits = build_splits(config.data.prefix, config.data.sequence_length, config.data.split)
+    corpora = open_corpora(config.data)
     tag = find_checkpoint(config)
 
     engine = build_engine(config, ds_config, context, backend, initialise=tag is None)
-    run = Run(config, context, engine, train_batches(config, splits, context))
-    run.say(describe_start(run, splits))
+    run = Run(config, context, engine, train_batches(config, corpora, context), corpora.names)
+    run.say(describe_start(run))
+    run.say(describe_corpora(config, corpora))
     run.say(describe_layout(config, engine))
     run.say(f"merge_norm backend: {backend} ({reason})")
     if engine.zero_stage == 3 and config.training.precision == "bf16" and config.solver.kind != "euler":
@@ -74,7 +73,7 @@ def prepare(
         run.resume(tag)
     if context.is_main:
         write_run_files(config, ds_config)
-    return run, build_callbacks(config, splits, context)
+    return run, build_callbacks(config, corpora, context)
 
 
 def reconciled_ds_config(loaded: LoadedConfig, world_size: int) -> dict[str, Any]:
@@ -88,6 +87,15 @@ def reconciled_ds_config(loaded: LoadedConfig, world_size: int) -> dict[str, Any
     source = "the default DeepSpeed configuration" if path is None else str(path)
     data_parallel_size = check_combination(loaded.config, ds_json, world_size, source)
     return reconcile(ds_json, loaded.config, data_parallel_size, source=source)
+
+
+def check_paths(config: RunConfig) -> None:
+    """Refuse a configuration that names no corpus or no tokenizer."""
+    data = config.data
+    if not (data.prefix or data.blend):
+        raise ConfigError("data.prefix is not set; give the path of what tools/preprocess_data.py wrote")
+    if not data.tokenizer:
+        raise ConfigError("data.tokenizer is not set; give the path of what tools/train_tokenizer.py wrote")
 
 
 def check_tokenizer(config: RunConfig) -> None:
@@ -115,25 +123,31 @@ def find_checkpoint(config: RunConfig) -> str | None:
     return tag
 
 
-def train_batches(config: RunConfig, splits: Splits, context: ParallelContext) -> TrainBatches:
+def train_batches(config: RunConfig, corpora: Corpora, context: ParallelContext) -> TrainBatches:
     """This rank's training micro-batches."""
     return TrainBatches(
-        splits.train,
+        corpora.train,
+        corpora.weights,
         global_batch_size=config.training.global_batch_size,
         micro_batch_size=config.training.micro_batch_size,
         data_parallel_rank=context.data_parallel_rank,
         data_parallel_size=context.data_parallel_size,
         seed=config.training.seed,
         num_workers=config.data.num_workers,
+        timeout=config.data.timeout,
+        pin_memory=context.device.type == "cuda",
     )
 
 
-def build_callbacks(config: RunConfig, splits: Splits, context: ParallelContext) -> list[callbacks.Callback]:
+def build_callbacks(
+    config: RunConfig, corpora: Corpora, context: ParallelContext
+) -> list[callbacks.Callback]:
     """What happens around a step, in order."""
     chosen: list[callbacks.Callback] = [callbacks.MetricLogger()]
-    if len(splits.validation):
+    if corpora.validation:
         batches = ValidationBatches(
-            splits.validation,
+            corpora.validation,
+            corpora.validation_weights,
             samples=config.evaluation.samples,
             micro_batch_size=config.training.micro_batch_size,
             dp_rank=context.data_parallel_rank,
@@ -141,13 +155,13 @@ def build_callbacks(config: RunConfig, splits: Splits, context: ParallelContext)
         )
         chosen.append(callbacks.Validation(batches, config.evaluation.interval))
         if config.logging.solver_interval and config.solver.kind == "iiet":
-            batch = next(iter(batches)).tokens
+            batch = next(iter(batches))
             chosen.append(callbacks.SolverDiagnostics(batch, config.logging.solver_interval))
     chosen.append(callbacks.Checkpointing(config.checkpoint.interval))
     return chosen
 
 
-def describe_start(run: Run, splits: Splits) -> str:
+def describe_start(run: Run) -> str:
     """The opening lines of a run."""
     config, whole = run.config, run.engine.whole
     m, length = config.model, config.data.sequence_length
@@ -158,7 +172,6 @@ def describe_start(run: Run, splits: Splits) -> str:
             f"model: {m.num_layers} layers, d {m.hidden_size}, ffn {m.ffn_hidden_size}, "
             f"{m.num_attention_heads} heads, vocabulary {m.vocab_size}: "
             f"{whole.num_parameters():,} parameters, {whole.num_solver_parameters():,} of them the solver's",
-            f"data: {len(splits.train):,} training windows of {length} tokens from {config.data.prefix}",
             f"training: {config.training.steps} steps of {batch * length:,} tokens in {accumulation} "
             f"micro-batches of {config.training.micro_batch_size} x {length}, {config.training.precision}, "
             f"on {run.context.world_size} {run.context.device.type} process(es)",

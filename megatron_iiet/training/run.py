@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_iiet.config import RunConfig
@@ -14,7 +15,13 @@ from megatron_iiet.training.metrics import MetricWriter
 
 
 class Run:
-    """Engine, data position and step of one training process; passed to every callback."""
+    """Engine, data position and step of one training process; passed to every callback.
+
+    Args:
+        config, context, engine: what trains, and where.
+        batches: this rank's, in their place.
+        corpora: names of what the batches are blended from.
+    """
 
     def __init__(
         self,
@@ -22,11 +29,13 @@ class Run:
         context: ParallelContext,
         engine: Engine,
         batches: TrainBatches,
+        corpora: Sequence[str],
     ) -> None:
         self.config = config
         self.context = context
         self.engine = engine
         self.batches = batches
+        self.corpora = corpora
         self.step = 0
         self.step_seconds = 0.0
         stop = config.training.stop_after
@@ -54,7 +63,8 @@ class Run:
         self._values = {}
 
     def close(self) -> None:
-        """Close the files of the record."""
+        """End the reading threads and close the files of the record."""
+        self.batches.close()
         if self._writer is not None:
             self._writer.close()
 
@@ -83,6 +93,11 @@ class Run:
         self.engine.load(folder / tag, state.step)
         self.batches.load_state_dict(state.data)
         self.step = state.step
+
+    def epochs(self) -> dict[str, float]:
+        """How many times each corpus has been read, by name."""
+        epochs = self.batches.order.epochs(self.batches.consumed_samples)
+        return dict(zip(self.corpora, epochs, strict=True))
 
     def describe_solver(self) -> str:
         """The solver in force, in a few words."""

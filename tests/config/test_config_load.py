@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -103,6 +104,8 @@ def test_override_forms() -> None:
     assert config.model.embedding_scale == 1.0
     assert load_config(["--solver.iterations", "4"]).config.solver.iterations == 4
     assert load_config(["--training.stop_after", "null"]).config.training.stop_after is None
+    blend = load_config(["--data.blend", "{data/c4.v2: 2, data/wiki: 0.5}"]).config.data
+    assert (blend.blend, blend.weights) == ({"data/c4.v2": 2.0, "data/wiki": 0.5},) * 2
     assert load_config(["--data.prefix", "x", "--data.tokenizer=--x"]).config.data.tokenizer == "--x"
 
 
@@ -220,6 +223,8 @@ FILE_ERRORS = [
     ("a: [1\n", "cannot read run.yaml (line 2, column 1): expected ',' or ']', but got '<stream end>'"),
     ("training:\n  steps: 1e3\n", "training.steps is 1000.0 in run.yaml (line 2), but must be an integer"),
     ("data:\n  prefix: 12\n", "data.prefix is 12 in run.yaml (line 2), but must be a text"),
+    ("data:\n  blend: a\n", "data.blend is 'a' in run.yaml (line 2), but must be a mapping of texts to numbers"),
+    ("data:\n  blend:\n    a: much\n", "data.blend is {'a': 'much'} in run.yaml (line 2), but must be a mapping of texts to numbers"),
     ("data:\n  prefix:\n", "data.prefix is null in run.yaml (line 2), but must be a text"),
     (
         "optimizer:\n  schedule: cosin\n",
@@ -306,6 +311,8 @@ def test_help_exits_with_zero_and_speaks_once(capsys: pytest.CaptureFixture[str]
 def test_type_descriptions() -> None:
     assert describe_type(list[list[int]]) == "a list of lists of integers"
     assert describe_type(tuple[float, int]) == "a pair [number, integer]"
+    assert describe_type(dict[str, float]) == "a mapping of texts to numbers"
+    assert describe_type(list[dict[str, int]]) == "a list of mappings of texts to integers"
 
 
 # --- scripts ---
@@ -371,6 +378,10 @@ def configs(draw: st.DrawFn) -> RunConfig:
     base, layers = RunConfig(), draw(st.integers(1, 6))
     counts = draw(st.one_of(st.integers(0, 9), st.lists(st.integers(0, 9), min_size=layers, max_size=layers)))
     schedule = draw(st.sampled_from([None, [(0.75, 0), (0.25, counts)]])) if isinstance(counts, int) else None
+    blend = {
+        os.path.normpath(k): v for k, v in draw(st.dictionaries(st.one_of(text, tricky), number)).items()
+    }
+    prefix = "" if blend else draw(st.one_of(text, tricky))
     return replace(
         base,
         output_dir=draw(st.one_of(text, tricky)),
@@ -382,7 +393,7 @@ def configs(draw: st.DrawFn) -> RunConfig:
             init_std=draw(number),
         ),
         solver=replace(base.solver, iterations=counts, schedule=schedule),
-        data=replace(base.data, prefix=draw(st.one_of(text, tricky)), tokenizer=draw(tricky)),
+        data=replace(base.data, prefix=prefix, blend=blend, tokenizer=draw(tricky)),
         optimizer=replace(base.optimizer, lr=draw(number), eps=draw(number)),
         training=replace(base.training, steps=draw(whole), stop_after=draw(st.one_of(st.none(), whole))),
     )

@@ -47,6 +47,7 @@ RANGE_ERRORS = [
     ("model__rotary_base", 0.0, "model.rotary_base is 0.0, but must be greater than 0"),
     ("data__sequence_length", 0, "data.sequence_length is 0, but must be greater than 0"),
     ("data__num_workers", -1, "data.num_workers is -1, but must be 0 or greater"),
+    ("data__timeout", 0.0, "data.timeout is 0.0, but must be greater than 0"),
     ("optimizer__lr", 0.0, "optimizer.lr is 0.0, but must be greater than 0"),
     ("optimizer__lr", float("nan"), "optimizer.lr is nan, but must be a finite number"),
     ("optimizer__eps", float("inf"), "optimizer.eps is inf, but must be a finite number"),
@@ -112,6 +113,42 @@ COMBINATION_ERRORS: list[tuple[dict[str, Any], str]] = [
     (
         {"data__split": [0.9, 0.05, 0.01]},
         "data.split is [0.9, 0.05, 0.01], which sums to 0.96; the shares must sum to 1",
+    ),
+    (
+        {"data__blend": {"a": 0.5, "b": 1.0}, "data__prefix": "c"},
+        "data.prefix is c, but data.blend names corpora too; keep one of them (--data.prefix= unsets the first)",
+    ),
+    (
+        {"data__blend": {"a": 0.5, "": 1.0}},
+        "data.blend gives '' a weight, which is no path; write the prefix of a corpus, in quotes if it is a number",
+    ),
+    (
+        {"data__blend": {"a": 0.5, 7: 1.0}},
+        "data.blend gives 7 a weight, which is no path; write the prefix of a corpus, in quotes if it is a number",
+    ),
+    (
+        {"data__blend": {"a": 0.5, "b": 0.0}},
+        "data.blend gives b the weight 0.0, but weights must be finite and greater than 0; leave out what should "
+        "not be read",
+    ),
+    (
+        {"data__blend": {"a": float("nan")}},
+        "data.blend gives a the weight nan, but weights must be finite and greater than 0; leave out what should "
+        "not be read",
+    ),
+    (
+        {"data__blend": {"data/a": 0.5, "./data//a": 1.0}},
+        "data.blend names one corpus twice, as data/a and as ./data//a; add up their weights",
+    ),
+    (
+        {"data__prefix": "data/a", "data__validation_prefix": "./data/a"},
+        "data.validation_prefix is ./data/a, which is trained on; name another corpus, or give validation a share "
+        "in data.split",
+    ),
+    (
+        {"data__blend": {"a": 1.0, "b": 1.0}, "data__validation_prefix": "b"},
+        "data.validation_prefix is b, which is trained on; name another corpus, or give validation a share in "
+        "data.split",
     ),
     (
         {"solver__iterations": [1, 2]},
@@ -198,6 +235,8 @@ def test_combinations(changes: dict[str, Any], message: str) -> None:
         {"solver__iterations": [0] * 11 + [4]},
         {"solver__iterations": 0},
         {"data__split": [1.0, 0.0, 0.0]},
+        {"data__blend": {"data/a": 2.5, "data/b": 1e-3}, "data__validation_prefix": "data/c"},
+        {"data__documents": "pack", "data__num_workers": 0},
         {"model__num_key_value_heads": 2},
         {"optimizer__gradient_clipping": 0.0},
         {"training__stop_after": 5000},

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from megatron_iiet.data import docstrings
-from megatron_iiet.data.docstrings import build_corpus, extract, installed_packages, prose_share
-from megatron_iiet.data.text import iter_documents, parse_chunk, read_chunks
+from megatron_iiet.data.docstrings import SET_NAME, build_corpus, extract, installed_packages, prose_share
+from megatron_iiet.data.text import iter_documents, parse_rows, read_chunks
 from tests.data.inputs import make_texts
 
 PROSE = "This function returns the number of things that were found in the folder when it was called."
@@ -172,4 +172,5 @@ def test_a_real_package(tmp_path: Path) -> None:
     assert all(len(text) >= 200 for text in texts)
     assert {share.package for share in report.packages} == {"pytest", "tqdm"}
     (first, *_) = read_chunks(tmp_path / "c.jsonl.zst")
-    assert parse_chunk(first, ["text"])[0] == (texts[0],)
+    rows, rejects = parse_rows(first, ["text"], "meta.redpajama_set_name")
+    assert (rows[0].texts, rows[0].source, rejects) == ((texts[0],), SET_NAME, [])

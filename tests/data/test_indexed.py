@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
+import os
 import pickle
+import resource
 import struct
+import threading
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,9 +18,41 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from megatron_iiet.data.indexed import MAGIC, IndexedDataset, IndexedDatasetWriter, bin_path, idx_path
+from megatron_iiet.data import mmididx
+from megatron_iiet.data.indexed import (
+    MAGIC,
+    IndexedDataset,
+    IndexedDatasetWriter,
+    bin_path,
+    idx_path,
+    shards_path,
+)
+from megatron_iiet.data.indexed_writer import DigestedFile, write_index
+from megatron_iiet.data.mmididx import DocumentIndex, Shard
+from tests.data.crash import run_until_killed
 
 MakeShard = Callable[..., Path]
+
+
+def document_bounds(shard: IndexedDataset) -> list[int]:
+    return [shard.document_start(i) for i in range(shard.num_documents + 1)]
+
+
+def digest(path: Path) -> bytes:
+    return hashlib.blake2b(path.read_bytes(), digest_size=16).digest()
+
+
+def write_pair(
+    prefix: Path, lengths: list[int], documents: list[int], offsets: list[int] | None = None, code: int = 8
+) -> Path:
+    """A pair by hand: lengths of the sequences, first sequence of each document and the end; token i is i."""
+    itemsize = {4: 4, 8: 2}[code]
+    offsets = [0, *(np.cumsum(lengths)[:-1] * itemsize).tolist()] if offsets is None else offsets
+    index = struct.pack("<9sQBQQ", MAGIC, 1, code, len(lengths), len(documents))
+    index += np.array(lengths, dtype="<i4").tobytes() + np.array(offsets, dtype="<i8").tobytes()
+    idx_path(prefix).write_bytes(index + np.array(documents, dtype="<i8").tobytes())
+    bin_path(prefix).write_bytes(np.arange(sum(lengths), dtype=f"<i{itemsize}").tobytes())
+    return prefix
 
 
 def listing(folder: Path) -> list[str]:
@@ -39,13 +77,21 @@ def test_round_trip(
     stream = np.concatenate([np.array(document) for document in documents])
     assert shard.dtype == ("uint16" if vocab_size < 65500 else "int32")
     assert (shard.num_documents, shard.num_tokens) == (len(documents), len(stream))
-    assert shard.document_bounds.tolist() == np.cumsum([0, *map(len, documents)]).tolist()
+    bounds = np.cumsum([0, *map(len, documents)]).tolist()
+    assert document_bounds(shard) == bounds
     assert [shard.document(i).tolist() for i in range(len(documents))] == documents
     start = data.draw(st.integers(0, len(stream)))
     stop = data.draw(st.integers(start, len(stream)))
     tokens = shard.read(start, stop)
     assert tokens.dtype == np.int64
     assert tokens.tolist() == stream[start:stop].tolist()
+    row = np.full(len(stream) + 2, -1, dtype=np.int64)
+    shard.read_into(start, row[1 : 1 + stop - start])
+    assert row.tolist() == [-1, *stream[start:stop].tolist(), *[-1] * (len(row) - 1 - stop + start)]
+    assert shard.document_starts(start, stop).tolist() == [p for p in bounds[:-1] if start <= p < stop]
+    assert writer.shard == Shard(
+        "shard", len(stream), len(documents), digest(bin_path(shard.prefix)), digest(idx_path(shard.prefix))
+    )
 
 
 @pytest.mark.parametrize("vocab_size", [32000, 100000])
@@ -69,10 +115,13 @@ def test_we_read_what_megatron_writes(tmp_path: Path) -> None:
     builder.add_document(torch.arange(10, 15), [5])
     builder.finalize(str(idx_path(prefix)))
     shard = IndexedDataset(prefix)
-    assert shard.document_bounds.tolist() == [0, 10, 10, 15]
+    assert document_bounds(shard) == [0, 10, 10, 15]
     assert shard.document(0).tolist() == list(range(10))
     assert shard.document(1).tolist() == []
     assert shard.read(8, 12).tolist() == [8, 9, 10, 11]
+    assert shard.document_starts(0, 15).tolist() == [0, 10]
+    assert [lengths.tolist() for lengths in shard.index.document_lengths()] == [[10, 0, 5]]
+    assert list(shard.index.defects()) == []
 
 
 def test_our_files_equal_megatrons_bytes(tmp_path: Path, make_shard: MakeShard) -> None:
@@ -99,8 +148,179 @@ def test_pointers_beyond_32_bits(tmp_path: Path) -> None:
     index += np.array([0, 2 * half, 4 * half], dtype="<i8").tobytes() + np.arange(4, dtype="<i8").tobytes()
     idx_path(prefix).write_bytes(index)
     shard = IndexedDataset(prefix)
-    assert shard.document_bounds.tolist() == [0, half, 2 * half, 3 * half]
+    assert document_bounds(shard) == [0, half, 2 * half, 3 * half]
     assert shard.read(3 * half - 4, 3 * half).tolist() == [0, 7, 8, 9]
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    documents=st.lists(st.lists(st.integers(0, 4), max_size=3), min_size=1, max_size=8),
+    code=st.sampled_from([4, 8]),
+    data=st.data(),
+)
+def test_document_starts_of_any_pair(
+    tmp_path: Path, documents: list[list[int]], code: int, data: st.DataObject
+) -> None:
+    """Documents of none, one or many sequences, empty sequences: all that the format allows."""
+    lengths = [length for document in documents for length in document]
+    if sum(lengths) == 0:
+        return
+    first = np.cumsum([0, *map(len, documents)]).tolist()
+    shard = IndexedDataset(write_pair(tmp_path / "any", lengths, first, code=code))
+    bounds = np.cumsum([0, *map(sum, documents)]).tolist()
+    assert document_bounds(shard) == bounds
+    start = data.draw(st.integers(0, bounds[-1]))
+    stop = data.draw(st.integers(start, bounds[-1]))
+    assert shard.document_starts(start, stop).tolist() == sorted(
+        {p for p in bounds[:-1] if start <= p < stop}
+    )
+    assert np.concatenate(list(shard.index.document_lengths())).tolist() == np.diff(bounds).tolist()
+    assert list(shard.index.defects()) == []
+
+
+def test_blocks_are_seamless(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything that works in blocks, in blocks of three entries or tokens."""
+    monkeypatch.setattr(mmididx, "BLOCK_ENTRIES", 3)
+    monkeypatch.setattr("megatron_iiet.data.indexed_writer.BLOCK_ENTRIES", 3)
+    monkeypatch.setattr(mmididx, "BLOCK_BYTES", 6)
+    lengths = [2, 1, 7, 3, 1, 1, 4, 2]
+    with IndexedDatasetWriter(tmp_path / "a", 100) as writer:
+        writer.add_documents(np.arange(21), lengths)
+    shard = IndexedDataset(tmp_path / "a")
+    assert document_bounds(shard) == np.cumsum([0, *lengths]).tolist()
+    assert shard.read(1, 21).tolist() == list(range(1, 21))
+    assert np.concatenate(list(shard.index.document_lengths())).tolist() == lengths
+    assert list(shard.index.defects()) == []
+    blocks = list(shard.tokens.blocks())
+    assert [start for start, _ in blocks] == list(range(0, 21, 3))
+    assert np.concatenate([block for _, block in blocks]).tolist() == list(range(21))
+    whole = idx_path(tmp_path / "a").read_bytes()
+    for place in range(mmididx.HEADER.size, len(whole), 4):  # a change of any entry, wherever blocks meet
+        damaged = bytearray(whole)
+        damaged[place] ^= 64
+        idx_path(tmp_path / "a").write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"damaged|does not"):  # noqa: PT012
+            for defect in IndexedDataset(tmp_path / "a").index.defects():
+                raise ValueError(defect)
+
+
+def test_index_beyond_32_bits(tmp_path: Path) -> None:
+    """More than 2**31 tokens, and an index of a sparse file of more than 2**31 documents."""
+    path, half = tmp_path / "big.idx", 2**31 - 1
+    with path.open("wb") as file:
+        write_index(
+            DigestedFile(file),
+            np.dtype("<i4"),
+            6,
+            2,
+            lambda: iter([np.array([half, half]), np.array([half, 5, half, half])]),
+            iter([np.array([0, 4])]),
+        )
+    index = DocumentIndex(path)
+    assert index.num_tokens == 5 * half + 5
+    assert index.offsets.tolist() == [4 * half * i for i in (0, 1, 2)] + [
+        12 * half,
+        12 * half + 20,
+        16 * half + 20,
+    ]
+    assert list(index.defects()) == []
+    many = 2**31 + 10
+    with path.open("wb") as file:  # one token each: only the entries looked at below are there
+        file.write(struct.pack("<9sQBQQ", MAGIC, 1, 8, many, many + 1))
+        offsets, documents = 34 + 4 * many, 34 + 12 * many
+        for at, value in ((many - 2, many - 2), (many - 1, many - 1), (many, many)):
+            file.seek(documents + 8 * at)
+            file.write(struct.pack("<q", value))
+        for at in (many - 2, many - 1):
+            file.seek(34 + 4 * at)
+            file.write(struct.pack("<i", 1))
+            file.seek(offsets + 8 * at)
+            file.write(struct.pack("<q", 2 * at))
+    index = DocumentIndex(path)
+    assert (index.num_documents, index.num_tokens, index.num_bytes) == (many, many, 2 * many)
+    assert [index.document_start(many - i) for i in (2, 1, 0)] == [many - 2, many - 1, many]
+    assert index.document_starts(many - 1, many).tolist() == [many - 1]
+
+
+def test_damage_in_the_middle_is_met_by_reads(tmp_path: Path) -> None:
+    lengths, documents, offsets = [4, 4, 4, 4], [0, 1, 2, 3, 4], [0, 8, 16, 24]
+    for changed, message in (
+        ({"documents": [0, 9, 2, 3, 4]}, "document 1 starts at sequence 9"),
+        ({"documents": [0, -1, 2, 3, 4]}, "document 1 starts at sequence -1"),
+        ({"offsets": [0, 9, 16, 24]}, "sequence 1 starts at byte 9"),
+        ({"offsets": [0, -8, 16, 24]}, "sequence 1 starts at byte -8"),
+        ({"offsets": [0, 800, 16, 24]}, "sequence 1 starts at byte 800"),
+        ({"offsets": [0, 20, 16, 24]}, "document 1 starts at token 10 and ends at 8"),
+    ):
+        entries = {"lengths": lengths, "documents": documents, "offsets": offsets} | changed
+        shard = IndexedDataset(write_pair(tmp_path / "a", **entries))
+        with pytest.raises(ValueError, match=message):
+            shard.document(1)
+        if min(np.diff(entries["documents"]).min(), np.diff(entries["offsets"]).min()) < 0:
+            with pytest.raises(ValueError, match="damaged"):
+                list(shard.index.document_lengths())
+        assert len(list(shard.index.defects())) == 1
+        assert shard.read(0, 16).tolist() == list(range(16))
+    for wrong in ([0, 2, 1, 3, 4], [0, 3, 3, 3, 4], [0, 0, 9, 3, 4]):
+        shard = IndexedDataset(write_pair(tmp_path / "a", lengths, wrong))
+        for start in range(16):
+            try:
+                found = shard.document_starts(start, 16)
+            except ValueError as error:
+                assert "damaged" in str(error)  # noqa: PT017
+            else:
+                assert np.all(np.diff(found) > 0)
+                assert np.all((found >= start) & (found < 16))
+
+
+@pytest.mark.parametrize("cut", [1, 3, 12, 20])
+def test_tokens_cut_short_after_opening(make_shard: MakeShard, cut: int) -> None:
+    shard = IndexedDataset(make_shard([4, 6]))
+    os.truncate(bin_path(shard.prefix), 20 - cut)
+    row = np.zeros(10, dtype=np.int64)
+    with pytest.raises(ValueError, match=rf"ends at byte {20 - cut}, .*it had 20 bytes when it was opened"):
+        shard.read_into(0, row)
+    assert shard.read(0, (20 - cut) // 2).tolist() == list(range((20 - cut) // 2))
+
+
+def test_index_cut_short_after_opening(make_shard: MakeShard) -> None:
+    """Without a check the access ends the process (SIGBUS)."""
+    shard = IndexedDataset(make_shard([1] * 3000))
+    os.truncate(idx_path(shard.prefix), 100)
+    for read in (
+        lambda: shard.document_start(2500),
+        lambda: shard.document(2999),
+        lambda: shard.document_starts(0, 3000),
+    ):
+        with pytest.raises(ValueError, match="has 100 bytes but had 60042 when it was opened"):
+            read()
+    assert shard.read(2998, 3000).tolist() == [2998, 2999]
+
+
+def test_reads_from_many_threads(make_shard: MakeShard) -> None:
+    shard, wrong = IndexedDataset(make_shard([50_000])), []
+
+    def read(seed: int) -> None:
+        row = np.empty(257, dtype=np.int64)
+        for start in np.random.default_rng(seed).integers(0, 50_000 - 257, 2000).tolist():
+            shard.read_into(start, row)
+            if row[0] != start or not np.array_equal(row, np.arange(start, start + 257)):
+                wrong.append(start)
+
+    threads = [threading.Thread(target=read, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+def test_files_are_closed(make_shard: MakeShard) -> None:
+    prefix = make_shard([3])
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(20):
+        IndexedDataset(prefix).read(0, 3)
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 def test_pickles_by_name(make_shard: MakeShard) -> None:
@@ -114,6 +334,25 @@ def test_pickles_by_name(make_shard: MakeShard) -> None:
 def test_ranges_outside_raise(make_shard: MakeShard, start: int, stop: int) -> None:
     with pytest.raises(IndexError, match="leaves the 10 tokens"):
         IndexedDataset(make_shard([10])).read(start, stop)
+    with pytest.raises(IndexError, match="leaves the 10 tokens"):
+        IndexedDataset(make_shard([10])).document_starts(start, stop)
+
+
+def test_read_into_outside_raises(make_shard: MakeShard) -> None:
+    shard = IndexedDataset(make_shard([10]))
+    for start, size in ((-1, 2), (9, 2), (11, 0)):
+        with pytest.raises(IndexError, match="leaves the 10 tokens"):
+            shard.read_into(start, np.zeros(size, dtype=np.int64))
+    shard.read_into(10, np.zeros(0, dtype=np.int64))
+
+
+@pytest.mark.parametrize("document", [-1, 2])
+def test_documents_outside_raise(make_shard: MakeShard, document: int) -> None:
+    shard = IndexedDataset(make_shard([4, 6]))
+    with pytest.raises(IndexError, match=f"document {document} of 2"):
+        shard.document(document)
+    with pytest.raises(IndexError, match="of 2"):
+        shard.document_start(document if document < 0 else 3)
 
 
 def damage_magic(prefix: Path) -> None:
@@ -171,6 +410,55 @@ def test_damaged_pairs_are_refused(make_shard: MakeShard, message: str) -> None:
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("suffix", ["bin", "idx"])
+def test_every_truncation_is_refused(make_shard: MakeShard, suffix: str) -> None:
+    prefix = make_shard([4, 6, 1])
+    path = Path(f"{prefix}.{suffix}")
+    whole = path.read_bytes()
+    for size in range(len(whole)):
+        path.write_bytes(whole[:size])
+        with pytest.raises(ValueError) as error:
+            IndexedDataset(prefix)
+        assert str(path) in str(error.value) or path.name in str(error.value)
+
+
+def test_every_flip_of_an_index_is_an_error_or_readable(make_shard: MakeShard) -> None:
+    """Without digests not all can be noticed; none may crash, or read what is not there."""
+    prefix = make_shard([4, 6, 1])
+    path = idx_path(prefix)
+    whole = path.read_bytes()
+    for place in range(len(whole)):
+        for bit in range(8):
+            damaged = bytearray(whole)
+            damaged[place] ^= 1 << bit
+            path.write_bytes(damaged)
+            try:
+                shard = IndexedDataset(prefix)
+                shard.document_starts(0, shard.num_tokens)
+                tokens = [shard.document(i).size for i in range(shard.num_documents)]
+                assert sum(tokens) <= 3 * shard.num_tokens
+            except ValueError as error:
+                assert "shard." in str(error)  # noqa: PT017
+
+
+def test_modes_are_accepted_and_other_bytes_behind_are_not(make_shard: MakeShard) -> None:
+    prefix = make_shard([4, 6, 1])
+    whole = idx_path(prefix).read_bytes()
+    for extra in range(1, 9):
+        idx_path(prefix).write_bytes(whole + bytes(extra))
+        if extra == 3:
+            assert IndexedDataset(prefix).document(1).tolist() == list(range(4, 10))
+        else:
+            with pytest.raises(ValueError, match="cut short or damaged"):
+                IndexedDataset(prefix)
+
+
+def test_a_negative_length_is_a_defect_even_where_it_adds_up(tmp_path: Path) -> None:
+    prefix = write_pair(tmp_path / "a", [4, -2, 5], [0, 1, 2, 3], offsets=[0, 8, 4])
+    (defect,) = IndexedDataset(prefix).index.defects()
+    assert "sequence 1 does not end where the next one starts" in defect
+
+
 class TestWriter:
     def test_failure_leaves_nothing_and_the_old_pair(self, tmp_path: Path, make_shard: MakeShard) -> None:
         prefix = make_shard([4, 6])
@@ -187,23 +475,94 @@ class TestWriter:
             pass
         assert listing(tmp_path) == []
 
-    def test_no_stale_index_beside_new_tokens(
-        self, make_shard: MakeShard, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        """Die between the two renames: the old index must be gone, the error must say so."""
+    def test_killed_at_any_step(self, tmp_path: Path) -> None:
+        """Whatever the moment: the old corpus, the new one, or nothing that opens; and the next run works."""
+
+        def write(count: int) -> None:
+            with IndexedDatasetWriter(tmp_path / "a", 100) as writer:
+                writer.add_documents(np.arange(count), [1] * count)
+
+        outcomes = set()
+        for step in range(1000):
+            write(3)
+            shards_path(tmp_path / "a").write_bytes(b"describes the old pair")
+            finished = run_until_killed(lambda: write(5), step)
+            try:
+                found = IndexedDataset(tmp_path / "a").num_tokens
+            except ValueError as error:
+                assert "the writing did not finish" in str(error)  # noqa: PT017
+                found = 0
+            outcomes.add(found)
+            if found != 3:  # a list must never outlive the pair it describes
+                assert not shards_path(tmp_path / "a").exists()
+            write(4)
+            assert listing(tmp_path) == ["a.bin", "a.idx"]
+            if finished:
+                break
+        assert outcomes == {3, 0, 5}
+        assert found == 5
+
+    def test_full_disk(self, tmp_path: Path, make_shard: MakeShard) -> None:
+        """A limit on the size of files, met while writing and while closing."""
         prefix = make_shard([4, 6])
-        rename = Path.rename
+        limit, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        for limited in (5000, 30_000):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limited, hard))
+            try:
+                with pytest.raises(OSError, match="File too large"), IndexedDatasetWriter(prefix, 100) as w:
+                    w.add_documents(np.zeros(10_000, dtype=np.int64), [1] * 10_000)
+            finally:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+            assert listing(tmp_path) == ["shard.bin", "shard.idx"]
+            assert IndexedDataset(prefix).num_tokens == 10
 
-        def die_at_index(path: Path, target: Path) -> Path:
-            if target.suffix == ".idx":
-                raise OSError(28, "No space left on device")
-            return rename(path, target)
+    def test_memory_does_not_grow_with_documents(self, tmp_path: Path) -> None:
+        """A million documents: their lengths and index entries would be 20 MB."""
+        with IndexedDatasetWriter(tmp_path / "a", 100) as writer:
+            tokens = np.zeros(50_000, dtype=writer.dtype).tobytes()
+            tracemalloc.start()
+            for _ in range(20):
+                writer.add_documents(tokens, [1] * 50_000)
+            writer.close()
+            peak = tracemalloc.get_traced_memory()[1]
+            tracemalloc.stop()
+        assert IndexedDataset(tmp_path / "a").num_documents == 1_000_000
+        assert peak < 12e6
 
-        monkeypatch.setattr(Path, "rename", die_at_index)
-        with pytest.raises(OSError, match="No space"), IndexedDatasetWriter(prefix, 100) as writer:
-            writer.add_document(np.arange(10))
-        with pytest.raises(ValueError, match="writing did not finish"):
-            IndexedDataset(prefix)
+    def test_a_name_taken_while_waiting_for_the_lock(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Between opening and locking the other writer publishes: its file must not be emptied."""
+        first = IndexedDatasetWriter(tmp_path / "a", 100)
+        first.add_document(np.arange(3))
+        lock = fcntl.flock
+
+        def publish_first(file: object, operation: int) -> None:
+            if first.num_tokens:
+                first.num_tokens = 0
+                first.close()
+            lock(file, operation)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(fcntl, "flock", publish_first)
+        second = IndexedDatasetWriter(tmp_path / "a", 100)
+        assert IndexedDataset(tmp_path / "a").num_tokens == 3
+        second.discard()
+        assert listing(tmp_path) == ["a.bin", "a.idx"]
+
+    def test_closing_twice_and_too_early(self, tmp_path: Path) -> None:
+        with IndexedDatasetWriter(tmp_path / "a", 100) as writer:
+            writer.add_document(np.arange(3))
+            with pytest.raises(RuntimeError, match="call close"):
+                _ = writer.shard
+            assert writer.close() is writer.shard
+        assert writer.close().tokens == 3
+
+    def test_a_folder_as_prefix(self, tmp_path: Path) -> None:
+        with pytest.raises(ValueError, match="ends in a slash"):
+            IndexedDatasetWriter(f"{tmp_path}/", 100)
+        (tmp_path / "shards").mkdir()
+        with pytest.raises(ValueError, match=r"is a folder without a list shards\.shards"):
+            IndexedDataset(tmp_path / "shards")
 
     def test_replaces_and_reuses_leftovers(self, tmp_path: Path, make_shard: MakeShard) -> None:
         (tmp_path / "shard.bin.partial").write_bytes(b"left by a killed run, longer than what follows")

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_iiet.data.permutation import Permutation
+from megatron_iiet.data.permutation import EpochPermutations, Permutation
 
 INT64 = st.integers(-(2**63), 2**63 - 1)
 
@@ -18,6 +18,57 @@ def test_bijection(n: int, seed: int, epoch: int) -> None:
     images = Permutation(n, seed, epoch)(np.arange(n))
     assert images.dtype == np.int64
     assert np.array_equal(np.sort(images), np.arange(n))
+
+
+def inverse(order: Permutation, image: int) -> int:
+    """The position that ``order`` sends to ``image``: the rounds of the network run backwards, in Python's
+    integers, walking back through values outside [0, n)."""
+    bits = max(6, (order.n - 1).bit_length())
+    low_bits, high_bits = bits // 2, bits - bits // 2
+
+    def mix(x: int) -> int:
+        x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+        x = (x ^ x >> 27) * 0x94D049BB133111EB % 2**64
+        return x ^ x >> 31
+
+    keys = [int(key) for key in order._round_keys[:, 0]]
+    value = image
+    while True:
+        high, low = value >> low_bits, value % 2**low_bits
+        for number in reversed(range(len(keys))):
+            if number % 2:
+                high ^= mix(low ^ keys[number]) % 2**high_bits
+            else:
+                low ^= mix(high ^ keys[number]) % 2**low_bits
+        value = high << low_bits | low
+        if value < order.n:
+            return value
+
+
+@settings(max_examples=150, deadline=None)
+@given(bits=st.integers(0, 40), seed=INT64, epoch=st.integers(0, 10**6), data=st.data())
+def test_bijection_of_every_size(bits: int, seed: int, epoch: int, data: st.DataObject) -> None:
+    """What has an inverse on a finite set is a bijection; sampled for n up to 2**40."""
+    n = data.draw(st.integers(2**bits // 2 + 1, 2**bits))
+    order = Permutation(n, seed, epoch)
+    for position in data.draw(st.lists(st.integers(0, n - 1), min_size=1, max_size=20)):
+        image = int(order(position))
+        assert 0 <= image < n
+        assert inverse(order, image) == position
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    n=st.integers(1, 200),
+    seed=INT64,
+    key=st.sampled_from([(), (1,), (2**60, -1)]),
+    start=st.integers(0, 10**12),
+)
+def test_epochs_in_one_go(n: int, seed: int, key: tuple[int, ...], start: int) -> None:
+    numbers = np.arange(start, start + 500)
+    expected = [int(Permutation(n, seed, g // n, *key)(g % n)) for g in numbers.tolist()]
+    assert EpochPermutations(n, seed, *key)(numbers).tolist() == expected
+    assert EpochPermutations(n, seed, *key)(numbers[:0]).tolist() == []
 
 
 @settings(max_examples=30, deadline=None)
@@ -39,7 +90,7 @@ def test_shape_and_slices_do_not_matter(n: int, data: st.DataObject) -> None:
 
 
 def test_keys_give_different_orders() -> None:
-    orders = [Permutation(10_000, *key)(np.arange(10_000)) for key in [(0, 0), (0, 1), (1, 0)]]
+    orders = [Permutation(10_000, *key)(np.arange(10_000)) for key in [(0, 0), (0, 1), (1, 0), (0, 0, 0)]]
     for i, one in enumerate(orders):
         for other in orders[:i]:
             assert (one == other).sum() < 20  # 1 expected by chance

@@ -1,39 +1,34 @@
-"""Text to shards: contents, independence of the workers, refusals, and what is left after them."""
+"""Text to shards: contents, layouts, and that neither workers nor jobs change a byte."""
 
 from __future__ import annotations
 
-import os
-import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-import zstandard
 
-from megatron_iiet.data import preprocess as preprocess_module
 from megatron_iiet.data.indexed import IndexedDataset
-from megatron_iiet.data.preprocess import PreprocessOptions, preprocess
-from megatron_iiet.data.tokenizer import load_tokenizer
-from tests.data.inputs import jsonl, make_texts
+from megatron_iiet.data.preprocess import PreprocessOptions, PreprocessReport, preprocess
+from megatron_iiet.data.shards import ShardedDataset, open_corpus
+from megatron_iiet.data.tokenizer import load_tokenizer, tokenizer_digest
+from tests.data.inputs import make_texts
+from tests.data.preprocess_runs import ROOT, documents, leftovers, published, run_tool, write_rows
 
-ROOT = Path(__file__).parents[2]
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
-TEXTS = make_texts(120, seed=3)
+TEXTS = make_texts(140, seed=3)
 
 
 @pytest.fixture
 def options(tmp_path: Path, sentencepiece_model: Path) -> PreprocessOptions:
+    """One shard from two files."""
     (tmp_path / "in").mkdir()
     (tmp_path / "out").mkdir()
-    (tmp_path / "in" / "a.jsonl").write_bytes(jsonl(TEXTS[:50]))
-    (tmp_path / "in" / "b.jsonl.zst").write_bytes(zstandard.ZstdCompressor().compress(jsonl(TEXTS[50:])))
+    write_rows(tmp_path / "in" / "a.jsonl", ({"text": text} for text in TEXTS[:50]))
+    write_rows(tmp_path / "in" / "b.jsonl.zst", ({"text": text} for text in TEXTS[50:]))
     return PreprocessOptions(
-        inputs=[f"{tmp_path}/in/*"],
+        inputs=[f"{tmp_path}/in"],
         output_prefix=f"{tmp_path}/out/corpus",
         tokenizer_model=str(sentencepiece_model),
         append_eod=True,
@@ -42,171 +37,249 @@ def options(tmp_path: Path, sentencepiece_model: Path) -> PreprocessOptions:
     )
 
 
-def outputs(options: PreprocessOptions) -> dict[str, bytes]:
-    folder = Path(options.output_prefix).parent
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+@pytest.fixture
+def many(options: PreprocessOptions, tmp_path: Path) -> PreprocessOptions:
+    """A folder of shards from seven files, of three sources, some texts twice."""
+    for path in (tmp_path / "in").iterdir():
+        path.unlink()
+    for number in range(7):
+        rows = [
+            {"text": text, "meta": {"set": f"Source{index % 3}"}}
+            for index, text in enumerate(TEXTS[number * 20 : number * 20 + 20] + TEXTS[:4])
+        ]
+        write_rows(tmp_path / "in" / f"{number}.jsonl.zst", rows)
+    return replace(options, output_prefix=None, output_dir=f"{tmp_path}/out")
+
+
+def run(options: PreprocessOptions) -> PreprocessReport:
+    """Preprocess; all must go well."""
+    report = preprocess(options, log=lambda _: None)
+    assert [str(failure) for failure in report.failures] == []
+    assert report.exit_code == 0
+    return report
 
 
 @pytest.mark.parametrize("kind", ["sentencepiece_model", "tokenizer_json"])
 @pytest.mark.parametrize("append_eod", [True, False])
 def test_contents(
-    options: PreprocessOptions, request: pytest.FixtureRequest, kind: str, append_eod: bool
+    options: PreprocessOptions,
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
+    kind: str,
+    append_eod: bool,
 ) -> None:
     path = request.getfixturevalue(kind)
-    report = preprocess(replace(options, tokenizer_model=str(path), append_eod=append_eod))
+    report = run(replace(options, tokenizer_model=str(path), append_eod=append_eod))
     tokenizer = load_tokenizer(path)
-    shard = IndexedDataset(f"{options.output_prefix}_text_document")
     tail = [tokenizer.eod_id] if append_eod else []
-    assert [shard.document(i).tolist() for i in range(shard.num_documents)] == [
-        tokenizer.encode(text).tolist() + tail for text in TEXTS
+    prefix = f"{options.output_prefix}_text_document"
+    assert documents(prefix) == [tokenizer.encode(text).tolist() + tail for text in TEXTS]
+    total = report.all_units.outputs["text_document"]
+    assert (total.documents, total.tokens) == (140, IndexedDataset(prefix).num_tokens)
+    assert report.all_units.counts.text_bytes == sum(len(text.encode()) for text in TEXTS)
+    assert f"text_document: 140 documents, {total.tokens:,} tokens" in str(report)
+    assert list(published(tmp_path / "out")) == [
+        f"corpus_text_document{ending}" for ending in (".bin", ".idx", ".shards")
     ]
-    assert (report.documents, report.tokens, report.empty_documents) == (120, shard.num_tokens, 0)
-    assert report.text_bytes == sum(len(text.encode()) for text in TEXTS)
-    assert str(report).startswith(f"120 documents, {shard.num_tokens:,} tokens from ")
-    assert [path.name for path in report.files] == list(outputs(options))
+    assert leftovers(tmp_path / "out") == []
+
+
+def test_list_says_how_it_was_made(options: PreprocessOptions) -> None:
+    run(options)
+    corpus = open_corpus(f"{options.output_prefix}_text_document")
+    assert isinstance(corpus, ShardedDataset)
+    assert corpus.info["tokenizer"] == {
+        "file": Path(options.tokenizer_model).name,
+        "digest": tokenizer_digest(options.tokenizer_model),
+        "vocab_size": 500,
+        "eod_id": load_tokenizer(options.tokenizer_model).eod_id,
+    }
+    assert corpus.info["append_eod"] is True
+    assert corpus.info["made_by"] == "tools/preprocess_data.py"
 
 
 @pytest.mark.parametrize("workers", [2, 3])
 @pytest.mark.parametrize("chunk_bytes", [100, 5000])
-def test_workers_do_not_change_the_shard(options: PreprocessOptions, workers: int, chunk_bytes: int) -> None:
-    preprocess(options)
-    expected = outputs(options)
-    preprocess(replace(options, workers=workers, chunk_bytes=chunk_bytes))
-    assert outputs(options) == expected
+def test_workers_do_not_change_one_shard(
+    options: PreprocessOptions, tmp_path: Path, workers: int, chunk_bytes: int
+) -> None:
+    run(options)
+    expected = published(tmp_path / "out")
+    run(replace(options, workers=workers, chunk_bytes=chunk_bytes, overwrite=True))
+    assert published(tmp_path / "out") == expected
+
+
+ALL_FILTERS = {
+    "split_by": "meta.set",
+    "sample_tokens": 3000,
+    "holdout_validation": 0.2,
+    "holdout_test": 0.1,
+    "deduplicate": True,
+}
+
+
+@pytest.mark.parametrize("filters", [{}, ALL_FILTERS], ids=["plain", "all filters"])
+def test_jobs_and_workers_do_not_change_many_shards(
+    many: PreprocessOptions, tmp_path: Path, filters: dict[str, object]
+) -> None:
+    many = replace(many, **filters)  # type: ignore[arg-type]
+    run(many)
+    expected = published(tmp_path / "out")
+    assert len(expected) > 7 * 2
+    for number, (num_jobs, workers) in enumerate([(1, 2), (3, 1), (7, 1), (2, 3), (1, 8)]):
+        place = tmp_path / f"out{number}"
+        jobs = [
+            replace(many, output_dir=str(place), num_jobs=num_jobs, job=job, workers=workers)
+            for job in reversed(range(num_jobs))
+        ]
+        reports = [preprocess(job, log=lambda _: None) for job in jobs]
+        if many.deduplicate and num_jobs > 1:
+            assert [report.exit_code for report in reports] == [75] * (num_jobs - 1) + [0]
+            assert "other jobs are missing: start the same jobs again" in reports[0].waiting
+            reports = [preprocess(job, log=lambda _: None) for job in jobs]
+        assert [report.exit_code for report in reports] == [0] * num_jobs
+        assert [report.missing == 0 for report in reports][-1]
+        assert published(place) == expected
+
+
+def test_inputs_per_shard(many: PreprocessOptions, tmp_path: Path) -> None:
+    run(many)
+    every_document = documents(tmp_path / "out" / "text_document")
+    run(replace(many, output_dir=f"{tmp_path}/threes", inputs_per_shard=3))
+    names = [name for name in published(tmp_path / "threes") if name.endswith(".bin")]
+    assert names == [f"text_document/{number:06d}.bin" for number in range(3)]
+    assert documents(tmp_path / "threes" / "text_document") == every_document
+    run(replace(many, output_dir=None, output_prefix=f"{tmp_path}/out/one"))
+    assert documents(tmp_path / "out" / "one_text_document") == every_document
+
+
+def test_split_by_source(many: PreprocessOptions, tmp_path: Path) -> None:
+    run(many)
+    mixed = documents(tmp_path / "out" / "text_document")
+    report = run(replace(many, output_dir=f"{tmp_path}/split", split_by="meta.set"))
+    by_source = [documents(tmp_path / "split" / f"Source{number}_text_document") for number in range(3)]
+    assert sorted(report.all_units.outputs) == [f"Source{number}_text_document" for number in range(3)]
+    assert [len(source) for source in by_source] == [56, 56, 56]
+    for number in range(3):  # rows of a file go round the sources
+        assert by_source[number][:8] == mixed[:24][number::3]
+
+
+def test_a_source_cannot_leave_its_folder(options: PreprocessOptions, tmp_path: Path) -> None:
+    (path := tmp_path / "in" / "b.jsonl.zst").unlink()
+    rows = [{"text": "ba", "from": "Good"}, {"text": "ce", "from": "../../bad"}, {"text": "di", "from": ""}]
+    path = write_rows(tmp_path / "in" / "c.jsonl", rows)
+    options = replace(options, inputs=[str(path)], split_by="from")
+    report = preprocess(options, log=lambda _: None)
+    assert "c.jsonl, line 2: 'from' is '../../bad', which cannot be part of a file name" in str(
+        report.failures[0]
+    )
+    report = run(replace(options, bad_rows="skip"))
+    assert report.all_units.counts.rejected == {"bad source name": 2}
+    assert list(report.all_units.outputs) == ["Good_text_document"]
 
 
 def test_several_keys_and_empty_texts(options: PreprocessOptions, tmp_path: Path) -> None:
-    path = tmp_path / "in" / "keys.jsonl"
-    path.write_text(
-        '{"text": "ba", "title": "ce"}\n{"text": "", "title": "di"}\n{"text": "fo", "title": "gu"}\n'
-    )
-    report = preprocess(replace(options, inputs=[str(path)], json_keys=["text", "title"]))
-    assert (report.documents, report.empty_documents) == (5, 1)
-    assert "1 empty documents skipped" in str(report)
-    assert IndexedDataset(f"{options.output_prefix}_text_document").num_documents == 2
-    assert IndexedDataset(f"{options.output_prefix}_title_document").num_documents == 3
+    rows = [{"text": "ba", "title": "ce"}, {"text": "", "title": "di"}, {"text": "fo", "title": "gu"}]
+    path = write_rows(tmp_path / "in" / "keys.jsonl", rows)
+    report = run(replace(options, inputs=[str(path)], json_keys=["text", "title"]))
+    assert {name: total.documents for name, total in report.all_units.outputs.items()} == {
+        "text_document": 2,
+        "title_document": 3,
+    }
+    assert report.all_units.counts.empty == 1
+    assert "left out: 1 empty documents" in str(report)
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (jsonl(TEXTS[:30]) + b"not json\n" + jsonl(TEXTS), r"z\.jsonl, line 31: not valid JSON"),
-        (b"", r"z\.jsonl is empty"),
-        (b'{"text": null}\n', r"z\.jsonl, line 1: 'text' is null"),
-    ],
-)
-def test_bad_input_leaves_what_was_there(
-    options: PreprocessOptions, tmp_path: Path, workers: int, content: bytes, message: str
+def test_a_giant_document_gets_the_same_tokens(
+    options: PreprocessOptions, tmp_path: Path, workers: int
 ) -> None:
-    preprocess(replace(options, inputs=[f"{tmp_path}/in/a.jsonl"]))
-    before = outputs(options)
-    (tmp_path / "in" / "z.jsonl").write_bytes(content)
-    with pytest.raises(ValueError, match=message):
-        preprocess(replace(options, workers=workers))
-    assert outputs(options) == before
+    giant = "\n".join(TEXTS) * 600
+    texts = ["before", giant, "behind", giant + "!"]
+    assert len(giant.encode()) > 9e6
+    path = write_rows(tmp_path / "in" / "giant.jsonl.zst", ({"text": text} for text in texts))
+    run(replace(options, inputs=[str(path)], workers=workers, holdout_validation=0.001))
+    tokenizer = load_tokenizer(options.tokenizer_model)
+    found = documents(f"{options.output_prefix}_train_text_document")
+    assert found == [[*tokenizer.encode(text).tolist(), tokenizer.eod_id] for text in texts]
 
 
 def test_only_empty_documents(options: PreprocessOptions, tmp_path: Path) -> None:
-    (tmp_path / "empty.jsonl").write_bytes(b'{"text": ""}\n' * 5)
+    path = write_rows(tmp_path / "empty.jsonl", [{"text": ""}] * 5)
     with pytest.raises(ValueError, match="hold no documents: every text under 'text' is empty"):
-        preprocess(replace(options, inputs=[f"{tmp_path}/empty.jsonl"]))
-    assert outputs(options) == {}
+        preprocess(replace(options, inputs=[str(path)]), log=lambda _: None)
+    assert published(tmp_path / "out") == {}
+    rows = [{"text": "ba", "title": ""}]
+    path = write_rows(tmp_path / "title.jsonl", rows)
+    options = replace(options, output_prefix=f"{tmp_path}/out/two")
+    with pytest.raises(ValueError, match="hold no documents: every text under 'title' is empty"):
+        preprocess(replace(options, inputs=[str(path)], json_keys=["text", "title"]), log=lambda _: None)
+    assert not list((tmp_path / "out").glob("*.shards"))
 
 
-def test_bad_options(options: PreprocessOptions) -> None:
+def test_a_source_without_documents_is_absent(many: PreprocessOptions, tmp_path: Path) -> None:
+    rows = [{"text": "", "meta": {"set": "Hollow"}}, {"text": "ba", "meta": {"set": "Full"}}]
+    write_rows(tmp_path / "in" / "0.jsonl.zst", rows)
+    report = run(replace(many, split_by="meta.set"))
+    assert "Full_text_document" in report.all_units.outputs
+    assert not list((tmp_path / "out").glob("Hollow*"))
+
+
+def test_bad_places_leave_nothing(options: PreprocessOptions, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
     for change, message in [
-        ({"workers": 0}, "--workers is 0; give at least 1"),
-        ({"json_keys": ["text", "text"]}, "give one or more, each once"),
         ({"tokenizer_model": "no.model"}, r"The tokenizer no\.model is missing"),
         ({"inputs": ["no.jsonl"]}, r"The input no\.jsonl is missing"),
         ({"output_prefix": "/nowhere/a"}, "The folder /nowhere of the output prefix is missing"),
+        ({"output_prefix": f"{tmp_path}/out/"}, "ends in a slash"),
+        ({"output_prefix": None, "output_dir": f"{tmp_path}/file"}, "is a file; choose another name"),
     ]:
         with pytest.raises(ValueError, match=message):
-            preprocess(replace(options, **change))
-    assert outputs(options) == {}
-
-
-def _die(chunk: object) -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def test_killed_worker(options: PreprocessOptions, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(preprocess_module, "_encode_in_worker", _die)
-    with pytest.raises(RuntimeError, match="A tokenizing process died"):
-        preprocess(replace(options, workers=2))
-    assert outputs(options) == {}
-
-
-def wait_until(condition: Callable[[], bool], seconds: float = 30) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "timed out"
-        time.sleep(0.01)
-
-
-def tool_command(options: PreprocessOptions) -> list[str]:
-    command = [sys.executable, str(ROOT / "tools" / "preprocess_data.py"), "--input", *options.inputs]
-    return [*command, "--output-prefix", options.output_prefix, "--tokenizer-model", options.tokenizer_model]
-
-
-def run_tool(options: PreprocessOptions, *extra: str) -> subprocess.CompletedProcess[str]:
-    command = [*tool_command(options), *extra]
-    return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=60)
+            preprocess(replace(options, **change), log=lambda _: None)  # type: ignore[arg-type]
+    assert list((tmp_path / "out").iterdir()) == []
 
 
 def test_tool(options: PreprocessOptions, tmp_path: Path) -> None:
-    done = run_tool(options, "--append-eod", "--workers", "2")
+    arguments = ["--input", *options.inputs, "--tokenizer-model", options.tokenizer_model, "--append-eod"]
+    done = run_tool(*arguments, "--output-prefix", options.output_prefix, "--workers", 2)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("120 documents, ")
-    assert len(done.stdout.splitlines()) == 1
-    assert "tok/s" in done.stderr
-    from_tool = outputs(options)
-    preprocess(options)
-    assert outputs(options) == from_tool
-
-    (tmp_path / "in" / "z.jsonl").write_bytes(b'{"txt": "a"}\n')
-    failed = run_tool(options, "--workers", "2")
-    assert failed.returncode == 1
-    assert "error: " in failed.stderr.splitlines()[-1]
-    assert "z.jsonl, line 1: no key 'text'" in failed.stderr.splitlines()[-1]
-    assert "Traceback" not in failed.stderr
-    assert outputs(options) == from_tool
+    assert "500 ids, by " in done.stdout.splitlines()[0]
+    assert "text_document: 140 documents, " in done.stdout
+    assert "tokens/CPU-s" in done.stdout.splitlines()[-1]
+    from_tool = published(tmp_path / "out")
+    run(replace(options, overwrite=True))
+    assert published(tmp_path / "out") == from_tool
+    again = run_tool(*arguments, "--output-prefix", options.output_prefix)
+    assert (again.returncode, again.stdout.splitlines()[0]) == (0, "nothing to do: all 1 shards are finished")
 
 
-@pytest.mark.parametrize(
-    ("number", "code", "leftovers"),
-    [
-        (signal.SIGTERM, 143, []),
-        (signal.SIGINT, 130, []),
-        (signal.SIGKILL, -9, ["corpus_text_document.bin.partial"]),
-    ],
-)
-def test_stopped_by_a_signal(
-    options: PreprocessOptions, tmp_path: Path, number: signal.Signals, code: int, leftovers: list[str]
-) -> None:
-    """Neither a half-written pair nor a worker process stays behind."""
-    command = [*tool_command(options), "--workers", "2"]
-    (tmp_path / "in" / "c.jsonl").write_bytes(jsonl(make_texts(200)) * 500)
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENVIRONMENT, text=True
+def test_tool_with_a_dataset(options: PreprocessOptions, tmp_path: Path) -> None:
+    """A local folder of the hub's shape, through ``datasets``."""
+    folder = tmp_path / "dataset" / "train" / "chunk1"
+    folder.mkdir(parents=True)
+    for number in range(2):
+        rows = ({"text": text, "meta": {}} for text in TEXTS[number * 70 : number * 70 + 70])
+        write_rows(folder / f"example_train_{number}.jsonl.zst", rows)
+    arguments = ["--dataset", tmp_path / "dataset", "--split", "train", "--streaming"]
+    arguments += ["--tokenizer-model", options.tokenizer_model, "--append-eod"]
+    done = run_tool(*arguments, "--output-dir", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    run(options)
+    assert documents(tmp_path / "out" / "text_document") == documents(
+        f"{options.output_prefix}_text_document"
     )
-    partial = Path(f"{options.output_prefix}_text_document.bin.partial")
-    wait_until(lambda: partial.exists() and partial.stat().st_size > 0)
-    process.send_signal(number)
-    # The pipes close only when the workers, which inherited them, are gone as well.
-    process.communicate(timeout=20)
-    assert process.returncode == code
-    assert list(outputs(options)) == leftovers
 
 
-def test_preprocessing_imports_no_torch() -> None:
-    code = "import sys, megatron_iiet.data.preprocess; sys.exit('torch' in sys.modules)"
+def test_preprocessing_imports_nothing_heavy() -> None:
+    code = (
+        "import sys, megatron_iiet.data.preprocess;"
+        "sys.exit(bool({'torch', 'datasets', 'fsspec', 'tqdm'} & sys.modules.keys()))"
+    )
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60).returncode == 0
 
 
-def test_token_bytes_are_little_endian(options: PreprocessOptions) -> None:
-    preprocess(options)
-    name = "corpus_text_document.bin"
-    ids = np.frombuffer(outputs(options)[name], dtype="<u2")
-    assert ids.tolist() == IndexedDataset(f"{options.output_prefix}_text_document").read(0, len(ids)).tolist()
+def test_token_bytes_are_little_endian(options: PreprocessOptions, tmp_path: Path) -> None:
+    run(options)
+    ids = np.frombuffer((tmp_path / "out" / "corpus_text_document.bin").read_bytes(), dtype="<u2")
+    found = documents(f"{options.output_prefix}_text_document")
+    assert ids.tolist() == [token for document in found for token in document]

@@ -1,4 +1,4 @@
-"""Windows and splits: exact contents, no cost at start-up, refusals."""
+"""Samples and splits: exact contents in every mode, no cost at start-up, refusals."""
 
 from __future__ import annotations
 
@@ -7,30 +7,126 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from megatron_iiet.data.indexed import IndexedDataset
-from megatron_iiet.data.samples import TokenWindows, build_splits
+from megatron_iiet.data.samples import (
+    KINDS,
+    DocumentWindows,
+    PackedSamples,
+    Samples,
+    TokenWindows,
+    build_splits,
+)
 
 MakeShard = Callable[..., Path]
+SHARED = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+def read(samples: Samples, index: int) -> tuple[list[int], list[int] | None]:
+    """Tokens and positions of a sample, written into rows full of rubbish."""
+    tokens, positions = np.full((2, samples.sequence_length + 1), -7)
+    if not samples.has_positions:
+        samples.fill(index, tokens, None)
+        return tokens.tolist(), None
+    samples.fill(index, tokens, positions)
+    return tokens.tolist(), positions.tolist()
 
 
 def test_windows(make_shard: MakeShard) -> None:
     splits = build_splits(make_shard([4, 3, 5, 1, 8]), 3, [0.6, 0.4, 0])
-    assert [window.tolist() for window in splits.train] == [[0, 1, 2, 3], [3, 4, 5, 6], [6, 7, 8, 9]]
-    assert [window.tolist() for window in splits.validation] == [[12, 13, 14, 15], [15, 16, 17, 18]]
-    assert (len(splits.test), splits.train.num_tokens, splits.validation.num_tokens) == (0, 12, 9)
-    window = splits.train[0]
-    assert (window.dtype, window.shape) == (torch.int64, (4,))
-    with pytest.raises(IndexError, match="window 3 of 3"):
-        splits.train[3]
-    with pytest.raises(IndexError):
-        splits.test[0]
+    train, validation = splits.train, splits.validation
+    assert [read(train, i)[0] for i in range(3)] == [[0, 1, 2, 3], [3, 4, 5, 6], [6, 7, 8, 9]]
+    assert [read(validation, i)[0] for i in range(2)] == [[12, 13, 14, 15], [15, 16, 17, 18]]
+    assert (len(train), len(validation), len(splits.test)) == (3, 2, 0)
+    assert (train.num_tokens, validation.num_tokens, train.has_positions) == (12, 9, False)
+    assert train.counted(np.array([0, 2])) == 6
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@pytest.mark.parametrize("documents", KINDS)
+def test_numbers_outside(make_shard: MakeShard, documents: str) -> None:
+    splits = build_splits(make_shard([4, 3, 5, 1, 8]), 3, [0.6, 0.4, 0], documents)
+    for samples, index in ((splits.train, -1), (splits.train, len(splits.train)), (splits.test, 0)):
+        with pytest.raises(IndexError, match=f"sample {index} of {len(samples)}"):
+            read(samples, index)
+
+
+def test_windows_of_documents(make_shard: MakeShard) -> None:
+    """Documents start at 0, 4, 7, 12, 13."""
+    train = build_splits(make_shard([4, 3, 5, 1, 8]), 4, [1, 0, 0], "reset").train
+    assert [read(train, i) for i in range(5)] == [
+        ([0, 1, 2, 3, 4], [0, 1, 2, 3, 0]),
+        ([4, 5, 6, 7, 8], [0, 1, 2, 0, 1]),
+        ([8, 9, 10, 11, 12], [0, 1, 2, 3, 0]),
+        ([12, 13, 14, 15, 16], [0, 0, 1, 2, 3]),
+        ([16, 17, 18, 19, 20], [0, 1, 2, 3, 4]),
+    ]
+    assert [train.counted(np.array([i])) for i in range(5)] == [3, 3, 3, 3, 4]
+    assert train.counted(np.array([4, 3, 4])) == 11
+    assert train.counted(np.array([], dtype=np.int64)) == 0
+
+
+def test_packed_samples(make_shard: MakeShard) -> None:
+    """By hand: one block, pieces of at most 6 tokens; 8 is cut to 6 and 2, the rest is packed best-fit."""
+    train = build_splits(make_shard([4, 3, 5, 1, 8]), 5, [1, 0, 0], "pack").train
+    assert len(train) == 4
+    assert [read(train, i) for i in range(4)] == [
+        ([13, 14, 15, 16, 17, 18], [0, 1, 2, 3, 4, 5]),
+        ([7, 8, 9, 10, 11, 12], [0, 1, 2, 3, 4, 0]),
+        ([0, 1, 2, 3, 19, 20], [0, 1, 2, 3, 0, 1]),
+        ([4, 5, 6, 0, 0, 0], [0, 1, 2, 0, 0, 0]),
+    ]
+    assert train.counted(np.arange(4)) == 5 + 4 + 4 + 2
+
+
+@SHARED
+@given(
+    lengths=st.lists(st.integers(1, 60), min_size=1, max_size=80),
+    length=st.integers(1, 12),
+    block=st.integers(1, 5),
+)
+def test_packed_samples_hold_every_token_once(
+    make_shard: MakeShard, lengths: list[int], length: int, block: int
+) -> None:
+    """Whatever the lengths: no token is lost or read twice, and every sequence is a part of a document."""
+    bounds = np.cumsum([1, *lengths])  # token 0 is a document before the split, so that 0 is padding
+    start, stop = 1, int(bounds[-1])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PackedSamples, "block", block)
+        patch.setattr(PackedSamples, "samples_per_block", block + 1)
+        samples = PackedSamples(IndexedDataset(make_shard([1, *lengths])), start, stop, length)
+        rows = [read(samples, i) for i in range(len(samples))]
+        assert [samples.counted(np.array([i])) for i in range(len(samples))] == [
+            sum(position > 0 for position in positions or []) for _, positions in rows
+        ]
+    seen = []
+    for tokens, positions in rows:
+        assert positions is not None
+        used = np.count_nonzero(tokens)
+        assert not any(tokens[used:] + positions[used:])  # padding is at the end
+        assert positions[0] == 0
+        for i in range(1, used):
+            assert positions[i] in (0, positions[i - 1] + 1)
+            if positions[i]:
+                assert tokens[i] == tokens[i - 1] + 1
+                assert tokens[i] not in bounds
+        seen += tokens[:used]
+    lost = (stop - start) % (block * (length + 1)) == 1  # a last block of one token
+    assert sorted(seen) == list(range(start, stop - lost))
+
+
+def test_packing_in_blocks(make_shard: MakeShard) -> None:
+    """64 samples' worth of tokens in 65 samples, block after block; the last block has its share."""
+    shard = IndexedDataset(make_shard([7, 11, 2, 5] * 400))
+    for tokens, expected in ((64 * 10, 65), (64 * 10 * 3, 195), (64 * 10 * 3 + 100, 206), (10, 2), (1, 0)):
+        assert len(PackedSamples(shard, 0, tokens, 9)) == expected
+    samples = PackedSamples(shard, 0, 64 * 10 * 3, 9)
+    seen = {tokens[0] // 640 for tokens, _ in (read(samples, i) for i in range(65, 130)) if any(tokens)}
+    assert seen == {1}
+
+
+@SHARED
 @given(
     lengths=st.lists(st.integers(1, 40), min_size=10, max_size=60),
     length=st.integers(1, 12),
@@ -53,9 +149,25 @@ def test_splits_cover_the_documents(
         assert {part.start, part.stop} <= bounds
         assert (len(part) == 0) == (share == 0)
         if share:
-            predicted = torch.cat([window[1:] for window in part])
-            assert predicted.tolist() == list(range(part.start + 1, part.start + 1 + length * len(part)))
+            predicted = [token for i in range(len(part)) for token in read(part, i)[0][1:]]
+            assert predicted == list(range(part.start + 1, part.start + 1 + length * len(part)))
             assert 0 <= part.num_tokens - 1 - len(predicted) < length
+
+
+@pytest.mark.parametrize("documents", KINDS)
+def test_kinds(make_shard: MakeShard, documents: str) -> None:
+    """Every kind reads the same documents; only positions and places differ."""
+    splits = build_splits(make_shard([9] * 40), 8, [0.75, 0.25, 0], documents)
+    for part, first, last in ((splits.train, 0, 270), (splits.validation, 270, 360)):
+        assert (part.start, part.stop, part.sequence_length) == (first, last, 8)
+        assert (
+            type(part) is {"ignore": TokenWindows, "reset": DocumentWindows, "pack": PackedSamples}[documents]
+        )
+        tokens = {token for i in range(len(part)) for token in read(part, i)[0] if token}
+        assert (min(tokens), max(tokens)) == (
+            max(first, 1),
+            first + 8 * len(part) if documents != "pack" else last - 1,
+        )
 
 
 @pytest.mark.parametrize(

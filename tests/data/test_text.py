@@ -1,157 +1,300 @@
-"""Reading documents: every compression, every chunk size, every bad line with its message."""
+"""Rows of files: every compression, every place to cut, every defect with its line, reason and message."""
 
 from __future__ import annotations
 
 import gzip
 import json
-import struct
+import random
+import re
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from megatron_iiet.data.text import expand_inputs, iter_documents, parse_chunk, read_chunks
-from tests.data.inputs import jsonl, make_texts
+from megatron_iiet.data import compression
+from megatron_iiet.data.long_text import LongText
+from megatron_iiet.data.sources import list_inputs
+from megatron_iiet.data.text import (
+    LONG_LINE_BYTES,
+    Chunk,
+    Reject,
+    Row,
+    iter_documents,
+    parse_rows,
+    raise_first,
+    read_chunks,
+)
+from tests.data.inputs import GOOD, GOOD_TEXTS, INPUT_CASES, InputCase, jsonl, make_texts, zstd
 
-GOOD = jsonl([f"Good document {i}." for i in range(10)])
-
-
-def compress(data: bytes) -> bytes:
-    return zstandard.ZstdCompressor().compress(data)
-
-
-def read(path: Path) -> list[str]:
-    return list(iter_documents([path]))
-
-
-SKIPPABLE = struct.pack("<II", 0x184D2A50, 4) + b"skip"
-ENCODINGS = {
-    "a.jsonl": lambda data: data,
-    "a.jsonl.gz": gzip.compress,
-    "members.jsonl.gz": lambda data: gzip.compress(data[:50]) + gzip.compress(data[50:]),
-    "a.jsonl.zst": compress,
-    "frames.jsonl.zst": lambda data: compress(data[:50]) + compress(b"") + compress(data[50:]),
-    "skippable.jsonl.zst": lambda data: SKIPPABLE + compress(data) + SKIPPABLE,
-}
+PACK = {"a.jsonl": bytes, "a.jsonl.gz": gzip.compress, "a.jsonl.zst": zstd}
 
 
-@pytest.mark.parametrize("name", ENCODINGS)
-@pytest.mark.parametrize("count", [1, 3000])
-def test_reads(tmp_path: Path, name: str, count: int) -> None:
-    texts = make_texts(count)
-    (tmp_path / name).write_bytes(ENCODINGS[name](jsonl(texts)))
-    assert read(tmp_path / name) == texts
+def read(path: Path, chunk_bytes: int = 1 << 20) -> tuple[list[Row], list[Reject]]:
+    """All rows and rejects of a file."""
+    rows: list[Row] = []
+    rejects: list[Reject] = []
+    for chunk in read_chunks(path, chunk_bytes):
+        good, bad = parse_rows(chunk, ["text"])
+        rows += good
+        rejects += bad
+    return rows, rejects
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def parse(line: str | bytes, *keys: str, source: str | None = None) -> Row:
+    data = line if isinstance(line, bytes) else line.encode()
+    rows, rejects = parse_rows(Chunk("a.jsonl", 7, data), keys or ["text"], source)
+    raise_first(rejects)
+    (row,) = rows
+    return row
+
+
+@pytest.mark.parametrize("case", INPUT_CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("block_bytes", [1, 64, 1 << 18])
+def test_bad_rows_can_be_skipped(tmp_path: Path, case: InputCase, block_bytes: int) -> None:
+    path = case.write(tmp_path)
+    with patch.object(compression, "READ_BYTES", block_bytes):
+        if case.error:
+            with pytest.raises(ValueError, match=case.error) as error:
+                read(path, chunk_bytes=1)
+            assert str(error.value).startswith(str(path))
+            return
+        rows, rejects = read(path, chunk_bytes=1)
+    assert [row.texts for row in rows] == [(text,) for text in case.texts]
+    assert [(reject.line, reject.reason) for reject in rejects] == [
+        (line, reason) for line, reason, _ in case.rejects
+    ]
+    for reject, (line, _, message) in zip(rejects, case.rejects, strict=True):
+        assert reject.message.startswith(f"{path}, line {line}: ")
+        assert re.search(message, reject.message)
+        assert "\n" not in reject.message
+        assert len(reject.message) < len(str(path)) + 300
+    bad_lines = {line for line, *_ in case.rejects}
+    lines = range(1, len(rows) + len(rejects) + 1)
+    assert [row.line for row in rows] == [line for line in lines if line not in bad_lines]
+
+
+@pytest.mark.parametrize("case", INPUT_CASES, ids=lambda case: case.name)
+def test_bad_rows_can_be_errors(tmp_path: Path, case: InputCase) -> None:
+    path = case.write(tmp_path)
+    if case.error or case.rejects:
+        with pytest.raises(ValueError, match=case.error or case.rejects[0][2]):
+            list(iter_documents([path]))
+    else:
+        assert list(iter_documents(list_inputs([str(path)]))) == list(case.texts)
+
+
+@pytest.mark.parametrize("name", PACK)
+def test_files_larger_than_a_chunk(tmp_path: Path, name: str) -> None:
+    texts = make_texts(10_000)
+    (tmp_path / name).write_bytes(PACK[name](jsonl(texts)))
+    assert list(iter_documents([tmp_path / name])) == texts
+    sizes = [len(chunk.data) for chunk in read_chunks(tmp_path / name, 300_000)]
+    assert len(sizes) > 3
+    assert all(300_000 <= size < 600_000 for size in sizes[:-1])
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     texts=st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=30), min_size=1, max_size=12),
-    chunk_bytes=st.integers(1, 200),
+    name=st.sampled_from(list(PACK)),
+    blank_lines=st.lists(st.sampled_from(["\n", " \n", "\r\n"]), max_size=3),
+    blank_place=st.integers(0, 12),
     ascii_only=st.booleans(),
     line_end=st.sampled_from(["\n", "\r\n"]),
     tail=st.sampled_from(["", "\n", "\n\n", "\r\n \n"]),
+    chunk_bytes=st.integers(1, 300),
+    block_bytes=st.integers(1, 100),
+    long_line_bytes=st.sampled_from([20, 60, LONG_LINE_BYTES]),
 )
 def test_chunks_lose_nothing(
-    tmp_path: Path, texts: list[str], chunk_bytes: int, ascii_only: bool, line_end: str, tail: str
+    tmp_path: Path,
+    texts: list[str],
+    name: str,
+    blank_lines: list[str],
+    blank_place: int,
+    ascii_only: bool,
+    line_end: str,
+    tail: str,
+    chunk_bytes: int,
+    block_bytes: int,
+    long_line_bytes: int,
 ) -> None:
-    path = tmp_path / "a.jsonl"
-    lines = [json.dumps({"text": text}, ensure_ascii=ascii_only) for text in texts]
-    path.write_bytes((line_end.join(lines) + tail).encode())
-    chunks = list(read_chunks(path, chunk_bytes))
-    assert [text for chunk in chunks for (text,) in parse_chunk(chunk, ["text"])] == texts
+    lines = [json.dumps({"text": text}, ensure_ascii=ascii_only) + line_end for text in texts]
+    place = min(blank_place, len(lines) - 1)
+    content = "".join(lines[:place] + blank_lines + lines[place:]).removesuffix(line_end) + tail
+    (tmp_path / name).write_bytes(PACK[name](content.encode()))
+    with (
+        patch.object(compression, "READ_BYTES", block_bytes),
+        patch("megatron_iiet.data.text.LONG_LINE_BYTES", long_line_bytes),
+    ):
+        chunks = list(read_chunks(tmp_path / name, chunk_bytes))
+        parsed = [parse_rows(chunk, ["text"]) for chunk in chunks]
+    assert [row.texts[0] for rows, _ in parsed for row in rows] == texts
+    blanks = range(place + 1, place + 1 + len(blank_lines))
+    assert [(reject.line, reject.reason) for _, rejects in parsed for reject in rejects] == [
+        (line, "blank line") for line in blanks
+    ]
     counts = [chunk.data.count(b"\n") + 1 for chunk in chunks]
     assert [chunk.first_line for chunk in chunks] == [1 + sum(counts[:i]) for i in range(len(counts))]
 
 
-BAD_LINES = {
-    b"this is not json": r"line 11: not valid JSON \(Expecting value.*'this is not json'; repair or remove",
-    b'{"text": "cut in the mid': r"line 11: not valid JSON \(Unterminated string",
-    b'{"txt": "no text"}': r"line 11: no key 'text', only \['txt'\]; check --json-keys",
-    b'{"text": null}': r"line 11: 'text' is null, not a string; repair or remove the line",
-    b'{"text": 5}': r"line 11: 'text' is '5' \(int\), not a string",
-    b'{"text": ["a b", "c d"]}': r"line 11: 'text' is .*\(list\), not a string",
-    b'["text"]': r"line 11: a JSON list instead of an object",
-    b'{"text": "bad \xff\xfe bytes"}': r"line 11: byte b'\\xff' is not valid UTF-8",
-    b"": r"line 11: blank line between documents; remove it",
-    b" \t": r"line 11: blank line between documents",
-    b'{"text": "lone \\ud800 surrogate"}': r"line 11: 'text' holds half a surrogate pair, \\ud800",
-    b"[" * 100_000: r"line 11: not valid JSON \(",
-    b'{"text": "a"} {"text": "b"}': r"line 11: not valid JSON \(Extra data",
-}
-
-
-@pytest.mark.parametrize("line", BAD_LINES, ids=lambda line: repr(line[:20]))
-@pytest.mark.parametrize("chunk_bytes", [10, 1 << 20])
-def test_bad_lines_are_named(tmp_path: Path, line: bytes, chunk_bytes: int) -> None:
-    path = tmp_path / "bad.jsonl"
-    path.write_bytes(GOOD + line + b"\n" + GOOD)
-    with pytest.raises(ValueError, match=r"bad\.jsonl, " + BAD_LINES[line]) as error:
-        [parse_chunk(chunk, ["text"]) for chunk in read_chunks(path, chunk_bytes)]
-    assert "\n" not in str(error.value)
-    assert len(str(error.value)) < 400
-
-
-def flip(data: bytes) -> bytes:
-    return data[:30] + bytes([data[30] ^ 255]) + data[31:]
-
-
-BAD_FILES = {
-    "zero.jsonl": (b"", r"is empty \(0 bytes\)"),
-    "zero.jsonl.zst": (b"", r"is empty \(0 bytes\)"),
-    "blank.jsonl": (b"\n\n \n", "holds no documents"),
-    "nothing.jsonl.gz": (gzip.compress(b""), "holds no documents"),
-    "nothing.jsonl.zst": (compress(b""), "holds no documents"),
-    "bom.jsonl": (b"\xef\xbb\xbf" + GOOD, "line 1: starts with a byte-order mark"),
-    "utf16.jsonl": ('{"text": "a"}\n'.encode("utf-16"), "line 1: byte b'.xff' is not valid UTF-8"),
-    "cut.jsonl.zst": (compress(GOOD * 9)[:-9], "cut short: its last zstd frame has no end"),
-    "header.jsonl.zst": (compress(GOOD)[:3], "cut short: its last zstd frame has no end"),
-    "second.jsonl.zst": (compress(GOOD) + compress(GOOD)[:-9], "cut short: its last zstd frame has no end"),
-    "flipped.jsonl.zst": (
-        flip(compress(jsonl(make_texts(50)))),
-        "damaged zstd|not valid UTF-8|not valid JSON",
-    ),
-    "other.jsonl.zst": (GOOD, "is damaged zstd"),
-    "cut.jsonl.gz": (gzip.compress(GOOD)[:-9], "cut short: its gzip stream has no end"),
-    "flipped.jsonl.gz": (flip(gzip.compress(GOOD)), "is damaged gzip"),
-    "other.jsonl.gz": (GOOD, "is damaged gzip"),
-}
-
-
-@pytest.mark.parametrize("name", BAD_FILES)
-def test_bad_files_are_named(tmp_path: Path, name: str) -> None:
-    content, message = BAD_FILES[name]
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(ValueError, match=message) as error:
-        read(tmp_path / name)
-    assert name in str(error.value)
-
-
 def test_zstd_cut_anywhere_is_an_error(tmp_path: Path) -> None:
-    whole = compress(GOOD) + compress(jsonl(make_texts(20)))
-    frame = len(compress(GOOD))
+    path = tmp_path / "a.jsonl.zst"
+    frame = zstandard.ZstdCompressor(write_checksum=True).compress(GOOD)
+    whole = frame + zstd(jsonl(make_texts(5)))
     for length in range(1, len(whole)):
-        (tmp_path / "a.jsonl.zst").write_bytes(whole[:length])
-        if length == frame:  # a file that ends with a frame is whole
-            assert len(read(tmp_path / "a.jsonl.zst")) == 10
+        path.write_bytes(whole[:length])
+        if length == len(frame):  # a file that ends with a frame is whole
+            assert list(iter_documents([path])) == GOOD_TEXTS
             continue
         with pytest.raises(ValueError, match="cut short"):
-            read(tmp_path / "a.jsonl.zst")
+            list(iter_documents([path]))
 
 
-def test_expand_inputs(tmp_path: Path) -> None:
-    for name in ("b.jsonl", "a.jsonl.zst", "c[1].jsonl", "notes.txt"):
-        (tmp_path / name).write_bytes(b"x")
-    folder = str(tmp_path)
-    found = expand_inputs([f"{folder}/c[1].jsonl", f"{folder}/[ab]*.jsonl*"])
-    assert [Path(path).name for path in found] == ["c[1].jsonl", "a.jsonl.zst", "b.jsonl"]
-    for patterns, message in [
-        (["*.gz"], r"pattern .*\*\.gz matches no file"),
-        (["no.jsonl"], r"no\.jsonl is missing"),
-        ([""], "is a folder; give its files"),
-        (["notes.txt"], r"notes\.txt is of an unknown kind"),
-        (["b.jsonl", "*.jsonl"], r"b\.jsonl is named twice"),
-    ]:
-        with pytest.raises(ValueError, match=message):
-            expand_inputs([f"{folder}/{pattern}" for pattern in patterns])
+def test_gzip_cut_anywhere_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl.gz"
+    whole = gzip.compress(GOOD)
+    for length in range(1, len(whole)):
+        path.write_bytes(whole[:length])
+        with pytest.raises(ValueError, match=r"cut short|damaged"):
+            list(iter_documents([path]))
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst"])
+def test_a_flipped_byte_is_no_crash_and_no_wrong_text(tmp_path: Path, name: str) -> None:
+    """With checksums, whatever byte changes: an error, or (in a header's idle bits) the very same texts."""
+    pack = zstandard.ZstdCompressor(write_checksum=True).compress if "zst" in name else gzip.compress
+    texts = make_texts(8)
+    whole = pack(jsonl(texts))
+    for place in range(len(whole)):
+        (tmp_path / name).write_bytes(whole[:place] + bytes([whole[place] ^ 255]) + whole[place + 1 :])
+        try:
+            found = list(iter_documents([tmp_path / name]))
+        except ValueError as error:
+            message = str(error)
+        else:
+            assert found == texts
+            continue
+        assert re.search("damaged|cut short", message)
+
+
+@pytest.mark.parametrize("level", [-5, 1, 3, 19])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"write_content_size": False}, {"write_checksum": True}],
+    ids=["plain", "unsized", "checksum"],
+)
+def test_zstd_of_all_levels(tmp_path: Path, level: int, options: dict[str, bool]) -> None:
+    """Blocks of all kinds: compressed, raw (random characters), of one repeated byte."""
+    noise = random.Random(0).randbytes(100_000).hex()
+    texts = [*make_texts(500), noise, "a" * 1_000_000, "", noise]
+    compressor = zstandard.ZstdCompressor(level=level, **options)
+    (tmp_path / "a.jsonl.zst").write_bytes(compressor.compress(jsonl(texts)))
+    assert list(iter_documents([tmp_path / "a.jsonl.zst"])) == texts
+
+
+def test_zstd_written_in_a_stream_with_a_large_window(tmp_path: Path) -> None:
+    texts = make_texts(200)
+    parameters = zstandard.ZstdCompressionParameters.from_level(3, window_log=28, enable_ldm=True)
+    with (
+        (tmp_path / "a.jsonl.zst").open("wb") as file,
+        zstandard.ZstdCompressor(compression_params=parameters).stream_writer(file) as stream,
+    ):
+        for text in texts:
+            stream.write(jsonl([text]))
+            stream.flush()  # a block a row
+    assert list(iter_documents([tmp_path / "a.jsonl.zst"])) == texts
+
+
+def test_blocks_stay_small_however_well_they_are_packed(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl.zst"
+    path.write_bytes(zstd(bytes(50_000_000)))
+    assert path.stat().st_size < 10_000
+    with path.open("rb") as file:
+        sizes = [len(block) for block in compression.decompressed_blocks(file, str(path))]
+    assert sum(sizes) == 50_000_000
+    assert max(sizes) <= 1 << 18
+
+
+def test_a_giant_line_is_a_chunk_of_its_own(tmp_path: Path) -> None:
+    giant = "é\n" * (LONG_LINE_BYTES // 8)  # eight bytes each in JSON
+    texts = [*GOOD_TEXTS, giant, giant, *GOOD_TEXTS, "", giant + "end"]
+    (tmp_path / "a.jsonl").write_bytes(jsonl(texts)[:-1])
+    chunks = list(read_chunks(tmp_path / "a.jsonl", 1 << 24))  # longer than a giant line
+    assert [chunk.first_line for chunk in chunks] == [1, 11, 12, 13, 24]
+    assert [chunk.data.count(b"\n") for chunk in chunks] == [9, 0, 0, 10, 0]
+    rows = [row for chunk in chunks for row in parse_rows(chunk, ["text"])[0]]
+    assert [row.line for row in rows if isinstance(row.texts[0], LongText)] == [11, 12, 24]
+    assert list(iter_documents([tmp_path / "a.jsonl"])) == texts
+
+
+def test_a_giant_line_in_a_small_chunk_of_a_caller() -> None:
+    """What a text is given as depends on its line's length alone."""
+    line = jsonl(["a" * LONG_LINE_BYTES])
+    rows, _ = parse_rows(Chunk("a.jsonl", 1, GOOD + line + GOOD[:-1]), ["text"])
+    assert [row.line for row in rows if isinstance(row.texts[0], LongText)] == [11]
+
+
+@pytest.mark.parametrize("tail", [b"", b"\n", b"\n\n"])
+def test_giant_blank_lines(tmp_path: Path, tail: bytes) -> None:
+    blank = b" " * (LONG_LINE_BYTES + 10)
+    (tmp_path / "a.jsonl").write_bytes(GOOD + blank)
+    assert list(iter_documents([tmp_path / "a.jsonl"])) == GOOD_TEXTS
+    (tmp_path / "a.jsonl").write_bytes(GOOD + b"\n" + blank + b"\n" + GOOD + tail)
+    rows, rejects = read(tmp_path / "a.jsonl")
+    assert [row.line for row in rows] == [*range(1, 11), *range(13, 23)]
+    assert [(reject.line, reject.reason) for reject in rejects] == [(11, "blank line"), (12, "blank line")]
+
+
+def test_keys() -> None:
+    row = parse(
+        '{"b": "B", "text": "T", "meta": {"set": "C4", "inner": {"x": "X"}}}', "text", "b", source="meta.set"
+    )
+    assert row == Row(7, ("T", "B"), "C4")
+    assert parse('{"text": "T"}').source is None
+    assert parse('{"meta": {"inner": {"x": "X"}}}', "meta.inner.x").texts == ("X",)
+
+
+def test_a_key_that_is_there_with_its_dots_comes_first() -> None:
+    line = '{"text": "T", "meta.set": "literal", "meta": {"set": "nested"}}'
+    assert parse(line, source="meta.set").source == "literal"
+
+
+@pytest.mark.parametrize(
+    ("meta", "reason", "message"),
+    [
+        ("{}", "missing key", r"line 7: no key 'meta\.set', only \[\]; check --split-by"),
+        ('{"other": 1}', "missing key", r"no key 'meta\.set', only \['other'\]"),
+        ('"C4"', "missing key", r"no key 'meta\.set', only '\"C4\"'"),
+        ("null", "missing key", r"no key 'meta\.set', only 'null'"),
+        ('{"set": null}', "not a string", r"'meta\.set' is null, not a string"),
+        ('{"set": 3}', "not a string", r"'meta\.set' is '3' \(int\), not a string"),
+        ('{"set": "\\udc00"}', "lone surrogate", r"'meta\.set' holds half a surrogate pair, \\udc00"),
+    ],
+)
+def test_bad_sources(meta: str, reason: str, message: str) -> None:
+    chunk = Chunk("a.jsonl", 7, f'{{"text": "T", "meta": {meta}}}'.encode())
+    rows, (reject,) = parse_rows(chunk, ["text"], "meta.set")
+    assert (rows, reject.reason) == ([], reason)
+    assert re.search(message, reject.message)
+
+
+def test_a_bad_byte_costs_its_own_line_only() -> None:
+    lines = [json.dumps({"text": f"é{i}"}, ensure_ascii=False).encode() for i in range(20)]
+    lines[3] = lines[3].replace("é".encode(), b"\xc3")
+    lines[17] = b"\xff"
+    rows, rejects = parse_rows(Chunk("a.jsonl", 1, b"\n".join(lines)), ["text"])
+    assert [row.texts[0] for row in rows] == [f"é{i}" for i in range(20) if i not in (3, 17)]
+    assert [(reject.line, reject.reason) for reject in rejects] == [
+        (4, "invalid UTF-8"),
+        (18, "invalid UTF-8"),
+    ]
+
+
+def test_raise_first() -> None:
+    raise_first([])
+    with pytest.raises(ValueError, match=r"^first$"):
+        raise_first([Reject(1, "blank line", "first"), Reject(2, "blank line", "second")])

@@ -1,18 +1,33 @@
-"""Both kinds of tokenizer: round trips, no control ids from text, giant texts, clear refusals."""
+"""All kinds of tokenizer: round trips, no control ids from text, giant texts, clear refusals."""
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import pickle
+from collections.abc import Callable
+from functools import cache
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from megatron_iiet.data import tokenizer as tokenizer_module
-from megatron_iiet.data.tokenizer import Tokenizer, load_tokenizer, split_text
+from megatron_iiet.data import tokenizer_base
+from megatron_iiet.data.hard_texts import HARD_TEXTS as HARDER_TEXTS
+from megatron_iiet.data.tiktoken_tokenizer import PRESETS, read_ranks
+from megatron_iiet.data.tokenizer import (
+    Tokenizer,
+    load_encoder,
+    load_tokenizer,
+    split_text,
+    tokenizer_digest,
+)
+from megatron_iiet.data.tokenizer_base import TextTokenizer
 from megatron_iiet.data.tokenizer_training import train_tokenizer
 from tests.data.inputs import jsonl, make_texts
 
@@ -28,14 +43,43 @@ HARD_TEXTS = [
 ]
 
 
-@pytest.fixture(params=["sentencepiece_model", "tokenizer_json"])
+@cache
+def _load_once(load: Callable[[Path], Tokenizer], path: Path) -> Tokenizer:
+    return load(path)
+
+
+@pytest.fixture(scope="session")
+def ranks_file(tokenizer_json: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The vocabulary of ``tokenizer_json`` as tiktoken ranks."""
+    vocabulary = json.loads(tokenizer_json.read_text())["model"]["vocab"]
+    characters = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    byte_of = {chr(byte): byte for byte in characters}
+    byte_of |= {chr(0x100 + n): byte for n, byte in enumerate(sorted({*range(256)} - {*characters}))}
+    ordered = sorted((number, text) for text, number in vocabulary.items() if number > 1)
+    path = tmp_path_factory.mktemp("tiktoken") / "small.tiktoken"
+    path.write_bytes(
+        b"".join(
+            base64.b64encode(bytes(map(byte_of.__getitem__, text))) + f" {rank}\n".encode()
+            for rank, (_, text) in enumerate(ordered)
+        )
+    )
+    special_tokens = {"<|begin_of_text|>": 498, "<|end_of_text|>": 499}
+    side_file = {"pattern": PRESETS["cl100k"]["pattern"], "special_tokens": special_tokens}
+    (path.parent / "small.tiktoken.json").write_text(json.dumps(side_file))
+    return path
+
+
+@pytest.fixture(params=["sentencepiece_model", "tokenizer_json", "ranks_file"])
 def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
     return load_tokenizer(request.getfixturevalue(request.param))
 
 
 def test_properties(tokenizer: Tokenizer) -> None:
     assert tokenizer.vocab_size == 500
-    assert {tokenizer.eod_id, tokenizer.bos_id} < {0, 1, 2}
+    assert {tokenizer.eod_id, tokenizer.bos_id} < {0, 1, 2} or (tokenizer.bos_id, tokenizer.eod_id) == (
+        498,
+        499,
+    )
 
 
 @pytest.mark.parametrize("text", [*HARD_TEXTS, *make_texts(5, seed=7)])
@@ -59,18 +103,38 @@ def test_control_ids_decode_to_nothing(tokenizer: Tokenizer) -> None:
 
 def test_pickles(tokenizer: Tokenizer) -> None:
     copy = pickle.loads(pickle.dumps(tokenizer))
+    assert copy.name == tokenizer.name
     assert copy.encode("ba ce").tolist() == tokenizer.encode("ba ce").tolist()
 
 
 def test_giant_texts_in_parts(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     text = "\n".join(make_texts(30))
     whole = tokenizer.encode(text)
-    monkeypatch.setattr(tokenizer_module, "MAX_PART_CHARACTERS", 200)
+    assert tokenizer.encode_parts(split_text(text, 200)).tolist() == whole.tolist()
+    monkeypatch.setattr(tokenizer_base, "MAX_PART_CHARACTERS", 200)
     monkeypatch.setattr(split_text, "__defaults__", (200,))
     assert tokenizer.encode(text).tolist() == whole.tolist()
+    assert tokenizer.encode_packed(["ba", text, ""])[1].tolist() == [
+        tokenizer.encode("ba").size,
+        whole.size,
+        0,
+    ]
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_no_parts(tokenizer: Tokenizer) -> None:
+    assert tokenizer.encode_parts([]).tolist() == []
+    assert tokenizer.encode_parts(["", "ba ce", ""]).tolist() == tokenizer.encode("ba ce").tolist()
+
+
+def test_lone_surrogate(tokenizer: TextTokenizer) -> None:
+    for encode in (tokenizer.encode, load_encoder(tokenizer.path).encode):
+        with pytest.raises(
+            ValueError, match=r"lone surrogate '\\ud83d' at character 6 \('broken\\ud83dtext'\)"
+        ):
+            encode("broken\ud83dtext")
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(text=st.text("ab\n", max_size=60), limit=st.integers(2, 10))
 def test_split_text(text: str, limit: int) -> None:
     parts = list(split_text(text, limit))
@@ -86,11 +150,22 @@ class TestLoading:
             load_tokenizer(tmp_path)
 
     @pytest.mark.parametrize(
-        ("name", "message"),
-        [("a.model", "not a SentencePiece model"), ("a.json", "not a Hugging Face tokenizer file")],
+        ("name", "content", "message"),
+        [
+            ("a.model", b"", "not a SentencePiece model"),
+            ("a.model", b"not a tokenizer", "not a SentencePiece model"),
+            ("a.model", b"{}", "not a Hugging Face tokenizer file"),
+            ("a.json", b"", "not a Hugging Face tokenizer file"),
+            ("a.json", b"\xff", "not a Hugging Face tokenizer file"),
+            ("a.json", b"{}", "not a Hugging Face tokenizer file"),
+            ("a.tiktoken", b"", "has no rank for 256 of the 256 single bytes, such as 0x00"),
+            ("a.tiktoken", b"{}", r"a\.tiktoken, line 1: b'\{\}' is no base64 token and rank"),
+            ("a.model", b"QQ== 0\nQg 1\n", r"a\.model, line 2: b'Qg 1' is no base64 token and rank"),
+            ("a.model", b"QQ== 0\n\nQQ== 1\n", r"a\.model, line 3: the token or rank of b'QQ== 1' was given"),
+            ("a.model", b"QQ== 0\nQg== 0\n", r"line 2: the token or rank of b'Qg== 0' was given before"),
+        ],
     )
-    @pytest.mark.parametrize("content", [b"", b"not a tokenizer", b"{}"])
-    def test_other_files(self, tmp_path: Path, name: str, message: str, content: bytes) -> None:
+    def test_other_files(self, tmp_path: Path, name: str, content: bytes, message: str) -> None:
         (tmp_path / name).write_bytes(content)
         with pytest.raises(ValueError, match=message):
             load_tokenizer(tmp_path / name)
@@ -123,6 +198,179 @@ class TestLoading:
         (tmp_path / "tokenizer_config.json").write_text("{")
         with pytest.raises(ValueError, match=r"tokenizer_config\.json is not valid JSON"):
             load_tokenizer(path)
+        (tmp_path / "tokenizer_config.json").write_text("[]")
+        with pytest.raises(ValueError, match=r"tokenizer_config\.json holds a list, not an object"):
+            load_tokenizer(path)
+
+    def test_end_of_document_as_a_symbol(self, tmp_path: Path) -> None:
+        from sentencepiece import SentencePieceTrainer
+
+        model = io.BytesIO()
+        SentencePieceTrainer.train(
+            sentence_iterator=iter(make_texts(300)),
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=500,
+            user_defined_symbols=["</s>"],
+            minloglevel=2,
+        )
+        (tmp_path / "a.model").write_bytes(model.getvalue())
+        with pytest.raises(ValueError, match=r"a\.model has no eos piece to end documents with"):
+            load_tokenizer(tmp_path / "a.model")
+
+
+class TestTiktoken:
+    def words(self, text: str) -> list[str]:
+        """The cl100k pattern on text of ASCII letters, digits, spaces and line breaks, written anew."""
+        import re
+
+        return re.findall(
+            r"'(?:[sdmtSDMT]|ll|ve|re)|[^\r\nA-Za-z0-9]?[A-Za-z]+|[0-9]{1,3}| ?[^\sA-Za-z0-9]+[\r\n]*"
+            r"|\s*[\r\n]+|\s+(?!\S)|\s+",
+            text,
+        )
+
+    def merged(self, word: bytes, ranks: dict[bytes, int]) -> list[int]:
+        """Byte pair encoding as its definition goes: again and again the first of the best pairs."""
+        parts = [word[i : i + 1] for i in range(len(word))]
+        while len(parts) > 1:
+            joined = [ranks.get(left + right, 1 << 30) for left, right in pairwise(parts)]
+            best = min(joined)
+            if best == 1 << 30:
+                break
+            at = joined.index(best)
+            parts[at : at + 2] = [parts[at] + parts[at + 1]]
+        return [ranks[part] for part in parts]
+
+    @given(
+        text=st.text("abc deho \n\t1290.,-'s", max_size=80)
+        | st.integers(0, 10_000).map(lambda seed: make_texts(1, seed)[0].replace("é世", ""))
+    )
+    @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+    def test_against_the_definition(self, ranks_file: Path, text: str) -> None:
+        ranks = read_ranks(ranks_file)
+        expected = [piece for word in self.words(text) for piece in self.merged(word.encode(), ranks)]
+        assert _load_once(load_tokenizer, ranks_file).encode(text).tolist() == expected
+        assert _load_once(load_encoder, ranks_file).encode(text).tolist() == expected
+
+    @pytest.mark.parametrize("preset", [None, *PRESETS])
+    def test_against_tiktoken(self, ranks_file: Path, tmp_path: Path, preset: str | None) -> None:
+        tiktoken = pytest.importorskip("tiktoken")
+        path = tmp_path / "tokenizer.model"  # LLaMA-3's name for it
+        unreachable = base64.b64encode(b"zqxj") + b" 498\n"  # no two tokens make it up
+        path.write_bytes(ranks_file.read_bytes() + unreachable)
+        side_file: dict[str, Any] = {"preset": preset} if preset else {"pattern": r"\p{L}+|\P{L}"}
+        if not preset:
+            side_file["special_tokens"] = {"<eos>": 1000}
+        (tmp_path / "tokenizer.model.json").write_text(json.dumps(side_file))
+        used = {**PRESETS[preset], **side_file} if preset else side_file
+        theirs = tiktoken.Encoding(
+            "theirs",
+            pat_str=used["pattern"],
+            mergeable_ranks=read_ranks(path),
+            special_tokens=used["special_tokens"],
+        )
+        ours, fast = load_tokenizer(path), load_encoder(path)
+        assert ours.eod_id in theirs._special_tokens.values()
+        assert ours.vocab_size == max(used["special_tokens"].values()) + 1
+        for text in [
+            *HARDER_TEXTS,
+            *make_texts(10),
+            "it's IT'S we'll 12345\r\n\r\n x",
+            "zqxj zqxj",
+            "<eos><|endoftext|>",
+        ]:
+            assert ours.encode(text).tolist() == theirs.encode_ordinary(text)
+            assert fast.encode(text).tolist() == theirs.encode_ordinary(text)
+
+    @pytest.mark.parametrize(
+        ("preset", "words"),
+        [
+            ("cl100k", "don|'t| HelloWorld|  | (|123|45|).\n|//|x| \n\n| é|世"),
+            ("llama3", "don|'t| HelloWorld|  | (|123|45|).\n|//|x| \n\n| é|世"),
+            ("o200k", "don't| Hello|World|  | (|123|45|).\n//|x| \n\n| é|世"),
+        ],
+    )
+    def test_words_of_presets(self, preset: str, words: str) -> None:
+        """What is known of the published encodings; letters of all scripts make one word."""
+        regex = pytest.importorskip("regex")
+        expected = words.replace("é|世", "é世").split("|")
+        assert regex.findall(PRESETS[preset]["pattern"], "".join(expected)) == expected
+
+    def test_fast(self, ranks_file: Path) -> None:
+        name = "gigatoken (checked against tokenizers (tiktoken ranks))"
+        assert load_encoder(ranks_file).name == name
+
+    @pytest.mark.parametrize(
+        ("side_file", "message"),
+        [
+            (
+                None,
+                r'leave open how .*; write .*a\.tiktoken\.json with \{"preset": "cl100k\|o200k\|llama3"\} or',
+            ),
+            ("{", r"a\.tiktoken\.json is not valid JSON"),
+            ("[]", "lacks a pattern or special_tokens; write"),
+            ('{"pattern": "a"}', "lacks a pattern or special_tokens; write"),
+            ('{"preset": "gpt9"}', "asks for preset 'gpt9'; there are cl100k, o200k, llama3"),
+            ('{"pattern": "a", "special_tokens": {"<eos>": "9"}}', "'<eos>' the id '9'; give an integer"),
+            ('{"pattern": "a", "special_tokens": {"<eos>": 3}}', "'<eos>' the id 3, which is a rank in"),
+            ('{"pattern": "a", "special_tokens": {"<eos>": -3}}', "'<eos>' the id -3, which is negative in"),
+            ('{"pattern": "a", "special_tokens": {"<x>": 999}}', "has no end-of-document token among"),
+            (
+                r'{"pattern": "\\p{L}++", "special_tokens": {"<eos>": 999}}',
+                r"repetition '\+\+', .*; write '\+'",
+            ),
+            (
+                r'{"pattern": "\\d{1,3}+", "special_tokens": {"<eos>": 999}}',
+                r"'\{1,3\}\+', .*; write '\{1,3\}'",
+            ),
+            ('{"pattern": "(", "special_tokens": {"<eos>": 999}}', "is not a Hugging Face tokenizer file"),
+        ],
+    )
+    def test_side_file(self, ranks_file: Path, tmp_path: Path, side_file: str | None, message: str) -> None:
+        (tmp_path / "a.tiktoken").write_bytes(ranks_file.read_bytes())
+        if side_file:
+            (tmp_path / "a.tiktoken.json").write_text(side_file)
+        with pytest.raises(ValueError, match=message):
+            load_tokenizer(tmp_path / "a.tiktoken")
+
+    def test_plus_signs_that_are_no_possessive(self, ranks_file: Path, tmp_path: Path) -> None:
+        (tmp_path / "a.tiktoken").write_bytes(ranks_file.read_bytes())
+        side_file = {"pattern": r"\p{L}+|[*+]+|\?+|[^\s]", "special_tokens": {"<eos>": 999}}
+        (tmp_path / "a.tiktoken.json").write_text(json.dumps(side_file))
+        assert load_tokenizer(tmp_path / "a.tiktoken").decode([999, *b"A"]) is not None
+
+
+class TestDigest:
+    def test_of_the_file(self, sentencepiece_model: Path, tmp_path: Path) -> None:
+        copy = tmp_path / "copy.model"
+        copy.write_bytes(sentencepiece_model.read_bytes())
+        digest = tokenizer_digest(sentencepiece_model)
+        assert digest == tokenizer_digest(copy)
+        assert len(bytes.fromhex(digest)) == 16
+        content = bytearray(copy.read_bytes())
+        content[100] ^= 1
+        copy.write_bytes(content)
+        assert tokenizer_digest(copy) != digest
+        with pytest.raises(ValueError, match="is missing"):
+            tokenizer_digest(tmp_path / "no.model")
+
+    def test_of_the_side_file(self, ranks_file: Path, tmp_path: Path) -> None:
+        (tmp_path / "a.tiktoken").write_bytes(ranks_file.read_bytes())
+        digests = {tokenizer_digest(tmp_path / "a.tiktoken")}
+        for preset in PRESETS:
+            (tmp_path / "a.tiktoken.json").write_text(json.dumps({"preset": preset}))
+            digests.add(tokenizer_digest(tmp_path / "a.tiktoken"))
+        assert len(digests) == 1 + len(PRESETS)
+
+    def test_of_the_declared_tokens(self, tokenizer_json: Path, tmp_path: Path) -> None:
+        path = tmp_path / "tokenizer.json"
+        path.write_bytes(tokenizer_json.read_bytes())
+        plain = tokenizer_digest(path)
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": "x"}))
+        assert tokenizer_digest(path) == plain
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": {"content": "<s>"}}))
+        assert tokenizer_digest(path) != plain
 
 
 class TestTraining:

@@ -5,20 +5,23 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from megatron_iiet.config import RunConfig, config_from_dict
 from megatron_iiet.config.combinations import check_combination
 from megatron_iiet.config.deepspeed import reconcile
-from megatron_iiet.data.batches import TrainBatches
+from megatron_iiet.data.batches import Batch, TrainBatches, ValidationBatch, ValidationBatches
 from megatron_iiet.data.samples import build_splits
 from megatron_iiet.models import Transformer
+from megatron_iiet.models.diagnostics import IterateStatistics, observe_iterates
 from megatron_iiet.parallel import ParallelContext
 from megatron_iiet.training.engine import Engine, StepResult, build_engine
 from megatron_iiet.training.fragments import FragmentReader
+from megatron_iiet.training.inputs import inputs_of
 from megatron_iiet.training.schedules import iterations_at, learning_rate
 
 STEPS = 3
@@ -40,8 +43,12 @@ AXES: dict[str, tuple[Any, ...]] = {
     "solver": tuple(SOLVERS),
     "tied": (True, False),
     "accumulation": (1, 3),
+    "documents": (False, True),
 }
+NOT_OF_THE_GRID = ("recompute", "solver", "tied", "accumulation", "documents")
 GLOBAL_BATCH = 12
+LENGTH = 16
+VOCABULARY = 100
 TOLERANCES = {"fp32": (1e-5, 1e-5, 1e-5), "bf16": (5e-4, 1e-2, 0.1)}
 """Of losses, gradient norms and tensors, relative. bf16's are a few times what was seen (6e-5, 1e-3, 0.06):
 AdamW's first steps turn the sign of a gradient into a step, so that weights differ most."""
@@ -60,6 +67,7 @@ class Case:
     solver: str = "iiet-1"
     tied: bool = True
     accumulation: int = 1
+    documents: bool = False
     backend: str = "cpu"
     history: str = "transposed"
     precision: str = "fp32"
@@ -85,9 +93,11 @@ class Case:
     def __str__(self) -> str:
         sequence = "s" if self.sequence else ""
         tied = "tied" if self.tied else "untied"
+        documents = "documents-" if self.documents else ""
         return (
             f"t{self.tensor}{sequence}p{self.pipeline}d{self.data}-zero{self.stage}-{self.recompute}-"
-            f"{self.solver}-{tied}-acc{self.accumulation}-{self.backend}-{self.history}-{self.precision}"
+            f"{self.solver}-{tied}-acc{self.accumulation}-{documents}{self.backend}-{self.history}-"
+            f"{self.precision}"
         )
 
     def config(self, paths: dict[str, str], steps: int = STEPS) -> RunConfig:
@@ -100,8 +110,8 @@ class Case:
                     "num_layers": 4,
                     "num_attention_heads": 8,
                     "num_key_value_heads": 4,
-                    "vocab_size": 100,
-                    "max_position_embeddings": 16,
+                    "vocab_size": VOCABULARY,
+                    "max_position_embeddings": LENGTH,
                     "tie_embeddings": self.tied,
                 },
                 "solver": SOLVERS[self.solver],
@@ -110,7 +120,7 @@ class Case:
                     "pipeline": self.pipeline,
                     "sequence": self.sequence,
                 },
-                "data": {**paths, "sequence_length": 16, "split": [1.0, 0.0, 0.0]},
+                "data": {**paths, "sequence_length": LENGTH, "split": [1.0, 0.0, 0.0]},
                 # A larger epsilon: where a gradient is all rounding, AdamW would turn it into a full step.
                 "optimizer": {"lr": 1e-2, "eps": 1e-4, "weight_decay": 0.1, "gradient_clipping": 0.5},
                 "training": {
@@ -127,7 +137,7 @@ class Case:
 
 def every_grid() -> list[Case]:
     """Each legal grid with and without sequence parallelism; the other axes take their values in turn."""
-    turns = {name: itertools.cycle(AXES[name]) for name in ("recompute", "solver", "tied", "accumulation")}
+    turns = {name: itertools.cycle(AXES[name]) for name in NOT_OF_THE_GRID}
     turns["backend"] = itertools.cycle(("cpu", "cpu", "reference"))
     turns["history"] = itertools.cycle(("transposed", "transposed", "transposed", "per_edge"))
     cases = []
@@ -169,7 +179,7 @@ def batches(
     """The training micro-batches of one data-parallel rank."""
     splits = build_splits(config.data.prefix, config.data.sequence_length, config.data.split)
     return TrainBatches(
-        splits.train,
+        [splits.train],
         global_batch_size=GLOBAL_BATCH,
         micro_batch_size=micro_batch_size,
         data_parallel_rank=rank,
@@ -178,9 +188,73 @@ def batches(
     )
 
 
+def packed(step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens and positions, [G, T + 1], of a global batch of samples with several documents each.
+
+    The later a row, the more of it is padding, and the last has no target at all: whoever reads the last rows
+    has far fewer targets than whoever reads the first.
+    """
+    generator = torch.Generator().manual_seed(step)
+    tokens = torch.randint(VOCABULARY, (GLOBAL_BATCH, LENGTH + 1), generator=generator)
+    positions = torch.zeros_like(tokens)
+    for row in range(GLOBAL_BATCH - 1):
+        stop = LENGTH + 1 - LENGTH * row // GLOBAL_BATCH
+        at = 0
+        while at < stop:
+            length = min(int(torch.randint(1, 9, (), generator=generator)), stop - at)
+            positions[row, at : at + length] = torch.arange(length)
+            at += length
+    return tokens, positions
+
+
+def rows_of(micro_step: int, rank: int, size: int, micro_batch_size: int) -> slice:
+    """The rows of a global batch that a data-parallel rank reads in a micro-step."""
+    first = (micro_step * size + rank) * micro_batch_size
+    return slice(first, first + micro_batch_size)
+
+
+class PackedBatches:
+    """:func:`packed` batches, dealt to ranks and micro-steps as :class:`TrainBatches` deals its own."""
+
+    def __init__(self, rank: int = 0, size: int = 1, micro_batch_size: int = GLOBAL_BATCH) -> None:
+        self.micro_steps = GLOBAL_BATCH // (micro_batch_size * size)
+        self._place = rank, size, micro_batch_size
+        self._delivered = 0
+
+    def __iter__(self) -> PackedBatches:
+        return self
+
+    def __next__(self) -> Batch:
+        step, micro_step = divmod(self._delivered, self.micro_steps)
+        self._delivered += 1
+        tokens, positions = packed(step)
+        rows = rows_of(micro_step, *self._place)
+        counted = (positions[:, 1:] > 0).sum().item()
+        return Batch(tokens[rows], positions[rows], counted / (self.micro_steps * self._place[1]))
+
+
+def validation_batches(case: Case, rank: int = 0, size: int = 1) -> list[ValidationBatch]:
+    """One data-parallel rank's part of a :func:`packed` batch, of which two rows are fillers."""
+    tokens, positions = packed(STEPS)
+    weights = torch.ones(GLOBAL_BATCH)
+    weights[[0, 5]] = 0.0
+    size_of_one = GLOBAL_BATCH // (case.data * case.accumulation)
+    dealt = [rows_of(step, rank, size, size_of_one) for step in range(GLOBAL_BATCH // size_of_one // size)]
+    return [
+        ValidationBatch(tokens[rows], weights[rows], positions[rows] if case.documents else None)
+        for rows in dealt
+    ]
+
+
+def batches_of(case: Case, config: RunConfig, rank: int = 0, size: int = 1) -> TrainBatches | PackedBatches:
+    """The training micro-batches of one data-parallel rank in a case."""
+    make = PackedBatches if case.documents else partial(batches, config)
+    return make(rank, size, config.training.micro_batch_size)
+
+
 def open_engine(
     case: Case, paths: dict[str, str], world: ParallelContext, steps: int
-) -> tuple[RunConfig, Engine, TrainBatches]:
+) -> tuple[RunConfig, Engine, TrainBatches | PackedBatches]:
     """A case's engine and data on the processes there are."""
     config = case.config(paths, steps)
     context = ParallelContext.on_grid(
@@ -192,10 +266,10 @@ def open_engine(
     ds_json = {"zero_optimization": zero}
     size = check_combination(config, ds_json, world.world_size, "the test")
     engine = build_engine(config, reconcile(ds_json, config, size), context, case.backend)
-    return config, engine, batches(config, context.data.rank, size, config.training.micro_batch_size)
+    return config, engine, batches_of(case, config, context.data.rank, size)
 
 
-def step_once(config: RunConfig, engine: Engine, own: TrainBatches, step: int) -> StepResult:
+def step_once(config: RunConfig, engine: Engine, own: TrainBatches | PackedBatches, step: int) -> StepResult:
     """What the training loop does in a step."""
     iterations, merging = iterations_at(config, step)
     engine.set_iterations(iterations, merging=merging)
@@ -219,6 +293,21 @@ def train_cases(
                 if step in (0, STEPS - 1):
                     engine.save(folder / str(case) / str(step))
             results.append((losses, norms))
+    return results
+
+
+def evaluate_cases(cases: list[Case], paths: dict[str, str]) -> list[tuple[float, IterateStatistics]]:
+    """On every rank: the validation loss of untrained models, and statistics of all ranks' first batch."""
+    results = []
+    with ParallelContext.start(cases[0].config(paths).parallel) as world:
+        for case in cases:
+            _, engine, own = open_engine(case, paths, world, STEPS)
+            data = engine.context.data
+            mine = validation_batches(case, data.rank, data.size)
+            loss = engine.evaluate(cast(ValidationBatches, mine))
+            assert engine.evaluate(cast(ValidationBatches, mine)) == loss
+            results.append((loss, engine.observe(validation_batches(case)[0])))
+            step_once(case.config(paths), engine, own, 0)  # and training goes on after it
     return results
 
 
@@ -279,24 +368,41 @@ class Reference:
         return max((row.abs().max().item() for row in rows), default=0.0)
 
 
-def gradients_of(
-    model: Transformer, windows: torch.Tensor, portion: int
-) -> tuple[float, dict[str, torch.Tensor]]:
+def alone(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens and targets of a batch, [R, T] each, with every document in a row of its own; -100 behind it."""
+    if batch.positions is None:
+        return batch.tokens[:, :-1], batch.tokens[:, 1:]
+    rows = []
+    for tokens, positions in zip(batch.tokens, batch.positions, strict=True):
+        starts = (positions == 0).nonzero().flatten().tolist()
+        for start, stop in itertools.pairwise([*starts, len(tokens)]):
+            if stop - start > 1:
+                rows.append(
+                    torch.nn.functional.pad(tokens[start:stop], (0, LENGTH + 1 - (stop - start)), value=-1)
+                )
+    documents = torch.stack(rows)
+    return documents[:, :-1].clamp(min=0), documents[:, 1:].masked_fill(documents[:, 1:] < 0, -100)
+
+
+def gradients_of(model: Transformer, batch: Batch, portion: int) -> tuple[float, dict[str, torch.Tensor]]:
     """Mean loss of a batch and its gradients, accumulated over portions of ``portion`` sequences; torch's own
-    cross-entropy on whole logits."""
+    cross-entropy on whole logits, and documents that never met."""
     model.zero_grad()
     total = 0.0
-    for part in windows.split(portion):
-        logits = model(part[:, :-1]).flatten(0, 1)
-        loss = torch.nn.functional.cross_entropy(logits, part[:, 1:].flatten()) * (len(part) / len(windows))
+    inputs, targets = alone(batch)
+    counted = (targets >= 0).sum()
+    for tokens, wanted in zip(inputs.split(portion), targets.split(portion), strict=True):
+        logits = model(tokens).flatten(0, 1)
+        loss = torch.nn.functional.cross_entropy(logits, wanted.flatten(), reduction="sum") / counted
         loss.backward()
         total += loss.item()
     named = model.named_parameters()
     return total, {n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in named}
 
 
-def reference(config: RunConfig) -> Reference:
+def reference(case: Case, paths: dict[str, str]) -> Reference:
     """Train with torch alone: no kernels of ours, no gradient but autograd's."""
+    config = case.config(paths)
     config.ops.history_gradient = "per_edge"
     model = Transformer(config, backend="reference")
     model.initialise(config.training.seed)
@@ -312,22 +418,38 @@ def reference(config: RunConfig) -> Reference:
         eps=config.optimizer.eps,
         foreach=False,
     )
-    reader = batches(config)
-    windows = next(reader)
-    _, first = gradients_of(model, windows, GLOBAL_BATCH)
-    others_of = [gradients_of(model, windows, portion)[1] for portion in (1, 2, 4)]
+    reader = batches_of(case, config)
+    batch = next(reader)
+    _, first = gradients_of(model, batch, GLOBAL_BATCH)
+    others_of = [gradients_of(model, batch, portion)[1] for portion in (1, 2, 4)]
     noise = {n: max((first[n] - o[n]).abs().max().item() for o in others_of) for n in first}
     losses, norms = [], []
     for step in range(STEPS):
-        loss, _ = gradients_of(model, windows, GLOBAL_BATCH)
+        loss, _ = gradients_of(model, batch, GLOBAL_BATCH)
         norm = torch.nn.utils.clip_grad_norm_(list(named.values()), config.optimizer.gradient_clipping)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(config.optimizer, step, config.training.steps)
         optimizer.step()
         losses.append(loss)
         norms.append(norm.item())
-        windows = next(reader)
+        batch = next(reader)
     return Reference(losses, norms, first, noise, {n: p.detach() for n, p in named.items()})
+
+
+def reference_evaluation(case: Case, paths: dict[str, str]) -> tuple[float, IterateStatistics]:
+    """What :func:`evaluate_cases` should find, in one process: the mean over targets of documents alone."""
+    model = Transformer(case.config(paths), backend="reference")
+    model.initialise(case.config(paths).training.seed)
+    batches = validation_batches(case)
+    tokens, weights, positions = (
+        None if parts[0] is None else torch.cat(parts) for parts in zip(*batches, strict=True)
+    )
+    kept = weights > 0
+    inputs, targets = alone(Batch(tokens[kept], None if positions is None else positions[kept]))
+    with observe_iterates(model) as statistics:
+        loss = torch.nn.functional.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
+        model(*inputs_of(batches[0]))
+    return loss.item(), statistics
 
 
 def differences(

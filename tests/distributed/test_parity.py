@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,9 +17,11 @@ from tests.distributed.parity import (
     Case,
     Reference,
     differences,
+    evaluate_cases,
     every_grid,
     pairwise,
     reference,
+    reference_evaluation,
     train_cases,
 )
 from tests.tiny import write_shard
@@ -41,6 +44,27 @@ SMOKE = [
     Case(pipeline=2, stage=1, solver="mixed", accumulation=3),
     Case(pipeline=2, stage=0, solver="iiet-1", tied=False, accumulation=3, recompute="evaluation"),
 ]
+DOCUMENTS = [
+    Case(data=2, stage=3, solver="released", recompute="layer", documents=True),
+    Case(data=2, stage=1, solver="iiet-3", accumulation=3, documents=True),
+    Case(tensor=2, stage=1, solver="iiet-1", tied=False, documents=True),
+    Case(tensor=2, sequence=True, stage=3, solver="mixed", recompute="evaluation", documents=True),
+    Case(pipeline=3, stage=1, solver="iiet-1", recompute="evaluation", accumulation=3, documents=True),
+]
+SLOW_DOCUMENTS = [
+    Case(pipeline=2, stage=0, solver="released", recompute="layer", accumulation=3, documents=True),
+    Case(pipeline=4, solver="iiet-3", recompute="layer", accumulation=6, documents=True),
+    Case(pipeline=4, stage=0, solver="dlcl", accumulation=2, documents=True),
+    Case(tensor=2, sequence=True, pipeline=2, solver="released", accumulation=3, documents=True),
+    Case(pipeline=2, data=2, solver="iiet-1", accumulation=3, documents=True),
+    Case(pipeline=3, data=2, stage=0, solver="mixed", accumulation=6, documents=True),
+]
+EVALUATION = [
+    {"data": 2, "accumulation": 3},
+    {"tensor": 2, "stage": 3},
+    {"pipeline": 3, "accumulation": 3},
+    pytest.param({"pipeline": 2, "data": 2, "accumulation": 3}, marks=pytest.mark.slow),
+]
 BF16 = [
     Case(tensor=2, sequence=True, pipeline=2, solver="iiet-3", accumulation=3, precision="bf16"),
     Case(tensor=2, pipeline=2, stage=0, solver="released", accumulation=3, precision="bf16"),
@@ -57,15 +81,15 @@ def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 @cache
-def expected_of(solver: str, tied: bool, prefix: str) -> Reference:
-    return reference(Case(solver=solver, tied=tied).config({"prefix": prefix}))
+def expected_of(solver: str, tied: bool, documents: bool, prefix: str) -> Reference:
+    return reference(Case(solver=solver, tied=tied, documents=documents), {"prefix": prefix})
 
 
 def check(cases: list[Case], paths: dict[str, str], folder: Path) -> None:
     results = run_ranks(train_cases, cases[0].world_size, cases, paths, folder, timeout=400.0)
     wrong = []
     for case, (losses, norms) in zip(cases, results[0], strict=True):
-        expected = expected_of(case.solver, case.tied, paths["prefix"])
+        expected = expected_of(case.solver, case.tied, case.documents, paths["prefix"])
         assert max(expected.norms) > 0.5, "clipping was never in force"
         wrong += differences(case, expected, losses, norms, folder / str(case))
     assert not wrong, "\n".join(wrong)
@@ -84,6 +108,31 @@ def name_of(cases: list[Case]) -> str:
 @pytest.mark.parametrize("cases", by_grid(SMOKE), ids=name_of)
 def test_smoke(cases: list[Case], paths: dict[str, str], tmp_path: Path) -> None:
     check(cases, paths, tmp_path)
+
+
+@pytest.mark.parametrize("cases", by_grid(DOCUMENTS), ids=name_of)
+def test_documents(cases: list[Case], paths: dict[str, str], tmp_path: Path) -> None:
+    """Against documents that never met: each in a sequence of its own, nothing of it known to the model."""
+    check(cases, paths, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cases", by_grid(SLOW_DOCUMENTS), ids=name_of)
+def test_documents_in_larger_grids(cases: list[Case], paths: dict[str, str], tmp_path: Path) -> None:
+    check(cases, paths, tmp_path)
+
+
+@pytest.mark.parametrize("axes", EVALUATION, ids=str)
+def test_validation_and_diagnostics(axes: dict[str, Any], paths: dict[str, str]) -> None:
+    """The mean over all targets that count, though ranks and micro-batches have very different numbers."""
+    cases = [Case(**axes, solver="iiet-1", documents=documents) for documents in (False, True)]
+    per_rank = run_ranks(evaluate_cases, cases[0].world_size, cases, paths)
+    for case, results in zip(cases, zip(*per_rank, strict=True), strict=True):
+        expected, statistics = reference_evaluation(case, paths)
+        for loss, found in results:
+            assert loss == pytest.approx(expected, rel=1e-6)
+            for kind in ("relative_residual", "influence"):
+                assert getattr(found, kind) == pytest.approx(getattr(statistics, kind), rel=1e-3, abs=1e-6)
 
 
 @pytest.mark.slow

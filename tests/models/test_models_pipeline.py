@@ -14,6 +14,7 @@ from tests.models.conftest import Build, randomise_solvers
 CUTS = [[range(1), range(1, 4)], [range(2), range(2, 3), range(3, 4)], [range(n, n + 1) for n in range(4)]]
 
 
+@pytest.mark.parametrize("documents", [False, True], ids=["windows", "documents"])
 @pytest.mark.parametrize("cut", CUTS, ids=len)
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize(
@@ -26,8 +27,9 @@ CUTS = [[range(1), range(1, 4)], [range(2), range(2, 3), range(3, 4)], [range(n,
     ],
 )
 def test_stages_are_the_whole(
-    build: Build, tokens: torch.Tensor, solver: dict[str, Any], tied: bool, cut: list[range]
+    build: Build, tokens: torch.Tensor, solver: dict[str, Any], tied: bool, cut: list[range], documents: bool
 ) -> None:
+    positions = (torch.arange(16) % torch.tensor([[4], [7]])) if documents else None
     whole = build(**solver, model={"tie_embeddings": tied})
     randomise_solvers(whole)
     state = whole.state_dict()
@@ -38,10 +40,10 @@ def test_stages_are_the_whole(
         stage = PipelineStage(model, tokens.shape[1])
         if following is not None:
             stage.entries_handed_on = entries_crossing(whole, following.start)
-        x = stage(x)
+        x = stage(x, positions)
         if following is not None:
             assert len(x) == 1 + stage.entries_handed_on
-    assert torch.equal(x[..., : whole.config.model.vocab_size], whole(tokens))
+    assert torch.equal(x[..., : whole.config.model.vocab_size], whole(tokens, positions_BT=positions))
 
 
 def test_what_crosses(build: Build) -> None:

@@ -28,22 +28,26 @@ def in_dtype(model: Transformer, dtype: torch.dtype) -> Transformer:
     return model
 
 
-def loss_and_gradients(model: Transformer, tokens: torch.Tensor) -> dict[str, torch.Tensor | None]:
-    loss = model(tokens[:, :-1], tokens[:, 1:])
+def loss_and_gradients(
+    model: Transformer, tokens: torch.Tensor, positions: torch.Tensor | None = None
+) -> dict[str, torch.Tensor | None]:
+    loss = model(tokens[:, :-1], tokens[:, 1:], positions)
     loss.backward()
     return {"loss": loss.detach()} | {name: p.grad for name, p in model.named_parameters()}
 
 
+@pytest.mark.parametrize("documents", [False, True], ids=["windows", "documents"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("solver", SOLVERS.values(), ids=SOLVERS.keys())
 def test_recomputation_is_exact(
-    build: Build, tokens: torch.Tensor, solver: dict[str, Any], dtype: torch.dtype
+    build: Build, tokens: torch.Tensor, solver: dict[str, Any], dtype: torch.dtype, documents: bool
 ) -> None:
+    positions = (torch.arange(15) % torch.tensor([[4], [7]])) if documents else None
     results = {}
     for recompute in ("off", "layer", "evaluation"):
         model = in_dtype(build(**solver, training={"recompute": recompute}), dtype)
         randomise_solvers(model)
-        results[recompute] = loss_and_gradients(model, tokens)
+        results[recompute] = loss_and_gradients(model, tokens, positions)
     plain = results.pop("off")
     assert plain["loss"] is not None
     assert plain["loss"].isfinite()

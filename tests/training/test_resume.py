@@ -146,7 +146,9 @@ def test_refuses_a_checkpoint_of_another_format(data: dict[str, str], tmp_path: 
     run_ranks(pretrain_rank, 1, as_data(config), ds_json(tmp_path, 1))
     state = checkpoint.checkpoints_folder(tmp_path / "run") / "step_00000001" / "state.json"
     state.write_text(state.read_text().replace(f'"format": {checkpoint.FORMAT}', '"format": 1'))
-    with pytest.raises(RanksFailedError, match=r"ConfigError: .*state.json is not of format 2"):
+    with pytest.raises(
+        RanksFailedError, match=rf"ConfigError: .*state.json is not of format {checkpoint.FORMAT}"
+    ):
         run_ranks(pretrain_rank, 1, as_data(config), ds_json(tmp_path, 1))
 
 

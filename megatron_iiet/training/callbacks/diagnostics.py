@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from torch import Tensor
-
+from megatron_iiet.data.batches import Batch, ValidationBatch
 from megatron_iiet.training.callbacks.base import Callback, is_due
 
 if TYPE_CHECKING:
@@ -16,8 +15,8 @@ if TYPE_CHECKING:
 class SolverDiagnostics(Callback):
     """Every ``interval`` steps: relative residual and influence per layer and iterate, on one batch."""
 
-    def __init__(self, batch: Tensor, interval: int) -> None:
-        """``batch``: this rank's token windows, [b, T + 1]; the main rank's are recorded."""
+    def __init__(self, batch: Batch | ValidationBatch, interval: int) -> None:
+        """``batch``: this rank's; what the main rank sees in its own is recorded."""
         self.batch = batch
         self.interval = interval
 

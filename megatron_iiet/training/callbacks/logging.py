@@ -56,6 +56,7 @@ class MetricLogger(Callback):
         run.record(
             {f"coefficient_norm/{name}": norm for name, norm in run.engine.coefficient_norms().items()}
         )
+        run.record({f"epoch/{name}": epochs for name, epochs in run.epochs().items()})
         left = _clock((run.last_step - run.step) * self.seconds / self.steps)
         run.say(
             f"step {run.step:>6}/{config.training.steps} | loss {result.loss:.4f} | lr {result.lr:.2e} | "

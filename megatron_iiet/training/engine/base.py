@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megatron_iiet.config import RunConfig, iterations_per_layer
 from megatron_iiet.config.deepspeed import zero_stage
-from megatron_iiet.data.batches import ValidationBatches
+from megatron_iiet.data.batches import Batch, ValidationBatch, ValidationBatches
 from megatron_iiet.models.diagnostics import IterateStatistics, observe_iterates
 from megatron_iiet.models.transformer import Transformer
 from megatron_iiet.parallel import ParallelContext
@@ -24,6 +24,7 @@ from megatron_iiet.training.engine.corrected import CorrectedEngine
 from megatron_iiet.training.engine.grid import model_parallel_unit
 from megatron_iiet.training.engine.optimizer_state import load_fragments, own_fragments
 from megatron_iiet.training.fragments import FragmentReader, write_fragments, write_index
+from megatron_iiet.training.inputs import Inputs, inputs_of
 from megatron_iiet.training.layout import stage_plan
 
 
@@ -32,7 +33,7 @@ class StepResult:
     """What one optimizer step did."""
 
     loss: float
-    """Mean cross-entropy in nats per token over the global batch."""
+    """Mean cross-entropy in nats per token over the global batch's targets."""
     grad_norm: float
     """Global gradient norm before clipping."""
     lr: float
@@ -84,15 +85,15 @@ class Engine(ABC):
         """DeepSpeed's engine around :attr:`model`."""
 
     @abstractmethod
-    def train_step(self, micro_batches: Iterator[Tensor], lr: float) -> StepResult:
-        """One optimizer step over ``accumulation`` micro-batches of token windows, each [b, T + 1]."""
+    def train_step(self, micro_batches: Iterator[Batch], lr: float) -> StepResult:
+        """One optimizer step over the next ``accumulation`` micro-batches."""
 
     @abstractmethod
     def evaluate(self, batches: ValidationBatches) -> float:
-        """Mean cross-entropy in nats per token over the windows of weight 1 of all replicas."""
+        """Mean cross-entropy in nats per token over all targets, of all replicas, in rows of weight 1."""
 
     @abstractmethod
-    def _forward(self, windows: Tensor) -> None:
+    def _forward(self, batch: Batch | ValidationBatch) -> None:
         """A forward pass without gradients whose result nobody needs."""
 
     def set_iterations(self, iterations: list[int], *, merging: bool) -> None:
@@ -100,13 +101,13 @@ class Engine(ABC):
         for model in (self.model, self.whole):
             model.set_iterations(iterations, merging=merging)
 
-    def observe(self, windows: Tensor) -> IterateStatistics:
-        """Statistics of the iterates of all layers in a forward pass on token windows [b, T + 1].
+    def observe(self, batch: Batch | ValidationBatch) -> IterateStatistics:
+        """Statistics of the iterates of all layers in a forward pass on a batch.
 
         Under tensor parallelism they are over the main rank's tokens; the same on every rank of a pipeline.
         """
         with observe_iterates(self.model) as statistics:
-            self._forward(windows)
+            self._forward(batch)
         for part in self.context.pipeline.gather_objects(statistics):
             statistics.update(part)
         return statistics
@@ -170,6 +171,5 @@ class Engine(ABC):
             return nullcontext()
         return deepspeed.zero.GatheredParameters(parameters)
 
-    def _split(self, windows: Tensor) -> tuple[Tensor, Tensor]:
-        windows = windows.to(self.context.device, non_blocking=True)
-        return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
+    def _inputs(self, batch: Batch | ValidationBatch) -> Inputs:
+        return inputs_of(batch, self.context.device)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import redirect_stdout
 from typing import Any, cast
 
@@ -14,12 +14,16 @@ from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import Tensor
 
 from megatron_iiet.config import RunConfig
-from megatron_iiet.data.batches import ValidationBatches
+from megatron_iiet.data.batches import Batch, ValidationBatch, ValidationBatches
 from megatron_iiet.models.pipeline import PipelineStage, entries_crossing
 from megatron_iiet.models.transformer import Transformer
 from megatron_iiet.parallel import ParallelContext
 from megatron_iiet.training.engine.base import Engine, StepResult
 from megatron_iiet.training.engine.corrected import CorrectedEngine
+from megatron_iiet.training.inputs import Inputs
+
+Labels = Tensor | tuple[Tensor, Tensor]
+"""Targets [b, T], or targets and what the sum of their losses is divided by."""
 
 
 class PipelinedEngine(Engine):
@@ -29,28 +33,39 @@ class PipelinedEngine(Engine):
 
     def _start(self, config: RunConfig, ds_config: dict[str, Any]) -> _CorrectedPipelineEngine:
         self.stage = PipelineStage(self.model, config.data.sequence_length)
-        module = _StageModule(self.stage, self.context)
-        return _CorrectedPipelineEngine.start(module, config, ds_config, self.context, module.mpu())
+        self._module = _StageModule(self.stage, self.context)
+        return _CorrectedPipelineEngine.start(
+            self._module, config, ds_config, self.context, self._module.mpu()
+        )
 
-    def train_step(self, micro_batches: Iterator[Tensor], lr: float) -> StepResult:
+    def train_step(self, micro_batches: Iterator[Batch], lr: float) -> StepResult:
         engine = self._engine
         for group in engine.optimizer.param_groups:
             group["lr"] = lr
-        loss = engine.train_batch(self._split(windows) for windows in micro_batches)
+        loss = engine.train_batch(self._feed(self._inputs(batch) for batch in micro_batches))
         return StepResult(loss.item(), float(engine.get_global_grad_norm()), lr)
 
     def evaluate(self, batches: ValidationBatches) -> float:
-        def inputs() -> Iterator[tuple[Tensor, tuple[Tensor, Tensor]]]:
-            for windows, weights in batches:
-                tokens, targets = self._split(windows)
-                yield tokens, (targets, weights)
+        counted = torch.zeros((), dtype=torch.float64, device=self.context.device)
 
-        # DeepSpeed averages over micro-batches and replicas; wanted is the sum over weights of 1.
-        mean = self._engine.eval_batch(inputs(), num_micro_batches=len(batches)).item()
-        return cast(float, mean * len(batches) * self.context.data.size / batches.samples)
+        def inputs() -> Iterator[Inputs]:
+            for batch in batches:
+                inputs = self._inputs(batch)
+                counted.add_(inputs.counted)
+                yield inputs
 
-    def _forward(self, windows: Tensor) -> None:
-        self._engine.eval_batch(iter([self._split(windows)]), num_micro_batches=1)
+        # DeepSpeed averages over micro-batches and replicas; wanted is the mean over targets.
+        mean = self._engine.eval_batch(self._feed(inputs()), num_micro_batches=len(batches)).item()
+        self.context.data.all_reduce(counted)
+        return (mean * len(batches) * self.context.data.size / counted).item()
+
+    def _forward(self, batch: Batch | ValidationBatch) -> None:
+        self._engine.eval_batch(self._feed([self._inputs(batch)]), num_micro_batches=1)
+
+    def _feed(self, inputs: Iterable[Inputs]) -> _Feed:
+        """Have this stage read ``inputs`` in the schedule about to run."""
+        self._module.feed = _Feed(inputs, is_loaded=self.model.is_first or self.model.is_last)
+        return self._module.feed
 
     def set_iterations(self, iterations: list[int], *, merging: bool) -> None:
         super().set_iterations(iterations, merging=merging)
@@ -68,8 +83,40 @@ class _CorrectedPipelineEngine(CorrectedEngine, PipelineEngine):
     """DeepSpeed's pipeline engine with the corrections that every engine here has."""
 
 
+class _Feed(Iterator[tuple[Tensor, Labels]]):
+    """The micro-batches of one schedule, as one stage reads them.
+
+    In the first and the last stage DeepSpeed loads a micro-batch right before its forward pass. A stage
+    between reads it as its forward pass begins: it needs the positions, which do not travel through the
+    pipeline.
+    """
+
+    def __init__(self, inputs: Iterable[Inputs], *, is_loaded: bool) -> None:
+        self._inputs = iter(inputs)
+        self._is_loaded = is_loaded
+        self._next: Inputs | None = None
+        """What was read, and whose forward pass is to come."""
+
+    def __next__(self) -> tuple[Tensor, Labels]:
+        """Input of the first stage and labels of the last one."""
+        assert self._next is None, "a micro-batch was loaded, but did not run"
+        self._next = tokens, targets, _, divisor = next(self._inputs)
+        return tokens, targets if divisor is None else (targets, torch.tensor(divisor))
+
+    def positions(self) -> Tensor | None:
+        """Of the micro-batch whose forward pass begins."""
+        if not self._is_loaded:
+            next(self)
+        assert self._next is not None, "a micro-batch runs that was not loaded"
+        positions, self._next = self._next.positions, None
+        return positions
+
+
 class _StageModule(PipelineModule):
     """DeepSpeed's view of the pipeline: one layer a stage, each on the ranks of its stage only."""
+
+    feed: _Feed
+    """What the schedule in progress reads."""
 
     def __init__(self, stage: PipelineStage, context: ParallelContext) -> None:
         self._context = context
@@ -87,7 +134,7 @@ class _StageModule(PipelineModule):
             self._tied_weight().ds_pipe_replicated = True  # counts once in the gradient norm
 
     def forward(self, x: Tensor) -> Tensor:
-        return cast(Tensor, self.forward_funcs[0](x))
+        return cast(Tensor, self.forward_funcs[0](x, self.feed.positions()))
 
     def get_tied_weights_and_groups(self) -> list[tuple[Any, Any]]:
         """What DeepSpeed sums the gradient of over the first and last stage."""
@@ -101,11 +148,11 @@ class _StageModule(PipelineModule):
 
 
 class _Loss:
-    """Loss of the last stage's logits; labels are targets, in validation with row weights."""
+    """Loss of the last stage's logits."""
 
     def __init__(self, model: Transformer) -> None:
         self.model = model
 
-    def __call__(self, logits: Tensor, labels: Tensor | tuple[Tensor, Tensor]) -> Tensor:
-        targets, weights = (labels, None) if isinstance(labels, torch.Tensor) else labels
-        return self.model.loss(logits, targets, weights)
+    def __call__(self, logits: Tensor, labels: Labels) -> Tensor:
+        targets, divisor = (labels, None) if isinstance(labels, torch.Tensor) else labels
+        return self.model.loss(logits, targets, divisor)

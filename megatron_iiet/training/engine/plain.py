@@ -6,10 +6,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from megatron_iiet.config import RunConfig
-from megatron_iiet.data.batches import ValidationBatches
+from megatron_iiet.data.batches import Batch, ValidationBatch, ValidationBatches
 from megatron_iiet.training.engine.base import Engine, StepResult
 from megatron_iiet.training.engine.corrected import CorrectedEngine
 from megatron_iiet.training.engine.grid import model_parallel_unit
@@ -22,14 +21,14 @@ class PlainEngine(Engine):
         mpu = model_parallel_unit(self.context)
         return CorrectedEngine.start(self.model, config, ds_config, self.context, mpu)
 
-    def train_step(self, micro_batches: Iterator[Tensor], lr: float) -> StepResult:
+    def train_step(self, micro_batches: Iterator[Batch], lr: float) -> StepResult:
         engine = self._engine
         engine.train()
         for group in engine.optimizer.param_groups:
             group["lr"] = lr
         total = torch.zeros((), device=self.context.device)
         for _ in range(self.accumulation):
-            loss = engine(*self._split(next(micro_batches)))
+            loss = engine(*self._inputs(next(micro_batches)))
             engine.backward(loss)
             total += loss.detach()
             engine.step()
@@ -39,16 +38,17 @@ class PlainEngine(Engine):
     @torch.no_grad()
     def evaluate(self, batches: ValidationBatches) -> float:
         self._engine.eval()
-        sums = torch.zeros(2, device=self.context.device)  # of losses, of weights
-        for tokens, weights in batches:
-            weights = weights.to(self.context.device)
-            sums += torch.stack((self._engine(*self._split(tokens), weights), weights.sum()))
+        # Of losses and of targets; in fp64, which counts on where fp32 stops at 2^24.
+        sums = torch.zeros(2, dtype=torch.float64, device=self.context.device)
+        for batch in batches:
+            inputs = self._inputs(batch)
+            sums += torch.stack((self._engine(*inputs), inputs.counted))
         self._engine.train()
-        loss, weight = self.context.data.mean(sums).tolist()
-        return loss / weight
+        self.context.data.all_reduce(sums)
+        return (sums[0] / sums[1]).item()
 
     @torch.no_grad()
-    def _forward(self, windows: Tensor) -> None:
+    def _forward(self, batch: Batch | ValidationBatch) -> None:
         self._engine.eval()
-        self._engine(*self._split(windows))
+        self._engine(*self._inputs(batch))
         self._engine.train()

@@ -1,0 +1,122 @@
+"""Hugging Face ``tokenizer.json`` files, through the tokenizers library."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_iiet.data.tokenizer_base import (
+    BOS_NAMES,
+    EOD_NAMES,
+    NotSupportedError,
+    TextTokenizer,
+)
+
+
+class HuggingFaceTokenizer(TextTokenizer):
+    """A fast tokenizer file.
+
+    Which token ends documents: ``eos_token`` of a ``tokenizer_config.json`` in the same folder, else the
+    first token with a customary name (``<|endoftext|>``, ``</s>``, ...). The same for ``bos_token``.
+    """
+
+    name = "tokenizers"
+
+    def __init__(self, path: Path) -> None:
+        declared = declared_tokens(path.with_name("tokenizer_config.json"))
+        eod, bos = declared.get("eos_token"), declared.get("bos_token")
+        definition = path.read_text(encoding="utf-8", errors="replace")
+        self._set_up(path, definition, [eod] if eod else EOD_NAMES, [bos] if bos else BOS_NAMES)
+
+    def _set_up(
+        self, path: Path, definition: str, eod_names: Sequence[str], bos_names: Sequence[str]
+    ) -> None:
+        from tokenizers import Tokenizer  # only where it is used: workers start faster
+
+        self.path = path
+        try:
+            self._model: Any = Tokenizer.from_str(definition)
+        except Exception as error:  # the library raises bare Exception for every parse failure
+            raise ValueError(
+                f"{path} is not a Hugging Face tokenizer file ({error}); give the tokenizer.json itself."
+            ) from None
+        self._model.encode_special_tokens = True  # text never yields control ids
+        self._model.no_truncation()
+        self._model.no_padding()
+        ids = self._model.get_vocab(with_added_tokens=True)
+        self.vocab_size = max(ids.values(), default=-1) + 1
+        eod = next((ids[name] for name in eod_names if name in ids), None)
+        if eod is None:
+            raise ValueError(
+                f"{path} has no end-of-document token: none of {', '.join(eod_names)} is in its vocabulary; "
+                "put a tokenizer_config.json that names eos_token beside it."
+            )
+        self.eod_id = eod
+        self.bos_id = next((ids[name] for name in bos_names if name in ids), None)
+        added = self._model.get_added_tokens_decoder()
+        special = {number for number, token in added.items() if token.special}
+        self.control_ids = frozenset({eod, *special, eod if self.bos_id is None else self.bos_id})
+        self._refuse_leaks()
+
+    @property
+    def spelled_out(self) -> tuple[str, ...]:
+        added = {token.content for token in self._model.get_added_tokens_decoder().values()}
+        return tuple(sorted(added | {self._model.id_to_token(number) for number in self.control_ids}))
+
+    def _refuse_leaks(self) -> None:
+        """Probe that text spelling a control token does not become it, as in word-level vocabularies."""
+        texts = [text for name in self.spelled_out for text in (name, f"a{name}b", f" {name} ")]
+        for text, ids in zip(texts, self._encode_short(texts), strict=True):
+            leaked = self.control_ids & set(ids.tolist())
+            if leaked:
+                raise ValueError(
+                    f"{self.path} turns the plain text {text!r} into control id {min(leaked)}: documents "
+                    "could end themselves; use a tokenizer with byte or sub-word pieces."
+                )
+
+    def _encode_short(self, texts: list[str]) -> list[npt.NDArray[Any]]:
+        encodings = self._model.encode_batch_fast(texts, add_special_tokens=False)
+        return [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
+
+    def decode(self, ids: npt.ArrayLike) -> str:
+        return str(self._model.decode(np.asarray(ids).tolist(), skip_special_tokens=True))
+
+    def gigatoken_definition(self) -> tuple[bytes, tuple[str, ...]]:
+        """The same tokenizer without its added tokens, and those of them that are looked for in text.
+
+        Special ones are plain text here, as with ``encode_special_tokens``.
+        """
+        definition = json.loads(self._model.to_str())
+        symbols = tuple(token["content"] for token in definition["added_tokens"] if not token["special"])
+        if definition["model"]["type"] != "BPE":
+            raise NotSupportedError("it is not a BPE model")
+        if symbols and definition["normalizer"]:
+            raise NotSupportedError("it looks for added tokens in normalized text")
+        definition["added_tokens"] = []
+        return json.dumps(definition, ensure_ascii=False).encode(), symbols
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.path,), {"name": self.name}
+
+
+def declared_tokens(config: Path) -> dict[str, str]:
+    """eos_token and bos_token of a tokenizer_config.json, whether given as strings or as objects."""
+    if not config.is_file():
+        return {}
+    try:
+        content = json.loads(config.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{config} is not valid JSON ({error}); repair or remove it.") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{config} holds a {type(content).__name__}, not an object; repair or remove it.")
+    tokens = {name: content.get(name) for name in ("eos_token", "bos_token")}
+    return {
+        name: token["content"] if isinstance(token, dict) else token
+        for name, token in tokens.items()
+        if token
+    }

@@ -1,0 +1,275 @@
+"""Writes pairs ``.bin``/``.idx``: digested on the way, whole under their names or not there at all."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from tempfile import SpooledTemporaryFile
+from types import TracebackType
+from typing import IO, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_iiet.data.mmididx import (
+    BLOCK_ENTRIES,
+    CODES,
+    HEADER,
+    MAGIC,
+    VERSION,
+    Shard,
+    bin_path,
+    idx_path,
+    new_digest,
+    shards_path,
+    token_dtype,
+)
+from megatron_iiet.durable import sync_folder
+
+_SPOOL_BYTES = 1 << 20  # lengths beyond this go to disk
+_NO_FSYNC = {errno.EINVAL, errno.ENOTSUP, errno.ENOSYS}  # what file systems without fsync answer
+
+TokenArray = npt.NDArray[np.integer[Any]]
+
+
+class DigestedFile:
+    """A file written from its beginning to its end, with the digest of what was written."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file = file
+        self.num_bytes = 0
+        self._hash = new_digest()
+
+    @property
+    def digest(self) -> bytes:
+        """Digest of everything written so far."""
+        return self._hash.digest()
+
+    def write(self, data: bytes | memoryview | npt.NDArray[Any]) -> None:
+        """Append bytes, or an array's bytes."""
+        raw = data.reshape(-1).view(np.uint8).data if isinstance(data, np.ndarray) else data
+        self.file.write(raw)
+        self._hash.update(raw)
+        self.num_bytes += len(raw)
+
+    def sync(self) -> None:
+        """Put everything written on disk."""
+        self.file.flush()
+        try:
+            os.fsync(self.file.fileno())
+        except OSError as error:
+            if error.errno not in _NO_FSYNC:
+                raise
+
+
+class PairOutput:
+    """The two files of a pair under temporary names: ``PREFIX.bin.partial`` and ``PREFIX.idx.partial``.
+
+    A killed run leaves those, no reader looks at them, and the next run overwrites them.
+
+    Raises:
+        ValueError: the prefix is a folder's name, its folder is missing, or another process writes it.
+    """
+
+    def __init__(self, prefix: str | os.PathLike[str], dtype: np.dtype[Any]) -> None:
+        self.prefix = os.fspath(prefix)
+        self.dtype = dtype
+        if not os.path.basename(self.prefix):
+            raise ValueError(f"The output prefix {self.prefix} ends in a slash; add a name for the files.")
+        self._targets = [bin_path(prefix), idx_path(prefix)]
+        self._partials = [path.with_name(path.name + ".partial") for path in self._targets]
+        folder = self._targets[0].parent
+        if not folder.is_dir():
+            raise ValueError(f"The folder {folder} of the output prefix is missing; create it.")
+        self.bin = DigestedFile(_open_locked(self._partials[0]))
+        self.idx = DigestedFile(self._partials[1].open("wb"))
+
+    def publish(self, documents: int) -> Shard:
+        """Give both files their names; a list and an index of an earlier run go first.
+
+        They must never describe the new bytes, not even between two renames or after a power cut.
+        """
+        self.bin.sync()
+        self.idx.sync()
+        folder, stale = self._targets[0].parent, [shards_path(self.prefix), self._targets[1]]
+        if any(path.exists() for path in stale):
+            for path in stale:
+                path.unlink(missing_ok=True)
+            sync_folder(folder)
+        for partial, target in zip(self._partials, self._targets, strict=True):
+            partial.rename(target)
+        sync_folder(folder)
+        self._close()
+        return Shard(
+            name=os.path.basename(self.prefix),
+            tokens=self.bin.num_bytes // self.dtype.itemsize,
+            documents=documents,
+            bin_digest=self.bin.digest,
+            idx_digest=self.idx.digest,
+        )
+
+    def discard(self) -> None:
+        """Remove what was written, unless it was published; published pairs stay."""
+        if not self.bin.file.closed:
+            for path in self._partials:  # before closing: the lock covers the names
+                path.unlink(missing_ok=True)
+            self._close()
+
+    def _close(self) -> None:
+        for output in (self.idx, self.bin):
+            with contextlib.suppress(OSError):  # a full disk, again, for bytes that nobody needs any more
+                output.file.close()
+
+
+def write_index(
+    out: DigestedFile,
+    dtype: np.dtype[Any],
+    num_sequences: int,
+    num_documents: int,
+    lengths: Callable[[], Iterable[npt.NDArray[Any]]],
+    first_sequences: Iterable[npt.NDArray[Any]],
+) -> None:
+    """Write an ``.idx`` in constant memory.
+
+    Args:
+        dtype: type of the tokens.
+        lengths: gives the tokens of every sequence, int [num_sequences] in blocks; called twice.
+        first_sequences: first sequence of every document, int [num_documents] in blocks.
+    """
+    out.write(HEADER.pack(MAGIC, VERSION, CODES[dtype], num_sequences, num_documents + 1))
+    for block in lengths():
+        out.write(block.astype("<i4"))
+    start = 0
+    for block in lengths():
+        ends = start + np.cumsum(block, dtype="<i8") * dtype.itemsize
+        out.write(ends - block.astype("<i8") * dtype.itemsize)
+        start = int(ends[-1])
+    for block in first_sequences:
+        out.write(block.astype("<i8"))
+    out.write(np.array([num_sequences], dtype="<i8"))
+
+
+class IndexedDatasetWriter:
+    """Writes a pair, document by document, in constant memory; its files appear only when complete.
+
+    Use it as a context manager: leaving normally publishes the pair and sets :attr:`shard`, leaving by an
+    exception removes every trace.
+
+    Raises:
+        ValueError: the folder is missing, another process is writing the prefix, an id is outside
+            [0, vocab_size), or no document was added.
+    """
+
+    def __init__(self, prefix: str | os.PathLike[str], vocab_size: int) -> None:
+        self.prefix = os.fspath(prefix)
+        self.vocab_size = vocab_size
+        self.dtype = token_dtype(vocab_size)
+        self.num_tokens = 0
+        self.num_documents = 0
+        self._shard: Shard | None = None
+        self._output = PairOutput(prefix, self.dtype)
+        folder = os.path.dirname(self.prefix) or "."
+        self._lengths = SpooledTemporaryFile(max_size=_SPOOL_BYTES, dir=folder)  # noqa: SIM115 closed with the pair
+
+    @property
+    def shard(self) -> Shard:
+        """The published pair, named by the file name of the prefix."""
+        if self._shard is None:
+            raise RuntimeError(f"{self.prefix} is not published yet: call close() first.")
+        return self._shard
+
+    def add_document(self, tokens: bytes | TokenArray) -> None:
+        """Append one document: ids [tokens], as an array or packed in this writer's ``dtype``."""
+        length = len(tokens) // self.dtype.itemsize if isinstance(tokens, bytes) else len(tokens)
+        self.add_documents(tokens, np.array([length], dtype=np.int64))
+
+    def add_documents(self, tokens: bytes | TokenArray, lengths: npt.ArrayLike) -> None:
+        """Append consecutive documents: ids [sum(lengths)] and their lengths in tokens, int [documents]."""
+        ids = np.frombuffer(tokens, dtype=self.dtype) if isinstance(tokens, bytes) else np.asarray(tokens)
+        lengths = np.asarray(lengths, dtype=np.int64)
+        if lengths.size and (lengths.min() < 1 or lengths.max() >= 2**31):
+            raise ValueError(
+                f"A document of {lengths.min()} to {lengths.max()} tokens does not fit {self.prefix}: "
+                "the format holds 1 to 2147483647; skip empty documents, cut giant ones."
+            )
+        if lengths.sum() != ids.size:
+            raise ValueError(f"{ids.size} tokens do not fill documents of {lengths.sum()} tokens in all.")
+        if ids.size and (int(ids.min()) < 0 or int(ids.max()) >= self.vocab_size):
+            raise ValueError(
+                f"Token ids {ids.min()} to {ids.max()} leave the vocabulary [0, {self.vocab_size}); "
+                "tokenizer and vocab_size do not belong together."
+            )
+        self._output.bin.write(np.ascontiguousarray(ids, dtype=self.dtype))
+        self._lengths.write(lengths.astype("<i4").tobytes())
+        self.num_tokens += ids.size
+        self.num_documents += lengths.size
+
+    def close(self) -> Shard:
+        """Publish the pair. The caller writes its ``.shards`` (:func:`shards.write_shards`) last."""
+        if self._shard is None:
+            if not self.num_documents:
+                raise ValueError(f"No documents for {self.prefix}: there is nothing to write.")
+            write_index(
+                self._output.idx,
+                self.dtype,
+                self.num_documents,
+                self.num_documents,
+                self._length_blocks,
+                ranges(self.num_documents),
+            )
+            self._shard = self._output.publish(self.num_documents)
+            self._lengths.close()
+        return self._shard
+
+    def discard(self) -> None:
+        """Remove everything written so far; published pairs stay."""
+        self._output.discard()
+        self._lengths.close()
+
+    def _length_blocks(self) -> Iterator[npt.NDArray[Any]]:
+        self._lengths.seek(0)
+        while data := self._lengths.read(BLOCK_ENTRIES * 4):
+            yield np.frombuffer(data, dtype="<i4")
+
+    def __enter__(self) -> IndexedDatasetWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None:
+                self.close()
+        finally:
+            self.discard()
+
+
+def ranges(count: int, start: int = 0) -> Iterator[npt.NDArray[np.int64]]:
+    """start, start + 1, ... start + count - 1 in blocks."""
+    stop = start + count
+    for at in range(start, stop, BLOCK_ENTRIES):
+        yield np.arange(at, min(at + BLOCK_ENTRIES, stop), dtype=np.int64)
+
+
+def _open_locked(path: Path) -> IO[bytes]:
+    """Open for writing, emptied, unless another process holds it."""
+    while True:
+        file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), "wb")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            raise ValueError(
+                f"{path} is being written by another process; choose another output prefix."
+            ) from None
+        except OSError:
+            pass  # file systems without locks: the check is a courtesy
+        # Between the two calls its writer may have published the file: then it bears another name by now.
+        if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            file.truncate(0)
+            return file
+        file.close()

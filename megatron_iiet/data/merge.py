@@ -1,0 +1,319 @@
+"""Joins corpora into one: copied into a single pair, or by reference in a list of the pairs that are there.
+
+Everything is streamed, so memory does not grow with the corpora, and checked on the way: the index of every
+pair before the first token is copied, digests (where the input has a shard list) while copying.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from tqdm import tqdm
+
+from megatron_iiet.data.indexed import IndexedDataset
+from megatron_iiet.data.indexed_writer import PairOutput, write_index
+from megatron_iiet.data.mmididx import (
+    DocumentIndex,
+    Shard,
+    TokenFile,
+    bin_path,
+    file_digest,
+    idx_path,
+    new_digest,
+    shards_path,
+)
+from megatron_iiet.data.shards import ShardedDataset, open_corpus, write_shards
+
+_MADE_BY = "tools/merge_datasets.py"
+_SUFFIXES = (".shards", ".idx", ".bin")
+
+
+@dataclass(frozen=True)
+class MergeOptions:
+    """What ``tools/merge_datasets.py`` is asked to do.
+
+    Attributes:
+        inputs: prefixes of corpora (pairs or shard lists) or globs of prefixes; joined in this order.
+        output_prefix: prefix of the joined corpus.
+        by_reference: write a list of the inputs' pairs and copy no token.
+        overwrite: replace a corpus of that prefix.
+        progress: show a bar on a terminal.
+    """
+
+    inputs: Sequence[str]
+    output_prefix: str
+    by_reference: bool = False
+    overwrite: bool = False
+    progress: bool = True
+
+
+@dataclass
+class MergeReport:
+    """What a merge made; ``str()`` is the line for the user."""
+
+    list_path: Path
+    corpora: int
+    shards: int
+    tokens: int
+    documents: int
+    notes: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        made = (
+            f"{self.list_path}: {self.tokens:,} tokens in {self.documents:,} documents, "
+            f"joined from {self.corpora:,} corpora ({self.shards:,} shards)"
+        )
+        return "\n".join([made, *(f"note: {note}" for note in self.notes)])
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """One pair of an input, open."""
+
+    prefix: str
+    tokens: TokenFile
+    index: DocumentIndex
+    listed: Shard | None  # None: a pair without a list
+
+
+def merge(options: MergeOptions) -> MergeReport:
+    """Join corpora into ``options.output_prefix``.
+
+    Raises:
+        ValueError: an input is missing or damaged, inputs have different token types or tokenizers, one is
+            given twice, or the output is there already. Nothing is left behind.
+        OSError: the disk is full, or the like. Nothing is left behind.
+    """
+    prefixes = expand_corpora(options.inputs)
+    _check_output(options, prefixes)
+    common = _Common(prefixes)
+    counts = _check_pairs(options, prefixes)
+    join = _refer if options.by_reference else _copy
+    shards = join(options, prefixes, common.dtype, counts)
+    path = _write_list(options, shards, common)
+    return MergeReport(path, len(prefixes), counts.pairs, counts.tokens, counts.documents, common.notes)
+
+
+def expand_corpora(patterns: Sequence[str]) -> list[str]:
+    """Prefixes of corpora in the order given, those of a glob sorted; suffixes may be left on.
+
+    Raises:
+        ValueError: a glob matches nothing, or a prefix is given twice.
+    """
+    prefixes = [prefix for pattern in patterns for prefix in _expand(pattern)]
+    seen = set()
+    for prefix in prefixes:
+        if os.path.abspath(prefix) in seen:
+            raise ValueError(
+                f"{prefix} is given twice; give each corpus once (data.blend repeats and weighs)."
+            )
+        seen.add(os.path.abspath(prefix))
+    return prefixes
+
+
+def _expand(pattern: str) -> list[str]:
+    suffix = next((suffix for suffix in _SUFFIXES if pattern.endswith(suffix)), "")
+    stem = pattern.removesuffix(suffix)
+    if not glob.has_magic(stem) or shards_path(stem).exists() or idx_path(stem).exists():
+        return [stem]
+    suffixes = [suffix] if suffix else [".shards", ".idx"]
+    found = {path.removesuffix(end) for end in suffixes for path in glob.glob(stem + end)}
+    if not found:
+        raise ValueError(
+            f"No corpus matches {pattern!r}; a corpus is a file .shards, or a pair .bin and .idx."
+        )
+    return sorted(found)
+
+
+def _check_output(options: MergeOptions, prefixes: Sequence[str]) -> None:
+    output = options.output_prefix
+    if not os.path.basename(output):
+        raise ValueError(f"The output prefix {output} ends in a slash; add a name for the files.")
+    if not Path(output).parent.is_dir():
+        raise ValueError(f"The folder {Path(output).parent} of the output prefix is missing; create it.")
+    if os.path.abspath(output) in map(os.path.abspath, prefixes):
+        raise ValueError(f"The output prefix {output} is one of the inputs; choose another.")
+    there = [path for path in (shards_path(output), bin_path(output), idx_path(output)) if path.exists()]
+    if there and not options.overwrite:
+        raise ValueError(
+            f"{there[0]} exists; choose another --output-prefix, or give --overwrite to replace it."
+        )
+
+
+class _Common:
+    """What all inputs agree on; refuses those that cannot be joined."""
+
+    def __init__(self, prefixes: Sequence[str]) -> None:
+        self.notes: list[str] = []
+        known: tuple[str, dict[str, Any]] | None = None  # a corpus that names its tokenizer
+        silent: list[str] = []
+        for i, prefix in enumerate(prefixes):
+            corpus = open_corpus(prefix)
+            info = corpus.info if isinstance(corpus, ShardedDataset) else {}
+            if i == 0:
+                self.dtype, self.info = corpus.dtype, dict(info)
+            if corpus.dtype != self.dtype:
+                raise ValueError(
+                    f"{prefixes[0]} holds {self.dtype} tokens, {prefix} {corpus.dtype}: they were made with "
+                    "vocabularies of different size and cannot be joined."
+                )
+            self.info = {key: value for key, value in self.info.items() if info.get(key, ...) == value}
+            tokenizer = info.get("tokenizer")
+            if not isinstance(tokenizer, dict):
+                silent.append(prefix)
+            elif known is None:
+                known = (prefix, tokenizer)
+            elif tokenizer.get("digest") != known[1].get("digest"):
+                raise ValueError(
+                    f"{known[0]} was made with the tokenizer {_describe(known[1])}, {prefix} with "
+                    f"{_describe(tokenizer)}: their ids mean different text and cannot be joined."
+                )
+        self.info["made_by"] = _MADE_BY
+        if known and not silent:
+            self.info["tokenizer"] = known[1]
+        elif known:
+            self.notes.append(
+                f"{silent[0]} does not say which tokenizer made it, so neither does the joined corpus; "
+                f"{known[0]} was made with {_describe(known[1])}."
+            )
+
+
+def _describe(tokenizer: dict[str, Any]) -> str:
+    return f"{tokenizer.get('file')} (digest {tokenizer.get('digest')})"
+
+
+@dataclass
+class _Counts:
+    pairs: int = 0
+    tokens: int = 0
+    documents: int = 0
+    sequences: int = 0
+
+
+def _check_pairs(options: MergeOptions, prefixes: Sequence[str]) -> _Counts:
+    """Read every index and count; no token is read."""
+    counts, seen = _Counts(), set()
+    output = os.path.abspath(options.output_prefix)
+    for pair in _open_pairs(prefixes):
+        place = os.path.abspath(pair.prefix)
+        if place == output:
+            raise ValueError(f"The inputs read {pair.prefix}, the output prefix; choose another.")
+        if place in seen:
+            raise ValueError(f"The inputs hold the pair {pair.prefix} twice; leave out one that lists it.")
+        seen.add(place)
+        for defect in pair.index.defects():
+            raise ValueError(f"{defect} Restore the file, or make the pair again.")
+        if pair.listed is not None:
+            _require_digest(idx_path(pair.prefix), file_digest(idx_path(pair.prefix)), pair.listed.idx_digest)
+        counts.pairs += 1
+        counts.tokens += pair.index.num_tokens
+        counts.documents += pair.index.num_documents
+        counts.sequences += pair.index.num_sequences
+    return counts
+
+
+def _open_pairs(prefixes: Iterable[str]) -> Iterator[_Pair]:
+    """All pairs of all corpora in order, one open at a time."""
+    for prefix in prefixes:
+        corpus = open_corpus(prefix)
+        if isinstance(corpus, IndexedDataset):
+            yield _Pair(prefix, corpus.tokens, corpus.index, None)
+            continue
+        for i in range(len(corpus.shards)):
+            shard = corpus.open_shard(i)
+            yield _Pair(shard.prefix, shard.tokens, shard.index, shard.shard)
+
+
+def _copy(
+    options: MergeOptions, prefixes: Sequence[str], dtype: np.dtype[Any], counts: _Counts
+) -> list[Shard]:
+    output = PairOutput(options.output_prefix, dtype)
+    with ExitStack() as stack:
+        stack.callback(output.discard)
+        bar = stack.enter_context(
+            tqdm(
+                total=counts.tokens * dtype.itemsize,
+                unit="B",
+                unit_scale=True,
+                desc="merging",
+                disable=None if options.progress else True,
+            )
+        )
+        for pair in _open_pairs(prefixes):
+            digest = new_digest()
+            for _, block in pair.tokens.blocks():
+                output.bin.write(block)
+                digest.update(block.data)
+                bar.update(block.nbytes)
+            if pair.listed is not None:
+                _require_digest(pair.tokens.path, digest.digest(), pair.listed.bin_digest)
+        if output.bin.num_bytes != counts.tokens * dtype.itemsize:
+            raise ValueError("An input changed while it was read; start again when nothing writes to it.")
+        write_index(
+            output.idx,
+            dtype,
+            counts.sequences,
+            counts.documents,
+            lambda: (block for pair in _open_pairs(prefixes) for block in pair.index.length_blocks()),
+            shifted(_open_pairs(prefixes)),
+        )
+        return [output.publish(counts.documents)]
+
+
+def shifted(pairs: Iterable[Any]) -> Iterator[npt.NDArray[np.int64]]:
+    """First sequence of every document when the sequences of all ``pairs`` are counted through."""
+    before = 0
+    for pair in pairs:
+        for block in pair.index.first_sequence_blocks():
+            yield block + before
+        before += pair.index.num_sequences
+
+
+def _refer(
+    options: MergeOptions, prefixes: Sequence[str], dtype: np.dtype[Any], counts: _Counts
+) -> list[Shard]:
+    folder = os.path.join(os.path.abspath(os.path.dirname(options.output_prefix)), "")
+    shards = []
+    for pair in _open_pairs(prefixes):
+        digests = (
+            (pair.listed.bin_digest, pair.listed.idx_digest)
+            if pair.listed is not None
+            else (file_digest(pair.tokens.path), file_digest(pair.index.path))
+        )
+        place = os.path.abspath(pair.prefix)
+        name = place.removeprefix(folder)
+        shards.append(Shard(name, pair.index.num_tokens, pair.index.num_documents, *digests))
+    return shards
+
+
+def _write_list(options: MergeOptions, shards: Sequence[Shard], common: _Common) -> Path:
+    """The list last; without it nothing stays."""
+    output = options.output_prefix
+    pair = [idx_path(output), bin_path(output)]
+    try:
+        path = write_shards(output, shards, common.dtype, common.info)
+    except BaseException:
+        if not options.by_reference:
+            for file in pair:
+                file.unlink(missing_ok=True)
+        raise
+    if options.by_reference and options.overwrite:  # the pair of that name is no part of the new corpus
+        for file in pair:
+            file.unlink(missing_ok=True)
+    return path
+
+
+def _require_digest(path: Path, found: bytes, listed: bytes) -> None:
+    if found != listed:
+        raise ValueError(
+            f"{path} is damaged: its digest is {found.hex()}, its shard list says {listed.hex()}; restore "
+            "the file, or make the shard again."
+        )

@@ -1,0 +1,208 @@
+"""One chunk of lines: rows, filters, tokens. The same code in every process and for every layout."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from megatron_iiet.data.indexed import token_dtype
+from megatron_iiet.data.indexed_writer import TokenArray
+from megatron_iiet.data.long_text import LongText
+from megatron_iiet.data.preprocess.filters import DIGEST_BYTES, Filters, text_digest
+from megatron_iiet.data.preprocess.layout import Layout, output_name
+from megatron_iiet.data.preprocess.records import Counts
+from megatron_iiet.data.text import Chunk, Row, parse_rows, raise_first
+from megatron_iiet.data.tokenizer import Tokenizer
+
+_SOURCE = re.compile(r"\w[\w.+ -]{0,99}")
+
+Text = str | LongText
+Report = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What every worker needs to know; the start-up argument of worker processes."""
+
+    encoder: Tokenizer
+    layout: Layout
+    keys: tuple[str, ...]
+    split_by: str | None
+    append_eod: bool
+    skip_bad_rows: bool
+    filters: Filters
+    chunk_bytes: int
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Type of stored tokens."""
+        return token_dtype(self.encoder.vocab_size)
+
+
+@dataclass
+class Packed:
+    """Consecutive documents of one output."""
+
+    tokens: bytearray = field(default_factory=bytearray)
+    """In the recipe's dtype."""
+    lengths: list[int] = field(default_factory=list)
+    """Tokens of each document."""
+
+    def add(self, recipe: Recipe, pieces: Iterable[TokenArray]) -> bool:
+        """Append a document given in pieces, ids [tokens] each; False if it has no tokens.
+
+        A giant one is held once, in the stored type.
+        """
+        start = len(self.tokens)
+        for ids in pieces:
+            self.tokens += ids.astype(recipe.dtype, copy=False).data
+        length = (len(self.tokens) - start) // recipe.dtype.itemsize
+        if not length:
+            return False
+        if recipe.append_eod:
+            self.tokens += np.array([recipe.encoder.eod_id], dtype=recipe.dtype).data
+            length += 1
+        self.lengths.append(length)
+        return True
+
+
+@dataclass
+class EncodedChunk:
+    """A chunk's documents by output, and what became of the other rows."""
+
+    outputs: dict[str, Packed] = field(default_factory=dict)
+    counts: Counts = field(default_factory=Counts)
+
+
+@dataclass(frozen=True)
+class EncodePart:
+    """Task: tokenize a part of a giant text."""
+
+    part: str
+    is_first: bool
+
+    def __call__(self, recipe: Recipe, report: Report) -> TokenArray:
+        """Ids [tokens] in the recipe's dtype: those that the part has as the first, or behind another."""
+        before = [] if self.is_first else ["."]
+        skipped = recipe.encoder.encode_parts(before).size
+        return recipe.encoder.encode_parts([*before, self.part])[skipped:].astype(recipe.dtype)
+
+
+PartsEncoder = Callable[[Iterable[EncodePart]], Iterable[TokenArray]]
+
+
+@dataclass(frozen=True)
+class EncodeChunk:
+    """Task: tokenize a chunk."""
+
+    chunk: Chunk
+    duplicates: bytes | None = None
+    """Nonzero for every line that repeats an earlier document; None where nobody looked."""
+
+    def __call__(
+        self, recipe: Recipe, report: Report, encode_parts: PartsEncoder | None = None
+    ) -> EncodedChunk:
+        """Run the task; giant texts through ``encode_parts``, by default part after part.
+
+        Raises:
+            ValueError: a row is defective, and such rows are not to be skipped.
+        """
+        result = EncodedChunk()
+        counts = result.counts
+        rows = list(self._selected(recipe, counts))
+        for column, key in enumerate(recipe.keys):
+            texts = [row.texts[column] for row, _ in rows]
+            encoded = iter(recipe.encoder.encode_batch([text for text in texts if isinstance(text, str)]))
+            for (row, split), text in zip(rows, texts, strict=True):
+                pieces: Iterable[TokenArray]
+                if isinstance(text, str):
+                    pieces = [next(encoded)]
+                else:
+                    parts = (EncodePart(part, number == 0) for number, part in enumerate(text.parts()))
+                    pieces = encode_parts(parts) if encode_parts else (part(recipe, report) for part in parts)
+                output = output_name(row.source, split, key)
+                packed = result.outputs.get(output) or result.outputs.setdefault(output, Packed())
+                # Some normalisers leave nothing of a text of white space: that is an empty document as well.
+                if packed.add(recipe, pieces):
+                    counts.text_bytes += _utf8_bytes(text)
+                else:
+                    counts.empty += 1
+        result.outputs = {output: packed for output, packed in result.outputs.items() if packed.lengths}
+        report(sum(sum(packed.lengths) for packed in result.outputs.values()))
+        return result
+
+    def _selected(self, recipe: Recipe, counts: Counts) -> Iterator[tuple[Row, str | None]]:
+        """Rows that pass the filters, and the split of each."""
+        filters = recipe.filters
+        for row in proper_rows(recipe, self.chunk, counts):
+            text = identity(row)
+            digest = text_digest(text) if text and filters.need_digest else bytes(DIGEST_BYTES)
+            if text and not filters.sampled(digest):
+                counts.sampled_out += 1
+            elif self.duplicates and self.duplicates[row.line - self.chunk.first_line]:
+                counts.duplicates += 1
+            else:
+                yield row, filters.split(digest) if filters.splits else None
+
+
+@dataclass(frozen=True)
+class DigestChunk:
+    """Task: digests of the documents of a chunk."""
+
+    chunk: Chunk
+
+    def __call__(self, recipe: Recipe, report: Report) -> tuple[str, int, bytes]:
+        """Path, first line, and 16 bytes a line: zeros where no document is, or none of the sample."""
+        lines = self.chunk.data.count(b"\n") + 1
+        digests = bytearray(lines * DIGEST_BYTES)
+        for row in proper_rows(recipe, self.chunk, Counts()):
+            text = identity(row)
+            digest = text_digest(text) if text else None
+            if digest and recipe.filters.sampled(digest):
+                start = (row.line - self.chunk.first_line) * DIGEST_BYTES
+                digests[start : start + DIGEST_BYTES] = digest
+        report(lines)
+        return self.chunk.path, self.chunk.first_line, bytes(digests)
+
+
+def proper_rows(recipe: Recipe, chunk: Chunk, counts: Counts) -> list[Row]:
+    """Rows of a chunk; defective ones are counted, or an error.
+
+    Raises:
+        ValueError: a row is defective, and such rows are not to be skipped.
+    """
+    rows, rejects = parse_rows(chunk, recipe.keys, recipe.split_by)
+    if not recipe.skip_bad_rows:
+        raise_first(rejects)
+    for reject in rejects:
+        counts.reject(reject.reason, reject.message)
+    if recipe.split_by is None:
+        return rows
+    proper = []
+    for row in rows:
+        if row.source and _SOURCE.fullmatch(row.source):
+            proper.append(row)
+            continue
+        message = (
+            f"{chunk.path}, line {row.line}: {recipe.split_by!r} is {row.source!r}, which cannot be part of "
+            "a file name; use letters, digits and . _ + - only."
+        )
+        if not recipe.skip_bad_rows:
+            raise ValueError(message)
+        counts.reject("bad source name", message)
+    return proper
+
+
+def identity(row: Row) -> Text:
+    """The text that decides a row's fate: that of the first key, of the next where it is empty."""
+    return next((text for text in row.texts if text), "")
+
+
+def _utf8_bytes(text: Text) -> int:
+    if isinstance(text, LongText):
+        return text.utf8_bytes
+    return len(text) if text.isascii() else len(text.encode())

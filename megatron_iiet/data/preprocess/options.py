@@ -1,0 +1,206 @@
+"""What to make of which files: the options of preprocessing, checked, and how work is shared by jobs."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+_COUNT = re.compile(r"([0-9]+(?:\.[0-9]+)?)([KMBT]?)")
+_FACTORS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
+
+
+@dataclass(frozen=True)
+class PreprocessOptions:
+    """One run of preprocessing; the tool's flags carry the same names.
+
+    Raises:
+        ValueError: options that contradict each other or leave their range.
+    """
+
+    tokenizer_model: str
+    """SentencePiece .model or Hugging Face tokenizer.json."""
+    inputs: Sequence[str] = ()
+    """Files, folders or globs: .jsonl, .jsonl.gz, .jsonl.zst. Exclusive with ``dataset``."""
+    dataset: str | None = None
+    """A Hugging Face dataset (hub name or local folder) whose data files are the inputs."""
+    split: str | None = None
+    """Split of ``dataset``."""
+    streaming: bool = False
+    """Read the data files of ``dataset`` from where they are instead of downloading them first."""
+    output_prefix: str | None = None
+    """One shard an output: OUTPUT_PREFIX_text_document. Exclusive with ``output_dir``."""
+    output_dir: str | None = None
+    """Many shards an output, listed in OUTPUT_DIR/text_document.shards."""
+    inputs_per_shard: int = 1
+    """Input files that make one shard; with ``output_dir`` only."""
+    json_keys: Sequence[str] = ("text",)
+    """Each key makes its own output."""
+    append_eod: bool = False
+    """Put the tokenizer's end-of-document id behind every document."""
+    split_by: str | None = None
+    """Dotted key whose value names the source of a row; each source makes its own output."""
+    sample_tokens: int | None = None
+    """Keep a uniform sample of documents of about this many tokens."""
+    corpus_tokens: int | None = None
+    """Tokens of the whole corpus, for the rate of the sample; None measures an estimate."""
+    seed: int = 1234
+    """Another seed gives another sample."""
+    holdout_validation: float = 0.0
+    """Fraction of documents that go to the outputs of split ``validation``."""
+    holdout_test: float = 0.0
+    """Fraction of documents that go to the outputs of split ``test``."""
+    deduplicate: bool = False
+    """Drop documents whose text is exactly that of an earlier one."""
+    bad_rows: Literal["error", "skip"] = "error"
+    """A defective row fails its shard, or is counted and left out."""
+    overwrite: bool = False
+    """Remove what an earlier run wrote to this output first."""
+    workers: int = 1
+    """Tokenizing processes; 1 works in this process."""
+    num_jobs: int = 1
+    """Jobs that share the work; all are started with the same options."""
+    job: int = 0
+    """Number of this job, from 0."""
+    chunk_bytes: int = 1 << 20
+    """Text handed to a worker at a time."""
+    progress: bool = True
+    """Show progress on stderr."""
+
+    def __post_init__(self) -> None:
+        _check_inputs(self)
+        _check_outputs(self)
+        _check_filters(self)
+
+
+def _check_inputs(options: PreprocessOptions) -> None:
+    if bool(options.inputs) == (options.dataset is not None):
+        raise ValueError("Give either --input or --dataset.")
+    if (options.dataset is not None) != (options.split is not None):
+        raise ValueError("--dataset and --split go together, as in --dataset NAME --split train.")
+    if options.streaming and options.dataset is None:
+        raise ValueError("--streaming goes with --dataset.")
+    if not options.json_keys or len(set(options.json_keys)) != len(options.json_keys):
+        raise ValueError(f"--json-keys are {list(options.json_keys)}; give one or more, each once.")
+    for key in options.json_keys:
+        if "/" in key or "\0" in key:
+            raise ValueError(f"--json-keys has {key!r}, which cannot be part of a file name; rename the key.")
+
+
+def _check_outputs(options: PreprocessOptions) -> None:
+    for name in ("workers", "num_jobs", "inputs_per_shard"):
+        if getattr(options, name) < 1:
+            flag = name.replace("_", "-")
+            raise ValueError(f"--{flag} is {getattr(options, name)}; give at least 1.")
+    if not 0 <= options.job < options.num_jobs:
+        raise ValueError(
+            f"--job is {options.job}; with --num-jobs {options.num_jobs} give 0 to {options.num_jobs - 1}."
+        )
+    if (options.output_prefix is None) == (options.output_dir is None):
+        raise ValueError("Give either --output-prefix (one shard) or --output-dir (many).")
+    if options.output_prefix is not None:
+        if options.num_jobs > 1:
+            raise ValueError(
+                f"--output-prefix makes a single shard, which {options.num_jobs} jobs cannot share; "
+                "use --output-dir."
+            )
+        if options.inputs_per_shard != 1:
+            raise ValueError(
+                "--inputs-per-shard goes with --output-dir; --output-prefix puts all in one shard."
+            )
+    if options.overwrite and options.num_jobs > 1:
+        raise ValueError(
+            f"--overwrite would let {options.num_jobs} jobs remove each other's work; remove "
+            f"{options.output_dir} first, then start the jobs without it."
+        )
+
+
+def _check_filters(options: PreprocessOptions) -> None:
+    if options.corpus_tokens is not None and options.sample_tokens is None:
+        raise ValueError("--corpus-tokens goes with --sample-tokens.")
+    for name in ("sample_tokens", "corpus_tokens"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} is {value}; give at least 1.")
+    for name in ("holdout_validation", "holdout_test"):
+        if not 0 <= getattr(options, name) < 1:
+            flag = name.replace("_", "-")
+            raise ValueError(f"--{flag} is {getattr(options, name)}; give a fraction of at least 0, below 1.")
+    if options.holdout_validation + options.holdout_test >= 1:
+        raise ValueError(
+            f"--holdout-validation {options.holdout_validation} and --holdout-test {options.holdout_test} "
+            "leave nothing to train on; together they must stay below 1."
+        )
+    if options.bad_rows not in ("error", "skip"):
+        raise ValueError(f"--bad-rows is {options.bad_rows!r}; give error or skip.")
+
+
+def parse_count(text: str) -> int:
+    """``16B``, ``1.5T``, ``300M``, ``20K`` or ``4000`` as a number; the factors are decimal.
+
+    Raises:
+        ValueError: anything else.
+    """
+    match = _COUNT.fullmatch(text.strip().replace("_", "").upper())
+    if match is None:
+        raise ValueError(f"{text!r} is not a count; write 4000, 300M, 16B or 1.5T.")
+    whole, _, fraction = match[1].partition(".")
+    digits, factor = int(whole + fraction), _FACTORS[match[2]]
+    count, rest = divmod(digits * factor, 10 ** len(fraction))
+    if rest:
+        raise ValueError(f"{text!r} is not a whole number; write 4000, 300M, 16B or 1.5T.")
+    return count
+
+
+def share_of_work(
+    environment: Mapping[str, str], num_jobs: int | None = None, job: int | None = None
+) -> tuple[int, int]:
+    """Number of jobs and number of this job: as given, else as SLURM says, else one.
+
+    Under SLURM a job is a task (``srun``) of an element of a job array; either may be missing.
+
+    Raises:
+        ValueError: one of the two is given alone, or the variables contradict each other.
+    """
+    if (num_jobs is None) != (job is None):
+        given, missing = ("--job", "--num-jobs") if num_jobs is None else ("--num-jobs", "--job")
+        raise ValueError(f"{given} is given without {missing}; give both or neither.")
+    if num_jobs is not None and job is not None:
+        return num_jobs, job
+    elements, element = _array_element(environment)
+    tasks = _number(environment, "SLURM_NTASKS", 1) if "SLURM_PROCID" in environment else 1
+    task = _number(environment, "SLURM_PROCID", 0)
+    if tasks == 1:
+        task = 0
+    if not task < tasks:
+        raise ValueError(f"SLURM_PROCID is {task} with SLURM_NTASKS {tasks}; give --num-jobs and --job.")
+    return elements * tasks, element * tasks + task
+
+
+def _array_element(environment: Mapping[str, str]) -> tuple[int, int]:
+    """Elements of the SLURM job array and the place of this one."""
+    if "SLURM_ARRAY_TASK_ID" not in environment:
+        return 1, 0
+    number = _number(environment, "SLURM_ARRAY_TASK_ID", 0)
+    if "SLURM_ARRAY_TASK_COUNT" not in environment:
+        raise ValueError(
+            "SLURM_ARRAY_TASK_ID is set without SLURM_ARRAY_TASK_COUNT; give --num-jobs and --job."
+        )
+    count = _number(environment, "SLURM_ARRAY_TASK_COUNT", 1)
+    first = _number(environment, "SLURM_ARRAY_TASK_MIN", 0)
+    step = max(1, _number(environment, "SLURM_ARRAY_TASK_STEP", 1))
+    element, rest = divmod(number - first, step)
+    if rest or not 0 <= element < count:
+        raise ValueError(
+            f"SLURM_ARRAY_TASK_ID {number} does not count the {count} elements of an array that starts at "
+            f"{first} with step {step}; use an array without gaps, or give --num-jobs and --job."
+        )
+    return count, element
+
+
+def _number(environment: Mapping[str, str], name: str, default: int) -> int:
+    value = environment.get(name, "") or str(default)
+    if not value.isascii() or not value.isdigit():
+        raise ValueError(f"{name} is {value!r}, not a number; give --num-jobs and --job.")
+    return int(value)

@@ -1,0 +1,209 @@
+"""Which units are finished: one file of JSON lines a job, appended when a unit's shards are published.
+
+A line is written and synced after the shards it names, and is believed only if it is whole: a run that is
+killed leaves at most a torn last line, which the next run of the job cuts off. Every job reads the files of
+all jobs, so the number of jobs may change between runs.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megatron_iiet.data.sources import InputFile
+from megatron_iiet.durable import sync_folder
+
+_OFFENDERS = 5
+
+
+@dataclass
+class Counts:
+    """What became of the rows of some text."""
+
+    text_bytes: int = 0
+    """UTF-8 bytes of the documents written."""
+    empty: int = 0
+    """Texts that gave no token."""
+    sampled_out: int = 0
+    """Rows outside the sample."""
+    duplicates: int = 0
+    """Rows with the text of an earlier one."""
+    rejected: dict[str, int] = field(default_factory=dict)
+    """Defective rows a reason."""
+    offenders: dict[str, list[str]] = field(default_factory=dict)
+    """The first few of them a reason: sentences with file and line."""
+
+    def reject(self, reason: str, message: str) -> None:
+        """Count a defective row."""
+        self._add_rejected(reason, 1, [message])
+
+    def add(self, other: Counts) -> None:
+        """Add the counts of text that follows."""
+        self.text_bytes += other.text_bytes
+        self.empty += other.empty
+        self.sampled_out += other.sampled_out
+        self.duplicates += other.duplicates
+        for reason, count in other.rejected.items():
+            self._add_rejected(reason, count, other.offenders[reason])
+
+    def _add_rejected(self, reason: str, count: int, offenders: list[str]) -> None:
+        self.rejected[reason] = self.rejected.get(reason, 0) + count
+        kept = self.offenders.setdefault(reason, [])
+        kept += offenders[: _OFFENDERS - len(kept)]
+
+
+@dataclass
+class OutputRecord:
+    """One shard of a finished unit."""
+
+    documents: int
+    tokens: int
+    bin_bytes: int
+    idx_bytes: int
+    bin_digest: str
+    idx_digest: str
+
+
+@dataclass
+class UnitRecord:
+    """A finished unit."""
+
+    unit: int
+    inputs: list[InputFile]
+    """As they were when the unit was begun."""
+    outputs: dict[str, OutputRecord]
+    """By output name; outputs without a document are absent."""
+    counts: Counts
+
+    def to_json(self) -> str:
+        """One line."""
+        content = asdict(self) | {"inputs": [[file.path, file.size, file.stamp] for file in self.inputs]}
+        return json.dumps(content, ensure_ascii=True, separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, line: bytes | str) -> UnitRecord:
+        """The inverse of :meth:`to_json`."""
+        content: dict[str, Any] = json.loads(line)
+        return cls(
+            unit=content["unit"],
+            inputs=[InputFile(*entry) for entry in content["inputs"]],
+            outputs={name: OutputRecord(**values) for name, values in content["outputs"].items()},
+            counts=Counts(**content["counts"]),
+        )
+
+
+class JobRecords:
+    """The record file of this job, held for as long as this object is open.
+
+    Raises:
+        ValueError: another process holds it.
+    """
+
+    def __init__(self, folder: Path, job: int, num_jobs: int) -> None:
+        self.folder = folder
+        self.path = folder / f"job-{job:05d}-of-{num_jobs:05d}.jsonl"
+        self._file = self.path.open("ab", buffering=0)
+        try:
+            if not lock(self._file.fileno()):
+                raise ValueError(
+                    f"{self.path} is in use: the same job is running; wait for it, stop it, or choose "
+                    "another output."
+                )
+            self._cut_torn_line()
+        except BaseException:
+            self._file.close()
+            raise
+        sync_folder(folder)
+
+    def _cut_torn_line(self) -> None:
+        with self.path.open("rb") as file:
+            whole = sum(len(line) for line in file if line.endswith(b"\n"))
+        if whole < self.path.stat().st_size:
+            self._file.truncate(whole)
+
+    def append(self, record: UnitRecord) -> None:
+        """Put a finished unit on disk. Where that fails, the file stays as it was."""
+        size = self._file.seek(0, os.SEEK_END)
+        line = record.to_json().encode() + b"\n"
+        try:
+            while line:
+                line = line[self._file.write(line) :]
+            os.fsync(self._file.fileno())
+        except OSError:
+            with suppress(OSError):
+                self._file.truncate(size)
+            raise
+
+    def __iter__(self) -> Iterator[UnitRecord]:
+        """Finished units in the records of all jobs, in no order; a unit may come twice."""
+        return read_records(self.folder)
+
+    def others_running(self) -> bool:
+        """Whether a process holds the record file of another job."""
+        for path in _record_files(self.folder):
+            if path != self.path:
+                with path.open("rb") as file:
+                    if not lock(file.fileno()):
+                        return True
+        return False
+
+    def remove_all(self) -> None:
+        """Forget every job's finished units."""
+        for path in _record_files(self.folder):
+            if path != self.path:
+                path.unlink(missing_ok=True)
+        self._file.truncate(0)
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Let other processes have it."""
+        self._file.close()
+
+    def __enter__(self) -> JobRecords:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def read_records(folder: Path) -> Iterator[UnitRecord]:
+    """Finished units in the records of all jobs, in no order; a unit may come twice.
+
+    Raises:
+        ValueError: a whole line is no record.
+    """
+    for path in _record_files(folder):
+        with path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                if line.endswith(b"\n"):
+                    yield _parse(path, number, line)
+
+
+def _parse(path: Path, number: int, line: bytes) -> UnitRecord:
+    try:
+        return UnitRecord.from_json(line)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path}, line {number} is damaged ({error}); remove the line: its unit will be made again."
+        ) from None
+
+
+def _record_files(folder: Path) -> list[Path]:
+    return sorted(folder.glob("job-*-of-*.jsonl"))
+
+
+def lock(descriptor: int) -> bool:
+    """Take an open file for this process alone; whether that worked. Let go when the file is closed."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass  # file systems without locks: keeping others out is a courtesy
+    return True

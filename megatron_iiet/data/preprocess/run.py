@@ -1,0 +1,217 @@
+"""Text files to token shards, from options to shard lists."""
+
+from __future__ import annotations
+
+import os
+import resource
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from functools import cache
+from itertools import islice
+
+from megatron_iiet.data.preprocess.chunks import Recipe
+from megatron_iiet.data.preprocess.dedup import DigestFiles, duplicates_path, find_duplicates
+from megatron_iiet.data.preprocess.filters import Filters
+from megatron_iiet.data.preprocess.layout import Layout
+from megatron_iiet.data.preprocess.lists import Summary, write_lists
+from megatron_iiet.data.preprocess.options import PreprocessOptions
+from megatron_iiet.data.preprocess.plan import Plan, settling, share
+from megatron_iiet.data.preprocess.progress import Progress
+from megatron_iiet.data.preprocess.records import JobRecords, UnitRecord
+from megatron_iiet.data.preprocess.report import PreprocessReport
+from megatron_iiet.data.preprocess.settle import Wanted, remove_everything, settle
+from megatron_iiet.data.preprocess.unit import DigestUnit, EncodeUnit
+from megatron_iiet.data.preprocess.workshop import Failure, Workshop
+from megatron_iiet.data.sources import InputFile, list_dataset, list_inputs
+from megatron_iiet.data.text import parse_rows, read_chunks
+from megatron_iiet.data.tokenizer import Tokenizer, load_encoder, tokenizer_digest
+
+_SAMPLE_INPUTS = 16
+_SAMPLE_CHUNKS = 8  # of each, as long as more text is asked for
+_SAMPLE_CHUNK_BYTES = 1 << 18
+
+Log = Callable[[str], None]
+
+
+def preprocess(options: PreprocessOptions, log: Log = print) -> PreprocessReport:
+    """Do what is missing of this job's part of a run.
+
+    Args:
+        log: is given a line now and then.
+
+    Raises:
+        ValueError: bad inputs or tokenizer, another plan for the same output, another process at the same
+            job, or no documents at all. Defects of single inputs are in the report instead.
+        OSError: records cannot be written.
+        RuntimeError: worker processes cannot be started.
+    """
+    start, start_cpu = time.monotonic(), _cpu_seconds()
+    layout = Layout.of(options)
+    layout.check()
+    wanted = Wanted(
+        options=options,
+        layout=layout,
+        inputs=_list_inputs(options),
+        tokenizer_digest=tokenizer_digest(options.tokenizer_model),
+        encoder=cache(lambda: _load_encoder(wanted, log)),
+    )
+    if not layout.plan.exists():
+        wanted.encoder()  # a tokenizer that cannot be loaded leaves nothing behind
+    layout.records.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        with settling(layout.records):
+            records = stack.enter_context(JobRecords(layout.records, options.job, options.num_jobs))
+            if options.overwrite:
+                remove_everything(wanted, records)
+            plan, finished = settle(wanted, records)
+        report = _Job(wanted, records, plan, finished, log).run()
+    return replace(report, seconds=time.monotonic() - start, cpu_seconds=_cpu_seconds() - start_cpu)
+
+
+@dataclass
+class _Job:
+    """The work of one job, once it is settled what that is."""
+
+    wanted: Wanted
+    records: JobRecords
+    plan: Plan
+    finished: set[int]
+    log: Log
+    this_run: Summary = field(default_factory=Summary)
+
+    def run(self) -> PreprocessReport:
+        options, layout = self.wanted.options, self.wanted.layout
+        # Shares go by the sizes in the plan, which are the same for jobs that start before and after a
+        # broken input was replaced; what is read are the inputs as they are now.
+        mine = share(self.plan.units(), options.num_jobs, options.job)
+        units = replace(self.plan, inputs=list(self.wanted.inputs)).units()
+        pending = [unit for unit in mine if unit not in self.finished]
+        self._announce(len(mine), len(pending))
+        failures: list[Failure] = []
+        waiting = ""
+        if pending:
+            with Workshop(self._recipe(), options.workers) as workshop:
+                if options.deduplicate and not duplicates_path(layout.records).exists():
+                    failures, waiting = self._find_duplicates(workshop, mine, units)
+                if not failures and not waiting:
+                    failures = self._encode(workshop, pending, units)
+        all_units, missing = write_lists(layout, self.plan, rewrite=self.this_run.units > 0)
+        return PreprocessReport(
+            all_units=all_units,
+            this_run=self.this_run,
+            missing=missing,
+            mine_missing=sum(unit not in self.finished for unit in mine),
+            failures=failures,
+            waiting=waiting,
+            wanted_tokens=options.sample_tokens,
+            rate=self.plan.rate,
+        )
+
+    def _announce(self, mine: int, pending: int) -> None:
+        options = self.wanted.options
+        job = f"job {options.job} of {options.num_jobs}: " if options.num_jobs > 1 else ""
+        if not pending:
+            self.log(f"{job}nothing to do: all {mine:,} shards are finished")
+            return
+        if (sampling := self.plan.sampling) is not None:
+            known = f" (estimated by {sampling['measured_on']})" if sampling["measured_on"] else ""
+            self.log(f"sample: {sampling['rate']:.4g} of {sampling['corpus_tokens']:,} tokens{known}")
+            if sampling["rate"] > 1:
+                self.log("warning: the corpus is smaller than the sample wanted: all of it is kept")
+        done = f", {mine - pending:,} of {mine:,} are finished" if pending < mine else ""
+        self.log(f"{job}{pending:,} shards to make{done}")
+
+    def _recipe(self) -> Recipe:
+        options = self.wanted.options
+        return Recipe(
+            encoder=self.wanted.encoder(),
+            layout=self.wanted.layout,
+            keys=tuple(options.json_keys),
+            split_by=options.split_by,
+            append_eod=options.append_eod,
+            skip_bad_rows=options.bad_rows == "skip",
+            filters=Filters(
+                rate=self.plan.rate,
+                seed=options.seed,
+                validation=options.holdout_validation,
+                test=options.holdout_test,
+            ),
+            chunk_bytes=options.chunk_bytes,
+        )
+
+    def _find_duplicates(
+        self, workshop: Workshop, mine: Sequence[int], units: Sequence[Sequence[InputFile]]
+    ) -> tuple[list[Failure], str]:
+        """Digests of this job's units and, when all are there, duplicates; failures, what is awaited."""
+        digests = DigestFiles(self.wanted.layout.records)
+        tasks = [
+            DigestUnit(unit, _first_input(units, unit), units[unit])
+            for unit in mine
+            if not digests.has(unit, units[unit])
+        ]
+        with Progress("reading", "rows", len(tasks), self.wanted.options.progress) as progress:
+            failures = workshop.run(tasks, lambda _: None, progress)
+        if failures:
+            return failures, ""
+        missing = sum(not digests.has(unit, inputs) for unit, inputs in enumerate(units))
+        if missing:
+            return [], (
+                f"pass 1 is done; {missing:,} units of other jobs are missing: start the same jobs again "
+                "when all have finished."
+            )
+        find_duplicates(self.wanted.layout.records, [len(inputs) for inputs in units])
+        return [], ""
+
+    def _encode(
+        self, workshop: Workshop, pending: Sequence[int], units: Sequence[Sequence[InputFile]]
+    ) -> list[Failure]:
+        deduplicate = self.wanted.options.deduplicate
+        tasks = [EncodeUnit(unit, _first_input(units, unit), units[unit], deduplicate) for unit in pending]
+        with Progress("tokenizing", "tokens", len(tasks), self.wanted.options.progress) as progress:
+            return workshop.run(tasks, self._finish, progress)
+
+    def _finish(self, record: UnitRecord | None) -> None:
+        assert record is not None
+        self.records.append(record)
+        self.finished.add(record.unit)
+        self.this_run.add(record)
+
+
+def _first_input(units: Sequence[Sequence[InputFile]], unit: int) -> int:
+    return unit * len(units[0])
+
+
+def _list_inputs(options: PreprocessOptions) -> list[InputFile]:
+    """The inputs, under paths that mean the same wherever a job is started."""
+    if options.dataset is not None:
+        files = list_dataset(options.dataset, options.split or "train", options.streaming)
+    else:
+        files = list_inputs(options.inputs)
+    return [file if "://" in file.path else replace(file, path=os.path.abspath(file.path)) for file in files]
+
+
+def _load_encoder(wanted: Wanted, log: Log) -> Tokenizer:
+    path = wanted.options.tokenizer_model
+    encoder = load_encoder(path, _first_documents(wanted.inputs, wanted.options.json_keys))
+    log(f"tokenizer: {path}, {encoder.vocab_size} ids, by {encoder.name}")
+    return encoder
+
+
+def _first_documents(inputs: Sequence[InputFile], keys: Sequence[str]) -> Iterator[str]:
+    """Texts from the start of the corpus; what is wrong with it is told later."""
+    for file in inputs[:_SAMPLE_INPUTS]:
+        try:
+            for chunk in islice(read_chunks(file, _SAMPLE_CHUNK_BYTES), _SAMPLE_CHUNKS):
+                for row in parse_rows(chunk, keys)[0]:
+                    for text in row.texts:
+                        yield text if isinstance(text, str) else next(text.parts())
+        except (ValueError, OSError):
+            continue
+
+
+def _cpu_seconds() -> float:
+    """CPU time of this process and of its children that have ended."""
+    usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)

@@ -1,0 +1,202 @@
+"""Corpora of any number of pairs as one stream of tokens.
+
+A prefix names what the list ``PREFIX.shards`` holds (:mod:`megatron_iiet.data.shard_list`), or, without one,
+the pair ``PREFIX.bin``/``.idx``. Opening costs the same for one shard and for 100,000: pairs are opened when
+they are read, and then checked against the list.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from bisect import bisect_right
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from threading import Lock
+from typing import Any, TypeVar
+
+import numpy as np
+
+from megatron_iiet.data.indexed import IndexedDataset, check_range, document_range
+from megatron_iiet.data.mmididx import (
+    DocumentIndex,
+    Int64Array,
+    Shard,
+    TokenFile,
+    bin_path,
+    idx_path,
+    shards_path,
+)
+from megatron_iiet.data.shard_list import ShardList, write_shards
+
+__all__ = ["Shard", "ShardList", "ShardedDataset", "open_corpus", "write_shards"]
+
+MAX_OPEN_SHARDS = 256  # a shard costs up to two file descriptors, and 1024 is a common limit
+
+T = TypeVar("T")
+
+
+def open_corpus(prefix: str | os.PathLike[str]) -> ShardedDataset | IndexedDataset:
+    """The corpus ``prefix``: what its list ``PREFIX.shards`` names, else the pair ``PREFIX.bin``/``.idx``.
+
+    Raises:
+        ValueError: neither is there, or what is there is damaged.
+    """
+    return ShardedDataset(prefix) if shards_path(prefix).exists() else IndexedDataset(prefix)
+
+
+class OpenShard:
+    """The files of one entry of a list, checked against the list; the ``.idx`` when first asked for."""
+
+    def __init__(self, shards: ShardList, index: int) -> None:
+        self._list = shards
+        self.shard = shards[index]
+        self.prefix = shards.prefix_of(self.shard)
+        self._index: DocumentIndex | None = None
+        self.tokens = self._open(bin_path, lambda path: TokenFile(path, shards.dtype))
+        self._require(
+            "bytes", self.tokens.path, self.tokens.num_bytes, self.shard.tokens * shards.dtype.itemsize
+        )
+
+    @property
+    def index(self) -> DocumentIndex:
+        """The pair's index, opened at the first call."""
+        if self._index is None:
+            index = self._open(idx_path, DocumentIndex)
+            self._require("documents", index.path, index.num_documents, self.shard.documents)
+            self._require("tokens", index.path, index.num_tokens, self.shard.tokens)
+            self._require("token type", index.path, index.dtype, self._list.dtype)
+            self._index = index
+        return self._index
+
+    def _open(self, name: Callable[[str], Path], open_file: Callable[[Path], T]) -> T:
+        path = name(self.prefix)
+        try:
+            return open_file(path)
+        except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+            raise ValueError(
+                f"{path} is missing, and {self._list.path} names it; put it back, or make the corpus again."
+            ) from None
+
+    def _require(self, what: str, path: Path, found: object, listed: object) -> None:
+        if found != listed:
+            raise ValueError(
+                f"{path} does not belong to {self._list.path}: {what} by the list: {listed}, in the file: "
+                f"{found}; restore the file, or make the corpus again."
+            )
+
+
+class ShardedDataset:
+    """All pairs of a list as one :class:`TokenStream`, in the order of the list.
+
+    At most ``max_open_shards`` pairs are held open, the ones read last. Safe to read from many threads.
+
+    Raises:
+        ValueError: the list is damaged; when reading, a file is missing or is not the one that was listed.
+    """
+
+    def __init__(self, prefix: str | os.PathLike[str], max_open_shards: int = MAX_OPEN_SHARDS) -> None:
+        self.prefix = os.fspath(prefix)
+        self.shards = ShardList(shards_path(self.prefix))
+        self.dtype = self.shards.dtype
+        self.info = self.shards.info
+        self._num_tokens = self.shards.num_tokens
+        self._max_open = max_open_shards
+        self._open: OrderedDict[int, OpenShard] = OrderedDict()
+        self._lock = Lock()
+
+    @property
+    def num_tokens(self) -> int:
+        """Number of tokens over all documents."""
+        return self._num_tokens
+
+    @property
+    def num_documents(self) -> int:
+        """Number of documents."""
+        return self.shards.num_documents
+
+    def document_start(self, document: int) -> int:
+        """Position in the stream of the first token of ``document``; ``num_documents`` gives the end."""
+        if not 0 <= document <= self.num_documents:
+            raise IndexError(f"document {document} of {self.num_documents} in {self.prefix}")
+        if document == self.num_documents:
+            return self._num_tokens
+        shard = bisect_right(self.shards.document_ends, document) - 1
+        index = self._index(shard)
+        return self.shards.token_ends[shard] + index.document_start(
+            document - self.shards.document_ends[shard]
+        )
+
+    def document_starts(self, start: int, stop: int) -> Int64Array:
+        """Positions p, start <= p < stop, where a document starts: int64, ascending, each once."""
+        check_range(self, start, stop)
+        found = []
+        for shard, first, begin, end in self._parts(start, stop):
+            starts = self._index(shard).document_starts(begin - first, end - first)
+            starts += first
+            found.append(starts)
+        return found[0] if len(found) == 1 else np.concatenate([np.empty(0, dtype=np.int64), *found])
+
+    def read(self, start: int, stop: int) -> Int64Array:
+        """Tokens [start, stop) of the stream, int64 [stop - start]."""
+        check_range(self, start, stop)
+        out = np.empty(stop - start, dtype=np.int64)
+        self.read_into(start, out)
+        return out
+
+    def read_into(self, start: int, out: Int64Array) -> None:
+        """Fill ``out``, int64 [n], with tokens [start, start + n) of the stream."""
+        stop = start + len(out)
+        if not 0 <= start <= stop <= self._num_tokens:
+            check_range(self, start, stop)
+        for shard, first, begin, end in self._parts(start, stop):
+            self._shard(shard).tokens.read_into(begin - first, out[begin - start : end - start])
+
+    def document(self, index: int) -> Int64Array:
+        """Tokens of one document, int64 [tokens]."""
+        return self.read(*document_range(self, index))
+
+    def _parts(self, start: int, stop: int) -> Iterator[tuple[int, int, int, int]]:
+        """The range [start, stop) by shards: (shard, its first position, begin and end of the part in it)."""
+        ends = self.shards.token_ends
+        shard = bisect_right(ends, start) - 1
+        while start < stop:
+            end = min(stop, ends[shard + 1])
+            yield shard, ends[shard], start, end
+            shard, start = shard + 1, end
+
+    def _shard(self, index: int) -> OpenShard:
+        with self._lock:
+            shard = self._open.get(index)
+            if shard is not None:
+                self._open.move_to_end(index)
+                return shard
+        shard = self.open_shard(index)  # not under the lock: a slow disk must not hold up other threads
+        with self._lock:
+            self._open[index] = shard
+            while len(self._open) > self._max_open:
+                self._open.popitem(last=False)
+        return shard
+
+    def _index(self, index: int) -> DocumentIndex:
+        shard = self._shard(index)
+        return self._sparingly(lambda: shard.index)
+
+    def open_shard(self, index: int) -> OpenShard:
+        """Open one shard; whoever reads tokens need not ask for it."""
+        return self._sparingly(lambda: OpenShard(self.shards, index))
+
+    def _sparingly(self, open_file: Callable[[], T]) -> T:
+        """Open something; where too many files are open, let go of ours and try once more."""
+        try:
+            return open_file()
+        except OSError as error:
+            if error.errno != errno.EMFILE:
+                raise
+        with self._lock:
+            self._open.clear()
+        return open_file()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ShardedDataset, (self.prefix, self._max_open)  # other processes open the files anew

@@ -1,0 +1,207 @@
+"""Files of tiktoken ranks (cl100k, o200k, LLaMA-3's ``tokenizer.model``), through the tokenizers library.
+
+A line is the base64 of a token's bytes and its rank, which is its id. Two things that encoding needs are
+not in the file and stand in ``FILE.json`` beside it: the pattern that cuts text into words, and the special
+tokens.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from megatron_iiet.data.hugging_face_tokenizer import HuggingFaceTokenizer
+from megatron_iiet.data.tokenizer_base import BOS_NAMES, EOD_NAMES
+
+_LINE = re.compile(rb"[A-Za-z0-9+/]+={0,2} [0-9]+")
+_ESCAPES_AND_SETS = re.compile(r"\\.|\[(?:\\.|[^\]\\])*\]")
+_POSSESSIVE = re.compile(r"([?*+]|\{[0-9]+(?:,[0-9]*)?\})\+")
+
+_LETTERS_AND_MARKS = r"[^\r\n\p{L}\p{N}]?"
+_LOWER = r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_UPPER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]"
+_CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_SPACES = r"\s*[\r\n]+|\s+(?!\S)|\s+"
+_CL100K = (
+    rf"{_CONTRACTION}|{_LETTERS_AND_MARKS}\p{{L}}+|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{_SPACES}"
+)
+_O200K = (
+    rf"{_LETTERS_AND_MARKS}{_UPPER}*{_LOWER}+{_CONTRACTION}?"
+    rf"|{_LETTERS_AND_MARKS}{_UPPER}+{_LOWER}*{_CONTRACTION}?"
+    rf"|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_SPACES}"
+)
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "cl100k": {
+        "pattern": _CL100K,
+        "special_tokens": {
+            "<|endoftext|>": 100257,
+            "<|fim_prefix|>": 100258,
+            "<|fim_middle|>": 100259,
+            "<|fim_suffix|>": 100260,
+            "<|endofprompt|>": 100276,
+        },
+    },
+    "o200k": {
+        "pattern": _O200K,
+        "special_tokens": {"<|endoftext|>": 199999, "<|endofprompt|>": 200018},
+    },
+    "llama3": {
+        "pattern": _CL100K,
+        "special_tokens": {
+            "<|begin_of_text|>": 128000,
+            "<|end_of_text|>": 128001,
+            "<|start_header_id|>": 128006,
+            "<|end_header_id|>": 128007,
+            "<|eot_id|>": 128009,
+        },
+    },
+}
+"""What the published files are used with, by the names that ``FILE.json`` may give as "preset"."""
+
+
+def looks_like_ranks(content: bytes) -> bool:
+    return _LINE.fullmatch(content[:1000].split(b"\n", 1)[0].strip()) is not None
+
+
+def ranks_side_file(path: Path) -> Path:
+    return path.with_name(path.name + ".json")
+
+
+class TiktokenTokenizer(HuggingFaceTokenizer):
+    """Byte-level BPE from ranks. The first special token with a customary name ends documents."""
+
+    name = "tokenizers (tiktoken ranks)"
+
+    def __init__(self, path: Path) -> None:
+        ranks = read_ranks(path)
+        side_file = ranks_side_file(path)
+        pattern, special_tokens = _read_side_file(path, side_file)
+        taken = {rank: token for token, rank in ranks.items()}
+        for name, number in special_tokens.items():
+            if number in taken or number < 0:
+                raise ValueError(
+                    f"{side_file} gives the special token {name!r} the id {number}, which is "
+                    f"{'a rank' if number in taken else 'negative'} in {path}; give it a free one."
+                )
+        if not set(special_tokens) & set(EOD_NAMES):
+            raise ValueError(
+                f"{side_file} has no end-of-document token among its special_tokens {list(special_tokens)}; "
+                f"add one of {', '.join(EOD_NAMES)}."
+            )
+        definition = json.dumps(_definition(ranks, pattern, special_tokens))
+        eod_names, bos_names = (
+            [name for name in names if name in special_tokens] for names in (EOD_NAMES, BOS_NAMES)
+        )
+        self._set_up(path, definition, eod_names, bos_names)
+
+
+def read_ranks(path: Path) -> dict[bytes, int]:
+    """{token's bytes: rank} of a file of tiktoken ranks.
+
+    Raises:
+        ValueError: a line is no token and rank, one is given twice, or single bytes are missing.
+    """
+    ranks: dict[bytes, int] = {}
+    numbers: set[int] = set()
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            encoded, rank = line.split()
+            token, rank_id = base64.b64decode(encoded, validate=True), int(rank)
+        except (ValueError, binascii.Error):
+            raise ValueError(
+                f"{path}, line {number}: {line[:60]!r} is no base64 token and rank; give a file "
+                "of tiktoken ranks."
+            ) from None
+        if token in ranks or rank_id in numbers:
+            raise ValueError(f"{path}, line {number}: the token or rank of {line[:60]!r} was given before.")
+        ranks[token] = rank_id
+        numbers.add(rank_id)
+    missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
+    if missing:
+        raise ValueError(
+            f"{path} has no rank for {len(missing)} of the 256 single bytes, such as {missing[0]:#04x}; "
+            "the file is not whole."
+        )
+    return ranks
+
+
+def _read_side_file(path: Path, side_file: Path) -> tuple[str, dict[str, int]]:
+    wanted = f'{{"preset": "{"|".join(PRESETS)}"}} or {{"pattern": REGEX, "special_tokens": {{NAME: ID}}}}'
+    if not side_file.is_file():
+        raise ValueError(
+            f"{path} holds tiktoken ranks, which leave open how text is cut into words and which ids "
+            f"are special; write {side_file} with {wanted}."
+        )
+    try:
+        content = json.loads(side_file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{side_file} is not valid JSON ({error}); write {wanted}.") from None
+    if isinstance(content, dict) and "preset" in content:
+        if content["preset"] not in PRESETS:
+            raise ValueError(
+                f"{side_file} asks for preset {content['preset']!r}; there are {', '.join(PRESETS)}."
+            )
+        content = {**PRESETS[content["preset"]], **content}
+    pattern = content.get("pattern") if isinstance(content, dict) else None
+    special_tokens = content.get("special_tokens") if isinstance(content, dict) else None
+    if not isinstance(pattern, str) or not isinstance(special_tokens, dict):
+        raise ValueError(f"{side_file} lacks a pattern or special_tokens; write {wanted}.")
+    for name, number in special_tokens.items():
+        if not isinstance(number, int) or isinstance(number, bool):
+            raise ValueError(
+                f"{side_file} gives the special token {name!r} the id {number!r}; give an integer."
+            )
+    found = _POSSESSIVE.search(_ESCAPES_AND_SETS.sub("x", pattern))
+    if found:
+        raise ValueError(
+            f"The pattern in {side_file} has the possessive repetition {found[0]!r}, which the tokenizers "
+            f"library reads otherwise; write {found[1]!r}."
+        )
+    return pattern, special_tokens
+
+
+def _definition(ranks: dict[bytes, int], pattern: str, special_tokens: dict[str, int]) -> dict[str, Any]:
+    """tokenizer.json of ranks: tiktoken merges whatever gives the token of lowest rank, leftmost first."""
+    text = {token: "".join(map(_BYTE_CHARACTERS.__getitem__, token)) for token in ranks}
+    merges = [
+        (rank, -cut, token)
+        for token, rank in ranks.items()
+        for cut in range(1, len(token))
+        if token[:cut] in ranks and token[cut:] in ranks
+    ]
+    merges.sort()
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
+    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+    plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    return {
+        "version": "1.0",
+        "added_tokens": [
+            {"id": number, "content": name, "special": True, **plain}
+            for name, number in sorted(special_tokens.items(), key=lambda item: item[1])
+        ],
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
+        "decoder": byte_level,
+        "model": {
+            "type": "BPE",
+            "ignore_merges": True,  # a word that is a token is that token
+            "vocab": {**{text[token]: rank for token, rank in ranks.items()}, **special_tokens},
+            "merges": [(text[token[:-cut]], text[token[-cut:]]) for _, cut, token in merges],
+        },
+    }
+
+
+def _byte_characters() -> list[str]:
+    """The character that stands for each byte in byte-level vocabularies: printable ones for themselves."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = iter(range(0x100, 0x200))
+    return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]
+
+
+_BYTE_CHARACTERS = _byte_characters()

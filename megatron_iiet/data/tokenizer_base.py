@@ -1,0 +1,181 @@
+"""What every tokenizer shares: long texts in parts, packed batches, and the promise that text stays text."""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+TokenIds = npt.NDArray[np.int32]
+
+# SentencePiece needs about 44 bytes of memory per byte of one string; longer texts are encoded in parts.
+MAX_PART_CHARACTERS = 1_000_000
+
+EOD_NAMES = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>", "<|eos|>", "[EOS]", "<eod>")
+BOS_NAMES = ("<s>", "<|begin_of_text|>", "<bos>", "[BOS]", "<|startoftext|>")
+
+
+class NotSupportedError(Exception):
+    """Why gigatoken cannot stand in for a tokenizer, as the end of a sentence."""
+
+
+class TextTokenizer(ABC):
+    """A tokenizer of text alone: control ids are added by callers, never by anything written in a text.
+
+    Subclasses say how short texts are encoded and how the parts of a long one are joined.
+    """
+
+    path: Path
+    name: str
+    vocab_size: int
+    eod_id: int
+    bos_id: int | None
+    control_ids: frozenset[int]
+    """Ids that no text may yield, ``eod_id`` among them."""
+    prefix_id: int | None = None
+    """Id of the space that the model puts before every text, where it does."""
+
+    @property
+    def spelled_out(self) -> tuple[str, ...]:
+        """Control pieces and symbols as a text could spell them."""
+        return ()
+
+    @abstractmethod
+    def _encode_short(self, texts: list[str]) -> list[npt.NDArray[Any]]:
+        """Ids of texts of at most :data:`MAX_PART_CHARACTERS` characters, 32-bit integers [tokens] each."""
+
+    @abstractmethod
+    def decode(self, ids: npt.ArrayLike) -> str:
+        """Text of ids [tokens]; control ids give nothing."""
+
+    def gigatoken_definition(self) -> tuple[bytes, tuple[str, ...]]:
+        """A tokenizer.json that gigatoken encodes alike, for texts without the symbols given with it.
+
+        Raises:
+            NotSupportedError: there is none; the message says why.
+        """
+        raise NotSupportedError("it has no such form")
+
+    def encode(self, text: str) -> TokenIds:
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[TokenIds]:
+        return [ids.view(np.int32) for ids in self._encode(texts)]
+
+    def encode_parts(self, parts: Iterable[str]) -> TokenIds:
+        return self._encode_parts(parts).view(np.int32)
+
+    def encode_packed(
+        self, texts: Sequence[str], append_eod: bool = False, dtype: npt.DTypeLike = np.int32
+    ) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64]]:
+        documents = self._encode(texts)
+        lengths = np.fromiter((ids.size for ids in documents), np.int64, len(documents))
+        if append_eod:
+            eod = np.array([self.eod_id], dtype=np.int32)
+            documents = [part for ids in documents if ids.size for part in (ids, eod)]
+            lengths += lengths > 0
+        if not documents:
+            return np.empty(0, dtype), lengths
+        # All ids are known to be within the vocabulary: one pass joins and narrows them.
+        return np.concatenate(documents, dtype=dtype, casting="unsafe"), lengths
+
+    def _encode(self, texts: Sequence[str]) -> list[npt.NDArray[Any]]:
+        if any(len(text) > MAX_PART_CHARACTERS for text in texts):
+            return [self._encode_parts(split_text(text)) for text in texts]
+        return self._encode_checked(list(texts))
+
+    def _encode_parts(self, parts: Iterable[str]) -> npt.NDArray[Any]:
+        joined = bytearray()  # grows in place: a giant text's ids are never held twice
+        for part in parts:
+            ids = self._encode_checked([part])[0]
+            if joined and ids.size and ids[0] == self.prefix_id:
+                ids = ids[1:]  # inside a document that space was not written
+            joined += ids.tobytes()
+        return np.frombuffer(joined, np.int32)
+
+    def _encode_checked(self, texts: list[str]) -> list[npt.NDArray[Any]]:
+        try:
+            documents = self._encode_short(texts)
+        except Exception:
+            _refuse_surrogates(texts)
+            raise
+        for ids in documents:
+            self._refuse_control_ids(ids)
+        return documents
+
+    @cached_property
+    def _control_range(self) -> tuple[int, int]:
+        return min(self.control_ids), max(self.control_ids)
+
+    def _refuse_control_ids(self, ids: npt.NDArray[Any]) -> None:
+        """A second lock on the door; the first is how each kind of tokenizer is set up."""
+        if not ids.size:
+            return
+        lowest, highest = int(ids.min()), int(ids.max())
+        if lowest < 0 or highest >= self.vocab_size:
+            raise RuntimeError(
+                f"{self.name} made id {lowest if lowest < 0 else highest} of a text, but {self.path} has "
+                f"{self.vocab_size} ids; this is a defect of the tokenizer library, please report it."
+            )
+        # Control ids stand at one end of nearly every vocabulary: two comparisons settle it.
+        first, last = self._control_range
+        if highest < first or last < lowest:
+            return
+        leaked = np.intersect1d(ids, [*self.control_ids])
+        if leaked.size:
+            raise RuntimeError(
+                f"{self.name} made control id {leaked[0]} of plain text with {self.path}: a document "
+                "would end or begin inside another; use another tokenizer file."
+            )
+
+
+def split_text(text: str, limit: int = MAX_PART_CHARACTERS) -> Iterator[str]:
+    """Cut ``text`` into parts of at most ``limit`` characters, before a line break where there is one.
+
+    Texts within the limit come back whole. Tokens across a cut are the only ones that can differ from
+    encoding in one piece.
+    """
+    start = 0
+    while len(text) - start > limit:
+        newline = text.rfind("\n", start + 1, start + limit)
+        cut = newline if newline > 0 else start + limit
+        yield text[start:cut]
+        start = cut
+    yield text[start:] if start else text
+
+
+def file_digest(*contents: bytes) -> str:
+    """blake2b-128 of contents, each preceded by its length where there are several."""
+    digest = hashlib.blake2b(digest_size=16)
+    for content in contents:
+        if len(contents) > 1:
+            digest.update(len(content).to_bytes(8, "little"))
+        digest.update(content)
+    return digest.hexdigest()
+
+
+def is_unicode(text: str) -> bool:
+    """False for a text with a lone surrogate, which has no UTF-8 form."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _refuse_surrogates(texts: Sequence[str]) -> None:
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"A text has the lone surrogate {text[error.start]!r} at character {error.start} "
+                f"({text[max(0, error.start - 20) : error.start + 20]!r}), which stands for nothing; "
+                "repair or leave out that document."
+            ) from None

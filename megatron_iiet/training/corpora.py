@@ -1,0 +1,95 @@
+"""The corpora of a run: opened, checked against each other and the tokenizer, and described."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_iiet.config import ConfigError, RunConfig
+from megatron_iiet.config.schema import DataConfig
+from megatron_iiet.data.blend import Blend
+from megatron_iiet.data.samples import Samples, build_splits
+from megatron_iiet.data.tokenizer import tokenizer_digest
+
+MANY_EPOCHS = 4
+"""Times a corpus may be read before repetition clearly costs quality (Muennighoff et al. 2023)."""
+
+
+@dataclass(frozen=True)
+class Corpora:
+    """What a run trains and validates on."""
+
+    prefixes: list[str]
+    """Of the corpora trained on, in the order of data.blend."""
+    weights: list[float]
+    """Their weights."""
+    train: list[Samples]
+    """Their samples for training."""
+    validation: list[Samples]
+    """What is validated on; empty if nothing."""
+    validation_weights: list[float]
+    """Weights of those."""
+
+    @property
+    def names(self) -> list[str]:
+        """Of the corpora, for metrics: the last parts of their prefixes where those tell them apart."""
+        short = [Path(prefix).name for prefix in self.prefixes]
+        return short if len(set(short)) == len(short) else self.prefixes
+
+
+def open_corpora(data: DataConfig) -> Corpora:
+    """Open what the ``data`` section names.
+
+    Raises:
+        ValueError: a corpus is unreadable, too small for its share, or was made with another tokenizer.
+    """
+    split = [1.0, 0.0, 0.0] if data.validation_prefix else data.split
+    splits = [build_splits(p, data.sequence_length, split, data.documents) for p in data.weights]
+    weights = list(data.weights.values())
+    train, validation = [part.train for part in splits], [part.validation for part in splits]
+    validation_weights = weights
+    if data.validation_prefix:
+        held_out = build_splits(data.validation_prefix, data.sequence_length, [0.0, 1.0, 0.0], data.documents)
+        validation, validation_weights = [held_out.validation], [1.0]
+    elif not data.split[1]:
+        validation, validation_weights = [], []
+    Blend(weights)  # refuses what cannot be blended before anything expensive is built
+    check_tokenizers([*train, *validation], data.tokenizer)
+    return Corpora(list(data.weights), weights, train, validation, validation_weights)
+
+
+def check_tokenizers(samples: Sequence[Samples], tokenizer: str) -> None:
+    """Refuse corpora that were made with another tokenizer, as far as they say."""
+    digest = tokenizer_digest(tokenizer)
+    for part in samples:
+        made_with = getattr(part.stream, "info", {}).get("tokenizer", {})
+        if made_with.get("digest", digest) != digest:
+            raise ConfigError(
+                f"the corpus {part.stream.prefix} was made with the tokenizer {made_with.get('file')} "
+                f"(digest {made_with['digest']}), but data.tokenizer is {tokenizer} (digest {digest}); give "
+                "the tokenizer that made the corpus, or make it again with this one"
+            )
+
+
+def describe_corpora(config: RunConfig, corpora: Corpora) -> str:
+    """A line for each corpus: its share, size, and how often the run reads it; and what validates."""
+    length = config.data.sequence_length
+    total = config.training.steps * config.training.global_batch_size
+    shares, counts = Blend(corpora.weights).shares, Blend(corpora.weights).counts(total)
+    kind = {"ignore": "windows", "reset": "windows, each document by itself", "pack": "packed samples"}
+    lines = [f"data: {kind[config.data.documents]} of {length} tokens; {config.training.steps} steps read"]
+    for prefix, share, count, part in zip(corpora.prefixes, shares, counts, corpora.train, strict=True):
+        epochs = count / len(part)
+        lines.append(f"  {prefix}: {len(part):,} samples, {epochs:.3g} times ({share:.4g} of the batches)")
+        if epochs > MANY_EPOCHS:
+            lines.append(
+                f"  warning: {prefix} is read {epochs:.1f} times; more than {MANY_EPOCHS} cost quality: "
+                "lower its weight in data.blend, train fewer steps, or add text"
+            )
+    if config.data.validation_prefix:
+        lines.append(
+            f"  validation: {len(corpora.validation[0]):,} samples of {config.data.validation_prefix}; all "
+            "documents of the others train, data.split has no effect"
+        )
+    return "\n".join(lines)

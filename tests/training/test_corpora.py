@@ -1,0 +1,273 @@
+"""The corpora of a run: what is opened, refused, said and recorded; and runs on a blend of them."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from megatron_iiet.config import ConfigError, LoadedConfig, RunConfig, config_from_dict
+from megatron_iiet.data.indexed import IndexedDatasetWriter
+from megatron_iiet.data.shard_list import write_shards
+from megatron_iiet.data.tokenizer import tokenizer_digest
+from megatron_iiet.parallel import ParallelContext
+from megatron_iiet.parallel.launch import launch_environment
+from megatron_iiet.training import checkpoint
+from megatron_iiet.training.callbacks import Callback
+from megatron_iiet.training.corpora import describe_corpora, open_corpora
+from megatron_iiet.training.engine import StepResult
+from megatron_iiet.training.loop import train
+from megatron_iiet.training.metrics import read_log
+from megatron_iiet.training.pretrain import prepare, reconciled_ds_config
+from megatron_iiet.training.run import Run
+from tests.distributed.harness import RanksFailedError, run_ranks
+from tests.distributed.runs import as_data, ds_json, pretrain_rank
+from tests.tiny import make_data, tiny_config, write_shard
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Three corpora: shard (120 documents), more (60) and held_out (30)."""
+    folder = tmp_path_factory.mktemp("data")
+    write_shard(folder / "more", documents=60, seed=1)
+    write_shard(folder / "held_out", documents=30, seed=2)
+    return make_data(folder)
+
+
+@pytest.fixture
+def configured(data: dict[str, str], tmp_path: Path) -> Callable[..., RunConfig]:
+    """A run on the corpora; ``blend`` is {name: weight}."""
+    folder = Path(data["prefix"]).parent
+
+    def make(blend: dict[str, float] | None = None, output: str = "run", **sections: Any) -> RunConfig:
+        own = {"tokenizer": data["tokenizer"]}
+        if blend is None:
+            own["prefix"] = data["prefix"]
+        else:
+            sections["data"] = {"blend": {str(folder / k): v for k, v in blend.items()}} | sections.get(
+                "data", {}
+            )
+        if "validation_prefix" in sections.get("data", {}):
+            sections["data"]["validation_prefix"] = str(folder / sections["data"]["validation_prefix"])
+        return tiny_config(own, tmp_path / output, **sections)
+
+    return make
+
+
+def test_one_prefix_is_a_blend_of_one(configured: Callable[..., RunConfig]) -> None:
+    config = configured()
+    corpora = open_corpora(config.data)
+    assert (corpora.prefixes, corpora.names, corpora.weights) == ([config.data.prefix], ["shard"], [1.0])
+    n = len(corpora.train[0])
+    assert describe_corpora(config, corpora).splitlines() == [
+        "data: windows of 16 tokens; 8 steps read",
+        f"  {config.data.prefix}: {n} samples, {64 / n:.3g} times (1 of the batches)",
+    ]
+
+
+def test_a_blend_is_described(configured: Callable[..., RunConfig]) -> None:
+    config = configured({"shard": 3, "more": 1}, training={"steps": 1600}, data={"documents": "pack"})
+    corpora = open_corpora(config.data)
+    assert corpora.names == ["shard", "more"]
+    large, small = map(len, corpora.train)
+    lines = describe_corpora(config, corpora).splitlines()
+    assert lines[0] == "data: packed samples of 16 tokens; 1600 steps read"
+    assert f"/shard: {large} samples, {9600 / large:.3g} times (0.75 of the batches)" in lines[1]
+    assert f"shard is read {9600 / large:.1f} times; more than 4 cost quality" in lines[2]
+    assert f"/more: {small} samples, {3200 / small:.3g} times (0.25 of the batches)" in lines[3]
+    assert "more is read" in lines[4]
+
+
+def test_validation_on_a_corpus_of_its_own(configured: Callable[..., RunConfig]) -> None:
+    """All documents of the others train then."""
+    config = configured({"shard": 3, "more": 1}, data={"validation_prefix": "held_out"})
+    corpora = open_corpora(config.data)
+    assert [part.num_tokens for part in corpora.train] == [part.stream.num_tokens for part in corpora.train]
+    (held_out,) = corpora.validation
+    assert held_out.stream.prefix == config.data.validation_prefix
+    assert (held_out.num_tokens, corpora.validation_weights) == (held_out.stream.num_tokens, [1.0])
+    assert describe_corpora(config, corpora).splitlines()[-1] == (
+        f"  validation: {len(held_out)} samples of {config.data.validation_prefix}; all documents of the "
+        "others train, data.split has no effect"
+    )
+
+
+def test_validation_on_the_blend_and_on_nothing(configured: Callable[..., RunConfig]) -> None:
+    corpora = open_corpora(configured({"shard": 3, "more": 1}).data)
+    assert [part.num_tokens > 0 for part in corpora.validation] == [True, True]
+    assert corpora.validation_weights == [3, 1]
+    corpora = open_corpora(configured({"shard": 3, "more": 1}, data={"split": [1.0, 0.0, 0.0]}).data)
+    assert (corpora.validation, corpora.validation_weights) == ([], [])
+
+
+def test_names_that_are_the_same(tmp_path: Path, data: dict[str, str]) -> None:
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        write_shard(tmp_path / name / "text", documents=20)
+    blend = {str(tmp_path / name / "text"): 1.0 for name in ("one", "two")}
+    config = tiny_config({"tokenizer": data["tokenizer"]}, tmp_path / "run", data={"blend": blend})
+    assert open_corpora(config.data).names == list(blend)
+
+
+def test_a_weight_too_small_to_deal(configured: Callable[..., RunConfig]) -> None:
+    with pytest.raises(ValueError, match="The weight 1e-07 of the blend is less than 1/100000"):
+        open_corpora(configured({"shard": 1, "more": 1e-7}).data)
+
+
+def with_tokenizer(prefix: Path, digest: str) -> Path:
+    """A corpus that says which tokenizer made it."""
+    with IndexedDatasetWriter(prefix, 96) as writer:
+        writer.add_documents(np.arange(4000) % 96, [40] * 100)
+        shard = writer.close()
+        dtype = writer.dtype
+    info = {"tokenizer": {"file": "other.model", "digest": digest, "vocab_size": 96, "eod_id": 2}}
+    write_shards(prefix, [shard], dtype, info)
+    return prefix
+
+
+@pytest.mark.parametrize("place", ["prefix", "blend", "validation_prefix"])
+def test_another_tokenizer(place: str, data: dict[str, str], tmp_path: Path) -> None:
+    """One that made a corpus must be the one of the run; a corpus that does not say is believed."""
+    right = str(with_tokenizer(tmp_path / "right", tokenizer_digest(data["tokenizer"])))
+    wrong = str(with_tokenizer(tmp_path / "wrong", "ab" * 16))
+    settings: dict[str, dict[str, Any]] = {
+        "prefix": {"prefix": wrong},
+        "blend": {"blend": {data["prefix"]: 1.0, right: 1.0, wrong: 1.0}},
+        "validation_prefix": {"prefix": right, "validation_prefix": wrong},
+    }
+    config = tiny_config({"tokenizer": data["tokenizer"]}, tmp_path / "run", data=settings[place])
+    with pytest.raises(ConfigError) as caught:
+        open_corpora(config.data)
+    assert str(caught.value) == (
+        f"the corpus {wrong} was made with the tokenizer other.model (digest {'ab' * 16}), but "
+        f"data.tokenizer is {data['tokenizer']} (digest {tokenizer_digest(data['tokenizer'])}); give the "
+        "tokenizer that made the corpus, or make it again with this one"
+    )
+    fine = tiny_config({"tokenizer": data["tokenizer"]}, tmp_path / "run", data={"prefix": right})
+    assert len(open_corpora(fine.data).train[0]) > 0
+
+
+@pytest.mark.parametrize(
+    ("blend", "sections", "message"),
+    [
+        (
+            {"shard": 2, "more": 1},
+            {"data": {"documents": "reset"}},
+            "data.documents is ignore there and reset here",
+        ),
+        (
+            {"shard": 2, "more": 1},
+            {"data": {"sequence_length": 8}},
+            "data.sequence_length is 16 there and 8 here",
+        ),
+        (
+            {"shard": 2, "more": 1.5},
+            {},
+            r"data.blend has the weights \[2.0, 1.0\] there and \[2.0, 1.5\] here",
+        ),
+        ({"more": 1, "shard": 2}, {}, r"data.blend has the weights \[2.0, 1.0\] there and \[1.0, 2.0\] here"),
+        (None, {}, r"data.blend has the weights \[2.0, 1.0\] there and \[1.0\] here"),
+        ({"shard": 4, "more": 2}, {}, None),
+        ({"shard": 2, "held_out": 1}, {}, None),  # other data is seen by its size, when it is opened
+    ],
+)
+def test_resuming_in_another_order_of_samples(
+    blend: dict[str, float] | None,
+    sections: dict[str, Any],
+    message: str | None,
+    configured: Callable[..., RunConfig],
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "step").mkdir()
+    state = checkpoint.TrainState(5, {"samples": 40, "windows": [1, 2]}, {})
+    checkpoint.write_metadata(tmp_path / "step", configured({"shard": 2, "more": 1}), state)
+    assert checkpoint.read_state(tmp_path / "step") == state
+    config = configured(blend, **sections)
+    if message is None:
+        checkpoint.check_resumable(tmp_path / "step", config)
+        return
+    with pytest.raises(ConfigError, match=f"is a place in another order of samples: {message}; restore"):
+        checkpoint.check_resumable(tmp_path / "step", config)
+
+
+def test_a_checkpoint_of_the_format_before(configured: Callable[..., RunConfig], tmp_path: Path) -> None:
+    (tmp_path / "step").mkdir()
+    state = checkpoint.TrainState(5, {"epoch": 1, "sample": 40}, {})
+    checkpoint.write_metadata(tmp_path / "step", configured(), state)
+    path = tmp_path / "step" / "state.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 2}))
+    assert checkpoint.read_state(tmp_path / "step") == state
+
+
+def curve(folder: Path) -> dict[int, tuple[str, ...]]:
+    """Loss, gradient norm and validation loss of every step, in hexadecimal."""
+    keys = ("loss", "grad_norm", "validation_loss")
+    return {step: tuple(v[k].hex() for k in keys if k in v) for step, v in read_log(folder).items()}
+
+
+@pytest.mark.parametrize(
+    "documents", ["pack", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("ignore", "reset"))]
+)
+def test_a_blended_run_resumes_to_the_bit(
+    documents: str, configured: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    """Two ranks; stopped after 3 of 6 steps. The epochs read so far are in the log."""
+    blend, own = {"shard": 0.7, "more": 0.3}, {"documents": documents}
+    whole = configured(blend, "whole", data=dict(own), training={"steps": 6})
+    run_ranks(pretrain_rank, 2, as_data(whole), ds_json(tmp_path, 1))
+    for stop in (3, None):
+        part = configured(blend, "parts", data=dict(own), training={"steps": 6, "stop_after": stop})
+        run_ranks(pretrain_rank, 2, as_data(part), ds_json(tmp_path, 1))
+    assert curve(tmp_path / "parts") == curve(tmp_path / "whole")
+    lengths = [len(part) for part in open_corpora(whole.data).train]
+    log = read_log(tmp_path / "whole")
+    assert log[6]["epoch/shard"] == 34 / lengths[0]  # of 48 samples
+    assert log[6]["epoch/more"] == 14 / lengths[1]
+
+
+def test_resuming_on_other_data(configured: Callable[..., RunConfig], tmp_path: Path) -> None:
+    first = configured({"shard": 2, "more": 1}, training={"stop_after": 1})
+    run_ranks(pretrain_rank, 1, as_data(first), ds_json(tmp_path, 1))
+    other = configured({"shard": 2, "held_out": 1})
+    with pytest.raises(
+        RanksFailedError, match=r"ValueError: The checkpoint was trained on .* windows, but the"
+    ):
+        run_ranks(pretrain_rank, 1, as_data(other), ds_json(tmp_path, 1))
+
+
+class Tear(Callback):
+    """Cuts a file short after the third step."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def on_step(self, run: Run, result: StepResult) -> None:
+        if run.step == 3:
+            os.truncate(self.file, 1000)
+
+
+def pretrain_and_tear(config: dict[str, Any], ds_path: Path, file: Path) -> None:
+    loaded = LoadedConfig(config_from_dict(config), None, ds_path)
+    ds_config = reconciled_ds_config(loaded, launch_environment().world_size)
+    with ParallelContext.start(loaded.config.parallel) as context:
+        run, callbacks = prepare(loaded.config, ds_config, context)
+        train(run, [*callbacks, Tear(file)])
+
+
+@pytest.mark.parametrize("threads", [0, 2])
+def test_an_error_while_reading_ends_the_run(
+    threads: int, data: dict[str, str], configured: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    """With the sample and the corpus by name; no rank waits for ever."""
+    write_shard(tmp_path / "torn", documents=400)
+    paths = {"prefix": str(tmp_path / "torn"), "tokenizer": data["tokenizer"], "num_workers": threads}
+    config = tiny_config(paths, tmp_path / "run", training={"steps": 500})
+    message = r"RuntimeError: sample \d+ \(window \d+ of .*torn\) could not be read: .*torn\.bin"
+    with pytest.raises(RanksFailedError, match=message):
+        run_ranks(pretrain_and_tear, 2, as_data(config), ds_json(tmp_path, 1), tmp_path / "torn.bin")
+    assert 3 <= max(read_log(tmp_path / "run")) < 30

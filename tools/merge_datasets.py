@@ -1,0 +1,53 @@
+#!/usr/bin/env python
+"""Join tokenized corpora (pairs .bin/.idx or shard lists .shards) into one."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+
+from megatron_iiet.data.merge import MergeOptions, merge
+
+
+def parse_arguments() -> MergeOptions:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--inputs",
+        nargs="+",
+        required=True,
+        metavar="PREFIX",
+        help="prefixes of corpora, or quoted globs of prefixes; joined in this order",
+    )
+    parser.add_argument("--output-prefix", required=True, help="writes OUTPUT_PREFIX.bin, .idx and .shards")
+    parser.add_argument(
+        "--by-reference",
+        action="store_true",
+        help="write only OUTPUT_PREFIX.shards, which names the inputs' pairs where they are",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace a corpus of that prefix")
+    arguments = parser.parse_args()
+    return MergeOptions(
+        inputs=arguments.inputs,
+        output_prefix=arguments.output_prefix,
+        by_reference=arguments.by_reference,
+        overwrite=arguments.overwrite,
+    )
+
+
+def main() -> int:
+    options = parse_arguments()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # leave through the clean-up of what was begun
+    try:
+        print(merge(options))
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("error: interrupted; nothing was written.", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
