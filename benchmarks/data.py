@@ -37,11 +37,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import zstandard
 
-from megatron_iiet.data.indexed_writer import IndexedDatasetWriter
+from megatron_iiet.data.corpora.indexed_writer import IndexedDatasetWriter
 
 if TYPE_CHECKING:
-    from megatron_iiet.data.batches import TrainBatches
-    from megatron_iiet.data.order import SampleOrder
+    from megatron_iiet.data.loader.batches import TrainBatches
+    from megatron_iiet.data.loader.order import SampleOrder
 
 T, B = 2048, 8
 ROOT = Path(__file__).resolve().parents[1]
@@ -237,7 +237,7 @@ def memory(arguments: argparse.Namespace, work: Path) -> dict[str, object]:
 
 def opening(arguments: argparse.Namespace, work: Path) -> dict[str, object]:
     """Seconds until a training process holds its first batch, by size of the corpus."""
-    from megatron_iiet.data.shards import Shard, write_shards
+    from megatron_iiet.data.corpora.shards import Shard, write_shards
 
     small = work / "small_text_document"
     with IndexedDatasetWriter(small, 32000) as writer:
@@ -273,7 +273,7 @@ def opening(arguments: argparse.Namespace, work: Path) -> dict[str, object]:
 
 def open_once(prefix: Path) -> None:
     """What a training process does with its corpus before the first step; prints the seconds."""
-    import megatron_iiet.data.batches  # noqa: F401  # importing torch is not opening a corpus
+    import megatron_iiet.data.loader.batches  # noqa: F401  # importing torch is not opening a corpus
 
     start = time.perf_counter()
     batches = batches_of(prefix)
@@ -284,8 +284,8 @@ def open_once(prefix: Path) -> None:
 
 def batches_of(prefix: Path, *, documents: str = "ignore", num_workers: int = 0) -> TrainBatches:
     """The training loader on a corpus: micro-batches of 8 x (2048 + 1) tokens."""
-    from megatron_iiet.data.batches import TrainBatches
-    from megatron_iiet.data.samples import build_splits
+    from megatron_iiet.data.loader.batches import TrainBatches
+    from megatron_iiet.data.loader.samples import build_splits
 
     return TrainBatches(
         [build_splits(prefix, T, [0.98, 0.01, 0.01], documents).train],
@@ -300,7 +300,7 @@ def batches_of(prefix: Path, *, documents: str = "ignore", num_workers: int = 0)
 
 def loader(arguments: argparse.Namespace, work: Path) -> dict[str, object]:
     """Samples per second, ours in every mode and Megatron's; the share of our order in the time."""
-    from megatron_iiet.data.order import SampleOrder
+    from megatron_iiet.data.loader.order import SampleOrder
 
     prefix = work / "loader_text_document"
     rng = np.random.default_rng(0)

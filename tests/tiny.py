@@ -10,10 +10,10 @@ import numpy as np
 import torch
 
 from megatron_iiet.config import RunConfig, config_from_dict
-from megatron_iiet.data.batches import ValidationBatches
-from megatron_iiet.data.indexed import IndexedDatasetWriter
-from megatron_iiet.data.samples import build_splits
-from megatron_iiet.data.tokenizer_training import train_tokenizer
+from megatron_iiet.data.corpora.indexed import IndexedDatasetWriter
+from megatron_iiet.data.loader.batches import ValidationBatches
+from megatron_iiet.data.loader.samples import build_splits
+from megatron_iiet.data.tokenizers.training import train_tokenizer
 from megatron_iiet.models import Transformer
 from megatron_iiet.training.inputs import inputs_of
 

@@ -21,7 +21,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     from megatron_iiet import models
-    from megatron_iiet.data.tokenizer import load_tokenizer
+    from megatron_iiet.data.tokenizers.loading import load_tokenizer
     from megatron_iiet.evaluation.sampling import sample_text
     from megatron_iiet.ops import resolve_backend
 

@@ -8,9 +8,9 @@ import json
 import sys
 from typing import Any
 
-from megatron_iiet.data.inspection import Summary, summarize
-from megatron_iiet.data.tokenizer import load_tokenizer
-from megatron_iiet.data.verification import verify
+from megatron_iiet.data.corpora.inspection import Summary, summarize
+from megatron_iiet.data.corpora.verification import verify
+from megatron_iiet.data.tokenizers.loading import load_tokenizer
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -7,7 +7,7 @@ import argparse
 import signal
 import sys
 
-from megatron_iiet.data.merge import MergeOptions, merge
+from megatron_iiet.data.corpora.merge import MergeOptions, merge
 
 
 def parse_arguments() -> MergeOptions:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from megatron_iiet.data.tokenizer_training import train_tokenizer
+from megatron_iiet.data.tokenizers.training import train_tokenizer
 
 
 def main() -> int:

@@ -1,8 +1,8 @@
-"""From text to batches: documents -> token shards (``.bin``/``.idx``) -> windows -> micro-batches.
+"""From text to batches: documents -> token shards (``.bin``/``.idx``) -> samples -> micro-batches.
 
-The files, in the order the data flows: :mod:`text` (read documents), :mod:`tokenizer`, :mod:`preprocess`
-(documents to shards), :mod:`indexed` (the shard format), :mod:`samples` (windows and splits),
-:mod:`permutation` (order without an index), :mod:`batches` (micro-batches and resume).
+In the order the data flows: :mod:`reading` (files to rows of text), :mod:`tokenizers`, :mod:`preprocess`
+(rows to shards, on many machines), :mod:`corpora` (the shards: format, lists, merging, verification),
+:mod:`loader` (samples, their order, batches). :mod:`docstrings` is a corpus that every installation has.
 
-Nothing is imported here, so that preprocessing workers never pay for importing torch.
+Nothing is imported here, and torch only in :mod:`loader`, so that preprocessing workers never pay for it.
 """

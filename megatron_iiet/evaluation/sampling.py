@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megatron_iiet.data.tokenizer import Tokenizer
+from megatron_iiet.data.tokenizers.loading import Tokenizer
 from megatron_iiet.models.transformer import Transformer
 
 

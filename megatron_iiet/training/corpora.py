@@ -8,9 +8,9 @@ from pathlib import Path
 
 from megatron_iiet.config import ConfigError, RunConfig
 from megatron_iiet.config.schema import DataConfig
-from megatron_iiet.data.blend import Blend
-from megatron_iiet.data.samples import Samples, build_splits
-from megatron_iiet.data.tokenizer import tokenizer_digest
+from megatron_iiet.data.loader.blend import Blend
+from megatron_iiet.data.loader.samples import Samples, build_splits
+from megatron_iiet.data.tokenizers.loading import tokenizer_digest
 
 MANY_EPOCHS = 4
 """Times a corpus may be read before repetition clearly costs quality (Muennighoff et al. 2023)."""

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from megatron_iiet.data.batches import Batch, ValidationBatch
+from megatron_iiet.data.loader.batches import Batch, ValidationBatch
 from megatron_iiet.parallel.vocabulary import IGNORED
 
 

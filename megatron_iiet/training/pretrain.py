@@ -16,8 +16,8 @@ from megatron_iiet.config import (
 )
 from megatron_iiet.config.combinations import check_combination
 from megatron_iiet.config.deepspeed import load_ds_config, reconcile
-from megatron_iiet.data.batches import TrainBatches, ValidationBatches
-from megatron_iiet.data.tokenizer import load_tokenizer
+from megatron_iiet.data.loader.batches import TrainBatches, ValidationBatches
+from megatron_iiet.data.tokenizers.loading import load_tokenizer
 from megatron_iiet.ops import resolve_backend
 from megatron_iiet.parallel import ParallelContext
 from megatron_iiet.parallel.launch import launch_environment

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_iiet.config import RunConfig
-from megatron_iiet.data.batches import TrainBatches
+from megatron_iiet.data.loader.batches import TrainBatches
 from megatron_iiet.parallel import ParallelContext
 from megatron_iiet.training import checkpoint
 from megatron_iiet.training.engine import Engine

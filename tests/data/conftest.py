@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_iiet.data.indexed import IndexedDatasetWriter
-from megatron_iiet.data.tokenizer_training import train_tokenizer
+from megatron_iiet.data.corpora.indexed import IndexedDatasetWriter
+from megatron_iiet.data.tokenizers.training import train_tokenizer
 from tests.data.inputs import jsonl, make_texts
 
 

@@ -17,10 +17,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_iiet.data.batches import Batch, TrainBatches, ValidationBatches
-from megatron_iiet.data.indexed import IndexedDatasetWriter
-from megatron_iiet.data.order import SampleOrder
-from megatron_iiet.data.samples import KINDS, Samples, TokenWindows, build_splits
+from megatron_iiet.data.corpora.indexed import IndexedDatasetWriter
+from megatron_iiet.data.loader.batches import Batch, TrainBatches, ValidationBatches
+from megatron_iiet.data.loader.order import SampleOrder
+from megatron_iiet.data.loader.samples import KINDS, Samples, TokenWindows, build_splits
 
 Int64Array = npt.NDArray[np.int64]
 T = 2
@@ -261,7 +261,7 @@ def test_the_order_is_computed_in_blocks(
     """Of any number of samples; nothing shows."""
     options: dict[str, Any] = {"rank": 1, "ranks": 2, "micro_batch_size": 2}
     expected = list(islice(batches([numbered(37, documents)], **options), 40))
-    monkeypatch.setattr("megatron_iiet.data.batches._ORDERED_AT_ONCE", at_once)
+    monkeypatch.setattr("megatron_iiet.data.loader.batches._ORDERED_AT_ONCE", at_once)
     found = list(islice(batches([numbered(37, documents)], **options), 40))
     assert [windows(batch) for batch in found] == [windows(batch) for batch in expected]
     assert [batch.count for batch in found] == [batch.count for batch in expected]

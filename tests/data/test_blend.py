@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_iiet.data import blend
-from megatron_iiet.data.blend import BLOCK, Blend
+from megatron_iiet.data.loader import blend
+from megatron_iiet.data.loader.blend import BLOCK, Blend
 
 DECIMALS = st.decimals(min_value="0.001", max_value=9, places=3).map(float)
 SLIMPAJAMA = [0.522, 0.267, 0.0522, 0.042, 0.033, 0.05, 0.0338]

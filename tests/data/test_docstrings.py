@@ -10,7 +10,7 @@ import pytest
 
 from megatron_iiet.data import docstrings
 from megatron_iiet.data.docstrings import SET_NAME, build_corpus, extract, installed_packages, prose_share
-from megatron_iiet.data.text import iter_documents, parse_rows, read_chunks
+from megatron_iiet.data.reading.text import iter_documents, parse_rows, read_chunks
 from tests.data.inputs import make_texts
 
 PROSE = "This function returns the number of things that were found in the folder when it was called."

@@ -18,11 +18,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from megatron_iiet.data.fast_encoder import BoundedEncoder, FastEncoder, fast_encoder
-from megatron_iiet.data.hard_texts import hard_texts
-from megatron_iiet.data.sentencepiece_tokenizer import SentencePieceTokenizer
-from megatron_iiet.data.tokenizer import Tokenizer, load_encoder, load_tokenizer
-from megatron_iiet.data.tokenizer_base import NotSupportedError, TextTokenizer
+from megatron_iiet.data.tokenizers.base import NotSupportedError, TextTokenizer
+from megatron_iiet.data.tokenizers.fast import BoundedEncoder, FastEncoder, fast_encoder
+from megatron_iiet.data.tokenizers.hard_texts import hard_texts
+from megatron_iiet.data.tokenizers.loading import Tokenizer, load_encoder, load_tokenizer
+from megatron_iiet.data.tokenizers.sentencepiece import SentencePieceTokenizer
 from tests.data.inputs import make_texts
 
 FAST = "gigatoken (checked against sentencepiece)"
@@ -303,14 +303,14 @@ class TestMemory:
             "import sys\n"
             "from pathlib import Path\n"
             "import numpy as np\n"
-            "from megatron_iiet.data import fast_encoder\n"
-            f"encoder = fast_encoder.BoundedEncoder(Path({str(definition)!r}).read_bytes(), {limit})\n"
+            "from megatron_iiet.data.tokenizers import fast\n"
+            f"encoder = fast.BoundedEncoder(Path({str(definition)!r}).read_bytes(), {limit})\n"
             "encoder.encode('load')\n"
-            "start, most, loads = fast_encoder._private_memory(), 0, 1\n"
+            "start, most, loads = fast._private_memory(), 0, 1\n"
             "for block in range(60):\n"
             "    numbers = np.random.default_rng(block).integers(0, 1 << 40, 25_000)\n"
             "    encoder.encode(' '.join(map(hex, numbers)))\n"
-            "    most = max(most, fast_encoder._private_memory())\n"
+            "    most = max(most, fast._private_memory())\n"
             "    loads += encoder._encode is None\n"
             "print(most - start, loads)"
         )
@@ -339,7 +339,7 @@ class TestMemory:
     def test_where_memory_cannot_be_measured(
         self, llama: tuple[TextTokenizer, Tokenizer], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        from megatron_iiet.data import fast_encoder as module
+        from megatron_iiet.data.tokenizers import fast as module
 
         monkeypatch.setattr(module, "_private_memory", lambda: None)
         encoder = BoundedEncoder(llama[0].gigatoken_definition()[0])

@@ -18,8 +18,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from megatron_iiet.data import mmididx
-from megatron_iiet.data.indexed import (
+from megatron_iiet.data.corpora import mmididx
+from megatron_iiet.data.corpora.indexed import (
     MAGIC,
     IndexedDataset,
     IndexedDatasetWriter,
@@ -27,8 +27,8 @@ from megatron_iiet.data.indexed import (
     idx_path,
     shards_path,
 )
-from megatron_iiet.data.indexed_writer import DigestedFile, write_index
-from megatron_iiet.data.mmididx import DocumentIndex, Shard
+from megatron_iiet.data.corpora.indexed_writer import DigestedFile, write_index
+from megatron_iiet.data.corpora.mmididx import DocumentIndex, Shard
 from tests.data.crash import run_until_killed
 
 MakeShard = Callable[..., Path]
@@ -181,7 +181,7 @@ def test_document_starts_of_any_pair(
 def test_blocks_are_seamless(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything that works in blocks, in blocks of three entries or tokens."""
     monkeypatch.setattr(mmididx, "BLOCK_ENTRIES", 3)
-    monkeypatch.setattr("megatron_iiet.data.indexed_writer.BLOCK_ENTRIES", 3)
+    monkeypatch.setattr("megatron_iiet.data.corpora.indexed_writer.BLOCK_ENTRIES", 3)
     monkeypatch.setattr(mmididx, "BLOCK_BYTES", 6)
     lengths = [2, 1, 7, 3, 1, 1, 4, 2]
     with IndexedDatasetWriter(tmp_path / "a", 100) as writer:

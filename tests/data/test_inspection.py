@@ -15,12 +15,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_iiet.data import mmididx, shard_list
-from megatron_iiet.data.indexed import IndexedDatasetWriter, bin_path, idx_path, shards_path
-from megatron_iiet.data.inspection import LengthCounts, summarize
-from megatron_iiet.data.shards import ShardedDataset, write_shards
-from megatron_iiet.data.tokenizer import load_tokenizer, tokenizer_digest
-from megatron_iiet.data.verification import MAX_DEFECTS, Verification, verify
+from megatron_iiet.data.corpora import mmididx, shard_list
+from megatron_iiet.data.corpora.indexed import IndexedDatasetWriter, bin_path, idx_path, shards_path
+from megatron_iiet.data.corpora.inspection import LengthCounts, summarize
+from megatron_iiet.data.corpora.shards import ShardedDataset, write_shards
+from megatron_iiet.data.corpora.verification import MAX_DEFECTS, Verification, verify
+from megatron_iiet.data.tokenizers.loading import load_tokenizer, tokenizer_digest
 
 EOD = 2
 

@@ -15,18 +15,18 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from megatron_iiet.data.indexed import (
+from megatron_iiet.data.corpora.indexed import (
     IndexedDataset,
     IndexedDatasetWriter,
     bin_path,
     idx_path,
     shards_path,
 )
-from megatron_iiet.data.indexed_writer import DigestedFile, write_index
-from megatron_iiet.data.merge import MergeOptions, expand_corpora, merge, shifted
-from megatron_iiet.data.mmididx import DocumentIndex
-from megatron_iiet.data.shards import ShardedDataset, open_corpus, write_shards
-from megatron_iiet.data.verification import verify
+from megatron_iiet.data.corpora.indexed_writer import DigestedFile, write_index
+from megatron_iiet.data.corpora.merge import MergeOptions, expand_corpora, merge, shifted
+from megatron_iiet.data.corpora.mmididx import DocumentIndex
+from megatron_iiet.data.corpora.shards import ShardedDataset, open_corpus, write_shards
+from megatron_iiet.data.corpora.verification import verify
 from tests.data.crash import run_until_killed
 from tests.data.test_indexed import listing, write_pair
 

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_iiet.data.blend import Blend
-from megatron_iiet.data.order import SampleOrder
-from megatron_iiet.data.permutation import Permutation
+from megatron_iiet.data.loader.blend import Blend
+from megatron_iiet.data.loader.order import SampleOrder
+from megatron_iiet.data.loader.permutation import Permutation
 
 
 @settings(max_examples=40, deadline=None)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_iiet.data.packing import Packing, cut, pack
+from megatron_iiet.data.loader.packing import Packing, cut, pack
 
 
 def bins_of(packing: Packing) -> list[list[tuple[int, int]]]:

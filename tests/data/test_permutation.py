@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_iiet.data.permutation import EpochPermutations, Permutation
+from megatron_iiet.data.loader.permutation import EpochPermutations, Permutation
 
 INT64 = st.integers(-(2**63), 2**63 - 1)
 

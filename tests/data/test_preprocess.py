@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_iiet.data.indexed import IndexedDataset
+from megatron_iiet.data.corpora.indexed import IndexedDataset
+from megatron_iiet.data.corpora.shards import ShardedDataset, open_corpus
 from megatron_iiet.data.preprocess import PreprocessOptions, PreprocessReport, preprocess
-from megatron_iiet.data.shards import ShardedDataset, open_corpus
-from megatron_iiet.data.tokenizer import load_tokenizer, tokenizer_digest
+from megatron_iiet.data.tokenizers.loading import load_tokenizer, tokenizer_digest
 from tests.data.inputs import make_texts
 from tests.data.preprocess_runs import ROOT, documents, leftovers, published, run_tool, write_rows
 

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from megatron_iiet.data.preprocess import PreprocessOptions, PreprocessReport, dedup, preprocess
 from megatron_iiet.data.preprocess.dedup import DigestFiles, Duplicates, find_duplicates
 from megatron_iiet.data.preprocess.filters import Filters, text_digest
-from megatron_iiet.data.sources import InputFile
-from megatron_iiet.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_iiet.data.reading.sources import InputFile
+from megatron_iiet.data.tokenizers.loading import Tokenizer, load_tokenizer
 from tests.data.inputs import make_texts
 from tests.data.preprocess_runs import documents, write_rows
 

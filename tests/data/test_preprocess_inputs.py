@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron_iiet.data.preprocess import PreprocessOptions, preprocess
-from megatron_iiet.data.tokenizer import load_tokenizer
+from megatron_iiet.data.tokenizers.loading import load_tokenizer
 from tests.data.inputs import GOOD_TEXTS, INPUT_CASES, InputCase, jsonl
 from tests.data.preprocess_runs import documents, leftovers, published, run_tool
 

@@ -8,7 +8,7 @@ import pytest
 
 from megatron_iiet.data.preprocess.options import PreprocessOptions, parse_count, share_of_work
 from megatron_iiet.data.preprocess.plan import share
-from megatron_iiet.data.sources import InputFile
+from megatron_iiet.data.reading.sources import InputFile
 from tests.data.preprocess_runs import run_tool
 
 

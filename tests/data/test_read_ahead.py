@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from megatron_iiet.data.read_ahead import ReadAhead
+from megatron_iiet.data.loader.read_ahead import ReadAhead
 
 
 class Call:
@@ -117,7 +117,7 @@ def test_closing_twice() -> None:
 PROGRAM = """
 import sys, time
 from itertools import count
-from megatron_iiet.data.read_ahead import ReadAhead
+from megatron_iiet.data.loader.read_ahead import ReadAhead
 from tests.data.test_read_ahead import Call
 results = ReadAhead((Call(time.sleep, n) for n in map(float, {numbers})), 1, 600)
 {then}

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from megatron_iiet.data.indexed import IndexedDataset
-from megatron_iiet.data.samples import (
+from megatron_iiet.data.corpora.indexed import IndexedDataset
+from megatron_iiet.data.loader.samples import (
     KINDS,
     DocumentWindows,
     PackedSamples,

@@ -17,9 +17,15 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from megatron_iiet.data import shard_list
-from megatron_iiet.data.indexed import IndexedDataset, IndexedDatasetWriter, bin_path, idx_path, shards_path
-from megatron_iiet.data.shards import Shard, ShardedDataset, ShardList, open_corpus, write_shards
+from megatron_iiet.data.corpora import shard_list
+from megatron_iiet.data.corpora.indexed import (
+    IndexedDataset,
+    IndexedDatasetWriter,
+    bin_path,
+    idx_path,
+    shards_path,
+)
+from megatron_iiet.data.corpora.shards import Shard, ShardedDataset, ShardList, open_corpus, write_shards
 from tests.data.crash import run_until_killed
 
 WriteCorpus = Callable[..., Path]

@@ -12,8 +12,8 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from megatron_iiet.data.sources import InputFile, list_dataset, list_inputs, open_input
-from megatron_iiet.data.text import iter_documents, read_chunks
+from megatron_iiet.data.reading.sources import InputFile, list_dataset, list_inputs, open_input
+from megatron_iiet.data.reading.text import iter_documents, read_chunks
 from tests.data.hub_server import REVISION, serve_hub
 from tests.data.inputs import GOOD, INPUT_CASES, InputCase, jsonl, zstd
 
@@ -258,8 +258,8 @@ def test_bad_datasets(dataset: Path, tmp_path: Path) -> None:
 
 ASK_HUB = """
 import json, sys
-from megatron_iiet.data.sources import list_dataset
-from megatron_iiet.data.text import iter_documents
+from megatron_iiet.data.reading.sources import list_dataset
+from megatron_iiet.data.reading.text import iter_documents
 for name, split, streaming in json.loads(sys.argv[1]):
     try:
         files = list_dataset(name, split, streaming)
@@ -327,9 +327,9 @@ def test_no_hub_in_reach(tmp_path: Path) -> None:
 
 def test_reading_needs_no_heavy_import() -> None:
     """Workers start with this module; the libraries of stores and datasets are for those who use them."""
-    code = "import sys, megatron_iiet.data.text; print(*sys.modules)"
+    code = "import sys, megatron_iiet.data.reading.text; print(*sys.modules)"
     modules = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     ).stdout.split()
-    assert "megatron_iiet.data.sources" in modules
+    assert "megatron_iiet.data.reading.sources" in modules
     assert not {"torch", "datasets", "fsspec", "huggingface_hub", "pyarrow", "pandas"} & set(modules)

@@ -14,10 +14,10 @@ import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from megatron_iiet.data import compression
-from megatron_iiet.data.long_text import LongText
-from megatron_iiet.data.sources import list_inputs
-from megatron_iiet.data.text import (
+from megatron_iiet.data.reading import compression
+from megatron_iiet.data.reading.long_text import LongText
+from megatron_iiet.data.reading.sources import list_inputs
+from megatron_iiet.data.reading.text import (
     LONG_LINE_BYTES,
     Chunk,
     Reject,
@@ -128,7 +128,7 @@ def test_chunks_lose_nothing(
     (tmp_path / name).write_bytes(PACK[name](content.encode()))
     with (
         patch.object(compression, "READ_BYTES", block_bytes),
-        patch("megatron_iiet.data.text.LONG_LINE_BYTES", long_line_bytes),
+        patch("megatron_iiet.data.reading.text.LONG_LINE_BYTES", long_line_bytes),
     ):
         chunks = list(read_chunks(tmp_path / name, chunk_bytes))
         parsed = [parse_rows(chunk, ["text"]) for chunk in chunks]

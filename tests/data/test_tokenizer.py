@@ -17,18 +17,18 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from megatron_iiet.data import tokenizer_base
-from megatron_iiet.data.hard_texts import HARD_TEXTS as HARDER_TEXTS
-from megatron_iiet.data.tiktoken_tokenizer import PRESETS, read_ranks
-from megatron_iiet.data.tokenizer import (
+from megatron_iiet.data.tokenizers import base
+from megatron_iiet.data.tokenizers.base import TextTokenizer
+from megatron_iiet.data.tokenizers.hard_texts import HARD_TEXTS as HARDER_TEXTS
+from megatron_iiet.data.tokenizers.loading import (
     Tokenizer,
     load_encoder,
     load_tokenizer,
     split_text,
     tokenizer_digest,
 )
-from megatron_iiet.data.tokenizer_base import TextTokenizer
-from megatron_iiet.data.tokenizer_training import train_tokenizer
+from megatron_iiet.data.tokenizers.tiktoken import PRESETS, read_ranks
+from megatron_iiet.data.tokenizers.training import train_tokenizer
 from tests.data.inputs import jsonl, make_texts
 
 HARD_TEXTS = [
@@ -111,7 +111,7 @@ def test_giant_texts_in_parts(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPa
     text = "\n".join(make_texts(30))
     whole = tokenizer.encode(text)
     assert tokenizer.encode_parts(split_text(text, 200)).tolist() == whole.tolist()
-    monkeypatch.setattr(tokenizer_base, "MAX_PART_CHARACTERS", 200)
+    monkeypatch.setattr(base, "MAX_PART_CHARACTERS", 200)
     monkeypatch.setattr(split_text, "__defaults__", (200,))
     assert tokenizer.encode(text).tolist() == whole.tolist()
     assert tokenizer.encode_packed(["ba", text, ""])[1].tolist() == [

@@ -14,8 +14,8 @@ import torch
 from megatron_iiet.config import RunConfig, config_from_dict
 from megatron_iiet.config.combinations import check_combination
 from megatron_iiet.config.deepspeed import reconcile
-from megatron_iiet.data.batches import Batch, TrainBatches, ValidationBatch, ValidationBatches
-from megatron_iiet.data.samples import build_splits
+from megatron_iiet.data.loader.batches import Batch, TrainBatches, ValidationBatch, ValidationBatches
+from megatron_iiet.data.loader.samples import build_splits
 from megatron_iiet.models import Transformer
 from megatron_iiet.models.diagnostics import IterateStatistics, observe_iterates
 from megatron_iiet.parallel import ParallelContext

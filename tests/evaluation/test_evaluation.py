@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megatron_iiet.config import config_to_yaml
-from megatron_iiet.data.tokenizer import load_tokenizer
+from megatron_iiet.data.tokenizers.loading import load_tokenizer
 from megatron_iiet.evaluation.curves import plot_losses
 from megatron_iiet.evaluation.sampling import sample_text
 from megatron_iiet.evaluation.summary import list_files, summarize_run

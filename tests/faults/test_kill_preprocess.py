@@ -14,8 +14,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from megatron_iiet.data.shards import open_corpus
-from megatron_iiet.data.tokenizer_training import train_tokenizer
+from megatron_iiet.data.corpora.shards import open_corpus
+from megatron_iiet.data.tokenizers.training import train_tokenizer
 from tests.data.inputs import make_texts
 from tests.data.preprocess_runs import (
     ENVIRONMENT,

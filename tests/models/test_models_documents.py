@@ -14,7 +14,7 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 from torch.nn.attention import flex_attention as flex
 
-from megatron_iiet.data.batches import Batch
+from megatron_iiet.data.loader.batches import Batch
 from megatron_iiet.models import Transformer, attention_layout
 from megatron_iiet.models.attention_layout import AttentionLayout, document_block_mask, document_mask
 from megatron_iiet.parallel.vocabulary import IGNORED

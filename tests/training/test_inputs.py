@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from megatron_iiet.data.batches import Batch, ValidationBatch
+from megatron_iiet.data.loader.batches import Batch, ValidationBatch
 from megatron_iiet.parallel.vocabulary import IGNORED
 from megatron_iiet.training.inputs import inputs_of
 

@@ -27,7 +27,7 @@ import numpy.typing as npt
 
 from megatron_iiet.data.preprocess.filters import DIGEST_BYTES
 from megatron_iiet.data.preprocess.plan import publishing
-from megatron_iiet.data.sources import InputFile
+from megatron_iiet.data.reading.sources import InputFile
 
 _MAGIC = b"IIETDUPL"
 _HEADER = struct.Struct("<8sQ")

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from hashlib import blake2b
 
-from megatron_iiet.data.long_text import LongText
+from megatron_iiet.data.reading.long_text import LongText
 
 DIGEST_BYTES = 16
 

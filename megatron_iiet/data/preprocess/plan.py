@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from megatron_iiet.data.preprocess.options import PreprocessOptions
-from megatron_iiet.data.sources import InputFile
+from megatron_iiet.data.reading.sources import InputFile
 from megatron_iiet.durable import sync_folder
 
 _FORMAT = 1

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_iiet.data.sources import InputFile
+from megatron_iiet.data.reading.sources import InputFile
 from megatron_iiet.durable import sync_folder
 
 _OFFENDERS = 5

@@ -24,9 +24,9 @@ from megatron_iiet.data.preprocess.report import PreprocessReport
 from megatron_iiet.data.preprocess.settle import Wanted, remove_everything, settle
 from megatron_iiet.data.preprocess.unit import DigestUnit, EncodeUnit
 from megatron_iiet.data.preprocess.workshop import Failure, Workshop
-from megatron_iiet.data.sources import InputFile, list_dataset, list_inputs
-from megatron_iiet.data.text import parse_rows, read_chunks
-from megatron_iiet.data.tokenizer import Tokenizer, load_encoder, tokenizer_digest
+from megatron_iiet.data.reading.sources import InputFile, list_dataset, list_inputs
+from megatron_iiet.data.reading.text import parse_rows, read_chunks
+from megatron_iiet.data.tokenizers.loading import Tokenizer, load_encoder, tokenizer_digest
 
 _SAMPLE_INPUTS = 16
 _SAMPLE_CHUNKS = 8  # of each, as long as more text is asked for

@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
-from megatron_iiet.data.indexed import shards_path
+from megatron_iiet.data.corpora.indexed import shards_path
 from megatron_iiet.data.preprocess.dedup import DigestFiles, duplicates_path
 from megatron_iiet.data.preprocess.layout import Layout, output_name
 from megatron_iiet.data.preprocess.lists import shards_exist
@@ -19,8 +19,8 @@ from megatron_iiet.data.preprocess.options import PreprocessOptions
 from megatron_iiet.data.preprocess.plan import Plan, deciding_options, differences, publishing
 from megatron_iiet.data.preprocess.records import JobRecords, UnitRecord
 from megatron_iiet.data.preprocess.sampling import sampling
-from megatron_iiet.data.sources import InputFile
-from megatron_iiet.data.tokenizer import Tokenizer
+from megatron_iiet.data.reading.sources import InputFile
+from megatron_iiet.data.tokenizers.loading import Tokenizer
 
 
 @dataclass(frozen=True)

@@ -11,13 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from megatron_iiet.data.indexed import IndexedDatasetWriter, bin_path, idx_path
+from megatron_iiet.data.corpora.indexed import IndexedDatasetWriter, bin_path, idx_path
+from megatron_iiet.data.corpora.shards import Shard
 from megatron_iiet.data.preprocess.chunks import DigestChunk, EncodeChunk, EncodedChunk, Recipe, Report
 from megatron_iiet.data.preprocess.dedup import DigestFiles, Duplicates
 from megatron_iiet.data.preprocess.records import Counts, OutputRecord, UnitRecord
-from megatron_iiet.data.shards import Shard
-from megatron_iiet.data.sources import InputFile
-from megatron_iiet.data.text import read_chunks
+from megatron_iiet.data.reading.sources import InputFile
+from megatron_iiet.data.reading.text import read_chunks
 
 _MAX_OUTPUTS = 256  # each holds files open
 

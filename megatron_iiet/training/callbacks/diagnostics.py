@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from megatron_iiet.data.batches import Batch, ValidationBatch
+from megatron_iiet.data.loader.batches import Batch, ValidationBatch
 from megatron_iiet.training.callbacks.base import Callback, is_due
 
 if TYPE_CHECKING:

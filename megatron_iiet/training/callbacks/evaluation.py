@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from megatron_iiet.data.batches import ValidationBatches
+from megatron_iiet.data.loader.batches import ValidationBatches
 from megatron_iiet.training.callbacks.base import Callback, is_due
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megatron_iiet.config import RunConfig, iterations_per_layer
 from megatron_iiet.config.deepspeed import zero_stage
-from megatron_iiet.data.batches import Batch, ValidationBatch, ValidationBatches
+from megatron_iiet.data.loader.batches import Batch, ValidationBatch, ValidationBatches
 from megatron_iiet.models.diagnostics import IterateStatistics, observe_iterates
 from megatron_iiet.models.transformer import Transformer
 from megatron_iiet.parallel import ParallelContext

@@ -14,7 +14,7 @@ from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import Tensor
 
 from megatron_iiet.config import RunConfig
-from megatron_iiet.data.batches import Batch, ValidationBatch, ValidationBatches
+from megatron_iiet.data.loader.batches import Batch, ValidationBatch, ValidationBatches
 from megatron_iiet.models.pipeline import PipelineStage, entries_crossing
 from megatron_iiet.models.transformer import Transformer
 from megatron_iiet.parallel import ParallelContext

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from megatron_iiet.config import RunConfig
-from megatron_iiet.data.batches import Batch, ValidationBatch, ValidationBatches
+from megatron_iiet.data.loader.batches import Batch, ValidationBatch, ValidationBatches
 from megatron_iiet.training.engine.base import Engine, StepResult
 from megatron_iiet.training.engine.corrected import CorrectedEngine
 from megatron_iiet.training.engine.grid import model_parallel_unit

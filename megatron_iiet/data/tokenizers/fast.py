@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from megatron_iiet.data.hard_texts import hard_texts
-from megatron_iiet.data.tokenizer_base import NotSupportedError, TextTokenizer, is_unicode
+from megatron_iiet.data.tokenizers.base import NotSupportedError, TextTokenizer, is_unicode
+from megatron_iiet.data.tokenizers.hard_texts import hard_texts
 
 # Of the documents given for comparison so much is used: it costs about a quarter of a second.
 SAMPLE_CHARACTERS = 1_000_000

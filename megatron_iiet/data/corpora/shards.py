@@ -1,6 +1,6 @@
 """Corpora of any number of pairs as one stream of tokens.
 
-A prefix names what the list ``PREFIX.shards`` holds (:mod:`megatron_iiet.data.shard_list`), or, without one,
+A prefix names what the list ``PREFIX.shards`` holds (:mod:`shard_list`), or, without one,
 the pair ``PREFIX.bin``/``.idx``. Opening costs the same for one shard and for 100,000: pairs are opened when
 they are read, and then checked against the list.
 """
@@ -18,8 +18,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from megatron_iiet.data.indexed import IndexedDataset, check_range, document_range
-from megatron_iiet.data.mmididx import (
+from megatron_iiet.data.corpora.indexed import IndexedDataset, check_range, document_range
+from megatron_iiet.data.corpora.mmididx import (
     DocumentIndex,
     Int64Array,
     Shard,
@@ -28,7 +28,7 @@ from megatron_iiet.data.mmididx import (
     idx_path,
     shards_path,
 )
-from megatron_iiet.data.shard_list import ShardList, write_shards
+from megatron_iiet.data.corpora.shard_list import ShardList, write_shards
 
 __all__ = ["Shard", "ShardList", "ShardedDataset", "open_corpus", "write_shards"]
 

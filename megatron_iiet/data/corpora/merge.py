@@ -18,9 +18,9 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
-from megatron_iiet.data.indexed import IndexedDataset
-from megatron_iiet.data.indexed_writer import PairOutput, write_index
-from megatron_iiet.data.mmididx import (
+from megatron_iiet.data.corpora.indexed import IndexedDataset
+from megatron_iiet.data.corpora.indexed_writer import PairOutput, write_index
+from megatron_iiet.data.corpora.mmididx import (
     DocumentIndex,
     Shard,
     TokenFile,
@@ -30,7 +30,7 @@ from megatron_iiet.data.mmididx import (
     new_digest,
     shards_path,
 )
-from megatron_iiet.data.shards import ShardedDataset, open_corpus, write_shards
+from megatron_iiet.data.corpora.shards import ShardedDataset, open_corpus, write_shards
 
 _MADE_BY = "tools/merge_datasets.py"
 _SUFFIXES = (".shards", ".idx", ".bin")

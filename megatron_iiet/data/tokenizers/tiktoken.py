@@ -14,8 +14,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from megatron_iiet.data.hugging_face_tokenizer import HuggingFaceTokenizer
-from megatron_iiet.data.tokenizer_base import BOS_NAMES, EOD_NAMES
+from megatron_iiet.data.tokenizers.base import BOS_NAMES, EOD_NAMES
+from megatron_iiet.data.tokenizers.hugging_face import HuggingFaceTokenizer
 
 _LINE = re.compile(rb"[A-Za-z0-9+/]+={0,2} [0-9]+")
 _ESCAPES_AND_SETS = re.compile(r"\\.|\[(?:\\.|[^\]\\])*\]")

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_iiet.data.sources import list_inputs
-from megatron_iiet.data.text import iter_documents
+from megatron_iiet.data.reading.sources import list_inputs
+from megatron_iiet.data.reading.text import iter_documents
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """The order of training samples over all sources and epochs, a function of the sample's number.
 
-A sample number picks the source (:class:`~megatron_iiet.data.blend.Blend`) and is the g-th sample taken from
+A sample number picks the source (:class:`~.blend.Blend`) and is the g-th sample taken from
 it; with n windows there, that is position g mod n of epoch g div n, whose order is a
-:class:`~megatron_iiet.data.permutation.Permutation` named by (seed, epoch), and for sources after the first
+:class:`~.permutation.Permutation` named by (seed, epoch), and for sources after the first
 by (seed, epoch, number of the source).
 """
 
@@ -13,8 +13,8 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from megatron_iiet.data.blend import Blend
-from megatron_iiet.data.permutation import EpochPermutations
+from megatron_iiet.data.loader.blend import Blend
+from megatron_iiet.data.loader.permutation import EpochPermutations
 
 Int64Array = npt.NDArray[np.int64]
 
@@ -24,7 +24,7 @@ class SampleOrder:
 
     Args:
         lengths: windows of each source.
-        weights: of the sources, see :class:`~megatron_iiet.data.blend.Blend`.
+        weights: of the sources, see :class:`~.blend.Blend`.
         seed: names the order.
 
     Raises:

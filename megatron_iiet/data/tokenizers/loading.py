@@ -15,11 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from megatron_iiet.data.fast_encoder import fast_encoder
-from megatron_iiet.data.hugging_face_tokenizer import HuggingFaceTokenizer, declared_tokens
-from megatron_iiet.data.sentencepiece_tokenizer import SentencePieceTokenizer
-from megatron_iiet.data.tiktoken_tokenizer import TiktokenTokenizer, looks_like_ranks, ranks_side_file
-from megatron_iiet.data.tokenizer_base import (
+from megatron_iiet.data.tokenizers.base import (
     MAX_PART_CHARACTERS,
     NotSupportedError,
     TextTokenizer,
@@ -27,6 +23,10 @@ from megatron_iiet.data.tokenizer_base import (
     file_digest,
     split_text,
 )
+from megatron_iiet.data.tokenizers.fast import fast_encoder
+from megatron_iiet.data.tokenizers.hugging_face import HuggingFaceTokenizer, declared_tokens
+from megatron_iiet.data.tokenizers.sentencepiece import SentencePieceTokenizer
+from megatron_iiet.data.tokenizers.tiktoken import TiktokenTokenizer, looks_like_ranks, ranks_side_file
 
 __all__ = [
     "MAX_PART_CHARACTERS",

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from megatron_iiet.data.tokenizer_base import TextTokenizer
+from megatron_iiet.data.tokenizers.base import TextTokenizer
 
 HARD_TEXTS = (
     "",

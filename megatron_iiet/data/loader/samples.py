@@ -26,9 +26,9 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 
-from megatron_iiet.data.indexed import TokenStream
-from megatron_iiet.data.packing import Packing, cut, pack
-from megatron_iiet.data.shards import open_corpus
+from megatron_iiet.data.corpora.indexed import TokenStream
+from megatron_iiet.data.corpora.shards import open_corpus
+from megatron_iiet.data.loader.packing import Packing, cut, pack
 
 Int64Array = npt.NDArray[np.int64]
 _SPLIT_NAMES = ("train", "validation", "test")

@@ -1,7 +1,7 @@
 """Micro-batches for training and validation, the same whatever the number of ranks.
 
 Samples are numbered over all sources and epochs; which window of which source a number stands for is
-:class:`~megatron_iiet.data.order.SampleOrder`. Global batch s is samples [s G, (s + 1) G). Data-parallel size
+:class:`~.order.SampleOrder`. Global batch s is samples [s G, (s + 1) G). Data-parallel size
 and micro-batch only decide who reads which rows, so the state of the reader is one number and survives a
 change of both.
 
@@ -20,10 +20,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from megatron_iiet.data.blend import Blend
-from megatron_iiet.data.order import SampleOrder
-from megatron_iiet.data.read_ahead import ReadAhead
-from megatron_iiet.data.samples import Samples
+from megatron_iiet.data.loader.blend import Blend
+from megatron_iiet.data.loader.order import SampleOrder
+from megatron_iiet.data.loader.read_ahead import ReadAhead
+from megatron_iiet.data.loader.samples import Samples
 
 Int64Array = npt.NDArray[np.int64]
 _ORDERED_AT_ONCE = 16384  # samples: so many that the order costs a fraction of a microsecond each
@@ -65,7 +65,7 @@ class TrainBatches:
 
     Args:
         sources: what to read; all with the same sequence length and with or without positions.
-        weights: of the sources, see :class:`~megatron_iiet.data.blend.Blend`.
+        weights: of the sources, see :class:`~.blend.Blend`.
         global_batch_size: G, samples per optimizer step over all ranks.
         micro_batch_size: B.
         data_parallel_rank, data_parallel_size: this rank and the number of ranks.

@@ -1,7 +1,7 @@
 """A corpus as a stream of tokens cut into documents, and the pair ``.bin``/``.idx`` as such a corpus.
 
-The format is described in :mod:`megatron_iiet.data.mmididx`, corpora of many pairs in
-:mod:`megatron_iiet.data.shards`.
+The format is described in :mod:`mmididx`, corpora of many pairs in
+:mod:`shards`.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from megatron_iiet.data.indexed_writer import IndexedDatasetWriter
-from megatron_iiet.data.mmididx import (
+from megatron_iiet.data.corpora.indexed_writer import IndexedDatasetWriter
+from megatron_iiet.data.corpora.mmididx import (
     MAGIC,
     DocumentIndex,
     Int64Array,

@@ -27,8 +27,8 @@ from typing import Any, overload
 
 import numpy as np
 
-from megatron_iiet.data.indexed_writer import DigestedFile
-from megatron_iiet.data.mmididx import (
+from megatron_iiet.data.corpora.indexed_writer import DigestedFile
+from megatron_iiet.data.corpora.mmididx import (
     BLOCK_BYTES,
     CODES,
     DIGEST_BYTES,

@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from io import BytesIO
 from typing import Any
 
-from megatron_iiet.data.compression import decompressed_blocks
-from megatron_iiet.data.long_text import LongText, parse_long_line
-from megatron_iiet.data.sources import InputFile, open_input
+from megatron_iiet.data.reading.compression import decompressed_blocks
+from megatron_iiet.data.reading.long_text import LongText, parse_long_line
+from megatron_iiet.data.reading.sources import InputFile, open_input
 
 LONG_LINE_BYTES = 8 << 20
 """Longer lines are chunks of their own, and their texts are :class:`LongText`."""

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from megatron_iiet.data.tokenizer_base import NotSupportedError, TextTokenizer
+from megatron_iiet.data.tokenizers.base import NotSupportedError, TextTokenizer
 
 _SPACE = "▁"
 

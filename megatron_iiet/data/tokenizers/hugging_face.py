@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from megatron_iiet.data.tokenizer_base import (
+from megatron_iiet.data.tokenizers.base import (
     BOS_NAMES,
     EOD_NAMES,
     NotSupportedError,

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from megatron_iiet.data.indexed import IndexedDataset, TokenStream
-from megatron_iiet.data.mmididx import DocumentIndex
-from megatron_iiet.data.shards import ShardedDataset, open_corpus
-from megatron_iiet.data.tokenizer import Tokenizer
+from megatron_iiet.data.corpora.indexed import IndexedDataset, TokenStream
+from megatron_iiet.data.corpora.mmididx import DocumentIndex
+from megatron_iiet.data.corpora.shards import ShardedDataset, open_corpus
+from megatron_iiet.data.tokenizers.loading import Tokenizer
 
 PERCENTILES = (1, 5, 25, 50, 75, 95, 99)
 _SAMPLE_TOKENS = 100

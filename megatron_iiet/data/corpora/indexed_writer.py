@@ -15,7 +15,7 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 
-from megatron_iiet.data.mmididx import (
+from megatron_iiet.data.corpora.mmididx import (
     BLOCK_ENTRIES,
     CODES,
     HEADER,

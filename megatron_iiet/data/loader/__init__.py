@@ -1,0 +1,2 @@
+"""Corpora to batches: :mod:`samples` (what a sample is, with :mod:`packing`), :mod:`order` (which comes when:
+:mod:`blend`, :mod:`permutation`), :mod:`batches` (who reads what, with :mod:`read_ahead`)."""
