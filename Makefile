@@ -55,11 +55,11 @@ $(DATA)/tokenizer.model: $(CORPUS) | setup
 	mkdir -p $(DATA)
 	$(BIN)/python tools/train_tokenizer.py --input $(CORPUS) --output-prefix $(DATA)/tokenizer --vocab-size 4096
 
-$(SHARD).idx: $(CORPUS) $(DATA)/tokenizer.model | setup
+$(SHARD).shards: $(CORPUS) $(DATA)/tokenizer.model | setup
 	$(BIN)/python tools/preprocess_data.py --input $(CORPUS) --output-prefix $(DATA)/corpus \
-		--tokenizer-model $(DATA)/tokenizer.model --append-eod --workers 2
+		--tokenizer-model $(DATA)/tokenizer.model --append-eod --workers 2 --overwrite
 
-$(RUN)/.trained: $(SHARD).idx | setup
+$(RUN)/.trained: $(SHARD).shards | setup
 	$(TRAIN) --output_dir $(RUN)
 	touch $@
 
@@ -74,7 +74,7 @@ $(RUN)/sample.txt: $(RUN)/model/model.safetensors
 $(RUN)/loss.png: $(RUN)/.trained
 	$(BIN)/python tools/plot_losses.py --run "$(NAME)=$(RUN)" --output $@
 
-demo-compare: $(SHARD).idx
+demo-compare: $(SHARD).shards
 	$(BIN)/python benchmarks/compare_demo.py --output-dir runs/$(NAME)-compare --ranks $(RANKS) \
 		--data.prefix $(SHARD) --data.tokenizer $(DATA)/tokenizer.model
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import secrets
+import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,8 +14,11 @@ from typing import BinaryIO
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A new file under a temporary name, which takes the place of ``path`` once it is whole and on disk."""
-    temporary = path.with_name(path.name + ".tmp")
+    """A new file under a temporary name, which takes the place of ``path`` once it is whole and on disk.
+
+    Several processes, on one node or many, may replace the same file at once: the last one wins.
+    """
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         with temporary.open("wb") as file:
             yield file
@@ -37,3 +43,16 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def leave_cleanly_on_sigterm() -> None:
+    """From now on SIGTERM leaves this process through the clean-up of what it had begun, with status 143.
+
+    A second signal, a parent's after that to the whole group, does not cut the clean-up short.
+    """
+
+    def leave(*_: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        sys.exit(143)
+
+    signal.signal(signal.SIGTERM, leave)

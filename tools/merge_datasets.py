@@ -4,10 +4,10 @@
 from __future__ import annotations
 
 import argparse
-import signal
 import sys
 
 from megatron_iiet.data.corpora.merge import MergeOptions, merge
+from megatron_iiet.durable import leave_cleanly_on_sigterm
 
 
 def parse_arguments() -> MergeOptions:
@@ -37,7 +37,7 @@ def parse_arguments() -> MergeOptions:
 
 def main() -> int:
     options = parse_arguments()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # leave through the clean-up of what was begun
+    leave_cleanly_on_sigterm()
     try:
         print(merge(options))
     except (ValueError, OSError) as error:

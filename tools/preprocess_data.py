@@ -5,12 +5,12 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
 import sys
 
 from megatron_iiet.data.preprocess import PreprocessOptions, preprocess
 from megatron_iiet.data.preprocess.memory import give_back_large_blocks
 from megatron_iiet.data.preprocess.options import parse_count, share_of_work
+from megatron_iiet.durable import leave_cleanly_on_sigterm
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -90,7 +90,7 @@ def parse_arguments() -> PreprocessOptions:
 
 
 def main() -> int:
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # leave through the clean-up of what was begun
+    leave_cleanly_on_sigterm()
     give_back_large_blocks()
     try:
         report = preprocess(parse_arguments(), log=lambda line: print(line, flush=True))

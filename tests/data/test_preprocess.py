@@ -190,6 +190,7 @@ def test_several_keys_and_empty_texts(options: PreprocessOptions, tmp_path: Path
     assert "left out: 1 empty documents" in str(report)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_giant_document_gets_the_same_tokens(
     options: PreprocessOptions, tmp_path: Path, workers: int

@@ -17,10 +17,8 @@ from __future__ import annotations
 import json
 import mmap
 import os
-import secrets
 import struct
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 from typing import Any, overload
@@ -37,7 +35,7 @@ from megatron_iiet.data.corpora.mmididx import (
     new_digest,
     shards_path,
 )
-from megatron_iiet.durable import sync_folder
+from megatron_iiet.durable import replacing
 
 MAGIC = b"TOKSHARD"
 VERSION = 1
@@ -215,7 +213,8 @@ def write_shards(
         text = json.dumps(head, sort_keys=True, ensure_ascii=False, allow_nan=False).encode()
     except (TypeError, ValueError) as error:
         raise ValueError(f"The info for {path} cannot be written as JSON: {error}.") from None
-    with _replacing(path) as out:
+    with replacing(path) as file:
+        out = DigestedFile(file)
         out.write(_HEAD.pack(MAGIC, VERSION, len(text)) + text)
         out.write(bytes(_padded(out.num_bytes) - out.num_bytes))
         for array in ends:
@@ -228,21 +227,6 @@ def write_shards(
             out.write(data)
         out.write(out.digest)
     return path
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[DigestedFile]:
-    """A new file that takes the place of ``path`` once it is on disk; its name until then is its own."""
-    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        with temporary.open("xb") as file:
-            out = DigestedFile(file)
-            yield out
-            out.sync()
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    sync_folder(path.parent)
 
 
 def _ends(values: Iterator[int]) -> Int64Array:

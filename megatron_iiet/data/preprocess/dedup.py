@@ -26,8 +26,8 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_iiet.data.preprocess.filters import DIGEST_BYTES
-from megatron_iiet.data.preprocess.plan import publishing
 from megatron_iiet.data.reading.sources import InputFile
+from megatron_iiet.durable import replacing
 
 _MAGIC = b"IIETDUPL"
 _HEADER = struct.Struct("<8sQ")
@@ -51,7 +51,7 @@ class DigestFiles:
         """Write a unit's file from pieces in order: number of the input, first line, digests of lines."""
         self.folder.mkdir(exist_ok=True)
         lines = np.zeros(len(inputs), dtype="<i8")
-        with publishing(self.path(unit)) as file:
+        with replacing(self.path(unit)) as file:
             for number, first_line, digests in pieces:
                 file.write(bytes((first_line - 1 - int(lines[number])) * DIGEST_BYTES))  # blank lines between
                 file.write(digests)
@@ -114,7 +114,7 @@ def find_duplicates(records: Path, inputs_per_unit: Sequence[int]) -> None:
         with tempfile.TemporaryDirectory(prefix="partitions-", dir=records) as folder:
             partitions = _deal_out(digests, inputs_per_unit, int(starts[-1]), Path(folder))
             marks = _mark(partitions, int(starts[-1]))
-        with publishing(target) as file:
+        with replacing(target) as file:
             file.write(_HEADER.pack(_MAGIC, len(lines)) + starts.tobytes())
             file.write(marks.tobytes())
 

@@ -5,17 +5,14 @@ from __future__ import annotations
 import fcntl
 import heapq
 import json
-import os
-import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from megatron_iiet.data.preprocess.options import PreprocessOptions
 from megatron_iiet.data.reading.sources import InputFile
-from megatron_iiet.durable import sync_folder
 
 _FORMAT = 1
 
@@ -130,18 +127,3 @@ def settling(folder: Path) -> Iterator[None]:
         with suppress(OSError):  # file systems without locks
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
-
-
-@contextmanager
-def publishing(path: Path) -> Iterator[IO[bytes]]:
-    """A new file that takes its place once it is whole and on disk, though other nodes may do the same."""
-    temporary = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    sync_folder(path.parent)

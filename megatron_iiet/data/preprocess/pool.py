@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -19,9 +18,14 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from queue import SimpleQueue
 from threading import Thread
-from typing import Any, Protocol
+from typing import Any, ParamSpec, Protocol, TypeVar, cast
 
+from megatron_iiet import durable
 from megatron_iiet.data.preprocess.memory import give_back_large_blocks
+
+P = ParamSpec("P")
+R = TypeVar("R")
+Report = Callable[[int], None]
 
 TASKS_PER_WORKER = 2  # one at work, one that waits: the worker never waits for the parent
 _SECONDS_TO_LEAVE = 5.0
@@ -30,7 +34,7 @@ _SECONDS_TO_LEAVE = 5.0
 class Work(Protocol):
     """What workers do: task -> result. ``report`` sends numbers to the parent meanwhile."""
 
-    def __call__(self, task: Any, report: Callable[[int], None]) -> Any: ...
+    def __call__(self, task: Any, report: Report, /) -> Any: ...
 
 
 @dataclass(frozen=True)
@@ -178,6 +182,27 @@ class Pool:
             worker.process.close()
 
 
+def in_a_process_of_its_own(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+    """Call a function in a worker that ends with it, and with it all that it imported and remembers.
+
+    Raises:
+        ValueError: the function raised something, or the worker died.
+    """
+    with Pool(1, _call) as pool:
+        pool.submit((function, args, kwargs))
+        while True:
+            for event in pool.wait():
+                if isinstance(event, Failed):
+                    raise ValueError(event.message)
+                if isinstance(event, Done):
+                    return cast(R, event.value)
+
+
+def _call(task: tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]], report: Report) -> Any:
+    function, args, kwargs = task
+    return function(*args, **kwargs)
+
+
 def failure(ticket: int, error: Exception) -> Failed:
     """What is to be told of an exception in a task."""
     if isinstance(error, ValueError):
@@ -202,7 +227,7 @@ def _serve(connection: Connection, work: Work) -> None:
     """A worker's life: take tasks, send results."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one thread a worker: the processes are the parallelism
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent cleans up
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # through the clean-up of what was begun
+    durable.leave_cleanly_on_sigterm()
     inbox: SimpleQueue[tuple[int, Any] | None] = SimpleQueue()
     give_back_large_blocks()
     Thread(target=_take_in, args=(connection, inbox), daemon=True).start()

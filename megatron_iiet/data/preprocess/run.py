@@ -18,6 +18,7 @@ from megatron_iiet.data.preprocess.layout import Layout
 from megatron_iiet.data.preprocess.lists import Summary, write_lists
 from megatron_iiet.data.preprocess.options import PreprocessOptions
 from megatron_iiet.data.preprocess.plan import Plan, settling, share
+from megatron_iiet.data.preprocess.pool import in_a_process_of_its_own
 from megatron_iiet.data.preprocess.progress import Progress
 from megatron_iiet.data.preprocess.records import JobRecords, UnitRecord
 from megatron_iiet.data.preprocess.report import PreprocessReport
@@ -186,7 +187,10 @@ def _first_input(units: Sequence[Sequence[InputFile]], unit: int) -> int:
 def _list_inputs(options: PreprocessOptions) -> list[InputFile]:
     """The inputs, under paths that mean the same wherever a job is started."""
     if options.dataset is not None:
-        files = list_dataset(options.dataset, options.split or "train", options.streaming)
+        # Importing datasets takes 100 MB.
+        files = in_a_process_of_its_own(
+            list_dataset, options.dataset, options.split or "train", options.streaming
+        )
     else:
         files = list_inputs(options.inputs)
     return [file if "://" in file.path else replace(file, path=os.path.abspath(file.path)) for file in files]
@@ -194,14 +198,19 @@ def _list_inputs(options: PreprocessOptions) -> list[InputFile]:
 
 def _load_encoder(wanted: Wanted, log: Log) -> Tokenizer:
     path = wanted.options.tokenizer_model
-    encoder = load_encoder(path, _first_documents(wanted.inputs, wanted.options.json_keys))
+    inputs = wanted.inputs[:_SAMPLE_INPUTS]
+    encoder = in_a_process_of_its_own(_checked_encoder, path, inputs, wanted.options.json_keys)
     log(f"tokenizer: {path}, {encoder.vocab_size} ids, by {encoder.name}")
     return encoder
 
 
+def _checked_encoder(path: str, inputs: Sequence[InputFile], keys: Sequence[str]) -> Tokenizer:
+    return load_encoder(path, _first_documents(inputs, keys))
+
+
 def _first_documents(inputs: Sequence[InputFile], keys: Sequence[str]) -> Iterator[str]:
     """Texts from the start of the corpus; what is wrong with it is told later."""
-    for file in inputs[:_SAMPLE_INPUTS]:
+    for file in inputs:
         try:
             for chunk in islice(read_chunks(file, _SAMPLE_CHUNK_BYTES), _SAMPLE_CHUNKS):
                 for row in parse_rows(chunk, keys)[0]:

@@ -16,11 +16,12 @@ from megatron_iiet.data.preprocess.dedup import DigestFiles, duplicates_path
 from megatron_iiet.data.preprocess.layout import Layout, output_name
 from megatron_iiet.data.preprocess.lists import shards_exist
 from megatron_iiet.data.preprocess.options import PreprocessOptions
-from megatron_iiet.data.preprocess.plan import Plan, deciding_options, differences, publishing
+from megatron_iiet.data.preprocess.plan import Plan, deciding_options, differences
 from megatron_iiet.data.preprocess.records import JobRecords, UnitRecord
 from megatron_iiet.data.preprocess.sampling import sampling
 from megatron_iiet.data.reading.sources import InputFile
 from megatron_iiet.data.tokenizers.loading import Tokenizer
+from megatron_iiet.durable import replacing
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ def _new_plan(wanted: Wanted) -> Plan:
         sampling=sampling(wanted.options, wanted.inputs, encoder),
         inputs=list(wanted.inputs),
     )
-    with publishing(wanted.layout.plan) as file:
+    with replacing(wanted.layout.plan) as file:
         file.write(plan.to_json())
     return plan
 
