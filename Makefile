@@ -1,4 +1,4 @@
-# make demo | demo-compare | setup | test | test-layouts | check | cuda-check | format | clean    (see README.md and CONTRIBUTING.md)
+# make demo | demo-compare | setup | test | test-layouts | test-kills | check | cuda-check | format | clean    (see README.md and CONTRIBUTING.md)
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
@@ -9,7 +9,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 unexport PYTHONDONTWRITEBYTECODE
 CSRC := $(shell find csrc -type f \( -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.inl' -o -name '*.cuh' \) 2>/dev/null)
 
-.PHONY: setup demo demo-compare test test-layouts check cuda-check format clean
+.PHONY: setup demo demo-compare test test-layouts test-kills check cuda-check format clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.package
@@ -85,14 +85,22 @@ test: setup
 test-layouts: setup
 	$(BIN)/python -m pytest -m layouts tests/distributed/test_random_layouts.py
 
+# Preprocessing killed at 50 random moments and resumed: the shards must be those of an undisturbed run.
+test-kills: setup
+	$(BIN)/python -m pytest -m kills tests/faults
+
 check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -m "not slow and not layouts"
+	$(BIN)/python -m pytest -m "not slow and not layouts and not kills"
 
 # Everything that can be known of the CUDA kernels without a GPU; says what it skips where nvcc is missing.
-cuda-check: setup
+cuda-# Preprocessing killed at 50 random moments and resumed: the shards must be those of an undisturbed run.
+test-kills: setup
+	$(BIN)/python -m pytest -m kills tests/faults
+
+check: setup
 	$(BIN)/python tools/cuda_check.py
 
 format: setup

@@ -9,13 +9,14 @@ import sys
 from typing import Any
 
 from megatron_iiet.data.corpora.inspection import Summary, summarize
+from megatron_iiet.data.corpora.shards import corpus_prefix
 from megatron_iiet.data.corpora.verification import verify
 from megatron_iiet.data.tokenizers.loading import load_tokenizer
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("prefixes", nargs="+", metavar="PREFIX", help="path without .bin/.idx/.shards")
+    parser.add_argument("prefixes", nargs="+", metavar="PREFIX", help="of corpora, or names of their files")
     parser.add_argument(
         "--verify",
         action="store_true",
@@ -53,7 +54,8 @@ def inspect(prefix: str, arguments: argparse.Namespace) -> tuple[dict[str, Any],
 def main() -> int:
     arguments = parse_arguments()
     try:
-        results = [inspect(prefix, arguments) for prefix in arguments.prefixes]
+        prefixes = dict.fromkeys(map(corpus_prefix, arguments.prefixes))
+        results = [inspect(prefix, arguments) for prefix in prefixes]
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

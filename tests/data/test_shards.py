@@ -135,7 +135,9 @@ def test_open_corpus(write_corpus: WriteCorpus, tmp_path: Path) -> None:
     corpus = open_corpus(prefix)
     assert isinstance(corpus, ShardedDataset)
     assert corpus.info == {"made_by": "a test"}
+    assert open_corpus(f"{prefix}.shards").prefix == str(prefix)
     assert isinstance(open_corpus(tmp_path / "many" / "000"), IndexedDataset)
+    assert isinstance(open_corpus(tmp_path / "many" / "000.bin"), IndexedDataset)
     with pytest.raises(ValueError, match=r"nothing\.idx is missing"):
         open_corpus(tmp_path / "nothing")
 

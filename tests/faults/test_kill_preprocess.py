@@ -154,7 +154,7 @@ class KilledRuns:
 
 
 @pytest.mark.parametrize("layout", ["one", "many"])
-@pytest.mark.parametrize("kills", [3, pytest.param(25, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [3, pytest.param(25, marks=pytest.mark.kills)])
 def test_killed_at_random_times(
     corpus: Path, tokenizer: Path, tmp_path: Path, layout: str, kills: int
 ) -> None:

@@ -30,7 +30,7 @@ from megatron_iiet.data.corpora.mmididx import (
 )
 from megatron_iiet.data.corpora.shard_list import ShardList, write_shards
 
-__all__ = ["Shard", "ShardList", "ShardedDataset", "open_corpus", "write_shards"]
+__all__ = ["Shard", "ShardList", "ShardedDataset", "corpus_prefix", "open_corpus", "write_shards"]
 
 MAX_OPEN_SHARDS = 256  # a shard costs up to two file descriptors, and 1024 is a common limit
 
@@ -40,10 +40,19 @@ T = TypeVar("T")
 def open_corpus(prefix: str | os.PathLike[str]) -> ShardedDataset | IndexedDataset:
     """The corpus ``prefix``: what its list ``PREFIX.shards`` names, else the pair ``PREFIX.bin``/``.idx``.
 
+    The name of one of these files will do as well.
+
     Raises:
         ValueError: neither is there, or what is there is damaged.
     """
+    prefix = corpus_prefix(prefix)
     return ShardedDataset(prefix) if shards_path(prefix).exists() else IndexedDataset(prefix)
+
+
+def corpus_prefix(path: str | os.PathLike[str]) -> str:
+    """The prefix of the corpus that ``path``, a prefix or the name of a file of it, belongs to."""
+    prefix, ending = os.path.splitext(os.fspath(path))
+    return prefix if ending in (".shards", ".bin", ".idx") and os.path.isfile(path) else os.fspath(path)
 
 
 class OpenShard:

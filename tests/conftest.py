@@ -1,0 +1,7 @@
+"""Settings of every test."""
+
+import signal
+
+# A shell starts background jobs with SIGINT ignored; so would be every process that a test interrupts.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
