@@ -93,14 +93,10 @@ check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -m "not slow and not layouts and not kills"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not layouts and not kills"
 
 # Everything that can be known of the CUDA kernels without a GPU; says what it skips where nvcc is missing.
-cuda-# Preprocessing killed at 50 random moments and resumed: the shards must be those of an undisturbed run.
-test-kills: setup
-	$(BIN)/python -m pytest -m kills tests/faults
-
-check: setup
+cuda-check: setup
 	$(BIN)/python tools/cuda_check.py
 
 format: setup

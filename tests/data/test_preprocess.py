@@ -118,6 +118,7 @@ ALL_FILTERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("filters", [{}, ALL_FILTERS], ids=["plain", "all filters"])
 def test_jobs_and_workers_do_not_change_many_shards(
     many: PreprocessOptions, tmp_path: Path, filters: dict[str, object]

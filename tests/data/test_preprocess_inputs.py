@@ -13,6 +13,8 @@ from megatron_iiet.data.tokenizers.loading import load_tokenizer
 from tests.data.inputs import GOOD_TEXTS, INPUT_CASES, InputCase, jsonl
 from tests.data.preprocess_runs import documents, leftovers, published, run_tool
 
+pytestmark = pytest.mark.slow  # a process for each of many files; test_text.py has the outcomes without
+
 
 @pytest.fixture
 def options(tmp_path: Path, sentencepiece_model: Path) -> PreprocessOptions:

@@ -18,6 +18,8 @@ from tests.data.preprocess_runs import documents, published, run_tool, write_row
 TEXTS = make_texts(60, seed=7)
 FILES = 6
 
+pytestmark = pytest.mark.slow  # several runs each
+
 
 @pytest.fixture
 def options(tmp_path: Path, sentencepiece_model: Path) -> PreprocessOptions:

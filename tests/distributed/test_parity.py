@@ -110,6 +110,7 @@ def test_smoke(cases: list[Case], paths: dict[str, str], tmp_path: Path) -> None
     check(cases, paths, tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cases", by_grid(DOCUMENTS), ids=name_of)
 def test_documents(cases: list[Case], paths: dict[str, str], tmp_path: Path) -> None:
     """Against documents that never met: each in a sequence of its own, nothing of it known to the model."""
@@ -122,6 +123,7 @@ def test_documents_in_larger_grids(cases: list[Case], paths: dict[str, str], tmp
     check(cases, paths, tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("axes", EVALUATION, ids=str)
 def test_validation_and_diagnostics(axes: dict[str, Any], paths: dict[str, str]) -> None:
     """The mean over all targets that count, though ranks and micro-batches have very different numbers."""

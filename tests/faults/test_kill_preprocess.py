@@ -189,6 +189,7 @@ def begin(long_corpus: Path, tokenizer: Path, tmp_path: Path, layout: str) -> su
     return process
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["one", "many"])
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 @pytest.mark.parametrize("whole_group", [False, True])
@@ -214,6 +215,7 @@ def test_signals_clean_up(
     assert not any(worker.is_running() for worker in workers)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["one", "many"])
 def test_workers_die_with_the_parent(long_corpus: Path, tokenizer: Path, tmp_path: Path, layout: str) -> None:
     process = begin(long_corpus, tokenizer, tmp_path, layout)
@@ -224,6 +226,7 @@ def test_workers_die_with_the_parent(long_corpus: Path, tokenizer: Path, tmp_pat
     wait_until(lambda: not any(worker.is_running() for worker in workers), 10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["one", "many"])
 def test_killed_worker(long_corpus: Path, tokenizer: Path, tmp_path: Path, layout: str) -> None:
     """Its shard has failed, and the other is made; the same command then makes the one that is missing."""
@@ -249,6 +252,7 @@ def test_killed_worker(long_corpus: Path, tokenizer: Path, tmp_path: Path, layou
     assert leftovers(place) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("layout", "workers"), [("one", 1), ("one", 2), ("many", 2)])
 def test_no_room(long_corpus: Path, tokenizer: Path, tmp_path: Path, layout: str, workers: int) -> None:
     """A limit on file sizes stands for the full disk."""

@@ -126,6 +126,7 @@ def pretrain_until_killed(config: dict[str, Any], ds_path: Path, victim: int) ->
     pretrain_rank(config, ds_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_rank_killed_while_saving_costs_one_interval(
     victim: int, data: dict[str, str], tmp_path: Path
