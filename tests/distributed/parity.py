@@ -421,7 +421,7 @@ def reference(case: Case, paths: dict[str, str]) -> Reference:
     reader = batches_of(case, config)
     batch = next(reader)
     _, first = gradients_of(model, batch, GLOBAL_BATCH)
-    others_of = [gradients_of(model, batch, portion)[1] for portion in (1, 2, 4)]
+    others_of = [gradients_of(model, batch, portion)[1] for portion in (1, 2, 4, 5, 7)]
     noise = {n: max((first[n] - o[n]).abs().max().item() for o in others_of) for n in first}
     losses, norms = [], []
     for step in range(STEPS):
