@@ -270,4 +270,5 @@ def test_an_error_while_reading_ends_the_run(
     message = r"RuntimeError: sample \d+ \(window \d+ of .*torn\) could not be read: .*torn\.bin"
     with pytest.raises(RanksFailedError, match=message):
         run_ranks(pretrain_and_tear, 2, as_data(config), ds_json(tmp_path, 1), tmp_path / "torn.bin")
-    assert 3 <= max(read_log(tmp_path / "run")) < 30
+    # The main rank may be ended before it writes step 3, by what the other one read after its own.
+    assert 2 <= max(read_log(tmp_path / "run")) < 30
