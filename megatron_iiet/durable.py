@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 import signal
@@ -9,7 +10,9 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, BinaryIO
+
+_NO_FSYNC = {errno.EINVAL, errno.ENOTSUP, errno.ENOSYS}  # what file systems without fsync answer
 
 
 @contextmanager
@@ -22,8 +25,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     try:
         with temporary.open("wb") as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
+            sync_file(file)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -34,6 +36,16 @@ def write_text(path: Path, text: str) -> None:
     """Replace a file's text."""
     with replacing(path) as file:
         file.write(text.encode())
+
+
+def sync_file(file: IO[bytes]) -> None:
+    """Put everything written to a file on disk, where its file system can."""
+    file.flush()
+    try:
+        os.fsync(file.fileno())
+    except OSError as error:
+        if error.errno not in _NO_FSYNC:
+            raise
 
 
 def sync_folder(folder: Path) -> None:

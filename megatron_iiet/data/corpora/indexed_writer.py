@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -28,10 +27,9 @@ from megatron_iiet.data.corpora.mmididx import (
     shards_path,
     token_dtype,
 )
-from megatron_iiet.durable import sync_folder
+from megatron_iiet.durable import sync_file, sync_folder
 
 _SPOOL_BYTES = 1 << 20  # lengths beyond this go to disk
-_NO_FSYNC = {errno.EINVAL, errno.ENOTSUP, errno.ENOSYS}  # what file systems without fsync answer
 
 TokenArray = npt.NDArray[np.integer[Any]]
 
@@ -58,12 +56,7 @@ class DigestedFile:
 
     def sync(self) -> None:
         """Put everything written on disk."""
-        self.file.flush()
-        try:
-            os.fsync(self.file.fileno())
-        except OSError as error:
-            if error.errno not in _NO_FSYNC:
-                raise
+        sync_file(self.file)
 
 
 class PairOutput:
