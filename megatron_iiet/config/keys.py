@@ -93,7 +93,7 @@ def describe_type(hint: Any, plural: bool = False) -> str:
 
 def _alternatives(hint: Any, plural: bool) -> list[str]:
     if get_origin(hint) is Literal:
-        return [f"'{value}'" for value in get_args(hint)]
+        return [f"'{value}'" if isinstance(value, str) else str(value) for value in get_args(hint)]
     if get_origin(hint) in (Union, types.UnionType):
         return [words for argument in get_args(hint) for words in _alternatives(argument, plural)]
     return [describe_type(hint, plural)]
@@ -102,7 +102,7 @@ def _alternatives(hint: Any, plural: bool) -> list[str]:
 def literal_choices(hint: Any) -> list[str]:
     """The texts a type allows literally, also inside a union; empty for open types."""
     if get_origin(hint) is Literal:
-        return list(get_args(hint))
+        return [value for value in get_args(hint) if isinstance(value, str)]
     if get_origin(hint) in (Union, types.UnionType):
         return [choice for argument in get_args(hint) for choice in literal_choices(argument)]
     return []

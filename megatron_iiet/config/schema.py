@@ -70,9 +70,10 @@ class ModelConfig:
 class SolverConfig:
     """How a decoder layer is integrated from y_n to y_{n+1}."""
 
-    kind: Literal["euler", "dlcl", "iiet"] = "iiet"
+    kind: Literal["euler", "dlcl", "weight-sharing", "rk2", "rk4", "pcformer", "iiet"] = "iiet"
     """euler: y + F(y), the plain Transformer++. dlcl: learned merge of all earlier increments.
-    iiet: predictor plus fixed-point corrector iterations."""
+    weight-sharing: every layer `repeats` times in a row. rk2, rk4: Runge-Kutta (ODE Transformer). pcformer:
+    Runge-Kutta predictor, multistep corrector. iiet: predictor plus fixed-point corrector iterations."""
     variant: Literal["paper", "released"] = "paper"
     """Reading of IIET: 'paper' (Algorithm 1: merges raw increments) or 'released'
     (the authors' code: merges LayerNorm-ed layer outputs). Only for kind iiet."""
@@ -81,8 +82,22 @@ class SolverConfig:
     predictor: Literal["merged", "euler"] = "merged"
     """First iterate of kind iiet, variant paper: with ('merged') or without ('euler') the merge."""
     coefficient_init: Literal["identity", "average"] | None = None
-    """Initial merge coefficients: identity (own increment 1, others 0) or average (all 1/(n+1)).
-    null: identity for dlcl and variant paper, average for variant released."""
+    """Initial merge coefficients of dlcl, iiet and pcformer's corrector: identity (own increment 1, others 0)
+    or average (all the same, summing to 1). null: average for variant released, identity elsewhere."""
+    history_norm: Literal["none", "rms"] = "none"
+    """What dlcl and variant paper merge of earlier layers: their increments, or those brought to rms 1."""
+    readout: Literal["separate", "shared"] = "separate"
+    """Variant released: a row of its own for the input of the next layer (as the authors have it), or the
+    corrector's."""
+    output_norm: Literal["none", "layer"] = "none"
+    """Kind euler: LayerNorm of every layer's output, what variant released does to its history. A control."""
+    stage_coefficients: Literal["fixed", "learned", "gated"] = "learned"
+    """Weights of the stages of rk2 and rk4: the classic ones, learned from there (rk2: from 1, 1), or, rk2
+    only, a gate computed from the stages."""
+    predictor_order: Literal[2, 4] = 2
+    """Order of pcformer's Runge-Kutta predictor."""
+    repeats: int = 4
+    """Times that kind weight-sharing runs each layer."""
     schedule: list[tuple[float, int]] | None = None
     """Two-stage training: (fraction of steps, r) pairs, e.g. [[0.75, 0], [0.25, 3]]. A stage with
     r = 0 is plain Transformer++ (no merge). The last r must equal `iterations`. null: one stage."""

@@ -30,6 +30,7 @@ _POSITIVE = (
     "model.rms_norm_eps",
     "model.rotary_base",
     "model.init_std",
+    "solver.repeats",
     "parallel.tensor",
     "parallel.pipeline",
     "data.sequence_length",
@@ -177,6 +178,11 @@ def _check_blend(config: RunConfig) -> None:
 
 def _check_solver(config: RunConfig) -> None:
     solver, layers = config.solver, config.model.num_layers
+    if solver.kind == "rk4" and solver.stage_coefficients == "gated":
+        raise ConfigError(
+            "solver.stage_coefficients is 'gated', which solver.kind 'rk4' does not have; set it to 'learned' "
+            "or 'fixed', or solver.kind to 'rk2'"
+        )
     if solver.kind != "iiet":
         return  # iterations, variant and predictor have no effect: one file serves all kinds in a comparison
     counts = solver.iterations if isinstance(solver.iterations, list) else [solver.iterations]
