@@ -55,7 +55,12 @@ def make_parser() -> ArgumentParser:
         exit_on_error=False,
         default_env=False,
     )
-    parser.add_argument("--config", metavar="FILE.yaml", help="Run configuration; every key is optional.")
+    parser.add_argument(
+        "--config",
+        metavar="FILE.yaml",
+        help="Run configuration; every key is optional. `base: FILE.yaml` in it names another one, relative "
+        "to itself, whose values it starts from.",
+    )
     parser.add_argument(
         "--ds-config",
         metavar="FILE.json",

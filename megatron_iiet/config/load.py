@@ -1,4 +1,4 @@
-"""Loading a run's configuration: strict YAML, then command-line overrides, then every check.
+"""Loading a run's configuration: strict YAML and its bases, then command-line overrides, then every check.
 
 loaded = load_config()                       # sys.argv; raises ConfigError
 loaded = load_config_or_exit()               # for scripts: one line on stderr, exit status 2
@@ -7,6 +7,7 @@ config = config_from_file("run.yaml", ["--training.steps", "20"])
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -22,6 +23,8 @@ from megatron_iiet.config.validation import validate
 
 COMMAND_LINE = "on the command line"
 SEE_HELP = "; --help lists all keys"
+BASE = "base"
+"""The key of a file that is no field: the file whose values it starts from."""
 _FILE_FLAGS = {
     "--config": "config",
     "--ds-config": "ds_config",
@@ -113,14 +116,44 @@ def config_to_yaml(config: RunConfig) -> str:
     return strict_yaml.dump(config_to_dict(config))
 
 
-def _settings_of_file(path: str | Path) -> list[Setting]:
+def _settings_of_file(path: str | Path, built_on_it: tuple[str, ...] = (), named: str = "") -> list[Setting]:
+    """The settings of a file, behind those of its base: of two settings of a key the later wins.
+
+    ``built_on_it``: the files whose base this is, directly or not, the outermost first; ``named``: where the
+    last of them says so.
+    """
+    source = str(path)
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(source).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not a UTF-8 text"
-        raise ConfigError(f"cannot read the configuration file {path}: {reason}") from None
-    document = strict_yaml.parse_document(text, str(path))
-    return _flatten({} if document.data is None else document.data, str(path), document.lines)
+        raise ConfigError(f"cannot read the configuration file {source}{named}: {reason}") from None
+    document = strict_yaml.parse_document(text, source)
+    data: Any = {} if document.data is None else document.data
+    inherited: list[Setting] = []
+    if isinstance(data, Mapping) and BASE in data:
+        where = _where(BASE, source, document.lines)
+        inherited = _settings_of_base(data[BASE], where, (*built_on_it, source))
+        data = {name: value for name, value in data.items() if name != BASE}
+    return inherited + _flatten(data, source, document.lines)
+
+
+def _settings_of_base(value: Any, where: str, built_on_it: tuple[str, ...]) -> list[Setting]:
+    """The settings of the base that the last of ``built_on_it`` names as ``value``."""
+    if not isinstance(value, str) or not value:
+        shown = "null" if value is None else repr(value)
+        raise ConfigError(
+            f"{BASE} is {shown} {where}, but must be the path of a YAML file, relative to this one"
+        )
+    path = os.path.join(os.path.dirname(built_on_it[-1]), value)
+    real_paths = [os.path.realpath(file) for file in (*built_on_it, path)]
+    first = real_paths.index(real_paths[-1])
+    if first < len(built_on_it):
+        circle = [*built_on_it[first:], path]
+        raise ConfigError(
+            f"{BASE} is '{value}' {where}, which closes a circle, {' -> '.join(circle)}; remove one of them"
+        )
+    return _settings_of_file(path, built_on_it, f", the {BASE} named {where}")
 
 
 def _flatten(data: Any, source: str, lines: Mapping[str, int]) -> list[Setting]:
@@ -190,6 +223,11 @@ def _read_arguments(arguments: Sequence[str]) -> tuple[dict[str, str], list[Sett
 def _check_flag(flag: str) -> None:
     if flag in _FILE_FLAGS or flag in _IGNORED_WITH_VALUE or flag[2:] in key_types():
         return
+    if flag[2:] == BASE:
+        raise ConfigError(
+            f"{flag} is given {COMMAND_LINE}, but is a key of YAML files only; write '{BASE}: FILE' into "
+            "the one that --config names"
+        )
     candidates = [*key_types(), "config", "ds-config"]
     hint = did_you_mean(flag[2:], candidates, prefix="--") or SEE_HELP
     raise ConfigError(f"unknown key '{flag}' {COMMAND_LINE}{hint}")

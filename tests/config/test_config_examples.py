@@ -1,61 +1,126 @@
-"""Every example configuration loads, validates, and agrees with every DeepSpeed example it can run under."""
+"""Every example configuration loads and agrees with every DeepSpeed example it can run under; every preset is
+the model that its name says, has the paper's hyperparameters, and fits the GPUs that it claims."""
 
 from __future__ import annotations
 
 import re
+from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
 
-from megatron_iiet.config import ConfigError, RunConfig, check_combination, config_from_file
+from megatron_iiet.config import (
+    ConfigError,
+    RunConfig,
+    check_combination,
+    config_from_dict,
+    config_from_file,
+    config_to_dict,
+)
 from megatron_iiet.config.deepspeed import load_ds_config, reconcile
-from megatron_iiet.config.schema import iterations_per_layer
 from megatron_iiet.models import Transformer
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 CONFIGS = sorted(EXAMPLES.glob("configs/*.yaml"))
 PRESETS = [path for path in CONFIGS if path.stem != "demo"]
 DS_CONFIGS = sorted(EXAMPLES.glob("ds_configs/*.json"))
-PARAMETERS = {
-    "iiet-55m": 54_931_968,
-    "iiet-340m": 341_099_520,
-    "iiet-740m": 742_860_288,
-    "iiet-1.3b": 1_334_806_528,
-    "transformer-pp-1.3b": 1_334_806_528,
-    "iiet-3b": 3_367_676_928,
-    "iiet-7b": 6_738_415_616,
+
+
+class Size(NamedTuple):
+    """A column of the paper's table of models, or of LLaMA's."""
+
+    width: int
+    ffn: int
+    layers: int
+    heads: int
+    tied: bool
+    parameters: int
+    batch: int
+    lr: float
+    steps: int
+    warmup: float
+
+
+class System(NamedTuple):
+    """What a preset's name says of its solver."""
+
+    solver: dict[str, int | str]
+    evaluations: int
+    """Of F, a layer."""
+    weighs: bool
+    """Whether increments have learned weights, whose gradient needs them."""
+
+
+SIZES = {
+    "55m": Size(512, 1408, 12, 4, True, 54_931_968, 128, 4e-4, 5_000, 0.05),
+    "340m": Size(1024, 2816, 24, 8, True, 341_099_520, 256, 3e-4, 30_000, 0.05),
+    "740m": Size(1536, 4224, 24, 8, True, 742_860_288, 512, 3e-4, 30_000, 0.01),
+    "1.3b": Size(2048, 5432, 24, 16, False, 1_334_806_528, 256, 3e-4, 30_000, 0.05),
+    "3b": Size(3072, 8192, 28, 24, False, 3_367_676_928, 512, 3e-4, 30_000, 0.01),
+    "7b": Size(4096, 11008, 32, 32, False, 6_738_415_616, 1024, 3e-4, 30_000, 0.01),
+    "13b": Size(5120, 13824, 40, 40, False, 13_015_864_320, 1024, 3e-4, 30_000, 0.01),
 }
+SYSTEMS = {
+    "transformer-pp": System({"kind": "euler"}, 1, False),
+    "dlcl": System({"kind": "dlcl"}, 1, True),
+    "weight-sharing": System({"kind": "weight-sharing", "repeats": 4}, 4, False),
+    "rk2": System({"kind": "rk2", "stage_coefficients": "learned"}, 2, True),
+    "rk4": System({"kind": "rk4", "stage_coefficients": "learned"}, 4, True),
+    "pcformer": System({"kind": "pcformer", "predictor_order": 2}, 3, True),
+    "iiet": System({"kind": "iiet", "variant": "paper", "iterations": 3}, 4, True),
+}
+TABLE_3 = {
+    "transformer-pp-340m": "0.38", "pcformer-340m": "1.06", "iiet-340m": "1.40",
+    "transformer-pp-740m": "0.80", "pcformer-740m": "2.30", "iiet-740m": "3.05",
+}  # fmt: skip
+"""TFLOPs of a forward pass of 512 tokens that the paper prints."""
 
 
 def stem(path: Path) -> str:
     return path.stem
 
 
+def parts(preset: Path) -> tuple[System, Size]:
+    system, _, size = preset.stem.rpartition("-")
+    return SYSTEMS[system], SIZES[size]
+
+
+@cache
+def config_of(preset: Path) -> RunConfig:
+    return config_from_file(preset)
+
+
 def layouts(preset: Path) -> dict[int, tuple[RunConfig, Path]]:
     """Configuration and DeepSpeed file for each number of GPUs that a preset's comments name."""
     found = {}
-    for gpus, flags, ds in re.findall(r"^# (\d+) GPUs: (.*)\((.*)\)$", preset.read_text(), re.MULTILINE):
-        found[int(gpus)] = (config_from_file(preset, flags.split()), EXAMPLES / ds)
+    for gpus, flags, ds in re.findall(r"^# (\d+) GPUs: (.*) \((.*)\)$", preset.read_text(), re.MULTILINE):
+        words = [] if flags == "as it is" else flags.split()
+        found[int(gpus)] = (config_from_file(preset, words), EXAMPLES / ds)
     return found
 
 
-def memory(config: RunConfig, world_size: int) -> float:
-    """The presets' estimate of a GPU's memory in bytes, under ZeRO-1 in bf16 without recomputation."""
-    model, training, parallel = config.model, config.training, config.parallel
-    n = PARAMETERS[config.output_dir.removeprefix("runs/")] / (parallel.tensor * parallel.pipeline)
+def activation_bytes(system: System, width: int, ffn: int) -> int:
+    """What the presets' estimate says that a layer keeps of a token for the backward pass, in bf16."""
+    return system.evaluations * ((36 if system.weighs else 34) * width + 8 * ffn)
+
+
+def memory(system: System, size: Size, config: RunConfig, world_size: int) -> list[float]:
+    """The presets' estimate of a GPU's memory in bytes (state, buffer, activations), under ZeRO-1 in bf16
+    without recomputation."""
+    parallel = config.parallel
+    parameters = size.parameters / (parallel.tensor * parallel.pipeline)
     replicas = world_size // (parallel.tensor * parallel.pipeline)
-    token = 4 * model.vocab_size
-    for count in iterations_per_layer(config):
-        token += (count + 1) * (34 * model.hidden_size + 8 * model.ffn_hidden_size)
-        token += 4 * model.hidden_size if config.solver.kind == "iiet" else 0
-    tokens = training.micro_batch_size * config.data.sequence_length
-    return n * (8 + 12 / replicas) + 4 * min(n, 5e8) + tokens / parallel.tensor * token
+    token = size.layers * activation_bytes(system, size.width, size.ffn) + 4 * 32000
+    tokens = config.training.micro_batch_size * 2048 / parallel.tensor
+    return [parameters * (2 + 2 + 4 + 12 / replicas), 4 * min(parameters, 5e8), tokens * token]
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=stem)
 def test_example_is_valid(path: Path) -> None:
-    config = config_from_file(path)
+    config = config_of(path)
+    assert config.output_dir == f"runs/{path.stem}"
     world_size = 2 * config.parallel.tensor * config.parallel.pipeline
     refused = set()
     for ds_path in DS_CONFIGS:
@@ -80,28 +145,108 @@ def test_ds_example_runs_in_fp32(ds_path: Path) -> None:
     )
 
 
+def test_presets_are_the_systems_at_the_sizes() -> None:
+    compared = {f"{system}-{size}" for system in SYSTEMS for size in ("55m", "340m", "740m")}
+    larger = {"transformer-pp-1.3b", "iiet-1.3b", "iiet-3b", "iiet-7b", "iiet-13b"}
+    assert {preset.stem for preset in PRESETS} == compared | larger
+    bases = {path.stem for path in EXAMPLES.glob("configs/sizes/*.yaml")}
+    assert bases == {*SIZES, "common"}
+
+
 @pytest.mark.parametrize("preset", PRESETS, ids=stem)
 def test_layouts_of_a_preset(preset: Path) -> None:
-    found = layouts(preset)
+    text, found = preset.read_text(), layouts(preset)
     assert sorted(found) == [8, 64]
-    said = re.search(r"about (\d+) of 80 GB on each of 8 GPUs, (\d+) on each of 64", preset.read_text())
+    said = re.search(r"about (\d+) of 80 GB on each of 8 GPUs, (\d+) on each of 64", text)
     assert said is not None
     for (gpus, (config, ds_path)), gigabytes in zip(sorted(found.items()), said.groups(), strict=True):
         ds_json = load_ds_config(ds_path)
         data_parallel_size = check_combination(config, ds_json, gpus, ds_path.name)
         assert reconcile(ds_json, config, data_parallel_size)["zero_optimization"]["stage"] == 1
         assert config.parallel.tensor <= 8  # within one host
-        assert int(gigabytes) == round(memory(config, gpus) / 1e9) < 70
+        assert int(gigabytes) == round(sum(memory(*parts(preset), config, gpus)) / 1e9) < 70
+    terms = re.findall(r"^#   (?:state|buffer|activations) .*? = ([\d.]+)", text, re.MULTILINE)
+    if terms:
+        assert terms == [f"{term / 1e9:.1f}" for term in memory(*parts(preset), found[8][0], 8)]
+
+
+@pytest.mark.parametrize("system", SYSTEMS.values(), ids=list(SYSTEMS))
+def test_the_estimate_of_activations_is_what_autograd_keeps(system: System) -> None:
+    """Counted on a small model, as the difference of two depths. On CPU norms keep a little more."""
+    kept = {layers: saved_bytes(layers, system.solver) for layers in (5, 8)}
+    per_layer = (kept[8] - kept[5]) / 3
+    assert 0.9 < per_layer / activation_bytes(system, 64, 176) < 1.1
+
+
+def saved_bytes(layers: int, solver: dict[str, int | str]) -> float:
+    """Bytes a token that a forward pass in bf16 leaves for the backward pass."""
+    shape = {"hidden_size": 64, "ffn_hidden_size": 176, "num_attention_heads": 2, "vocab_size": 256}
+    config = config_from_dict({"model": {**shape, "num_layers": layers}, "solver": solver})
+    model = Transformer(config)
+    model.initialise(0)
+    for parameter in model.parameters():
+        if not getattr(parameter, "keep_fp32", False):
+            parameter.data = parameter.data.bfloat16()
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    saved = {}  # holds the tensors, so that no storage comes twice
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in weights:
+            saved[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    tokens = torch.randint(256, (2, 128))
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = model(tokens, tokens)
+    assert loss.isfinite()
+    return sum(tensor.untyped_storage().nbytes() for tensor in saved.values()) / tokens.numel()
 
 
 @pytest.mark.parametrize("preset", PRESETS, ids=stem)
-def test_parameters_of_a_preset(preset: Path) -> None:
-    config = config_from_file(preset)
-    shape = config.model
-    layer = 4 * shape.hidden_size**2 + 3 * shape.hidden_size * shape.ffn_hidden_size + 2 * shape.hidden_size
-    tables = shape.vocab_size * shape.hidden_size * (1 if shape.tie_embeddings else 2)
-    assert shape.num_layers * layer + shape.hidden_size + tables == PARAMETERS[preset.stem]
-    with torch.device("meta"):
-        model = Transformer(config)
-    assert model.num_parameters() - model.num_solver_parameters() == PARAMETERS[preset.stem]
-    assert config.output_dir == f"runs/{preset.stem}"
+def test_model_of_a_preset(preset: Path) -> None:
+    (system, size), config = parts(preset), config_of(preset)
+    solver = config_to_dict(config)["solver"]
+    assert {key: solver[key] for key in system.solver} == system.solver
+    layer = 4 * size.width**2 + 3 * size.width * size.ffn  # weights
+    tables = 32000 * size.width * (1 if size.tied else 2)
+    norms = (2 * size.layers + 1) * size.width
+    assert size.layers * layer + tables + norms == size.parameters
+    model = Transformer.on_meta(config)
+    assert model.num_parameters() - model.num_solver_parameters() == size.parameters
+    triangle = size.layers * (size.layers + 1) // 2
+    coefficients = {"transformer-pp": 0, "weight-sharing": 0, "dlcl": triangle, "iiet": triangle}
+    few = range(1, 6 * size.layers)
+    name = preset.stem.rpartition("-")[0]
+    assert model.num_solver_parameters() in (few if name not in coefficients else [coefficients[name]])
+    for length in (512, 2048):
+        flops = system.evaluations * size.layers * (2 * layer + 4 * size.width * length) * length
+        flops += 2 * size.width * 32000 * length
+        assert model.forward_flops(length) == flops
+    printed = TABLE_3.get(preset.stem)
+    assert printed in (None, f"{model.forward_flops(512) / 1e12:.2f}")
+
+
+def test_the_large_baseline_has_the_flops_of_the_small_iiet() -> None:
+    iiet, baseline = (
+        Transformer.on_meta(config_of(EXAMPLES / f"configs/{name}.yaml")).forward_flops(512)
+        for name in ("iiet-340m", "transformer-pp-1.3b")
+    )
+    assert baseline == pytest.approx(iiet, rel=0.04)
+
+
+@pytest.mark.parametrize("preset", PRESETS, ids=stem)
+def test_hyperparameters_of_a_preset(preset: Path) -> None:
+    (_, size), config = parts(preset), config_of(preset)
+    model, optimizer, training = config.model, config.optimizer, config.training
+    assert (model.hidden_size, model.ffn_hidden_size, model.num_layers) == (size.width, size.ffn, size.layers)
+    assert (model.num_attention_heads, model.num_kv_heads) == (size.heads, size.heads)
+    assert (model.tie_embeddings, model.vocab_size, model.embedding_scale) == (size.tied, 32000, "unit")
+    assert (model.rms_norm_eps, model.init_std, model.rotary_base) == (1e-6, 0.02, 10000)
+    assert (optimizer.lr, optimizer.warmup_fraction, optimizer.schedule) == (size.lr, size.warmup, "cosine")
+    assert (optimizer.weight_decay, optimizer.gradient_clipping) == (0.01, 1.0)
+    assert (training.steps, training.global_batch_size, training.precision) == (
+        size.steps,
+        size.batch,
+        "bf16",
+    )
+    assert config.data.sequence_length == 2048
