@@ -25,6 +25,10 @@ from megatron_iiet.config.schema import ModelConfig
 FLEX_BLOCK = 128
 """Queries and keys of one block of flex_attention, its default."""
 
+LONGEST_WRITTEN_OUT = 512
+"""Longest sequence whose attention is written out in bf16 on CPUs, where that takes half of SDPA's time; an
+evaluation of a layer keeps its T x T scores for the backward pass."""
+
 NARROWEST_FLEX_HEAD = 16
 """Head width below which the kernels of flex_attention do not compile."""
 
@@ -74,6 +78,8 @@ class AttentionLayout:
     """As :attr:`cos`."""
     mask: Tensor | BlockMask | None = None
     """None: causal. Else causal within each document, as SDPA or as flex_attention wants it."""
+    written_out: bool = False
+    """Whether attention is plain matrix products and a softmax; there is a mask then, [T, T]."""
 
     def rotate(self, x_BHTK: Tensor) -> Tensor:
         """Apply the rotary tables to queries or keys."""
@@ -82,6 +88,8 @@ class AttentionLayout:
     def attend(self, q_BHTK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor) -> Tensor:
         """Masked attention of rotated queries and keys, [B, H, T, K]."""
         grouped = q_BHTK.shape[1] != k_BGTK.shape[1]
+        if self.written_out:
+            return _written_out(q_BHTK, k_BGTK, v_BGTK, cast(Tensor, self.mask))
         if isinstance(self.mask, BlockMask):
             attention = _compiled_flex_attention()
             return attention(q_BHTK, k_BGTK, v_BGTK, block_mask=self.mask, enable_gqa=grouped)
@@ -102,11 +110,24 @@ def attention_layout(
         ValueError: the sequence is longer than the rotary table.
     """
     cos, signed_sin = rotary(length, dtype, positions_BT)
-    mask: Tensor | BlockMask | None = None
     if positions_BT is not None:
         flex = positions_BT.is_cuda and cos.shape[-1] >= NARROWEST_FLEX_HEAD
         mask = document_block_mask(positions_BT) if flex else document_mask(positions_BT, dtype)
-    return AttentionLayout(cos, signed_sin, mask)
+        return AttentionLayout(cos, signed_sin, mask)
+    if not cos.is_cuda and dtype == torch.bfloat16 and length <= LONGEST_WRITTEN_OUT:
+        causal_TT = cos.new_full((length, length), -torch.inf).triu_(1)
+        return AttentionLayout(cos, signed_sin, causal_TT, written_out=True)
+    return AttentionLayout(cos, signed_sin)
+
+
+def _written_out(q_BHTK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor, mask_TT: Tensor) -> Tensor:
+    B, H, _, K = q_BHTK.shape
+    groups = H // k_BGTK.shape[1]
+    if groups > 1:
+        k_BGTK, v_BGTK = (x.repeat_interleave(groups, dim=1) for x in (k_BGTK, v_BGTK))
+    q, k, v = (x.flatten(0, 1) for x in (q_BHTK * K**-0.5, k_BGTK, v_BGTK))
+    scores = torch.baddbmm(mask_TT, q, k.transpose(1, 2))
+    return torch.bmm(scores.softmax(-1), v).unflatten(0, (B, H))
 
 
 def document_mask(positions_BT: Tensor, dtype: torch.dtype) -> Tensor:
