@@ -13,11 +13,14 @@ from megatron_iiet.config import exit_with_error
 from megatron_iiet.config.strict_yaml import parse_value
 
 SOLVER_OPTIONS = {
-    "kind": "euler (default: as the checkpoint was trained), dlcl or iiet",
+    "kind": "euler (default, as the checkpoint was trained), dlcl, weight-sharing, rk2, rk4, pcformer, iiet",
     "variant": "of kind iiet: paper or released",
     "iterations": "of kind iiet: corrector iterations, one number or one per layer, e.g. [0,1,2]",
     "predictor": "of kind iiet: merged or euler",
     "coefficient_init": "identity or average",
+    "stage_coefficients": "of kinds rk2 and rk4: fixed, learned or (rk2) gated",
+    "predictor_order": "of kind pcformer: 2 or 4",
+    "repeats": "of kind weight-sharing: times that each layer runs",
 }
 
 

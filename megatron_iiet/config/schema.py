@@ -98,9 +98,10 @@ class SolverConfig:
     """Order of pcformer's Runge-Kutta predictor."""
     repeats: int = 4
     """Times that kind weight-sharing runs each layer."""
-    schedule: list[tuple[float, int]] | None = None
-    """Two-stage training: (fraction of steps, r) pairs, e.g. [[0.75, 0], [0.25, 3]]. A stage with
-    r = 0 is plain Transformer++ (no merge). The last r must equal `iterations`. null: one stage."""
+    schedule: list[tuple[float, int | list[int]]] | None = None
+    """Training in stages: (fraction of steps, r) pairs, e.g. [[0.75, 0], [0.25, 3]]; r is one number or one
+    per layer. A stage with r = 0 in all layers is plain Transformer++ (no merge). The last r must equal
+    `iterations`. null: one stage."""
 
     @property
     def resolved_coefficient_init(self) -> Literal["identity", "average"]:
@@ -199,6 +200,11 @@ class TrainingConfig:
     """Activation recomputation: off, once per layer (all its iterations), or per F evaluation."""
     seed: int = 1234
     """Seed of initial weights and of the sample order."""
+    initial_weights: str = ""
+    """A model of the same shape to start from instead of random weights, whatever its solver: a model folder
+    of tools/convert_checkpoint.py, a run's output_dir or one of its checkpoints, or a Hugging Face LLaMA
+    folder (with model.embedding_scale 1). What the solver has more starts at its initial values. Without
+    effect once there is a checkpoint to resume."""
     stop_after: int | None = None
     """Stop (with a checkpoint) once this step is reached, leaving schedules as they are; for tests and
     time limits. null: run to the end."""
@@ -255,6 +261,27 @@ class OpsConfig:
 
 
 @dataclass
+class GuidanceConfig:
+    """Influence-guided training: each layer's own corrector iterations, measured as training goes on. Only
+    for solver.kind iiet."""
+
+    interval: int = 0
+    """Steps between measurements of the influence of every iteration, after each of which the layers get new
+    iteration counts; 0: off, every layer has solver.iterations."""
+    budget: float = 0.5
+    """Share of the evaluations of F that full iterations (solver.iterations in every layer) would take:
+    what the layers may use together. Below 1, and at least one evaluation a layer."""
+    start: float = 0.1
+    """Fraction of the steps before the first measurement. Until then iterations are even over the layers,
+    within the budget."""
+    samples: int = 32
+    """Validation sequences measured on (the same ones every time); fewer if the split is smaller."""
+    decay: float = 0.5
+    """Weight of what was measured before in the running mean of influence that a plan is made from; 0: only
+    the newest measurement counts."""
+
+
+@dataclass
 class RunConfig:
     """Everything that defines one pretraining run."""
 
@@ -280,11 +307,23 @@ class RunConfig:
     """Console and TensorBoard."""
     ops: OpsConfig = field(default_factory=OpsConfig)
     """Kernel choice."""
+    guidance: GuidanceConfig = field(default_factory=GuidanceConfig)
+    """Influence-guided iteration counts."""
 
 
 def iterations_per_layer(config: RunConfig) -> list[int]:
     """Corrector iterations r_n of every layer at the end of training; zeros for kinds without a corrector."""
-    layers, iterations = config.model.num_layers, config.solver.iterations
-    if config.solver.kind != "iiet":
-        return [0] * layers
+    layers, solver = config.model.num_layers, config.solver
+    return one_per_layer(solver.iterations if solver.kind == "iiet" else 0, layers)
+
+
+def one_per_layer(iterations: int | list[int], layers: int) -> list[int]:
+    """Iteration counts as they are written, one number or one per layer, as a number for each layer."""
     return list(iterations) if isinstance(iterations, list) else [iterations] * layers
+
+
+def evaluations_in_budget(config: RunConfig) -> int:
+    """Evaluations of F that guidance lets all layers use together; ``solver.iterations`` is a number."""
+    assert isinstance(config.solver.iterations, int)
+    full = config.model.num_layers * (config.solver.iterations + 1)
+    return int(config.guidance.budget * full + 1e-9)  # 0.7 · 10 is 7, whatever fp64 says

@@ -13,7 +13,7 @@ from typing import Any
 from megatron_iiet.config.combinations import check_layout
 from megatron_iiet.config.errors import ConfigError
 from megatron_iiet.config.keys import key_types
-from megatron_iiet.config.schema import RunConfig
+from megatron_iiet.config.schema import RunConfig, evaluations_in_budget, one_per_layer
 
 SUM_TOLERANCE = 1e-6
 
@@ -41,6 +41,7 @@ _POSITIVE = (
     "training.global_batch_size",
     "training.micro_batch_size",
     "training.stop_after",
+    "guidance.samples",
     "evaluation.samples",
     "logging.interval",
     "logging.peak_tflops",
@@ -50,13 +51,21 @@ _NOT_NEGATIVE = (
     "optimizer.weight_decay",
     "optimizer.gradient_clipping",
     "training.seed",
+    "guidance.interval",
     "evaluation.interval",
     "checkpoint.interval",
     "checkpoint.keep",
     "logging.solver_interval",
 )
 _FRACTIONS = ("optimizer.min_lr_ratio",)
-_FRACTIONS_BELOW_ONE = ("optimizer.warmup_fraction", "optimizer.beta1", "optimizer.beta2")
+_FRACTIONS_BELOW_ONE = (
+    "optimizer.warmup_fraction",
+    "optimizer.beta1",
+    "optimizer.beta2",
+    "guidance.budget",
+    "guidance.start",
+    "guidance.decay",
+)
 
 
 def validate(config: RunConfig) -> None:
@@ -71,6 +80,7 @@ def validate(config: RunConfig) -> None:
     _check_solver(config)
     _check_schedule(config)
     _check_batch(config)
+    _check_guidance(config)
     check_layout(config)
 
 
@@ -180,8 +190,8 @@ def _check_solver(config: RunConfig) -> None:
     solver, layers = config.solver, config.model.num_layers
     if solver.kind == "rk4" and solver.stage_coefficients == "gated":
         raise ConfigError(
-            "solver.stage_coefficients is 'gated', which solver.kind 'rk4' does not have; set it to 'learned' "
-            "or 'fixed', or solver.kind to 'rk2'"
+            "solver.stage_coefficients is 'gated', which solver.kind 'rk4' does not have; set it to "
+            "'learned' or 'fixed', or solver.kind to 'rk2'"
         )
     if solver.kind != "iiet":
         return  # iterations, variant and predictor have no effect: one file serves all kinds in a comparison
@@ -214,8 +224,17 @@ def _check_schedule(config: RunConfig) -> None:
         )
     if not schedule:
         raise ConfigError("solver.schedule is an empty list; write null for training in one stage")
-    fractions, counts = [stage[0] for stage in schedule], [stage[1] for stage in schedule]
-    if not all(math.isfinite(fraction) and fraction > 0 for fraction in fractions) or min(counts) < 0:
+    layers = config.model.num_layers
+    fractions = [fraction for fraction, _ in schedule]
+    counts = [one_per_layer(r, layers) for _, r in schedule]
+    wrong = next((number for number, r in enumerate(counts) if len(r) != layers), None)
+    if wrong is not None:
+        raise ConfigError(
+            f"solver.schedule lists {len(counts[wrong])} iteration counts in stage {wrong + 1}, but "
+            f"model.num_layers is {layers}; give one number per layer, or a single number for all"
+        )
+    negative = any(min(r) < 0 for r in counts)
+    if negative or not all(math.isfinite(fraction) and fraction > 0 for fraction in fractions):
         raise ConfigError(
             f"solver.schedule is {shown}, but each stage must be [fraction above 0, iterations 0 or greater]"
         )
@@ -223,14 +242,9 @@ def _check_schedule(config: RunConfig) -> None:
         raise ConfigError(
             f"solver.schedule is {shown}, whose fractions sum to {sum(fractions):.6g}; they must sum to 1"
         )
-    if isinstance(solver.iterations, list):
+    if counts[-1] != one_per_layer(solver.iterations, layers):
         raise ConfigError(
-            f"solver.schedule is {shown}, but solver.iterations is a list per layer; a schedule needs one "
-            "number for all layers, so make solver.iterations a number or set solver.schedule to null"
-        )
-    if counts[-1] != solver.iterations:
-        raise ConfigError(
-            f"solver.schedule ends with {counts[-1]} iterations, but solver.iterations is "
+            f"solver.schedule ends with {schedule[-1][1]} iterations, but solver.iterations is "
             f"{solver.iterations}; make them equal"
         )
 
@@ -242,4 +256,51 @@ def _check_batch(config: RunConfig) -> None:
         raise ConfigError(
             f"training.global_batch_size is {batch}, but must be a multiple of training.micro_batch_size = "
             f"{micro}; set it to {choices}"
+        )
+
+
+def _check_guidance(config: RunConfig) -> None:
+    guidance, solver, layers = config.guidance, config.solver, config.model.num_layers
+    if not guidance.interval:
+        return
+    given = f"guidance.interval is {guidance.interval}, but"
+    if solver.kind != "iiet":
+        raise ConfigError(
+            f"{given} solver.kind is '{solver.kind}', which has no iterations to guide; set "
+            "guidance.interval to 0 or solver.kind to 'iiet'"
+        )
+    if solver.variant == "paper" and solver.predictor == "euler":
+        raise ConfigError(
+            f"{given} solver.predictor is 'euler', with which a layer without iterations does not merge; set "
+            "solver.predictor to 'merged' or guidance.interval to 0"
+        )
+    if not isinstance(solver.iterations, int) or solver.iterations < 1:
+        raise ConfigError(
+            f"{given} solver.iterations is {solver.iterations}; make it the most iterations a layer may get, "
+            "one number of at least 1, or set guidance.interval to 0"
+        )
+    if solver.schedule is not None:
+        raise ConfigError(
+            f"{given} solver.schedule gives every stage its iterations; set solver.schedule to null "
+            "(guidance.start delays guidance) or guidance.interval to 0"
+        )
+    full = layers * (solver.iterations + 1)
+    if evaluations_in_budget(config) < layers:
+        raise ConfigError(
+            f"guidance.budget is {guidance.budget} of the {full} evaluations of {solver.iterations} "
+            f"iterations in {layers} layers, which leaves less than one a layer; set it to at least "
+            f"{math.ceil(1000 * layers / full) / 1000:g}"
+        )
+    interval, start = guidance.interval, round(guidance.start * config.training.steps)
+    first = max(1, -(-start // interval)) * interval
+    if first >= config.training.steps:
+        raise ConfigError(
+            f"{given} the first measurement, after step {first} (guidance.start is {guidance.start:g}), "
+            f"would not be before the end, training.steps = {config.training.steps}; lower guidance.interval "
+            "or guidance.start"
+        )
+    if not (config.data.split[1] or config.data.validation_prefix):
+        raise ConfigError(
+            f"{given} there is no held-out text to measure on: data.split is {config.data.split} and "
+            "data.validation_prefix is empty; give validation a share in data.split"
         )

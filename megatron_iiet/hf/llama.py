@@ -6,8 +6,7 @@ What our model would compute differently is refused; nothing is ever unpickled.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json")
 
 _STORAGE_TYPES = ("F32", "BF16", "F16")
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_COMPARED_ROWS = 4096
 # Fields with one value that our model computes, and why there is no other.
 _ONLY_VALUES: dict[str, tuple[Any, str]] = {
     "hidden_act": ("silu", "the feed-forward is SwiGLU"),
@@ -51,7 +51,7 @@ def import_llama(
     """
     folder = Path(folder)
     config = read_config(folder, {"kind": "euler", **(solver or {})})
-    state = read_weights(folder, config.model)
+    state = dict(LlamaWeights(folder, config.model))
     for n in range(config.model.num_layers):
         for name, value in build_solver(config, n, "reference").state_dict().items():
             state[f"layers.{n}.solver.{name}"] = value
@@ -103,31 +103,50 @@ def read_config(folder: Path, solver: Mapping[str, Any]) -> RunConfig:
     return config_from_dict(sections, source=f"{path} and the solver options")
 
 
-def read_weights(folder: Path, model: ModelConfig) -> dict[str, Tensor]:
-    """The parameters of a folder under our names, fp32, read one by one into their final place.
+class LlamaWeights(Mapping[str, Tensor]):
+    """The parameters of a folder under our names, fp32; read when asked for, whole or some rows of one.
 
     Raises:
         ValueError: files or tensors are missing, superfluous, damaged or of the wrong shape.
     """
-    with ExitStack() as stack:
-        reader = _TensorReader(folder, stack)
-        state = {
-            "embedding.weight": reader.read({_EMBEDDING: (model.vocab_size, model.hidden_size)}),
-            "norm.weight": reader.read({"model.norm.weight": (model.hidden_size,)}),
+
+    def __init__(self, folder: Path, model: ModelConfig) -> None:
+        """Check everything that can be checked without reading the weights."""
+        table: tuple[int, ...] = (model.vocab_size, model.hidden_size)
+        embedding, head = {_EMBEDDING: table}, {_HEAD: table}
+        self._sources: dict[str, dict[str, tuple[int, ...]]] = {
+            "embedding.weight": embedding,
+            "norm.weight": {"model.norm.weight": (model.hidden_size,)},
         }
         for n in range(model.num_layers):
             for name, sources in _layer_sources(model, n).items():
-                state[f"layers.{n}.increment.{name}"] = reader.read(sources)
-        head = {_HEAD: (model.vocab_size, model.hidden_size)}
+                self._sources[f"layers.{n}.increment.{name}"] = sources
         if not model.tie_embeddings:
-            state["head.weight"] = reader.read(head)
-        elif _HEAD in reader and not torch.equal(reader.read(head), state["embedding.weight"]):
-            raise ValueError(
-                f"{folder / CONFIG_FILE}: tie_word_embeddings is true, but {_HEAD} differs from "
-                f"{_EMBEDDING}; set it to false to use both, or remove the head"
-            )
-        reader.refuse_unread()
-    return state
+            self._sources["head.weight"] = head
+        self._reader = _TensorReader(folder)
+        for sources in self._sources.values():
+            self._reader.check(sources)
+        if model.tie_embeddings and _HEAD in self._reader:
+            self._reader.check(head)
+            if not self._reader.same(embedding, head):
+                raise ValueError(
+                    f"{folder / CONFIG_FILE}: tie_word_embeddings is true, but {_HEAD} differs from "
+                    f"{_EMBEDDING}; set it to false to use both, or remove the head"
+                )
+        self._reader.refuse_unread()
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.rows(name, 0, sum(shape[0] for shape in self._sources[name].values()))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._sources)
+
+    def __len__(self) -> int:
+        return len(self._sources)
+
+    def rows(self, name: str, first: int, last: int) -> Tensor:
+        """Rows [first, last) of a parameter."""
+        return self._reader.rows(self._sources[name], first, last)
 
 
 def _layer_sources(model: ModelConfig, layer: int) -> dict[str, dict[str, tuple[int, ...]]]:
@@ -152,14 +171,13 @@ def _layer_sources(model: ModelConfig, layer: int) -> dict[str, dict[str, tuple[
 class _TensorReader:
     """Tensors of the safetensors files of a folder, by name."""
 
-    def __init__(self, folder: Path, stack: ExitStack) -> None:
-        """Open every file; ``stack`` closes them."""
+    def __init__(self, folder: Path) -> None:
         self._where: dict[str, tuple[Path, Any]] = {}
-        self._read: set[str] = set()
+        self._known: set[str] = set()
         self._folder = folder
         for file in _weight_files(folder):
             try:
-                opened = stack.enter_context(safe_open(file, framework="pt"))
+                opened = safe_open(file, framework="pt")
             except (SafetensorError, OSError) as error:
                 raise ValueError(
                     f"{file} is not a readable safetensors file ({error}); download it again"
@@ -169,42 +187,50 @@ class _TensorReader:
     def __contains__(self, name: str) -> bool:
         return name in self._where
 
-    def read(self, sources: Mapping[str, tuple[int, ...]]) -> Tensor:
-        """The rows of all ``sources`` (name → expected shape) below each other, as one fp32 tensor."""
-        shapes = list(sources.values())
-        result = torch.empty((sum(shape[0] for shape in shapes), *shapes[0][1:]))
+    def check(self, sources: Mapping[str, tuple[int, ...]]) -> None:
+        """Refuse tensors (name → expected shape) that are missing or that cannot be read as these."""
+        for name, shape in sources.items():
+            if name not in self._where:
+                raise ValueError(
+                    f"{self._folder} has no tensor {name} ({list(shape)}), which its {CONFIG_FILE} asks for; "
+                    "give the complete checkpoint of a LlamaForCausalLM"
+                )
+            self._known.add(name)
+            file, opened = self._where[name]
+            piece = opened.get_slice(name)
+            found, storage = list(piece.get_shape()), piece.get_dtype()
+            if found != list(shape):
+                raise ValueError(
+                    f"{file}: tensor {name} is {found}, but {CONFIG_FILE} asks for {list(shape)}; "
+                    "weights and configuration do not belong together"
+                )
+            if storage not in _STORAGE_TYPES:
+                raise ValueError(
+                    f"{file}: tensor {name} is stored as {storage}; supported are "
+                    f"{', '.join(_STORAGE_TYPES)}, so save the checkpoint without quantisation"
+                )
+
+    def rows(self, sources: Mapping[str, tuple[int, ...]], first: int, last: int) -> Tensor:
+        """Rows [first, last) of all ``sources`` (name → shape) below each other, as one fp32 tensor."""
+        result = torch.empty((last - first, *next(iter(sources.values()))[1:]))
         start = 0
         for name, shape in sources.items():
-            result[start : start + shape[0]].copy_(self._one(name, shape))
+            low, high = max(first, start), min(last, start + shape[0])
+            if low < high:
+                piece = self._where[name][1].get_slice(name)
+                result[low - first : high - first].copy_(piece[low - start : high - start])
             start += shape[0]
         return result
 
-    def _one(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        if name not in self._where:
-            raise ValueError(
-                f"{self._folder} has no tensor {name} ({list(shape)}), which its {CONFIG_FILE} asks for; "
-                "give the complete checkpoint of a LlamaForCausalLM"
-            )
-        self._read.add(name)
-        file, opened = self._where[name]
-        piece = opened.get_slice(name)
-        found, storage = list(piece.get_shape()), piece.get_dtype()
-        if found != list(shape):
-            raise ValueError(
-                f"{file}: tensor {name} is {found}, but {CONFIG_FILE} asks for {list(shape)}; "
-                "weights and configuration do not belong together"
-            )
-        if storage not in _STORAGE_TYPES:
-            raise ValueError(
-                f"{file}: tensor {name} is stored as {storage}; supported are {', '.join(_STORAGE_TYPES)}, "
-                "so save the checkpoint without quantisation"
-            )
-        tensor: Tensor = opened.get_tensor(name)
-        return tensor
+    def same(self, one: Mapping[str, tuple[int, ...]], other: Mapping[str, tuple[int, ...]]) -> bool:
+        """Whether two of one shape have equal values."""
+        rows = sum(shape[0] for shape in one.values())
+        parts = [(first, min(rows, first + _COMPARED_ROWS)) for first in range(0, rows, _COMPARED_ROWS)]
+        return all(torch.equal(self.rows(one, *part), self.rows(other, *part)) for part in parts)
 
     def refuse_unread(self) -> None:
         """Refuse tensors nobody asked for; only rotary tables, which old files store, may be lost."""
-        left = sorted(n for n in self._where.keys() - self._read if not n.endswith("rotary_emb.inv_freq"))
+        left = sorted(n for n in self._where.keys() - self._known if not n.endswith("rotary_emb.inv_freq"))
         if left:
             raise ValueError(
                 f"{self._where[left[0]][0]}: tensor {left[0]} has no place in the model that {CONFIG_FILE} "

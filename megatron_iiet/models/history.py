@@ -25,6 +25,7 @@ class History:
         self,
         entries: Iterable[Tensor] = (),
         *,
+        first: int = 0,
         rows: Sequence[nn.Parameter] = (),
         backend: str = "reference",
         transposed: bool = False,
@@ -35,6 +36,7 @@ class History:
         Args:
             entries: none, the embedding for solvers that merge it too, or what an earlier pipeline stage
                 handed on.
+            first: the number of the first of ``entries``; there are none before it.
             rows: the coefficient parameters that layers will merge with.
             backend: of :func:`megatron_iiet.ops.merge_norm`.
             transposed: compute gradients entry by entry (:mod:`megatron_iiet.ops.transposed`) and not merge
@@ -42,7 +44,7 @@ class History:
             rows_at_once: with it, see :class:`megatron_iiet.ops.TransposedMerge`.
         """
         self.backend = backend
-        self._entries: list[Tensor | None] = []
+        self._entries: list[Tensor | None] = [None] * first
         self._merges: TransposedMerge | None = None
         if transposed and rows and torch.is_grad_enabled():
             self._merges = TransposedMerge(
@@ -55,14 +57,15 @@ class History:
     def __len__(self) -> int:
         return len(self._entries)
 
-    def first(self, count: int) -> list[Tensor]:
-        """The first ``count`` entries, to hand on to the next pipeline stage."""
-        assert count <= len(self._entries)
-        return self._read(count)
-
-    def _read(self, count: int) -> list[Tensor]:
-        entries = self._entries[:count]
-        assert all(entry is not None for entry in entries), "an entry is read after its gradient was computed"
+    def read(self, numbers: range) -> list[Tensor]:
+        """The entries of these numbers, to hand on to the next pipeline stage."""
+        assert numbers.stop <= len(self._entries), (
+            f"entries up to {numbers.stop} are read, but the history holds {len(self._entries)}"
+        )
+        entries = self._entries[numbers.start : numbers.stop]
+        assert all(entry is not None for entry in entries), (
+            "an entry is read after its gradient was computed, or was never handed on to this stage"
+        )
         return cast(list[Tensor], entries)
 
     def _release(self, entry: int) -> None:
@@ -76,25 +79,29 @@ class History:
         self._entries.append(increment)
 
     def merge(
-        self, residual: Tensor | None, rows: Sequence[nn.Parameter], count: int, own: Tensor | None = None
+        self,
+        residual: Tensor | None,
+        rows: Sequence[nn.Parameter],
+        count: int,
+        own: Tensor | None = None,
+        first: int = 0,
     ) -> tuple[Tensor, ...]:
-        """``residual + Σ_{j<count} rows[r][j] · entry_j``, and with ``own`` also ``+ rows[r][count] · own``.
+        """``residual + Σ_{j<count} rows[r][j] · entry_{first+j}``, and with ``own`` also
+        ``+ rows[r][count] · own``.
 
         Args:
             residual: [B, T, d] or None.
             rows: R parameters of at least ``count`` coefficients (R merges from one reading of the entries).
-            count: entries to read, from the first.
+            count: entries to read.
             own: [B, T, d], the layer's own increment; for one row.
+            first: number of the first entry to read.
 
         Returns:
             tuple: a merge [B, T, d] for each row.
         """
-        assert count <= len(self._entries), (
-            f"merge of {count} entries, but the history holds {len(self._entries)}"
-        )
-        entries = self._read(count)
+        entries = self.read(range(first, first + count))
         if self._merges is not None and entries and torch.is_grad_enabled():
-            return self._merges.merge(residual, entries, rows, own)
+            return self._merges.merge(residual, entries, rows, own, first)
         increments = entries if own is None else [*entries, own]
         # .float(): ZeRO-3 in bf16 cannot keep coefficients fp32.
         values = [row.float()[: len(increments)] for row in rows]

@@ -21,8 +21,14 @@ class PipelineStage(nn.Module):
         super().__init__()
         self.model = model
         self.sequence_length = sequence_length
-        self.entries_handed_on = 0
-        """History entries that the next stage receives; see :func:`entries_crossing`."""
+        self.entries_received = self.entries_handed_on = range(0)
+        """History entries that come from the stage before and go to the next; see :meth:`resize`."""
+
+    def resize(self, whole: Transformer) -> None:
+        """Receive and hand on what :func:`entries_crossing` says of ``whole``."""
+        layers = self.model.solvers
+        self.entries_received = entries_crossing(whole, min(layers))
+        self.entries_handed_on = entries_crossing(whole, max(layers) + 1)
 
     def forward(self, x: Tensor, positions_BT: Tensor | None = None) -> Tensor:
         """``positions_BT``: of the micro-batch's tokens, see :meth:`Transformer.forward`."""
@@ -31,18 +37,18 @@ class PipelineStage(nn.Module):
             y_BTD, history = model.embed(x)
         else:
             y_BTD, *entries = x.unbind(0)
-            history = model.start_history(entries)
+            history = model.start_history(entries, self.entries_received.start)
         y_BTD = model.integrate(y_BTD, history, self.sequence_length, positions_BT)
         if model.is_last:
             return model.project(y_BTD)
-        return torch.stack([y_BTD, *history.first(self.entries_handed_on)])
+        return torch.stack([y_BTD, *history.read(self.entries_handed_on)])
 
 
-def entries_crossing(whole: Transformer, layer: int) -> int:
-    """History entries that layers from ``layer`` on merge and that exist before it: what a stage that starts
-    there must be given. ``whole``: the whole model, with the iterations in force."""
+def entries_crossing(whole: Transformer, layer: int) -> range:
+    """History entries that a stage that starts at ``layer`` must be given: from the first that any layer from
+    there on merges to the newest there is. ``whole``: the whole model, with the iterations in force."""
     solvers = whole.solvers.values()
-    wanted = max((s.history_reads for n, s in whole.solvers.items() if n >= layer), default=0)
     rooted = any(s.merges_embedding and s.merging for s in solvers)
     kept = rooted + sum(s.keeps_increment for n, s in whole.solvers.items() if n < layer)
-    return min(wanted, kept)
+    reads = [s.history_reads for n, s in whole.solvers.items() if n >= layer and s.history_reads]
+    return range(min([kept, *(read.start for read in reads)]), kept)

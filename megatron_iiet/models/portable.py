@@ -6,12 +6,11 @@ The folder holds ``vocab_size`` rows of embedding and head; the padding that tra
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_iiet.config import RunConfig, config_from_file, config_to_yaml
@@ -73,30 +72,63 @@ def load(folder: str | Path, *, backend: str = "reference") -> Transformer:
     Raises:
         ValueError: a file is missing or damaged, or the weights do not fit the configuration.
     """
-    folder = Path(folder)
-    for name in (CONFIG_FILE, WEIGHTS_FILE):
-        if not (folder / name).is_file():
-            raise ValueError(
-                f"{folder} has no {name}, so it is not a model folder; "
-                "make one with tools/convert_checkpoint.py"
-            )
-    config = config_from_file(folder / CONFIG_FILE)
-    config.training.recompute = "off"
+    stored = StoredModel(folder)
+    config = stored.config
     model = Transformer.on_meta(config, backend)
-    try:
-        state = load_file(folder / WEIGHTS_FILE)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{folder / WEIGHTS_FILE} is damaged ({error}); convert the model again") from None
-    found = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    _check_shapes(_expected_shapes(model), found, str(folder / WEIGHTS_FILE))
     kept = [name for name, p in model.named_parameters() if getattr(p, "keep_fp32", False)]
     model.load_state_dict(
-        {name: _with_padding(config, name, value.float()) for name, value in state.items()}, assign=True
+        {name: _with_padding(config, name, value) for name, value in stored.items()}, assign=True
     )
     for name in kept:  # the parameters are new ones, and have lost the mark
         model.get_parameter(name).keep_fp32 = True  # type: ignore[attr-defined]
     model.rotary = type(model.rotary)(config.model)  # its tables are not stored
     return model.eval()
+
+
+class StoredModel(Mapping[str, Tensor]):
+    """The parameters of a folder that :func:`save` wrote, fp32; read when asked for, whole or some rows.
+
+    Raises:
+        ValueError: as :func:`load`.
+    """
+
+    config: RunConfig
+
+    def __init__(self, folder: str | Path) -> None:
+        folder = Path(folder)
+        for name in (CONFIG_FILE, WEIGHTS_FILE):
+            if not (folder / name).is_file():
+                raise ValueError(
+                    f"{folder} has no {name}, so it is not a model folder; "
+                    "make one with tools/convert_checkpoint.py"
+                )
+        self.config = config_from_file(folder / CONFIG_FILE)
+        self.config.training.recompute = "off"
+        path = folder / WEIGHTS_FILE
+        try:
+            self._file = safe_open(path, framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{path} is damaged ({error}); convert the model again") from None
+        names = list(self._file.keys())
+        self._shapes = {name: tuple(self._file.get_slice(name).get_shape()) for name in names}
+        _check_shapes(_expected_shapes(Transformer.on_meta(self.config)), self._shapes, str(path))
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor: Tensor = self._file.get_tensor(name)
+        return tensor.float()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._shapes)
+
+    def __len__(self) -> int:
+        return len(self._shapes)
+
+    def rows(self, name: str, first: int, last: int) -> Tensor:
+        """Rows [first, last) of a parameter; a scalar is one row."""
+        if not self._shapes[name]:
+            return self[name].view(1)
+        rows: Tensor = self._file.get_slice(name)[first:last]
+        return rows.float()
 
 
 def check_new(folder: str | Path) -> None:

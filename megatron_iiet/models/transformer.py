@@ -147,10 +147,12 @@ class Transformer(nn.Module):
         rooted = any(s.merges_embedding and s.merging for s in self.solvers.values())
         return y_BTD, self.start_history([y_BTD] if rooted else [])
 
-    def start_history(self, entries: Iterable[Tensor]) -> History:
-        """The history of one forward pass, with the entries there are before the first layer held here."""
+    def start_history(self, entries: Iterable[Tensor], first: int = 0) -> History:
+        """The history of one forward pass, with the entries there are before the first layer held here;
+        ``first``: the number of the first of them."""
         return History(
             entries,
+            first=first,
             rows=[row for solver in self.solvers.values() for row in solver.history_rows],
             backend=self.backend,
             transposed=self.config.ops.history_gradient == "transposed",
@@ -205,19 +207,22 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def initialise(
-        self, seed: int, whole: Callable[[nn.Parameter], AbstractContextManager[Any]] = nullcontext
+        self,
+        seed: int,
+        whole: Callable[[nn.Parameter], AbstractContextManager[Any]] = nullcontext,
+        besides: frozenset[str] = frozenset(),
     ) -> None:
         """Draw every weight matrix from normal(0, init_std).
 
         Each matrix has a generator keyed by the seed and its own name and is drawn whole: initial weights
         depend neither on the solver nor on how the model is spread over processes. Rows of the vocabulary's
         padding are zero. Inside ``whole(parameter)`` a parameter must be there to write to, for engines that
-        keep them in parts.
+        keep them in parts. Those named in ``besides`` are left as they are.
         """
         model = self.config.model
         for name, parameter in self.named_parameters():
             shard = shard_of(parameter)
-            if shard is None:
+            if shard is None or name in besides:
                 continue
             digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)

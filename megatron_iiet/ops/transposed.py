@@ -1,9 +1,9 @@
 """The backward pass of all merges of one history, transposed: one pass over memory a layer.
 
-Merge m reads entries F̃_0 … F̃_{k-1} with coefficients A[m, :]. Plain autograd makes each merge write a
-gradient for every entry and adds those up, entry by entry: traffic that grows with 2.5 N² slabs for N
-layers. Here a merge hands on the gradient G_m of its result only, and what an entry receives is computed
-where it is complete, in one reading of F̃_j and the G_m::
+Merge m reads consecutive entries F̃_j, most often from F̃_0 on, with coefficients A[m, j]. Plain autograd makes
+each merge write a gradient for every entry and adds those up, entry by entry: traffic that grows with 2.5 N²
+slabs for N layers. Here a merge hands on the gradient G_m of its result only, and what an entry receives is
+computed where it is complete, in one reading of F̃_j and the G_m that read it::
 
     dF̃_j = direct_j + Σ_m A[m, j] G_m          dA[m, j] = ⟨F̃_j, G_m⟩
 
@@ -59,8 +59,9 @@ class TransposedMerge:
         self._values = torch.zeros(len(rows), 0, dtype=torch.float32)
         self._received = torch.zeros_like(self._values)
         self._sizes: dict[int, int] = {}
-        self._counts: dict[int, int] = {}  # entries that a row multiplies, once a merge has read it
+        self._reads: dict[int, range] = {}  # entries that a row multiplies, once a merge has read them
         self._gradients: dict[int, Tensor | None] = {}  # G of a row's merge; None if nobody used the merge
+        self._first: int | None = None  # entry published first: the last one whose gradient is computed
         self._finished = False
         # Held by the caller through `root`: if the nodes were reachable from here, the cycle through them
         # would keep every gradient until the garbage collector comes by.
@@ -73,7 +74,12 @@ class TransposedMerge:
         return cast(Tensor, _Root.apply(self, *self._rows))
 
     def publish(self, entry: int, increment: Tensor, root: Tensor) -> Tensor:
-        """Entry number ``entry`` of the history as merges must read it: ``increment`` [..., d], unchanged."""
+        """Entry number ``entry`` of the history as merges must read it: ``increment`` [..., d], unchanged.
+
+        Entries are published in their order, from any number on.
+        """
+        if self._first is None:
+            self._first = entry
         return cast(Tensor, _Publish.apply(self, entry, increment, root))
 
     def merge(
@@ -82,24 +88,26 @@ class TransposedMerge:
         entries: Sequence[Tensor],
         rows: Sequence[nn.Parameter],
         own: Tensor | None = None,
+        first: int = 0,
     ) -> tuple[Tensor, ...]:
         """``residual + Σ_j rows[r][j] · entries[j] (+ rows[r][k] · own)``.
 
         Args:
             residual: [..., d] or None.
-            entries: the first k published entries, k ≥ 1.
+            entries: k ≥ 1 published entries, in order.
             rows: R of this history's rows, each read by one merge only.
             own: [..., d], an increment that is no entry yet; with one row only.
+            first: number of ``entries[0]``.
 
         Returns:
             tuple: a merge [..., d] for each row.
         """
         indices = [self._index[id(row)] for row in rows]
         k = len(entries)
-        self._widen(k, entries[0].device)
+        self._widen(first + k, entries[0].device)
         for i, row in zip(indices, rows, strict=True):
-            self._values[i, :k] = row.detach()[:k]
-            self._counts[i], self._sizes[i] = k, row.numel()
+            self._values[i, first : first + k] = row.detach()[:k]
+            self._reads[i], self._sizes[i] = range(first, first + k), row.numel()
         own_coefficient = None
         if own is not None:
             assert len(rows) == 1, "an increment of its own takes one row"
@@ -111,7 +119,8 @@ class TransposedMerge:
     def _forward(
         self, rows: list[int], residual: Tensor | None, increments: Sequence[Tensor], own: Tensor | None
     ) -> tuple[Tensor, ...]:
-        coefficients = self._values[_selection(rows), : self._counts[rows[0]]]
+        read = self._reads[rows[0]]
+        coefficients = self._values[_selection(rows), read.start : read.stop]
         if len(rows) > 1:
             return self._backend.merge_norm(residual, increments, coefficients, None, 0.0)[0].unbind()
         coefficients = coefficients[0] if own is None else torch.cat((coefficients[0], own))
@@ -135,7 +144,7 @@ class TransposedMerge:
 
     def _collect(self, entry: int, increment: Tensor, direct: Tensor | None) -> Tensor | None:
         """What entry number ``entry`` receives; notes the rows' gradients on the way."""
-        rows = sorted(row for row, count in self._counts.items() if count > entry)
+        rows = sorted(row for row, read in self._reads.items() if entry in read)
         missing = [row for row in rows if row not in self._gradients]
         if missing:
             raise RuntimeError(
@@ -153,7 +162,7 @@ class TransposedMerge:
         )
         if not self._rows_at_once:
             self._received[selection, entry] = received
-        if entry == 0 and (self._rows_at_once or not any(row.requires_grad for row in self._rows)):
+        if entry == self._first and (self._rows_at_once or not any(row.requires_grad for row in self._rows)):
             self._finish()  # nobody asks for the rows' gradients
         return gradient
 
@@ -163,11 +172,11 @@ class TransposedMerge:
         self._gradients.clear()
         gradients: list[Tensor | None] = []
         for i, row in enumerate(self._rows):
-            if i not in self._counts:
+            if i not in self._reads:
                 gradients.append(None)
                 continue
-            k, gradient = self._counts[i], self._received.new_zeros(self._sizes[i])
-            gradient[:k] = self._received[i, :k]
+            read, gradient = self._reads[i], self._received.new_zeros(self._sizes[i])
+            gradient[: len(read)] = self._received[i, read.start : read.stop]
             gradients.append(gradient.to(row.dtype))
         return gradients
 

@@ -26,10 +26,12 @@ from typing import Any
 from megatron_iiet import durable
 from megatron_iiet.config import ConfigError, RunConfig, config_from_file, config_to_dict, config_to_yaml
 from megatron_iiet.data.loader.blend import Blend
+from megatron_iiet.models.iteration_plan import IterationPlan
 from megatron_iiet.training.fragments import INDEX
 
-FORMAT = 3
-_READABLE = (2, 3)  # 2 had a place in the data of another form, which the reader of samples understands
+FORMAT = 4
+# 3 had no iteration plan; 2 had a place in the data of another form, which the reader of samples understands.
+_READABLE = (2, 3, 4)
 # What decides which parameters exist and what they compute; a checkpoint fits only if all of it agrees.
 # (embedding_scale is compared as a number: "unit" means another one under another init_std.)
 _ARCHITECTURE = tuple(
@@ -37,8 +39,8 @@ _ARCHITECTURE = tuple(
     for section, keys in {
         "model": "hidden_size ffn_hidden_size num_layers num_attention_heads num_key_value_heads vocab_size "
         "vocab_multiple tie_embeddings embedding_scale rms_norm_eps rotary_base",
-        "solver": "kind variant predictor history_norm readout output_norm stage_coefficients predictor_order "
-        "repeats",
+        "solver": "kind variant predictor history_norm readout output_norm stage_coefficients "
+        "predictor_order repeats",
     }.items()
     for key in keys.split()
 )
@@ -57,6 +59,8 @@ class TrainState:
     """State of the sample reader."""
     layout: dict[str, int]
     """How the writing processes were laid out; only told to the user."""
+    plan: dict[str, Any] | None = None
+    """The iteration plan in force, as :meth:`IterationPlan.to_data` has it."""
 
 
 def checkpoints_folder(output_dir: str | Path) -> Path:
@@ -98,6 +102,19 @@ def read_state(folder: Path) -> TrainState:
     if data.pop("format", None) not in _READABLE:
         raise ConfigError(f"{folder / 'state.json'} is not of format {FORMAT}; use the version that wrote it")
     return TrainState(**data)
+
+
+def read_plan(folder: Path) -> IterationPlan | None:
+    """The iteration plan in force when a checkpoint was written, if there was one.
+
+    Raises:
+        ValueError: it is damaged or of another version.
+    """
+    plan = read_state(folder).plan
+    if plan is None:
+        return None
+    layers = config_from_file(folder / "config.yaml").model.num_layers
+    return IterationPlan.from_data(plan, layers=layers, source=f"'plan' in {folder / 'state.json'}")
 
 
 def write_metadata(folder: Path, config: RunConfig, state: TrainState) -> None:

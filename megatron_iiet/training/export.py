@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
 from torch import Tensor
 
 from megatron_iiet.config import ConfigError, RunConfig, config_from_file
+from megatron_iiet.config.schema import GuidanceConfig
 from megatron_iiet.training import checkpoint
 from megatron_iiet.training.fragments import FragmentReader
 from megatron_iiet.training.schedules import iterations_at
@@ -32,19 +34,31 @@ def export_run(run_folder: str | Path, step: int | None = None) -> ExportedRun:
     """Read the newest checkpoint of a run, or the one of ``step``, whatever layout wrote it.
 
     In the middle of two-stage training the solver is the one of the stage that the step belongs to: a
-    checkpoint of the first stage is exported as the plain Transformer++ it is.
+    checkpoint of the first stage is exported as the plain Transformer++ it is. Of influence-guided training
+    the layers have the iterations of the plan in force.
 
     Raises:
         ValueError: (and its subclass ConfigError) no run, no such checkpoint, a damaged one, or its
             tokenizer is gone.
     """
     folder = find_checkpoint(run_folder, step)
-    config = _read_config(folder)
+    config, state = model_of_checkpoint(folder)
     files = _tokenizer_files(config, folder)
-    state = StoredWeights(folder)
-    _settle_schedule(config, state, checkpoint.read_state(folder).step)
     config.data.tokenizer = files[0].name if files else ""
     return ExportedRun(folder, config, state, files)
+
+
+def model_of_checkpoint(folder: Path) -> tuple[RunConfig, StoredWeights]:
+    """The model in a checkpoint folder: a configuration of the function it computed, and its weights.
+
+    Raises:
+        ValueError: (and its subclass ConfigError) it is damaged or incomplete.
+    """
+    config = _read_config(folder)
+    state = StoredWeights(folder)
+    _settle_guidance(config, folder)
+    _settle_schedule(config, state, checkpoint.read_state(folder).step)
+    return config, state
 
 
 def find_checkpoint(run_folder: str | Path, step: int | None) -> Path:
@@ -96,9 +110,34 @@ class StoredWeights(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self._names)
 
+    def rows(self, name: str, first: int, last: int) -> Tensor:
+        """Rows [first, last) of a parameter, the vocabulary's padding among them; a scalar is one row."""
+        entry = self._reader.parameters[name]
+        width = prod(entry.shape[1:])
+        flat = self._reader.read(
+            name,
+            "fp32",
+            shard=entry.shard,
+            tensor_size=1,
+            tensor_rank=0,
+            start=first * width,
+            numel=(last - first) * width,
+        )
+        return flat.view(-1, *entry.shape[1:])
+
     def leave_out(self, part_of_name: str) -> None:
         """Forget the parameters whose name contains ``part_of_name``."""
         self._names = [name for name in self._names if part_of_name not in name]
+
+
+def _settle_guidance(config: RunConfig, folder: Path) -> None:
+    """Make the solver section list, without guidance, the iterations in force: an E-IIET."""
+    if not config.guidance.interval:
+        return
+    state, plan = checkpoint.read_state(folder), checkpoint.read_plan(folder)
+    iterations = iterations_at(config, state.step)[0] if plan is None else plan.iterations
+    config.guidance = GuidanceConfig()
+    config.solver.iterations = list(iterations)
 
 
 def _settle_schedule(config: RunConfig, state: StoredWeights, step: int) -> None:
@@ -108,7 +147,7 @@ def _settle_schedule(config: RunConfig, state: StoredWeights, step: int) -> None
     iterations, merging = iterations_at(config, max(step - 1, 0))
     config.solver.schedule = None
     if merging:
-        config.solver.iterations = iterations[0]
+        config.solver.iterations = iterations if len(set(iterations)) > 1 else iterations[0]
         return
     config.solver.kind = "euler"
     state.leave_out(".solver.")

@@ -27,7 +27,7 @@ def stage_plan(config: RunConfig, whole: Transformer) -> StagePlan:
     layers = [cast(IntegratedLayer, layer) for layer in whole.layers.values()]
     costs = [
         count * layer.increment.forward_flops(length)
-        for count, layer in zip(mean_evaluations(config), layers, strict=True)
+        for count, layer in zip(mean_evaluations(config, whole.solvers.values()), layers, strict=True)
     ]
     return plan_stages(costs, 0.0, whole.head_flops(length), config.parallel.pipeline)
 
@@ -79,7 +79,7 @@ def payloads(config: RunConfig, engine: Engine) -> str:
     )
     said = []
     for number, stage in enumerate(stages[1:], start=1):
-        entries = entries_crossing(engine.whole, stage.start)
+        entries = len(entries_crossing(engine.whole, stage.start))
         buffers = max(2, min(len(stages) - number, engine.accumulation))
         mib = (1 + entries) * tensor / 2**20
         said.append(

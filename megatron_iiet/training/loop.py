@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from megatron_iiet.training.callbacks import Callback
 from megatron_iiet.training.run import Run
-from megatron_iiet.training.schedules import iterations_at, learning_rate
+from megatron_iiet.training.schedules import learning_rate
 
 
 def train(run: Run, callbacks: Sequence[Callback]) -> None:
@@ -18,12 +18,12 @@ def train(run: Run, callbacks: Sequence[Callback]) -> None:
         FloatingPointError: loss or gradient stopped being finite; the checkpoints before are untouched.
     """
     config = run.config
-    stage = enter_stage(run, None)  # before the callbacks, which may validate
+    run.enter_stage()  # before the callbacks, which may validate
     for callback in callbacks:
         callback.on_start(run)
     run.flush()
     while run.step < run.last_step:
-        stage = enter_stage(run, stage)
+        run.enter_stage()
         started = time.perf_counter()
         result = run.engine.train_step(
             run.batches, learning_rate(config.optimizer, run.step, config.training.steps)
@@ -42,13 +42,3 @@ def train(run: Run, callbacks: Sequence[Callback]) -> None:
         run.flush()
     for callback in callbacks:
         callback.on_end(run)
-
-
-def enter_stage(run: Run, current: tuple[list[int], bool] | None) -> tuple[list[int], bool]:
-    """Give the layers the iterations of the step about to run, if they are not the current ones."""
-    stage = iterations_at(run.config, run.step)
-    if stage != current:
-        iterations, merging = stage
-        run.engine.set_iterations(iterations, merging=merging)
-        run.say(f"step {run.step:>6} | {run.describe_solver()}")
-    return stage

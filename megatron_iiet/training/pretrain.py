@@ -27,6 +27,7 @@ from megatron_iiet.training.engine import build_engine
 from megatron_iiet.training.layout import describe_layout, layout_of
 from megatron_iiet.training.loop import train
 from megatron_iiet.training.run import Run
+from megatron_iiet.training.warm_start import open_warm_start
 
 
 def pretrain(loaded: LoadedConfig) -> None:
@@ -59,15 +60,22 @@ def prepare(
     check_tokenizer(config)
     corpora = open_corpora(config.data)
     tag = find_checkpoint(config)
+    warm = open_warm_start(config) if tag is None else None
 
-    engine = build_engine(config, ds_config, context, backend, initialise=tag is None)
+    engine = build_engine(config, ds_config, context, backend, initialise=tag is None, warm=warm)
     run = Run(config, context, engine, train_batches(config, corpora, context), corpora.names)
     run.say(describe_start(run))
     run.say(describe_corpora(config, corpora))
     run.say(describe_layout(config, engine))
     run.say(f"merge_norm backend: {backend} ({reason})")
-    if engine.zero_stage == 3 and config.training.precision == "bf16" and config.solver.kind != "euler":
+    if (
+        engine.zero_stage == 3
+        and config.training.precision == "bf16"
+        and engine.whole.num_solver_parameters()
+    ):
         run.say("merge coefficients: bf16 working copy, fp32 master copy (ZeRO-3 keeps one type)")
+    if warm is not None:
+        run.say(warm.describe())
     if tag is not None:
         report_resume(run, tag)
         run.resume(tag)
@@ -145,20 +153,30 @@ def build_callbacks(
     """What happens around a step, in order."""
     chosen: list[callbacks.Callback] = [callbacks.MetricLogger()]
     if corpora.validation:
-        batches = ValidationBatches(
-            corpora.validation,
-            corpora.validation_weights,
-            samples=config.evaluation.samples,
-            micro_batch_size=config.training.micro_batch_size,
-            dp_rank=context.data_parallel_rank,
-            dp_size=context.data_parallel_size,
-        )
+        if config.guidance.interval:  # before validation, which is of the plan in force
+            held_out = validation_batches(config, corpora, context, config.guidance.samples)
+            chosen.append(callbacks.Guidance(held_out))
+        batches = validation_batches(config, corpora, context, config.evaluation.samples)
         chosen.append(callbacks.Validation(batches, config.evaluation.interval))
-        if config.logging.solver_interval and config.solver.kind == "iiet":
+        if config.logging.solver_interval and config.solver.kind in ("iiet", "pcformer"):
             batch = next(iter(batches))
             chosen.append(callbacks.SolverDiagnostics(batch, config.logging.solver_interval))
     chosen.append(callbacks.Checkpointing(config.checkpoint.interval))
     return chosen
+
+
+def validation_batches(
+    config: RunConfig, corpora: Corpora, context: ParallelContext, samples: int
+) -> ValidationBatches:
+    """This rank's part of the first ``samples`` sequences of the validation split."""
+    return ValidationBatches(
+        corpora.validation,
+        corpora.validation_weights,
+        samples=samples,
+        micro_batch_size=config.training.micro_batch_size,
+        dp_rank=context.data_parallel_rank,
+        dp_size=context.data_parallel_size,
+    )
 
 
 def describe_start(run: Run) -> str:

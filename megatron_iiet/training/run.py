@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
-from megatron_iiet.config import RunConfig
+from megatron_iiet.config import RunConfig, iterations_per_layer
 from megatron_iiet.data.loader.batches import TrainBatches
+from megatron_iiet.models.iteration_plan import IterationPlan
 from megatron_iiet.parallel import ParallelContext
 from megatron_iiet.training import checkpoint
 from megatron_iiet.training.engine import Engine
 from megatron_iiet.training.layout import layout_of
 from megatron_iiet.training.metrics import MetricWriter
+from megatron_iiet.training.schedules import iterations_at
 
 
 class Run:
@@ -37,6 +40,9 @@ class Run:
         self.batches = batches
         self.corpora = corpora
         self.step = 0
+        self.plan: IterationPlan | None = None
+        """What guidance decided last; it goes before the iterations that the configuration has for a step."""
+        self._stage: tuple[list[int], bool] | None = None
         self.step_seconds = 0.0
         stop = config.training.stop_after
         self.last_step = config.training.steps if stop is None else min(stop, config.training.steps)
@@ -68,6 +74,26 @@ class Run:
         if self._writer is not None:
             self._writer.close()
 
+    def enter_stage(self) -> None:
+        """Give the layers the iterations of the step about to run, and say so, if they have others."""
+        stage = (list(self.plan.iterations), True) if self.plan else iterations_at(self.config, self.step)
+        if stage == self._stage:
+            return
+        self._stage = iterations, merging = stage
+        self.engine.set_iterations(iterations, merging=merging)
+        self.say(f"step {self.step:>6} | {self.describe_solver()}")
+
+    @contextmanager
+    def iterating(self, iterations: list[int]) -> Iterator[None]:
+        """Other iterations inside the block, without a word; afterwards the stage's again."""
+        assert self._stage is not None, "there is no stage to return to"
+        before, merging = self._stage
+        self.engine.set_iterations(iterations, merging=True)
+        try:
+            yield
+        finally:
+            self.engine.set_iterations(before, merging=merging)
+
     def save(self) -> Path:
         """Write a checkpoint of this step and make it the newest."""
         tag = checkpoint.tag_of(self.step)
@@ -93,6 +119,11 @@ class Run:
         self.engine.load(folder / tag, state.step)
         self.batches.load_state_dict(state.data)
         self.step = state.step
+        plan, guidance = checkpoint.read_plan(folder / tag), self.config.guidance
+        if plan is not None and guidance.interval:
+            # One made for another cap or budget no longer holds.
+            valid = (plan.full, plan.budget) == (self.config.solver.iterations, guidance.budget)
+            self.plan = plan if valid else None
 
     def epochs(self) -> dict[str, float]:
         """How many times each corpus has been read, by name."""
@@ -102,17 +133,32 @@ class Run:
     def describe_solver(self) -> str:
         """The solver in force, in a few words."""
         solver, layers = self.config.solver, self.engine.whole.solvers
-        if solver.kind == "euler" or not layers[0].merging:
+        if not layers[0].merging:
             return "solver euler (plain Transformer++)"
-        if solver.kind == "dlcl":
-            return "solver dlcl"
         counts = [layer.iterations for layer in layers.values()]
-        r = str(counts[0]) if len(set(counts)) == 1 else str(counts)
-        return f"solver iiet, variant {solver.variant}, r = {r}"
+        details = {
+            "euler": " (plain Transformer++)"
+            if solver.output_norm == "none"
+            else ", LayerNorm of the output",
+            "weight-sharing": f", every layer {solver.repeats} times",
+            "rk2": f", {solver.stage_coefficients} coefficients",
+            "rk4": f", {solver.stage_coefficients} coefficients",
+            "pcformer": f", predictor of order {solver.predictor_order}",
+            "iiet": f", variant {solver.variant}, r = {counts[0] if len(set(counts)) == 1 else counts}",
+        }
+        return f"solver {solver.kind}{details.get(solver.kind, '')}{self._describe_guidance(counts)}"
+
+    def _describe_guidance(self, counts: list[int]) -> str:
+        if not self.config.guidance.interval:
+            return ""
+        used, full = sum(r + 1 for r in counts), sum(r + 1 for r in iterations_per_layer(self.config))
+        source = "even until the first plan" if self.plan is None else f"planned after step {self.plan.step}"
+        return f", {used} of {full} evaluations ({used / full:.0%}), {source}"
 
     def _state(self) -> checkpoint.TrainState:
         return checkpoint.TrainState(
             step=self.step,
             data=self.batches.state_dict(),
             layout=layout_of(self.context, self.engine.zero_stage),
+            plan=None if self.plan is None else self.plan.to_data(),
         )

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Iterable
 
 from megatron_iiet.config import RunConfig, iterations_per_layer
-from megatron_iiet.config.schema import OptimizerConfig
+from megatron_iiet.config.schema import OptimizerConfig, evaluations_in_budget, one_per_layer
+from megatron_iiet.models.iteration_plan import even_iterations
+from megatron_iiet.models.solvers import Solver
 
 
 def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
@@ -26,24 +30,26 @@ def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
 def iterations_at(config: RunConfig, step: int) -> tuple[list[int], bool]:
     """Corrector iterations of every layer at step ``step`` (0-based), and whether layers merge at all.
 
-    A stage with r = 0 of a schedule is plain Transformer++: no merge.
+    A stage of a schedule with r = 0 in every layer is plain Transformer++: no merge. With guidance: until its
+    first plan.
     """
+    if config.guidance.interval:
+        return even_iterations(config.model.num_layers, evaluations_in_budget(config)), True
     schedule = config.solver.schedule
     if config.solver.kind != "iiet" or not schedule:
         return iterations_per_layer(config), True
-    layers = config.model.num_layers
-    end = 0.0
-    for fraction, r in schedule[:-1]:
-        end += fraction
-        if step < round(end * config.training.steps):
-            return [r] * layers, r > 0
-    final = iterations_per_layer(config)
-    return final, any(final)
+    ends = itertools.accumulate(fraction for fraction, _ in schedule[:-1])
+    stage = sum(step >= round(end * config.training.steps) for end in ends)
+    iterations = one_per_layer(schedule[stage][1], config.model.num_layers)
+    return iterations, any(iterations)
 
 
-def mean_evaluations(config: RunConfig) -> list[float]:
-    """Evaluations of F of every layer, averaged over the steps of the run."""
+def mean_evaluations(config: RunConfig, solvers: Iterable[Solver]) -> list[float]:
+    """Evaluations of F of every layer, averaged over the steps of the run; ``solvers``: of all layers, with
+    the iterations of its end. With guidance, which moves them about, over the layers too."""
+    if config.guidance.interval:
+        return [evaluations_in_budget(config) / config.model.num_layers] * config.model.num_layers
     if config.solver.kind == "iiet" and config.solver.schedule:
-        mean = sum(fraction * (r + 1) for fraction, r in config.solver.schedule)
-        return [mean] * config.model.num_layers
-    return [r + 1.0 for r in iterations_per_layer(config)]
+        stages = [(share, one_per_layer(r, config.model.num_layers)) for share, r in config.solver.schedule]
+        return [sum(share * (r[n] + 1) for share, r in stages) for n in range(config.model.num_layers)]
+    return [float(solver.evaluations) for solver in solvers]

@@ -176,7 +176,8 @@ COMMAND_LINE_ERRORS = [
     ),
     (
         ["--solver.kind", "iit"],
-        "solver.kind is 'iit' on the command line, but must be 'euler', 'dlcl' or 'iiet'; did you mean 'iiet'?",
+        "solver.kind is 'iit' on the command line, but must be 'euler', 'dlcl', 'weight-sharing', 'rk2', 'rk4', "
+        "'pcformer' or 'iiet'; did you mean 'iiet'?",
     ),
     (
         ["--solver.coefficient_init", "avg"],
@@ -193,7 +194,8 @@ COMMAND_LINE_ERRORS = [
     ),
     (
         ["--solver.schedule", "[[1,0.5]]"],
-        "solver.schedule is [[1, 0.5]] on the command line, but must be a list of [number, integer] pairs or null",
+        "solver.schedule is [[1, 0.5]] on the command line, but must be a list of [number, integer or a "
+        "list of integers] pairs or null",
     ),
     (["--data.split", "1"], "data.split is 1 on the command line, but must be a list of numbers"),
 ]
@@ -377,7 +379,8 @@ def configs(draw: st.DrawFn) -> RunConfig:
     """Valid configurations with hard-to-write values where validity leaves the choice."""
     base, layers = RunConfig(), draw(st.integers(1, 6))
     counts = draw(st.one_of(st.integers(0, 9), st.lists(st.integers(0, 9), min_size=layers, max_size=layers)))
-    schedule = draw(st.sampled_from([None, [(0.75, 0), (0.25, counts)]])) if isinstance(counts, int) else None
+    stages = [[(0.75, 0), (0.25, counts)], [(0.25, 1), (0.25, [3] * layers), (0.5, counts)]]
+    schedule = draw(st.sampled_from([None, *stages]))
     blend = {
         os.path.normpath(k): v for k, v in draw(st.dictionaries(st.one_of(text, tricky), number)).items()
     }

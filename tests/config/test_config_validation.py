@@ -197,9 +197,26 @@ COMBINATION_ERRORS: list[tuple[dict[str, Any], str]] = [
         "solver.schedule is [[0.5, 0], [0.4, 3]], whose fractions sum to 0.9; they must sum to 1",
     ),
     (
-        {"solver__schedule": [(0.5, 0), (0.5, 3)], "solver__iterations": [3] * 12},
-        "solver.schedule is [[0.5, 0], [0.5, 3]], but solver.iterations is a list per layer; a schedule needs one "
-        "number for all layers, so make solver.iterations a number or set solver.schedule to null",
+        {"solver__schedule": [(0.5, 0), (0.3, [1, 2]), (0.2, 3)]},
+        "solver.schedule lists 2 iteration counts in stage 2, but model.num_layers is 12; give one number per "
+        "layer, or a single number for all",
+    ),
+    (
+        {"solver__schedule": [(0.5, [0, -1]), (0.5, 3)], "model__num_layers": 2},
+        "solver.schedule is [[0.5, [0, -1]], [0.5, 3]], but each stage must be [fraction above 0, iterations 0 or "
+        "greater]",
+    ),
+    (
+        {"solver__schedule": [(0.5, 0), (0.5, [3, 2])], "model__num_layers": 2},
+        "solver.schedule ends with [3, 2] iterations, but solver.iterations is 3; make them equal",
+    ),
+    (
+        {
+            "solver__schedule": [(0.5, 0), (0.5, 3)],
+            "solver__iterations": [3, 2],
+            "model__num_layers": 2,
+        },
+        "solver.schedule ends with 3 iterations, but solver.iterations is [3, 2]; make them equal",
     ),
     (
         {"solver__schedule": [(0.5, 0), (0.5, 2)]},
@@ -232,6 +249,8 @@ def test_combinations(changes: dict[str, Any], message: str) -> None:
         {"solver__variant": "released", "solver__coefficient_init": "identity"},
         {"solver__schedule": [(0.75, 0), (0.25, 3)]},
         {"solver__schedule": [(1 / 3, 0), (1 / 3, 1), (1 / 3, 3)]},
+        {"solver__schedule": [(0.5, [0] * 11 + [1]), (0.5, [3] * 12)]},
+        {"solver__schedule": [(0.5, 0), (0.5, [2] * 12)], "solver__iterations": [2] * 12},
         {"solver__iterations": [0] * 11 + [4]},
         {"solver__iterations": 0},
         {"data__split": [1.0, 0.0, 0.0]},

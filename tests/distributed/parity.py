@@ -32,7 +32,16 @@ SOLVERS: dict[str, dict[str, Any]] = {
     "iiet-3": {"kind": "iiet", "iterations": 3},
     "mixed": {"kind": "iiet", "iterations": [2, 0, 1, 3], "predictor": "euler"},
     "released": {"kind": "iiet", "variant": "released", "iterations": 1},
+    "rk2-gated": {"kind": "rk2", "stage_coefficients": "gated"},
+    "rk4": {"kind": "rk4"},
+    "weight-sharing": {"kind": "weight-sharing", "repeats": 2},
+    "pcformer": {"kind": "pcformer", "coefficient_init": "average"},
 }
+MODELS: dict[str, dict[str, Any]] = {
+    "rk2-gated": {"init_std": 0.1},  # F_1 - F_2, what the gate learns from, is no rounding error then
+    "pcformer": {"init_std": 0.1, "num_layers": 6},  # its window over the history moves from layer 4 on
+}
+"""Where a solver's model is another one."""
 AXES: dict[str, tuple[Any, ...]] = {
     "tensor": (1, 2, 4),
     "sequence": (False, True),
@@ -113,6 +122,7 @@ class Case:
                     "vocab_size": VOCABULARY,
                     "max_position_embeddings": LENGTH,
                     "tie_embeddings": self.tied,
+                    **MODELS.get(self.solver, {}),
                 },
                 "solver": SOLVERS[self.solver],
                 "parallel": {

@@ -43,6 +43,9 @@ SMOKE = [
     Case(tensor=2, stage=1, solver="iiet-3", accumulation=3),
     Case(pipeline=2, stage=1, solver="mixed", accumulation=3),
     Case(pipeline=2, stage=0, solver="iiet-1", tied=False, accumulation=3, recompute="evaluation"),
+    Case(tensor=2, sequence=True, stage=1, solver="rk2-gated"),
+    Case(pipeline=2, stage=1, solver="pcformer", accumulation=3, recompute="layer"),
+    Case(pipeline=4, stage=1, solver="pcformer", accumulation=3),
 ]
 DOCUMENTS = [
     Case(data=2, stage=3, solver="released", recompute="layer", documents=True),
@@ -70,6 +73,7 @@ BF16 = [
     Case(tensor=2, pipeline=2, stage=0, solver="released", accumulation=3, precision="bf16"),
     Case(tensor=2, data=2, stage=3, solver="iiet-1", precision="bf16"),
     Case(tensor=2, data=2, stage=2, sequence=True, solver="iiet-3", precision="bf16"),
+    Case(tensor=2, sequence=True, pipeline=2, solver="pcformer", accumulation=3, precision="bf16"),
 ]
 
 

@@ -108,6 +108,25 @@ def test_from_hf(tmp_path: Path, llama: LlamaForCausalLM, convert: Convert) -> N
     assert torch.equal(iiet(tokens), plain(tokens))
 
 
+@pytest.mark.parametrize(
+    ("options", "evaluations"),
+    [
+        (["--solver.kind", "weight-sharing", "--solver.repeats", "2"], 2),
+        (["--solver.kind", "rk2", "--solver.stage_coefficients", "gated"], 2),
+        (["--solver.kind", "rk4"], 4),
+        (["--solver.kind", "pcformer", "--solver.predictor_order", "4"], 5),
+    ],
+    ids=str,
+)
+@pytest.mark.usefixtures("llama")
+def test_explicit_solvers(tmp_path: Path, convert: Convert, options: list[str], evaluations: int) -> None:
+    result = convert("--from-hf", "hf", "--to", "m", *options)
+    assert result.code == 0, result.err
+    model = models.load(tmp_path / "m")
+    assert {solver.evaluations for solver in model.solvers.values()} == {evaluations}
+    assert model(torch.arange(40)[None]).isfinite().all()
+
+
 def test_errors_are_one_line(tmp_path: Path, llama: LlamaForCausalLM, convert: Convert) -> None:
     assert convert("--to", "x").error == ("one of the arguments --from-hf --from-run is required")
     both = convert("--from-hf", "hf", "--from-run", "r", "--to", "x")

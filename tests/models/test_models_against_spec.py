@@ -24,7 +24,7 @@ from megatron_iiet.models import Transformer
 from tests.models.conftest import randomise_solvers
 
 Increment = Callable[[Tensor], Tensor]
-LAYERS = 4
+LAYERS = 5
 RELEASED: dict[str, Any] = {"kind": "iiet", "variant": "released"}
 
 
@@ -111,6 +111,40 @@ def released(hf: HuggingFaceLayers, w: Tensor, wc: Tensor, norms: list[Any], ite
     return hf.logits(h)
 
 
+def stages_of(increment: Increment, y: Tensor, order: int) -> list[Tensor]:
+    """The classic stages of order 2 (Heun) and 4."""
+    f1 = increment(y)
+    if order == 2:
+        return [f1, increment(y + f1)]
+    f2 = increment(y + f1 / 2)
+    f3 = increment(y + f2 / 2)
+    return [f1, f2, f3, increment(y + f3)]
+
+
+def runge_kutta(hf: HuggingFaceLayers, order: int, combine: Callable[[int, list[Tensor]], Tensor]) -> Tensor:
+    """The ODE Transformer; ``combine`` makes one increment of a layer's stages."""
+    y = hf.embedded
+    for n, increment in enumerate(hf.increments):
+        y = y + combine(n, stages_of(increment, y, order))
+    return hf.logits(y)
+
+
+def pcformer(hf: HuggingFaceLayers, order: int, gammas: list[float], rows: list[list[float]]) -> Tensor:
+    """``rows``: of every layer the β of what the layers before it kept, the oldest first, and α."""
+    y, kept = hf.embedded, []
+    for increment, gamma, row in zip(hf.increments, gammas, rows, strict=True):
+        stages = stages_of(increment, y, order)
+        moving = stages[0] * gamma  # an exponential moving average, written as one
+        for stage in stages[1:]:
+            moving = (1 - gamma) * moving + gamma * stage
+        f = increment(y + moving)
+        *betas, alpha = row
+        recent = kept[-3:]
+        y = y + alpha * f + sum(beta * older for beta, older in zip(betas, recent, strict=True))
+        kept.append(f)
+    return hf.logits(y)
+
+
 def converted(folder: Path, target: Path, solver: dict[str, Any], random: bool = True) -> Transformer:
     config, state = import_llama(folder, solver)
     models.save(config, state, target)
@@ -128,7 +162,7 @@ TOKENS = torch.randint(71, (2, 33), generator=torch.Generator().manual_seed(2))
 PAPER: list[tuple[dict[str, Any], list[int], str]] = [
     *(
         ({"kind": "iiet", "iterations": r, "predictor": p}, r if isinstance(r, list) else [r] * LAYERS, p)
-        for r in (0, 1, 3, [0, 3, 1, 2])
+        for r in (0, 1, 3, [0, 3, 1, 2, 1])
         for p in ("merged", "euler")
     ),
     ({"kind": "dlcl"}, [0] * LAYERS, "merged"),
@@ -155,7 +189,7 @@ def test_section_3(
         assert (wanted - plain).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("iterations", [0, 1, 3, [0, 3, 1, 2]])
+@pytest.mark.parametrize("iterations", [0, 1, 3, [0, 3, 1, 2, 1]])
 @torch.no_grad()
 def test_released(llama: tuple[LlamaForCausalLM, Path], tmp_path: Path, iterations: int | list[int]) -> None:
     model = converted(llama[1], tmp_path / "x", {**RELEASED, "iterations": iterations})
@@ -184,3 +218,62 @@ def test_released_starts_from_row_averages(llama: tuple[LlamaForCausalLM, Path],
     norms = [[(ones, zeros), (ones, zeros)]] * LAYERS
     wanted = released(HuggingFaceLayers(llama[0], TOKENS), average, average, norms, [2] * LAYERS)
     assert (model(TOKENS) - wanted).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("kind", "coefficients"),
+    [("rk2", "fixed"), ("rk2", "learned"), ("rk2", "gated"), ("rk4", "fixed"), ("rk4", "learned")],
+)
+@torch.no_grad()
+def test_runge_kutta(
+    llama: tuple[LlamaForCausalLM, Path], tmp_path: Path, kind: str, coefficients: str
+) -> None:
+    model = converted(llama[1], tmp_path / "x", {"kind": kind, "stage_coefficients": coefficients})
+    parameter = model.get_parameter
+    order = {"rk2": 2, "rk4": 4}[kind]
+
+    def combine(n: int, stages: list[Tensor]) -> Tensor:
+        if coefficients == "gated":
+            weight, bias = (parameter(f"layers.{n}.solver.gate_{part}") for part in ("weight", "bias"))
+            g = torch.sigmoid(torch.cat(stages, dim=-1) @ weight.T + bias)
+            return g * stages[0] + (1 - g) * stages[1]
+        gammas = {2: [1 / 2, 1 / 2], 4: [1 / 6, 1 / 3, 1 / 3, 1 / 6]}[order]
+        if coefficients == "learned":
+            gammas = parameter(f"layers.{n}.solver.coefficients").tolist()
+        return torch.stack([gamma * f for gamma, f in zip(gammas, stages, strict=True)]).sum(0)
+
+    wanted = runge_kutta(HuggingFaceLayers(llama[0], TOKENS), order, combine)
+    assert (model(TOKENS) - wanted).abs().max() < 1e-5
+    assert (wanted - llama[0](TOKENS).logits).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("repeats", [1, 3])
+@torch.no_grad()
+def test_weight_sharing(llama: tuple[LlamaForCausalLM, Path], tmp_path: Path, repeats: int) -> None:
+    model = converted(llama[1], tmp_path / "x", {"kind": "weight-sharing", "repeats": repeats})
+    hf = HuggingFaceLayers(llama[0], TOKENS)
+    y = hf.embedded
+    for n in range(LAYERS * repeats):
+        y = y + hf.increments[n // repeats](y)
+    assert (model(TOKENS) - hf.logits(y)).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("order", [2, 4])
+@pytest.mark.parametrize("start", ["identity", "average", "random"])
+@torch.no_grad()
+def test_pcformer(llama: tuple[LlamaForCausalLM, Path], tmp_path: Path, order: int, start: str) -> None:
+    """At its start from known numbers, and at random coefficients. The fifth layer does not read F̃_0."""
+    keys = {"kind": "pcformer", "predictor_order": order}
+    if start != "random":
+        keys["coefficient_init"] = start
+    model = converted(llama[1], tmp_path / "x", keys, random=start == "random")
+    gammas, rows = [0.5] * LAYERS, rows_of(model)
+    if start == "random":
+        gammas = [model.get_parameter(f"layers.{n}.solver.gamma").item() for n in range(LAYERS)]
+    elif start == "identity":
+        assert rows == [[1.0], [0.0, 1.0], [0.0, 0.0, 1.0], [0.0] * 3 + [1.0], [0.0] * 3 + [1.0]]
+    else:
+        assert rows == [[1 / k] * k for k in (1, 2)] + [pytest.approx([1 / 3] * 3), [0.25] * 4, [0.25] * 4]
+    wanted = pcformer(HuggingFaceLayers(llama[0], TOKENS), order, gammas, rows)
+    assert (model(TOKENS) - wanted).abs().max() < 1e-5
+    assert (wanted - llama[0](TOKENS).logits).abs().max() > 0.01

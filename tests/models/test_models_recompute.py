@@ -17,6 +17,10 @@ SOLVERS: dict[str, dict[str, Any]] = {
     "predictor-euler": {"kind": "iiet", "iterations": 2, "predictor": "euler"},
     "released": {"kind": "iiet", "variant": "released", "iterations": 2},
     "released-r0": {"kind": "iiet", "variant": "released", "iterations": 0},
+    "rk2-gated": {"kind": "rk2", "stage_coefficients": "gated"},
+    "rk4": {"kind": "rk4"},
+    "weight-sharing": {"kind": "weight-sharing", "repeats": 2},
+    "pcformer": {"kind": "pcformer", "model": {"num_layers": 6}},
 }
 
 

@@ -9,11 +9,23 @@ import pytest
 import torch
 from torch import nn
 
+from megatron_iiet.models import Transformer
 from megatron_iiet.models.history import History
+from megatron_iiet.training.optimizer import parameter_groups
 from tests.models.conftest import Build, randomise_solvers
 
 PAPER = {"kind": "iiet", "predictor": "merged"}
 RELEASED = {"kind": "iiet", "variant": "released"}
+EXPLICIT: dict[str, tuple[dict[str, Any], int]] = {
+    "rk2": ({"kind": "rk2"}, 2),
+    "rk2-fixed": ({"kind": "rk2", "stage_coefficients": "fixed"}, 2),
+    "rk2-gated": ({"kind": "rk2", "stage_coefficients": "gated"}, 2),
+    "rk4": ({"kind": "rk4"}, 4),
+    "weight-sharing": ({"kind": "weight-sharing", "repeats": 3}, 3),
+    "pcformer": ({"kind": "pcformer", "model": {"num_layers": 6}}, 3),
+    "pcformer-4": ({"kind": "pcformer", "predictor_order": 4}, 5),
+}
+"""Solvers that nothing iterates, and their evaluations of F a layer."""
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -67,18 +79,82 @@ def test_evaluations_of_f(
     build: Build, tokens: torch.Tensor, solver: dict[str, Any], iterations: int | list[int]
 ) -> None:
     model = build(**solver, iterations=iterations)
-    counted = [0] * 4
-    for n in range(4):
+    expected = [r + 1 for r in (iterations if isinstance(iterations, list) else [iterations] * 4)]
+    assert counted_evaluations(model, tokens) == expected == [s.evaluations for s in model.solvers.values()]
+    one_evaluation = build().layer_flops(16) // 4
+    assert model.layer_flops(16) == sum(expected) * one_evaluation
+
+
+def counted_evaluations(model: Transformer, tokens: torch.Tensor) -> list[int]:
+    """Of F in a forward pass, by layer."""
+    counted = [0] * len(model.layers)
+    for n in range(len(counted)):
 
         def count(*_: Any, n: int = n) -> None:
             counted[n] += 1
 
         model.get_submodule(f"layers.{n}.increment").register_forward_hook(count)
     model(tokens)
-    expected = [r + 1 for r in (iterations if isinstance(iterations, list) else [iterations] * 4)]
-    assert counted == expected == [s.evaluations for s in model.solvers.values()]
-    one_evaluation = build().layer_flops(16) // 4
-    assert model.layer_flops(16) == sum(expected) * one_evaluation
+    return counted
+
+
+@pytest.mark.parametrize(("solver", "evaluations"), EXPLICIT.values(), ids=EXPLICIT)
+def test_evaluations_of_explicit_solvers(
+    build: Build, tokens: torch.Tensor, solver: dict[str, Any], evaluations: int
+) -> None:
+    model = build(**solver)
+    layers = len(model.layers)
+    assert counted_evaluations(model, tokens) == [evaluations] * layers
+    assert model.layer_flops(16) == evaluations * layers * (build().layer_flops(16) // 4)
+    model.set_iterations([0] * layers)  # what the loop does
+    assert {s.evaluations for s in model.solvers.values()} == {evaluations}
+    with pytest.raises(ValueError, match="no corrector to iterate 1 times"):
+        model.set_iterations([1] * layers)
+
+
+def test_only_mergers_keep_increments(build: Build, tokens: torch.Tensor) -> None:
+    """What is kept would be held until the backward pass."""
+    for solver, _ in EXPLICIT.values():
+        model = build(**solver)
+        y, history = model.embed(tokens)
+        model.integrate(y, history, tokens.shape[1])
+        assert len(history) == (len(model.layers) if solver["kind"] == "pcformer" else 0)
+
+
+def test_weight_sharing_once_is_euler(build: Build, tokens: torch.Tensor) -> None:
+    assert torch.equal(build(kind="weight-sharing", repeats=1)(tokens), build()(tokens))
+
+
+def test_initial_coefficients(build: Build, tokens: torch.Tensor) -> None:
+    """Learned RK4 and gated RK2 start as the classic methods; learned RK2 from the sum of its stages."""
+
+    def of(kind: str, coefficients: str) -> torch.Tensor:
+        return build(kind=kind, stage_coefficients=coefficients)(tokens)
+
+    assert torch.equal(of("rk4", "learned"), of("rk4", "fixed"))
+    torch.testing.assert_close(of("rk2", "gated"), of("rk2", "fixed"), rtol=1e-5, atol=1e-6)
+    learned = build(kind="rk2")
+    rows = [s.coefficients for s in learned.solvers.values()]
+    assert [row.tolist() for row in rows] == [[1.0, 1.0]] * 4
+    with torch.no_grad():
+        for row in rows:
+            row.fill_(0.5)
+    assert torch.equal(learned(tokens), of("rk2", "fixed"))
+
+
+def test_gate_is_a_weight_for_every_token(build: Build, tokens: torch.Tensor) -> None:
+    """All the way to one side: y + F_1, explicit Euler."""
+    gated = build(kind="rk2", stage_coefficients="gated")
+    with torch.no_grad():
+        for solver in gated.solvers.values():
+            solver.gate_bias.fill_(30.0)
+    torch.testing.assert_close(gated(tokens), build()(tokens), rtol=1e-5, atol=1e-6)
+    groups = parameter_groups(gated, gated.config.optimizer)
+    gates = [p for n, p in gated.named_parameters() if ".solver." in n]
+    assert len(gates) == 8
+    for gate in gates:
+        (decay,) = [g["weight_decay"] for g in groups if any(gate is p for p in g["params"])]
+        assert decay == 0.0
 
 
 @pytest.mark.parametrize("solver", [PAPER, RELEASED], ids=["paper", "released"])
@@ -119,8 +195,9 @@ def test_switching_stages(build: Build, tokens: torch.Tensor, solver: dict[str, 
         ({"kind": "dlcl"}, set()),
         ({**PAPER, "iterations": 1}, set()),
         ({**RELEASED, "iterations": 1}, {"layers.0.solver.unused_row_0"}),
+        *((keys, set()) for keys, _ in EXPLICIT.values()),
     ],
-    ids=["dlcl", "paper", "released"],
+    ids=["dlcl", "paper", "released", *EXPLICIT],
 )
 def test_every_parameter_learns(
     build: Build, tokens: torch.Tensor, solver: dict[str, Any], unused: set[str]
@@ -133,19 +210,31 @@ def test_every_parameter_learns(
 
 
 @pytest.mark.parametrize(
-    "solver", [{"kind": "dlcl"}, {**PAPER, "iterations": 2}, {**RELEASED, "iterations": 1}]
+    ("solver", "name"),
+    [
+        ({"kind": "dlcl"}, "coefficients"),
+        ({**PAPER, "iterations": 2}, "coefficients"),
+        ({**RELEASED, "iterations": 1}, "coefficients"),
+        ({"kind": "rk2"}, "coefficients"),
+        ({"kind": "rk4"}, "coefficients"),
+        ({"kind": "rk2", "stage_coefficients": "gated"}, "gate_bias"),
+        ({"kind": "pcformer"}, "coefficients"),
+        ({"kind": "pcformer"}, "gamma"),
+        ({"kind": "pcformer", "predictor_order": 4}, "gamma"),
+    ],
+    ids=str,
 )
 def test_coefficient_gradient_is_the_slope_of_the_loss(
-    build: Build, tokens: torch.Tensor, solver: dict[str, Any]
+    build: Build, tokens: torch.Tensor, solver: dict[str, Any], name: str
 ) -> None:
     model = build(**solver)
     randomise_solvers(model)
-    coefficients = model.get_parameter("layers.2.solver.coefficients")
+    coefficients = model.get_parameter(f"layers.2.solver.{name}")
     model(tokens[:, :-1], tokens[:, 1:]).backward()
     assert coefficients.grad is not None
     slopes = []
     with torch.no_grad():
-        for j in range(3):
+        for j in range(min(3, len(coefficients))):
             losses = []
             for step in (1e-2, -2e-2):
                 coefficients[j] += step
@@ -156,7 +245,8 @@ def test_coefficient_gradient_is_the_slope_of_the_loss(
 
 
 def test_causal(build: Build, tokens: torch.Tensor) -> None:
-    for solver in ({**PAPER, "iterations": 2}, {**RELEASED, "iterations": 2}):
+    explicit = [keys for keys, _ in EXPLICIT.values()]
+    for solver in ({**PAPER, "iterations": 2}, {**RELEASED, "iterations": 2}, *explicit):
         model = build(**solver)
         randomise_solvers(model)
         changed = tokens.clone()
@@ -178,9 +268,20 @@ def test_history_reads_by_index() -> None:
     assert torch.equal(own, torch.full((1, 2, 3), 23.0))
     rows = history.merge(None, (row, nn.Parameter(torch.tensor([0.0, 3.0]))), 2)
     assert [merged[0, 0, 0].item() for merged in rows] == [21.0, 30.0]
-    with pytest.raises(AssertionError, match="merge of 4 entries, but the history holds 3"):
+    with pytest.raises(AssertionError, match="entries up to 4 are read, but the history holds 3"):
         history.merge(None, (row,), 4)
     assert len(History(entries[0])) == 1
+
+
+def test_history_reads_a_window() -> None:
+    entries = [torch.full((1, 2, 3), float(10**j)) for j in range(2, 4)]
+    history = History(entries, first=2)
+    assert len(history) == 4
+    row = nn.Parameter(torch.tensor([1.0, 2.0, 0.5]))
+    (merged,) = history.merge(None, (row,), 2, own=torch.full((1, 2, 3), 4.0), first=2)
+    assert torch.equal(merged, torch.full((1, 2, 3), 2102.0))
+    with pytest.raises(AssertionError, match="never handed on to this stage"):
+        history.merge(None, (row,), 2, first=1)
 
 
 def test_history_releases_what_nothing_reads_any_more() -> None:
@@ -190,10 +291,10 @@ def test_history_releases_what_nothing_reads_any_more() -> None:
     for _ in range(2):
         history.append(torch.randn(1, 2, 3, requires_grad=True))
     (merged,) = history.merge(None, (row,), 2)
-    published = [weakref.ref(entry) for entry in history.first(2)]
+    published = [weakref.ref(entry) for entry in history.read(range(2))]
     merged.sum().backward()
     del merged
     assert [entry() for entry in published] == [None, None]
     assert len(history) == 2
     with pytest.raises(AssertionError, match="after its gradient"):
-        history.first(1)
+        history.read(range(1))

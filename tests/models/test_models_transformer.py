@@ -58,8 +58,11 @@ def test_parameter_count_of_the_released_340m() -> None:
     [
         ("340M", {}, 0.38),
         ("340M", {"kind": "dlcl"}, 0.38),
+        ("340M", {"kind": "pcformer"}, 1.06),
+        ("340M", {"kind": "weight-sharing"}, 1.40),
         ("340M", {"kind": "iiet", "iterations": 3}, 1.40),
         ("740M", {}, 0.80),
+        ("740M", {"kind": "pcformer"}, 2.30),
         ("740M", {"kind": "iiet", "iterations": 3}, 3.05),
     ],
 )
@@ -181,6 +184,23 @@ def test_iterates_are_observed(build: Build, tokens: torch.Tensor) -> None:
     seen = dict(statistics.influence)
     model(tokens.flip(1))
     assert statistics.influence == seen
+
+
+def test_predictor_and_corrector_of_pcformer_are_observed(build: Build, tokens: torch.Tensor) -> None:
+    """Iterate 0 is the predictor's y_p, iterate 1 the corrector's output, the next layer's y."""
+    model = build(kind="pcformer")
+    randomise_solvers(model)
+    inputs: list[torch.Tensor] = []
+    for n in range(2):
+        model.get_submodule(f"layers.{n}.increment").register_forward_pre_hook(
+            lambda _, arguments: inputs.append(arguments[0])
+        )
+    with observe_iterates(model) as statistics:
+        model(tokens)
+    y, _, predicted, corrected = inputs[:4]
+    for iterate, (before, after) in enumerate([(y, predicted), (predicted, corrected)]):
+        residual = ((after - before).norm(dim=-1) / after.norm(dim=-1)).mean().item()
+        assert statistics.relative_residual[0, iterate] == pytest.approx(residual, rel=1e-5)
 
 
 def test_observers_leave_after_an_error(build: Build) -> None:

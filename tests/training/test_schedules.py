@@ -1,12 +1,39 @@
-"""Learning rate and iterations as functions of the step."""
+"""Learning rate and iterations as functions of the step, and training in stages."""
 
 from __future__ import annotations
 
-import pytest
+from pathlib import Path
+from typing import Any
 
-from megatron_iiet.config import config_from_dict
+import pytest
+import torch
+
+from megatron_iiet.config import RunConfig, config_from_dict
 from megatron_iiet.config.schema import OptimizerConfig
-from megatron_iiet.training.schedules import iterations_at, learning_rate
+from megatron_iiet.models import Transformer
+from megatron_iiet.training import checkpoint
+from megatron_iiet.training.export import export_run
+from megatron_iiet.training.fragments import FragmentReader
+from megatron_iiet.training.metrics import read_log
+from megatron_iiet.training.schedules import iterations_at, learning_rate, mean_evaluations
+from tests.distributed.harness import run_ranks
+from tests.distributed.runs import as_data, ds_json, pretrain_rank
+from tests.tiny import make_data, tiny_config
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    return make_data(tmp_path_factory.mktemp("data"))
+
+
+def staged(layers: int, steps: int, *stages: list[Any]) -> RunConfig:
+    return config_from_dict(
+        {
+            "model": {"num_layers": layers},
+            "solver": {"iterations": stages[-1][1], "schedule": list(stages)},
+            "training": {"steps": steps},
+        }
+    )
 
 
 def test_cosine_with_warm_up() -> None:
@@ -27,14 +54,31 @@ def test_constant_after_warm_up() -> None:
 
 def test_two_stage_schedule() -> None:
     """Three quarters plain Transformer++, the last quarter IIET, as in the paper."""
-    config = config_from_dict(
-        {
-            "model": {"num_layers": 2},
-            "solver": {"iterations": 3, "schedule": [[0.75, 0], [0.25, 3]]},
-            "training": {"steps": 8},
-        }
-    )
+    config = staged(2, 8, [0.75, 0], [0.25, 3])
     assert [iterations_at(config, step) for step in range(8)] == [([0, 0], False)] * 6 + [([3, 3], True)] * 2
+
+
+def test_stages_with_iterations_per_layer() -> None:
+    """A layer with r = 0 merges where others iterate; only a stage without any iteration is Transformer++."""
+    config = staged(2, 10, [0.3, [0, 0]], [0.3, [0, 1]], [0.15, 0], [0.25, [2, 1]])
+    assert [iterations_at(config, step) for step in (0, 2, 3, 5, 6, 7, 8, 9, 10)] == [
+        *[([0, 0], False)] * 2,
+        *[([0, 1], True)] * 2,
+        *[([0, 0], False)] * 2,
+        *[([2, 1], True)] * 3,  # step 10: a validation after the last
+    ]
+
+
+def test_switches_are_at_the_nearest_step() -> None:
+    third = 1 / 3
+    config = staged(1, 10, [third, 0], [third, 1], [third, 2])
+    assert [iterations_at(config, step)[0][0] for step in range(10)] == [0, 0, 0, 1, 1, 1, 1, 2, 2, 2]
+
+
+def test_mean_evaluations_are_each_layer_s() -> None:
+    config = staged(3, 10, [0.5, 0], [0.25, [0, 2, 4]], [0.25, [3, 0, 0]])
+    solvers = list(Transformer.on_meta(config).solvers.values())
+    assert mean_evaluations(config, solvers) == [1.75, 1.5, 2.0]
 
 
 def test_without_schedule_per_layer_lists_hold_throughout() -> None:
@@ -45,3 +89,110 @@ def test_without_schedule_per_layer_lists_hold_throughout() -> None:
 def test_r_0_without_schedule_still_merges() -> None:
     config = config_from_dict({"model": {"num_layers": 2}, "solver": {"iterations": 0}})
     assert iterations_at(config, 0) == ([0, 0], True)
+
+
+# --- runs ---
+
+STAGES = {
+    "kind": "iiet",
+    "iterations": [1, 0, 2],
+    "schedule": [[0.375, 0], [0.375, [0, 2, 1]], [0.25, [1, 0, 2]]],
+    "coefficient_init": "average",
+}
+"""Of 8 steps: switches before steps 3 and 6."""
+DECAY = {"lr": 1e-2, "weight_decay": 0.5}
+
+
+@pytest.mark.parametrize("stage", [0, *(pytest.param(stage, marks=pytest.mark.slow) for stage in (1, 2, 3))])
+def test_unused_coefficients_rest(stage: int, data: dict[str, str], tmp_path: Path) -> None:
+    """Values, first and second moments, under decay and gradient clipping, in each ZeRO stage's buffers."""
+    config = tiny_config(data, tmp_path / "run", solver=STAGES, optimizer=DECAY, training={"stop_after": 3})
+    run_ranks(pretrain_rank, 1, as_data(config), ds_json(tmp_path, stage))
+    folder = checkpoint.checkpoints_folder(tmp_path / "run") / "step_00000003"
+    with FragmentReader(folder) as reader:
+        for n in range(3):
+            name = f"layers.{n}.solver.coefficients"
+            assert torch.equal(reader.read_full(name), torch.full((n + 1,), 1 / (n + 1)))
+            assert not reader.read_full(name, "exp_avg").any()
+            assert not reader.read_full(name, "exp_avg_sq").any()
+        assert reader.read_full("norm.weight", "exp_avg_sq").all()
+
+
+def history(folder: Path) -> dict[int, tuple[str, ...]]:
+    """What a run logged of its steps, in hexadecimal."""
+    return {
+        step: tuple(
+            values[key].hex() for key in ("loss", "grad_norm", "lr", "validation_loss") if key in values
+        )
+        for step, values in read_log(folder).items()
+    }
+
+
+LAYOUTS: dict[str, tuple[int, dict[str, int], int]] = {
+    "no zero": (1, {}, 0),
+    "zero 1": (1, {}, 1),
+    "pipeline": (2, {"pipeline": 2}, 1),
+    "pipeline, no zero": (2, {"pipeline": 2}, 0),
+    "zero 3": (2, {}, 3),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_resumed_in_and_at_a_switch(name: str, data: dict[str, str], tmp_path: Path) -> None:
+    """To the bit the run without stops, whose stages change what crosses a pipeline's boundary."""
+    world_size, parallel, zero = LAYOUTS[name]
+    sections: dict[str, Any] = {
+        "solver": STAGES,
+        "optimizer": DECAY,
+        "parallel": parallel,
+        "evaluation": {"interval": 3, "samples": 8},
+    }
+
+    def run(folder: Path, stop: int | None = None, **other: dict[str, Any]) -> None:
+        config = tiny_config(data, folder, **{**sections, "training": {"stop_after": stop}, **other})
+        run_ranks(pretrain_rank, world_size, as_data(config), ds_json(tmp_path, zero))
+
+    run(tmp_path / "whole")
+    for stop in (2, 3, 6, 7, None):
+        run(tmp_path / "parts", stop)
+    whole, parts = history(tmp_path / "whole"), history(tmp_path / "parts")
+    assert {step: values[:3] for step, values in parts.items() if step} == {
+        step: values[:3] for step, values in whole.items() if step
+    }
+    assert whole[8] == parts[8]
+    one, other = (export_run(tmp_path / folder).state for folder in ("whole", "parts"))
+    assert all(torch.equal(one[parameter], other[parameter]) for parameter in one)
+    assert export_run(tmp_path / "whole").config.solver.iterations == [1, 0, 2]
+
+
+@pytest.mark.slow
+def test_learning_rate_and_samples_know_nothing_of_stages(data: dict[str, str], tmp_path: Path) -> None:
+    """They are those of a run without schedule, whose solver is a stage's all the time."""
+    always = {**STAGES, "iterations": 0, "schedule": None}
+    logs = []
+    for name, solver in (("staged", STAGES), ("always", always)):
+        config = tiny_config(data, tmp_path / name, solver=solver, checkpoint={"interval": 1, "keep": 0})
+        run_ranks(pretrain_rank, 1, as_data(config), ds_json(tmp_path, 1))
+        states = [
+            checkpoint.read_state(folder).data
+            for folder in sorted(checkpoint.checkpoints_folder(tmp_path / name).glob("step_*"))
+        ]
+        logs.append(([values.get("lr") for values in read_log(tmp_path / name).values()], states))
+    assert logs[0] == logs[1]
+    assert len(logs[0][1]) == 8
+
+
+@pytest.mark.slow
+def test_export_in_each_stage(data: dict[str, str], tmp_path: Path) -> None:
+    """A checkpoint's configuration has the iterations of the stage it ended."""
+    config = tiny_config(data, tmp_path / "run", solver=STAGES, checkpoint={"interval": 1, "keep": 0})
+    run_ranks(pretrain_rank, 1, as_data(config), ds_json(tmp_path, 1))
+    found = []
+    for step in range(1, 9):
+        exported = export_run(tmp_path / "run", step)
+        solver = exported.config.solver
+        assert solver.schedule is None
+        assert any(".solver." in name for name in exported.state) == (solver.kind == "iiet")
+        found.append(solver.iterations if solver.kind == "iiet" else solver.kind)
+    assert found == ["euler"] * 3 + [[0, 2, 1]] * 3 + [[1, 0, 2]] * 2

@@ -11,6 +11,9 @@ from torch import Tensor, nn
 from megatron_iiet.models.history import History
 from megatron_iiet.models.layer import RMSNorm
 
+LAYER_NORM_EPS = 1e-5
+"""Epsilon of the LayerNorms that solvers have, as in the IIET authors' code."""
+
 IterateObserver = Callable[[int, Tensor, Tensor], None]
 """Called with (i, y^{i-1}, y^i) for every iterate; i = 0 compares y_n with the predictor's y^0."""
 
@@ -32,6 +35,8 @@ class Solver(nn.Module):
     """Whether there is a corrector to iterate."""
     merges_embedding = False
     """Whether entry 0 of the history is the embedding output."""
+    first_merged = 0
+    """The entry of the history that the first coefficient of a row multiplies."""
 
     def __init__(self, iterations: int = 0) -> None:
         super().__init__()
@@ -45,14 +50,14 @@ class Solver(nn.Module):
         return self.merging
 
     @property
-    def history_reads(self) -> int:
-        """Entries of the history that this layer merges: always the first ones."""
-        return self.merged_entries if self.merging else 0
+    def history_reads(self) -> range:
+        """Entries of the history that this layer merges."""
+        return range(self.first_merged, self.first_merged + (self.merged_entries if self.merging else 0))
 
     @property
     def history_rows(self) -> list[nn.Parameter]:
-        """The coefficients that multiply the history, while merging; each parameter's first
-        :attr:`history_reads` values do."""
+        """The coefficients that multiply the history, while merging: each parameter's first values, one for
+        each of :attr:`history_reads`."""
         return self.coefficient_rows if self.history_reads else []
 
     @property
@@ -62,13 +67,18 @@ class Solver(nn.Module):
 
     @property
     def merged_entries(self) -> int:
-        """:attr:`history_reads` while merging; none unless a solver says otherwise."""
+        """Number of :attr:`history_reads` while merging; none unless a solver says otherwise."""
         return 0
 
     @property
     def evaluations(self) -> int:
         """Evaluations of F a step."""
-        return self.iterations + 1 if self.merging else 1
+        return self.step_evaluations if self.merging else 1
+
+    @property
+    def step_evaluations(self) -> int:
+        """:attr:`evaluations` of the solver's own step."""
+        return self.iterations + 1
 
     def forward(self, y_BTD: Tensor, increment_fn: IncrementFn, history: History) -> tuple[Tensor, Tensor]:
         """One step: ``(y_{n+1}, the increment to keep)``, both [B, T, D]."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_iiet.models.history import History
@@ -19,14 +20,25 @@ class ImplicitEuler(Solver):
         y_{n+1} = y^r,  F̃_n = f^r
 
     ``coefficients``: fp32 [n + 1], α_{n,0} … α_{n,n}, shared by all iterations.
+
+    ``history_norm='rms'`` keeps F̃_n / rms(F̃_n) for later layers: what they merge has one scale, whatever the
+    layer it is from. (Not in the paper.)
     """
 
     iterative = True
 
     def __init__(
-        self, layer: int, *, iterations: int, predictor: str = "merged", coefficient_init: str, backend: str
+        self,
+        layer: int,
+        *,
+        iterations: int,
+        predictor: str = "merged",
+        coefficient_init: str,
+        history_norm: str = "none",
+        backend: str,
     ) -> None:
         super().__init__(iterations)
+        self.history_norm = history_norm
         self.layer = layer
         self.predictor = predictor
         self.backend = backend
@@ -44,11 +56,11 @@ class ImplicitEuler(Solver):
         norm = increment_fn.input_norm
         f = increment_fn(y_BTD, None, 0)
         if self.predictor == "euler" and self.iterations == 0:
-            return y_BTD + f, f  # plain Transformer++: there is no corrector to merge in
+            return y_BTD + f, self.kept(f)  # plain Transformer++: there is no corrector to merge in
         if self.iterations == 0:  # nothing needs the base alone: all in one pass
             (iterate,) = history.merge(y_BTD, (self.coefficients,), self.layer, own=f)
             self.observe(0, y_BTD, iterate)
-            return iterate, f
+            return iterate, self.kept(f)
         (base,) = history.merge(y_BTD, (self.coefficients,), self.layer)
         own = self.coefficients.float()[-1:]  # ZeRO-3 in bf16 can't keep them fp32
         iterate = y_BTD
@@ -66,7 +78,11 @@ class ImplicitEuler(Solver):
             self.observe(i, before, iterate)
             if i < self.iterations:
                 f = increment_fn(iterate, normed, i + 1)
-        return iterate, f
+        return iterate, self.kept(f)
+
+    def kept(self, f_BTD: Tensor) -> Tensor:
+        """What later layers merge of the last increment."""
+        return f_BTD if self.history_norm == "none" else F.rms_norm(f_BTD, f_BTD.shape[-1:])
 
 
 class DLCL(ImplicitEuler):
@@ -77,5 +93,13 @@ class DLCL(ImplicitEuler):
 
     iterative = False
 
-    def __init__(self, layer: int, *, coefficient_init: str, backend: str) -> None:
-        super().__init__(layer, iterations=0, coefficient_init=coefficient_init, backend=backend)
+    def __init__(
+        self, layer: int, *, coefficient_init: str, history_norm: str = "none", backend: str
+    ) -> None:
+        super().__init__(
+            layer,
+            iterations=0,
+            coefficient_init=coefficient_init,
+            history_norm=history_norm,
+            backend=backend,
+        )

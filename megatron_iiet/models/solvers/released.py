@@ -6,10 +6,14 @@ import torch
 from torch import Tensor, nn
 
 from megatron_iiet.models.history import History
-from megatron_iiet.models.solvers.base import IncrementFn, Solver, fp32_parameter, initial_row
+from megatron_iiet.models.solvers.base import (
+    LAYER_NORM_EPS,
+    IncrementFn,
+    Solver,
+    fp32_parameter,
+    initial_row,
+)
 from megatron_iiet.ops import merge_norm
-
-LAYER_NORM_EPS = 1e-5
 
 
 class ReleasedImplicitEuler(Solver):
@@ -23,7 +27,7 @@ class ReleasedImplicitEuler(Solver):
 
     The rows are stored N + 1 wide, and row 0 with the first layer, as in the authors' (N+1) × (N+1)
     matrices: their checkpoints map one to one. Entries right of the diagonal and row 0 are never read.
-    Both rows read the older entries in one pass.
+    Both rows read the older entries in one pass. ``readout='shared'`` has one row: Wc = W.
     """
 
     iterative = True
@@ -37,6 +41,7 @@ class ReleasedImplicitEuler(Solver):
         width: int,
         iterations: int,
         coefficient_init: str,
+        readout: str = "separate",
         backend: str,
     ) -> None:
         super().__init__(iterations)
@@ -51,12 +56,16 @@ class ReleasedImplicitEuler(Solver):
             return full
 
         self.coefficients = fp32_parameter(row(self.layer))
-        self.readout_coefficients = fp32_parameter(row(self.layer))
+        self.shares_row = readout == "shared"
+        if not self.shares_row:
+            self.readout_coefficients = fp32_parameter(row(self.layer))
         if layer == 0:
             self.unused_row_0 = fp32_parameter(torch.stack((row(0), row(0))))
 
     @property
     def coefficient_rows(self) -> list[nn.Parameter]:
+        if self.shares_row:
+            return [self.coefficients]
         rows = [self.coefficients, self.readout_coefficients]
         return rows if self.iterations else rows[1:]
 
@@ -71,16 +80,16 @@ class ReleasedImplicitEuler(Solver):
         self.observe(0, y_BTD, stepped)  # before the norm, whose output has another scale than y
         output = self.predictor_norm(stepped)
         if self.iterations == 0:
-            (h_BTD,) = history.merge(None, (self.readout_coefficients,), n, own=output)
+            (h_BTD,) = history.merge(None, self.coefficient_rows, n, own=output)
             return h_BTD, output
-        base, readout_base = history.merge(None, (self.coefficients, self.readout_coefficients), n)
-        row, readout_row = self.coefficients.float(), self.readout_coefficients.float()
+        bases = history.merge(None, self.coefficient_rows, n)
+        owns = [row.float()[n : n + 1] for row in self.coefficient_rows]
         for i in range(1, self.iterations + 1):
             before = output
             h_BTD, normed = merge_norm(
-                base, (output,), row[n : n + 1], norm.weight, eps=norm.eps, backend=self.backend
+                bases[0], (output,), owns[0], norm.weight, eps=norm.eps, backend=self.backend
             )
             output = self.corrector_norm(h_BTD + increment_fn(h_BTD, normed, i))
             self.observe(i, before, output)
-        h_BTD = merge_norm(readout_base, (output,), readout_row[n : n + 1], backend=self.backend).merged
+        h_BTD = merge_norm(bases[-1], (output,), owns[-1], backend=self.backend).merged
         return h_BTD, output

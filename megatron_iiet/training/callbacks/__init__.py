@@ -4,6 +4,7 @@ from megatron_iiet.training.callbacks.base import Callback
 from megatron_iiet.training.callbacks.checkpointing import Checkpointing
 from megatron_iiet.training.callbacks.diagnostics import SolverDiagnostics
 from megatron_iiet.training.callbacks.evaluation import Validation
+from megatron_iiet.training.callbacks.guidance import Guidance
 from megatron_iiet.training.callbacks.logging import MetricLogger
 
-__all__ = ["Callback", "Checkpointing", "MetricLogger", "SolverDiagnostics", "Validation"]
+__all__ = ["Callback", "Checkpointing", "Guidance", "MetricLogger", "SolverDiagnostics", "Validation"]

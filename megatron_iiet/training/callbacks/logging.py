@@ -43,6 +43,8 @@ class MetricLogger(Callback):
         self.steps += 1
         self.seconds += run.step_seconds
         run.record({"loss": result.loss, "grad_norm": result.grad_norm, "lr": result.lr})
+        # Of this step alone, so that sums over a resumed run's log are right.
+        run.record({"flops": needed * config.training.global_batch_size, "step_seconds": run.step_seconds})
         if is_due(run.step, config.logging.interval) or run.step == run.last_step:
             self._report(run, result)
             self._reset()

@@ -12,6 +12,7 @@ from megatron_iiet.parallel import ParallelContext
 from megatron_iiet.training.engine.base import Engine, StepResult
 from megatron_iiet.training.engine.pipelined import PipelinedEngine
 from megatron_iiet.training.engine.plain import PlainEngine
+from megatron_iiet.training.warm_start import WarmStart
 
 __all__ = ["Engine", "StepResult", "build_engine"]
 
@@ -29,11 +30,13 @@ def build_engine(
     backend: str,
     *,
     initialise: bool = True,
+    warm: WarmStart | None = None,
 ) -> Engine:
     """The engine of this rank's part of the model.
 
     ``ds_config`` is the reconciled DeepSpeed JSON (no "auto" left), ``backend`` that of the merges. Without
     ``initialise`` the matrices hold whatever they hold: for a checkpoint that is about to be loaded.
+    ``warm``: which parameters start with the values of another model.
     """
     kind = PipelinedEngine if context.pipeline.size > 1 else PlainEngine
-    return kind(config, ds_config, context, backend, initialise=initialise)
+    return kind(config, ds_config, context, backend, initialise=initialise, warm=warm)

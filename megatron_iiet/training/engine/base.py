@@ -22,10 +22,11 @@ from megatron_iiet.models.transformer import Transformer
 from megatron_iiet.parallel import ParallelContext
 from megatron_iiet.training.engine.corrected import CorrectedEngine
 from megatron_iiet.training.engine.grid import model_parallel_unit
-from megatron_iiet.training.engine.optimizer_state import load_fragments, own_fragments
+from megatron_iiet.training.engine.optimizer_state import load_fragments, own_fragments, start_from
 from megatron_iiet.training.fragments import FragmentReader, write_fragments, write_index
 from megatron_iiet.training.inputs import Inputs, inputs_of
 from megatron_iiet.training.layout import stage_plan
+from megatron_iiet.training.warm_start import WarmStart
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,7 @@ class Engine(ABC):
         backend: str,
         *,
         initialise: bool = True,
+        warm: WarmStart | None = None,
     ) -> None:
         """See :func:`megatron_iiet.training.engine.build_engine`."""
         deepspeed_logger.setLevel(logging.WARNING)
@@ -75,9 +77,12 @@ class Engine(ABC):
             )
         self.model.parameters_in_parts = self.zero_stage == 3
         if initialise:
-            self.model.initialise(config.training.seed, whole=self._writable)
+            taken = warm.taken if warm is not None else frozenset()
+            self.model.initialise(config.training.seed, whole=self._writable, besides=taken)
         self._names = {parameter: name for name, parameter in self.model.named_parameters()}
         self._engine = self._start(config, ds_config)
+        if warm is not None:
+            start_from(self._engine, self._names, self.context, warm)
         self.set_iterations(iterations_per_layer(config), merging=True)
 
     @abstractmethod
@@ -100,13 +105,15 @@ class Engine(ABC):
         """Change the corrector iterations of all layers, see :meth:`Transformer.set_iterations`."""
         for model in (self.model, self.whole):
             model.set_iterations(iterations, merging=merging)
+        self._engine.forget_gradients()
 
     def observe(self, batch: Batch | ValidationBatch) -> IterateStatistics:
         """Statistics of the iterates of all layers in a forward pass on a batch.
 
         Under tensor parallelism they are over the main rank's tokens; the same on every rank of a pipeline.
         """
-        with observe_iterates(self.model) as statistics:
+        weights_B = batch.weights.to(self.context.device) if isinstance(batch, ValidationBatch) else None
+        with observe_iterates(self.model, weights_B) as statistics:
             self._forward(batch)
         for part in self.context.pipeline.gather_objects(statistics):
             statistics.update(part)

@@ -56,6 +56,16 @@ class CorrectedEngine(DeepSpeedEngine):
         engine.context = context
         return engine
 
+    def forget_gradients(self) -> None:
+        """Start from zero gradients, between steps. ZeRO-3 and every offloaded optimizer would otherwise step
+        again with the last gradient of a parameter that gets none any more."""
+        buffers = [getattr(self.optimizer, "grad_partitions_flat_buffer", None)]
+        for name in ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups"):
+            buffers += [flat.grad for flat in getattr(self.optimizer, name, ())]
+        for buffer in buffers:
+            if buffer is not None:
+                buffer.zero_()
+
     def _cast_module_mixed_precision(
         self, param_dtype: torch.dtype | None, *args: Any, **kwargs: Any
     ) -> None:

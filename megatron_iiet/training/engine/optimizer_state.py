@@ -18,6 +18,7 @@ from megatron_iiet.parallel import ParallelContext
 from megatron_iiet.parallel.tensor import shard_of
 from megatron_iiet.training.engine.corrected import is_owner
 from megatron_iiet.training.fragments import Fragment, FragmentReader
+from megatron_iiet.training.warm_start import WarmStart
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -97,6 +98,26 @@ def load_fragments(
                 out=tensor,
             )
     _set_steps(optimizer, steps)
+    _refresh_working_copies(engine)
+
+
+@torch.no_grad()
+def start_from(
+    engine: DeepSpeedEngine, names: Mapping[Any, str], context: ParallelContext, warm: WarmStart
+) -> None:
+    """Fill the masters of the parameters that are taken over, then the working copies from the masters."""
+    for held in _held(engine, names):
+        name, shard = names[held.parameter], shard_of(held.parameter)
+        if name in warm.taken:
+            warm.fill(
+                name,
+                held.flat.detach().view(-1).narrow(0, held.offset, held.numel),
+                shape=_global_shape(held),
+                shard=shard,
+                tensor_size=context.tensor.size if shard else 1,
+                tensor_rank=context.tensor.rank if shard else 0,
+                start=held.start,
+            )
     _refresh_working_copies(engine)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megatron_iiet.config import RunConfig
 from megatron_iiet.data.loader.batches import Batch, ValidationBatch, ValidationBatches
-from megatron_iiet.models.pipeline import PipelineStage, entries_crossing
+from megatron_iiet.models.pipeline import PipelineStage
 from megatron_iiet.models.transformer import Transformer
 from megatron_iiet.parallel import ParallelContext
 from megatron_iiet.training.engine.base import Engine, StepResult
@@ -72,10 +72,7 @@ class PipelinedEngine(Engine):
         self._resize_payload()
 
     def _resize_payload(self) -> None:
-        stages = self.plan.stages
-        if not self.model.is_last:
-            following = stages[self.context.pipeline.rank + 1].start
-            self.stage.entries_handed_on = entries_crossing(self.whole, following)
+        self.stage.resize(self.whole)
         self._engine.reset_activation_shape()
 
 

@@ -1,0 +1,213 @@
+"""What benchmarks/quality.py found: collected from its runs, as tables and as pictures."""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from datetime import date
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+from quality_trials import FULL, MIDDLE, SHORT, SYSTEMS, TOKENS_A_STEP, Trial
+
+from megatron_iiet.training.metrics import read_log
+
+
+@dataclass(frozen=True)
+class Result:
+    """A complete trial, or one that was given up."""
+
+    trial: Trial
+    curve: list[tuple[int, float, float]]
+    """(step, FLOPs spent on training so far, validation loss in nats per token)."""
+    residuals: list[float]
+    """Relative residual of iterations 1..r at the end, mean over layers."""
+    given_up: bool = False
+
+    @property
+    def loss(self) -> float:
+        """Validation loss at the end."""
+        return self.curve[-1][2]
+
+    @property
+    def flops(self) -> float:
+        """Of the whole training."""
+        return self.curve[-1][1]
+
+
+def read_results(output: Path) -> list[Result]:
+    """Every trial of a folder that is complete or given up."""
+    marks = [*output.glob("trials/*/.trained"), *output.glob("trials/*/.given-up")]
+    return [_read_result(mark.parent, mark.name == ".given-up") for mark in sorted(marks)]
+
+
+def _read_result(folder: Path, given_up: bool) -> Result:
+    system, rest = folder.name.split(".lr", 1)
+    rate, rest = rest.rsplit(".seed", 1)
+    seed, steps = rest.split(".")
+    log = read_log(folder)
+    spent = dict(zip(log, accumulate(values.get("flops", 0.0) for values in log.values()), strict=True))
+    curve = [
+        (s, spent[s], values["validation_loss"]) for s, values in log.items() if "validation_loss" in values
+    ]
+    residuals = defaultdict(list)
+    for name, value in log[curve[-1][0]].items():
+        if name.startswith("relative_residual/"):
+            residuals[int(name.rsplit("_", 1)[1])].append(value)
+    means = [statistics.mean(residuals[i]) for i in sorted(residuals) if i > 0]
+    return Result(Trial(system, float(rate), int(seed), int(steps)), curve, means, given_up)
+
+
+def best_rates(results: Iterable[Result]) -> dict[str, float]:
+    """The learning rate with the lowest loss, of every system swept."""
+    best: dict[str, Result] = {}
+    for result in results:
+        known = best.get(result.trial.system)
+        if (
+            result.trial.steps == SHORT
+            and not result.given_up
+            and (known is None or result.loss < known.loss)
+        ):
+            best[result.trial.system] = result
+    return {system: result.trial.lr for system, result in best.items()}
+
+
+def save_results(results: list[Result], speeds: dict[str, float], path: Path) -> None:
+    """Everything the report needs as JSON, to be kept beside it."""
+    machine = f"{platform.processor() or platform.machine()}, {platform.system()}"
+    rows = [asdict(result) for result in results]
+    path.write_text(
+        json.dumps({"date": str(date.today()), "machine": machine, "speeds": speeds, "trials": rows}) + "\n"
+    )
+
+
+def load_results(path: Path) -> tuple[list[Result], dict[str, float]]:
+    """What :func:`save_results` wrote."""
+    stored = json.loads(path.read_text())
+    results = [
+        Result(Trial(**row["trial"]), [tuple(at) for at in row["curve"]], row["residuals"], row["given_up"])
+        for row in stored["trials"]
+    ]
+    return results, stored["speeds"]
+
+
+def report(results: list[Result], speeds: dict[str, float]) -> str:
+    """The tables as markdown."""
+    parts = [
+        ("Learning rates", sweep_table([r for r in results if r.trial.steps == SHORT])),
+        ("Systems", main_table([r for r in results if r.trial.steps == FULL], speeds)),
+        ("Ablations", main_table([r for r in results if r.trial.steps == MIDDLE], speeds)),
+    ]
+    return "\n".join(f"### {title}\n\n{table}\n" for title, table in parts if table)
+
+
+def sweep_table(results: list[Result]) -> str:
+    """Loss by system and learning rate."""
+    if not results:
+        return ""
+    rates = sorted({result.trial.lr for result in results})
+    by_place = {(result.trial.system, result.trial.lr): result.loss for result in results}
+    lines = [_row(["system", *(f"{rate:g}" for rate in rates)]), _row(["---"] * (len(rates) + 1))]
+    for system in _in_order(results):
+        losses = {rate: by_place[system, rate] for rate in rates if (system, rate) in by_place}
+        lowest = min(losses.values())
+        shown = [
+            ""
+            if rate not in losses
+            else f"**{losses[rate]:.4f}**"
+            if losses[rate] == lowest
+            else f"{losses[rate]:.4f}"
+            for rate in rates
+        ]
+        lines.append(_row([SYSTEMS[system].label, *shown]))
+    return "\n".join(lines)
+
+
+def main_table(results: list[Result], speeds: dict[str, float]) -> str:
+    """Loss, difference to Transformer++ seed by seed, FLOPs and time by system."""
+    if not results:
+        return ""
+    lines = [
+        _row(["system", "lr", "seeds", "validation loss", "− Transformer++", "FLOPs", "time", "residuals"]),
+        _row(["---"] * 8),
+    ]
+    of_system: dict[str, list[Result]] = defaultdict(list)
+    for result in results:
+        of_system[result.trial.system].append(result)
+    base = {result.trial.seed: result for result in of_system.get("euler", [])}
+    for system in _in_order(results):
+        rows = of_system[system]
+        shared = [r for r in rows if r.trial.seed in base]
+        gaps = [r.loss - base[r.trial.seed].loss for r in shared if not r.given_up]
+        flops = [r.flops / base[r.trial.seed].flops for r in shared if not r.given_up]
+        slower = speeds["euler"] / speeds[system] if {"euler", system} <= speeds.keys() else None
+        lines.append(
+            _row(
+                [
+                    SYSTEMS[system].label,
+                    f"{rows[0].trial.lr:g}",
+                    str(len(rows)),
+                    "given up" if rows[0].given_up else _spread([r.loss for r in rows]),
+                    _spread(gaps, sign=True),
+                    f"{statistics.mean(flops):.2f}x" if flops else "",
+                    f"{slower:.2f}x" if slower else "",
+                    " ".join(f"{value:.3f}" for value in rows[0].residuals),
+                ]
+            )
+        )
+    return "\n".join(lines)
+
+
+def _in_order(results: Iterable[Result]) -> list[str]:
+    present = {result.trial.system for result in results}
+    return [system for system in SYSTEMS if system in present]
+
+
+def _spread(values: list[float], sign: bool = False) -> str:
+    if not values:
+        return ""
+    mean = f"{statistics.mean(values):{'+' if sign else ''}.4f}"
+    return f"{mean} ± {statistics.stdev(values):.4f}" if len(values) > 1 else mean
+
+
+def _row(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def plot(results: list[Result], speeds: dict[str, float], path: Path, steps: int = FULL) -> None:
+    """Validation loss against tokens, FLOPs and time of every system, the mean of its seeds."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    chosen = [r for r in results if r.trial.steps == steps and not r.given_up]
+    figure, axes = plt.subplots(1, 3, figsize=(16, 5.5), sharey=True, layout="constrained")
+    colors: Any = plt.get_cmap("tab20").colors  # type: ignore[attr-defined]
+    for color, system in zip(colors, _in_order(chosen), strict=False):
+        rows = [
+            r.curve[1:] for r in chosen if r.trial.system == system
+        ]  # the first is of the untrained model
+        losses = [statistics.mean(at[2] for at in ats) for ats in zip(*rows, strict=True)]
+        tokens = [at[0] * TOKENS_A_STEP / 1e6 for at in rows[0]]
+        flops = [statistics.mean(at[1] for at in ats) / 1e15 for ats in zip(*rows, strict=True)]
+        horizontal = [tokens, flops]
+        if system in speeds:
+            horizontal.append([count * 1e6 / speeds[system] / 60 for count in tokens])
+        for axis, values in zip(axes, horizontal, strict=False):
+            axis.plot(
+                values, losses, "o-", color=color, markersize=3, linewidth=1, label=SYSTEMS[system].label
+            )
+    names = ("million tokens", "training PFLOPs", "minutes at the speed measured, one core")
+    for axis, name in zip(axes, names, strict=True):
+        axis.set_xlabel(name)
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("validation loss (nats per token)")
+    axes[0].legend(fontsize=7)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

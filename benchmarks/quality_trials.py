@@ -1,0 +1,199 @@
+"""What benchmarks/quality.py trains: systems, phases, and the shape that all of them share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+BASE: dict[str, Any] = {
+    "model": {
+        "hidden_size": 64,
+        "ffn_hidden_size": 176,
+        "num_layers": 8,
+        "num_attention_heads": 1,
+        "vocab_size": 2048,
+        "max_position_embeddings": 256,
+        "embedding_scale": "unit",
+    },
+    "data": {"sequence_length": 256},
+    "training": {"global_batch_size": 16, "micro_batch_size": 8, "precision": "bf16"},
+    "evaluation": {"samples": 512},
+    "checkpoint": {"keep": 1},
+    "logging": {"interval": 20, "tensorboard": False, "peak_tflops": 0.1},
+}
+"""What no trial changes: 0.53 M parameters, 4,096 tokens a step. 10.5 M tokens are 20 a parameter."""
+TOKENS_A_STEP = 16 * 256
+FULL = 2560
+"""Steps of a trial of the main table: 10.5 M tokens."""
+SHORT = 640
+"""Steps of a trial of a learning-rate sweep: 2.6 M tokens."""
+MIDDLE = 1280
+"""Steps of an ablation: 5.2 M tokens."""
+SEEDS = (1234, 1235, 1236)
+
+PAPER = {"kind": "iiet", "variant": "paper"}
+RELEASED = {"kind": "iiet", "variant": "released"}
+
+
+@dataclass(frozen=True)
+class System:
+    """A row of the tables."""
+
+    label: str
+    solver: dict[str, Any]
+    """Keys of the configuration's solver section."""
+    sections: tuple[tuple[str, tuple[tuple[str, Any], ...]], ...] = ()
+    """Other sections' keys."""
+
+
+def _scaled(scale: float) -> tuple[tuple[str, tuple[tuple[str, Any], ...]], ...]:
+    return (("model", (("embedding_scale", scale),)),)
+
+
+def _guided(budget: float) -> tuple[tuple[str, tuple[tuple[str, Any], ...]], ...]:
+    return (("guidance", (("interval", 128), ("budget", budget))),)
+
+
+def _two_stage(solver: dict[str, Any]) -> dict[str, Any]:
+    return {**solver, "iterations": 3, "schedule": [[0.75, 0], [0.25, 3]]}
+
+
+SYSTEMS: dict[str, System] = {
+    "euler": System("Transformer++", {"kind": "euler"}),
+    "euler-norm": System("Transformer++, LayerNorm-ed outputs", {"kind": "euler", "output_norm": "layer"}),
+    "ws4": System("Trans WS, 4x", {"kind": "weight-sharing", "repeats": 4}),
+    "rk2-learned": System("ODE Transformer RK2, learned", {"kind": "rk2", "stage_coefficients": "learned"}),
+    "rk2-gated": System("ODE Transformer RK2, gated", {"kind": "rk2", "stage_coefficients": "gated"}),
+    "rk2-fixed": System("ODE Transformer RK2, fixed", {"kind": "rk2", "stage_coefficients": "fixed"}),
+    "rk4-fixed": System("ODE Transformer RK4, fixed", {"kind": "rk4", "stage_coefficients": "fixed"}),
+    "pcformer": System("PCformer, RK2 predictor", {"kind": "pcformer"}),
+    **{
+        f"paper-r{r}": System(
+            f"IIET r = {r}, paper" if r else "DLCL (IIET r = 0, paper)", {**PAPER, "iterations": r}
+        )
+        for r in range(4)
+    },
+    **{f"released-r{r}": System(f"IIET r = {r}, released", {**RELEASED, "iterations": r}) for r in range(4)},
+    "paper-two-stage": System("IIET r = 3, paper, two-stage", _two_stage(PAPER)),
+    "released-two-stage": System("IIET r = 3, released, two-stage", _two_stage(RELEASED)),
+    "paper-guided": System(
+        "IIET r <= 3, paper, guided, 1/2 of the FLOPs", {**PAPER, "iterations": 3}, _guided(0.5)
+    ),
+    "released-guided": System(
+        "IIET r <= 3, released, guided, 1/2 of the FLOPs", {**RELEASED, "iterations": 3}, _guided(0.5)
+    ),
+    "paper-r1-euler-predictor": System(
+        "IIET r = 1, paper, predictor euler", {**PAPER, "iterations": 1, "predictor": "euler"}
+    ),
+    **{
+        f"paper-r{r}-average": System(
+            f"IIET r = {r}, paper, average init", {**PAPER, "iterations": r, "coefficient_init": "average"}
+        )
+        for r in (0, 1)
+    },
+    **{
+        f"paper-r{r}-rms-{init}": System(
+            f"IIET r = {r}, paper, history at rms 1, {init} init",
+            {**PAPER, "iterations": r, "history_norm": "rms", "coefficient_init": init},
+        )
+        for r in (0, 1)
+        for init in ("identity", "average")
+    },
+    **{
+        f"released-r{r}-identity": System(
+            f"IIET r = {r}, released, identity init",
+            {**RELEASED, "iterations": r, "coefficient_init": "identity"},
+        )
+        for r in (0, 1)
+    },
+    "released-r1-shared": System(
+        "IIET r = 1, released, one row", {**RELEASED, "iterations": 1, "readout": "shared"}
+    ),
+    "euler-scale1": System("Transformer++, embedding as it is", {"kind": "euler"}, _scaled(1)),
+    "paper-r1-scale1": System(
+        "IIET r = 1, paper, embedding as it is", {**PAPER, "iterations": 1}, _scaled(1)
+    ),
+    **{
+        f"released-r{r}-scale1": System(
+            f"IIET r = {r}, released, embedding as it is", {**RELEASED, "iterations": r}, _scaled(1)
+        )
+        for r in (0, 1)
+    },
+}
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One run."""
+
+    system: str
+    lr: float
+    seed: int
+    steps: int
+
+    @property
+    def name(self) -> str:
+        """Of its folder."""
+        return f"{self.system}.lr{self.lr:g}.seed{self.seed}.{self.steps}"
+
+    def config(self, data: dict[str, Any], output_dir: str) -> dict[str, Any]:
+        """The configuration as plain data; ``data``: keys of the data section."""
+        sections: dict[str, dict[str, Any]] = {name: dict(keys) for name, keys in BASE.items()}
+        system = SYSTEMS[self.system]
+        for name, keys in system.sections:
+            sections[name] = {**sections.get(name, {}), **dict(keys)}
+        sections["solver"] = dict(system.solver)
+        sections["data"] |= data
+        sections["optimizer"] = {"lr": self.lr}
+        sections["training"] |= {"steps": self.steps, "seed": self.seed}
+        eighth = self.steps // 8
+        sections["evaluation"]["interval"] = sections["checkpoint"]["interval"] = eighth
+        sections["logging"]["solver_interval"] = eighth
+        return {"output_dir": output_dir, **sections}
+
+
+SWEPT = ("euler", "paper-r0", "paper-r1", "released-r0", "released-r1", "released-r3", "paper-r3", "pcformer")
+RATES = (8e-3, 4e-3, 1.6e-2)
+
+
+def sweep() -> list[Trial]:
+    """Learning rates, for both sides."""
+    return [Trial(system, lr, SEEDS[0], SHORT) for lr in RATES for system in SWEPT]
+
+
+def main_table(lr: dict[str, float], best: str) -> list[Trial]:
+    """Every system; three seeds for Transformer++, PCformer and ``best``, the IIET reading to put forward."""
+    thrice = ("euler", "pcformer", f"{best}-r3")
+    once = (
+        *("paper-r0", "released-r0", "paper-r1", "released-r1", "paper-r3", "released-r3"),
+        *("rk2-learned", "rk2-gated", "ws4", "paper-r2", "released-r2", "rk4-fixed"),
+        *(f"{best}-two-stage", f"{best}-guided"),
+    )
+    first = [Trial(s, rate_of(lr, s), SEEDS[0], FULL) for s in dict.fromkeys((*thrice, *once))]
+    return first + [Trial(s, rate_of(lr, s), seed, FULL) for seed in SEEDS[1:] for s in thrice]
+
+
+def ablations(lr: dict[str, float]) -> list[Trial]:
+    """Between the two readings, always with the r = 0 of the same reading."""
+    names = (
+        *("euler", "euler-norm", "paper-r0", "paper-r1", "released-r0", "released-r1"),
+        *("paper-r1-euler-predictor", "paper-r0-average", "paper-r1-average"),
+        *(f"paper-r{r}-rms-{init}" for init in ("identity", "average") for r in (0, 1)),
+        *("released-r0-identity", "released-r1-identity", "released-r1-shared"),
+        *("euler-scale1", "paper-r1-scale1", "released-r0-scale1", "released-r1-scale1"),
+    )
+    return [Trial(name, rate_of(lr, name), SEEDS[0], MIDDLE) for name in names]
+
+
+def rate_of(rates: dict[str, float], system: str) -> float:
+    """A system's learning rate: its own best of the sweep, else that of the family it belongs to."""
+    if system in rates:
+        return rates[system]
+    families = [name for name in rates if system.startswith(name.split("-r")[0])]
+    return rates[families[0]] if families else rates["euler"]
+
+
+def named(trials: Iterable[Trial]) -> dict[str, Trial]:
+    """By folder name, each once."""
+    return {trial.name: trial for trial in trials}

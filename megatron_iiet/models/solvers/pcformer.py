@@ -1,0 +1,72 @@
+"""Runge-Kutta predictor and multistep corrector: PCformer."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from megatron_iiet.models.history import History
+from megatron_iiet.models.solvers.base import IncrementFn, Solver, fp32_parameter, initial_row
+from megatron_iiet.models.solvers.runge_kutta import evaluate_stages
+from megatron_iiet.ops import merge_norm
+
+KEPT_MERGED = 3
+"""Increments of earlier layers in the corrector."""
+
+
+class PCformer(Solver):
+    """Predictor-corrector step (PCformer, Li et al. 2024, arXiv 2411.03042) of predictor order o = 2 or 4::
+
+        F_1 … F_o      stages of a Runge-Kutta step from y_n (:func:`evaluate_stages`)
+        y_p     = y_n + Σ_{i=1..o} γ (1-γ)^{o-i} F_i                        predictor
+        F̃_n     = F(y_p)
+        y_{n+1} = y_n + α F̃_n + β_1 F̃_{n-1} + β_2 F̃_{n-2} + β_3 F̃_{n-3}    corrector
+
+    The first layers have fewer terms. The paper counts times: its F_t is what the step that *led to* y_t
+    evaluated, so that its four-step corrector F_{t+1}, F_t, F_{t-1}, F_{t-2} is the layer's own increment and
+    those of the three layers before it. A reading with the layer's own increment inside the sum is contained
+    in this one: it would only add to α.
+
+    ``gamma``: fp32 [1], from 0.5. ``coefficients``: fp32 [k + 1] with k = min(3, n), in the order of the
+    history: β_k … β_1, α; ``identity`` starts from α = 1, β = 0, ``average`` from 1/(k + 1) each.
+    """
+
+    def __init__(self, layer: int, *, order: int, coefficient_init: str, backend: str) -> None:
+        super().__init__()
+        self.order = order
+        self.backend = backend
+        self.first_merged = max(0, layer - KEPT_MERGED)
+        self._merged_entries = layer - self.first_merged
+        self.gamma = fp32_parameter(torch.full((1,), 0.5))
+        self.coefficients = fp32_parameter(initial_row(self._merged_entries + 1, coefficient_init))
+
+    @property
+    def coefficient_rows(self) -> list[nn.Parameter]:
+        return [self.coefficients]
+
+    @property
+    def merged_entries(self) -> int:
+        return self._merged_entries
+
+    @property
+    def step_evaluations(self) -> int:
+        return self.order + 1
+
+    def step(self, y_BTD: Tensor, increment_fn: IncrementFn, history: History) -> tuple[Tensor, Tensor]:
+        norm = increment_fn.input_norm
+        stages = evaluate_stages(self.order, y_BTD, increment_fn, self.backend)
+        predicted, normed = merge_norm(
+            y_BTD, stages, self._stage_weights(), norm.weight, eps=norm.eps, backend=self.backend
+        )
+        self.observe(0, y_BTD, predicted)
+        f = increment_fn(predicted, normed, self.order)
+        (corrected,) = history.merge(
+            y_BTD, (self.coefficients,), self.merged_entries, own=f, first=self.first_merged
+        )
+        self.observe(1, predicted, corrected)
+        return corrected, f
+
+    def _stage_weights(self) -> Tensor:
+        """γ (1-γ)^{o-i} for i = 1..o, fp32 [o]."""
+        gamma = self.gamma.float()  # ZeRO-3 in bf16 can't keep it fp32
+        return torch.cat([gamma * (1 - gamma) ** (self.order - i) for i in range(1, self.order + 1)])

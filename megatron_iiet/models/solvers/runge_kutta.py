@@ -1,0 +1,89 @@
+"""Explicit Runge-Kutta steps of order 2 and 4: the ODE Transformer."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megatron_iiet.models.history import History
+from megatron_iiet.models.solvers.base import IncrementFn, Solver, fp32_parameter
+from megatron_iiet.ops import merge_norm
+
+STEP_LENGTHS = {2: (1.0,), 4: (0.5, 0.5, 1.0)}
+"""By order: how far along the stage before the stages after the first are evaluated."""
+
+
+class RungeKutta(Solver):
+    """Runge-Kutta of order o = 2 or 4 (ODE Transformer, Li et al. 2022, arXiv 2203.09176)::
+
+        F_1 = F(y_n),  F_2 = F(y_n + F_1)                                                    o = 2
+        F_1 = F(y_n),  F_2 = F(y_n + F_1/2),  F_3 = F(y_n + F_2/2),  F_4 = F(y_n + F_3)      o = 4
+        y_{n+1} = y_n + Σ_i γ_i F_i
+
+    ``stage_coefficients``: ``fixed`` has the classic γ (1/2, 1/2; 1/6, 1/3, 1/3, 1/6); ``learned`` starts at
+    1, 1 (order 2) or the classic ones (order 4); ``gated`` (order 2) computes them for every token::
+
+        g = sigmoid(W [F_1; F_2] + b),  y_{n+1} = y_n + g F_1 + (1 - g) F_2
+
+    with W [1, 2d] and b [1] that start at 0 and g at 1/2, the classic step. Like a norm's weight they are
+    whole on each tensor-parallel rank and not decayed.
+    """
+
+    def __init__(self, order: int, *, stage_coefficients: str, width: int, backend: str) -> None:
+        super().__init__()
+        assert stage_coefficients in ("fixed", "learned", "gated")
+        assert order == 2 or stage_coefficients != "gated"
+        self.order = order
+        self.backend = backend
+        self.coefficients = self.gate_weight = self.gate_bias = None
+        if stage_coefficients == "learned":
+            self.coefficients = fp32_parameter(torch.ones(2) if order == 2 else classic_weights(order))
+        elif stage_coefficients == "gated":
+            # Of the solver itself and no nn.Linear: ZeRO-3 gathers what belongs to the module that runs.
+            self.gate_weight = nn.Parameter(torch.zeros(1, 2 * width))
+            self.gate_bias = nn.Parameter(torch.zeros(1))
+
+    @property
+    def keeps_increment(self) -> bool:
+        return False
+
+    @property
+    def step_evaluations(self) -> int:
+        return self.order
+
+    def step(self, y_BTD: Tensor, increment_fn: IncrementFn, history: History) -> tuple[Tensor, Tensor]:
+        stages = evaluate_stages(self.order, y_BTD, increment_fn, self.backend)
+        if self.gate_weight is not None:
+            return y_BTD + self._gated(*stages), stages[-1]
+        weights = classic_weights(self.order, y_BTD.device)
+        if self.coefficients is not None:
+            weights = self.coefficients.float()  # ZeRO-3 in bf16 can't keep them fp32
+        return merge_norm(y_BTD, stages, weights, backend=self.backend).merged, stages[-1]
+
+    def _gated(self, first_BTD: Tensor, second_BTD: Tensor) -> Tensor:
+        """g F_1 + (1 - g) F_2, [B, T, D]."""
+        assert self.gate_weight is not None
+        of_first, of_second = self.gate_weight.chunk(2, dim=1)  # saves a copy of both stages side by side
+        logits_BT1 = F.linear(first_BTD, of_first, self.gate_bias) + F.linear(second_BTD, of_second)
+        return torch.lerp(second_BTD, first_BTD, logits_BT1.sigmoid())
+
+
+def classic_weights(order: int, device: torch.device | None = None) -> Tensor:
+    """The γ of the classic methods, fp32 [order]; made on the device, where a copy would wait for it."""
+    if order == 2:
+        return torch.full((2,), 0.5, dtype=torch.float32, device=device)
+    weights = torch.full((4,), 1.0 / 6.0, dtype=torch.float32, device=device)
+    weights[1:3] *= 2.0
+    return weights
+
+
+def evaluate_stages(order: int, y_BTD: Tensor, increment_fn: IncrementFn, backend: str) -> list[Tensor]:
+    """The stages F_1 … F_order of a Runge-Kutta step from y, each [B, T, D]."""
+    norm = increment_fn.input_norm
+    stages = [increment_fn(y_BTD, None, 0)]
+    for i, length in enumerate(STEP_LENGTHS[order], start=1):
+        scale = None if length == 1.0 else torch.full((1,), length, dtype=torch.float32, device=y_BTD.device)
+        x_BTD, normed = merge_norm(y_BTD, stages[-1:], scale, norm.weight, eps=norm.eps, backend=backend)
+        stages.append(increment_fn(x_BTD, normed, i))
+    return stages

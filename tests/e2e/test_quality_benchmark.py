@@ -1,0 +1,109 @@
+"""The quality benchmark on tiny trials: resumes, gives up, stops in time, and reports what it measured."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_iiet.training.metrics import read_log
+from tests.tiny import write_corpus
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+STEPS = 16
+
+
+@pytest.fixture
+def quality(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    for name in ("quality", "quality_report", "quality_trials"):
+        sys.modules.pop(name, None)
+    trials = importlib.import_module("quality_trials")
+    monkeypatch.setitem(trials.BASE["model"], "vocab_size", 300)
+    monkeypatch.setitem(trials.BASE["model"], "num_layers", 2)
+    monkeypatch.setitem(trials.BASE["data"], "sequence_length", 32)
+    monkeypatch.setitem(trials.BASE["evaluation"], "samples", 16)
+    for name in ("SHORT", "MIDDLE", "FULL"):
+        monkeypatch.setattr(trials, name, STEPS)
+    return importlib.import_module("quality")
+
+
+@pytest.mark.slow
+def test_trials(quality: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("train", "valid"):
+        write_corpus(tmp_path / f"{name}.jsonl", seed=len(name))
+    quality.prepare(tmp_path / "data", str(tmp_path / "train.jsonl"), str(tmp_path / "valid.jsonl"))
+    data = quality.data_keys(tmp_path / "data")
+    euler, iiet = (quality.Trial(system, 1e-2, 1, STEPS) for system in ("euler", "paper-r1"))
+    spoilt = quality.Trial("released-r0", 1e-2, 1, STEPS)
+    folder = tmp_path / "trials" / euler.name
+
+    # Time is up at once: nothing starts, and the next call begins where this one ended.
+    quality.Runner(tmp_path, data, time.time() - 1).train([], 1)
+    runner = quality.Runner(tmp_path, data, float("inf"))
+    folder.mkdir(parents=True)
+    (folder / "trial.yaml").write_text(quality.strict_yaml.dump(euler.config(data, str(folder))))
+    assert runner._run(folder, stop_after=STEPS // 2)
+    assert not (folder / ".trained").exists()
+    runner.train([euler], 1)
+    runner.train([euler, iiet], 2)
+    for trial in (euler, iiet):
+        log = read_log(tmp_path / "trials" / trial.name)
+        assert list(range(STEPS + 1)) == sorted(log)
+    assert "resuming from" in (folder / "console.log").read_text()
+
+    # Trials of a seed start from the same decoder weights and see the same batches.
+    logs = [read_log(tmp_path / "trials" / trial.name) for trial in (euler, iiet)]
+    assert logs[0][0]["validation_loss"] == pytest.approx(logs[1][0]["validation_loss"], abs=0.1)
+    assert logs[1][1]["flops"] > 1.5 * logs[0][1]["flops"]
+
+    monkeypatched = quality.HOPELESS
+    quality.HOPELESS = -1.0
+    runner.train([spoilt], 1)
+    quality.HOPELESS = monkeypatched
+    assert (tmp_path / "trials" / spoilt.name / ".given-up").exists()
+    assert max(read_log(tmp_path / "trials" / spoilt.name)) == STEPS // 4
+
+    capsys.readouterr()
+    quality.write_report(tmp_path, None)
+    text = capsys.readouterr().out
+    assert f"| Transformer++ | **{logs[0][STEPS]['validation_loss']:.4f}** |" in text
+    assert "given up" in text
+    stored = json.loads((tmp_path / "results.json").read_text())
+    assert [row["given_up"] for row in stored["trials"]] == [False, False, True]
+    assert (tmp_path / "curves.png").stat().st_size > 10_000
+    quality.write_report(tmp_path / "again", tmp_path / "results.json")
+    assert capsys.readouterr().out == text
+
+
+def test_plans_are_fair(quality: Any) -> None:
+    """Trials of a phase and seed differ in the solver, the embedding scale and the learning rate only."""
+    rates = {"euler": 1e-2, "released-r1": 2e-2}
+    phases = [quality.sweep(), quality.ablations(rates), quality.main_table(rates, "released")]
+    for trials in phases:
+        assert len({trial.name for trial in trials}) == len(trials)
+        rest = set()
+        for trial in trials:
+            config = trial.config({}, "x")
+            for section, key in (("optimizer", "lr"), ("model", "embedding_scale"), ("training", "seed")):
+                config[section].pop(key)
+            for section in ("solver", "guidance"):
+                config.pop(section, None)
+            rest.add(json.dumps(config, sort_keys=True))
+        assert len(rest) == 1
+    main = phases[2]
+    assert sum(trial.system == "euler" for trial in main) == 3
+    assert {t.lr for t in main if t.system == "euler"} == {1e-2}
+    assert {t.lr for t in main if t.system.startswith("released")} == {2e-2}
+
+
+def test_every_system_is_valid(quality: Any) -> None:
+    from megatron_iiet.config import config_from_dict
+
+    for name in quality.SYSTEMS:
+        config_from_dict(quality.Trial(name, 1e-3, 1, 640).config({}, "x"))

@@ -1,0 +1,407 @@
+"""Initial weights from other models: which are taken, that they arrive whole, and what is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from megatron_iiet import models
+from megatron_iiet.config import ConfigError, RunConfig
+from megatron_iiet.models import Transformer
+from megatron_iiet.parallel.shard import Shard
+from megatron_iiet.training import warm_start
+from megatron_iiet.training.checkpoint import checkpoints_folder
+from megatron_iiet.training.export import export_run
+from megatron_iiet.training.metrics import read_log
+from megatron_iiet.training.warm_start import Source, WarmStart, open_warm_start
+from tests.distributed.harness import RanksFailedError, run_ranks
+from tests.distributed.runs import as_data, ds_json, pretrain_rank
+from tests.tiny import make_data, tiny_config, validation_loss
+
+torch.set_num_threads(1)
+
+SHAPE: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 2}
+IIET = {"kind": "iiet", "iterations": 0}
+STILL = {"lr": 1e-30}
+"""A step with it leaves fp32 weights as they are, to the bit, unless they are 0."""
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    return make_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def trained(data: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of Transformer++."""
+    folder = tmp_path_factory.mktemp("trained")
+    config = tiny_config(data, folder / "run", model=SHAPE, solver={"kind": "euler"})
+    run_ranks(pretrain_rank, 1, as_data(config), ds_json(folder, 1))
+    return folder / "run"
+
+
+def llama(folder: Path, **fields: Any) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 384,
+        "max_position_embeddings": 64,
+        "initializer_range": 0.1,
+    }
+    model = LlamaForCausalLM(LlamaConfig(**sizes | fields)).eval()
+    model.save_pretrained(folder, max_shard_size="40KB")
+    return model
+
+
+def started(
+    source: Path,
+    data: dict[str, str],
+    folder: Path,
+    world_size: int = 1,
+    stage: int = 1,
+    **sections: dict[str, Any],
+) -> float:
+    """Validation loss before the first of one step that starts from ``source``."""
+    training = {"steps": 1, "initial_weights": str(source), **sections.pop("training", {})}
+    given = {"solver": IIET, **sections, "model": SHAPE | sections.get("model", {})}
+    config = tiny_config(data, folder, training=training, optimizer=STILL, **given)
+    run_ranks(pretrain_rank, world_size, as_data(config), ds_json(folder.parent, stage))
+    return read_log(folder)[0]["validation_loss"]
+
+
+@pytest.mark.parametrize(
+    "solver",
+    [IIET, pytest.param({"kind": "dlcl"}, marks=pytest.mark.slow), {"kind": "iiet", "iterations": 3}],
+    ids=str,
+)
+def test_starts_with_the_loss_of_transformer_pp(
+    solver: dict[str, Any], data: dict[str, str], trained: Path, tmp_path: Path
+) -> None:
+    """Without corrector iterations to the bit; with them the function is another one from the first step."""
+    expected = read_log(trained)[8]["validation_loss"]
+    found = started(trained, data, tmp_path / "run", solver=solver)
+    if solver.get("iterations"):
+        assert abs(found - expected) > 1e-3
+    else:
+        assert found.hex() == expected.hex()
+
+
+LAYOUTS: dict[str, tuple[int, int, dict[str, Any]]] = {
+    "no zero": (1, 0, {}),
+    "tensor, bf16": (2, 1, {"parallel": {"tensor": 2}, "training": {"precision": "bf16"}}),
+    "pipeline": (2, 1, {"parallel": {"pipeline": 2}}),
+    "zero 2, bf16": (2, 2, {"training": {"precision": "bf16"}}),
+    "zero 3, bf16": (2, 3, {"training": {"precision": "bf16"}}),
+    "all, zero 3": (4, 3, {"parallel": {"tensor": 2, "sequence": True}, "training": {"precision": "bf16"}}),
+    "all, pipeline, bf16": (
+        4,
+        1,
+        {"parallel": {"tensor": 2, "pipeline": 2}, "training": {"precision": "bf16"}},
+    ),
+}
+SMOKE = ("tensor, bf16", "zero 3, bf16")
+
+
+@pytest.mark.parametrize(
+    "name", [*SMOKE, *(pytest.param(n, marks=pytest.mark.slow) for n in LAYOUTS if n not in SMOKE)]
+)
+def test_masters_are_the_source_s_in_every_layout(
+    name: str, data: dict[str, str], trained: Path, tmp_path: Path
+) -> None:
+    """To the bit, whatever the precision of the working copies; under another padding of the vocabulary."""
+    world_size, stage, sections = LAYOUTS[name]
+    model = {"vocab_multiple": 100}
+    loss = started(trained, data, tmp_path / "run", world_size, stage, model=model, **sections)
+    tolerance = 1e-5 if "bf16" not in str(sections) else 2e-3
+    assert loss == pytest.approx(read_log(trained)[8]["validation_loss"], rel=tolerance)
+    expected, found = export_run(trained).state, export_run(tmp_path / "run").state
+    vocabulary = expected["embedding.weight"]
+    assert len(vocabulary) == 384
+    assert torch.equal(found["embedding.weight"], torch.cat((vocabulary, torch.zeros(16, 32))))
+    for parameter in set(expected) - {"embedding.weight"}:
+        assert torch.equal(found[parameter], expected[parameter]), parameter
+    assert found["layers.2.solver.coefficients"].tolist() == pytest.approx([0, 0, 1], abs=1e-20)
+
+
+@pytest.mark.parametrize(
+    ("world_size", "stage", "parallel"),
+    [(1, 1, {}), pytest.param(2, 1, {"tensor": 2}, marks=pytest.mark.slow)],
+)
+def test_from_a_llama(
+    world_size: int, stage: int, parallel: dict[str, Any], data: dict[str, str], tmp_path: Path
+) -> None:
+    """Untied, bf16, in several files: the loss is transformers' own."""
+    theirs = llama(tmp_path / "hf").bfloat16()
+    theirs.save_pretrained(tmp_path / "hf", max_shard_size="40KB")
+    assert len(list((tmp_path / "hf").glob("*.safetensors"))) > 2
+    model = {"embedding_scale": 1.0, "tie_embeddings": False}
+    loss = started(tmp_path / "hf", data, tmp_path / "run", world_size, stage, model=model, parallel=parallel)
+
+    class Wrapped(Transformer):
+        """Their logits, our loss."""
+
+        def project(self, y_BTD: Tensor) -> Tensor:
+            return y_BTD
+
+        def integrate(self, y_BTD: Tensor, *args: Any) -> Tensor:
+            return theirs.float()(self.tokens).logits  # type: ignore[no-any-return]
+
+        def embed(self, tokens_BT: Tensor) -> Any:
+            self.tokens = tokens_BT
+            return super().embed(tokens_BT)
+
+    config = tiny_config(data, tmp_path / "run", model=SHAPE | model, solver={"kind": "euler"})
+    assert loss == pytest.approx(validation_loss(Wrapped(config)), rel=1e-5)
+
+
+def test_resume_goes_before_initial_weights(data: dict[str, str], trained: Path, tmp_path: Path) -> None:
+    """The same command goes on from its checkpoint, even when what it started from is gone."""
+    source = tmp_path / "source"
+    source.symlink_to(trained)
+    given = {"model": SHAPE, "optimizer": STILL}
+    for stop in (1, 2):
+        training = {"steps": 2, "stop_after": stop, "initial_weights": str(source)}
+        config = tiny_config(data, tmp_path / "run", training=training, **given)
+        run_ranks(pretrain_rank, 1, as_data(config), ds_json(tmp_path, 1))
+        source.unlink(missing_ok=True)
+    assert torch.equal(
+        export_run(tmp_path / "run").state["norm.weight"], export_run(trained).state["norm.weight"]
+    )
+    config.output_dir = str(tmp_path / "other")
+    with pytest.raises(
+        RanksFailedError, match=r"ConfigError: training\.initial_weights is .*source, which does"
+    ):
+        run_ranks(pretrain_rank, 1, as_data(config), ds_json(tmp_path, 1))
+    assert not Path(config.output_dir).exists(), "something was written before the check"
+
+
+# --- what is taken over ---
+
+
+def saved(folder: Path, **sections: dict[str, Any]) -> RunConfig:
+    """A model folder with values that are not the initial ones."""
+    config = tiny_config({}, folder, **sections)
+    model = Transformer(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.uniform_(-1, 1)
+    models.save(config, model.state_dict(), folder)
+    return config
+
+
+DLCL = {"kind": "dlcl"}
+PAPER = {"kind": "iiet", "iterations": 2}
+RELEASED = {"kind": "iiet", "variant": "released", "iterations": 1}
+DECODER = 384 * 32 + 3 * (4 * 32 * 32 + 3 * 32 * 48 + 2 * 32) + 32
+
+
+@pytest.mark.parametrize(
+    ("there", "here", "taken", "fresh", "left_out"),
+    [
+        ({"kind": "euler"}, PAPER, 0, 6, 0),
+        (DLCL, PAPER, 6, 0, 0),
+        (PAPER, DLCL, 6, 0, 0),
+        (PAPER, {**PAPER, "predictor": "euler", "iterations": [0, 1, 0]}, 6, 0, 0),
+        (PAPER, {**PAPER, "history_norm": "rms"}, 0, 6, 6),
+        (DLCL, {"kind": "euler"}, 0, 0, 6),
+        (DLCL, RELEASED, 0, 3 * (2 * 4 + 4 * 32) + 8, 6),
+        (RELEASED, {**RELEASED, "iterations": 3}, 3 * (2 * 4 + 4 * 32) + 8, 0, 0),
+        (RELEASED, {**RELEASED, "readout": "shared"}, 3 * (4 + 4 * 32) + 8, 0, 12),
+    ],
+    ids=lambda value: str(value)[:60],
+)
+def test_what_is_taken_over(
+    there: dict[str, Any], here: dict[str, Any], taken: int, fresh: int, left_out: int, tmp_path: Path
+) -> None:
+    saved(tmp_path / "model", solver=there)
+    config = tiny_config({}, tmp_path, solver=here, training={"initial_weights": str(tmp_path / "model")})
+    warm = open_warm_start(config)
+    assert warm is not None
+    assert warm.counts == (DECODER + taken, fresh, left_out)
+    assert set(warm.taken) <= {name for name, _ in Transformer.on_meta(config).named_parameters()}
+    lost = f"; {left_out} of its solver ({there['kind']}) have no place here and are left out"
+    assert warm.describe() == (
+        f"initial weights: model {tmp_path / 'model'}: {DECODER + taken:,} parameters taken over, "
+        f"{fresh} start at their initial values{lost if left_out else ''}"
+    )
+
+
+def test_a_checkpoint_of_the_first_stage_has_no_coefficients_to_give(
+    data: dict[str, str], tmp_path: Path
+) -> None:
+    two = {"kind": "iiet", "iterations": 1, "schedule": [[0.5, 0], [0.5, 1]]}
+    config = tiny_config(data, tmp_path / "run", solver=two, training={"stop_after": 2})
+    run_ranks(pretrain_rank, 1, as_data(config), ds_json(tmp_path, 1))
+    for source in (tmp_path / "run", checkpoints_folder(tmp_path / "run") / "step_00000002"):
+        config.training.initial_weights = str(source)
+        warm = open_warm_start(config)
+        assert warm is not None
+        assert warm.counts == (DECODER, 6, 0)
+        assert warm.source.words.endswith("run/checkpoints/step_00000002")
+
+
+# --- what is refused ---
+
+
+def refusal(config: RunConfig, source: Path | str) -> str:
+    config = replace(config, training=replace(config.training, initial_weights=str(source)))
+    with pytest.raises(ConfigError) as caught:
+        open_warm_start(config)
+    return str(caught.value)
+
+
+def test_refuses_what_is_no_model(tmp_path: Path) -> None:
+    config = tiny_config({}, tmp_path / "run")
+    assert open_warm_start(config) is None
+    give = f"; give {warm_start.KINDS}"
+    gone = tmp_path / "gone"
+    assert refusal(config, gone) == f"training.initial_weights is {gone}, which does not exist{give}"
+    gone.write_text("")
+    assert refusal(config, gone) == f"training.initial_weights is {gone}, which is no folder{give}"
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    (empty / "config.yaml").write_text("")
+    assert refusal(config, empty) == (
+        f"training.initial_weights is {empty}, which is none of what it may be{give}"
+    )
+    (empty / "checkpoints").mkdir()
+    assert refusal(config, empty) == (
+        f"{empty} holds no complete checkpoint; give the output_dir of a training run"
+    )
+
+
+def test_refuses_another_shape(tmp_path: Path) -> None:
+    saved(tmp_path / "model")
+    path = tmp_path / "model"
+    model: dict[str, Any] = {"ffn_hidden_size": 64, "num_key_value_heads": 1, "rms_norm_eps": 1e-5}
+    config = tiny_config({}, tmp_path, model={**model, "tie_embeddings": False, "rotary_base": 5e5})
+    assert refusal(config, path) == (
+        f"training.initial_weights is {path}, a model of another shape: "
+        "model.ffn_hidden_size is 48 there and 64 here; "
+        "model.num_key_value_heads is 2 there and 1 here; "
+        "model.tie_embeddings is True there and False here; "
+        "model.rotary_base is 10000.0 there and 500000.0 here; "
+        "model.rms_norm_eps is 1e-06 there and 1e-05 here; "
+        "give this run the same values, or other initial weights"
+    )
+    for key, value in {
+        "hidden_size": 64,
+        "num_layers": 2,
+        "num_attention_heads": 4,
+        "vocab_size": 400,
+    }.items():
+        assert f"model.{key} is " in refusal(tiny_config({}, tmp_path, model={key: value}), path)
+    longer = tiny_config({}, tmp_path, model={"max_position_embeddings": 64, "vocab_multiple": 7})
+    longer.training.initial_weights = str(path)
+    assert open_warm_start(longer) is not None
+
+
+def test_refuses_another_embedding_scale(tmp_path: Path) -> None:
+    llama(tmp_path / "hf", tie_word_embeddings=True)
+    config = tiny_config({}, tmp_path, model=SHAPE)
+    assert refusal(config, tmp_path / "hf") == (
+        f"training.initial_weights is {tmp_path / 'hf'}, whose embedding is scaled by 1, but here it is by "
+        "50 (model.embedding_scale unit); add --model.embedding_scale 1"
+    )
+    saved(tmp_path / "model")
+    config = tiny_config({}, tmp_path, model={"init_std": 0.03})
+    assert refusal(config, tmp_path / "model").endswith("add --model.embedding_scale 50")
+    config.model.embedding_scale = 50.0  # what counts is the factor, not how it is written
+    config.training.initial_weights = str(tmp_path / "model")
+    assert open_warm_start(config) is not None
+
+
+def test_refuses_damaged_weights(tmp_path: Path) -> None:
+    saved(tmp_path / "model")
+    config = tiny_config({}, tmp_path)
+    config.training.initial_weights = str(tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").write_bytes(b"no header")
+    with pytest.raises(ValueError, match=r"model\.safetensors is damaged"):
+        open_warm_start(config)
+
+
+# --- reading a rank's part ---
+
+
+@dataclass
+class Stored:
+    """Weights in memory that note what was read."""
+
+    tensors: dict[str, Tensor]
+    most: int = 0
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def rows(self, name: str, first: int, last: int) -> Tensor:
+        assert 0 <= first <= last <= len(self.tensors[name])
+        self.most = max(self.most, last - first)
+        return self.tensors[name][first:last]
+
+
+@pytest.mark.parametrize("scratch", [1 << 20, 4 * 12 * 3])
+@pytest.mark.parametrize(
+    ("shape", "shard", "sizes"),
+    [
+        ((24, 12), Shard(0, (24,)), (1, 2, 4)),
+        ((24, 12), Shard(0, (12, 8, 4)), (1, 2, 4)),
+        ((10, 12), Shard(1, (12,)), (1, 2, 4)),
+        ((10, 12), Shard(1, (8, 4)), (1, 2, 4)),
+        ((7, 12), None, (1,)),
+        ((13,), None, (1,)),
+    ],
+    ids=str,
+)
+def test_a_rank_s_interval(
+    shape: tuple[int, ...],
+    shard: Shard | None,
+    sizes: tuple[int, ...],
+    scratch: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(warm_start, "SCRATCH_BYTES", scratch)
+    whole = torch.randn(shape)
+    stored = Stored({"x": whole})
+    warm = WarmStart(Source("here", tiny_config({}, Path("run")), stored), frozenset("x"), (0, 0, 0))
+    for size in sizes:
+        for rank in range(size):
+            flat = (whole if shard is None else shard.take(whole, size, rank)).reshape(-1)
+            for start in range(0, len(flat), 5):
+                for stop in {start, start + 1, min(start + 17, len(flat)), len(flat)}:
+                    out = torch.full((stop - start,), float("nan"))
+                    warm.fill(
+                        "x", out, shape=shape, shard=shard, tensor_size=size, tensor_rank=rank, start=start
+                    )
+                    assert torch.equal(out, flat[start:stop])
+    if scratch < 1 << 20 and len(shape) > 1:
+        assert stored.most <= 3, "reads more at once than the bound"
+
+
+def test_vocabulary_padding_is_zero_whatever_is_stored() -> None:
+    config = tiny_config({}, Path("run"), model={"vocab_size": 10})
+    stored = Stored({"embedding.weight": torch.ones(12, 3)})  # with two rows of padding of its own
+    warm = WarmStart(Source("here", config, stored), frozenset(), (0, 0, 0))
+    config.model.hidden_size = 3
+    for rank, expected in enumerate((8 * [1.0], 2 * [1.0] + 6 * [0.0], 8 * [0.0])):
+        out = torch.full((8 * 3,), float("nan"))
+        warm.fill(
+            "embedding.weight",
+            out,
+            shape=(24, 3),
+            shard=Shard(0, (24,)),
+            tensor_size=3,
+            tensor_rank=rank,
+            start=0,
+        )
+        assert out.view(8, 3).tolist() == [[value] * 3 for value in expected]
