@@ -86,6 +86,9 @@ class SolverConfig:
     or average (all the same, summing to 1). null: average for variant released, identity elsewhere."""
     history_norm: Literal["none", "rms"] = "none"
     """What dlcl and variant paper merge of earlier layers: their increments, or those brought to rms 1."""
+    damping: float = 1.0
+    """Variant paper: weight ω of an iteration's new increment, f^i = (1 − ω) f^{i−1} + ω F(y^{i−1}). 1 is the
+    paper's plain iteration, which alternates where 0.5 converges."""
     readout: Literal["separate", "shared"] = "separate"
     """Variant released: a row of its own for the input of the next layer (as the authors have it), or the
     corrector's."""

@@ -30,6 +30,7 @@ _POSITIVE = (
     "model.rms_norm_eps",
     "model.rotary_base",
     "model.init_std",
+    "solver.damping",
     "solver.repeats",
     "parallel.tensor",
     "parallel.pipeline",
@@ -57,7 +58,10 @@ _NOT_NEGATIVE = (
     "checkpoint.keep",
     "logging.solver_interval",
 )
-_FRACTIONS = ("optimizer.min_lr_ratio",)
+_FRACTIONS = (
+    "solver.damping",
+    "optimizer.min_lr_ratio",
+)
 _FRACTIONS_BELOW_ONE = (
     "optimizer.warmup_fraction",
     "optimizer.beta1",
@@ -209,6 +213,11 @@ def _check_solver(config: RunConfig) -> None:
         raise ConfigError(
             "solver.predictor is 'euler', which solver.variant 'released' does not have; set "
             "solver.predictor to 'merged' or solver.variant to 'paper'"
+        )
+    if solver.variant == "released" and solver.damping != 1:
+        raise ConfigError(
+            f"solver.damping is {solver.damping}, which solver.variant 'released' does not have; set it to 1 "
+            "or solver.variant to 'paper'"
         )
 
 

@@ -39,7 +39,7 @@ _ARCHITECTURE = tuple(
     for section, keys in {
         "model": "hidden_size ffn_hidden_size num_layers num_attention_heads num_key_value_heads vocab_size "
         "vocab_multiple tie_embeddings embedding_scale rms_norm_eps rotary_base",
-        "solver": "kind variant predictor history_norm readout output_norm stage_coefficients "
+        "solver": "kind variant predictor damping history_norm readout output_norm stage_coefficients "
         "predictor_order repeats",
     }.items()
     for key in keys.split()

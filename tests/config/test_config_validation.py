@@ -41,6 +41,8 @@ RANGE_ERRORS = [
     ("model__num_attention_heads", 0, "model.num_attention_heads is 0, but must be greater than 0"),
     ("model__num_key_value_heads", 0, "model.num_key_value_heads is 0, but must be greater than 0"),
     ("model__vocab_size", 0, "model.vocab_size is 0, but must be greater than 0"),
+    ("solver__damping", 0.0, "solver.damping is 0.0, but must be greater than 0"),
+    ("solver__damping", 1.5, "solver.damping is 1.5, but must lie between 0 and 1"),
     ("model__embedding_scale", 0.0, "model.embedding_scale is 0.0, but must be greater than 0"),
     ("model__init_std", 0.0, "model.init_std is 0.0, but must be greater than 0"),
     ("model__rms_norm_eps", 0.0, "model.rms_norm_eps is 0.0, but must be greater than 0"),
@@ -172,6 +174,11 @@ COMBINATION_ERRORS: list[tuple[dict[str, Any], str]] = [
         {"solver__variant": "released", "solver__predictor": "euler"},
         "solver.predictor is 'euler', which solver.variant 'released' does not have; set solver.predictor to "
         "'merged' or solver.variant to 'paper'",
+    ),
+    (
+        {"solver__variant": "released", "solver__damping": 0.5},
+        "solver.damping is 0.5, which solver.variant 'released' does not have; set it to 1 or solver.variant "
+        "to 'paper'",
     ),
     (
         {"solver__kind": "dlcl", "solver__schedule": [(1.0, 3)]},

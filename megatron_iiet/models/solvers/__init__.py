@@ -59,6 +59,7 @@ def build_solver(config: RunConfig, layer: int, backend: str) -> Solver:
         layer,
         iterations=r,
         predictor=solver.predictor,
+        damping=solver.damping,
         coefficient_init=init,
         history_norm=solver.history_norm,
         backend=backend,

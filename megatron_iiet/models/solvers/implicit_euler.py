@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -16,13 +17,14 @@ class ImplicitEuler(Solver):
         base = y_n + Σ_{j<n} α_{n,j} F̃_j
         y^0  = base + α_{n,n} F(y_n)                 predictor 'merged'
         y^0  = y_n + F(y_n)                          predictor 'euler' (Eq. 10 read literally)
-        y^i  = base + α_{n,n} F(y^{i-1})             i = 1..r
+        y^i  = base + α_{n,n} f^i,                   i = 1..r
+               f^i = (1 − ω) f^{i-1} + ω F(y^{i-1})
         y_{n+1} = y^r,  F̃_n = f^r
 
     ``coefficients``: fp32 [n + 1], α_{n,0} … α_{n,n}, shared by all iterations.
 
     ``history_norm='rms'`` keeps F̃_n / rms(F̃_n) for later layers: what they merge has one scale, whatever the
-    layer it is from. (Not in the paper.)
+    layer it is from. ω = ``damping`` below 1 damps the iteration. (Neither is in the paper.)
     """
 
     iterative = True
@@ -33,11 +35,13 @@ class ImplicitEuler(Solver):
         *,
         iterations: int,
         predictor: str = "merged",
+        damping: float = 1.0,
         coefficient_init: str,
         history_norm: str = "none",
         backend: str,
     ) -> None:
         super().__init__(iterations)
+        self.damping = damping
         self.history_norm = history_norm
         self.layer = layer
         self.predictor = predictor
@@ -77,7 +81,8 @@ class ImplicitEuler(Solver):
             )
             self.observe(i, before, iterate)
             if i < self.iterations:
-                f = increment_fn(iterate, normed, i + 1)
+                new = increment_fn(iterate, normed, i + 1)
+                f = new if self.damping == 1 else torch.lerp(f, new, self.damping)
         return iterate, self.kept(f)
 
     def kept(self, f_BTD: Tensor) -> Tensor:
