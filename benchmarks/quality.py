@@ -33,7 +33,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from quality_report import Result, best_rates, load_results, plot, read_results, report, save_results
+from quality_report import (
+    Result,
+    best_rates,
+    load_results,
+    plot,
+    read_results,
+    report,
+    save_results,
+    sweep_losses,
+)
 from quality_trials import BASE, SYSTEMS, TOKENS_A_STEP, Trial, ablations, main_table, named, sweep
 
 from megatron_iiet.config import strict_yaml
@@ -90,9 +99,11 @@ class Runner:
         self._children: set[subprocess.Popen[bytes]] = set()
         self._lock = threading.Lock()
         self._stopping = False
+        self._finished = 0
 
-    def train(self, trials: list[Trial], jobs: int) -> None:
-        """All trials, ``jobs`` at a time, in order."""
+    def train(self, trials: list[Trial], jobs: int) -> bool:
+        """All trials, ``jobs`` at a time, in order; whether at least one of them was finished."""
+        self._finished = 0
         queue = iter(trials)
         workers = [threading.Thread(target=self._work, args=(queue,), daemon=True) for _ in range(jobs)]
         for worker in workers:
@@ -104,6 +115,7 @@ class Runner:
                     "time is up: stopping; the same command goes on from the newest checkpoints", flush=True
                 )
                 self.stop()
+        return self._finished > 0
 
     def stop(self) -> None:
         """End the trials in progress; they keep their newest checkpoint."""
@@ -138,11 +150,13 @@ class Runner:
                 (folder / ".given-up").write_text(
                     f"{behind:.3f} nats behind Transformer++ at step {quarter}\n"
                 )
+                self._finished += 1
                 print(f"{trial.name}: given up, {behind:.3f} nats behind Transformer++", flush=True)
                 return
         if not self._run(folder, stop_after=trial.steps):
             return
         (folder / ".trained").touch()
+        self._finished += 1
         loss = validation_at(folder, trial.steps)
         print(f"{trial.name}: {loss:.4f} in {(time.time() - started) / 60:.1f} min", flush=True)
 
@@ -187,7 +201,7 @@ def _locked(folder: Path) -> Iterator[bool]:
 def trials_of(phase: str, results: list[Result], best: str) -> list[Trial]:
     """The trials of a phase, most wanted first."""
     if phase == "sweep":
-        return sweep()
+        return sweep(sweep_losses(results))
     rates = best_rates(results)
     if "euler" not in rates:
         sys.exit("error: there is no learning rate yet; run `quality.py train sweep` first")
@@ -265,11 +279,17 @@ def main() -> None:
         signal.signal(signal.SIGTERM, lambda *_: runner.stop())
         try:
             for phase in arguments.phases or ("sweep", "ablations", "main"):
-                trials = trials_of(phase, read_results(output), arguments.best)
-                wanted = [
-                    t for t in named(trials).values() if not arguments.only or t.system in arguments.only
-                ]
-                runner.train(wanted, arguments.jobs)
+                while True:  # a sweep asks for more while the best rate is at an edge
+                    results = read_results(output)
+                    done = {result.trial.name for result in results}
+                    trials = named(trials_of(phase, results, arguments.best)).values()
+                    wanted = [
+                        trial
+                        for trial in trials
+                        if trial.name not in done and trial.system in (arguments.only or SYSTEMS)
+                    ]
+                    if not wanted or not runner.train(wanted, arguments.jobs):
+                        break
         except KeyboardInterrupt:
             runner.stop()
             sys.exit(130)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import platform
 import statistics
 from collections import defaultdict
@@ -63,18 +64,23 @@ def _read_result(folder: Path, given_up: bool) -> Result:
     return Result(Trial(system, float(rate), int(seed), int(steps)), curve, means, given_up)
 
 
+def sweep_losses(results: Iterable[Result]) -> dict[tuple[str, float], float]:
+    """Loss of every trial of the sweep, by system and learning rate; infinite where it was given up."""
+    return {
+        (result.trial.system, result.trial.lr): math.inf if result.given_up else result.loss
+        for result in results
+        if result.trial.steps == SHORT
+    }
+
+
 def best_rates(results: Iterable[Result]) -> dict[str, float]:
     """The learning rate with the lowest loss, of every system swept."""
-    best: dict[str, Result] = {}
-    for result in results:
-        known = best.get(result.trial.system)
-        if (
-            result.trial.steps == SHORT
-            and not result.given_up
-            and (known is None or result.loss < known.loss)
-        ):
-            best[result.trial.system] = result
-    return {system: result.trial.lr for system, result in best.items()}
+    losses = sweep_losses(results)
+    systems = {system for system, _ in losses}
+    return {
+        system: min((loss, rate) for (name, rate), loss in losses.items() if name == system)[1]
+        for system in systems
+    }
 
 
 def save_results(results: list[Result], speeds: dict[str, float], path: Path) -> None:
@@ -111,7 +117,7 @@ def sweep_table(results: list[Result]) -> str:
     if not results:
         return ""
     rates = sorted({result.trial.lr for result in results})
-    by_place = {(result.trial.system, result.trial.lr): result.loss for result in results}
+    by_place = sweep_losses(results)
     lines = [_row(["system", *(f"{rate:g}" for rate in rates)]), _row(["---"] * (len(rates) + 1))]
     for system in _in_order(results):
         losses = {rate: by_place[system, rate] for rate in rates if (system, rate) in by_place}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,6 +75,7 @@ SYSTEMS: dict[str, System] = {
         for r in range(4)
     },
     **{f"released-r{r}": System(f"IIET r = {r}, released", {**RELEASED, "iterations": r}) for r in range(4)},
+    "paper-r3-damped": System("IIET r = 3, paper, damped 1/2", {**PAPER, "iterations": 3, "damping": 0.5}),
     "paper-two-stage": System("IIET r = 3, paper, two-stage", _two_stage(PAPER)),
     "released-two-stage": System("IIET r = 3, released, two-stage", _two_stage(RELEASED)),
     "paper-guided": System(
@@ -153,13 +154,26 @@ class Trial:
         return {"output_dir": output_dir, **sections}
 
 
-SWEPT = ("euler", "paper-r0", "paper-r1", "released-r0", "released-r1", "released-r3", "paper-r3", "pcformer")
+SWEPT = (
+    *("euler", "pcformer", "paper-r0", "paper-r1", "paper-r3", "released-r0", "released-r1", "released-r3"),
+    *("paper-r3-damped", "euler-scale1", "released-r0-scale1", "released-r1-scale1", "paper-r1-scale1"),
+    *("paper-r1-rms-average", "euler-norm", "rk2-learned"),
+)
 RATES = (8e-3, 4e-3, 1.6e-2)
+"""Where every system's sweep begins; it goes on by factors of 2 while the best rate is at an edge."""
 
 
-def sweep() -> list[Trial]:
-    """Learning rates, for both sides."""
-    return [Trial(system, lr, SEEDS[0], SHORT) for lr in RATES for system in SWEPT]
+def sweep(losses: Mapping[tuple[str, float], float]) -> list[Trial]:
+    """Learning rates, for both sides; ``losses``: of the trials there are, by system and rate."""
+    wanted = [(system, rate) for rate in RATES for system in SWEPT]
+    for system in SWEPT:
+        known = {rate: loss for (name, rate), loss in losses.items() if name == system}
+        if set(RATES) <= known.keys():
+            best = min(known, key=lambda rate: known[rate])
+            wanted += [(system, best * 2)] * (best == max(known)) + [(system, best / 2)] * (
+                best == min(known)
+            )
+    return [Trial(system, rate, SEEDS[0], SHORT) for system, rate in wanted]
 
 
 def main_table(lr: dict[str, float], best: str) -> list[Trial]:

@@ -84,7 +84,7 @@ def test_trials(quality: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 def test_plans_are_fair(quality: Any) -> None:
     """Trials of a phase and seed differ in the solver, the embedding scale and the learning rate only."""
     rates = {"euler": 1e-2, "released-r1": 2e-2}
-    phases = [quality.sweep(), quality.ablations(rates), quality.main_table(rates, "released")]
+    phases = [quality.sweep({}), quality.ablations(rates), quality.main_table(rates, "released")]
     for trials in phases:
         assert len({trial.name for trial in trials}) == len(trials)
         rest = set()
@@ -100,6 +100,16 @@ def test_plans_are_fair(quality: Any) -> None:
     assert sum(trial.system == "euler" for trial in main) == 3
     assert {t.lr for t in main if t.system == "euler"} == {1e-2}
     assert {t.lr for t in main if t.system.startswith("released")} == {2e-2}
+
+
+def test_a_sweep_goes_on_while_the_best_rate_is_at_an_edge(quality: Any) -> None:
+    losses = {("euler", 4e-3): 3.0, ("euler", 8e-3): 2.0, ("euler", 1.6e-2): 1.0}
+    wanted = {t.lr for t in quality.sweep(losses) if t.system == "euler"}
+    assert wanted == {4e-3, 8e-3, 1.6e-2, 3.2e-2}
+    losses["euler", 3.2e-2] = 1.5
+    assert {t.lr for t in quality.sweep(losses) if t.system == "euler"} == {4e-3, 8e-3, 1.6e-2}
+    losses["euler", 4e-3] = 0.5
+    assert {t.lr for t in quality.sweep(losses) if t.system == "euler"} == {2e-3, 4e-3, 8e-3, 1.6e-2}
 
 
 def test_every_system_is_valid(quality: Any) -> None:
