@@ -7,21 +7,14 @@ The result (config.yaml, model.safetensors in fp32, the tokenizer) is read by me
 from __future__ import annotations
 
 import argparse
+from dataclasses import fields
 from typing import Any, NoReturn
 
 from megatron_iiet.config import exit_with_error
+from megatron_iiet.config.schema import SolverConfig
 from megatron_iiet.config.strict_yaml import parse_value
 
-SOLVER_OPTIONS = {
-    "kind": "euler (default, as the checkpoint was trained), dlcl, weight-sharing, rk2, rk4, pcformer, iiet",
-    "variant": "of kind iiet: paper or released",
-    "iterations": "of kind iiet: corrector iterations, one number or one per layer, e.g. [0,1,2]",
-    "predictor": "of kind iiet: merged or euler",
-    "coefficient_init": "identity or average",
-    "stage_coefficients": "of kinds rk2 and rk4: fixed, learned or (rk2) gated",
-    "predictor_order": "of kind pcformer: 2 or 4",
-    "repeats": "of kind weight-sharing: times that each layer runs",
-}
+SOLVER_OPTIONS = [field.name for field in fields(SolverConfig) if field.name != "schedule"]
 
 
 class Parser(argparse.ArgumentParser):
@@ -38,8 +31,10 @@ def parse_arguments() -> argparse.Namespace:
     source.add_argument("--from-run", metavar="RUN_DIR", help="output_dir of a training run")
     parser.add_argument("--to", metavar="DIR", required=True, help="folder to write; must not exist")
     parser.add_argument("--step", type=int, help="with --from-run: checkpoint of this step, not the newest")
-    for name, text in SOLVER_OPTIONS.items():
-        parser.add_argument(f"--solver.{name}", metavar="VALUE", help=f"with --from-hf: {text}")
+    for name in SOLVER_OPTIONS:
+        parser.add_argument(
+            f"--solver.{name}", metavar="VALUE", help="with --from-hf; see pretrain_iiet.py --help"
+        )
     arguments = parser.parse_args()
     given = solver_options(arguments)
     if arguments.from_run and given:

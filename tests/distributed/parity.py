@@ -37,6 +37,13 @@ SOLVERS: dict[str, dict[str, Any]] = {
     "weight-sharing": {"kind": "weight-sharing", "repeats": 2},
     "pcformer": {"kind": "pcformer", "coefficient_init": "average"},
 }
+READINGS: dict[str, dict[str, Any]] = {
+    "rms-damped": {"kind": "iiet", "iterations": 2, "history_norm": "rms", "damping": 0.5},
+    "one-row": {"kind": "iiet", "variant": "released", "iterations": 1, "readout": "shared"},
+    "normed": {"kind": "euler", "output_norm": "layer"},
+    "pcformer-4": {"kind": "pcformer", "predictor_order": 4},
+}
+"""Solvers that are no axis of the matrix."""
 MODELS: dict[str, dict[str, Any]] = {
     "rk2-gated": {"init_std": 0.1},  # F_1 - F_2, what the gate learns from, is no rounding error then
     "pcformer": {"init_std": 0.1, "num_layers": 6},  # its window over the history moves from layer 4 on
@@ -124,7 +131,7 @@ class Case:
                     "tie_embeddings": self.tied,
                     **MODELS.get(self.solver, {}),
                 },
-                "solver": SOLVERS[self.solver],
+                "solver": (SOLVERS | READINGS)[self.solver],
                 "parallel": {
                     "tensor": self.tensor,
                     "pipeline": self.pipeline,

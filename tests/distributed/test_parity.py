@@ -62,6 +62,16 @@ SLOW_DOCUMENTS = [
     Case(pipeline=2, data=2, solver="iiet-1", accumulation=3, documents=True),
     Case(pipeline=3, data=2, stage=0, solver="mixed", accumulation=6, documents=True),
 ]
+READINGS = [
+    Case(tensor=2, sequence=True, pipeline=2, solver="rms-damped", accumulation=3),
+    Case(tensor=2, sequence=True, pipeline=2, solver="normed", accumulation=3),
+    Case(data=2, stage=3, solver="rms-damped", recompute="evaluation"),
+    Case(data=2, stage=3, solver="pcformer-4", recompute="layer"),
+    Case(tensor=2, sequence=True, stage=3, solver="one-row", recompute="layer"),
+    Case(tensor=2, sequence=True, stage=1, solver="pcformer-4"),
+    Case(pipeline=2, solver="one-row", accumulation=3),
+    Case(pipeline=2, solver="normed", stage=0, accumulation=3),
+]
 EVALUATION = [
     {"data": 2, "accumulation": 3},
     {"tensor": 2, "stage": 3},
@@ -145,6 +155,12 @@ def test_validation_and_diagnostics(axes: dict[str, Any], paths: dict[str, str])
 @pytest.mark.parametrize("cases", by_grid(pairwise([*EXTREMES, *every_grid()])), ids=name_of)
 def test_matrix(cases: list[Case], paths: dict[str, str], tmp_path: Path) -> None:
     """Every grid up to 8 processes, all pairs of values of all axes, and the extremes of the grid."""
+    check(cases, paths, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cases", by_grid(READINGS), ids=name_of)
+def test_readings(cases: list[Case], paths: dict[str, str], tmp_path: Path) -> None:
     check(cases, paths, tmp_path)
 
 
