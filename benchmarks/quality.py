@@ -11,7 +11,8 @@ same hyperparameters, but for the learning rate, which the sweep chooses for eac
 one process with one thread (`--jobs` of them at a time), started as `pretrain_iiet.py`; what was interrupted
 is resumed from its newest checkpoint, and a trial that is 0.3 nats behind Transformer++ at a quarter of its
 steps is given up. `--minutes` ends the command in time: trials in progress are stopped and resume the next
-time. Several commands may work in one folder at once, on several machines too.
+time. Several commands may work in one folder at once, on several machines too; `--results` takes the
+results of another folder as trained.
 
 Systems, phases and the shape of the model are in quality_trials.py.
 """
@@ -43,7 +44,7 @@ from quality_report import (
     save_results,
     sweep_losses,
 )
-from quality_trials import BASE, SYSTEMS, TOKENS_A_STEP, Trial, ablations, main_table, named, sweep
+from quality_trials import BASE, READINGS, SYSTEMS, TOKENS_A_STEP, Trial, ablations, main_table, named, sweep
 
 from megatron_iiet.config import strict_yaml
 from megatron_iiet.training.metrics import read_log
@@ -233,16 +234,14 @@ def measure_speed(output: Path, data: dict[str, str], systems: list[str]) -> Non
         print(f"{SYSTEMS[name].label:45} {speed:8,.0f} tokens/s")
 
 
-def write_report(output: Path, stored: Path | None) -> None:
-    """Print the tables and leave report.md, curves.png and results.json in the folder."""
-    if stored is not None:
-        results, speeds = load_results(stored)
-    else:
-        results = read_results(output)
-        path = output / "speed.json"
-        speeds = json.loads(path.read_text()) if path.exists() else {}
-        save_results(results, speeds, output / "results.json")
+def write_report(output: Path, earlier: list[Result], speeds: dict[str, float]) -> None:
+    """Print the tables of a folder's trials and the ``earlier`` ones; leave report.md, curves.png and
+    results.json in the folder."""
     output.mkdir(parents=True, exist_ok=True)
+    results = read_results(output, earlier)
+    path = output / "speed.json"
+    speeds = json.loads(path.read_text()) if path.exists() else speeds
+    save_results(results, speeds, output / "results.json")
     text = report(results, speeds)
     print(text)
     (output / "report.md").write_text(text)
@@ -262,16 +261,19 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="trials at a time")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="end after so long")
     parser.add_argument("--only", nargs="+", metavar="SYSTEM", choices=SYSTEMS, help="these systems")
-    parser.add_argument("--results", type=Path, metavar="JSON", help="report from this file, not from trials")
-    parser.add_argument("--best", choices=("paper", "released"), default="released", help="reading of IIET")
+    parser.add_argument(
+        "--results", type=Path, metavar="JSON", help="results.json of another folder: not trained again"
+    )
+    parser.add_argument("--best", choices=READINGS, default="rms", help="reading of IIET")
     arguments = parser.parse_args()
     output = arguments.output_dir
+    earlier, speeds = load_results(arguments.results) if arguments.results else ([], {})
     if arguments.command == "prepare":
         if not (arguments.train_text and arguments.validation_text):
             parser.error("prepare needs --train-text and --validation-text")
         prepare(output / "data", arguments.train_text, arguments.validation_text)
     elif arguments.command == "report":
-        write_report(output, arguments.results)
+        write_report(output, earlier, speeds)
     elif arguments.command == "speed":
         measure_speed(output, data_keys(output / "data"), arguments.only or list(SYSTEMS))
     else:
@@ -280,7 +282,7 @@ def main() -> None:
         try:
             for phase in arguments.phases or ("sweep", "ablations", "main"):
                 while True:  # a sweep asks for more while the best rate is at an edge
-                    results = read_results(output)
+                    results = read_results(output, earlier)
                     done = {result.trial.name for result in results}
                     trials = named(trials_of(phase, results, arguments.best)).values()
                     wanted = [

@@ -41,10 +41,11 @@ class Result:
         return self.curve[-1][1]
 
 
-def read_results(output: Path) -> list[Result]:
-    """Every trial of a folder that is complete or given up."""
+def read_results(output: Path, earlier: Iterable[Result] = ()) -> list[Result]:
+    """Every trial of a folder that is complete or given up, and those of ``earlier`` it does not have."""
     marks = [*output.glob("trials/*/.trained"), *output.glob("trials/*/.given-up")]
-    return [_read_result(mark.parent, mark.name == ".given-up") for mark in sorted(marks)]
+    own = [_read_result(mark.parent, mark.name == ".given-up") for mark in sorted(marks)]
+    return list({result.trial.name: result for result in (*earlier, *own)}.values())
 
 
 def _read_result(folder: Path, given_up: bool) -> Result:

@@ -34,6 +34,13 @@ SEEDS = (1234, 1235, 1236)
 
 PAPER = {"kind": "iiet", "variant": "paper"}
 RELEASED = {"kind": "iiet", "variant": "released"}
+RMS = {**PAPER, "history_norm": "rms", "coefficient_init": "average"}
+READINGS = {
+    "paper": ("paper", PAPER),
+    "released": ("released", RELEASED),
+    "rms": ("paper, history at rms 1, average init", RMS),
+}
+"""Readings of IIET in full: what the tables call them, and their solver."""
 
 
 @dataclass(frozen=True)
@@ -69,21 +76,27 @@ SYSTEMS: dict[str, System] = {
     "rk4-fixed": System("ODE Transformer RK4, fixed", {"kind": "rk4", "stage_coefficients": "fixed"}),
     "pcformer": System("PCformer, RK2 predictor", {"kind": "pcformer"}),
     **{
-        f"paper-r{r}": System(
-            f"IIET r = {r}, paper" if r else "DLCL (IIET r = 0, paper)", {**PAPER, "iterations": r}
-        )
+        f"{reading}-r{r}": System(f"IIET r = {r}, {label}", {**solver, "iterations": r})
+        for reading, (label, solver) in READINGS.items()
         for r in range(4)
     },
-    **{f"released-r{r}": System(f"IIET r = {r}, released", {**RELEASED, "iterations": r}) for r in range(4)},
-    "paper-r3-damped": System("IIET r = 3, paper, damped 1/2", {**PAPER, "iterations": 3, "damping": 0.5}),
-    "paper-two-stage": System("IIET r = 3, paper, two-stage", _two_stage(PAPER)),
-    "released-two-stage": System("IIET r = 3, released, two-stage", _two_stage(RELEASED)),
-    "paper-guided": System(
-        "IIET r <= 3, paper, guided, 1/2 of the FLOPs", {**PAPER, "iterations": 3}, _guided(0.5)
-    ),
-    "released-guided": System(
-        "IIET r <= 3, released, guided, 1/2 of the FLOPs", {**RELEASED, "iterations": 3}, _guided(0.5)
-    ),
+    **{
+        f"{reading}-r3-damped": System(
+            f"IIET r = 3, {READINGS[reading][0]}, damped 1/2",
+            {**READINGS[reading][1], "iterations": 3, "damping": 0.5},
+        )
+        for reading in ("paper", "rms")
+    },
+    **{
+        f"{reading}-two-stage": System(f"IIET r = 3, {label}, two-stage", _two_stage(solver))
+        for reading, (label, solver) in READINGS.items()
+    },
+    **{
+        f"{reading}-guided": System(
+            f"IIET r <= 3, {label}, guided, 1/2 of the FLOPs", {**solver, "iterations": 3}, _guided(0.5)
+        )
+        for reading, (label, solver) in READINGS.items()
+    },
     "paper-r1-euler-predictor": System(
         "IIET r = 1, paper, predictor euler", {**PAPER, "iterations": 1, "predictor": "euler"}
     ),
@@ -94,12 +107,11 @@ SYSTEMS: dict[str, System] = {
         for r in (0, 1)
     },
     **{
-        f"paper-r{r}-rms-{init}": System(
-            f"IIET r = {r}, paper, history at rms 1, {init} init",
-            {**PAPER, "iterations": r, "history_norm": "rms", "coefficient_init": init},
+        f"rms-r{r}-identity": System(
+            f"IIET r = {r}, paper, history at rms 1, identity init",
+            {**RMS, "iterations": r, "coefficient_init": "identity"},
         )
         for r in (0, 1)
-        for init in ("identity", "average")
     },
     **{
         f"released-r{r}-identity": System(
@@ -157,7 +169,7 @@ class Trial:
 SWEPT = (
     *("euler", "pcformer", "paper-r0", "paper-r1", "paper-r3", "released-r0", "released-r1", "released-r3"),
     *("paper-r3-damped", "euler-scale1", "released-r0-scale1", "released-r1-scale1", "paper-r1-scale1"),
-    *("paper-r1-rms-average", "euler-norm", "rk2-learned"),
+    *("rms-r1", "euler-norm", "rk2-learned"),
 )
 RATES = (8e-3, 4e-3, 1.6e-2)
 """Where every system's sweep begins; it goes on by factors of 2 while the best rate is at an edge."""
@@ -180,9 +192,9 @@ def main_table(lr: dict[str, float], best: str) -> list[Trial]:
     """Every system; three seeds for Transformer++, PCformer and ``best``, the IIET reading to put forward."""
     thrice = ("euler", "pcformer", f"{best}-r3")
     once = (
+        *(f"{best}-r0", f"{best}-r1", f"{best}-two-stage", f"{best}-guided"),
         *("paper-r0", "released-r0", "paper-r1", "released-r1", "paper-r3", "released-r3"),
-        *("rk2-learned", "rk2-gated", "ws4", "paper-r2", "released-r2", "rk4-fixed"),
-        *(f"{best}-two-stage", f"{best}-guided"),
+        *("rk2-learned", "rk2-gated", "ws4", f"{best}-r2", "rk4-fixed"),
     )
     first = [Trial(s, rate_of(lr, s), SEEDS[0], FULL) for s in dict.fromkeys((*thrice, *once))]
     return first + [Trial(s, rate_of(lr, s), seed, FULL) for seed in SEEDS[1:] for s in thrice]
@@ -193,7 +205,7 @@ def ablations(lr: dict[str, float]) -> list[Trial]:
     names = (
         *("euler", "euler-norm", "paper-r0", "paper-r1", "released-r0", "released-r1"),
         *("paper-r1-euler-predictor", "paper-r0-average", "paper-r1-average"),
-        *(f"paper-r{r}-rms-{init}" for init in ("identity", "average") for r in (0, 1)),
+        *("rms-r0", "rms-r1", "rms-r0-identity", "rms-r1-identity"),
         *("released-r0-identity", "released-r1-identity", "released-r1-shared"),
         *("euler-scale1", "paper-r1-scale1", "released-r0-scale1", "released-r1-scale1"),
     )

@@ -21,13 +21,14 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from megatron_iiet.config.schema import ModelConfig
+from megatron_iiet.ops.products import product_dtype
 
 FLEX_BLOCK = 128
 """Queries and keys of one block of flex_attention, its default."""
 
 LONGEST_WRITTEN_OUT = 512
-"""Longest sequence whose attention is written out in bf16 on CPUs, where that takes half of SDPA's time; an
-evaluation of a layer keeps its T x T scores for the backward pass."""
+"""Longest sequence whose attention is written out in bf16 on CPUs with instructions for it, where
+that takes half of SDPA's time; an evaluation of a layer keeps its T x T scores for the backward pass."""
 
 NARROWEST_FLEX_HEAD = 16
 """Head width below which the kernels of flex_attention do not compile."""
@@ -87,6 +88,11 @@ class AttentionLayout:
 
     def attend(self, q_BHTK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor) -> Tensor:
         """Masked attention of rotated queries and keys, [B, H, T, K]."""
+        dtype = q_BHTK.dtype
+        q_BHTK, k_BGTK, v_BGTK = (x.to(product_dtype(dtype, x.device)) for x in (q_BHTK, k_BGTK, v_BGTK))
+        return self._attend(q_BHTK, k_BGTK, v_BGTK).to(dtype)
+
+    def _attend(self, q_BHTK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor) -> Tensor:
         grouped = q_BHTK.shape[1] != k_BGTK.shape[1]
         if self.written_out:
             return _written_out(q_BHTK, k_BGTK, v_BGTK, cast(Tensor, self.mask))
@@ -110,6 +116,7 @@ def attention_layout(
         ValueError: the sequence is longer than the rotary table.
     """
     cos, signed_sin = rotary(length, dtype, positions_BT)
+    dtype = product_dtype(dtype, cos.device)
     if positions_BT is not None:
         flex = positions_BT.is_cuda and cos.shape[-1] >= NARROWEST_FLEX_HEAD
         mask = document_block_mask(positions_BT) if flex else document_mask(positions_BT, dtype)

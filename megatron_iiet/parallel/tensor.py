@@ -20,10 +20,10 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from megatron_iiet.ops.products import linear, matmul
 from megatron_iiet.parallel.group import Group, sum_in_fp32, wait
 from megatron_iiet.parallel.shard import Shard
 
@@ -50,12 +50,11 @@ class TensorParallel:
         return self._linear(_RowParallel, (out_features, in_features), Shard(1, (in_features,)))
 
     def _linear(self, kind: type[_ParallelLinear], shape: tuple[int, int], shard: Shard) -> nn.Linear:
-        """On one rank a plain linear map; marked either way, so that checkpoints know how it may be split."""
+        """Marked on one rank too, so that checkpoints know how it may be split."""
         rows, columns = shard.local_shape(shape, self.group.size)
-        alone = self.group.size == 1
-        linear = nn.Linear(columns, rows, bias=False) if alone else kind(columns, rows, self)
-        mark_sharded(linear.weight, shard, self.group.size)
-        return linear
+        part = kind(columns, rows, self)
+        mark_sharded(part.weight, shard, self.group.size)
+        return part
 
     def leave(self, partial_BTC: Tensor) -> Tensor:
         """Sum the ranks' parts, writing over them; [B, T, C] → [B, T, C], or [B, S, C] under sequence
@@ -93,7 +92,7 @@ def shard_of(parameter: Tensor) -> Shard | None:
 def column_parallel(x: Tensor, weight: Tensor, parallel: TensorParallel) -> Tensor:
     """``enter(x) weightᵀ`` with the weight's rows of this rank: [B, S or T, C] → [B, T, W]."""
     if parallel.group.size == 1:
-        return F.linear(x, weight)
+        return linear(x, weight)
     return cast(Tensor, _ColumnLinear.apply(x, weight, parallel.group, parallel.sequence))
 
 
@@ -112,7 +111,7 @@ class _ColumnParallel(_ParallelLinear):
 
 class _RowParallel(_ParallelLinear):
     def forward(self, x: Tensor) -> Tensor:
-        return self.parallel.leave(F.linear(x, self.weight))
+        return self.parallel.leave(linear(x, self.weight))
 
 
 class _ColumnLinear(torch.autograd.Function):
@@ -123,7 +122,7 @@ class _ColumnLinear(torch.autograd.Function):
         whole_BTC = gather_sequence(x, group) if sequence else x
         ctx.save_for_backward(whole_BTC, weight)
         ctx.group, ctx.sequence = group, sequence
-        return F.linear(whole_BTC, weight)
+        return linear(whole_BTC, weight)
 
     @staticmethod
     @once_differentiable
@@ -131,13 +130,13 @@ class _ColumnLinear(torch.autograd.Function):
         whole_BTC, weight = ctx.saved_tensors
         for_x = for_weight = work = None
         if ctx.needs_input_grad[0]:
-            for_x = gradient_BTW @ weight
+            for_x = matmul(gradient_BTW, weight)
             if ctx.sequence:
                 for_x, work = ctx.group.reduce_scatter(split_sequence(for_x, ctx.group), asynchronous=True)
             else:
                 work = ctx.group.all_reduce(for_x, asynchronous=True)
         if ctx.needs_input_grad[1]:
-            for_weight = gradient_BTW.flatten(0, -2).t() @ whole_BTC.flatten(0, -2)
+            for_weight = matmul(gradient_BTW.flatten(0, -2).t(), whole_BTC.flatten(0, -2))
         wait(work)
         return for_x, for_weight, None, None
 

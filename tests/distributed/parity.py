@@ -465,7 +465,9 @@ def reference_evaluation(case: Case, paths: dict[str, str]) -> tuple[float, Iter
     inputs, targets = alone(Batch(tokens[kept], None if positions is None else positions[kept]))
     tokens, weights, positions = batches[0]
     counts = weights > 0
-    counting = ValidationBatch(tokens[counts], weights[counts], None if positions is None else positions[counts])
+    counting = ValidationBatch(
+        tokens[counts], weights[counts], None if positions is None else positions[counts]
+    )
     with observe_iterates(model) as statistics:
         loss = torch.nn.functional.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
         model(*inputs_of(counting))

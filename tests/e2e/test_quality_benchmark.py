@@ -70,14 +70,14 @@ def test_trials(quality: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert max(read_log(tmp_path / "trials" / spoilt.name)) == STEPS // 4
 
     capsys.readouterr()
-    quality.write_report(tmp_path, None)
+    quality.write_report(tmp_path, [], {})
     text = capsys.readouterr().out
     assert f"| Transformer++ | **{logs[0][STEPS]['validation_loss']:.4f}** |" in text
     assert "given up" in text
     stored = json.loads((tmp_path / "results.json").read_text())
     assert [row["given_up"] for row in stored["trials"]] == [False, False, True]
     assert (tmp_path / "curves.png").stat().st_size > 10_000
-    quality.write_report(tmp_path / "again", tmp_path / "results.json")
+    quality.write_report(tmp_path / "again", *quality.load_results(tmp_path / "results.json"))
     assert capsys.readouterr().out == text
 
 

@@ -13,11 +13,18 @@ from megatron_iiet.models.attention_layout import (
     Rotary,
     attention_layout,
 )
+from megatron_iiet.ops import products
 
 
 def layout(length: int, dtype: torch.dtype, positions: Tensor | None = None) -> AttentionLayout:
     rotary = Rotary(ModelConfig(hidden_size=32, num_attention_heads=4, max_position_embeddings=length))
     return attention_layout(rotary, length, dtype, positions)
+
+
+@pytest.fixture(autouse=True)
+def bf16_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether this machine has them or not."""
+    monkeypatch.setattr(products, "_slow_in_bf16", lambda: False)
 
 
 def test_written_out_where_it_is_faster() -> None:

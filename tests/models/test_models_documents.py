@@ -17,6 +17,7 @@ from torch.nn.attention import flex_attention as flex
 from megatron_iiet.data.loader.batches import Batch
 from megatron_iiet.models import Transformer, attention_layout
 from megatron_iiet.models.attention_layout import AttentionLayout, document_block_mask, document_mask
+from megatron_iiet.ops.products import product_dtype
 from megatron_iiet.parallel.vocabulary import IGNORED
 from megatron_iiet.training.inputs import Inputs, inputs_of
 from tests.models.conftest import Build, randomise_solvers
@@ -176,9 +177,10 @@ def test_one_mask_is_kept(build: Build, dtype: torch.dtype) -> None:
             model(*inputs).backward()
         return [tensor.untyped_storage().nbytes() for tensor in storages.values()]
 
-    assert kept(inputs) == [len(LENGTHS) * 16 * 16 * dtype.itemsize]
+    in_products = product_dtype(dtype, torch.device("cpu"))
+    assert kept(inputs) == [len(LENGTHS) * 16 * 16 * in_products.itemsize]
     evaluations = sum(solver.evaluations for solver in model.solvers.values())
-    scores = evaluations if dtype == torch.bfloat16 else 0
+    scores = evaluations if in_products == torch.bfloat16 else 0
     assert len(kept(inputs._replace(positions=None))) == scores
 
 
