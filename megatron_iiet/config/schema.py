@@ -285,6 +285,23 @@ class GuidanceConfig:
 
 
 @dataclass
+class DistillationConfig:
+    """Iteration influence-aware distillation (IIAD): a model with fewer iterations learns from one with all
+    of them, whose weights it starts from. The loss is CE + alpha · MSE + beta · KL."""
+
+    teacher: str = ""
+    """Folder of the teacher: a run's output_dir, one of its checkpoints, or a model folder of
+    tools/convert_checkpoint.py; of this run's shape, with a solver and iterations of its own. Empty: no
+    distillation."""
+    alpha: float = 1.0
+    """Weight of the mean squared difference between the outputs of each teacher's and student's layer."""
+    beta: float = 1.0
+    """Weight of the Kullback-Leibler divergence of the student's prediction from the teacher's."""
+    temperature: float = 1.0
+    """What both models' logits are divided by in the divergence, which is multiplied by its square."""
+
+
+@dataclass
 class RunConfig:
     """Everything that defines one pretraining run."""
 
@@ -312,6 +329,8 @@ class RunConfig:
     """Kernel choice."""
     guidance: GuidanceConfig = field(default_factory=GuidanceConfig)
     """Influence-guided iteration counts."""
+    distillation: DistillationConfig = field(default_factory=DistillationConfig)
+    """Learning from a teacher."""
 
 
 def iterations_per_layer(config: RunConfig) -> list[int]:

@@ -43,6 +43,7 @@ _POSITIVE = (
     "training.micro_batch_size",
     "training.stop_after",
     "guidance.samples",
+    "distillation.temperature",
     "evaluation.samples",
     "logging.interval",
     "logging.peak_tflops",
@@ -53,6 +54,8 @@ _NOT_NEGATIVE = (
     "optimizer.gradient_clipping",
     "training.seed",
     "guidance.interval",
+    "distillation.alpha",
+    "distillation.beta",
     "evaluation.interval",
     "checkpoint.interval",
     "checkpoint.keep",
@@ -273,6 +276,11 @@ def _check_guidance(config: RunConfig) -> None:
     if not guidance.interval:
         return
     given = f"guidance.interval is {guidance.interval}, but"
+    if config.distillation.teacher:
+        raise ConfigError(
+            f"{given} distillation.teacher is {config.distillation.teacher}: a student's iterations are "
+            "planned before it is trained; set guidance.interval to 0"
+        )
     if solver.kind != "iiet":
         raise ConfigError(
             f"{given} solver.kind is '{solver.kind}', which has no iterations to guide; set "

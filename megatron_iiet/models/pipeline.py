@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from megatron_iiet.models.history import History
 from megatron_iiet.models.transformer import Transformer
 
 
@@ -32,15 +33,19 @@ class PipelineStage(nn.Module):
 
     def forward(self, x: Tensor, positions_BT: Tensor | None = None) -> Tensor:
         """``positions_BT``: of the micro-batch's tokens, see :meth:`Transformer.forward`."""
-        model = self.model
-        if model.is_first:
-            y_BTD, history = model.embed(x)
-        else:
-            y_BTD, *entries = x.unbind(0)
-            history = model.start_history(entries, self.entries_received.start)
-        y_BTD = model.integrate(y_BTD, history, self.sequence_length, positions_BT)
-        if model.is_last:
-            return model.project(y_BTD)
+        y_BTD, history = self.unpack(x)
+        y_BTD = self.model.integrate(y_BTD, history, self.sequence_length, positions_BT)
+        return self.model.project(y_BTD) if self.model.is_last else self.pack(y_BTD, history)
+
+    def unpack(self, x: Tensor) -> tuple[Tensor, History]:
+        """Stream and history before this stage's first layer."""
+        if self.model.is_first:
+            return self.model.embed(x)
+        y_BTD, *entries = x.unbind(0)
+        return y_BTD, self.model.start_history(entries, self.entries_received.start)
+
+    def pack(self, y_BTD: Tensor, history: History) -> Tensor:
+        """What the next stage unpacks."""
         return torch.stack([y_BTD, *history.read(self.entries_handed_on)])
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
@@ -163,18 +164,32 @@ class Transformer(nn.Module):
         self, y_BTD: Tensor, history: History, length: int, positions_BT: Tensor | None = None
     ) -> Tensor:
         """Run the layers on y, appending to the history; length and positions are the whole sequence's."""
-        layout = attention_layout(self.rotary, length, y_BTD.dtype, positions_BT)
+        layout = self.layout(length, y_BTD.dtype, positions_BT)
+        return deque(self.trajectory(y_BTD, history, layout), maxlen=1).pop()
+
+    def layout(self, length: int, dtype: torch.dtype, positions_BT: Tensor | None = None) -> AttentionLayout:
+        """What :meth:`trajectory` needs to know of a micro-batch."""
+        return attention_layout(self.rotary, length, dtype, positions_BT)
+
+    def trajectory(self, y_BTD: Tensor, history: History, layout: AttentionLayout) -> Iterator[Tensor]:
+        """The output y_{n+1} of every layer held here, in order, appending to the history."""
         for layer in self.layers.values():
             y_BTD, increment_BTD = layer(y_BTD, history, layout)
             if cast(IntegratedLayer, layer).solver.keeps_increment:
                 history.append(increment_BTD)
-        return y_BTD
+            yield y_BTD
 
     def project(self, y_BTD: Tensor) -> Tensor:
         """Final norm and head: logits of this rank's part of the padded vocabulary, [B, T, V/size]."""
         assert self.norm is not None
+        return column_parallel(self.norm(y_BTD), self.head_weight, self.parallel)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """This rank's rows of the head (tied: of the embedding), [V/size, D]."""
         head = self.embedding if self.head is None else self.head
-        return column_parallel(self.norm(y_BTD), cast(nn.Parameter, head.weight), self.parallel)  # type: ignore[union-attr]
+        assert head is not None
+        return head.weight
 
     def loss(self, logits_BTV: Tensor, targets_BT: Tensor, divisor: float | Tensor | None = None) -> Tensor:
         """Cross-entropy in nats from :meth:`project`'s logits: the mean over all targets; or, with a divisor,

@@ -1,8 +1,7 @@
 """Matrix products whose bf16 a CPU without bf16 instructions computes in fp32.
 
 There torch multiplies bf16 matrices element by element, 10 to 20 times slower than fp32 ones (torch 2.13,
-AVX2).
-Both sum in fp32 and round once, so the result is the same to the rounding of a sum's order.
+AVX2). Both sum in fp32 and round once, so the result is the same to the rounding of a sum's order.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ from megatron_iiet.training.engine import build_engine
 from megatron_iiet.training.layout import describe_layout, layout_of
 from megatron_iiet.training.loop import train
 from megatron_iiet.training.run import Run
-from megatron_iiet.training.warm_start import open_warm_start
+from megatron_iiet.training.warm_start import WarmStart, open_teacher, open_warm_start
 
 
 def pretrain(loaded: LoadedConfig) -> None:
@@ -61,8 +61,11 @@ def prepare(
     corpora = open_corpora(config.data)
     tag = find_checkpoint(config)
     warm = open_warm_start(config) if tag is None else None
+    teacher = open_teacher(config)
 
-    engine = build_engine(config, ds_config, context, backend, initialise=tag is None, warm=warm)
+    engine = build_engine(
+        config, ds_config, context, backend, initialise=tag is None, warm=warm, teacher=teacher
+    )
     run = Run(config, context, engine, train_batches(config, corpora, context), corpora.names)
     run.say(describe_start(run))
     run.say(describe_corpora(config, corpora))
@@ -76,6 +79,8 @@ def prepare(
         run.say("merge coefficients: bf16 working copy, fp32 master copy (ZeRO-3 keeps one type)")
     if warm is not None:
         run.say(warm.describe())
+    if teacher is not None:
+        run.say(describe_teacher(run, teacher))
     if tag is not None:
         report_resume(run, tag)
         run.resume(tag)
@@ -194,6 +199,20 @@ def describe_start(run: Run) -> str:
             f"micro-batches of {config.training.micro_batch_size} x {length}, {config.training.precision}, "
             f"on {run.context.world_size} {run.context.device.type} process(es)",
         )
+    )
+
+
+def describe_teacher(run: Run, teacher: WarmStart) -> str:
+    """The line of a distillation's start."""
+    config, whole = run.config, run.engine.whole_teacher
+    assert whole is not None
+    length = config.data.sequence_length
+    share = whole.forward_flops(length) / run.engine.whole.forward_flops(length)
+    weights = config.distillation
+    return (
+        f"teacher: {teacher.source.words}, solver {whole.config.solver.kind}, a forward pass of {share:.2f} "
+        f"x the student's FLOPs; loss CE + {weights.alpha:g} MSE + {weights.beta:g} KL at temperature "
+        f"{weights.temperature:g}"
     )
 
 

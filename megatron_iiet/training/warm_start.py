@@ -17,16 +17,18 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from megatron_iiet.config import ConfigError, RunConfig
+from megatron_iiet.config import ConfigError, RunConfig, iterations_per_layer
 from megatron_iiet.hf import llama
 from megatron_iiet.models import portable
 from megatron_iiet.models.solvers import Solver
 from megatron_iiet.models.transformer import VOCABULARY_WEIGHTS, Transformer
+from megatron_iiet.parallel.group import Group
 from megatron_iiet.parallel.shard import Shard
+from megatron_iiet.parallel.tensor import shard_of
 from megatron_iiet.training.export import find_checkpoint, model_of_checkpoint
 from megatron_iiet.training.fragments import SCRATCH_BYTES
 
-KEY = "training.initial_weights"
+INITIAL_WEIGHTS, TEACHER = "training.initial_weights", "distillation.teacher"
 KINDS = (
     "a model folder of tools/convert_checkpoint.py (config.yaml, model.safetensors), a training run's "
     "output_dir or one of its checkpoints, or a Hugging Face LLaMA folder (config.json, safetensors)"
@@ -85,6 +87,21 @@ class WarmStart:
             f"their initial values{lost if left_out else ''}"
         )
 
+    def fill_parameter(self, name: str, parameter: Tensor, tensor: Group) -> None:
+        """Fill a rank's part of a parameter, which must be there to write to."""
+        shard, shape = shard_of(parameter), list(parameter.shape)
+        if shard is not None:
+            shape[shard.dim] = sum(shard.blocks)
+        self.fill(
+            name,
+            parameter.detach().view(-1),
+            shape=tuple(shape),
+            shard=shard,
+            tensor_size=tensor.size if shard else 1,
+            tensor_rank=tensor.rank if shard else 0,
+            start=0,
+        )
+
     def fill(
         self,
         name: str,
@@ -140,22 +157,22 @@ class WarmStart:
 
 
 def open_warm_start(config: RunConfig) -> WarmStart | None:
-    """What ``training.initial_weights`` asks for, checked against the model; None if it is empty.
+    """What ``training.initial_weights`` asks for, checked against the model; None if it is empty. A student
+    starts from its teacher unless told otherwise.
 
     Raises:
         ValueError: (and its subclass ConfigError) there is no such thing, it is damaged, or of a model with
             which this one can't start.
     """
-    if not config.training.initial_weights:
+    key, path = INITIAL_WEIGHTS, config.training.initial_weights
+    if not path:
+        key, path = TEACHER, config.distillation.teacher
+    if not path:
         return None
-    source = open_source(config.training.initial_weights)
-    check_fits(source, config)
+    source = open_source(path, key)
+    check_fits(source, config, key, path)
     there, here = Transformer.on_meta(source.config), Transformer.on_meta(config)
-    missing = sorted(set(_names(there)) - set(source.weights))
-    if missing:
-        raise ConfigError(
-            f"{source.words} has no {missing[0]}, which its configuration asks for; convert it again"
-        )
+    _check_complete(source, there)
     taken = frozenset(_names(here)) & {name for name in _names(there) if _means_the_same(name, there, here)}
     of_solver = [name for name in _names(there) if ".solver." in name]
     counts = (
@@ -166,8 +183,45 @@ def open_warm_start(config: RunConfig) -> WarmStart | None:
     return WarmStart(source, taken, counts)
 
 
-def open_source(path: str) -> Source:
-    """The model at ``path``, of whichever of the :data:`KINDS`.
+def open_teacher(config: RunConfig) -> WarmStart | None:
+    """All weights of ``distillation.teacher``, checked against the student; None if it is empty.
+
+    Raises:
+        ValueError: (and its subclass ConfigError) there is no such thing, it is damaged, of another shape, or
+            has itself been reduced.
+    """
+    path = config.distillation.teacher
+    if not path:
+        return None
+    source = open_source(path, TEACHER)
+    check_fits(source, config, TEACHER, path)
+    iterations = iterations_per_layer(source.config)
+    taught_by = source.config.distillation.teacher
+    if taught_by or len(set(iterations)) > 1:
+        why = f"was distilled from {taught_by}" if taught_by else f"has the iterations {iterations}"
+        raise ConfigError(f"{TEACHER} is {path}, which {why}; give the full model it was made from")
+    ours = iterations_per_layer(config)
+    if source.config.solver.kind == config.solver.kind and max(ours) > iterations[0]:
+        raise ConfigError(
+            f"{TEACHER} is {path}, which iterates {iterations[0]} times a layer, but the student up to "
+            f"{max(ours)} times; give solver.iterations a plan made for this teacher"
+        )
+    there = Transformer.on_meta(source.config)
+    _check_complete(source, there)
+    names = frozenset(_names(there))
+    return WarmStart(source, names, (_elements(there, names), 0, 0))
+
+
+def _check_complete(source: Source, there: Transformer) -> None:
+    missing = sorted(set(_names(there)) - set(source.weights))
+    if missing:
+        raise ConfigError(
+            f"{source.words} has no {missing[0]}, which its configuration asks for; convert it again"
+        )
+
+
+def open_source(path: str, key: str = INITIAL_WEIGHTS) -> Source:
+    """The model at ``path``, of whichever of the :data:`KINDS`; ``key``: the setting that messages name.
 
     Raises:
         ValueError: (and its subclass ConfigError) it is none of them, or damaged.
@@ -175,7 +229,7 @@ def open_source(path: str) -> Source:
     folder = Path(path)
     if not folder.is_dir():
         found = "is no folder" if folder.exists() else "does not exist"
-        raise ConfigError(f"{KEY} is {path}, which {found}; give {KINDS}")
+        raise ConfigError(f"{key} is {path}, which {found}; give {KINDS}")
     if (folder / "checkpoints").is_dir():
         folder = find_checkpoint(folder, None)
     if (folder / "state.json").is_file():
@@ -186,30 +240,30 @@ def open_source(path: str) -> Source:
     if (folder / llama.CONFIG_FILE).is_file():
         config = llama.read_config(folder, {"kind": "euler"})
         return Source(f"LLaMA {folder}", config, llama.LlamaWeights(folder, config.model))
-    raise ConfigError(f"{KEY} is {path}, which is none of what it may be; give {KINDS}")
+    raise ConfigError(f"{key} is {path}, which is none of what it may be; give {KINDS}")
 
 
-def check_fits(source: Source, config: RunConfig) -> None:
-    """Refuse a model of another shape or another embedding scale.
+def check_fits(source: Source, config: RunConfig, key: str, path: str) -> None:
+    """Refuse a model of another shape or another embedding scale; ``key`` is the setting that names it.
 
     Raises:
         ConfigError: naming every difference.
     """
-    there, here, path = source.config.model, config.model, config.training.initial_weights
+    there, here = source.config.model, config.model
     differences = [
-        f"model.{_CONFIG_KEYS.get(key, key)} is {getattr(there, key)} there and {getattr(here, key)} here"
-        for key in _SHAPE
-        if getattr(there, key) != getattr(here, key)
+        f"model.{_CONFIG_KEYS.get(k, k)} is {getattr(there, k)} there and {getattr(here, k)} here"
+        for k in _SHAPE
+        if getattr(there, k) != getattr(here, k)
     ]
     if differences:
         raise ConfigError(
-            f"{KEY} is {path}, a model of another shape: {'; '.join(differences)}; "
-            "give this run the same values, or other initial weights"
+            f"{key} is {path}, a model of another shape: {'; '.join(differences)}; "
+            "give this run the same values, or another model"
         )
     scale, ours = there.resolved_embedding_scale, here.resolved_embedding_scale
     if scale != ours:
         raise ConfigError(
-            f"{KEY} is {path}, whose embedding is scaled by {_number(scale)}, but here it is by "
+            f"{key} is {path}, whose embedding is scaled by {_number(scale)}, but here it is by "
             f"{_number(ours)} (model.embedding_scale {here.embedding_scale}); add --model.embedding_scale "
             f"{_number(scale)}"
         )

@@ -10,19 +10,21 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 
 from megatron_iiet.config import RunConfig, config_from_dict
 from megatron_iiet.config.combinations import check_combination
 from megatron_iiet.config.deepspeed import reconcile
 from megatron_iiet.data.loader.batches import Batch, TrainBatches, ValidationBatch, ValidationBatches
 from megatron_iiet.data.loader.samples import build_splits
-from megatron_iiet.models import Transformer
+from megatron_iiet.models import Transformer, portable
 from megatron_iiet.models.diagnostics import IterateStatistics, observe_iterates
 from megatron_iiet.parallel import ParallelContext
 from megatron_iiet.training.engine import Engine, StepResult, build_engine
 from megatron_iiet.training.fragments import FragmentReader
 from megatron_iiet.training.inputs import inputs_of
 from megatron_iiet.training.schedules import iterations_at, learning_rate
+from megatron_iiet.training.warm_start import open_teacher
 
 STEPS = 3
 SOLVERS: dict[str, dict[str, Any]] = {
@@ -65,9 +67,11 @@ NOT_OF_THE_GRID = ("recompute", "solver", "tied", "accumulation", "documents")
 GLOBAL_BATCH = 12
 LENGTH = 16
 VOCABULARY = 100
-TOLERANCES = {"fp32": (1e-5, 1e-5, 1e-5), "bf16": (5e-4, 1e-2, 0.1)}
+DISTILLATION = {"alpha": 0.7, "beta": 0.3, "temperature": 2.0}
+TOLERANCES = {"fp32": (1e-5, 1e-5, 1e-5), "bf16": (5e-4, 1e-2, 0.1), "bf16 teacher": (2e-3, 4e-2, 0.4)}
 """Of losses, gradient norms and tensors, relative. bf16's are a few times what was seen (6e-5, 1e-3, 0.06):
-AdamW's first steps turn the sign of a gradient into a step, so that weights differ most."""
+AdamW's first steps turn the sign of a gradient into a step, so that weights differ most. A teacher's rounding
+comes on top of the student's (seen: 6e-4, 2e-2, 0.23)."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +91,8 @@ class Case:
     backend: str = "cpu"
     history: str = "transposed"
     precision: str = "fp32"
+    teacher: str = ""
+    """Solver of a model to learn from, see :func:`write_teacher`."""
 
     @property
     def grid(self) -> tuple[int, int, int]:
@@ -113,11 +119,15 @@ class Case:
         return (
             f"t{self.tensor}{sequence}p{self.pipeline}d{self.data}-zero{self.stage}-{self.recompute}-"
             f"{self.solver}-{tied}-acc{self.accumulation}-{documents}{self.backend}-{self.history}-"
-            f"{self.precision}"
+            f"{self.precision}{self.teacher and '-from-' + self.teacher}"
         )
 
     def config(self, paths: dict[str, str], steps: int = STEPS) -> RunConfig:
-        """Four layers; vocabulary 100 leaves most of the last rank's rows to padding; grouped queries."""
+        """Four layers; vocabulary 100 leaves most of the last rank's rows to padding; grouped queries.
+
+        ``paths``: keys of the data section, and of the folder of teachers."""
+        paths = dict(paths)
+        folder = paths.pop("teachers", "")
         return config_from_dict(
             {
                 "model": {
@@ -148,6 +158,10 @@ class Case:
                     "recompute": self.recompute,
                 },
                 "ops": {"backend": self.backend, "history_gradient": self.history},
+                "distillation": {
+                    "teacher": self.teacher and str(Path(folder) / f"{self.teacher}-{self.tied}"),
+                    **DISTILLATION,
+                },
             }
         )
 
@@ -282,7 +296,8 @@ def open_engine(
         zero["stage3_param_persistence_threshold"] = 0
     ds_json = {"zero_optimization": zero}
     size = check_combination(config, ds_json, world.world_size, "the test")
-    engine = build_engine(config, reconcile(ds_json, config, size), context, case.backend)
+    ds_config = reconcile(ds_json, config, size)
+    engine = build_engine(config, ds_config, context, case.backend, teacher=open_teacher(config))
     return config, engine, batches_of(case, config, context.data.rank, size)
 
 
@@ -394,23 +409,70 @@ def alone(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         starts = (positions == 0).nonzero().flatten().tolist()
         for start, stop in itertools.pairwise([*starts, len(tokens)]):
             if stop - start > 1:
-                rows.append(
-                    torch.nn.functional.pad(tokens[start:stop], (0, LENGTH + 1 - (stop - start)), value=-1)
-                )
+                rows.append(F.pad(tokens[start:stop], (0, LENGTH + 1 - (stop - start)), value=-1))
     documents = torch.stack(rows)
     return documents[:, :-1].clamp(min=0), documents[:, 1:].masked_fill(documents[:, 1:] < 0, -100)
 
 
-def gradients_of(model: Transformer, batch: Batch, portion: int) -> tuple[float, dict[str, torch.Tensor]]:
-    """Mean loss of a batch and its gradients, accumulated over portions of ``portion`` sequences; torch's own
-    cross-entropy on whole logits, and documents that never met."""
+def write_teacher(case: Case, paths: dict[str, str]) -> Transformer:
+    """Draw a case's teacher, far from the student, and leave it in the folder of teachers."""
+    config = replace(case, teacher="").config(paths)
+    config.solver = replace(case, solver=case.teacher).config(paths).solver
+    config.ops.history_gradient = "per_edge"
+    model = Transformer(config, backend="reference")
+    model.initialise(seed=7)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(2.0)
+    folder = Path(case.config(paths).distillation.teacher)
+    if not folder.exists():
+        portable.save(config, model.state_dict(), folder)
+    return model
+
+
+def loss_of(
+    model: Transformer, teacher: Transformer | None, tokens: torch.Tensor, targets: torch.Tensor
+) -> torch.Tensor:
+    """Sum over the targets of torch's own cross-entropy on whole logits, and of what a teacher adds."""
+    logits, outputs = outputs_of(model, tokens)
+    total = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
+    if teacher is None:
+        return total
+    with torch.no_grad():
+        taught_logits, taught = outputs_of(teacher, tokens)
+    counts = targets >= 0
+    squares = [(a - b).square().mean(-1)[counts].sum() for a, b in zip(outputs, taught, strict=True)]
+    t = DISTILLATION["temperature"]
+    student, wanted = ((z / t).log_softmax(-1)[counts] for z in (logits, taught_logits))
+    divergence = F.kl_div(student, wanted, reduction="sum", log_target=True) * t**2
+    mse = torch.stack(squares).mean()
+    return total + DISTILLATION["alpha"] * mse + DISTILLATION["beta"] * divergence
+
+
+def outputs_of(model: Transformer, tokens: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Logits and the outputs of all layers."""
+    outputs: list[torch.Tensor] = []
+    handles = [
+        layer.register_forward_hook(lambda *arguments: outputs.append(arguments[2][0]))
+        for layer in model.layers.values()
+    ]
+    logits = model(tokens)
+    for handle in handles:
+        handle.remove()
+    return logits, outputs
+
+
+def gradients_of(
+    model: Transformer, batch: Batch, portion: int, teacher: Transformer | None = None
+) -> tuple[float, dict[str, torch.Tensor]]:
+    """Mean loss of a batch and its gradients, accumulated over portions of ``portion`` sequences, and
+    documents that never met."""
     model.zero_grad()
     total = 0.0
     inputs, targets = alone(batch)
     counted = (targets >= 0).sum()
     for tokens, wanted in zip(inputs.split(portion), targets.split(portion), strict=True):
-        logits = model(tokens).flatten(0, 1)
-        loss = torch.nn.functional.cross_entropy(logits, wanted.flatten(), reduction="sum") / counted
+        loss = loss_of(model, teacher, tokens, wanted) / counted
         loss.backward()
         total += loss.item()
     named = model.named_parameters()
@@ -423,6 +485,7 @@ def reference(case: Case, paths: dict[str, str]) -> Reference:
     config.ops.history_gradient = "per_edge"
     model = Transformer(config, backend="reference")
     model.initialise(config.training.seed)
+    teacher = write_teacher(case, paths) if case.teacher else None
     named = dict(model.named_parameters())
     decayed = [p for n, p in named.items() if p.dim() == 2 and ".solver." not in n]
     others = [p for p in named.values() if all(p is not q for q in decayed)]
@@ -437,12 +500,12 @@ def reference(case: Case, paths: dict[str, str]) -> Reference:
     )
     reader = batches_of(case, config)
     batch = next(reader)
-    _, first = gradients_of(model, batch, GLOBAL_BATCH)
-    others_of = [gradients_of(model, batch, portion)[1] for portion in (1, 2, 4, 5, 7)]
+    _, first = gradients_of(model, batch, GLOBAL_BATCH, teacher)
+    others_of = [gradients_of(model, batch, portion, teacher)[1] for portion in (1, 2, 4, 5, 7)]
     noise = {n: max((first[n] - o[n]).abs().max().item() for o in others_of) for n in first}
     losses, norms = [], []
     for step in range(STEPS):
-        loss, _ = gradients_of(model, batch, GLOBAL_BATCH)
+        loss, _ = gradients_of(model, batch, GLOBAL_BATCH, teacher)
         norm = torch.nn.utils.clip_grad_norm_(list(named.values()), config.optimizer.gradient_clipping)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(config.optimizer, step, config.training.steps)
@@ -469,7 +532,7 @@ def reference_evaluation(case: Case, paths: dict[str, str]) -> tuple[float, Iter
         tokens[counts], weights[counts], None if positions is None else positions[counts]
     )
     with observe_iterates(model) as statistics:
-        loss = torch.nn.functional.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
+        loss = F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
         model(*inputs_of(counting))
     return loss.item(), statistics
 
@@ -484,7 +547,8 @@ def differences(
     matrix's. bf16 gradients are not compared: those of coefficients are mostly rounding.
     """
     config = case.config({})
-    for_losses, for_norms, for_tensors = TOLERANCES[case.precision]
+    kind = "bf16 teacher" if case.teacher and case.precision == "bf16" else case.precision
+    for_losses, for_norms, for_tensors = TOLERANCES[kind]
 
     def compare(
         what: str, found: torch.Tensor, wanted: torch.Tensor, tolerance: float, floor: float = 0.0

@@ -45,6 +45,11 @@ class MetricLogger(Callback):
         run.record({"loss": result.loss, "grad_norm": result.grad_norm, "lr": result.lr})
         # Of this step alone, so that sums over a resumed run's log are right.
         run.record({"flops": needed * config.training.global_batch_size, "step_seconds": run.step_seconds})
+        if run.engine.whole_teacher is not None:
+            taught = run.engine.whole_teacher.forward_flops(config.data.sequence_length)
+            self.done_flops += taught * config.training.global_batch_size
+            run.record({"teacher_flops": taught * config.training.global_batch_size})
+            run.record({f"distillation/{name}": value for name, value in result.parts.items()})
         if is_due(run.step, config.logging.interval) or run.step == run.last_step:
             self._report(run, result)
             self._reset()

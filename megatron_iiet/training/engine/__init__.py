@@ -31,12 +31,14 @@ def build_engine(
     *,
     initialise: bool = True,
     warm: WarmStart | None = None,
+    teacher: WarmStart | None = None,
 ) -> Engine:
     """The engine of this rank's part of the model.
 
     ``ds_config`` is the reconciled DeepSpeed JSON (no "auto" left), ``backend`` that of the merges. Without
     ``initialise`` the matrices hold whatever they hold: for a checkpoint that is about to be loaded.
-    ``warm``: which parameters start with the values of another model.
+    ``warm``: which parameters start with the values of another model;
+    ``teacher``: the model to learn from.
     """
     kind = PipelinedEngine if context.pipeline.size > 1 else PlainEngine
-    return kind(config, ds_config, context, backend, initialise=initialise, warm=warm)
+    return kind(config, ds_config, context, backend, initialise=initialise, warm=warm, teacher=teacher)

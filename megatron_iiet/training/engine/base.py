@@ -6,11 +6,12 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import deepspeed
+import torch
 from deepspeed.utils import logger as deepspeed_logger
 from torch import Tensor
 
@@ -18,6 +19,7 @@ from megatron_iiet.config import RunConfig, iterations_per_layer
 from megatron_iiet.config.deepspeed import zero_stage
 from megatron_iiet.data.loader.batches import Batch, ValidationBatch, ValidationBatches
 from megatron_iiet.models.diagnostics import IterateStatistics, observe_iterates
+from megatron_iiet.models.distilled import LossParts, teacher_config
 from megatron_iiet.models.transformer import Transformer
 from megatron_iiet.parallel import ParallelContext
 from megatron_iiet.training.engine.corrected import CorrectedEngine
@@ -34,11 +36,14 @@ class StepResult:
     """What one optimizer step did."""
 
     loss: float
-    """Mean cross-entropy in nats per token over the global batch's targets."""
+    """What was minimised: mean cross-entropy in nats per token over the global batch's targets, and whatever
+    distillation adds."""
     grad_norm: float
     """Global gradient norm before clipping."""
     lr: float
     """Learning rate applied."""
+    parts: dict[str, float] = field(default_factory=dict)
+    """Terms of a loss that has several, unweighted, by name."""
 
 
 class Engine(ABC):
@@ -48,6 +53,10 @@ class Engine(ABC):
     """This rank's part of the model."""
     whole: Transformer
     """The whole model on the meta device: its counts, FLOPs and iterations."""
+    teacher: Transformer | None
+    """This rank's part of the model that is learned from."""
+    whole_teacher: Transformer | None
+    """As :attr:`whole`."""
     _engine: CorrectedEngine
 
     def __init__(
@@ -59,6 +68,7 @@ class Engine(ABC):
         *,
         initialise: bool = True,
         warm: WarmStart | None = None,
+        teacher: WarmStart | None = None,
     ) -> None:
         """See :func:`megatron_iiet.training.engine.build_engine`."""
         deepspeed_logger.setLevel(logging.WARNING)
@@ -68,14 +78,15 @@ class Engine(ABC):
         self.accumulation: int = ds_config["gradient_accumulation_steps"]
         self.whole = Transformer.on_meta(config)
         self.plan = stage_plan(config, self.whole)
-        with context.device, self._partitioned_at_birth(ds_config):
-            self.model = Transformer(
-                config,
-                backend=backend,
-                parallel=context.tensor_parallel,
-                layers=self.plan.stages[context.pipeline.rank],
-            )
-        self.model.parameters_in_parts = self.zero_stage == 3
+        self.model = self._part_of(config, ds_config, backend)
+        self.teacher = self.whole_teacher = None
+        if teacher is not None:
+            taught_by = teacher_config(config, teacher.source.config)
+            self.whole_teacher = Transformer.on_meta(taught_by)
+            self.teacher = self._part_of(taught_by, ds_config, backend)
+            for name, parameter in self.teacher.named_parameters():
+                with self._writable(parameter):
+                    teacher.fill_parameter(name, parameter, context.tensor)
         if initialise:
             taken = warm.taken if warm is not None else frozenset()
             self.model.initialise(config.training.seed, whole=self._writable, besides=taken)
@@ -85,9 +96,21 @@ class Engine(ABC):
             start_from(self._engine, self._names, self.context, warm)
         self.set_iterations(iterations_per_layer(config), merging=True)
 
+    def _part_of(self, config: RunConfig, ds_config: dict[str, Any], backend: str) -> Transformer:
+        """This rank's part of a model, its matrices undrawn."""
+        with self.context.device, self._partitioned_at_birth(ds_config):
+            model = Transformer(
+                config,
+                backend=backend,
+                parallel=self.context.tensor_parallel,
+                layers=self.plan.stages[self.context.pipeline.rank],
+            )
+        model.parameters_in_parts = self.zero_stage == 3
+        return model
+
     @abstractmethod
     def _start(self, config: RunConfig, ds_config: dict[str, Any]) -> CorrectedEngine:
-        """DeepSpeed's engine around :attr:`model`."""
+        """DeepSpeed's engine around :attr:`model`, and :attr:`teacher` if there is one."""
 
     @abstractmethod
     def train_step(self, micro_batches: Iterator[Batch], lr: float) -> StepResult:
@@ -177,6 +200,19 @@ class Engine(ABC):
         if self.zero_stage < 3:
             return nullcontext()
         return deepspeed.zero.GatheredParameters(parameters)
+
+    def _step_result(self, loss: float, lr: float, parts: list[LossParts] | None) -> StepResult:
+        """Of the step that ends; ``parts``: this rank's of the loss, one a micro-batch, which it takes."""
+        norm = float(self._engine.get_global_grad_norm())
+        if parts is None:
+            return StepResult(loss, norm, lr)
+        sums = torch.stack([torch.stack(each) for each in parts]).sum(0)
+        parts.clear()
+        means = self.context.data.mean(sums / self.accumulation)
+        self.context.pipeline.all_reduce(means)  # a stage knows its own
+        whole = LossParts(*means.unbind())
+        total = whole.total(self.model.config.distillation).item()
+        return StepResult(total, norm, lr, {name: value.item() for name, value in whole._asdict().items()})
 
     def _inputs(self, batch: Batch | ValidationBatch) -> Inputs:
         return inputs_of(batch, self.context.device)

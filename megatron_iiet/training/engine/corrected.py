@@ -34,20 +34,21 @@ class CorrectedEngine(DeepSpeedEngine):
     def start(
         cls,
         module: nn.Module,
+        trained: nn.Module,
         config: RunConfig,
         ds_config: dict[str, Any],
         context: ParallelContext,
         mpu: Any,
     ) -> Self:
-        """Wrap ``module``; with our AdamW unless the DeepSpeed JSON has an optimizer of its own. ``mpu`` is
-        the grid in DeepSpeed's words."""
+        """Wrap ``module``, of which the part ``trained`` is; with our AdamW unless the DeepSpeed JSON has an
+        optimizer of its own. ``mpu`` is the grid in DeepSpeed's words."""
         own_optimizer = "optimizer" not in ds_config
         with redirect_stdout(io.StringIO()):  # it prints a memory report a parameter group
             engine = cls(
                 args=None,
                 model=module,
-                optimizer=build_optimizer(module, config.optimizer) if own_optimizer else None,
-                model_parameters=None if own_optimizer else parameter_groups(module, config.optimizer),
+                optimizer=build_optimizer(trained, config.optimizer) if own_optimizer else None,
+                model_parameters=None if own_optimizer else parameter_groups(trained, config.optimizer),
                 mpu=mpu,
                 config=ds_config,
                 config_class=DeepSpeedConfig(ds_config, mpu),

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from megatron_iiet.config import RunConfig
 from megatron_iiet.data.loader.batches import Batch, ValidationBatch, ValidationBatches
+from megatron_iiet.models.distilled_pipeline import DistilledStage, Prediction
 from megatron_iiet.models.pipeline import PipelineStage
 from megatron_iiet.models.transformer import Transformer
 from megatron_iiet.parallel import ParallelContext
@@ -33,17 +34,23 @@ class PipelinedEngine(Engine):
 
     def _start(self, config: RunConfig, ds_config: dict[str, Any]) -> _CorrectedPipelineEngine:
         self.stage = PipelineStage(self.model, config.data.sequence_length)
-        self._module = _StageModule(self.stage, self.context)
+        self.distilled = None
+        if self.teacher is not None:
+            assert self.whole_teacher is not None
+            self.distilled = DistilledStage(self.stage, self.teacher, self.whole_teacher, self.accumulation)
+        self._module = _StageModule(self.stage, self.distilled, self.context)
         return _CorrectedPipelineEngine.start(
-            self._module, config, ds_config, self.context, self._module.mpu()
+            self._module, self.model, config, ds_config, self.context, self._module.mpu()
         )
 
     def train_step(self, micro_batches: Iterator[Batch], lr: float) -> StepResult:
         engine = self._engine
+        self._let_payload_change()
         for group in engine.optimizer.param_groups:
             group["lr"] = lr
         loss = engine.train_batch(self._feed(self._inputs(batch) for batch in micro_batches))
-        return StepResult(loss.item(), float(engine.get_global_grad_norm()), lr)
+        parts = None if self.distilled is None else self.distilled.pair.parts
+        return self._step_result(loss.item(), lr, parts)
 
     def evaluate(self, batches: ValidationBatches) -> float:
         counted = torch.zeros((), dtype=torch.float64, device=self.context.device)
@@ -54,12 +61,14 @@ class PipelinedEngine(Engine):
                 counted.add_(inputs.counted)
                 yield inputs
 
+        self._let_payload_change()
         # DeepSpeed averages over micro-batches and replicas; wanted is the mean over targets.
         mean = self._engine.eval_batch(self._feed(inputs()), num_micro_batches=len(batches)).item()
         self.context.data.all_reduce(counted)
         return (mean * len(batches) * self.context.data.size / counted).item()
 
     def _forward(self, batch: Batch | ValidationBatch) -> None:
+        self._let_payload_change()
         self._engine.eval_batch(self._feed([self._inputs(batch)]), num_micro_batches=1)
 
     def _feed(self, inputs: Iterable[Inputs]) -> _Feed:
@@ -69,11 +78,13 @@ class PipelinedEngine(Engine):
 
     def set_iterations(self, iterations: list[int], *, merging: bool) -> None:
         super().set_iterations(iterations, merging=merging)
-        self._resize_payload()
-
-    def _resize_payload(self) -> None:
         self.stage.resize(self.whole)
         self._engine.reset_activation_shape()
+
+    def _let_payload_change(self) -> None:
+        """The teacher's stream goes from stage to stage in training only."""
+        if self.distilled is not None:
+            self._engine.reset_activation_shape()
 
 
 class _CorrectedPipelineEngine(CorrectedEngine, PipelineEngine):
@@ -84,8 +95,8 @@ class _Feed(Iterator[tuple[Tensor, Labels]]):
     """The micro-batches of one schedule, as one stage reads them.
 
     In the first and the last stage DeepSpeed loads a micro-batch right before its forward pass. A stage
-    between reads it as its forward pass begins: it needs the positions, which do not travel through the
-    pipeline.
+    between reads it as its forward pass begins: it needs the positions, and a student's the targets, which
+    do not travel through the pipeline.
     """
 
     def __init__(self, inputs: Iterable[Inputs], *, is_loaded: bool) -> None:
@@ -100,13 +111,13 @@ class _Feed(Iterator[tuple[Tensor, Labels]]):
         self._next = tokens, targets, _, divisor = next(self._inputs)
         return tokens, targets if divisor is None else (targets, torch.tensor(divisor))
 
-    def positions(self) -> Tensor | None:
-        """Of the micro-batch whose forward pass begins."""
+    def begin(self) -> Inputs:
+        """The micro-batch whose forward pass begins."""
         if not self._is_loaded:
             next(self)
         assert self._next is not None, "a micro-batch runs that was not loaded"
-        positions, self._next = self._next.positions, None
-        return positions
+        inputs, self._next = self._next, None
+        return inputs
 
 
 class _StageModule(PipelineModule):
@@ -114,24 +125,34 @@ class _StageModule(PipelineModule):
 
     feed: _Feed
     """What the schedule in progress reads."""
+    _model: Transformer
 
-    def __init__(self, stage: PipelineStage, context: ParallelContext) -> None:
+    def __init__(
+        self, stage: PipelineStage, distilled: DistilledStage | None, context: ParallelContext
+    ) -> None:
         self._context = context
+        object.__setattr__(self, "_model", stage.model)  # no submodule: the stage has it
         topology = PipeModelDataParallelTopology(
             num_pp=context.pipeline.size, num_mp=context.tensor.size, num_dp=context.data.size
         )
         with redirect_stdout(io.StringIO()):  # it describes the stages; the stage plan says more
             super().__init__(
-                layers=[stage] * context.pipeline.size,  # it takes the one at this rank's place
+                # It takes the one at this rank's place.
+                layers=[stage if distilled is None else distilled] * context.pipeline.size,
                 topology=topology,
-                loss_fn=_Loss(stage.model) if stage.model.is_last else None,
+                loss_fn=_Loss(stage.model, distilled) if stage.model.is_last else None,
                 partition_method="uniform",
             )
         if self._tied_weight() is not None and not stage.model.is_first:
             self._tied_weight().ds_pipe_replicated = True  # counts once in the gradient norm
 
-    def forward(self, x: Tensor) -> Tensor:
-        return cast(Tensor, self.forward_funcs[0](x, self.feed.positions()))
+    def forward(self, x: Any) -> Any:
+        stage, inputs = self.forward_funcs[0], self.feed.begin()
+        if not isinstance(stage, DistilledStage):
+            return stage(x, inputs.positions)
+        if not self.training:
+            return stage.student(x, inputs.positions)
+        return stage(x, inputs.targets, inputs.positions, inputs.divisor)
 
     def get_tied_weights_and_groups(self) -> list[tuple[Any, Any]]:
         """What DeepSpeed sums the gradient of over the first and last stage."""
@@ -139,17 +160,20 @@ class _StageModule(PipelineModule):
         return [] if weight is None else [(weight, self._context.tied.handle)]
 
     def _tied_weight(self) -> Any:
-        model = cast(Transformer, self.forward_funcs[0].model)
+        model = self._model
         tied = model.config.model.tie_embeddings and model.embedding is not None
         return cast(Any, model.embedding).weight if tied else None
 
 
 class _Loss:
-    """Loss of the last stage's logits."""
+    """Loss of what the last stage puts out: logits, or in distillation the two streams."""
 
-    def __init__(self, model: Transformer) -> None:
-        self.model = model
+    def __init__(self, model: Transformer, distilled: DistilledStage | None) -> None:
+        self.model, self.distilled = model, distilled
 
-    def __call__(self, logits: Tensor, labels: Labels) -> Tensor:
+    def __call__(self, output: Tensor | Prediction, labels: Labels) -> Tensor:
         targets, divisor = (labels, None) if isinstance(labels, torch.Tensor) else labels
-        return self.model.loss(logits, targets, divisor)
+        if isinstance(output, Tensor):
+            return self.model.loss(output, targets, divisor)
+        assert self.distilled is not None
+        return self.distilled.loss(output, targets, divisor)

@@ -9,6 +9,7 @@ import torch
 
 from megatron_iiet.config import RunConfig
 from megatron_iiet.data.loader.batches import Batch, ValidationBatch, ValidationBatches
+from megatron_iiet.models.distilled import Distilled
 from megatron_iiet.training.engine.base import Engine, StepResult
 from megatron_iiet.training.engine.corrected import CorrectedEngine
 from megatron_iiet.training.engine.grid import model_parallel_unit
@@ -19,7 +20,8 @@ class PlainEngine(Engine):
 
     def _start(self, config: RunConfig, ds_config: dict[str, Any]) -> CorrectedEngine:
         mpu = model_parallel_unit(self.context)
-        return CorrectedEngine.start(self.model, config, ds_config, self.context, mpu)
+        module = self.model if self.teacher is None else Distilled(self.model, self.teacher)
+        return CorrectedEngine.start(module, self.model, config, ds_config, self.context, mpu)
 
     def train_step(self, micro_batches: Iterator[Batch], lr: float) -> StepResult:
         engine = self._engine
@@ -33,7 +35,8 @@ class PlainEngine(Engine):
             total += loss.detach()
             engine.step()
         loss = self.context.data.mean(total / self.accumulation).item()
-        return StepResult(loss, float(engine.get_global_grad_norm()), lr)
+        module = engine.module
+        return self._step_result(loss, lr, module.parts if isinstance(module, Distilled) else None)
 
     @torch.no_grad()
     def evaluate(self, batches: ValidationBatches) -> float:

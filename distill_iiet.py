@@ -1,0 +1,37 @@
+#!/usr/bin/env python
+"""Distil a trained model into one with fewer iterations (IIAD): E-IIET, its lower bound, Distil PCformer.
+
+    deepspeed --num_accelerators 2 distill_iiet.py --config examples/configs/e-iiet-55m.yaml \
+        --ds-config examples/ds_configs/zero1.json --teacher runs/iiet-55m --plan plan.json \
+        [--distillation.beta 0.5 …]
+
+`--teacher DIR` stands for `--distillation.teacher DIR`, `--plan FILE` for `--solver.iterations FILE`;
+all else is as in pretrain_iiet.py.
+"""
+
+import sys
+
+from megatron_iiet.config import exit_with_error, load_config_or_exit
+
+SHORT = {"--teacher": "--distillation.teacher", "--plan": "--solver.iterations"}
+
+
+def main() -> None:
+    """Load the configuration (fast, no torch), then train."""
+    words = [word.partition("=") for word in sys.argv[1:]]
+    loaded = load_config_or_exit([SHORT.get(name, name) + sign + value for name, sign, value in words])
+    if not loaded.config.distillation.teacher:
+        exit_with_error(
+            "there is no teacher; give --teacher the folder of a trained model (without one, "
+            "pretrain_iiet.py --training.initial_weights goes on training)"
+        )
+    from megatron_iiet.training.pretrain import pretrain
+
+    try:
+        pretrain(loaded)
+    except (ValueError, FloatingPointError, OSError) as error:
+        exit_with_error(str(error))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,145 @@
+"""A student beside its teacher: both go through their layers in step, and are compared after each.
+
+The loss is that of iteration influence-aware distillation (IIAD; IIET paper, section 4)::
+
+    CE + alpha · MSE + beta · KL
+    MSE   mean over layers, tokens and D of (teacher's layer output - student's)²
+    KL    mean over tokens of KL(softmax(teacher's logits / t) || softmax(student's logits / t)) · t²
+
+Tokens that are nobody's target count in none of them. No layer's outputs are kept for the comparison, and
+neither model's logits are ever whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from megatron_iiet.config import RunConfig
+from megatron_iiet.config.schema import DistillationConfig
+from megatron_iiet.models.history import History
+from megatron_iiet.models.transformer import Transformer
+from megatron_iiet.parallel.distillation_loss import cross_entropy_and_kl, hidden_mse
+from megatron_iiet.parallel.vocabulary import IGNORED
+
+
+class LossParts(NamedTuple):
+    """The terms of the loss, fp32 scalars, unweighted."""
+
+    cross_entropy: Tensor
+    hidden_mse: Tensor
+    kl_divergence: Tensor
+
+    def total(self, weights: DistillationConfig) -> Tensor:
+        """The loss."""
+        return self.cross_entropy + weights.alpha * self.hidden_mse + weights.beta * self.kl_divergence
+
+    def detach(self) -> LossParts:
+        """The same without a graph."""
+        return LossParts(*(part.detach() for part in self))
+
+
+@dataclass
+class Streams:
+    """Where the student and the teacher are in a micro-batch: residual streams [B, T, D] and histories."""
+
+    student: Tensor
+    student_history: History
+    teacher: Tensor
+    teacher_history: History
+
+
+def teacher_config(student: RunConfig, teacher: RunConfig) -> RunConfig:
+    """The teacher as the student's run has it: its own solver, everything else the run's."""
+    return replace(student, solver=teacher.solver)
+
+
+class Distilled(nn.Module):
+    """The student, in training mode with its teacher."""
+
+    def __init__(self, student: Transformer, teacher: Transformer) -> None:
+        """Both of the same shape and layout; the teacher's parameters get no gradient from here on."""
+        super().__init__()
+        self.student = student
+        self.teacher = teacher.requires_grad_(False)
+        self.weights = student.config.distillation
+        self.parts: list[LossParts] = []
+        """Of the micro-batches since it was emptied, detached."""
+
+    def forward(
+        self,
+        tokens_BT: Tensor,
+        targets_BT: Tensor,
+        positions_BT: Tensor | None = None,
+        divisor: float | Tensor | None = None,
+    ) -> Tensor:
+        """The loss, with arguments as those of :meth:`Transformer.forward`: means over all targets; or, with
+        a divisor, sums over those that are not IGNORED, divided by it. In evaluation mode the cross-entropy
+        alone."""
+        if not self.training:
+            return cast(Tensor, self.student(tokens_BT, targets_BT, positions_BT, divisor))
+        streams = self.embed(tokens_BT)
+        mse = self.integrate(streams, targets_BT, positions_BT, divisor)
+        parts = self.predict(streams, targets_BT, divisor)._replace(hidden_mse=mse)
+        self.parts.append(parts.detach())
+        return parts.total(self.weights)
+
+    def embed(self, tokens_BT: Tensor) -> Streams:
+        """Both models' streams before their first layer."""
+        with torch.no_grad():
+            taught = self.teacher.embed(tokens_BT)
+        return Streams(*self.student.embed(tokens_BT), *taught)
+
+    def integrate(
+        self,
+        streams: Streams,
+        targets_BT: Tensor,
+        positions_BT: Tensor | None = None,
+        divisor: float | Tensor | None = None,
+    ) -> Tensor:
+        """Run the layers held here on both streams; these layers' part of the mean squared difference."""
+        counts_BT = targets_BT != IGNORED
+        layout = self.student.layout(targets_BT.shape[1], streams.student.dtype, positions_BT)
+        taught = self.teacher.trajectory(streams.teacher, streams.teacher_history, layout)
+        outputs = self.student.trajectory(streams.student, streams.student_history, layout)
+        total = torch.zeros((), dtype=torch.float32, device=targets_BT.device)
+        for student_BTD, teacher_BTD in zip(outputs, _without_gradient(taught), strict=True):
+            total = total + hidden_mse(student_BTD, teacher_BTD, counts_BT, self.student.parallel)
+            streams.student, streams.teacher = student_BTD, teacher_BTD
+        layers = self.student.config.model.num_layers
+        return total / (layers * (targets_BT.numel() if divisor is None else divisor))
+
+    def predict(
+        self, streams: Streams, targets_BT: Tensor, divisor: float | Tensor | None = None
+    ) -> LossParts:
+        """Cross-entropy and divergence of the final streams; no squared difference."""
+        student, teacher = self.student, self.teacher
+        assert student.norm is not None
+        assert teacher.norm is not None
+        with torch.no_grad():
+            taught_BTD = teacher.norm(streams.teacher)
+        ce_BT, kl_BT = cross_entropy_and_kl(
+            student.norm(streams.student),
+            student.head_weight,
+            taught_BTD,
+            teacher.head_weight,
+            targets_BT,
+            vocab_size=student.config.model.vocab_size,
+            temperature=self.weights.temperature,
+            parallel=student.parallel,
+        )
+        count = targets_BT.numel() if divisor is None else divisor
+        return LossParts(ce_BT.sum() / count, ce_BT.new_zeros(()), kl_BT.sum() / count)
+
+
+def _without_gradient(outputs: Iterator[Tensor]) -> Iterator[Tensor]:
+    while True:
+        with torch.no_grad():  # around the step alone: a generator must not leave the mode changed
+            output = next(outputs, None)
+        if output is None:
+            return
+        yield output
