@@ -7,11 +7,12 @@ way Python does and cannot say in which file and line a value stood.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from megatron_iiet.config.errors import ConfigError
+from megatron_iiet.config.iteration_plan import SUFFIX, IterationPlan, depth_sentence
 from megatron_iiet.config.keys import (
     allows_null,
     describe_type,
@@ -25,6 +26,8 @@ from megatron_iiet.config.schema import RunConfig
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
+ITERATIONS = "solver.iterations"
+"""The key that may name the file of an iteration plan instead of its numbers."""
 USAGE = "%(prog)s --config FILE.yaml --ds-config FILE.json [--section.key VALUE ...]"
 
 
@@ -87,12 +90,12 @@ def build_config(settings: Iterable[Setting]) -> RunConfig:
     Raises:
         ConfigError: a value has the wrong type or is none of the allowed choices.
     """
-    final = list({setting.key: setting for setting in settings}.values())
+    plan, final = _with_plan({setting.key: setting for setting in settings})
     for setting in final:
         if setting.value is None and not allows_null(key_types()[setting.key]):
             raise _type_error(setting)
     try:
-        return _instantiate(final)
+        config = _instantiate(final)
     except _parse_errors() as error:
         for setting in final:  # all at once is fast; one by one finds the culprit
             try:
@@ -100,6 +103,38 @@ def build_config(settings: Iterable[Setting]) -> RunConfig:
             except _parse_errors():
                 raise _type_error(setting) from None
         raise ConfigError(f"cannot build the configuration: {' '.join(str(error).split())}") from None
+    if plan is not None:
+        _check_plan(config, plan)
+    return config
+
+
+def _with_plan(final: dict[str, Setting]) -> tuple[Setting | None, list[Setting]]:
+    """The setting that names an iteration plan's file, if there is one, and all settings, with that one's value
+    the list of iterations in the file."""
+    named = final.get(ITERATIONS)
+    if named is None or not (isinstance(named.value, str) and named.value.endswith(SUFFIX)):
+        return None, list(final.values())
+    try:
+        iterations = list(IterationPlan.read(named.value).iterations)
+    except ValueError as error:
+        raise ConfigError(f"{ITERATIONS} {named.where}: {error}") from None
+    return named, list({**final, ITERATIONS: replace(named, value=iterations)}.values())
+
+
+def _check_plan(config: RunConfig, named: Setting) -> None:
+    """Refuse a plan that the other settings leave no room for; ``named`` is the setting that names it."""
+    iterations, layers, kind = config.solver.iterations, config.model.num_layers, config.solver.kind
+    assert isinstance(iterations, list)
+    if len(iterations) != layers:
+        raise ConfigError(
+            f"{ITERATIONS} {named.where}: {depth_sentence(named.value, len(iterations), layers)}"
+        )
+    if kind != "iiet" and any(iterations):
+        raise ConfigError(
+            f"{ITERATIONS} {named.where}: {named.value} is an iteration plan with up to {max(iterations)} "
+            f"iterations a layer, but solver.kind is '{kind}', which has none; set solver.kind to 'iiet', or "
+            f"{ITERATIONS} to 0"
+        )
 
 
 def _parse_errors() -> tuple[type[Exception], ...]:

@@ -78,7 +78,8 @@ class SolverConfig:
     """Reading of IIET: 'paper' (Algorithm 1: merges raw increments) or 'released'
     (the authors' code: merges LayerNorm-ed layer outputs). Only for kind iiet."""
     iterations: int | list[int] = 3
-    """Corrector iterations r of kind iiet: one number, or one number per layer."""
+    """Corrector iterations r of kind iiet: one number, one number per layer, or the file of a plan (.json)
+    that tools/iteration_influence.py wrote."""
     predictor: Literal["merged", "euler"] = "merged"
     """First iterate of kind iiet, variant paper: with ('merged') or without ('euler') the merge."""
     coefficient_init: Literal["identity", "average"] | None = None

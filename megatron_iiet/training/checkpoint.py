@@ -25,8 +25,8 @@ from typing import Any
 
 from megatron_iiet import durable
 from megatron_iiet.config import ConfigError, RunConfig, config_from_file, config_to_dict, config_to_yaml
+from megatron_iiet.config.iteration_plan import IterationPlan
 from megatron_iiet.data.loader.blend import Blend
-from megatron_iiet.models.iteration_plan import IterationPlan
 from megatron_iiet.training.fragments import INDEX
 
 FORMAT = 4

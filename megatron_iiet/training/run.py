@@ -7,8 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from megatron_iiet.config import RunConfig, iterations_per_layer
+from megatron_iiet.config.iteration_plan import IterationPlan
 from megatron_iiet.data.loader.batches import TrainBatches
-from megatron_iiet.models.iteration_plan import IterationPlan
 from megatron_iiet.parallel import ParallelContext
 from megatron_iiet.training import checkpoint
 from megatron_iiet.training.engine import Engine

@@ -7,8 +7,8 @@ import math
 from collections.abc import Iterable
 
 from megatron_iiet.config import RunConfig, iterations_per_layer
+from megatron_iiet.config.iteration_plan import even_iterations
 from megatron_iiet.config.schema import OptimizerConfig, evaluations_in_budget, one_per_layer
-from megatron_iiet.models.iteration_plan import even_iterations
 from megatron_iiet.models.solvers import Solver
 
 

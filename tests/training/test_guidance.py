@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 
 from megatron_iiet import models
 from megatron_iiet.config import ConfigError, LoadedConfig, RunConfig, config_from_dict, validate
+from megatron_iiet.config.iteration_plan import IterationPlan, even_iterations, most_influential
 from megatron_iiet.config.schema import GuidanceConfig
 from megatron_iiet.data.loader.batches import ValidationBatches
 from megatron_iiet.data.loader.samples import build_splits
 from megatron_iiet.models.diagnostics import observe_iterates
-from megatron_iiet.models.iteration_plan import IterationPlan, even_iterations, most_influential
 from megatron_iiet.parallel import ParallelContext
 from megatron_iiet.training import checkpoint
 from megatron_iiet.training.callbacks.guidance import running_mean
@@ -125,8 +125,8 @@ def test_a_plan_comes_back_from_json() -> None:
     ("changes", "message"),
     [
         (
-            {"version": 2},
-            "p.json is an iteration plan of version 2, but version 1 is read here; use the release that wrote it",
+            {"version": 3},
+            "p.json is an iteration plan of version 3, but versions up to 2 are read here; use the release that wrote it",
         ),
         (
             {"iterations": None},

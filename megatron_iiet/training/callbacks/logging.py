@@ -66,10 +66,18 @@ class MetricLogger(Callback):
         run.record({f"epoch/{name}": epochs for name, epochs in run.epochs().items()})
         left = _clock((run.last_step - run.step) * self.seconds / self.steps)
         run.say(
-            f"step {run.step:>6}/{config.training.steps} | loss {result.loss:.4f} | lr {result.lr:.2e} | "
+            f"step {run.step:>6}/{config.training.steps} | loss {result.loss:.4f}{_parts(result)} | "
+            f"lr {result.lr:.2e} | "
             f"grad norm {result.grad_norm:.3f} | {tokens / self.seconds:,.0f} tok/s | "
             f"MFU {mfu:.1%} HFU {hfu:.1%} | {left} left"
         )
+
+
+def _parts(result: StepResult) -> str:
+    """The terms of a loss that has several."""
+    return f" ({', '.join(f'{name} {value:.4f}' for name, value in result.parts.items())})" * bool(
+        result.parts
+    )
 
 
 def _clock(seconds: float) -> str:

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal, cast, get_args
+
+from megatron_iiet import durable
 
 Influence = Mapping[tuple[int, int], float]
 """Influence of iterations by (layer, iterate), see :mod:`megatron_iiet.models.diagnostics`."""
+Ranking = Literal["cosine", "loss"]
+"""What iterations are ranked by: their influence, or what the loss rises by without them."""
 
-VERSION = 1
+SUFFIX = ".json"
+"""How the name of a plan's file ends."""
+VERSION = 2
 """Of the plain form of a plan."""
-_KEYS = ("iterations", "full", "method", "step", "budget", "influence")
+_READABLE = (1, 2)  # 1 had no threshold, ranking, loss_increase and measured_on
 
 
 def most_influential(influence: Influence, layers: int, evaluations: int) -> list[int]:
@@ -35,8 +43,24 @@ def most_influential(influence: Influence, layers: int, evaluations: int) -> lis
         if not math.isfinite(value):
             raise ValueError(f"influence of iteration {iterate} of layer {layer} is {value}, not a number")
     ranked = sorted(iterations, key=lambda key: (-iterations[key], key[1], key[0]))
+    return _counts(ranked[: evaluations - layers], layers)
+
+
+def above_threshold(influence: Influence, layers: int, threshold: float | None = None) -> list[int]:
+    """The number of iterations (iterates from 1 on) of every layer whose influence is at least ``threshold``;
+    None: the smallest influence of any layer's iterate 0 (E-IIET, IIET paper, section 4)."""
+    least = auto_threshold(influence) if threshold is None else threshold
+    return _counts([key for key, value in influence.items() if key[1] >= 1 and value >= least], layers)
+
+
+def auto_threshold(influence: Influence) -> float:
+    """The paper's threshold: what the weakest predictor changes."""
+    return min(value for (_, iterate), value in influence.items() if iterate == 0)
+
+
+def _counts(kept: Sequence[tuple[int, int]], layers: int) -> list[int]:
     counts = [0] * layers
-    for layer, _ in ranked[: evaluations - layers]:
+    for layer, _ in kept:
         counts[layer] += 1
     return counts
 
@@ -63,13 +87,23 @@ class IterationPlan:
     full: int
     """Iterations that every layer had when influence was measured, the most that a layer can get."""
     method: str
-    """How the plan was made, in a word: ``budget`` for :func:`most_influential`."""
+    """How the plan was made, in a word: ``budget`` and ``flops-ratio`` for :func:`most_influential`,
+    ``threshold`` for :func:`above_threshold`, ``lower-bound`` for no iterations at all."""
     step: int | None = None
     """Optimizer steps after which it was made."""
     budget: float | None = None
     """Share of the evaluations of full iterations that was allowed."""
     influence: dict[tuple[int, int], float] | None = None
     """What was measured, by (layer, iterate)."""
+    threshold: float | None = None
+    """Influence that an iteration needed to stay."""
+    ranking: Ranking = "cosine"
+    """What decided which iterations stay."""
+    loss_increase: dict[tuple[int, int], float] | None = None
+    """What the loss rises by, in nats per token, where a layer ends with the iterate before, by (layer,
+    iterate)."""
+    measured_on: dict[str, str | int] | None = None
+    """The model and the text that it was measured on, and how much of that."""
 
     def __post_init__(self) -> None:
         if not self.iterations:
@@ -78,7 +112,7 @@ class IterationPlan:
             raise ValueError(
                 f"iterations is {list(self.iterations)}, but must lie between 0 and full = {self.full}"
             )
-        for layer, iterate in self.influence or ():
+        for layer, iterate in (*(self.influence or ()), *(self.loss_increase or ())):
             if not (0 <= layer < len(self.iterations) and 0 <= iterate <= self.full):
                 raise ValueError(
                     f"influence names iterate {iterate} of layer {layer}, but the plan has "
@@ -97,7 +131,6 @@ class IterationPlan:
 
     def to_data(self) -> dict[str, Any]:
         """Plain data that JSON and :meth:`from_data` read back unchanged."""
-        influence = self.influence
         return {
             "version": VERSION,
             "iterations": list(self.iterations),
@@ -105,39 +138,80 @@ class IterationPlan:
             "method": self.method,
             "step": self.step,
             "budget": self.budget,
-            "influence": None if influence is None else [[*key, value] for key, value in influence.items()],
+            "influence": _triples(self.influence),
+            "threshold": self.threshold,
+            "ranking": self.ranking,
+            "loss_increase": _triples(self.loss_increase),
+            "measured_on": self.measured_on,
         }
 
     @classmethod
-    def from_data(cls, data: Any, *, layers: int, source: str) -> IterationPlan:
-        """Read :meth:`to_data`'s form of a plan for a model of ``layers`` layers; ``step``, ``budget`` and
-        ``influence`` may be absent. ``source`` is how messages name it.
+    def from_data(cls, data: Any, *, layers: int | None = None, source: str) -> IterationPlan:
+        """Read :meth:`to_data`'s form of a plan for a model of ``layers`` layers (None: of any number); what
+        has a default may be absent. ``source`` is how messages name it.
 
         Raises:
             ValueError: it is no plan, one of another version, or for another depth.
         """
         if not isinstance(data, Mapping) or "version" not in data:
             raise ValueError(f"{source} is not an iteration plan: it holds no 'version'")
-        if data["version"] != VERSION:
+        if data["version"] not in _READABLE:
             raise ValueError(
-                f"{source} is an iteration plan of version {data['version']}, but version {VERSION} is read "
-                "here; use the release that wrote it"
+                f"{source} is an iteration plan of version {data['version']}, but versions up to {VERSION} are "
+                "read here; use the release that wrote it"
             )
-        unknown = sorted(set(data) - {"version", *_KEYS})
-        missing = [key for key in _KEYS[:3] if data.get(key) is None]
+        unknown = sorted(set(data) - {"version", *_READERS})
+        missing = [key for key in _REQUIRED if data.get(key) is None]
         if unknown or missing:
             what = f"has the unknown key '{unknown[0]}'" if unknown else f"lacks '{missing[0]}'"
-            raise ValueError(f"{source} {what}; an iteration plan has version, {', '.join(_KEYS)}")
+            raise ValueError(f"{source} {what}; an iteration plan has version, {', '.join(_READERS)}")
         try:
-            values = {key: _READERS[key](data[key]) for key in _KEYS if data.get(key) is not None}
-            if len(values["iterations"]) in (0, layers):
+            values = {key: read(data[key]) for key, read in _READERS.items() if data.get(key) is not None}
+            if layers is None or len(values["iterations"]) in (0, layers):
                 return cls(**values)
         except ValueError as error:
             raise ValueError(f"{source} is not a usable iteration plan: {error}") from None
-        raise ValueError(
-            f"{source} is an iteration plan for {len(values['iterations'])} layers, but the model has "
-            f"{layers}; use a plan made for this model"
-        )
+        raise ValueError(depth_sentence(source, len(values["iterations"]), layers))
+
+    def write(self, path: str | Path) -> None:
+        """Write the plan's file, whole or not at all."""
+        durable.write_text(Path(path), json.dumps(self.to_data(), indent=2) + "\n")
+
+    @classmethod
+    def read(cls, path: str | Path, *, layers: int | None = None) -> IterationPlan:
+        """Read a file that :meth:`write` wrote.
+
+        Raises:
+            ValueError: as :meth:`from_data`, or there is no such file.
+        """
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except OSError as error:
+            raise ValueError(
+                f"cannot read the iteration plan {path}: {error.strerror}; tools/iteration_influence.py makes "
+                "one"
+            ) from None
+        except UnicodeDecodeError:
+            raise ValueError(f"{path} is not an iteration plan: it is not a UTF-8 text") from None
+        try:
+            data = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f"{path} is not an iteration plan: it is not JSON ({error.msg} in line {error.lineno})"
+            ) from None
+        return cls.from_data(data, layers=layers, source=str(path))
+
+
+def depth_sentence(source: str, of_plan: int, of_model: int) -> str:
+    """What to say of a plan for another depth."""
+    return (
+        f"{source} is an iteration plan for {of_plan} layers, but the model has {of_model}; use a plan made "
+        "for this model"
+    )
+
+
+def _triples(values: Influence | None) -> list[list[float]] | None:
+    return None if values is None else [[*key, value] for key, value in values.items()]
 
 
 def _whole(value: Any) -> int:
@@ -164,11 +238,23 @@ def _text(value: Any) -> str:
     return value
 
 
-def _influence(value: Any) -> dict[tuple[int, int], float]:
+def _values(value: Any, key: str) -> dict[tuple[int, int], float]:
     rows = [_list(row) for row in _list(value)]
     if any(len(row) != 3 for row in rows):
-        raise ValueError("influence must list [layer, iterate, value] triples")
+        raise ValueError(f"{key} must list [layer, iterate, value] triples")
     return {(_whole(layer), _whole(iterate)): _number(number) for layer, iterate, number in rows}
+
+
+def _ranking(value: Any) -> Ranking:
+    if value not in get_args(Ranking):
+        raise ValueError(f"ranking is {value!r}, but must be one of {', '.join(get_args(Ranking))}")
+    return cast(Ranking, value)
+
+
+def _facts(value: Any) -> dict[str, str | int]:
+    if not isinstance(value, dict):
+        raise ValueError(f"{value!r} stands where a mapping must be")
+    return {key: _whole(fact) if not isinstance(fact, str) else fact for key, fact in value.items()}
 
 
 _READERS: dict[str, Callable[[Any], Any]] = {
@@ -177,5 +263,10 @@ _READERS: dict[str, Callable[[Any], Any]] = {
     "method": _text,
     "step": _whole,
     "budget": _number,
-    "influence": _influence,
+    "influence": lambda value: _values(value, "influence"),
+    "threshold": _number,
+    "ranking": _ranking,
+    "loss_increase": lambda value: _values(value, "loss_increase"),
+    "measured_on": _facts,
 }
+_REQUIRED = ("iterations", "full", "method")

@@ -1,0 +1,105 @@
+"""Distillation's losses are those of plain torch on whole logits; nothing kept for the gradient has their size.
+
+Under tensor and sequence parallelism they are compared in tests/distributed/test_distillation.py.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megatron_iiet.parallel import TensorParallel
+from megatron_iiet.parallel.distillation_loss import cross_entropy_and_kl, hidden_mse
+from megatron_iiet.parallel.vocabulary import IGNORED
+
+B, T, D, VOCABULARY, PADDED = 2, 13, 24, 90, 96
+
+
+def drawn(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Student's states and head, teacher's, and targets of which some do not count."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((B, T, D), (PADDED, D), (B, T, D), (PADDED, D))
+    tensors = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+    targets = torch.randint(VOCABULARY, (B, T), generator=generator)
+    targets[0, 3:5] = IGNORED
+    return (*(x.requires_grad_() for x in tensors), targets)  # type: ignore[return-value]
+
+
+def plain(inputs: tuple[Tensor, ...], temperature: float) -> tuple[Tensor, Tensor]:
+    student, weight, teacher, teacher_weight, targets = inputs
+    mine = (student.float() @ weight.float().t())[..., :VOCABULARY]
+    taught = (teacher.float() @ teacher_weight.float().t())[..., :VOCABULARY].detach()
+    ce = F.cross_entropy(mine.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
+    logs = [(z / temperature).log_softmax(-1) for z in (mine, taught)]
+    kl = F.kl_div(*logs, reduction="none", log_target=True).sum(-1) * temperature**2
+    return ce, kl.masked_fill(targets == IGNORED, 0.0)
+
+
+def ours(inputs: tuple[Tensor, ...], temperature: float, chunk: int) -> tuple[Tensor, Tensor]:
+    return cross_entropy_and_kl(
+        *inputs,
+        vocab_size=VOCABULARY,
+        temperature=temperature,
+        parallel=TensorParallel(),
+        chunk_elements=chunk * PADDED,
+    )
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+@pytest.mark.parametrize("chunk", [1, 7, 1000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_values_and_gradients(temperature: float, chunk: int, dtype: torch.dtype) -> None:
+    """Cross-entropy and divergence with weights of their own, token by token."""
+    generator = torch.Generator().manual_seed(1)
+    upstream = [torch.randn(B, T, generator=generator) for _ in range(2)]
+    found, wanted = drawn(dtype), drawn(dtype)
+    results = ours(found, temperature, chunk), plain(wanted, temperature)
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    for mine, theirs in zip(*results, strict=True):
+        assert mine.dtype == torch.float32
+        assert (mine - theirs).abs().max() < tolerance * theirs.abs().max()
+        assert (mine[0, 3:5] == 0).all()
+    for ce, kl in results:
+        (ce * upstream[0] + kl * upstream[1]).sum().backward()
+    for mine, theirs in zip(found[:2], wanted[:2], strict=True):
+        assert mine.grad is not None
+        assert theirs.grad is not None
+        assert mine.grad.dtype == dtype
+        assert (mine.grad - theirs.grad).norm() < tolerance * theirs.grad.norm()
+    assert all(x.grad is None for x in found[2:4])
+    assert (found[1].grad[VOCABULARY:] == 0).all()  # type: ignore[index]
+
+
+def test_nothing_kept_has_the_size_of_logits() -> None:
+    kept: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        ce, kl = ours(drawn(), 1.0, 4)
+        (ce + kl).sum().backward()
+    assert max(tensor.numel() for tensor in kept) == PADDED * D < B * T * VOCABULARY
+    assert sum(tensor.shape[-1:] in ((PADDED,), (VOCABULARY,)) for tensor in kept) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_hidden_mse(dtype: torch.dtype) -> None:
+    student, _, teacher, _, targets = drawn(dtype)
+    counts = targets != IGNORED
+    value = hidden_mse(student, teacher, counts, TensorParallel())
+    (value * 3).backward()
+    again = student.detach().float().requires_grad_()
+    wanted = ((again - teacher.detach().float()).square().mean(-1) * counts).sum()
+    (wanted * 3).backward()
+    assert value.dtype == torch.float32
+    assert value.item() == pytest.approx(wanted.item(), rel=1e-6)
+    assert teacher.grad is None
+    assert again.grad is not None
+    assert student.grad is not None
+    assert (student.grad - again.grad).norm() <= (
+        1e-6 if dtype == torch.float32 else 4e-3
+    ) * again.grad.norm()

@@ -1,0 +1,170 @@
+"""Runs that learn from a teacher: what they start from, log, keep and resume; which teachers are refused."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_iiet.config import ConfigError, RunConfig, config_from_dict
+from megatron_iiet.models import Transformer
+from megatron_iiet.training.checkpoint import checkpoints_folder
+from megatron_iiet.training.export import export_run
+from megatron_iiet.training.metrics import read_log
+from megatron_iiet.training.warm_start import open_teacher
+from tests.distributed.harness import run_ranks
+from tests.distributed.runs import as_data, ds_json, pretrain_rank
+from tests.tiny import make_data, tiny_config
+
+FULL = {"kind": "iiet", "iterations": 2}
+REDUCED = {"kind": "iiet", "iterations": [1, 0, 2]}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    return make_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def teacher(data: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("teacher")
+    train(tiny_config(data, folder / "run", solver=FULL), folder)
+    return folder / "run"
+
+
+def train(config: RunConfig, folder: Path, ranks: int = 1, stage: int = 1) -> None:
+    run_ranks(pretrain_rank, ranks, as_data(config), ds_json(folder, stage))
+
+
+def student(data: dict[str, str], teacher: Path, folder: Path, **sections: dict[str, Any]) -> RunConfig:
+    distillation = {"teacher": str(teacher), **sections.pop("distillation", {})}
+    return tiny_config(data, folder / "run", **{"solver": REDUCED, "distillation": distillation, **sections})
+
+
+def test_a_run_and_its_resumption(data: dict[str, str], teacher: Path, tmp_path: Path) -> None:
+    """The parts make the loss; what was interrupted ends where the uninterrupted run does, and holds nothing
+    of the teacher."""
+    weights = {"alpha": 0.5, "beta": 2.0, "temperature": 2.0}
+    config = student(data, teacher, tmp_path / "whole", distillation=weights)
+    train(config, tmp_path)
+    log = read_log(tmp_path / "whole" / "run")
+    for step in range(1, 9):
+        ce, mse, kl = (
+            log[step][f"distillation/{part}"] for part in ("cross_entropy", "hidden_mse", "kl_divergence")
+        )
+        assert min(ce, mse, kl) > 0
+        assert log[step]["loss"] == pytest.approx(ce + 0.5 * mse + 2 * kl, rel=1e-6)
+        assert log[step]["teacher_flops"] / log[step]["flops"] == pytest.approx(
+            forward_flops(FULL, data) / forward_flops(REDUCED, data) / 3
+        )
+
+    for stop in (4, 8):
+        again = student(
+            data, teacher, tmp_path / "parts", distillation=weights, training={"stop_after": stop}
+        )
+        train(again, tmp_path)
+    uninterrupted, resumed = (export_run(tmp_path / name / "run", None) for name in ("whole", "parts"))
+    assert set(uninterrupted.state) == set(export_run(teacher, None).state)
+    for name in uninterrupted.state:
+        assert torch.equal(uninterrupted.state[name], resumed.state[name]), name
+    for written in (checkpoints_folder(tmp_path / "whole" / "run") / "step_00000008").iterdir():
+        assert b"teacher." not in written.read_bytes()[:100_000], written
+
+
+def forward_flops(solver: dict[str, Any], data: dict[str, str]) -> int:
+    return Transformer.on_meta(tiny_config(data, Path("x"), solver=solver)).forward_flops(16)
+
+
+def test_a_student_that_is_its_teacher_has_nothing_to_learn_from_it(
+    data: dict[str, str], teacher: Path, tmp_path: Path
+) -> None:
+    train(student(data, teacher, tmp_path, solver=FULL, training={"steps": 1}), tmp_path)
+    first = read_log(tmp_path / "run")[1]
+    assert first["distillation/hidden_mse"] == 0
+    assert abs(first["distillation/kl_divergence"]) < 1e-6
+    assert first["loss"] == pytest.approx(first["distillation/cross_entropy"], abs=1e-6)
+
+
+@pytest.mark.slow
+def test_validation_and_other_layouts(data: dict[str, str], teacher: Path, tmp_path: Path) -> None:
+    """Validation knows no teacher; with it between the steps, four layouts write the log of one process."""
+    sections: dict[str, Any] = {"evaluation": {"interval": 2}, "training": {"micro_batch_size": 2}}
+    logs = []
+    layouts: list[tuple[dict[str, Any], int, int]] = [
+        ({}, 1, 1),
+        ({"pipeline": 3}, 3, 1),
+        ({"tensor": 2, "sequence": True}, 2, 3),
+        ({}, 2, 3),
+    ]
+    for n, (parallel, ranks, stage) in enumerate(layouts):
+        config = student(data, teacher, tmp_path / str(n), parallel=parallel, **sections)
+        train(config, tmp_path, ranks, stage)
+        logs.append(read_log(tmp_path / str(n) / "run"))
+    keys = ["loss", "grad_norm", "validation_loss", *(k for k in logs[0][1] if k.startswith("distillation/"))]
+    assert len(keys) == 6
+    for log in logs[1:]:
+        for step, wanted in logs[0].items():
+            for key in keys:
+                if key in wanted:
+                    assert log[step][key] == pytest.approx(wanted[key], rel=1e-4, abs=1e-7), (step, key)
+
+
+def test_teachers_that_are_refused(data: dict[str, str], teacher: Path, tmp_path: Path) -> None:
+    def message(**sections: Any) -> str:
+        with pytest.raises(ConfigError) as caught:
+            open_teacher(student(data, sections.pop("teacher", teacher), tmp_path, **sections))
+        text = str(caught.value)
+        assert text.startswith("distillation.teacher is "), text
+        assert "\n" not in text
+        return text
+
+    assert "which does not exist" in message(teacher=tmp_path / "nowhere")
+    assert "which is none of what it may be" in message(teacher=tmp_path)
+    assert "model.hidden_size is 32 there and 64 here" in message(model={"hidden_size": 64})
+    assert "model.vocab_size is 384 there and 512 here" in message(model={"vocab_size": 512})
+    assert "model.num_layers is 3 there and 2 here" in message(
+        model={"num_layers": 2}, solver={"iterations": [1, 0]}
+    )
+    assert "iterates 2 times a layer, but the student up to 3 times" in message(
+        solver={"iterations": [3, 0, 0]}
+    )
+
+    reduced = tmp_path / "reduced"
+    reduced.mkdir()
+    run = tiny_config(data, reduced / "run", solver=REDUCED, training={"steps": 1})
+    train(run, reduced)
+    assert "has the iterations [1, 0, 2]; give the full model" in message(teacher=reduced / "run")
+    distilled = tmp_path / "distilled"
+    distilled.mkdir()
+    train(student(data, teacher, distilled, solver={"iterations": 0}, training={"steps": 1}), distilled)
+    assert f"was distilled from {teacher}; give the full model" in message(teacher=distilled / "run")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("temperature", 0.0, "distillation.temperature"),
+        ("alpha", -1.0, "distillation.alpha"),
+        ("beta", -0.5, "distillation.beta"),
+    ],
+)
+def test_weights_that_are_refused(key: str, value: float, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        config_from_dict({"distillation": {key: value}})
+
+
+def test_script_without_a_teacher(tmp_path: Path) -> None:
+    script = Path(__file__).resolve().parents[2] / "distill_iiet.py"
+    ended = subprocess.run([sys.executable, str(script)], capture_output=True, text=True)
+    assert ended.returncode != 0
+    assert ended.stderr.startswith("error: there is no teacher; give --teacher")
+    flags = [f"--teacher={tmp_path}/none", "--plan", "7", "--data.prefix", "x", "--output_dir", str(tmp_path)]
+    (tmp_path / "unused.json").write_text(json.dumps({}))
+    ended = subprocess.run([sys.executable, str(script), *flags], capture_output=True, text=True)
+    assert ended.returncode != 0
+    assert "Traceback" not in ended.stderr
