@@ -169,7 +169,7 @@ class Trial:
 SWEPT = (
     *("euler", "pcformer", "paper-r0", "paper-r1", "paper-r3", "released-r0", "released-r1", "released-r3"),
     *("paper-r3-damped", "euler-scale1", "released-r0-scale1", "released-r1-scale1", "paper-r1-scale1"),
-    *("rms-r1", "euler-norm", "rk2-learned"),
+    *("rms-r0", "rms-r1", "rms-r3", "euler-norm", "rk2-learned"),
 )
 RATES = (8e-3, 4e-3, 1.6e-2)
 """Where every system's sweep begins; it goes on by factors of 2 while the best rate is at an edge."""

@@ -21,6 +21,7 @@ from megatron_iiet.config import (
 )
 from megatron_iiet.config.deepspeed import load_ds_config, reconcile
 from megatron_iiet.models import Transformer
+from megatron_iiet.ops import products
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 CONFIGS = sorted(EXAMPLES.glob("configs/*.yaml"))
@@ -171,8 +172,11 @@ def test_layouts_of_a_preset(preset: Path) -> None:
 
 
 @pytest.mark.parametrize("system", SYSTEMS.values(), ids=list(SYSTEMS))
-def test_the_estimate_of_activations_is_what_autograd_keeps(system: System) -> None:
+def test_the_estimate_of_activations_is_what_autograd_keeps(
+    system: System, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Counted on a small model, as the difference of two depths. On CPU norms keep a little more."""
+    monkeypatch.setattr(products, "_slow_in_bf16", lambda: False)  # no CPU's detour through fp32
     kept = {layers: saved_bytes(layers, system.solver) for layers in (5, 8)}
     per_layer = (kept[8] - kept[5]) / 3
     assert 0.9 < per_layer / activation_bytes(system, 64, 176) < 1.1
@@ -250,3 +254,17 @@ def test_hyperparameters_of_a_preset(preset: Path) -> None:
         "bf16",
     )
     assert config.data.sequence_length == 2048
+
+
+@pytest.mark.parametrize(
+    "path", sorted(EXAMPLES.glob("configs/distillation/*.yaml")), ids=lambda path: path.stem
+)
+def test_distillation_is_a_third_of_pretraining(path: Path) -> None:
+    """The model that its name says, a third of its steps, and the paper's learning rate."""
+    kind, size = path.stem.rsplit("-", 1)
+    of = {"e-iiet": "iiet", "distil-pcformer": "transformer-pp"}[kind]
+    config, full = config_from_file(path), config_from_file(EXAMPLES / f"configs/{of}-{size}.yaml")
+    assert (config.model, config.solver) == (full.model, full.solver)
+    assert config.training.steps == round(full.training.steps / 3)
+    assert (config.optimizer.lr, config.optimizer.warmup_fraction) == (2e-4, full.optimizer.warmup_fraction)
+    assert config.output_dir == f"runs/{path.stem}"

@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_iiet.config import config_from_dict
 from megatron_iiet.models import Transformer
+from megatron_iiet.models.distilled import Distilled
 from megatron_iiet.parallel import ParallelContext
 from tests.distributed.harness import run_ranks
 
@@ -73,6 +74,31 @@ def count_rank(data: dict[str, Any]) -> tuple[Counter[str], Counter[str]]:
             context.tensor.elements.clear()
             passes.append(torch_saw.counts)
         return passes[0], passes[1]
+
+
+def count_distillation_rank(data: dict[str, Any], teacher: dict[str, Any]) -> list[Counter[str]]:
+    """Collectives of one forward and one backward pass of a student beside its teacher."""
+    config = config_from_dict(data)
+    with ParallelContext.start(config.parallel) as context:
+        models = [Transformer(config_from_dict(d), parallel=context.tensor_parallel) for d in (data, teacher)]
+        for model in models:
+            model.initialise(0)
+        pair, passes = Distilled(*models), []
+        tokens = torch.arange(16).view(2, 8)
+        with CollectivesOfTorch() as torch_saw:
+            loss = pair(tokens, tokens)
+            passes.append(Counter(torch_saw.counts))
+            torch_saw.counts.clear()
+            loss.backward()
+        return [*passes, torch_saw.counts]
+
+
+def test_a_teacher_costs_its_forward_pass_only() -> None:
+    """Two all-reduces an evaluation of either model and one an embedding; one all-gather for both heads."""
+    student, teacher = settings([2, 0, 1], sequence=False), settings(3, sequence=False)
+    forward, backward = run_ranks(count_distillation_rank, 2, student, teacher)[0]
+    assert forward == {"all_reduce": 2 * (6 + 12) + 2, "all_gather": 1}
+    assert backward == {"all_reduce": 2 * 6 + 1}
 
 
 @pytest.mark.parametrize("iterations", [0, 1, 3, [2, 0, 1]])

@@ -1,4 +1,4 @@
-"""Distillation's losses are those of plain torch on whole logits; nothing kept for the gradient has their size.
+"""Distillation's losses are those of plain torch on whole logits; nothing kept for a gradient has their size.
 
 Under tensor and sequence parallelism they are compared in tests/distributed/test_distillation.py.
 """
