@@ -23,7 +23,7 @@ from megatron_iiet.config import RunConfig
 from megatron_iiet.config.schema import DistillationConfig
 from megatron_iiet.models.history import History
 from megatron_iiet.models.transformer import Transformer
-from megatron_iiet.parallel.distillation_loss import cross_entropy_and_kl, hidden_mse
+from megatron_iiet.parallel.distillation_loss import hidden_mse, prediction_loss
 from megatron_iiet.parallel.vocabulary import IGNORED
 
 
@@ -37,10 +37,6 @@ class LossParts(NamedTuple):
     def total(self, weights: DistillationConfig) -> Tensor:
         """The loss."""
         return self.cross_entropy + weights.alpha * self.hidden_mse + weights.beta * self.kl_divergence
-
-    def detach(self) -> LossParts:
-        """The same without a graph."""
-        return LossParts(*(part.detach() for part in self))
 
 
 @dataclass
@@ -84,9 +80,7 @@ class Distilled(nn.Module):
             return cast(Tensor, self.student(tokens_BT, targets_BT, positions_BT, divisor))
         streams = self.embed(tokens_BT)
         mse = self.integrate(streams, targets_BT, positions_BT, divisor)
-        parts = self.predict(streams, targets_BT, divisor)._replace(hidden_mse=mse)
-        self.parts.append(parts.detach())
-        return parts.total(self.weights)
+        return self.loss(streams, mse, targets_BT, divisor)
 
     def embed(self, tokens_BT: Tensor) -> Streams:
         """Both models' streams before their first layer."""
@@ -113,27 +107,29 @@ class Distilled(nn.Module):
         layers = self.student.config.model.num_layers
         return total / (layers * (targets_BT.numel() if divisor is None else divisor))
 
-    def predict(
-        self, streams: Streams, targets_BT: Tensor, divisor: float | Tensor | None = None
-    ) -> LossParts:
-        """Cross-entropy and divergence of the final streams; no squared difference."""
+    def loss(
+        self, streams: Streams, mse: Tensor, targets_BT: Tensor, divisor: float | Tensor | None = None
+    ) -> Tensor:
+        """The loss from the final streams and the mean squared difference; notes its terms."""
         student, teacher = self.student, self.teacher
         assert student.norm is not None
         assert teacher.norm is not None
         with torch.no_grad():
             taught_BTD = teacher.norm(streams.teacher)
-        ce_BT, kl_BT = cross_entropy_and_kl(
+        loss = prediction_loss(
             student.norm(streams.student),
             student.head_weight,
             taught_BTD,
             teacher.head_weight,
             targets_BT,
             vocab_size=student.config.model.vocab_size,
+            kl_weight=self.weights.beta,
             temperature=self.weights.temperature,
             parallel=student.parallel,
         )
         count = targets_BT.numel() if divisor is None else divisor
-        return LossParts(ce_BT.sum() / count, ce_BT.new_zeros(()), kl_BT.sum() / count)
+        self.parts.append(LossParts(loss.cross_entropy / count, mse.detach(), loss.kl_divergence / count))
+        return loss.total / count + self.weights.alpha * mse
 
 
 def _without_gradient(outputs: Iterator[Tensor]) -> Iterator[Tensor]:

@@ -68,10 +68,7 @@ class DistilledStage(nn.Module):
         self, prediction: Prediction, targets_BT: Tensor, divisor: float | Tensor | None = None
     ) -> Tensor:
         """The last stage's: the whole loss but for the squared differences of the other stages."""
-        parts = self.pair.predict(prediction.streams, targets_BT, divisor)
-        parts = parts._replace(hidden_mse=prediction.hidden_mse)
-        self.pair.parts.append(parts.detach())
-        return parts.total(self.pair.weights)
+        return self.pair.loss(prediction.streams, prediction.hidden_mse, targets_BT, divisor)
 
 
 def _as_floats(bits: Tensor, dtype: torch.dtype) -> Tensor:

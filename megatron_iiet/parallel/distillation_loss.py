@@ -1,26 +1,36 @@
 """The losses of distillation, with the vocabulary or the sequence split over the tensor-parallel ranks.
 
-Logits are made a chunk of tokens at a time, of this rank's part of the vocabulary, and made again in the
-backward pass: kept are the hidden states and a few numbers a token. Every rank contributes its maxima and
-sums of exponentials: one all-gather of seven numbers a token, whatever the vocabulary.
+Logits are made a chunk of tokens at a time, of this rank's part of the vocabulary, and turned into losses and
+gradients at once: none of them is kept or made again. Every rank contributes its maxima and sums of
+exponentials: one all-gather of seven numbers a token for each chunk, whatever the vocabulary.
 
 Shapes: B batch, T sequence, S this rank's part of it or T, D hidden, V padded vocabulary of a rank, n tokens.
 """
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_iiet.ops.products import matmul
+from megatron_iiet.parallel.group import Group
 from megatron_iiet.parallel.tensor import TensorParallel, gather_sequence, split_sequence
 from megatron_iiet.parallel.vocabulary import CHUNK_ELEMENTS, IGNORED
 
 
-def cross_entropy_and_kl(
+class PredictionLoss(NamedTuple):
+    """Sums over the tokens that count, in nats, fp32 scalars."""
+
+    total: Tensor
+    """Cross-entropy + kl_weight · divergence; the one that has a gradient."""
+    cross_entropy: Tensor
+    kl_divergence: Tensor
+
+
+def prediction_loss(
     student_BSD: Tensor,
     student_weight: Tensor,
     teacher_BSD: Tensor,
@@ -28,31 +38,32 @@ def cross_entropy_and_kl(
     targets_BT: Tensor,
     *,
     vocab_size: int,
+    kl_weight: float,
     temperature: float,
     parallel: TensorParallel,
     chunk_elements: int = CHUNK_ELEMENTS,
-) -> tuple[Tensor, Tensor]:
-    """``(cross-entropy, KL(teacher || student) · temperature²)`` in nats of every token, fp32 [B, T] each.
+) -> PredictionLoss:
+    """Cross-entropy of the student, and temperature² · KL(teacher || student) of their
+    softmax(logits / temperature).
 
     Hidden states are what the heads multiply, weights this rank's rows of the heads [V, D]; columns of the
-    logits from ``vocab_size`` on are padding and count nothing. The divergence is of softmax(logits /
-    temperature); the cross-entropy knows no temperature. The teacher gets no gradient, and both are 0,
-    without gradient, where the target is IGNORED. ``chunk_elements``: logits of one model made at once.
+    logits from ``vocab_size`` on are padding and count nothing. The cross-entropy knows no temperature. The
+    teacher gets no gradient, and a token whose target is IGNORED does not count. ``chunk_elements``: logits
+    of one model made at once.
     """
-    parts = _CrossEntropyAndKL.apply(
+    sums = _PredictionLoss.apply(
         student_BSD,
         student_weight,
         teacher_BSD,
         teacher_weight,
         targets_BT,
         vocab_size,
+        kl_weight,
         temperature,
         parallel,
         chunk_elements,
     )
-    ignored_BT = targets_BT == IGNORED
-    ce_BT, kl_BT = (part.view_as(targets_BT).masked_fill(ignored_BT, 0.0) for part in cast(Any, parts))
-    return ce_BT, kl_BT
+    return PredictionLoss(*cast(tuple[Tensor, Tensor, Tensor], sums))
 
 
 def hidden_mse(
@@ -68,7 +79,9 @@ def hidden_mse(
     return cast(Tensor, _HiddenMSE.apply(student_BSD, teacher_BSD, counts_BT, parallel))
 
 
-class _CrossEntropyAndKL(torch.autograd.Function):
+class _PredictionLoss(torch.autograd.Function):
+    """The gradient is computed beside the loss, for an upstream gradient of 1, and scaled later."""
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -78,93 +91,115 @@ class _CrossEntropyAndKL(torch.autograd.Function):
         teacher_weight: Tensor,
         targets_BT: Tensor,
         vocab_size: int,
+        kl_weight: float,
         temperature: float,
         parallel: TensorParallel,
         chunk_elements: int,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         group = parallel.group
         if parallel.cuts_sequence:
             student_BSD, teacher_BSD = (gather_sequence(x, group) for x in (student_BSD, teacher_BSD))
         student_nD, teacher_nD = student_BSD.flatten(0, -2), teacher_BSD.flatten(0, -2)
+        targets_n = targets_BT.flatten()
         width = len(student_weight)
         valid = max(0, min(width, vocab_size - group.rank * width))
-        local_n = targets_BT.flatten() - group.rank * width
-        here_n = (local_n >= 0) & (local_n < valid)
-        local_n = local_n.masked_fill(~here_n, 0)
-        n = len(local_n)
-        step = max(1, chunk_elements // max(1, width))
-        chunks = [slice(start, min(start + step, n)) for start in range(0, n, step)]
-        t = temperature
-
-        # maxima of both models; sums of exponentials; the target's logit; the teacher's mean difference
-        parts = torch.zeros(7, n, dtype=torch.float32, device=student_nD.device)
-        parts[:2] = -torch.inf
-        for rows in chunks if valid else []:
-            mine = _logits(student_nD[rows], student_weight, valid)
-            taught = _logits(teacher_nD[rows], teacher_weight, valid)
-            top, taught_top = mine.amax(-1, keepdim=True), taught.amax(-1, keepdim=True)
-            hit = mine.gather(-1, local_n[rows, None]).squeeze(-1)
-            parts[0, rows], parts[1, rows] = top.squeeze(-1), taught_top.squeeze(-1)
-            parts[2, rows] = (mine - top).exp_().sum(-1)
-            parts[3, rows] = ((mine - top) / t).exp_().sum(-1)
-            likely = ((taught - taught_top) / t).exp_()
-            parts[4, rows] = likely.sum(-1)
-            parts[5, rows] = hit.masked_fill(~here_n[rows], 0.0)
-            parts[6, rows] = likely.mul_(taught.sub_(mine).div_(t)).sum(-1)
-        tops, taught_tops, sums, cooled, taught_sums, targets, differences = group.all_gather(parts).unbind(1)
-        top_n, taught_top_n = tops.amax(0), taught_tops.amax(0)
-        shrink = ((taught_tops - taught_top_n) / t).exp()
-        log_sum_n = top_n + (sums * (tops - top_n).exp()).sum(0).log()
-        cooled_n = top_n / t + (cooled * ((tops - top_n) / t).exp()).sum(0).log()
-        taught_sum_n = (taught_sums * shrink).sum(0)
-        taught_n = taught_top_n / t + taught_sum_n.log()
-        mean_n = (differences * shrink).sum(0) / taught_sum_n
-
-        ctx.save_for_backward(
-            student_nD,
-            student_weight,
-            teacher_nD,
-            teacher_weight,
-            local_n,
-            here_n,
-            log_sum_n,
-            cooled_n,
-            taught_n,
-        )
-        ctx.chunks, ctx.valid, ctx.temperature, ctx.parallel = chunks, valid, t, parallel
-        ctx.shape = student_BSD.shape
-        return log_sum_n - targets.sum(0), (mean_n - taught_n + cooled_n) * t**2
+        rows_of_heads = student_weight[:valid], teacher_weight[:valid]
+        for_student = torch.zeros_like(student_nD)
+        for_weight = torch.zeros(student_weight.shape, dtype=torch.float32, device=student_weight.device)
+        sums = torch.zeros(2, dtype=torch.float32, device=student_nD.device)
+        step = max(1, chunk_elements // width)
+        for start in range(0, len(targets_n), step):
+            rows = slice(start, start + step)
+            mine_nV = matmul(student_nD[rows], rows_of_heads[0].t()).float()
+            taught_nV = matmul(teacher_nD[rows], rows_of_heads[1].t()).float()
+            local_n = targets_n[rows] - group.rank * width
+            counts_n = targets_n[rows] != IGNORED
+            losses, gradient = _chunk(mine_nV, taught_nV, local_n, counts_n, kl_weight, temperature, group)
+            sums += losses
+            gradient = gradient.to(student_nD.dtype)
+            for_student[rows] = matmul(gradient, rows_of_heads[0])
+            for_weight[:valid] += matmul(gradient.t(), student_nD[rows])
+        ctx.save_for_backward(for_student.view(student_BSD.shape), for_weight)
+        ctx.parallel, ctx.dtype = parallel, student_weight.dtype
+        ce, kl = sums.unbind()
+        ce, kl = ce.clone(), kl.clone()
+        ctx.mark_non_differentiable(ce, kl)
+        return ce + kl_weight * kl, ce, kl
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, of_ce_n: Tensor, of_kl_n: Tensor) -> tuple[Tensor | None, ...]:
-        student_nD, weight, teacher_nD, teacher_weight, local_n, here_n, *log_sums = ctx.saved_tensors
-        log_sum_n, cooled_n, taught_n = log_sums
-        t, valid, group = ctx.temperature, ctx.valid, ctx.parallel.group
-        for_student = torch.zeros_like(student_nD)
-        for_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
-        for rows in ctx.chunks if valid else []:
-            mine = _logits(student_nD[rows], weight, valid)
-            gradient = (mine - log_sum_n[rows, None]).exp_()
-            gradient.scatter_add_(-1, local_n[rows, None], -here_n[rows, None].to(gradient.dtype))
-            gradient *= of_ce_n[rows, None]
-            taught = (_logits(teacher_nD[rows], teacher_weight, valid) / t - taught_n[rows, None]).exp_()
-            cooled = (mine / t - cooled_n[rows, None]).exp_()
-            gradient += cooled.sub_(taught).mul_(of_kl_n[rows, None] * t)
-            gradient = gradient.to(student_nD.dtype)
-            for_student[rows] = matmul(gradient, weight[:valid])
-            for_weight[:valid] += matmul(gradient.t(), student_nD[rows])
-        for_student_BTD = for_student.view(ctx.shape)
+    def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        for_student_BTD, for_weight = ctx.saved_tensors
+        group = ctx.parallel.group
+        for_student_BTD = for_student_BTD * upstream.to(for_student_BTD.dtype)
         if ctx.parallel.cuts_sequence:
             for_student_BTD, _ = group.reduce_scatter(split_sequence(for_student_BTD, group))
         else:
             group.all_reduce(for_student_BTD)
-        return for_student_BTD, for_weight.to(weight.dtype), *(None,) * 7
+        return for_student_BTD, (for_weight * upstream).to(ctx.dtype), *(None,) * 8
 
 
-def _logits(hidden_nD: Tensor, weight: Tensor, valid: int) -> Tensor:
-    """fp32 [n, valid]."""
-    return matmul(hidden_nD, weight[:valid].t()).float()
+def _chunk(
+    mine_nV: Tensor,
+    taught_nV: Tensor,
+    local_n: Tensor,
+    counts_n: Tensor,
+    kl_weight: float,
+    temperature: float,
+    group: Group,
+) -> tuple[Tensor, Tensor]:
+    """Sums of cross-entropy and divergence over the tokens that count, [2], and the gradient of cross-entropy
+    + kl_weight · divergence by ``mine_nV``, [n, V]; both logits are overwritten.
+
+    ``local_n``: the targets' columns, outside [0, V) on other ranks.
+    """
+    t, n, valid = temperature, *mine_nV.shape
+    here_n = (local_n >= 0) & (local_n < valid)
+    local_n1 = local_n.masked_fill(~here_n, 0).unsqueeze(-1)
+    # Maxima of both models; sums of exponentials, the student's without temperature and with it, the
+    # teacher's; the target's logit; the teacher's exponentials times how far its logits are above, summed.
+    parts = mine_nV.new_zeros(7, n)
+    parts[:2] = -torch.inf
+    if valid:
+        top_n1, taught_top_n1 = mine_nV.amax(-1, keepdim=True), taught_nV.amax(-1, keepdim=True)
+        parts[0], parts[1] = top_n1.squeeze(-1), taught_top_n1.squeeze(-1)
+        parts[5] = mine_nV.gather(-1, local_n1).squeeze(-1).masked_fill(~here_n, 0.0)
+        above_nV = taught_nV - mine_nV
+        taught_nV = taught_nV.sub_(taught_top_n1).div_(t).exp_()
+        parts[4] = taught_nV.sum(-1)
+        parts[6] = above_nV.mul_(taught_nV).sum(-1).div_(t)
+        mine_nV.sub_(top_n1)
+        cooled_nV = mine_nV if t == 1 else (mine_nV / t).exp_()
+        mine_nV.exp_()
+        parts[2], parts[3] = mine_nV.sum(-1), cooled_nV.sum(-1)
+
+    tops, taught_tops, sums, cooled_sums, taught_sums, targets, aboves = group.all_gather(parts).unbind(1)
+    top_n, taught_top_n = tops.amax(0), taught_tops.amax(0)
+    shrink = ((taught_tops - taught_top_n) / t).exp()
+    sum_n = (sums * (tops - top_n).exp()).sum(0)
+    cooled_sum_n = (cooled_sums * ((tops - top_n) / t).exp()).sum(0)
+    taught_sum_n = (taught_sums * shrink).sum(0)
+    ce_n = top_n + sum_n.log() - targets.sum(0)
+    log_ratio_n = (top_n - taught_top_n) / t + cooled_sum_n.log() - taught_sum_n.log()
+    kl_n = ((aboves * shrink).sum(0) / taught_sum_n + log_ratio_n) * t**2
+    losses = torch.stack([x.masked_fill(~counts_n, 0.0).sum() for x in (ce_n, kl_n)])
+    if not valid:
+        return losses, mine_nV
+
+    # Softmaxes are the exponentials above times a number a token.
+    factor_n = (parts[0] - top_n).exp() / sum_n
+    cooled_factor_n = kl_weight * t * ((parts[0] - top_n) / t).exp() / cooled_sum_n
+    taught_factor_n = kl_weight * t * ((parts[1] - taught_top_n) / t).exp() / taught_sum_n
+    factors = [
+        x.masked_fill(~counts_n, 0.0).unsqueeze(-1) for x in (factor_n, cooled_factor_n, taught_factor_n)
+    ]
+    if t == 1:
+        gradient_nV = mine_nV.mul_(factors[0] + factors[1])
+    else:
+        gradient_nV = mine_nV.mul_(factors[0]).addcmul_(cooled_nV, factors[1])
+    gradient_nV.addcmul_(taught_nV, factors[2], value=-1.0)
+    hit_n = (here_n & counts_n).to(gradient_nV.dtype)
+    return losses, gradient_nV.scatter_add_(-1, local_n1, -hit_n.unsqueeze(-1))
 
 
 class _HiddenMSE(torch.autograd.Function):
