@@ -1,4 +1,4 @@
-# make demo | demo-compare | setup | test | test-layouts | test-kills | check | cuda-check | format | clean    (see README.md and CONTRIBUTING.md)
+# make demo | demo-compare | demo-distill | setup | test | test-layouts | test-kills | check | cuda-check | format | clean    (see README.md and CONTRIBUTING.md)
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
@@ -9,7 +9,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 unexport PYTHONDONTWRITEBYTECODE
 CSRC := $(shell find csrc -type f \( -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.inl' -o -name '*.cuh' \) 2>/dev/null)
 
-.PHONY: setup demo demo-compare test test-layouts test-kills check cuda-check format clean
+.PHONY: setup demo demo-compare demo-distill test test-layouts test-kills check cuda-check format clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.package
@@ -40,8 +40,8 @@ RUN := runs/$(NAME)
 CORPUS ?= $(DATA)/corpus.jsonl.zst
 SHARD := $(DATA)/corpus_text_document
 # One thread a rank: the ranks share the cores.
-TRAIN := OMP_NUM_THREADS=1 deepspeed --num_accelerators $(RANKS) pretrain_iiet.py \
-	--config examples/configs/demo.yaml --ds-config examples/ds_configs/zero1.json \
+LAUNCH := OMP_NUM_THREADS=1 deepspeed --num_accelerators $(RANKS)
+SETTINGS := --config examples/configs/demo.yaml --ds-config examples/ds_configs/zero1.json \
 	--data.prefix $(SHARD) --data.tokenizer $(DATA)/tokenizer.model
 
 demo: $(RUN)/loss.png $(RUN)/sample.txt
@@ -60,7 +60,7 @@ $(SHARD).shards: $(CORPUS) $(DATA)/tokenizer.model | setup
 		--tokenizer-model $(DATA)/tokenizer.model --append-eod --workers 2 --overwrite
 
 $(RUN)/.trained: $(SHARD).shards | setup
-	$(TRAIN) --output_dir $(RUN)
+	$(LAUNCH) pretrain_iiet.py $(SETTINGS) --output_dir $(RUN)
 	touch $@
 
 $(RUN)/model/model.safetensors: $(RUN)/.trained
@@ -77,6 +77,32 @@ $(RUN)/loss.png: $(RUN)/.trained
 demo-compare: $(SHARD).shards
 	$(BIN)/python benchmarks/compare_demo.py --output-dir runs/$(NAME)-compare --ranks $(RANKS) \
 		--data.prefix $(SHARD) --data.tokenizer $(DATA)/tokenizer.model
+
+# E-IIET in small: an IIET is trained, the influence of its iterations measured, half of its evaluations kept, and
+# the model that remains learns from the whole one; beside it, the same model goes on without a teacher.
+DISTILL := runs/$(NAME)-distill
+SMALL := --solver.variant paper --model.embedding_scale unit --evaluation.interval 50 --checkpoint.interval 50
+FULL := $(SMALL) --solver.iterations 3 --training.steps 150 --optimizer.lr 4e-3
+PLAN := $(DISTILL)/influence/plan.json
+REDUCED := $(SMALL) --solver.iterations $(PLAN) --training.steps 50 --optimizer.lr 1e-3
+
+demo-distill: $(DISTILL)/e-iiet/.trained $(DISTILL)/continued/.trained
+	@for run in teacher e-iiet continued; do $(BIN)/python tools/summarize_run.py $(DISTILL)/$$run --brief; done
+
+$(DISTILL)/teacher/.trained: $(SHARD).shards | setup
+	$(LAUNCH) pretrain_iiet.py $(SETTINGS) $(FULL) --output_dir $(@D)
+	touch $@
+
+$(PLAN): $(DISTILL)/teacher/.trained
+	$(BIN)/python tools/iteration_influence.py --model $(DISTILL)/teacher --output $(@D) --sequences 32 --flops-ratio 0.5
+
+$(DISTILL)/e-iiet/.trained: $(PLAN)
+	$(LAUNCH) distill_iiet.py $(SETTINGS) $(REDUCED) --teacher $(DISTILL)/teacher --output_dir $(@D)
+	touch $@
+
+$(DISTILL)/continued/.trained: $(PLAN)
+	$(LAUNCH) pretrain_iiet.py $(SETTINGS) $(REDUCED) --training.initial_weights $(DISTILL)/teacher --output_dir $(@D)
+	touch $@
 
 test: setup
 	$(BIN)/python -m pytest

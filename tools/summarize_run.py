@@ -16,6 +16,7 @@ def main() -> None:
     parser.add_argument(
         "--also", nargs="*", default=[], metavar="PATH", help="further files or folders to list"
     )
+    parser.add_argument("--brief", action="store_true", help="what it achieved, without files and sample")
     arguments = parser.parse_args()
     from megatron_iiet.evaluation.summary import list_files, summarize_run
 
@@ -23,6 +24,9 @@ def main() -> None:
         summary = summarize_run(arguments.run)
     except ValueError as error:
         exit_with_error(str(error))
+    if arguments.brief:
+        print(f"{arguments.run}: {summary}")
+        return
     print(f"\n{summary}")
     sample = Path(arguments.run) / "sample.txt"
     if sample.is_file():

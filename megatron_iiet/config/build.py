@@ -109,8 +109,8 @@ def build_config(settings: Iterable[Setting]) -> RunConfig:
 
 
 def _with_plan(final: dict[str, Setting]) -> tuple[Setting | None, list[Setting]]:
-    """The setting that names an iteration plan's file, if there is one, and all settings, with that one's value
-    the list of iterations in the file."""
+    """The setting that names the file of an iteration plan, if there is one; and all settings, with the list
+    in the file as its value."""
     named = final.get(ITERATIONS)
     if named is None or not (isinstance(named.value, str) and named.value.endswith(SUFFIX)):
         return None, list(final.values())

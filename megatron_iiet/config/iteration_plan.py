@@ -112,10 +112,12 @@ class IterationPlan:
             raise ValueError(
                 f"iterations is {list(self.iterations)}, but must lie between 0 and full = {self.full}"
             )
-        for layer, iterate in (*(self.influence or ()), *(self.loss_increase or ())):
+        measured = [("influence", key) for key in self.influence or ()]
+        measured += [("loss_increase", key) for key in self.loss_increase or ()]
+        for name, (layer, iterate) in measured:
             if not (0 <= layer < len(self.iterations) and 0 <= iterate <= self.full):
                 raise ValueError(
-                    f"influence names iterate {iterate} of layer {layer}, but the plan has "
+                    f"{name} names iterate {iterate} of layer {layer}, but the plan has "
                     f"{len(self.iterations)} layers and full = {self.full}"
                 )
 
@@ -157,8 +159,8 @@ class IterationPlan:
             raise ValueError(f"{source} is not an iteration plan: it holds no 'version'")
         if data["version"] not in _READABLE:
             raise ValueError(
-                f"{source} is an iteration plan of version {data['version']}, but versions up to {VERSION} are "
-                "read here; use the release that wrote it"
+                f"{source} is an iteration plan of version {data['version']}, but versions up to {VERSION} "
+                "are read here; use the release that wrote it"
             )
         unknown = sorted(set(data) - {"version", *_READERS})
         missing = [key for key in _REQUIRED if data.get(key) is None]
@@ -188,8 +190,8 @@ class IterationPlan:
             text = Path(path).read_text(encoding="utf-8")
         except OSError as error:
             raise ValueError(
-                f"cannot read the iteration plan {path}: {error.strerror}; tools/iteration_influence.py makes "
-                "one"
+                f"cannot read the iteration plan {path}: {error.strerror}; tools/iteration_influence.py "
+                "makes one"
             ) from None
         except UnicodeDecodeError:
             raise ValueError(f"{path} is not an iteration plan: it is not a UTF-8 text") from None

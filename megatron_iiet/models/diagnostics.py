@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -41,9 +42,7 @@ class IterateStatistics:
 
         residual = (after32 - before32).norm(dim=-1) / after32.norm(dim=-1)
         self.relative_residual[layer, iterate] = mean(residual)
-        # 1 - cos = ½ ‖â − b̂‖²; the left side would leave only the rounding of small influences.
-        turn = F.normalize(after32, dim=-1) - F.normalize(before32, dim=-1)
-        self.influence[layer, iterate] = mean(0.5 * turn.square().sum(-1))
+        self.influence[layer, iterate] = mean(one_minus_cosine(before32, after32))
 
 
 @contextmanager
@@ -61,3 +60,76 @@ def observe_iterates(model: Transformer, weights_B: Tensor | None = None) -> Ite
     finally:
         for solver in model.solvers.values():
             solver.observer = None
+
+
+@dataclass
+class InfluenceSums:
+    """Sums over tokens of influence, and their number; parts of a text, of a sequence or of the layers add
+    up."""
+
+    iterates: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+    """By (layer, iterate): fp64 [2], the sum of 1 − cos(y^{i−1}, y^i) and the number of tokens; iterate 0 is
+    against y_n."""
+    layers: dict[int, Tensor] = field(default_factory=dict)
+    """By layer: the same of 1 − cos(y_n, y_{n+1}), block influence (ShortGPT, Men et al. 2024)."""
+
+    def add(self, other: InfluenceSums) -> None:
+        """Count another part in."""
+        for key, sums in other.iterates.items():
+            self.iterates[key] = self.iterates.get(key, 0) + sums
+        for layer, sums in other.layers.items():
+            self.layers[layer] = self.layers.get(layer, 0) + sums
+
+    def means(self) -> tuple[dict[tuple[int, int], float], dict[int, float]]:
+        """Iteration influence by (layer, iterate) and block influence by layer; some token counts."""
+        iterates = {key: (sums[0] / sums[1]).item() for key, sums in sorted(self.iterates.items())}
+        return iterates, {n: (sums[0] / sums[1]).item() for n, sums in sorted(self.layers.items())}
+
+
+@contextmanager
+def observe_influence(model: Transformer, counted_BT: Tensor) -> Iterator[InfluenceSums]:
+    """Sums of the influence of all iterates and layers in one forward pass inside the block.
+
+    ``counted_BT``: which tokens count, of those whose streams are on this rank. Nothing waits for the device.
+    """
+    sums = InfluenceSums()
+    counted = counted_BT.to(torch.float64)
+
+    def sum_of(before: Tensor, after: Tensor) -> Tensor:
+        values_BT = one_minus_cosine(before.float(), after.float())
+        return torch.stack(((values_BT * counted).sum(), counted.sum()))
+
+    def on_iterate(layer: int, iterate: int, before: Tensor, after: Tensor) -> None:
+        sums.iterates[layer, iterate] = sum_of(before, after)
+
+    def on_layer(layer: int, module: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, Tensor]) -> None:
+        sums.layers[layer] = sum_of(inputs[0], outputs[0])
+
+    hooks = [
+        layer.register_forward_hook(partial(on_layer, int(name))) for name, layer in model.layers.items()
+    ]
+    for n, solver in model.solvers.items():
+        solver.observer = partial(on_iterate, n)
+    try:
+        with torch.no_grad():
+            yield sums
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for solver in model.solvers.values():
+            solver.observer = None
+
+
+def add_up(parts: Iterable[InfluenceSums]) -> InfluenceSums:
+    """The sum of several parts."""
+    total = InfluenceSums()
+    for part in parts:
+        total.add(part)
+    return total
+
+
+def one_minus_cosine(before: Tensor, after: Tensor) -> Tensor:
+    """1 − cos of the angle between vectors: fp32 [..., D], [..., D] → [...]."""
+    # 1 - cos = ½ ‖â − b̂‖²; the left side would leave only the rounding of small influences.
+    turn = F.normalize(after, dim=-1) - F.normalize(before, dim=-1)
+    return 0.5 * turn.square().sum(-1)

@@ -1,0 +1,257 @@
+"""The whole way from a trained model to a plan: check, load, measure, decide, write."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from megatron_iiet import durable
+from megatron_iiet.config import RunConfig, iterations_per_layer, validate
+from megatron_iiet.config.combinations import check_combination
+from megatron_iiet.config.iteration_plan import IterationPlan
+from megatron_iiet.config.schema import ParallelConfig
+from megatron_iiet.data.loader.batches import ValidationBatches
+from megatron_iiet.distillation import figures
+from megatron_iiet.distillation.forward import ForwardModel
+from megatron_iiet.distillation.influence import (
+    Ablation,
+    Measurement,
+    ablate,
+    ablation_passes,
+    measure_influence,
+)
+from megatron_iiet.distillation.plans import PlanRequest, rank_correlation
+from megatron_iiet.distillation.texts import TextSet, open_text_set
+from megatron_iiet.ops import resolve_backend
+from megatron_iiet.parallel import ParallelContext
+from megatron_iiet.parallel.launch import launch_environment
+from megatron_iiet.training.warm_start import Source, open_source
+
+INFLUENCE, PLAN = "influence.json", "plan.json"
+VERSION = 1
+"""Of influence.json."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What tools/iteration_influence.py was asked for."""
+
+    model: str
+    """A run's output_dir, one of its checkpoints, or a portable model folder."""
+    output: Path
+    """Folder to write into."""
+    request: PlanRequest
+    data: str = ""
+    """A corpus or a file of text; empty: what the run validates on."""
+    tokenizer: str = ""
+    """Empty: the model's own."""
+    sequences: int = 256
+    micro_batch_size: int = 8
+    sequence_length: int | None = None
+    """None: the model's own."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    ablation: bool = False
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Everything that is checked before processes wait for each other and weights are loaded."""
+
+    source: Source
+    config: RunConfig
+    text: TextSet
+
+
+@dataclass(frozen=True)
+class Result:
+    """What was found, the same on every rank."""
+
+    measured: Measurement
+    ablation: Ablation | None
+    plan: IterationPlan
+
+
+def analyse(options: Options) -> Result:
+    """Check, measure, plan, and let the main rank print and write it.
+
+    Raises:
+        ValueError: (and its subclass ConfigError) as :func:`prepare`.
+    """
+    prepared = prepare(options, launch_environment().world_size)
+    with ParallelContext.start(options.parallel) as context:
+        return run(options, prepared, context)
+
+
+def prepare(options: Options, world_size: int) -> Prepared:
+    """Check everything.
+
+    Raises:
+        ValueError: (and its subclass ConfigError) an option out of range, a model or a text that cannot be
+            used, or a grid that fits neither the model nor ``world_size`` processes.
+    """
+    if options.request.ranking == "loss" and not options.ablation:
+        raise ValueError("--rank-by is 'loss', which is not measured without --ablation; add it")
+    for name in ("sequences", "micro_batch_size"):
+        if getattr(options, name) < 1:
+            raise ValueError(
+                f"--{name.replace('_', '-')} is {getattr(options, name)}, but must be at least 1"
+            )
+    if options.output.exists() and not options.output.is_dir():
+        raise ValueError(f"--output is {options.output}, which is no folder; name another")
+    source = open_source(options.model, "--model")
+    full = full_iterations(source, options.model)
+    options.request.check(source.config.model.num_layers, full)
+    config = forward_config(source.config, options, world_size)
+    text = open_text_set(options.data, config.data, config.model.vocab_size, options.sequences)
+    return Prepared(source, config, text)
+
+
+def run(options: Options, prepared: Prepared, context: ParallelContext) -> Result:
+    """Do it on this process's place of the grid; every rank calls it."""
+    source, text = prepared.source, prepared.text
+    if context.is_main:
+        options.output.mkdir(parents=True, exist_ok=True)
+    batches = text.batches(options.sequences, options.micro_batch_size, context)
+    model = ForwardModel(source, prepared.config, context, resolve_backend("auto", context.device)[0])
+    return _measure(options, model, batches, {"model": source.words, "data": text.words})
+
+
+def full_iterations(source: Source, path: str) -> int:
+    """Iterations of every layer of a model that has all of them.
+
+    Raises:
+        ValueError: it has none, or is a reduced model already.
+    """
+    config, kind = source.config, source.config.solver.kind
+    if kind != "iiet":
+        raise ValueError(
+            f"--model is {path}, whose solver is '{kind}', which has no iterations; give a model of "
+            "solver.kind iiet"
+        )
+    iterations = iterations_per_layer(config)
+    taught_by = config.distillation.teacher
+    if taught_by or len(set(iterations)) > 1:
+        why = f"was distilled from {taught_by}" if taught_by else f"has the iterations {iterations}"
+        raise ValueError(
+            f"--model is {path}, which {why}: it is already reduced; give the full model it was made from"
+        )
+    if not iterations[0]:
+        raise ValueError(
+            f"--model is {path}, whose layers have no iterations (r = 0); give one that iterates"
+        )
+    return iterations[0]
+
+
+def forward_config(config: RunConfig, options: Options, world_size: int) -> RunConfig:
+    """A model's configuration with the grid, batches and precision of the measurement.
+
+    Raises:
+        ValueError: they do not fit the model or the number of processes.
+    """
+    config = deepcopy(config)
+    config.parallel = options.parallel
+    if options.sequence_length is not None:
+        config.data.sequence_length = options.sequence_length
+    config.data.tokenizer = options.tokenizer or _own_tokenizer(config.data.tokenizer, options.model)
+    config.training.recompute = "off"
+    config.training.precision = "fp32"
+    grid = options.parallel.tensor * options.parallel.pipeline
+    config.training.micro_batch_size = options.micro_batch_size
+    config.training.global_batch_size = options.micro_batch_size * max(1, world_size // max(1, grid))
+    validate(config)
+    check_combination(config, {"zero_optimization": {"stage": 0}}, world_size, "the tool")
+    config.training.precision = options.precision
+    return config
+
+
+def _own_tokenizer(name: str, folder: str) -> str:
+    """A portable folder has its tokenizer beside the weights, and knows it by its bare name."""
+    beside = Path(folder) / name
+    return str(beside) if name and beside.is_file() else name
+
+
+def _measure(
+    options: Options, model: ForwardModel, batches: ValidationBatches, what: dict[str, str]
+) -> Result:
+    """The work behind all checks."""
+    config, context, request = model.config, model.context, options.request
+    layers, full = config.model.num_layers, iterations_per_layer(config)[0]
+
+    def say(line: str) -> None:
+        if context.is_main:
+            print(line, flush=True)
+
+    say(f"model: {what['model']}: {layers} layers of {full} iterations, {config.training.precision}")
+    say(f"data: {what['data']}: {batches.samples} sequences of {config.data.sequence_length} tokens")
+    started = time.perf_counter()
+    measured = measure_influence(model, batches, with_loss=options.ablation)
+    seconds = time.perf_counter() - started
+    say(f"measured on {measured.tokens:,} tokens in {seconds:.1f} s")
+    ablation = None
+    if options.ablation:
+        assert measured.loss is not None
+        passes = ablation_passes(layers, full)
+        say(
+            f"ablation: {passes} more forward passes over the {measured.sequences} sequences, one for each "
+            f"iteration of each layer; about {passes * seconds:,.0f} s"
+        )
+        ablation = ablate(model, batches, full, measured.loss, say)
+    facts: dict[str, str | int] = {**what, "sequences": measured.sequences, "tokens": measured.tokens}
+    facts["sequence_length"] = config.data.sequence_length
+    plan = request.plan(measured, ablation, model.whole, config.data.sequence_length, facts)
+    if context.is_main:
+        _report(options.output, measured, ablation, plan, config.training.precision, say)
+    context.barrier()
+    return Result(measured, ablation, plan)
+
+
+def _report(
+    folder: Path,
+    measured: Measurement,
+    ablation: Ablation | None,
+    plan: IterationPlan,
+    precision: str,
+    say: Callable[[str], None],
+) -> None:
+    """Print and write everything."""
+    say(figures.table(measured, plan))
+    data: dict[str, Any] = {
+        "version": VERSION,
+        **(plan.measured_on or {}),
+        "precision": precision,
+        "iterations": plan.full,
+        "influence": figures.as_rows(measured.influence),
+        "block_influence": [measured.block_influence[n] for n in range(len(plan.iterations))],
+        "plan": list(plan.iterations),
+        "ablation": None,
+    }
+    if ablation is not None:
+        correlation = rank_correlation(measured.influence, ablation.increase)
+        data["ablation"] = {
+            "loss": ablation.loss,
+            "loss_without": figures.as_rows(ablation.losses),
+            "increase": figures.as_rows(ablation.increase),
+            "rank_correlation": None if math.isnan(correlation) else correlation,
+        }
+        say(
+            f"Spearman's rank correlation of influence and rise of the loss over {len(ablation.losses)} "
+            f"iterations: {correlation:.3f}"
+        )
+    durable.write_text(folder / INFLUENCE, json.dumps(data, indent=2) + "\n")
+    pictures = figures.draw(measured, plan, folder)
+    plan.write(folder / PLAN)
+    tau = "" if plan.threshold is None else f" {plan.threshold:.6g}"
+    by_loss = " of the loss" if plan.ranking == "loss" else ""
+    say(
+        f"plan by {plan.method}{tau}{by_loss}: r = {list(plan.iterations)}, {plan.evaluations} of "
+        f"{plan.full_evaluations} evaluations ({plan.evaluations / plan.full_evaluations:.1%})"
+    )
+    written = [folder / INFLUENCE, folder / PLAN, *pictures]
+    say(f"wrote {', '.join(str(path) for path in written)}")

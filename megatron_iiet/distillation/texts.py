@@ -1,0 +1,167 @@
+"""What influence is measured on: a run's held-out text, a prepared corpus, or a file of plain text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_iiet.config.schema import DataConfig
+from megatron_iiet.data.corpora.indexed import Int64Array, TokenStream
+from megatron_iiet.data.loader.batches import ValidationBatches
+from megatron_iiet.data.loader.samples import KINDS, Samples, build_splits
+from megatron_iiet.data.reading.compression import decompressed_blocks
+from megatron_iiet.data.reading.sources import SUFFIXES, list_inputs
+from megatron_iiet.data.reading.text import iter_documents
+from megatron_iiet.data.tokenizers.loading import Tokenizer, load_tokenizer
+from megatron_iiet.parallel import ParallelContext
+from megatron_iiet.training.corpora import check_tokenizers, open_corpora
+
+PLAIN_SUFFIXES = tuple(".txt" + packed for packed in ("", ".gz", ".zst"))
+TEXT_SUFFIXES = (*SUFFIXES, *PLAIN_SUFFIXES)
+"""How the names of files of text end: JSON lines, a document each, or plain text, one document a file."""
+
+
+@dataclass(frozen=True)
+class TextSet:
+    """Sequences to measure on."""
+
+    words: str
+    """What they are."""
+    sources: list[Samples]
+    weights: list[float]
+
+    def batches(self, samples: int, micro_batch_size: int, context: ParallelContext) -> ValidationBatches:
+        """This data-parallel rank's part of the first ``samples`` sequences, or of those there are."""
+        return ValidationBatches(
+            self.sources,
+            self.weights,
+            samples=samples,
+            micro_batch_size=micro_batch_size,
+            dp_rank=context.data_parallel_rank,
+            dp_size=context.data_parallel_size,
+        )
+
+
+def open_text_set(path: str, data: DataConfig, vocab_size: int, samples: int) -> TextSet:
+    """Open a file of text or a corpus; empty: what ``data`` validates on.
+
+    A corpus is read as a whole. ``data`` says how samples are cut, and names the tokenizer.
+
+    Raises:
+        ValueError: there is no such text, too little of it, or it or its tokenizer belongs to another model.
+    """
+    if path.endswith(TEXT_SUFFIXES):
+        return _text_set(path, data, vocab_size, samples)
+    tokenizer_file = _tokenizer_of(data)
+    if path:
+        splits = build_splits(path, data.sequence_length, [0.0, 1.0, 0.0], data.documents)
+        check_tokenizers([splits.validation], tokenizer_file)
+        return TextSet(f"corpus {path}", [splits.validation], [1.0])
+    if not (data.prefix or data.blend):
+        raise ValueError("the model's configuration names no corpus; give --data one, or a file of text")
+    if not (data.split[1] or data.validation_prefix):
+        raise ValueError(
+            f"the model was validated on nothing (data.split is {data.split}); give --data a corpus, or a "
+            "file of text"
+        )
+    corpora = open_corpora(data)
+    kind = "corpus" if data.validation_prefix else "validation split of"
+    names = data.validation_prefix or ", ".join(corpora.prefixes)
+    return TextSet(f"{kind} {names}", corpora.validation, corpora.validation_weights)
+
+
+def _text_set(path: str, data: DataConfig, vocab_size: int, samples: int) -> TextSet:
+    tokenizer = load_tokenizer(_tokenizer_of(data))
+    if tokenizer.vocab_size > vocab_size:
+        raise ValueError(
+            f"the tokenizer {data.tokenizer} has {tokenizer.vocab_size} ids, but the model's vocabulary "
+            f"{vocab_size}; give --tokenizer the one it was trained with"
+        )
+    stream = read_text(path, tokenizer, samples * (data.sequence_length + 1) + 1)
+    cut = KINDS[data.documents](stream, 0, stream.num_tokens, data.sequence_length)
+    if len(cut) == 0:
+        raise ValueError(
+            f"{path} has {stream.num_tokens} tokens, too few for a sequence of {data.sequence_length}; give "
+            "more text, or a smaller --sequence-length"
+        )
+    return TextSet(f"text {path}", [cut], [1.0])
+
+
+def _tokenizer_of(data: DataConfig) -> str:
+    if not data.tokenizer:
+        raise ValueError("the model's configuration names no tokenizer; give --tokenizer its file")
+    return data.tokenizer
+
+
+class TokensInMemory:
+    """Documents as a :class:`TokenStream`."""
+
+    dtype: np.dtype[Any] = np.dtype(np.int32)
+
+    def __init__(self, prefix: str, tokens: np.ndarray[Any, Any], lengths: Sequence[int]) -> None:
+        """``prefix``: how messages name them; ``tokens``: of all documents; ``lengths``: of each."""
+        self.prefix = prefix
+        self._tokens = tokens
+        self._starts = np.concatenate(([0], np.cumsum(lengths, dtype=np.int64)))
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self._tokens)
+
+    @property
+    def num_documents(self) -> int:
+        return len(self._starts) - 1
+
+    def document_start(self, document: int) -> int:
+        return int(self._starts[document])
+
+    def document_starts(self, start: int, stop: int) -> Int64Array:
+        first, last = np.searchsorted(self._starts[:-1], (start, stop))
+        return self._starts[first:last]
+
+    def read(self, start: int, stop: int) -> Int64Array:
+        return self._tokens[start:stop].astype(np.int64)
+
+    def read_into(self, start: int, out: Int64Array) -> None:
+        out[:] = self._tokens[start : start + len(out)]
+
+    def document(self, index: int) -> Int64Array:
+        return self.read(self.document_start(index), self.document_start(index + 1))
+
+
+def read_text(path: str, tokenizer: Tokenizer, enough: int) -> TokenStream:
+    """Tokens of a file's documents, each with the end-of-document id behind it; reading ends with the
+    document that makes ``enough`` tokens.
+
+    Raises:
+        ValueError: the file is missing, damaged or no text.
+    """
+    parts, lengths, total = [], [], 0
+    for text in _documents(path):
+        tokens, length = tokenizer.encode_packed([text], append_eod=True)
+        if len(tokens):
+            parts.append(tokens)
+            lengths.append(int(length[0]))
+        total += len(tokens)
+        if total >= enough:
+            break
+    tokens = np.concatenate(parts) if parts else np.zeros(0, np.int32)
+    return TokensInMemory(path, tokens, lengths)
+
+
+def _documents(path: str) -> Iterator[str]:
+    if not path.endswith(PLAIN_SUFFIXES):
+        return iter_documents(list_inputs([path]))
+    if not Path(path).is_file():
+        raise ValueError(f"the text {path} is missing or no file")
+    try:
+        with open(path, "rb") as file:
+            return iter([b"".join(decompressed_blocks(file, path)).decode("utf-8-sig")])
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path} is not UTF-8 text (byte {error.start}); convert it, e.g. with iconv"
+        ) from None
