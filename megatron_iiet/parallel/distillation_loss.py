@@ -131,7 +131,8 @@ class _PredictionLoss(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         for_student_BTD, for_weight = ctx.saved_tensors
         group = ctx.parallel.group
-        for_student_BTD = for_student_BTD * upstream.to(for_student_BTD.dtype)
+        # In fp32: a rounded factor would be a bias of the whole gradient.
+        for_student_BTD = (for_student_BTD.float() * upstream).to(for_student_BTD.dtype)
         if ctx.parallel.cuts_sequence:
             for_student_BTD, _ = group.reduce_scatter(split_sequence(for_student_BTD, group))
         else:

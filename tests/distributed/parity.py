@@ -394,9 +394,12 @@ class Reference:
     """After the last step."""
 
     def largest_of_matrix(self, name: str) -> float:
-        """Of a row of merge coefficients: the largest gradient in the matrix of all layers' rows; else 0."""
+        """The largest gradient in the matrix that a parameter is a row of: all layers' rows for merge
+        coefficients, gate_weight for a gate's bias, which is the weight of a constant; else 0."""
         kind = name.rpartition(".")[2]
         rows = [g for n, g in self.gradients.items() if n.endswith("." + kind)] if "coeff" in kind else []
+        if kind == "gate_bias":
+            rows = [self.gradients[name.replace("gate_bias", "gate_weight")]]
         return max((row.abs().max().item() for row in rows), default=0.0)
 
 
