@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Distil a trained model into one with fewer iterations (IIAD): E-IIET, its lower bound, Distil PCformer.
 
-    deepspeed --num_accelerators 2 distill_iiet.py --config examples/configs/e-iiet-55m.yaml \
+    deepspeed --num_accelerators 2 distill_iiet.py --config examples/configs/distillation/e-iiet-55m.yaml \
         --ds-config examples/ds_configs/zero1.json --teacher runs/iiet-55m --plan plan.json \
         [--distillation.beta 0.5 …]
 

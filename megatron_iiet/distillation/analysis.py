@@ -31,7 +31,7 @@ from megatron_iiet.distillation.texts import TextSet, open_text_set
 from megatron_iiet.ops import resolve_backend
 from megatron_iiet.parallel import ParallelContext
 from megatron_iiet.parallel.launch import launch_environment
-from megatron_iiet.training.warm_start import Source, open_source
+from megatron_iiet.training.warm_start import Source, open_source, why_reduced
 
 INFLUENCE, PLAN = "influence.json", "plan.json"
 VERSION = 1
@@ -136,9 +136,7 @@ def full_iterations(source: Source, path: str) -> int:
             "solver.kind iiet"
         )
     iterations = iterations_per_layer(config)
-    taught_by = config.distillation.teacher
-    if taught_by or len(set(iterations)) > 1:
-        why = f"was distilled from {taught_by}" if taught_by else f"has the iterations {iterations}"
+    if why := why_reduced(config):
         raise ValueError(
             f"--model is {path}, which {why}: it is already reduced; give the full model it was made from"
         )

@@ -49,7 +49,7 @@ class DistilledStage(nn.Module):
         divisor: float | Tensor | None = None,
     ) -> tuple[Tensor, Tensor] | Prediction:
         """``x``: token ids in the first stage, both packed streams elsewhere."""
-        for_student, for_teacher = (x, x) if isinstance(x, Tensor) else (x[0], _as_floats(x[1], x[0].dtype))
+        for_student, for_teacher = (x, x) if isinstance(x, Tensor) else (x[0], x[1].view(x[0].dtype))
         with torch.no_grad():
             taught = self.teacher.unpack(for_teacher)
         streams = Streams(*self.student.unpack(for_student), *taught)
@@ -69,10 +69,6 @@ class DistilledStage(nn.Module):
     ) -> Tensor:
         """The last stage's: the whole loss but for the squared differences of the other stages."""
         return self.pair.loss(prediction.streams, prediction.hidden_mse, targets_BT, divisor)
-
-
-def _as_floats(bits: Tensor, dtype: torch.dtype) -> Tensor:
-    return bits.view(dtype)
 
 
 class _JoinGradient(torch.autograd.Function):

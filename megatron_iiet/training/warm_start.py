@@ -196,9 +196,7 @@ def open_teacher(config: RunConfig) -> WarmStart | None:
     source = open_source(path, TEACHER)
     check_fits(source, config, TEACHER, path)
     iterations = iterations_per_layer(source.config)
-    taught_by = source.config.distillation.teacher
-    if taught_by or len(set(iterations)) > 1:
-        why = f"was distilled from {taught_by}" if taught_by else f"has the iterations {iterations}"
+    if why := why_reduced(source.config):
         raise ConfigError(f"{TEACHER} is {path}, which {why}; give the full model it was made from")
     ours = iterations_per_layer(config)
     if source.config.solver.kind == config.solver.kind and max(ours) > iterations[0]:
@@ -210,6 +208,14 @@ def open_teacher(config: RunConfig) -> WarmStart | None:
     _check_complete(source, there)
     names = frozenset(_names(there))
     return WarmStart(source, names, (_elements(there, names), 0, 0))
+
+
+def why_reduced(config: RunConfig) -> str:
+    """What tells that a model has lost iterations already; empty if nothing does."""
+    if config.distillation.teacher:
+        return f"was distilled from {config.distillation.teacher}"
+    iterations = iterations_per_layer(config)
+    return f"has the iterations {iterations}" if len(set(iterations)) > 1 else ""
 
 
 def _check_complete(source: Source, there: Transformer) -> None:
