@@ -293,7 +293,7 @@ def test_refuses_another_shape(tmp_path: Path) -> None:
         "model.tie_embeddings is True there and False here; "
         "model.rotary_base is 10000.0 there and 500000.0 here; "
         "model.rms_norm_eps is 1e-06 there and 1e-05 here; "
-        "give this run the same values, or other initial weights"
+        "give this run the same values, or another model"
     )
     for key, value in {
         "hidden_size": 64,
