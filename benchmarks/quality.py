@@ -20,17 +20,12 @@ Systems, phases and the shape of the model are in quality_trials.py.
 from __future__ import annotations
 
 import argparse
-import fcntl
 import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -44,159 +39,11 @@ from quality_report import (
     save_results,
     sweep_losses,
 )
-from quality_trials import BASE, READINGS, SYSTEMS, TOKENS_A_STEP, Trial, ablations, main_table, named, sweep
+from quality_runner import Runner, data_keys, prepare
+from quality_trials import READINGS, SYSTEMS, TOKENS_A_STEP, Trial, ablations, main_table, named, sweep
 
 from megatron_iiet.config import strict_yaml
 from megatron_iiet.training.metrics import read_log
-
-ROOT = Path(__file__).resolve().parents[1]
-DS_CONFIG = ROOT / "examples/ds_configs/zero1.json"
-HOPELESS = 0.3
-"""Nats behind Transformer++ at a quarter of the steps."""
-
-
-def prepare(data: Path, train_text: str, validation_text: str) -> None:
-    """Tokenizer and shards, unless they are there."""
-    data.mkdir(parents=True, exist_ok=True)
-    tokenizer = data / "tokenizer.model"
-    if not tokenizer.exists():
-        _tool(
-            "train_tokenizer.py",
-            *("--input", train_text, "--output-prefix", str(data / "tokenizer")),
-            *("--vocab-size", str(BASE["model"]["vocab_size"])),
-        )
-    for name, text in (("train", train_text), ("valid", validation_text)):
-        if not (data / f"{name}_text_document.shards").exists():
-            _tool(
-                "preprocess_data.py",
-                *("--input", text, "--output-prefix", str(data / name), "--tokenizer-model", str(tokenizer)),
-                *("--append-eod", "--workers", str(os.cpu_count() or 1), "--overwrite"),
-            )
-
-
-def _tool(name: str, *arguments: str) -> None:
-    if subprocess.run([sys.executable, str(ROOT / "tools" / name), *arguments]).returncode:
-        sys.exit(f"error: tools/{name} failed; its message is above")
-
-
-def data_keys(data: Path) -> dict[str, str]:
-    """The data section's paths."""
-    keys = {
-        "prefix": str(data / "train_text_document"),
-        "validation_prefix": str(data / "valid_text_document"),
-        "tokenizer": str(data / "tokenizer.model"),
-    }
-    missing = [path for path in (keys["tokenizer"], keys["prefix"] + ".shards") if not Path(path).exists()]
-    if missing:
-        sys.exit(f"error: {missing[0]} is missing; run `quality.py prepare` first")
-    return keys
-
-
-class Runner:
-    """Trains trials in subprocesses until there are none left or time is up."""
-
-    def __init__(self, output: Path, data: dict[str, str], deadline: float) -> None:
-        self.output, self.data, self.deadline = output, data, deadline
-        self._children: set[subprocess.Popen[bytes]] = set()
-        self._lock = threading.Lock()
-        self._stopping = False
-        self._finished = 0
-
-    def train(self, trials: list[Trial], jobs: int) -> bool:
-        """All trials, ``jobs`` at a time, in order; whether at least one of them was finished."""
-        self._finished = 0
-        queue = iter(trials)
-        workers = [threading.Thread(target=self._work, args=(queue,), daemon=True) for _ in range(jobs)]
-        for worker in workers:
-            worker.start()
-        while any(worker.is_alive() for worker in workers):
-            time.sleep(1)
-            if time.time() > self.deadline and not self._stopping:
-                print(
-                    "time is up: stopping; the same command goes on from the newest checkpoints", flush=True
-                )
-                self.stop()
-        return self._finished > 0
-
-    def stop(self) -> None:
-        """End the trials in progress; they keep their newest checkpoint."""
-        with self._lock:
-            self._stopping = True
-            for child in self._children:
-                child.terminate()
-
-    def _work(self, queue: Iterator[Trial]) -> None:
-        while True:
-            with self._lock:
-                trial = None if self._stopping else next(queue, None)
-            if trial is None:
-                return
-            folder = self.output / "trials" / trial.name
-            folder.mkdir(parents=True, exist_ok=True)
-            with _locked(folder) as mine:
-                if mine and not any((folder / mark).exists() for mark in (".trained", ".given-up")):
-                    self._train(trial, folder)
-
-    def _train(self, trial: Trial, folder: Path) -> None:
-        started = time.time()
-        (folder / "trial.yaml").write_text(strict_yaml.dump(trial.config(dict(self.data), str(folder))))
-        quarter = trial.steps // 4
-        reference = self.output / "trials" / Trial("euler", trial.lr, trial.seed, trial.steps).name
-        judged = trial.system != "euler" and reference.joinpath(".trained").exists()
-        if judged and validation_at(folder, quarter) is None and not self._run(folder, stop_after=quarter):
-            return
-        if judged:
-            behind = (validation_at(folder, quarter) or 0.0) - (validation_at(reference, quarter) or 0.0)
-            if behind > HOPELESS:
-                (folder / ".given-up").write_text(
-                    f"{behind:.3f} nats behind Transformer++ at step {quarter}\n"
-                )
-                self._finished += 1
-                print(f"{trial.name}: given up, {behind:.3f} nats behind Transformer++", flush=True)
-                return
-        if not self._run(folder, stop_after=trial.steps):
-            return
-        (folder / ".trained").touch()
-        self._finished += 1
-        loss = validation_at(folder, trial.steps)
-        print(f"{trial.name}: {loss:.4f} in {(time.time() - started) / 60:.1f} min", flush=True)
-
-    def _run(self, folder: Path, stop_after: int) -> bool:
-        command = [
-            *(sys.executable, str(ROOT / "pretrain_iiet.py"), "--config", str(folder / "trial.yaml")),
-            *("--ds-config", str(DS_CONFIG), "--training.stop_after", str(stop_after)),
-        ]
-        with (folder / "console.log").open("ab") as console, self._lock:
-            if self._stopping:
-                return False
-            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-            child = subprocess.Popen(command, stdout=console, stderr=subprocess.STDOUT, env=environment)
-            self._children.add(child)
-        status = child.wait()
-        with self._lock:
-            self._children.discard(child)
-        if status and not self._stopping:
-            print(f"{folder.name}: ended with status {status}, see {folder / 'console.log'}", flush=True)
-        return status == 0
-
-
-def validation_at(folder: Path, step: int) -> float | None:
-    """Validation loss of a run after a step; None if it is not there."""
-    if not (folder / "log.jsonl").exists():
-        return None
-    return read_log(folder).get(step, {}).get("validation_loss")
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[bool]:
-    """Whether this process may work on the trial; another one that does has the lock."""
-    with (folder / ".lock").open("w") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-            return
-        yield True
 
 
 def trials_of(phase: str, results: list[Result], best: str) -> list[Trial]:
@@ -217,12 +64,12 @@ def measure_speed(output: Path, data: dict[str, str], systems: list[str]) -> Non
             folder = output / "speed" / name
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
-            trial: dict[str, Any] = Trial(name, 1e-3, 1, 24).config(dict(data), str(folder))
-            trial["evaluation"] = {"interval": 0, "samples": 1}
-            trial["logging"] |= {"interval": 12, "solver_interval": 0}
-            (folder / "trial.yaml").write_text(strict_yaml.dump(trial))
-            runner = Runner(output, data, float("inf"))
-            if not runner._run(folder, 24):
+            trial = Trial(name, 1e-3, 1, 24)
+            settings: dict[str, Any] = trial.config(dict(data), str(folder))
+            settings["evaluation"] = {"interval": 0, "samples": 1}
+            settings["logging"] |= {"interval": 12, "solver_interval": 0}
+            (folder / "trial.yaml").write_text(strict_yaml.dump(settings))
+            if not Runner(output, data, float("inf")).run(trial, folder, 24):
                 sys.exit(1)
             seconds = [
                 values["step_seconds"] for values in read_log(folder).values() if "step_seconds" in values

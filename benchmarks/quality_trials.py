@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 BASE: dict[str, Any] = {
@@ -149,6 +149,16 @@ class Trial:
     def name(self) -> str:
         """Of its folder."""
         return f"{self.system}.lr{self.lr:g}.seed{self.seed}.{self.steps}"
+
+    @property
+    def script(self) -> str:
+        """That trains it."""
+        return "pretrain_iiet.py"
+
+    @property
+    def judge(self) -> Trial | None:
+        """Transformer++ under the same conditions."""
+        return None if self.system == "euler" else replace(self, system="euler")
 
     def config(self, data: dict[str, Any], output_dir: str) -> dict[str, Any]:
         """The configuration as plain data; ``data``: keys of the data section."""

@@ -21,8 +21,8 @@ STEPS = 16
 @pytest.fixture
 def quality(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    for name in ("quality", "quality_report", "quality_trials"):
-        sys.modules.pop(name, None)
+    for path in BENCHMARKS.glob("*.py"):
+        sys.modules.pop(path.stem, None)
     trials = importlib.import_module("quality_trials")
     monkeypatch.setitem(trials.BASE["model"], "vocab_size", 300)
     monkeypatch.setitem(trials.BASE["model"], "num_layers", 2)
@@ -34,7 +34,9 @@ def quality(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 @pytest.mark.slow
-def test_trials(quality: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_trials(
+    quality: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     for name in ("train", "valid"):
         write_corpus(tmp_path / f"{name}.jsonl", seed=len(name))
     quality.prepare(tmp_path / "data", str(tmp_path / "train.jsonl"), str(tmp_path / "valid.jsonl"))
@@ -45,10 +47,11 @@ def test_trials(quality: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 
     # Time is up at once: nothing starts, and the next call begins where this one ended.
     quality.Runner(tmp_path, data, time.time() - 1).train([], 1)
+    runner_module = sys.modules["quality_runner"]
     runner = quality.Runner(tmp_path, data, float("inf"))
     folder.mkdir(parents=True)
     (folder / "trial.yaml").write_text(quality.strict_yaml.dump(euler.config(data, str(folder))))
-    assert runner._run(folder, stop_after=STEPS // 2)
+    assert runner.run(euler, folder, STEPS // 2)
     assert not (folder / ".trained").exists()
     runner.train([euler], 1)
     runner.train([euler, iiet], 2)
@@ -62,10 +65,8 @@ def test_trials(quality: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert logs[0][0]["validation_loss"] == pytest.approx(logs[1][0]["validation_loss"], abs=0.1)
     assert logs[1][1]["flops"] > 1.5 * logs[0][1]["flops"]
 
-    monkeypatched = quality.HOPELESS
-    quality.HOPELESS = -1.0
+    monkeypatch.setattr(runner_module, "HOPELESS", -1.0)
     runner.train([spoilt], 1)
-    quality.HOPELESS = monkeypatched
     assert (tmp_path / "trials" / spoilt.name / ".given-up").exists()
     assert max(read_log(tmp_path / "trials" / spoilt.name)) == STEPS // 4
 
@@ -79,6 +80,32 @@ def test_trials(quality: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert (tmp_path / "curves.png").stat().st_size > 10_000
     quality.write_report(tmp_path / "again", *quality.load_results(tmp_path / "results.json"))
     assert capsys.readouterr().out == text
+
+
+@pytest.mark.slow
+def test_distillation(quality: Any, tmp_path: Path) -> None:
+    """From nothing to the table: teachers, influence, plan, students with and without a teacher."""
+    benchmark = importlib.import_module("distillation_quality")
+    for name in ("train", "valid"):
+        write_corpus(tmp_path / f"{name}.jsonl", seed=len(name))
+    quality.prepare(tmp_path / "data", str(tmp_path / "train.jsonl"), str(tmp_path / "valid.jsonl"))
+    runner = quality.Runner(tmp_path, quality.data_keys(tmp_path / "data"), float("inf"))
+    teachers = [benchmark.starts("paper-r2", 1, {"euler": 1e-2})]
+    names = ["e-iiet", "e-iiet-continued", "lower-bound", "euler-continued"]
+    benchmark.train(runner, tmp_path, teachers, names, 2)
+
+    found = benchmark.results(tmp_path, teachers)
+    assert list(found) == ["iiet", "euler", *names]
+    rows = {name: entry["seeds"]["1"] for name, entry in found.items()}
+    assert rows["iiet"]["evaluations"] == 6
+    assert rows["e-iiet"]["evaluations"] == rows["e-iiet-continued"]["evaluations"] == 3
+    assert rows["lower-bound"]["evaluations"] == rows["euler"]["evaluations"] == 2
+    assert rows["e-iiet"]["start"] == rows["e-iiet-continued"]["start"]
+    assert rows["euler-continued"]["start"] == pytest.approx(rows["euler"]["loss"], abs=1e-6)
+    assert rows["e-iiet"]["teacher_flops"] > 0 == rows["e-iiet-continued"]["teacher_flops"]
+    gain = (rows["euler"]["loss"] - rows["e-iiet"]["loss"]) / (rows["euler"]["loss"] - rows["iiet"]["loss"])
+    (line,) = [row for row in benchmark.table(found).splitlines() if row.startswith("| E-IIET |")]
+    assert line.endswith(f"| {rows['e-iiet']['loss'] / rows['iiet']['loss'] - 1:+.2%} | {gain:.0%} |")
 
 
 def test_plans_are_fair(quality: Any) -> None:

@@ -1,0 +1,193 @@
+#!/usr/bin/env python
+"""What is left of an IIET with half of its evaluations, and is it its teacher's doing? E-IIET and controls.
+
+    distillation_quality.py train [--teacher rms-two-stage] [--only e-iiet …] [--jobs 2] [--minutes 120]
+    distillation_quality.py report                                     table and distillation_results.json
+
+In the folder of benchmarks/quality.py, which prepares the data and trains the teachers (this trains those
+that are missing): measures the influence of the teacher's iterations, makes the plan that keeps at most half
+of its layer evaluations, and trains everything in distillation_trials.py for a third of the teacher's tokens,
+on other batches than the teacher saw, all with one learning rate and the same batches. Resumable as that
+benchmark is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from distillation_trials import KEPT, MODELS, STUDENT_STEPS, TEACHER_STEPS, Student, plan_file
+from quality_report import best_rates, load_results
+from quality_runner import ROOT, Runner, data_keys, validation_at
+from quality_trials import SEEDS, SYSTEMS, TOKENS_A_STEP, Trial, rate_of
+
+from megatron_iiet.config import config_from_file, iterations_per_layer
+from megatron_iiet.models import Transformer
+from megatron_iiet.training.metrics import read_log
+
+LR = 2e-3
+"""Of every student; a quarter of the teachers', not tuned for any of them."""
+
+
+def starts(system: str, seed: int, rates: dict[str, float]) -> dict[str, Trial]:
+    """The trials that models start from, by the name that :class:`Model` gives them."""
+    return {
+        name: Trial(of, rate_of(rates, of), seed, TEACHER_STEPS)
+        for name, of in {"iiet": system, "euler": "euler", "pcformer": "pcformer"}.items()
+    }
+
+
+def make_plan(output: Path, teacher: Trial) -> None:
+    """Measure the influence of a teacher's iterations and write its plan, unless it is there."""
+    plan = plan_file(output, teacher)
+    if plan.exists():
+        return
+    command = [sys.executable, str(ROOT / "tools/iteration_influence.py"), "--output", str(plan.parent)]
+    command += ["--model", str(output / "trials" / teacher.name), "--flops-ratio", str(KEPT)]
+    command += ["--sequences", "256", "--ablation"]
+    if subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}).returncode:
+        sys.exit("error: tools/iteration_influence.py failed; its message is above")
+
+
+def train(
+    runner: Runner, output: Path, teachers: list[dict[str, Trial]], names: list[str], jobs: int
+) -> None:
+    """Whatever is missing of teachers, plans and students; all seeds of a model come one after another."""
+    needed = dict.fromkeys(MODELS[name].start for name in names)
+    runner.train([of[start] for start in needed for of in teachers], jobs)
+    trained = [
+        (name, of[MODELS[name].start])
+        for name in names
+        for of in teachers
+        if (output / "trials" / of[MODELS[name].start].name / ".trained").exists()
+    ]
+    for teacher in dict.fromkeys(teacher for name, teacher in trained if MODELS[name].start == "iiet"):
+        make_plan(output, teacher)
+    runner.train([Student(name, teacher, LR, output) for name, teacher in trained], jobs)
+
+
+def measured(folder: Path, steps: int) -> dict[str, Any] | None:
+    """What a run's folder says of its model and training; None if it is not complete."""
+    if not (folder / ".trained").exists():
+        return None
+    config = config_from_file(folder / "config.yaml")
+    model, length = Transformer.on_meta(config), config.data.sequence_length
+    log = read_log(folder)
+    return {
+        "start": validation_at(folder, 0),
+        "loss": validation_at(folder, steps),
+        "iterations": iterations_per_layer(config),
+        "evaluations": sum(solver.evaluations for solver in model.solvers.values()),
+        "flops_per_token": model.forward_flops(length) / length,
+        "training_flops": sum(values.get("flops", 0.0) for values in log.values()),
+        "teacher_flops": sum(values.get("teacher_flops", 0.0) for values in log.values()),
+    }
+
+
+def results(output: Path, teachers: list[dict[str, Trial]]) -> dict[str, dict[str, Any]]:
+    """By model, then by seed, what was measured; models that nothing was trained of are absent."""
+    found: dict[str, dict[str, Any]] = {}
+    for of in teachers:
+        for start, trial in of.items():
+            one = measured(output / "trials" / trial.name, trial.steps)
+            if one is not None:
+                found.setdefault(start, {"label": SYSTEMS[trial.system].label, "seeds": {}})
+                found[start]["seeds"][str(trial.seed)] = one
+        for name, model in MODELS.items():
+            student = Student(name, of[model.start], LR, output)
+            one = measured(output / "trials" / student.name, student.steps)
+            if one is not None:
+                found.setdefault(name, {"label": model.label, "seeds": {}})
+                found[name]["seeds"][str(student.teacher.seed)] = one
+    return found
+
+
+def table(found: dict[str, dict[str, Any]]) -> str:
+    """Loss against the full IIET and the share of its gain over Transformer++ that is kept, as markdown."""
+    names = ("model", "evaluations", "seeds", "before", "validation loss", "− full IIET", "gain kept")
+    lines = [_row(names), _row(["---"] * len(names))]
+    full = {seed: one["loss"] for seed, one in found.get("iiet", {"seeds": {}})["seeds"].items()}
+    plain = {seed: one["loss"] for seed, one in found.get("euler", {"seeds": {}})["seeds"].items()}
+    for entry in found.values():
+        seeds = entry["seeds"]
+        losses = [one["loss"] for one in seeds.values()]
+        relative = [one["loss"] / full[seed] - 1 for seed, one in seeds.items() if seed in full]
+        kept = [
+            (plain[seed] - one["loss"]) / (plain[seed] - full[seed])
+            for seed, one in seeds.items()
+            if seed in full and seed in plain
+        ]
+        starts_at = [one["start"] for one in seeds.values()]
+        lines.append(
+            _row(
+                [
+                    entry["label"],
+                    "/".join(str(one["evaluations"]) for one in seeds.values()),
+                    str(len(seeds)),
+                    f"{statistics.mean(starts_at):.4f}",
+                    _spread(losses, "{:.4f}"),
+                    _spread(relative, "{:+.2%}"),
+                    _spread(kept, "{:.0%}"),
+                ]
+            )
+        )
+    return "\n".join(lines)
+
+
+def _spread(values: list[float], form: str) -> str:
+    if not values:
+        return ""
+    mean = form.format(statistics.mean(values))
+    return f"{mean} ± {form.format(statistics.stdev(values)).lstrip('+')}" if len(values) > 1 else mean
+
+
+def _row(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def main() -> None:
+    """Parse the command line and do what it says."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("command", choices=("train", "report"))
+    parser.add_argument("--output-dir", default="runs/quality", type=Path, metavar="DIR")
+    parser.add_argument("--teacher", default="rms-r3", choices=SYSTEMS, metavar="SYSTEM", help="an IIET")
+    parser.add_argument("--seeds", type=int, default=1, help=f"how many of {SEEDS}")
+    parser.add_argument("--only", nargs="+", metavar="MODEL", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="end after so long")
+    parser.add_argument(
+        "--results",
+        type=Path,
+        default=ROOT / "benchmarks/quality_results.json",
+        metavar="JSON",
+        help="of benchmarks/quality.py, with the learning rates of the systems",
+    )
+    arguments = parser.parse_args()
+    rates = best_rates(load_results(arguments.results)[0])
+    teachers = [starts(arguments.teacher, seed, rates) for seed in SEEDS[: arguments.seeds]]
+    output = arguments.output_dir.resolve()
+    if arguments.command == "train":
+        runner = Runner(output, data_keys(output / "data"), time.time() + 60 * arguments.minutes)
+        signal.signal(signal.SIGTERM, lambda *_: runner.stop())
+        train(runner, output, teachers, arguments.only, arguments.jobs)
+        return
+    found = results(output, teachers)
+    if not found:
+        sys.exit(f"error: nothing is trained in {output}; run `distillation_quality.py train` first")
+    (output / "distillation_results.json").write_text(json.dumps(found, indent=1) + "\n")
+    print(f"students: {STUDENT_STEPS * TOKENS_A_STEP / 1e6:.1f} M tokens at lr {LR:g}\n\n{table(found)}")
+
+
+if __name__ == "__main__":
+    main()
