@@ -9,8 +9,6 @@
 all else is as in pretrain_iiet.py.
 """
 
-import sys
-
 from megatron_iiet.config import exit_with_error, load_config_or_exit
 
 SHORT = {"--teacher": "--distillation.teacher", "--plan": "--solver.iterations"}
@@ -18,8 +16,7 @@ SHORT = {"--teacher": "--distillation.teacher", "--plan": "--solver.iterations"}
 
 def main() -> None:
     """Load the configuration (fast, no torch), then train."""
-    words = [word.partition("=") for word in sys.argv[1:]]
-    loaded = load_config_or_exit([SHORT.get(name, name) + sign + value for name, sign, value in words])
+    loaded = load_config_or_exit(short=SHORT)
     if not loaded.config.distillation.teacher:
         exit_with_error(
             "there is no teacher; give --teacher the folder of a trained model (without one, "

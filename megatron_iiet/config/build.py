@@ -6,9 +6,10 @@ way Python does and cannot say in which file and line a value stood.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from megatron_iiet.config.errors import ConfigError
@@ -44,8 +45,9 @@ class Setting:
 
 
 @cache
-def make_parser() -> ArgumentParser:
-    """The jsonargparse parser of all keys, with the docstrings of the fields as help."""
+def make_parser(short: tuple[tuple[str, str], ...] = ()) -> ArgumentParser:
+    """The jsonargparse parser of all keys, with the docstrings of the fields as help; ``short``: a script's
+    own flags, and those they stand for."""
     import argparse
 
     # Imported late: most of the package needs the schema only, not a parser.
@@ -69,6 +71,10 @@ def make_parser() -> ArgumentParser:
         metavar="FILE.json",
         help="DeepSpeed configuration (also --deepspeed_config); shared values may be left out or 'auto'.",
     )
+    for flag, stands_for in short:
+        parser.add_argument(
+            flag, metavar=stands_for.rsplit(".", 1)[-1].upper(), help=f"Short for {stands_for}."
+        )
     parser.add_class_arguments(RunConfig)
     for action in parser._actions:
         if action.dest in section_names():
@@ -78,9 +84,10 @@ def make_parser() -> ArgumentParser:
     return parser
 
 
-def format_help() -> str:
-    """The ``--help`` text: every key with explanation, type and default."""
-    text: str = make_parser().format_help()
+def format_help(short: Mapping[str, str] = MappingProxyType({})) -> str:
+    """The ``--help`` text: every key with explanation, type and default; ``short`` as in
+    :func:`make_parser`."""
+    text: str = make_parser(tuple(short.items())).format_help()
     return text
 
 

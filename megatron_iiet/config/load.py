@@ -12,6 +12,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from megatron_iiet.config import strict_yaml
@@ -48,8 +49,12 @@ class LoadedConfig:
     """The DeepSpeed JSON, if one was given; for :func:`megatron_iiet.config.deepspeed.load_ds_config`."""
 
 
-def load_config(argv: Sequence[str] | None = None) -> LoadedConfig:
+def load_config(
+    argv: Sequence[str] | None = None, short: Mapping[str, str] = MappingProxyType({})
+) -> LoadedConfig:
     """Load a run's configuration from command-line arguments (``sys.argv[1:]`` by default).
+
+    ``short``: a script's own names of flags, e.g. ``{"--teacher": "--distillation.teacher"}``.
 
     Flags win over the YAML file whatever their order; of two equal flags the later wins. ``--help`` prints
     the help (on the first rank) and exits with status 0.
@@ -60,9 +65,9 @@ def load_config(argv: Sequence[str] | None = None) -> LoadedConfig:
     arguments = list(sys.argv[1:] if argv is None else argv)
     if "--help" in arguments or "-h" in arguments:
         if is_first_rank():
-            print(format_help())
+            print(format_help(short))
         sys.exit(0)
-    files, overrides = _read_arguments(arguments)
+    files, overrides = _read_arguments(arguments, short)
     settings = (_settings_of_file(files["config"]) if "config" in files else []) + overrides
     config = build_config(settings)
     validate(config)
@@ -70,10 +75,12 @@ def load_config(argv: Sequence[str] | None = None) -> LoadedConfig:
     return LoadedConfig(config, paths["config"], paths["ds_config"])
 
 
-def load_config_or_exit(argv: Sequence[str] | None = None) -> LoadedConfig:
+def load_config_or_exit(
+    argv: Sequence[str] | None = None, short: Mapping[str, str] = MappingProxyType({})
+) -> LoadedConfig:
     """:func:`load_config` for scripts: an error becomes one line on stderr and exit status 2."""
     try:
-        return load_config(argv)
+        return load_config(argv, short)
     except ConfigError as error:
         exit_with_error(str(error))
 
@@ -189,13 +196,16 @@ def _where(key: str, source: str, lines: Mapping[str, int]) -> str:
     return f"in {source} (line {lines[key]})" if key in lines else f"in {source}"
 
 
-def _read_arguments(arguments: Sequence[str]) -> tuple[dict[str, str], list[Setting]]:
+def _read_arguments(
+    arguments: Sequence[str], short: Mapping[str, str] = MappingProxyType({})
+) -> tuple[dict[str, str], list[Setting]]:
     """Split command-line words into file flags and settings; launcher flags are dropped."""
     files: dict[str, str] = {}
     settings: list[Setting] = []
     words = iter(arguments)
     for word in words:
         flag, equals, value = word.partition("=")
+        flag = short.get(flag, flag)
         if not flag.startswith("--"):
             raise ConfigError(
                 f"unexpected word '{word}' {COMMAND_LINE}: write --section.key VALUE, and a list as one word "
@@ -203,7 +213,7 @@ def _read_arguments(arguments: Sequence[str]) -> tuple[dict[str, str], list[Sett
             )
         if flag in _IGNORED_ALONE:
             continue
-        _check_flag(flag)
+        _check_flag(flag, short)
         if not equals:
             value = _next_value(flag, words)
         if flag in _FILE_FLAGS:
@@ -220,7 +230,7 @@ def _read_arguments(arguments: Sequence[str]) -> tuple[dict[str, str], list[Sett
     return files, settings
 
 
-def _check_flag(flag: str) -> None:
+def _check_flag(flag: str, short: Mapping[str, str]) -> None:
     if flag in _FILE_FLAGS or flag in _IGNORED_WITH_VALUE or flag[2:] in key_types():
         return
     if flag[2:] == BASE:
@@ -228,7 +238,7 @@ def _check_flag(flag: str) -> None:
             f"{flag} is given {COMMAND_LINE}, but is a key of YAML files only; write '{BASE}: FILE' into "
             "the one that --config names"
         )
-    candidates = [*key_types(), "config", "ds-config"]
+    candidates = [*key_types(), "config", "ds-config", *(name[2:] for name in short)]
     hint = did_you_mean(flag[2:], candidates, prefix="--") or SEE_HELP
     raise ConfigError(f"unknown key '{flag}' {COMMAND_LINE}{hint}")
 

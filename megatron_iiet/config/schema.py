@@ -216,12 +216,21 @@ class TrainingConfig:
 
 @dataclass
 class EvaluationConfig:
-    """Validation loss during training."""
+    """Validation loss and evaluation tasks during training."""
 
     interval: int = 200
     """Steps between validations; 0: only before the first and after the last step."""
     samples: int = 256
     """Validation sequences read each time (the same ones every time); fewer if the split is smaller."""
+    tasks: list[str] = field(default_factory=list)
+    """Tasks of lm-evaluation-harness to run while training, e.g. [lambada_openai, piqa]; 'paper' stands for
+    the paper's seven. Texts are cut to data.sequence_length. Empty: none."""
+    tasks_interval: int = 1000
+    """Steps between runs of the tasks; 0: only after the last step."""
+    tasks_limit: int | None = 100
+    """Rows of each task, the first ones; null: all."""
+    tasks_data_dir: str = ""
+    """Folder with the tasks' data, NAME.jsonl each (docs/evaluation.md); empty: from the Hugging Face hub."""
 
 
 @dataclass

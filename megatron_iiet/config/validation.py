@@ -45,6 +45,7 @@ _POSITIVE = (
     "guidance.samples",
     "distillation.temperature",
     "evaluation.samples",
+    "evaluation.tasks_limit",
     "logging.interval",
     "logging.peak_tflops",
 )
@@ -57,6 +58,7 @@ _NOT_NEGATIVE = (
     "distillation.alpha",
     "distillation.beta",
     "evaluation.interval",
+    "evaluation.tasks_interval",
     "checkpoint.interval",
     "checkpoint.keep",
     "logging.solver_interval",
@@ -88,6 +90,7 @@ def validate(config: RunConfig) -> None:
     _check_schedule(config)
     _check_batch(config)
     _check_guidance(config)
+    _check_tasks(config)
     check_layout(config)
 
 
@@ -320,4 +323,12 @@ def _check_guidance(config: RunConfig) -> None:
         raise ConfigError(
             f"{given} there is no held-out text to measure on: data.split is {config.data.split} and "
             "data.validation_prefix is empty; give validation a share in data.split"
+        )
+
+
+def _check_tasks(config: RunConfig) -> None:
+    tasks = config.evaluation.tasks
+    if not all(task.strip() for task in tasks):
+        raise ConfigError(
+            f"evaluation.tasks is {tasks}, but every entry must be the name of a task; remove the empty one"
         )

@@ -169,3 +169,8 @@ def test_script() -> None:
     assert error().startswith("error: there is no teacher; give --teacher")
     assert "distillation.teacher is nowhere" in error("--teacher=nowhere", "--guidance.interval", "5")
     assert "cannot read the iteration plan none.json" in error("--teacher", "nowhere", "--plan", "none.json")
+    assert "unknown key '--teachr' on the command line; did you mean '--teacher'" in error("--teachr", "x")
+    shown = subprocess.run([sys.executable, str(script), "--help"], capture_output=True, text=True)
+    assert shown.returncode == 0
+    assert "--teacher TEACHER     Short for --distillation.teacher." in shown.stdout
+    assert "--plan ITERATIONS     Short for --solver.iterations." in shown.stdout
