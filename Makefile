@@ -1,4 +1,4 @@
-# make demo | demo-compare | demo-distill | setup | test | test-layouts | test-kills | check | cuda-check | format | clean    (see README.md and CONTRIBUTING.md)
+# make demo | demo-compare | demo-distill | setup | test | test-long | test-layouts | test-kills | check | cuda-check | format | clean    (see README.md and CONTRIBUTING.md)
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
@@ -9,7 +9,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 unexport PYTHONDONTWRITEBYTECODE
 CSRC := $(shell find csrc -type f \( -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.inl' -o -name '*.cuh' \) 2>/dev/null)
 
-.PHONY: setup demo demo-compare demo-distill test test-layouts test-kills check cuda-check format clean
+.PHONY: setup demo demo-compare demo-distill test test-long test-layouts test-kills check cuda-check format clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.package
@@ -105,7 +105,11 @@ $(DISTILL)/continued/.trained: $(PLAN)
 	touch $@
 
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+# Every grid up to 8 processes, and the benchmarks from text to table.
+test-long: setup
+	$(BIN)/python -m pytest -m long
 
 # Layouts drawn at random, each against one process; minutes, and other ones every time.
 test-layouts: setup
@@ -119,7 +123,7 @@ check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not layouts and not kills"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not long and not layouts and not kills"
 
 # Everything that can be known of the CUDA kernels without a GPU; says what it skips where nvcc is missing.
 cuda-check: setup

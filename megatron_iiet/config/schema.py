@@ -102,6 +102,10 @@ class SolverConfig:
     """Order of pcformer's Runge-Kutta predictor."""
     repeats: int = 4
     """Times that kind weight-sharing runs each layer."""
+    key_values: Literal["every", "first"] = "every"
+    """Keys and values of attention: every evaluation of a layer computes its own, or all attend, with queries
+    of their own, to those of its first. A token then takes one K/V set a layer when decoding, not one an
+    evaluation; it is another function, to be trained as such."""
     schedule: list[tuple[float, int | list[int]]] | None = None
     """Training in stages: (fraction of steps, r) pairs, e.g. [[0.75, 0], [0.25, 3]]; r is one number or one
     per layer. A stage with r = 0 in all layers is plain Transformer++ (no merge). The last r must equal

@@ -12,6 +12,8 @@ hidden, H query heads, G key/value heads, K head width, M feed-forward width; H,
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -37,6 +39,13 @@ class RMSNorm(nn.Module):
         return normed
 
 
+class KeysValues(NamedTuple):
+    """What an evaluation of F attends to, [B, G, T, K] each, the keys rotated."""
+
+    keys: Tensor
+    values: Tensor
+
+
 class Attention(nn.Module):
     """Grouped-query self-attention, causal within documents; q, k and v from one matrix [q; k; v]."""
 
@@ -48,22 +57,30 @@ class Attention(nn.Module):
         self.qkv = parallel.column_linear(config.hidden_size, (query, kv, kv))
         self.output = parallel.row_linear(query, config.hidden_size)
         self.weights = config.hidden_size * (query + 2 * kv + query)
+        self.key_value_weights = config.hidden_size * 2 * kv
         self.query_width = query
 
-    def forward(self, x_BTD: Tensor, layout: AttentionLayout) -> Tensor:
-        qkv_BTW = self.qkv(x_BTD)
-        B, T, _ = qkv_BTW.shape
-        q, k, v = qkv_BTW.split(self.local_widths, dim=-1)
-        q_BHTK = layout.rotate(q.view(B, T, -1, self.head_dim).transpose(1, 2))
-        k_BGTK = layout.rotate(k.view(B, T, -1, self.head_dim).transpose(1, 2))
-        v_BGTK = v.view(B, T, -1, self.head_dim).transpose(1, 2)
-        out_BHTK = layout.attend(q_BHTK, k_BGTK, v_BGTK)
-        return self.output(out_BHTK.transpose(1, 2).reshape(B, T, -1))
+    def forward(
+        self, x_BTD: Tensor, layout: AttentionLayout, keys_values: KeysValues | None = None
+    ) -> tuple[Tensor, KeysValues]:
+        """``([B, T, D], the keys and values attended to)``; those given are used instead of x's own."""
+        if keys_values is None:
+            q, k, v = self.qkv(x_BTD).split(self.local_widths, dim=-1)
+            keys_values = KeysValues(layout.rotate(self._heads(k)), self._heads(v))
+        else:
+            q = self.qkv(x_BTD, self.local_widths[0])
+        out_BHTK = layout.attend(layout.rotate(self._heads(q)), *keys_values)
+        return self.output(out_BHTK.transpose(1, 2).flatten(2)), keys_values
 
-    def forward_flops(self, length: int) -> int:
+    def _heads(self, x_BTW: Tensor) -> Tensor:
+        """[B, T, heads · K] → [B, heads, T, K]."""
+        return x_BTW.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+    def forward_flops(self, length: int, *, own_keys: bool = True) -> int:
         """FLOPs of one sequence over all ranks: projections and the full T × T scores (the causal half is
-        counted too)."""
-        return (2 * self.weights + 4 * self.query_width * length) * length
+        counted too); ``own_keys``: whether keys and values are computed."""
+        weights = self.weights if own_keys else self.weights - self.key_value_weights
+        return (2 * weights + 4 * self.query_width * length) * length
 
 
 class SwiGLU(nn.Module):
@@ -88,23 +105,40 @@ class SwiGLU(nn.Module):
 class DecoderLayer(nn.Module):
     """F(y; θ_n): the increment of one whole decoder layer."""
 
-    def __init__(self, config: ModelConfig, backend: str, parallel: TensorParallel) -> None:
+    def __init__(
+        self, config: ModelConfig, backend: str, parallel: TensorParallel, *, keeps_keys: bool = False
+    ) -> None:
+        """``keeps_keys``: later evaluations attend to the keys and values of the first."""
         super().__init__()
         self.input_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, backend)
         self.attention = Attention(config, parallel)
         self.post_attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, backend)
         self.mlp = SwiGLU(config, parallel)
         self.backend = backend
+        self.keeps_keys = keeps_keys
 
-    def forward(self, y_BTD: Tensor, normed_BTD: Tensor | None, layout: AttentionLayout) -> Tensor:
-        """F(y), [B, T, D]; ``normed_BTD`` is ``input_norm(y)`` where the caller already has it."""
+    def forward(
+        self,
+        y_BTD: Tensor,
+        normed_BTD: Tensor | None,
+        layout: AttentionLayout,
+        keys_values: KeysValues | None = None,
+    ) -> tuple[Tensor, KeysValues | None]:
+        """``(F(y) [B, T, D], the keys and values for later evaluations if this layer keeps them)``.
+
+        ``normed_BTD`` is ``input_norm(y)`` where the caller already has it; ``keys_values`` are those of the
+        layer's first evaluation.
+        """
         if normed_BTD is None:
             normed_BTD = self.input_norm(y_BTD)
-        a_BTD = self.attention(normed_BTD, layout)
+        a_BTD, keys_values = self.attention(normed_BTD, layout, keys_values)
         norm = self.post_attention_norm
         normed_BTD = merge_norm(y_BTD, (a_BTD,), None, norm.weight, eps=norm.eps, backend=self.backend).normed
-        return a_BTD + self.mlp(normed_BTD)
+        return a_BTD + self.mlp(normed_BTD), keys_values if self.keeps_keys else None
 
-    def forward_flops(self, length: int) -> int:
-        """FLOPs of one evaluation of F on one sequence; norms and other elementwise work are not counted."""
-        return self.attention.forward_flops(length) + self.mlp.forward_flops(length)
+    def forward_flops(self, length: int, evaluations: float = 1) -> float:
+        """FLOPs of ``evaluations`` of F on one sequence; norms and other elementwise work are not counted."""
+        mlp = self.mlp.forward_flops(length)
+        first = self.attention.forward_flops(length) + mlp
+        later = self.attention.forward_flops(length, own_keys=not self.keeps_keys) + mlp
+        return first + (evaluations - 1) * later

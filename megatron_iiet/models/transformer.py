@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from megatron_iiet.config import RunConfig
 from megatron_iiet.models.attention_layout import AttentionLayout, Rotary, attention_layout
 from megatron_iiet.models.history import History
-from megatron_iiet.models.layer import DecoderLayer, RMSNorm
+from megatron_iiet.models.layer import DecoderLayer, KeysValues, RMSNorm
 from megatron_iiet.models.solvers import Solver, build_solver
 from megatron_iiet.parallel import TensorParallel
 from megatron_iiet.parallel.tensor import column_parallel, shard_of
@@ -33,15 +33,20 @@ class BoundIncrement:
     layer: DecoderLayer
     layout: AttentionLayout
     recompute: bool
+    keys_values: KeysValues | None = None
+    """Of the step's first evaluation, where the layer keeps them."""
 
     @property
     def input_norm(self) -> RMSNorm:
         return self.layer.input_norm
 
     def __call__(self, y_BTD: Tensor, normed_BTD: Tensor | None, evaluation: int) -> Tensor:
+        arguments = (y_BTD, normed_BTD, self.layout, self.keys_values if evaluation else None)
         if self.recompute and torch.is_grad_enabled():
-            return cast(Tensor, checkpoint(self.layer, y_BTD, normed_BTD, self.layout, use_reentrant=False))
-        return cast(Tensor, self.layer(y_BTD, normed_BTD, self.layout))
+            f_BTD, self.keys_values = checkpoint(self.layer, *arguments, use_reentrant=False)
+        else:
+            f_BTD, self.keys_values = self.layer(*arguments)
+        return cast(Tensor, f_BTD)
 
 
 class IntegratedLayer(nn.Module):
@@ -49,7 +54,8 @@ class IntegratedLayer(nn.Module):
 
     def __init__(self, config: RunConfig, layer: int, backend: str, parallel: TensorParallel) -> None:
         super().__init__()
-        self.increment = DecoderLayer(config.model, backend, parallel)
+        keeps_keys = config.solver.key_values == "first"
+        self.increment = DecoderLayer(config.model, backend, parallel, keeps_keys=keeps_keys)
         self.solver: Solver = build_solver(config, layer, backend)
         self.recompute = config.training.recompute
 
@@ -254,9 +260,10 @@ class Transformer(nn.Module):
         return self.layer_flops(length) + self.head_flops(length)
 
     def layer_flops(self, length: int) -> int:
-        """FLOPs of all evaluations of all layers on one sequence: E·(2(4d² + 3·d·ffn) + 4·d·T)·T."""
+        """FLOPs of all evaluations of all layers on one sequence: E·(2(4d² + 3·d·ffn) + 4·d·T)·T, less where
+        keys and values are those of the first evaluation."""
         layers = cast(Iterable[IntegratedLayer], self.layers.values())
-        return sum(layer.solver.evaluations * layer.increment.forward_flops(length) for layer in layers)
+        return sum(int(layer.increment.forward_flops(length, layer.solver.evaluations)) for layer in layers)
 
     def head_flops(self, length: int) -> int:
         """FLOPs of the output head on one sequence: 2·d·V·T."""

@@ -105,8 +105,9 @@ class _ParallelLinear(nn.Linear):
 
 
 class _ColumnParallel(_ParallelLinear):
-    def forward(self, x: Tensor) -> Tensor:
-        return column_parallel(x, self.weight, self.parallel)
+    def forward(self, x: Tensor, width: int | None = None) -> Tensor:
+        """``width``: only so many columns of this rank's output, its first ones."""
+        return column_parallel(x, self.weight if width is None else self.weight[:width], self.parallel)
 
 
 class _RowParallel(_ParallelLinear):

@@ -26,7 +26,7 @@ def stage_plan(config: RunConfig, whole: Transformer) -> StagePlan:
     length = config.data.sequence_length
     layers = [cast(IntegratedLayer, layer) for layer in whole.layers.values()]
     costs = [
-        count * layer.increment.forward_flops(length)
+        layer.increment.forward_flops(length, count)
         for count, layer in zip(mean_evaluations(config, whole.solvers.values()), layers, strict=True)
     ]
     return plan_stages(costs, 0.0, whole.head_flops(length), config.parallel.pipeline)

@@ -402,7 +402,7 @@ def configs(draw: st.DrawFn) -> RunConfig:
     )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(config=configs())
 def test_round_trip_through_yaml(config: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> None:
     path = tmp_path_factory.mktemp("round") / "run.yaml"

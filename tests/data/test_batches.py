@@ -76,7 +76,7 @@ def take(iterator: Iterator[Batch], count: int) -> list[list[int]]:
     return [windows(batch) for batch in islice(iterator, count)]
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     n=st.integers(1, 70),
     ranks=st.sampled_from([1, 2, 3, 4]),

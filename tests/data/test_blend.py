@@ -33,7 +33,7 @@ def deviations(weights: list[float], samples: int) -> tuple[int, int]:
     return worst, sum(parts)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(weights=st.lists(DECIMALS, min_size=1, max_size=8))
 def test_less_than_one_sample_from_the_weights_in_every_prefix(weights: list[float]) -> None:
     period = sum(round(weight * 1000) for weight in weights)
@@ -50,7 +50,7 @@ def test_every_small_proportion() -> None:
             assert worst < one, weights
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(weights=st.lists(st.integers(10**7, 10**8), min_size=2, max_size=8), length=st.integers(80, 200))
 def test_weights_without_a_small_common_denominator(weights: list[int], length: int) -> None:
     """Less than one sample at the borders of blocks, less than two in between, and no drift."""
@@ -79,7 +79,7 @@ def test_token_counts_as_weights() -> None:
 
 
 @given(weights=st.lists(DECIMALS, min_size=1, max_size=5), data=st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_any_run_of_samples_is_less_than_two_from_its_share(
     weights: list[float], data: st.DataObject
 ) -> None:
@@ -97,7 +97,7 @@ def test_any_run_of_samples_is_less_than_two_from_its_share(
     samples=st.lists(st.integers(0, 10**13), min_size=1, max_size=30),
     weights=st.sampled_from([SLIMPAJAMA, [1, 1], [3], [0.1, 0.2, 0.70001], [123_456_789, 987_654_321]]),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_one_by_one_or_together_in_any_order(samples: list[int], weights: list[float]) -> None:
     dealer = Blend(weights)
     sources, ranks = dealer(np.array(samples))

@@ -71,7 +71,7 @@ class TestEquality:
         for text in texts:
             assert fast.encode(text).tolist() == exact.encode(text).tolist()
 
-    @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=300, deadline=None)
+    @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=300)
     @given(
         text=st.text(max_size=200)
         | st.text(" \t\n▁-=a<s>/", max_size=200)

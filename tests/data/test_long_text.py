@@ -29,7 +29,7 @@ def scan(raw: bytes, piece_bytes: int) -> LongText:
     return LongText.scan(b"[" + raw + b', "\\', 2, len(raw), piece_bytes)
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(text=PROPER, ascii_only=st.booleans(), limit=st.integers(2, 40), piece_bytes=st.integers(16, 60))
 @example(text="😀" * 30, ascii_only=True, limit=7, piece_bytes=17)
 @example(text="\\" * 50, ascii_only=False, limit=3, piece_bytes=16)
@@ -54,7 +54,7 @@ def test_every_place_of_a_cut(unit: str, piece_bytes: int) -> None:
         assert "".join(scan(raw, piece_bytes).parts(5, piece_bytes)) == text
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(pieces=st.lists(PROPER | HALVES, max_size=60), piece_bytes=st.integers(16, 40))
 @example(pieces=["\ud800"] * 50, piece_bytes=16)
 @example(pieces=["\ud83d"] * 20 + ["\ude00"], piece_bytes=18)
@@ -65,7 +65,7 @@ def test_lone_surrogates_are_found(pieces: list[str], piece_bytes: int) -> None:
     assert scan(raw, piece_bytes).lone_surrogate == (halves[0] if halves else None)
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(
     before=st.integers(0, 40),
     defect=st.sampled_from(
@@ -104,7 +104,7 @@ JSON = st.recursive(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(value=JSON, ascii_only=st.booleans(), min_bytes=st.integers(1, 20))
 def test_lines_are_read_as_json_reads_them(value: object, ascii_only: bool, min_bytes: int) -> None:
     line = json.dumps(value, ensure_ascii=ascii_only).encode("utf-8", "surrogatepass")

@@ -12,7 +12,7 @@ from megatron_iiet.data.loader.order import SampleOrder
 from megatron_iiet.data.loader.permutation import Permutation
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(n=st.integers(1, 90), seed=st.integers(0, 2**40), start=st.integers(0, 300))
 def test_one_source_is_epoch_after_epoch_of_its_permutation(n: int, seed: int, start: int) -> None:
     sources, windows = SampleOrder([n], [2.5], seed)(np.arange(start, start + 200))
@@ -29,7 +29,7 @@ def test_order_is_frozen() -> None:
     assert windows.tolist() == [473, 642, 15, 927, 159, 11, 922, 0]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     lengths=st.lists(st.integers(1, 60), min_size=2, max_size=4),
     seed=st.integers(0, 99),

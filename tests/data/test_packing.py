@@ -21,7 +21,7 @@ def packed(lengths: list[int], bins: int, capacity: int) -> list[list[tuple[int,
     return bins_of(pack(np.cumsum(sizes) - sizes, sizes, bins, capacity))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(data=st.data(), start=st.integers(0, 2**40), size=st.integers(1, 300), capacity=st.integers(1, 30))
 def test_pieces_end_where_documents_do(data: st.DataObject, start: int, size: int, capacity: int) -> None:
     inside = st.integers(start, start + size - 1)
@@ -39,7 +39,7 @@ def test_pieces_end_where_documents_do(data: st.DataObject, start: int, size: in
         assert starts[piece] in documents or lengths[piece - 1] == capacity
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(data=st.data(), capacity=st.integers(1, 40), spare=st.integers(0, 3))
 def test_every_token_has_one_place(data: st.DataObject, capacity: int, spare: int) -> None:
     lengths = data.draw(st.lists(st.integers(1, capacity), min_size=1, max_size=40))
@@ -55,7 +55,7 @@ def test_every_token_has_one_place(data: st.DataObject, capacity: int, spare: in
     )
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(data=st.data(), capacity=st.integers(2, 30))
 def test_nothing_is_cut_where_a_bin_has_room(data: st.DataObject, capacity: int) -> None:
     """With a bin for each piece none is cut, and none is opened while the piece fits another."""

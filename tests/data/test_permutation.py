@@ -12,7 +12,7 @@ from megatron_iiet.data.loader.permutation import EpochPermutations, Permutation
 INT64 = st.integers(-(2**63), 2**63 - 1)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(n=st.integers(1, 3000), seed=INT64, epoch=st.integers(0, 10**6))
 def test_bijection(n: int, seed: int, epoch: int) -> None:
     images = Permutation(n, seed, epoch)(np.arange(n))
@@ -45,7 +45,7 @@ def inverse(order: Permutation, image: int) -> int:
             return value
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(bits=st.integers(0, 40), seed=INT64, epoch=st.integers(0, 10**6), data=st.data())
 def test_bijection_of_every_size(bits: int, seed: int, epoch: int, data: st.DataObject) -> None:
     """What has an inverse on a finite set is a bijection; sampled for n up to 2**40."""
@@ -57,7 +57,7 @@ def test_bijection_of_every_size(bits: int, seed: int, epoch: int, data: st.Data
         assert inverse(order, image) == position
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(
     n=st.integers(1, 200),
     seed=INT64,
@@ -71,7 +71,7 @@ def test_epochs_in_one_go(n: int, seed: int, key: tuple[int, ...], start: int) -
     assert EpochPermutations(n, seed, *key)(numbers[:0]).tolist() == []
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(n=st.integers(2**40, 2**62), start=st.integers(0, 2**40 - 1000))
 def test_large_ranges_stay_inside_without_collision(n: int, start: int) -> None:
     images = Permutation(n, 1, 2)(np.arange(start, start + 1000))

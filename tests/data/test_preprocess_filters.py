@@ -185,7 +185,7 @@ def test_defective_rows_do_not_shift_duplicates(
 LINES = st.lists(st.lists(st.integers(0, 12), max_size=40), min_size=1, max_size=6)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(LINES, st.integers(1, 9), st.integers(1, 5))
 def test_find_duplicates(
     tmp_path_factory: pytest.TempPathFactory, lines: list[list[int]], part: int, block: int

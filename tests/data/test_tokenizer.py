@@ -134,7 +134,7 @@ def test_lone_surrogate(tokenizer: TextTokenizer) -> None:
             encode("broken\ud83dtext")
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(text=st.text("ab\n", max_size=60), limit=st.integers(2, 10))
 def test_split_text(text: str, limit: int) -> None:
     parts = list(split_text(text, limit))
@@ -246,7 +246,7 @@ class TestTiktoken:
         text=st.text("abc deho \n\t1290.,-'s", max_size=80)
         | st.integers(0, 10_000).map(lambda seed: make_texts(1, seed)[0].replace("é世", ""))
     )
-    @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+    @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
     def test_against_the_definition(self, ranks_file: Path, text: str) -> None:
         ranks = read_ranks(ranks_file)
         expected = [piece for word in self.words(text) for piece in self.merged(word.encode(), ranks)]

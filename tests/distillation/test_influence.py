@@ -234,7 +234,7 @@ def test_two_ranks(folders: dict[str, Path], tmp_path: Path) -> None:
     check_layouts("paper", TWO, 2, folders, tmp_path)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", SOLVERS)
 def test_eight_ranks(name: str, folders: dict[str, Path], tmp_path: Path) -> None:
     layouts = [ParallelConfig(2, 2, sequence) for sequence in (False, True)]

@@ -97,7 +97,7 @@ def test_what_an_iteration_is_worth() -> None:
     st.lists(st.floats(0, 2), min_size=12, max_size=12),
     st.integers(1, 100).map(lambda hundredths: hundredths / 100),
 )
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 def test_never_more_flops_than_asked_and_no_iteration_less(values: list[float], ratio: float) -> None:
     ratio = max(ratio, 1 / 3)
     whole = small(4, 2)

@@ -44,6 +44,7 @@ READINGS: dict[str, dict[str, Any]] = {
     "one-row": {"kind": "iiet", "variant": "released", "iterations": 1, "readout": "shared"},
     "normed": {"kind": "euler", "output_norm": "layer"},
     "pcformer-4": {"kind": "pcformer", "predictor_order": 4},
+    "first-keys": {"kind": "iiet", "iterations": [2, 0, 1, 3], "key_values": "first"},
 }
 """Solvers that are no axis of the matrix."""
 MODELS: dict[str, dict[str, Any]] = {

@@ -65,6 +65,8 @@ SLOW_DOCUMENTS = [
 READINGS = [
     Case(tensor=2, sequence=True, pipeline=2, solver="rms-damped", accumulation=3),
     Case(tensor=2, sequence=True, pipeline=2, solver="normed", accumulation=3),
+    Case(tensor=2, sequence=True, pipeline=2, solver="first-keys", accumulation=3),
+    Case(tensor=2, stage=3, solver="first-keys", recompute="evaluation"),
     Case(data=2, stage=3, solver="rms-damped", recompute="evaluation"),
     Case(data=2, stage=3, solver="pcformer-4", recompute="layer"),
     Case(tensor=2, sequence=True, stage=3, solver="one-row", recompute="layer"),
@@ -151,7 +153,7 @@ def test_validation_and_diagnostics(axes: dict[str, Any], paths: dict[str, str])
                 assert getattr(found, kind) == pytest.approx(getattr(statistics, kind), rel=1e-3, abs=1e-6)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("cases", by_grid(pairwise([*EXTREMES, *every_grid()])), ids=name_of)
 def test_matrix(cases: list[Case], paths: dict[str, str], tmp_path: Path) -> None:
     """Every grid up to 8 processes, all pairs of values of all axes, and the extremes of the grid."""

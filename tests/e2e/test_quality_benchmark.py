@@ -33,7 +33,7 @@ def quality(monkeypatch: pytest.MonkeyPatch) -> Any:
     return importlib.import_module("quality")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_trials(
     quality: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -82,7 +82,7 @@ def test_trials(
     assert capsys.readouterr().out == text
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_distillation(quality: Any, tmp_path: Path) -> None:
     """From nothing to the table: teachers, influence, plan, students with and without a teacher."""
     benchmark = importlib.import_module("distillation_quality")

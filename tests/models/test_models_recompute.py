@@ -20,6 +20,7 @@ SOLVERS: dict[str, dict[str, Any]] = {
     "rk2-gated": {"kind": "rk2", "stage_coefficients": "gated"},
     "rk4": {"kind": "rk4"},
     "weight-sharing": {"kind": "weight-sharing", "repeats": 2},
+    "first-keys": {"kind": "iiet", "iterations": 2, "key_values": "first"},
     "pcformer": {"kind": "pcformer", "model": {"num_layers": 6}},
 }
 

@@ -112,6 +112,39 @@ def test_evaluations_of_explicit_solvers(
         model.set_iterations([1] * layers)
 
 
+def test_keys_and_values_of_the_first_evaluation(build: Build, tokens: torch.Tensor) -> None:
+    """Written out for Euler steps of the same layer: later steps bring queries only."""
+    model = build(
+        kind="weight-sharing", repeats=3, key_values="first", model={"num_layers": 1, "init_std": 0.2}
+    )
+    layer = model.layers["0"].increment
+    y, _ = model.embed(tokens)
+    layout = model.layout(tokens.shape[1], y.dtype)
+    attention, mlp = layer.attention, layer.mlp
+
+    def heads(x: torch.Tensor) -> torch.Tensor:
+        return x.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+
+    kept = None
+    for _ in range(3):
+        q, k, v = (heads(x) for x in attention.qkv(layer.input_norm(y)).split(attention.local_widths, -1))
+        kept = kept or (layout.rotate(k), v)
+        attended = layout.attend(layout.rotate(q), *kept).transpose(1, 2).flatten(2)
+        a = attention.output(attended)
+        y = y + a + mlp(layer.post_attention_norm(y + a))
+    torch.testing.assert_close(model(tokens), model.project(y)[..., : model.config.model.vocab_size])
+
+    own = build(kind="weight-sharing", repeats=3, model={"num_layers": 1, "init_std": 0.2})
+    assert not torch.allclose(own(tokens), model(tokens), atol=1e-3)
+    for parameter in model.parameters():
+        parameter.grad = None
+    model(tokens, tokens).backward()
+    assert attention.qkv.weight.grad.abs().amin(1).gt(0).all()
+    shape = model.config.model
+    spared = 2 * 2 * shape.hidden_size * 2 * shape.num_kv_heads * shape.head_dim * 16
+    assert own.layer_flops(16) - model.layer_flops(16) == spared
+
+
 def test_only_mergers_keep_increments(build: Build, tokens: torch.Tensor) -> None:
     """What is kept would be held until the backward pass."""
     for solver, _ in EXPLICIT.values():

@@ -62,7 +62,7 @@ def arguments(draw: st.DrawFn) -> dict[str, Any]:
 
 
 @on_every_backend
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(call=arguments())
 def test_values_against_fp64(call: dict[str, Any], backend: str) -> None:
     call = placed(call, backend)
@@ -84,7 +84,7 @@ def test_values_against_fp64(call: dict[str, Any], backend: str) -> None:
 
 
 @on_every_backend
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(call=arguments())
 def test_norm_is_of_the_rounded_merge_bit_for_bit(call: dict[str, Any], backend: str) -> None:
     call = placed(call, backend)
@@ -111,7 +111,7 @@ def weighted_gradients(results: list[Tensor | None], leaves: list[Tensor]) -> li
 
 
 @on_every_backend
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(call=arguments())
 def test_gradients_against_fp64(call: dict[str, Any], backend: str) -> None:
     """fp32 gradients of the fp64 formula. (gradcheck itself needs fp64 storage, which is not offered.)"""

@@ -256,7 +256,7 @@ def networks(draw: st.DrawFn) -> Network:
 
 
 @on_every_backend
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(network=networks())
 def test_random_networks(network: Network, backend: str) -> None:
     if backend == "cuda":

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from megatron_iiet.parallel.shard import Shard
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(
     size=st.sampled_from([1, 2, 3, 4, 8]),
     parts=st.lists(st.integers(1, 3), min_size=1, max_size=4),

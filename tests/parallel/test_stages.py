@@ -19,7 +19,7 @@ def slowest(layers: list[float], embedding: float, head: float, ends: tuple[int,
     return max(costs)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     layers=st.lists(st.integers(1, 9).map(float), min_size=1, max_size=8),
     embedding=st.integers(0, 5).map(float),

@@ -78,7 +78,7 @@ def parameters(draw: st.DrawFn) -> tuple[tuple[int, ...], Shard | None]:
     )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.data(), size=st.sampled_from(SIZES), pieces=st.integers(1, 5))
 def test_any_layout_reads_what_any_other_wrote(data: st.DataObject, size: int, pieces: int) -> None:
     weights = {}
