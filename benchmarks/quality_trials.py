@@ -120,6 +120,10 @@ SYSTEMS: dict[str, System] = {
         )
         for r in (0, 1)
     },
+    "rms-r1-first-keys": System(
+        "IIET r = 1, paper, history at rms 1, keys of the first evaluation",
+        {**RMS, "iterations": 1, "key_values": "first"},
+    ),
     "released-r1-shared": System(
         "IIET r = 1, released, one row", {**RELEASED, "iterations": 1, "readout": "shared"}
     ),
@@ -215,7 +219,7 @@ def ablations(lr: dict[str, float]) -> list[Trial]:
     names = (
         *("euler", "euler-norm", "paper-r0", "paper-r1", "released-r0", "released-r1"),
         *("paper-r1-euler-predictor", "paper-r0-average", "paper-r1-average"),
-        *("rms-r0", "rms-r1", "rms-r0-identity", "rms-r1-identity"),
+        *("rms-r0", "rms-r1", "rms-r0-identity", "rms-r1-identity", "rms-r1-first-keys"),
         *("released-r0-identity", "released-r1-identity", "released-r1-shared"),
         *("euler-scale1", "paper-r1-scale1", "released-r0-scale1", "released-r1-scale1"),
     )
