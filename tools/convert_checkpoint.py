@@ -1,20 +1,31 @@
 #!/usr/bin/env python
-"""Turn a Hugging Face LLaMA checkpoint, or a training checkpoint of a run, into a portable model folder.
+"""Turn a model from one form into another, a few rows of its weights at a time.
 
-The result (config.yaml, model.safetensors in fp32, the tokenizer) is read by megatron_iiet.models.load.
+    tools/convert_checkpoint.py --from-run runs/demo --to-hf DIR      # for transformers
+    tools/convert_checkpoint.py --from-run runs/demo --to DIR         # for megatron_iiet.models.load
+    tools/convert_checkpoint.py --from-hf LLAMA --to DIR --solver.kind iiet --solver.iterations 0
+    tools/convert_checkpoint.py --from-model DIR --to-hf LLAMA --as-llama
+
+What a training run reads (training.initial_weights, distillation.teacher) may be any of these forms.
 """
 
 from __future__ import annotations
 
 import argparse
-from dataclasses import fields
-from typing import Any, NoReturn
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
-from megatron_iiet.config import exit_with_error
+from megatron_iiet.config import RunConfig, exit_with_error
 from megatron_iiet.config.schema import SolverConfig
 from megatron_iiet.config.strict_yaml import parse_value
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 SOLVER_OPTIONS = [field.name for field in fields(SolverConfig) if field.name != "schedule"]
+DTYPES = ("fp32", "bf16", "fp16")
 
 
 class Parser(argparse.ArgumentParser):
@@ -25,25 +36,68 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = Parser(description=__doc__, allow_abbrev=False)
+    parser = Parser(
+        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--from-hf", metavar="DIR", help="LLaMA folder: config.json and safetensors")
-    source.add_argument("--from-run", metavar="RUN_DIR", help="output_dir of a training run")
-    parser.add_argument("--to", metavar="DIR", required=True, help="folder to write; must not exist")
+    source.add_argument(
+        "--from-hf", metavar="DIR", help="Hugging Face folder of a LLaMA, or one that --to-hf wrote"
+    )
+    source.add_argument(
+        "--from-run", metavar="RUN_DIR", help="output_dir of a training run, whatever its layout"
+    )
+    source.add_argument("--from-model", metavar="DIR", help="folder that --to wrote")
+    target = parser.add_mutually_exclusive_group(required=True)
+    target.add_argument(
+        "--to",
+        metavar="DIR",
+        help="portable folder to write: config.yaml, model.safetensors in fp32, tokenizer",
+    )
+    target.add_argument(
+        "--to-hf",
+        metavar="DIR",
+        help="Hugging Face folder to write, for AutoModelForCausalLM; must not exist",
+    )
     parser.add_argument("--step", type=int, help="with --from-run: checkpoint of this step, not the newest")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, help="with --to-hf: of the weights but the solver's (default: fp32)"
+    )
+    parser.add_argument(
+        "--max-shard-size", metavar="SIZE", help="with --to-hf: of one file of weights (default: 5GB)"
+    )
+    parser.add_argument(
+        "--as-llama",
+        action="store_true",
+        help="with --to-hf: a plain LlamaForCausalLM, which needs no code of its own; for kind euler",
+    )
     for name in SOLVER_OPTIONS:
         parser.add_argument(
-            f"--solver.{name}", metavar="VALUE", help="with --from-hf; see pretrain_iiet.py --help"
+            f"--solver.{name}", metavar="VALUE", help="with --from-hf LLaMA; see pretrain_iiet.py --help"
         )
     arguments = parser.parse_args()
-    given = solver_options(arguments)
-    if arguments.from_run and given:
-        parser.error(
-            f"--solver.{next(iter(given))} is given with --from-run; a checkpoint keeps its run's solver"
-        )
-    if arguments.from_hf and arguments.step is not None:
-        parser.error("--step is given with --from-hf; only the checkpoints of a run have steps")
+    refuse_misplaced(parser, arguments)
     return arguments
+
+
+def refuse_misplaced(parser: Parser, arguments: argparse.Namespace) -> None:
+    """Options that say nothing about what was asked for are mistakes."""
+    for name in solver_options(arguments):
+        if not arguments.from_hf:
+            given, whose = ("--from-run", "run's") if arguments.from_run else ("--from-model", "model's")
+            kept = "a checkpoint keeps its run's" if arguments.from_run else f"a folder keeps its {whose}"
+            parser.error(f"--solver.{name} is given with {given}; {kept} solver")
+    if arguments.step is not None and not arguments.from_run:
+        given = "--from-hf" if arguments.from_hf else "--from-model"
+        parser.error(f"--step is given with {given}; only the checkpoints of a run have steps")
+    if arguments.to:
+        given_options = {
+            "--dtype": arguments.dtype,
+            "--max-shard-size": arguments.max_shard_size,
+            "--as-llama": arguments.as_llama,
+        }
+        for option, value in given_options.items():
+            if value:
+                parser.error(f"{option} is given with --to, whose folder has one form; use --to-hf")
 
 
 def solver_options(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -51,37 +105,104 @@ def solver_options(arguments: argparse.Namespace) -> dict[str, Any]:
     return {name: parse_value(value) for name, value in values.items() if value is not None}
 
 
+class Weights(Protocol):
+    """Parameters by our names, read when asked for."""
+
+    def rows(self, name: str, first: int, last: int) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model to convert."""
+
+    words: str
+    config: RunConfig
+    state: Mapping[str, Tensor]
+    weights: Weights
+    """The same parameters, some rows at a time."""
+    tokenizer_files: list[Path]
+    """The one to load first."""
+    hf_folder: Path | None = None
+
+
+def open_source(arguments: argparse.Namespace) -> Source:
+    """The model that was asked for, checked as far as it can be without reading its weights."""
+    if arguments.from_hf:
+        from megatron_iiet.hf import import_llama, tokenizer_files
+
+        folder = Path(arguments.from_hf)
+        config, weights = import_llama(folder, solver_options(arguments))
+        return Source(arguments.from_hf, config, weights, weights, tokenizer_files(folder), folder)
+    if arguments.from_model:
+        from megatron_iiet.models.portable import StoredModel
+
+        stored = StoredModel(arguments.from_model)
+        files = tokenizer_of_model(Path(arguments.from_model), stored.config)
+        return Source(arguments.from_model, stored.config, stored, stored, files)
+    from megatron_iiet.training.export import export_run
+
+    run = export_run(arguments.from_run, arguments.step)
+    return Source(str(run.folder), run.config, run.state, run.state, run.tokenizer_files)
+
+
+def tokenizer_of_model(folder: Path, config: RunConfig) -> list[Path]:
+    """The tokenizer files of a portable folder, the one that its configuration names first."""
+    from megatron_iiet.hf import tokenizer_files
+
+    named = folder / Path(config.data.tokenizer).name
+    others = [named.with_name(named.name + ".json"), *tokenizer_files(folder)]
+    return [file for file in dict.fromkeys([named, *others]) if config.data.tokenizer and file.is_file()]
+
+
 def convert(arguments: argparse.Namespace) -> str:
     """Do it; what to tell the user."""
     from megatron_iiet.models import Transformer
     from megatron_iiet.models.portable import check_new, save
 
-    check_new(arguments.to)
-    if arguments.from_hf:
-        from megatron_iiet.hf import import_llama, tokenizer_files
+    target = arguments.to or arguments.to_hf
+    check_new(target)
+    source = open_source(arguments)
+    parameters = f"{Transformer.on_meta(source.config).num_parameters():,} parameters from {source.words}"
+    solver = f"solver {source.config.solver.kind}"
+    if arguments.to:
+        save(source.config, source.state, target, extra_files=source.tokenizer_files)
+        names = ", ".join(file.name for file in source.tokenizer_files) or "no tokenizer"
+        return f"wrote {target}: {parameters}, {solver}, {names}"
+    return f"wrote {target}: {parameters}, {to_hf(source, arguments, solver)}"
 
-        config, state = import_llama(arguments.from_hf, solver_options(arguments))
-        source, files = arguments.from_hf, tokenizer_files(arguments.from_hf)
+
+def to_hf(source: Source, arguments: argparse.Namespace, solver: str) -> str:
+    """Write a Hugging Face folder; what is in it."""
+    from megatron_iiet.hf.export import export_folder, extras_of_folder, extras_of_tokenizer
+    from megatron_iiet.hf.shards import parse_bytes
+
+    size = parse_bytes(arguments.max_shard_size or "5GB")
+    if source.hf_folder is not None:
+        extras = extras_of_folder(source.hf_folder)
     else:
-        from megatron_iiet.training.export import export_run
-
-        exported = export_run(arguments.from_run, arguments.step)
-        config, state, source, files = (
-            exported.config,
-            exported.state,
-            exported.folder,
-            exported.tokenizer_files,
-        )
-    save(config, state, arguments.to, extra_files=files)
-    parameters = Transformer.on_meta(config).num_parameters()
-    names = ", ".join(file.name for file in files) or "no tokenizer"
-    return (
-        f"wrote {arguments.to}: {parameters:,} parameters from {source}, solver {config.solver.kind}, {names}"
+        extras = extras_of_tokenizer(source.tokenizer_files[0] if source.tokenizer_files else None)
+    dtype = arguments.dtype or "fp32"
+    written = export_folder(
+        source.config,
+        source.weights,
+        arguments.to_hf,
+        extras,
+        dtype=dtype,
+        max_shard_bytes=size,
+        as_llama=arguments.as_llama,
     )
+    kind = "a plain LLaMA" if arguments.as_llama else solver
+    count = len(written.weight_files)
+    files = "1 file" if count == 1 else f"{count} files"
+    words = ", ".join([kind, f"{dtype} in {files}", *written.files])
+    return "".join([words, *(f"\nnote: {note}" for note in written.notes)])
 
 
 def main() -> None:
     arguments = parse_arguments()
+    from megatron_iiet.durable import leave_cleanly_on_sigterm
+
+    leave_cleanly_on_sigterm()
     try:
         print(convert(arguments))
     except (ValueError, OSError) as error:

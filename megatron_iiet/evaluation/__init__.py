@@ -1,1 +1,1 @@
-"""Looking at runs and models: sampled text, loss curves, summaries."""
+"""Looking at runs and models: loss curves, summaries, evaluation tasks."""

@@ -1,5 +1,19 @@
-"""The Hugging Face side: reading the ecosystem's checkpoints. Nothing here imports the training stack."""
+"""The Hugging Face side: reading and writing the ecosystem's checkpoints, and our models for transformers.
+
+Nothing here imports the training stack, and importing this package does not import transformers.
+"""
 
 from megatron_iiet.hf.llama import import_llama, tokenizer_files
 
-__all__ = ["import_llama", "tokenizer_files"]
+__all__ = ["import_llama", "register", "tokenizer_files"]
+
+
+def register() -> None:
+    """Let transformers' Auto classes load ``model_type`` 'iiet' without ``trust_remote_code``."""
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+    from megatron_iiet.hf.modeling_iiet import IIETConfig, IIETForCausalLM, IIETModel
+
+    AutoConfig.register("iiet", IIETConfig, exist_ok=True)
+    AutoModel.register(IIETConfig, IIETModel, exist_ok=True)
+    AutoModelForCausalLM.register(IIETConfig, IIETForCausalLM, exist_ok=True)

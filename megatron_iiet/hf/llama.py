@@ -1,31 +1,27 @@
-"""A Hugging Face LLaMA folder (``config.json`` and safetensors) as our configuration and parameters.
+"""A Hugging Face folder (``config.json`` and safetensors) as our configuration and parameters: a LLaMA, or
+one that :mod:`megatron_iiet.hf.export` wrote.
 
 What our model would compute differently is refused; nothing is ever unpickled.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
-
 from megatron_iiet.config import RunConfig, config_from_dict, config_to_dict
 from megatron_iiet.config.schema import ModelConfig
-from megatron_iiet.models.solvers import build_solver
+from megatron_iiet.hf.shards import read_json
+from megatron_iiet.hf.solver_fields import solver_from_fields
+from megatron_iiet.hf.weights import CONFIG_FILE, HFWeights, WithInitialSolvers
 
-CONFIG_FILE = "config.json"
-WEIGHTS_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
-TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json")
+ARCHITECTURES = {"llama": "LlamaForCausalLM", "iiet": "IIETForCausalLM"}
+"""By ``model_type``."""
+CACHES = ("all", "last", "first")
+"""Values of ``kv_cache``."""
+TOKENIZER_FILES = ("tokenizer.model", "sentencepiece.model", "tokenizer.json", "tokenizer_config.json")
 
-_STORAGE_TYPES = ("F32", "BF16", "F16")
-_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
-_COMPARED_ROWS = 4096
 # Fields with one value that our model computes, and why there is no other.
 _ONLY_VALUES: dict[str, tuple[Any, str]] = {
     "hidden_act": ("silu", "the feed-forward is SwiGLU"),
@@ -39,23 +35,35 @@ _ONLY_VALUES: dict[str, tuple[Any, str]] = {
 
 def import_llama(
     folder: str | Path, solver: Mapping[str, Any] | None = None
-) -> tuple[RunConfig, Mapping[str, Tensor]]:
-    """Configuration and fp32 parameters (by our names) of a LLaMA checkpoint.
+) -> tuple[RunConfig, HFWeights | WithInitialSolvers]:
+    """Configuration and fp32 parameters (by our names, read when asked for) of a checkpoint folder.
 
-    ``solver`` sets keys of the ``solver`` section; without any the layers are integrated as the checkpoint
-    was trained, by explicit Euler. Solver coefficients get their initial values.
+    ``solver`` sets keys of the ``solver`` section of a LLaMA; without any the layers are integrated as the
+    checkpoint was trained, by explicit Euler. Solver coefficients get their initial values. An IIET has its
+    own solver and coefficients.
 
     Raises:
-        ValueError: (and its subclass ConfigError) no LLaMA checkpoint, one that our model can't represent,
+        ValueError: (and its subclass ConfigError) no such checkpoint, one that our model can't represent,
             or a damaged one; the message names the file, the field or tensor, and what is supported.
     """
     folder = Path(folder)
-    config = read_config(folder, {"kind": "euler", **(solver or {})})
-    state = dict(LlamaWeights(folder, config.model))
-    for n in range(config.model.num_layers):
-        for name, value in build_solver(config, n, "reference").state_dict().items():
-            state[f"layers.{n}.solver.{name}"] = value
-    return config, state
+    config, weights = open_folder(folder, solver)
+    return config, weights if is_iiet(folder) else WithInitialSolvers(weights, config)
+
+
+def open_folder(folder: Path, solver: Mapping[str, Any] | None = None) -> tuple[RunConfig, HFWeights]:
+    """:func:`import_llama` with what is in the folder only: of a LLaMA no solver's parameters.
+
+    Raises:
+        ValueError: as :func:`import_llama`.
+    """
+    config = read_config(folder, solver)
+    return config, HFWeights(folder, config, solver=is_iiet(folder))
+
+
+def is_iiet(folder: Path) -> bool:
+    """Whether the ``config.json`` of a folder is that of an exported model with a solver."""
+    return read_json(folder / CONFIG_FILE).get("model_type") == "iiet"
 
 
 def tokenizer_files(folder: str | Path) -> list[Path]:
@@ -64,8 +72,18 @@ def tokenizer_files(folder: str | Path) -> list[Path]:
     return [] if [file.name for file in found] == ["tokenizer_config.json"] else found
 
 
-def read_config(folder: Path, solver: Mapping[str, Any]) -> RunConfig:
-    """The run configuration that a folder's ``config.json`` describes, with ``solver`` as its solver section.
+def files_of_tokenizer(tokenizer: Path) -> list[Path]:
+    """A tokenizer file, and what else there is that says how it is read: a ``tokenizer_config.json`` beside a
+    ``tokenizer.json``, pattern and special tokens of tiktoken's ranks."""
+    ranks = tokenizer.with_name(tokenizer.name + ".json")
+    declared = tokenizer.with_name("tokenizer_config.json")
+    others = [declared] if tokenizer.suffix == ".json" else [ranks]
+    return [tokenizer, *(file for file in others if file.is_file())]
+
+
+def read_config(folder: Path, solver: Mapping[str, Any] | None = None) -> RunConfig:
+    """The run configuration that a folder's ``config.json`` describes; of a LLaMA with ``solver`` as its
+    solver section (default: explicit Euler).
 
     Raises:
         ValueError: as :func:`import_llama`.
@@ -73,15 +91,41 @@ def read_config(folder: Path, solver: Mapping[str, Any]) -> RunConfig:
     path = folder / CONFIG_FILE
     if not path.is_file():
         found = "has no config.json" if folder.is_dir() else "is not a folder"
-        raise ValueError(f"{folder} {found}; give the folder of a Hugging Face LLaMA checkpoint")
-    fields = _read_json(path)
+        raise ValueError(f"{folder} {found}; give the folder of a Hugging Face LLaMA or IIET checkpoint")
+    fields = read_json(path)
     _refuse_unsupported(fields, path)
+    model = _model(fields, path)
+    _check_heads(model, fields, path)
+    if model.num_kv_heads == model.num_attention_heads:
+        model.num_key_value_heads = None
+    if fields["model_type"] == "llama":
+        section = {"kind": "euler", **(solver or {})}
+        source = f"{path} and the solver options"
+    elif solver:
+        raise ValueError(f"{path}: the model has a solver of its own; leave out solver.{next(iter(solver))}")
+    else:
+        section = solver_from_fields(fields.get("solver"), model.num_layers, path)
+        if fields.get("kv_cache") == "first":  # the one cache that makes the model another function
+            section["key_values"] = "first"
+        source = str(path)
+    data: dict[str, Any] = {"sequence_length": min(model.max_position_embeddings, 2048)}
+    tokenizer = tokenizer_files(folder)
+    if tokenizer:
+        data["tokenizer"] = tokenizer[0].name
+    sections = {"model": config_to_dict(RunConfig(model=model))["model"], "solver": section, "data": data}
+    return config_from_dict(sections, source=source)
+
+
+def _model(fields: Mapping[str, Any], path: Path) -> ModelConfig:
+    heads = _size(fields, "num_attention_heads", path)
     model = ModelConfig(
         hidden_size=_size(fields, "hidden_size", path),
         ffn_hidden_size=_size(fields, "intermediate_size", path),
         num_layers=_size(fields, "num_hidden_layers", path),
-        num_attention_heads=_size(fields, "num_attention_heads", path),
+        num_attention_heads=heads,
+        num_key_value_heads=_size(fields, "num_key_value_heads", path, default=heads),
         vocab_size=_size(fields, "vocab_size", path),
+        vocab_multiple=_size(fields, "vocab_multiple", path, default=ModelConfig.vocab_multiple),
         max_position_embeddings=_size(fields, "max_position_embeddings", path, default=2048),
         tie_embeddings=_flag(fields, "tie_word_embeddings", path),
         embedding_scale=1.0,
@@ -89,188 +133,21 @@ def read_config(folder: Path, solver: Mapping[str, Any]) -> RunConfig:
         rotary_base=_rotary_base(fields, path),
         init_std=_number(fields, "initializer_range", path, default=0.02),
     )
-    model.num_key_value_heads = _size(fields, "num_key_value_heads", path, default=model.num_attention_heads)
-    _check_heads(model, fields, path)
-    data: dict[str, Any] = {"sequence_length": min(model.max_position_embeddings, 2048)}
-    tokenizer = tokenizer_files(folder)
-    if tokenizer:
-        data["tokenizer"] = tokenizer[0].name
-    sections = {
-        "model": config_to_dict(RunConfig(model=model))["model"],
-        "solver": dict(solver),
-        "data": data,
-    }
-    return config_from_dict(sections, source=f"{path} and the solver options")
-
-
-class LlamaWeights(Mapping[str, Tensor]):
-    """The parameters of a folder under our names, fp32; read when asked for, whole or some rows of one.
-
-    Raises:
-        ValueError: files or tensors are missing, superfluous, damaged or of the wrong shape.
-    """
-
-    def __init__(self, folder: Path, model: ModelConfig) -> None:
-        """Check everything that can be checked without reading the weights."""
-        table: tuple[int, ...] = (model.vocab_size, model.hidden_size)
-        embedding, head = {_EMBEDDING: table}, {_HEAD: table}
-        self._sources: dict[str, dict[str, tuple[int, ...]]] = {
-            "embedding.weight": embedding,
-            "norm.weight": {"model.norm.weight": (model.hidden_size,)},
-        }
-        for n in range(model.num_layers):
-            for name, sources in _layer_sources(model, n).items():
-                self._sources[f"layers.{n}.increment.{name}"] = sources
-        if not model.tie_embeddings:
-            self._sources["head.weight"] = head
-        self._reader = _TensorReader(folder)
-        for sources in self._sources.values():
-            self._reader.check(sources)
-        if model.tie_embeddings and _HEAD in self._reader:
-            self._reader.check(head)
-            if not self._reader.same(embedding, head):
-                raise ValueError(
-                    f"{folder / CONFIG_FILE}: tie_word_embeddings is true, but {_HEAD} differs from "
-                    f"{_EMBEDDING}; set it to false to use both, or remove the head"
-                )
-        self._reader.refuse_unread()
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self.rows(name, 0, sum(shape[0] for shape in self._sources[name].values()))
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._sources)
-
-    def __len__(self) -> int:
-        return len(self._sources)
-
-    def rows(self, name: str, first: int, last: int) -> Tensor:
-        """Rows [first, last) of a parameter."""
-        return self._reader.rows(self._sources[name], first, last)
-
-
-def _layer_sources(model: ModelConfig, layer: int) -> dict[str, dict[str, tuple[int, ...]]]:
-    """Our parameters of a layer → the tensors, with their shapes, whose rows make them up in order."""
-    d, m = model.hidden_size, model.ffn_hidden_size
-    q, kv = model.num_attention_heads * model.head_dim, model.num_kv_heads * model.head_dim
-    attention, mlp = f"model.layers.{layer}.self_attn", f"model.layers.{layer}.mlp"
-    return {
-        "input_norm.weight": {f"model.layers.{layer}.input_layernorm.weight": (d,)},
-        "attention.qkv.weight": {
-            f"{attention}.q_proj.weight": (q, d),
-            f"{attention}.k_proj.weight": (kv, d),
-            f"{attention}.v_proj.weight": (kv, d),
-        },
-        "attention.output.weight": {f"{attention}.o_proj.weight": (d, q)},
-        "post_attention_norm.weight": {f"model.layers.{layer}.post_attention_layernorm.weight": (d,)},
-        "mlp.gate_up.weight": {f"{mlp}.gate_proj.weight": (m, d), f"{mlp}.up_proj.weight": (m, d)},
-        "mlp.down.weight": {f"{mlp}.down_proj.weight": (d, m)},
-    }
-
-
-class _TensorReader:
-    """Tensors of the safetensors files of a folder, by name."""
-
-    def __init__(self, folder: Path) -> None:
-        self._where: dict[str, tuple[Path, Any]] = {}
-        self._known: set[str] = set()
-        self._folder = folder
-        for file in _weight_files(folder):
-            try:
-                opened = safe_open(file, framework="pt")
-            except (SafetensorError, OSError) as error:
-                raise ValueError(
-                    f"{file} is not a readable safetensors file ({error}); download it again"
-                ) from None
-            self._where |= dict.fromkeys(opened.keys(), (file, opened))
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._where
-
-    def check(self, sources: Mapping[str, tuple[int, ...]]) -> None:
-        """Refuse tensors (name → expected shape) that are missing or that cannot be read as these."""
-        for name, shape in sources.items():
-            if name not in self._where:
-                raise ValueError(
-                    f"{self._folder} has no tensor {name} ({list(shape)}), which its {CONFIG_FILE} asks for; "
-                    "give the complete checkpoint of a LlamaForCausalLM"
-                )
-            self._known.add(name)
-            file, opened = self._where[name]
-            piece = opened.get_slice(name)
-            found, storage = list(piece.get_shape()), piece.get_dtype()
-            if found != list(shape):
-                raise ValueError(
-                    f"{file}: tensor {name} is {found}, but {CONFIG_FILE} asks for {list(shape)}; "
-                    "weights and configuration do not belong together"
-                )
-            if storage not in _STORAGE_TYPES:
-                raise ValueError(
-                    f"{file}: tensor {name} is stored as {storage}; supported are "
-                    f"{', '.join(_STORAGE_TYPES)}, so save the checkpoint without quantisation"
-                )
-
-    def rows(self, sources: Mapping[str, tuple[int, ...]], first: int, last: int) -> Tensor:
-        """Rows [first, last) of all ``sources`` (name → shape) below each other, as one fp32 tensor."""
-        result = torch.empty((last - first, *next(iter(sources.values()))[1:]))
-        start = 0
-        for name, shape in sources.items():
-            low, high = max(first, start), min(last, start + shape[0])
-            if low < high:
-                piece = self._where[name][1].get_slice(name)
-                result[low - first : high - first].copy_(piece[low - start : high - start])
-            start += shape[0]
-        return result
-
-    def same(self, one: Mapping[str, tuple[int, ...]], other: Mapping[str, tuple[int, ...]]) -> bool:
-        """Whether two of one shape have equal values."""
-        rows = sum(shape[0] for shape in one.values())
-        parts = [(first, min(rows, first + _COMPARED_ROWS)) for first in range(0, rows, _COMPARED_ROWS)]
-        return all(torch.equal(self.rows(one, *part), self.rows(other, *part)) for part in parts)
-
-    def refuse_unread(self) -> None:
-        """Refuse tensors nobody asked for; only rotary tables, which old files store, may be lost."""
-        left = sorted(n for n in self._where.keys() - self._known if not n.endswith("rotary_emb.inv_freq"))
-        if left:
-            raise ValueError(
-                f"{self._where[left[0]][0]}: tensor {left[0]} has no place in the model that {CONFIG_FILE} "
-                f"describes ({len(left)} such tensors); supported are the tensors of a plain LlamaForCausalLM"
-            )
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    index = folder / INDEX_FILE
-    if (folder / WEIGHTS_FILE).is_file():
-        return [folder / WEIGHTS_FILE]
-    if not index.is_file():
-        pickled = any(folder.glob("*.bin"))
-        hint = (
-            "its .bin files are pickles, which can run code and are never read; save it with safetensors"
-            if pickled
-            else "give the folder of a complete checkpoint"
-        )
-        raise ValueError(f"{folder} has neither {WEIGHTS_FILE} nor {INDEX_FILE}; {hint}")
-    weight_map = _read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise ValueError(f"{index}: weight_map is {weight_map!r}, but must name a file for every tensor")
-    files = []
-    for name in sorted({str(value) for value in weight_map.values()}):
-        if Path(name).name != name or not name.endswith(".safetensors"):
-            raise ValueError(
-                f"{index}: weight_map names '{name}', but must name .safetensors files of its folder"
-            )
-        if not (folder / name).is_file():
-            raise ValueError(f"{index} names {name}, which is missing; download the checkpoint again")
-        files.append(folder / name)
-    return files
+    if fields["model_type"] == "iiet":
+        scale = _number(fields, "embedding_scale", path)
+        model.embedding_scale = "unit" if scale == 1 / model.init_std else scale
+    return model
 
 
 def _refuse_unsupported(fields: Mapping[str, Any], path: Path) -> None:
-    if fields.get("model_type") != "llama":
-        raise _unsupported(path, "model_type", fields.get("model_type"), "'llama'")
+    kind = fields.get("model_type")
+    if kind not in ARCHITECTURES:
+        raise _unsupported(path, "model_type", kind, "'llama' or 'iiet'")
     architectures = fields.get("architectures")
-    if architectures not in (None, ["LlamaForCausalLM"]):
-        raise _unsupported(path, "architectures", architectures, "['LlamaForCausalLM']")
+    if architectures not in (None, [ARCHITECTURES[kind]]):
+        raise _unsupported(path, "architectures", architectures, str([ARCHITECTURES[kind]]))
+    if fields.get("kv_cache") not in (None, *CACHES):
+        raise _unsupported(path, "kv_cache", fields["kv_cache"], ", ".join(map(repr, CACHES)))
     for name, (only, reason) in _ONLY_VALUES.items():
         if fields.get(name) is not None and fields[name] != only:
             raise _unsupported(path, name, fields[name], f"{only!r}: {reason}")
@@ -326,9 +203,11 @@ def _size(fields: Mapping[str, Any], name: str, path: Path, default: int | None 
     return value
 
 
-def _number(fields: Mapping[str, Any], name: str, path: Path, *, default: float, prefix: str = "") -> float:
+def _number(
+    fields: Mapping[str, Any], name: str, path: Path, *, default: float | None = None, prefix: str = ""
+) -> float:
     value = fields.get(name)
-    if value is None:
+    if value is None and default is not None:
         return default
     if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < float("inf"):
         raise _unsupported(path, prefix + name, value, "a number greater than 0")
@@ -345,13 +224,3 @@ def _flag(fields: Mapping[str, Any], name: str, path: Path) -> bool:
 def _unsupported(path: Path, field: str, found: Any, supported: str) -> ValueError:
     shown = "missing" if found is None else repr(found)
     return ValueError(f"{path}: {field} is {shown}; supported is {supported}")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"cannot read {path}: {error}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold an object {{...}}")
-    return content

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from megatron_iiet.config import ConfigError, RunConfig, config_from_file
 from megatron_iiet.config.schema import GuidanceConfig
+from megatron_iiet.hf.llama import files_of_tokenizer
 from megatron_iiet.training import checkpoint
 from megatron_iiet.training.fragments import FragmentReader
 from megatron_iiet.training.schedules import iterations_at
@@ -24,10 +25,10 @@ class ExportedRun:
     """The checkpoint."""
     config: RunConfig
     """Describes the function the model computed at that step; ``data.tokenizer`` is a bare file name."""
-    state: Mapping[str, Tensor]
+    state: StoredWeights
     """Parameter name → fp32 tensor, read when asked for."""
     tokenizer_files: list[Path]
-    """The run's tokenizer, and the tokenizer_config.json beside it if there is one."""
+    """The run's tokenizer, and what else says how it is read."""
 
 
 def export_run(run_folder: str | Path, step: int | None = None) -> ExportedRun:
@@ -162,5 +163,4 @@ def _tokenizer_files(config: RunConfig, folder: Path) -> list[Path]:
             f"the tokenizer {tokenizer}, which data.tokenizer in {folder / 'config.yaml'} names, is missing; "
             "put it back, or start from the folder the run was started in"
         )
-    beside = tokenizer.with_name("tokenizer_config.json")
-    return [tokenizer, beside] if tokenizer.suffix == ".json" and beside.is_file() else [tokenizer]
+    return files_of_tokenizer(tokenizer)

@@ -31,7 +31,8 @@ from megatron_iiet.training.fragments import SCRATCH_BYTES
 INITIAL_WEIGHTS, TEACHER = "training.initial_weights", "distillation.teacher"
 KINDS = (
     "a model folder of tools/convert_checkpoint.py (config.yaml, model.safetensors), a training run's "
-    "output_dir or one of its checkpoints, or a Hugging Face LLaMA folder (config.json, safetensors)"
+    "output_dir or one of its checkpoints, or a Hugging Face folder (config.json, safetensors) of a LLaMA or "
+    "one that tools/convert_checkpoint.py wrote"
 )
 # What a model's parameters are, or are multiplied with; longer rotary tables are the same function.
 _SHAPE = (
@@ -244,8 +245,8 @@ def open_source(path: str, key: str = INITIAL_WEIGHTS) -> Source:
         stored = portable.StoredModel(folder)
         return Source(f"model {folder}", stored.config, stored)
     if (folder / llama.CONFIG_FILE).is_file():
-        config = llama.read_config(folder, {"kind": "euler"})
-        return Source(f"LLaMA {folder}", config, llama.LlamaWeights(folder, config.model))
+        kind = "IIET" if llama.is_iiet(folder) else "LLaMA"
+        return Source(f"{kind} {folder}", *llama.open_folder(folder))
     raise ConfigError(f"{key} is {path}, which is none of what it may be; give {KINDS}")
 
 

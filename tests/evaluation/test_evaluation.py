@@ -1,4 +1,4 @@
-"""Sampling, curves and summaries, on a tiny model and a run folder written by hand."""
+"""Curves and summaries, on a run folder written by hand."""
 
 from __future__ import annotations
 
@@ -6,14 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 
 from megatron_iiet.config import config_to_yaml
-from megatron_iiet.data.tokenizers.loading import load_tokenizer
 from megatron_iiet.evaluation.curves import plot_losses
-from megatron_iiet.evaluation.sampling import sample_text
 from megatron_iiet.evaluation.summary import list_files, summarize_run
-from megatron_iiet.models import Transformer
 from tests.tiny import make_data, tiny_config
 
 
@@ -37,28 +33,6 @@ def run(data: dict[str, str], tmp_path: Path) -> Path:
     ]
     (folder / "log.jsonl").write_text("".join(json.dumps({"time": 0.0, **row}) + "\n" for row in rows))
     return folder
-
-
-def test_greedy_sampling_takes_the_likeliest_token(data: dict[str, str], tmp_path: Path) -> None:
-    """Against a hand-written loop over full forward passes, past the end of the rotary table."""
-    model = Transformer(tiny_config(data, tmp_path))
-    model.initialise(3)
-    tokenizer = load_tokenizer(data["tokenizer"])
-    ids = [tokenizer.eod_id, *tokenizer.encode("the solver").tolist()]
-    with torch.no_grad():
-        for _ in range(40):
-            ids.append(int(model(torch.tensor([ids[-32:]]))[0, -1, : tokenizer.vocab_size].argmax()))
-    assert tokenizer.eod_id not in ids[1:], "choose a seed whose text does not end"
-    text = sample_text(model, tokenizer, "the solver", max_new_tokens=40, temperature=0)
-    assert text == tokenizer.decode(ids[1:])[len("the solver") :]
-
-
-def test_sampling_is_reproducible_by_seed(data: dict[str, str], tmp_path: Path) -> None:
-    model = Transformer(tiny_config(data, tmp_path))
-    model.initialise(3)
-    tokenizer = load_tokenizer(data["tokenizer"])
-    texts = [sample_text(model, tokenizer, "", max_new_tokens=20, seed=seed) for seed in (1, 1, 2)]
-    assert texts[0] == texts[1] != texts[2]
 
 
 def test_summary(run: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import runpy
 import subprocess
 import sys
@@ -12,10 +13,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from megatron_iiet import models
 from megatron_iiet.config import config_to_yaml
+from megatron_iiet.data.tokenizers.loading import load_tokenizer
+from tests.distributed.harness import run_ranks
+from tests.distributed.runs import as_data, ds_json, pretrain_rank
 from tests.tiny import make_data, tiny_config, validation_loss
 
 torch.set_num_threads(1)
@@ -128,11 +133,16 @@ def test_explicit_solvers(tmp_path: Path, convert: Convert, options: list[str], 
 
 
 def test_errors_are_one_line(tmp_path: Path, llama: LlamaForCausalLM, convert: Convert) -> None:
-    assert convert("--to", "x").error == ("one of the arguments --from-hf --from-run is required")
+    assert convert("--to", "x").error == (
+        "one of the arguments --from-hf --from-run --from-model is required"
+    )
+    assert convert("--from-hf", "hf").error == "one of the arguments --to --to-hf is required"
     both = convert("--from-hf", "hf", "--from-run", "r", "--to", "x")
     assert both.error == "argument --from-run: not allowed with argument --from-hf"
     solver = convert("--from-run", "r", "--to", "x", "--solver.kind", "iiet")
     assert solver.error == "--solver.kind is given with --from-run; a checkpoint keeps its run's solver"
+    solver = convert("--from-model", "m", "--to", "x", "--solver.kind", "iiet")
+    assert solver.error == "--solver.kind is given with --from-model; a folder keeps its model's solver"
     step = convert("--from-hf", "hf", "--to", "x", "--step", "3")
     assert step.error == "--step is given with --from-hf; only the checkpoints of a run have steps"
     there = convert("--from-hf", "hf", "--to", "hf")
@@ -142,17 +152,109 @@ def test_errors_are_one_line(tmp_path: Path, llama: LlamaForCausalLM, convert: C
         "solver.kind is 'heun' in hf/config.json and the solver options, but must be"
     )
     gone = convert("--from-hf", "gone", "--to", "x")
-    assert gone.error == "gone is not a folder; give the folder of a Hugging Face LLaMA checkpoint"
+    assert gone.error == "gone is not a folder; give the folder of a Hugging Face LLaMA or IIET checkpoint"
     assert convert("--from-run", "hf", "--to", "x").error == (
         "hf holds no complete checkpoint; give the output_dir of a training run"
     )
+    assert convert("--from-model", "hf", "--to-hf", "x").error.startswith("hf has no config.yaml, so it is")
+    for option in (["--dtype", "bf16"], ["--max-shard-size", "5GB"], ["--as-llama"]):
+        assert convert("--from-hf", "hf", "--to", "x", *option).error == (
+            f"{option[0]} is given with --to, whose folder has one form; use --to-hf"
+        )
+    size = convert("--from-hf", "hf", "--to-hf", "x", "--max-shard-size", "5 apples")
+    assert size.error == "'5 apples' is no size of a file; give a number and a unit, such as 5GB or 500MB"
+    dtype = convert("--from-hf", "hf", "--to-hf", "x", "--dtype", "fp8")
+    assert dtype.error.startswith("argument --dtype: invalid choice: 'fp8'")
+    none = convert("--from-hf", "hf", "--to-hf", "x", "--as-llama", "--solver.kind", "dlcl")
+    assert none.error.startswith("the model is no plain LLaMA: solver.kind is 'dlcl'")
     assert not (tmp_path / "x").exists()
+    assert not (tmp_path / "x.partial").exists()
 
 
 def test_as_a_process(tmp_path: Path) -> None:
     result = subprocess.run([sys.executable, TOOL, "--to", "x"], cwd=tmp_path, capture_output=True, text=True)
     assert (result.returncode, result.stdout) == (2, "")
-    assert result.stderr == "error: one of the arguments --from-hf --from-run is required\n"
+    assert result.stderr == "error: one of the arguments --from-hf --from-run --from-model is required\n"
+
+
+def test_around_the_circle(tmp_path: Path, llama: LlamaForCausalLM, convert: Convert) -> None:
+    """Hugging Face → ours → an IIET of transformers → ours, and a plain LLaMA at the end of every way."""
+    (tmp_path / "hf" / "generation_config.json").write_text('{"eos_token_id": [2, 7], "do_sample": true}')
+    options = ["--solver.kind", "iiet", "--solver.iterations", "[0,2,1]"]
+    assert convert("--from-hf", "hf", "--to", "ours", *options).code == 0
+    (tmp_path / "ours" / "tokenizer.model").unlink()  # it was no real one
+    there = convert("--from-model", "ours", "--to-hf", "iiet", "--max-shard-size", "5KB")
+    assert there.code == 0, there.err
+    assert there.out.startswith(
+        f"wrote iiet: {llama.num_parameters() + 6:,} parameters from ours, solver iiet, "
+    )
+    assert "fp32 in 16 files, modeling_iiet.py" in there.out
+    assert there.out.endswith("\nnote: no tokenizer came with the model, so the folder has none\n")
+    assert convert("--from-hf", "iiet", "--to", "again").code == 0
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("ours", "again"))
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert models.load(tmp_path / "again").config.solver == models.load(tmp_path / "ours").config.solver
+
+    assert convert("--from-hf", "hf", "--to", "plain").code == 0
+    for source in (["--from-hf", "hf"], ["--from-model", "plain"]):
+        if source[0] == "--from-model":
+            (tmp_path / "plain" / "tokenizer.model").unlink()
+        result = convert(*source, "--to-hf", source[1] + "-llama", "--as-llama", "--dtype", "bf16")
+        assert result.code == 0, result.err
+        assert "a plain LLaMA, bf16 in 1 file" in result.out
+        loaded = LlamaForCausalLM.from_pretrained(tmp_path / (source[1] + "-llama"))
+        for name, parameter in llama.state_dict().items():
+            assert torch.equal(loaded.state_dict()[name], parameter.bfloat16()), name
+    copied = tmp_path / "hf-llama"
+    assert (copied / "tokenizer.model").read_text() == "{}"
+    assert json.loads((copied / "generation_config.json").read_text())["eos_token_id"] == [2, 7]
+    solver = convert("--from-hf", "iiet", "--to", "x", "--solver.kind", "euler")
+    assert solver.error == "iiet/config.json: the model has a solver of its own; leave out solver.kind"
+
+
+_ELSEWHERE = """
+import json, sys
+class Refuse:  # this package is not installed
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "megatron_iiet":
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Refuse())
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model = AutoModelForCausalLM.from_pretrained("hf", trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained("hf", trust_remote_code=True)
+inputs = tokenizer("the solver  merges</s>", return_tensors="pt")
+out = model.generate(**inputs, max_new_tokens=6, do_sample=False)
+print(json.dumps([inputs["input_ids"].tolist(), out.tolist(), model.generation_config.eos_token_id]))
+"""
+
+
+@pytest.mark.slow
+def test_a_run_for_transformers_alone(tmp_path: Path, convert: Convert, data: dict[str, str]) -> None:
+    """Trained on two ranks, exported, and decoded where this package is not installed."""
+    config = tiny_config(
+        data, tmp_path / "run", parallel={"tensor": 2}, solver={"kind": "iiet", "iterations": 2}
+    )
+    run_ranks(pretrain_rank, 2, as_data(config), ds_json(tmp_path, 1))
+    result = convert("--from-run", "run", "--to-hf", "hf")
+    assert result.code == 0, result.err
+    files = "modeling_iiet.py, tokenizer.json, tokenizer.model, tokenizer_config.json"
+    assert result.out.endswith(f"run/checkpoints/step_00000008, solver iiet, fp32 in 1 file, {files}\n")
+    command = [sys.executable, "-c", _ELSEWHERE]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment["HF_MODULES_CACHE"] = str(tmp_path / "modules")
+    elsewhere = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert elsewhere.returncode == 0, elsewhere.stderr
+    prompt, decoded, eos = json.loads(elsewhere.stdout.splitlines()[-1])
+    tokenizer = load_tokenizer(data["tokenizer"])
+    assert prompt == [tokenizer.encode("the solver  merges</s>").tolist()]
+    assert eos == tokenizer.eod_id
+    assert convert("--from-run", "run", "--to", "ours").code == 0
+    model, tokens = models.load(tmp_path / "ours"), torch.tensor(prompt)
+    while tokens.shape[1] < len(decoded[0]):
+        tokens = torch.cat((tokens, model(tokens)[:, -1:].argmax(-1)), 1)
+    assert tokens.tolist() == decoded
 
 
 @pytest.fixture(scope="module")

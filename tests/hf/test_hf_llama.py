@@ -126,8 +126,8 @@ def test_optional_fields_have_transformers_defaults(tmp_path: Path, llama_folder
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
-    ({"model_type": "mistral"}, "model_type is 'mistral'; supported is 'llama'"),
-    ({"model_type": ...}, "model_type is missing; supported is 'llama'"),
+    ({"model_type": "mistral"}, "model_type is 'mistral'; supported is 'llama' or 'iiet'"),
+    ({"model_type": ...}, "model_type is missing; supported is 'llama' or 'iiet'"),
     ({"architectures": ["LlamaModel"]}, "architectures is ['LlamaModel']; supported is ['LlamaForCausalLM']"),
     ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; supported is 'silu': the feed-forward is SwiGLU"),
     ({"attention_bias": True}, "attention_bias is True; supported is False: attention has no biases"),
@@ -195,7 +195,7 @@ def test_refuses_what_is_not_a_checkpoint(tmp_path: Path, llama_folder: Path) ->
             import_llama(folder)
         return str(caught.value).replace(str(tmp_path), "TMP")
 
-    give = "give the folder of a Hugging Face LLaMA checkpoint"
+    give = "give the folder of a Hugging Face LLaMA or IIET checkpoint"
     assert message(tmp_path / "gone") == f"TMP/gone is not a folder; {give}"
     assert message(tmp_path) == f"TMP has no config.json; {give}"
 
@@ -234,7 +234,7 @@ TENSORS: list[tuple[dict[str, torch.Tensor | None], str]] = [
     (
         {Q: None},
         "DIR has no tensor model.layers.0.self_attn.q_proj.weight ([40, 40]), which its config.json asks "
-        "for; give the complete checkpoint of a LlamaForCausalLM",
+        "for; give the complete checkpoint of a LlamaForCausalLM or IIETForCausalLM",
     ),
     (
         {Q: torch.zeros(40, 20)},

@@ -1,0 +1,201 @@
+"""A model as a Hugging Face folder: safetensors shards, ``config.json``, ``generation_config.json``, files of
+the tokenizer and the code that computes it: all that ``AutoModelForCausalLM.from_pretrained`` needs."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_iiet.config import RunConfig
+from megatron_iiet.durable import sync_folder, write_text
+from megatron_iiet.hf.llama import ARCHITECTURES, TOKENIZER_FILES
+from megatron_iiet.hf.shards import read_json, write_shards
+from megatron_iiet.hf.solver_fields import solver_to_fields
+from megatron_iiet.hf.tokenizer import export_tokenizer
+from megatron_iiet.hf.weights import CONFIG_FILE, RowSource, tensors_to_write
+from megatron_iiet.models.portable import check_new
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""What weights can be stored as, by the names of the tool's option."""
+GENERATION_FILE = "generation_config.json"
+MODELING_FILE = "modeling_iiet.py"
+TOKEN_FIELDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+# What a Hugging Face folder may say of its tokenizer besides.
+_ABOUT_TOKENIZERS = ("special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
+
+
+@dataclass(frozen=True)
+class Extras:
+    """What a folder has besides the model."""
+
+    files: dict[str, bytes]
+    """Contents by name."""
+    token_ids: dict[str, Any]
+    """:data:`TOKEN_FIELDS` of the configuration."""
+    note: str = ""
+    """What a user must know of them."""
+
+
+@dataclass(frozen=True)
+class Written:
+    """What was written."""
+
+    weight_files: list[str]
+    files: list[str]
+    """The others but the configuration's."""
+    notes: list[str]
+
+
+def extras_of_tokenizer(tokenizer: Path | None) -> Extras:
+    """The files for a tokenizer that the data room reads; for none, no ids that begin or end a text.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    if tokenizer is None:
+        return Extras(
+            {}, dict.fromkeys(TOKEN_FIELDS), "no tokenizer came with the model, so the folder has none"
+        )
+    exported = export_tokenizer(tokenizer)
+    ids = dict(zip(TOKEN_FIELDS, (exported.bos_id, exported.eos_id, exported.pad_id), strict=True))
+    return Extras(exported.files, ids, exported.note)
+
+
+def extras_of_folder(folder: Path) -> Extras:
+    """Tokenizer files, generation settings and ids of another Hugging Face folder, as they are."""
+    names = (*TOKENIZER_FILES, *_ABOUT_TOKENIZERS, GENERATION_FILE)
+    files = {name: (folder / name).read_bytes() for name in names if (folder / name).is_file()}
+    fields = read_json(folder / CONFIG_FILE)
+    return Extras(files, {name: fields[name] for name in TOKEN_FIELDS if name in fields})
+
+
+def export_folder(
+    config: RunConfig,
+    weights: RowSource,
+    folder: str | Path,
+    extras: Extras,
+    *,
+    dtype: str = "fp32",
+    max_shard_bytes: int = 5 * 10**9,
+    as_llama: bool = False,
+) -> Written:
+    """Write the model that ``config`` describes, with ``weights`` by our names.
+
+    The folder appears whole or not at all: it is written under a temporary name and renamed. Weights are
+    asked for some rows at a time, so the memory needed does not grow with the model.
+
+    Args:
+        dtype: a name from :data:`DTYPES`; what solvers have is stored in fp32 whatever it is.
+        max_shard_bytes: most bytes of tensors in a file.
+        as_llama: a plain LlamaForCausalLM, which is read without this package's code.
+
+    Raises:
+        ValueError: the folder exists, the model is no LLaMA though ``as_llama`` says so, or ``dtype`` cannot
+            hold a weight.
+    """
+    folder = Path(folder)
+    check_new(folder)
+    notes = [extras.note] if extras.note else []
+    if as_llama:
+        _refuse_other_than_llama(config)
+        if config.model.resolved_embedding_scale != 1:
+            notes.append(
+                f"model.embedding_scale {config.model.resolved_embedding_scale:g} is multiplied into the "
+                "embedding: a LLaMA has no such factor"
+            )
+    fields = config_fields(config, extras.token_ids, dtype, as_llama=as_llama)
+    generation = {name: value for name, value in extras.token_ids.items() if value is not None}
+    files = {GENERATION_FILE: _json(generation), **extras.files}
+    if not as_llama:
+        files[MODELING_FILE] = modeling_code()
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        tensors = tensors_to_write(config, weights, DTYPES[dtype], as_llama=as_llama)
+        weight_files = write_shards(partial, tensors, max_shard_bytes)
+        for name, content in files.items():
+            (partial / name).write_bytes(content)
+        write_text(partial / CONFIG_FILE, _json(fields).decode())
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    sync_folder(folder.parent)
+    return Written(weight_files, sorted(files.keys() - {GENERATION_FILE}), notes)
+
+
+def config_fields(
+    config: RunConfig, token_ids: Mapping[str, Any], dtype: str, *, as_llama: bool
+) -> dict[str, Any]:
+    """``config.json``: LLaMA's fields as transformers 5 writes them, and what an IIET has besides."""
+    model, kind = config.model, "llama" if as_llama else "iiet"
+    architecture = ARCHITECTURES[kind]
+    fields: dict[str, Any] = {"architectures": [architecture], "model_type": kind}
+    if not as_llama:
+        module = MODELING_FILE.removesuffix(".py")
+        fields["auto_map"] = {
+            "AutoConfig": f"{module}.IIETConfig",
+            "AutoModel": f"{module}.IIETModel",
+            "AutoModelForCausalLM": f"{module}.{architecture}",
+        }
+    fields |= {
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        **token_ids,
+        "dtype": str(DTYPES[dtype]).removeprefix("torch."),
+        "head_dim": model.head_dim,
+        "hidden_act": "silu",
+        "hidden_size": model.hidden_size,
+        "initializer_range": model.init_std,
+        "intermediate_size": model.ffn_hidden_size,
+        "max_position_embeddings": model.max_position_embeddings,
+        "mlp_bias": False,
+        "num_attention_heads": model.num_attention_heads,
+        "num_hidden_layers": model.num_layers,
+        "num_key_value_heads": model.num_kv_heads,
+        "rms_norm_eps": model.rms_norm_eps,
+        "rope_parameters": {"rope_theta": model.rotary_base, "rope_type": "default"},
+        "tie_word_embeddings": model.tie_embeddings,
+        "use_cache": True,
+        "vocab_size": model.vocab_size,
+    }
+    if not as_llama:
+        fields |= {
+            "vocab_multiple": model.vocab_multiple,
+            "embedding_scale": model.resolved_embedding_scale,
+            "solver": solver_to_fields(config),
+        }
+    return fields
+
+
+def modeling_code() -> bytes:
+    """The file that travels with every exported model and computes it without this package."""
+    return Path(__file__).with_name(MODELING_FILE).read_bytes()
+
+
+def _refuse_other_than_llama(config: RunConfig) -> None:
+    solver, model = config.solver, config.model
+    if solver.kind != "euler" or solver.output_norm != "none":
+        what = f"solver.kind is '{solver.kind}'"
+        if solver.kind == "euler":
+            what = f"solver.output_norm is '{solver.output_norm}'"
+        raise ValueError(
+            f"the model is no plain LLaMA: {what}, where a LLaMA has explicit Euler and no norm behind its "
+            "layers; leave out --as-llama"
+        )
+    if model.tie_embeddings and model.resolved_embedding_scale != 1:
+        raise ValueError(
+            f"the model is no plain LLaMA: its embedding is the head as well, and is scaled by "
+            f"{model.resolved_embedding_scale:g} as an embedding only; leave out --as-llama"
+        )
+
+
+def _json(content: Mapping[str, Any]) -> bytes:
+    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()

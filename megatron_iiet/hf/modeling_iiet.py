@@ -1,0 +1,931 @@
+"""IIET and its relatives as Hugging Face models: one file that needs only torch and transformers (5.x).
+
+A model is LLaMA's decoder layer as a function F (its output minus its input) and a *solver* that integrates
+it from y_n to y_{n+1}: ``euler`` (the plain LLaMA layer), ``dlcl``, ``weight-sharing``, ``rk2``, ``rk4``,
+``pcformer`` and ``iiet`` (Iterative Implicit Euler Transformer, arXiv 2509.22463), which evaluates F r_n + 1
+times in layer n. ``config.json`` has LLaMA's fields, ``embedding_scale``, ``solver`` and ``kv_cache``;
+weights have LLaMA's names, and ``model.layers.N.solver.*`` for what the solver has.
+
+Keys and values are kept in transformers' own caches, one set ("virtual layer") for each evaluation of F:
+evaluation i of a layer attends to what evaluation i of that layer computed for earlier tokens, so that
+decoding token by token equals the full forward pass. ``kv_cache`` has two cheaper ways, see
+:class:`IIETConfig`.
+
+The same weights with fewer iterations draft for the full model (self-speculative decoding)::
+
+    draft = model.with_iterations(0)
+    model.generate(**inputs, assistant_model=draft)
+
+Shapes: B batch, T new tokens, D hidden size, H query heads, G key/value heads, K head width, N layers.
+"""
+
+import copy
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import initialization as init
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import GenerationMixin
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.models.llama.configuration_llama import LlamaConfig
+from transformers.models.llama.modeling_llama import (
+    LlamaAttention,
+    LlamaMLP,
+    LlamaRMSNorm,
+    LlamaRotaryEmbedding,
+    eager_attention_forward,
+)
+from transformers.utils import can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+LAYER_NORM_EPS = 1e-5
+"""Epsilon of the LayerNorms that solvers have, as in the IIET authors' code."""
+
+KEPT_MERGED = 3
+"""Increments of earlier layers in PCformer's corrector."""
+
+KV_CACHES = ("all", "last", "first")
+"""Values of ``IIETConfig.kv_cache``."""
+
+AUTO_MAP = {
+    "AutoConfig": "modeling_iiet.IIETConfig",
+    "AutoModel": "modeling_iiet.IIETModel",
+    "AutoModelForCausalLM": "modeling_iiet.IIETForCausalLM",
+}
+"""The classes of this file that the Auto classes load, as ``config.json`` names them."""
+
+# The keys of a solver that each kind reads, with their defaults. None: see resolve_solver.
+_SOLVER_KEYS: dict[str, dict[str, Any]] = {
+    "euler": {"output_norm": "none"},
+    "dlcl": {"coefficient_init": None, "history_norm": "none"},
+    "weight-sharing": {"repeats": 4},
+    "rk2": {"stage_coefficients": "learned"},
+    "rk4": {"stage_coefficients": "learned"},
+    "pcformer": {"predictor_order": 2, "coefficient_init": None},
+    "iiet": {
+        "variant": "paper",
+        "iterations": 3,
+        "predictor": "merged",
+        "coefficient_init": None,
+        "history_norm": "none",
+        "damping": 1.0,
+        "readout": "separate",
+    },
+}
+_CHOICES: dict[str, tuple[Any, ...]] = {
+    "kind": tuple(_SOLVER_KEYS),
+    "variant": ("paper", "released"),
+    "predictor": ("merged", "euler"),
+    "coefficient_init": ("identity", "average"),
+    "history_norm": ("none", "rms"),
+    "readout": ("separate", "shared"),
+    "output_norm": ("none", "layer"),
+    "stage_coefficients": ("fixed", "learned", "gated"),
+    "predictor_order": (2, 4),
+    "key_values": ("every", "first"),
+}
+_KNOWN_KEYS = (*_CHOICES, "iterations", "damping", "repeats")
+
+
+def resolve_solver(solver: Mapping[str, Any] | None, num_layers: int) -> dict[str, Any]:
+    """The ``solver`` object of a configuration, checked and complete for its kind; keys that its kind does
+    not read are checked and kept. ``iterations`` becomes a list with a number for each layer.
+
+    Raises:
+        ValueError: an unknown key, or a value that no solver or not this kind has.
+    """
+    given = {} if solver is None else dict(solver)
+    unknown = sorted(set(given) - set(_KNOWN_KEYS))
+    if unknown:
+        raise ValueError(f"solver has the unknown key {unknown[0]!r}; the keys are {', '.join(_KNOWN_KEYS)}")
+    given = {name: value for name, value in given.items() if value is not None}
+    kind = given.setdefault("kind", "iiet")
+    for name, value in given.items():
+        if name in _CHOICES and (value not in _CHOICES[name] or isinstance(value, bool)):
+            shown = ", ".join(repr(choice) for choice in _CHOICES[name])
+            raise ValueError(f"solver.{name} is {value!r}; supported are {shown}")
+    resolved = {"kind": kind, **_SOLVER_KEYS[kind], **given}
+    if "coefficient_init" in resolved and resolved["coefficient_init"] is None:
+        average = kind == "iiet" and resolved["variant"] == "released"
+        resolved["coefficient_init"] = "average" if average else "identity"
+    if "iterations" in resolved:
+        resolved["iterations"] = _per_layer(resolved["iterations"], num_layers, "solver.iterations")
+    _check_solver(resolved)
+    return resolved
+
+
+def _check_solver(solver: Mapping[str, Any]) -> None:
+    repeats, damping = solver.get("repeats", 1), solver.get("damping", 1.0)
+    if not isinstance(repeats, int) or isinstance(repeats, bool) or repeats < 1:
+        raise ValueError(f"solver.repeats is {repeats!r}; give a whole number of at least 1")
+    if not isinstance(damping, int | float) or isinstance(damping, bool) or not 0 < damping <= 1:
+        raise ValueError(f"solver.damping is {damping!r}; give a number above 0 and at most 1")
+    if solver["kind"] == "rk4" and solver["stage_coefficients"] == "gated":
+        raise ValueError(
+            "solver.stage_coefficients is 'gated', which solver.kind 'rk4' does not have; supported are "
+            "'fixed' and 'learned', or kind 'rk2'"
+        )
+    if solver["kind"] == "iiet" and solver["variant"] == "released":
+        for name, only in (("predictor", "merged"), ("damping", 1)):
+            if solver[name] != only:
+                raise ValueError(
+                    f"solver.{name} is {solver[name]!r}, which solver.variant 'released' does not have; set "
+                    f"it to {only!r} or solver.variant to 'paper'"
+                )
+
+
+def _per_layer(iterations: Any, num_layers: int, source: str) -> list[int]:
+    """Iteration counts as they are written, one number or one a layer, as a list with one a layer."""
+    counts = list(iterations) if isinstance(iterations, list | tuple) else [iterations] * num_layers
+    if any(not isinstance(count, int) or isinstance(count, bool) or count < 0 for count in counts):
+        raise ValueError(f"{source} is {iterations!r}; iteration counts are whole numbers of at least 0")
+    if len(counts) != num_layers:
+        raise ValueError(
+            f"{source} lists {len(counts)} numbers, but num_hidden_layers is {num_layers}; give one a layer"
+        )
+    return counts
+
+
+class IIETConfig(LlamaConfig):
+    """LLaMA's configuration and:
+
+    * ``solver``: how each layer is integrated, an object with ``kind`` and the keys its kind reads
+      (:func:`resolve_solver`); ``iterations``: the corrector iterations r_n of each layer of kind ``iiet``.
+    * ``embedding_scale``: factor on the embedding output (and on ``inputs_embeds``).
+    * ``kv_cache``: which evaluations of F keep keys and values.
+
+      ``all`` (default): each. Exact: decoding token by token equals the full forward pass. Per token
+      2 · (G·K) · bytes · Σ evaluations.
+
+      ``last``: the last evaluation of each layer, a set a layer. The first forward pass on an empty cache
+      is exact (as is one without a cache); after it, every evaluation attends to the *last* evaluation's
+      keys and values for the tokens in the cache, and to its own for the new ones. It is an approximation,
+      good where the iteration converges and exact for layers with one evaluation. It depends on how many
+      tokens come at once, so that assisted generation may choose other tokens than plain decoding.
+
+      ``first``: the first evaluation of each layer, a set a layer; the later ones compute queries alone and
+      attend to the first one's keys and values, with and without a cache. It is *another function* of the
+      weights: exact in itself (decoding equals the full forward pass), meant for models trained with it.
+      Those say so by ``solver.key_values`` 'first', for which this is the only value and the default.
+
+    Raises:
+        ValueError: a field has a value that is not supported, or solver.iterations does not fit the layers.
+    """
+
+    model_type = "iiet"
+    # No pipeline: a layer reads what all earlier ones kept, not only the residual stream.
+    base_model_pp_plan = None  # type: ignore[assignment]
+
+    embedding_scale: float = 1.0
+    solver: dict | None = None
+    kv_cache: str = "all"
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        self.solver = resolve_solver(self.solver, self.num_hidden_layers)
+        if self.kv_cache not in KV_CACHES:
+            raise ValueError(
+                f"kv_cache is {self.kv_cache!r}; supported are {', '.join(map(repr, KV_CACHES))}"
+            )
+        if self.solver.get("key_values") == "first":
+            if self.kv_cache == "last":
+                raise ValueError(
+                    "kv_cache is 'last', but solver.key_values is 'first': the model was trained to attend "
+                    "to keys and values of first evaluations; set kv_cache to 'first'"
+                )
+            self.kv_cache = "first"
+        scale = self.embedding_scale
+        if not isinstance(scale, int | float) or isinstance(scale, bool) or not 0 < scale < float("inf"):
+            raise ValueError(f"embedding_scale is {scale!r}; give a number above 0")
+        if not getattr(self, "auto_map", None):
+            self.auto_map = dict(AUTO_MAP)
+
+    @property
+    def iterations(self) -> list[int]:
+        """Corrector iterations r_n of each layer; zeros for kinds without a corrector to iterate."""
+        solver = cast(dict[str, Any], self.solver)
+        return solver["iterations"] if solver["kind"] == "iiet" else [0] * self.num_hidden_layers
+
+    @property
+    def evaluations(self) -> list[int]:
+        """Evaluations of F in each layer for one token."""
+        solver = cast(dict[str, Any], self.solver)
+        fixed = {"rk2": 2, "rk4": 4, "pcformer": solver.get("predictor_order", 0) + 1}
+        fixed["weight-sharing"] = solver.get("repeats", 1)
+        if solver["kind"] in fixed:
+            return [fixed[solver["kind"]]] * self.num_hidden_layers
+        return [r + 1 for r in self.iterations]
+
+    @property
+    def num_cache_sets(self) -> int:
+        """Sets of keys and values that a cache holds."""
+        return sum(self.evaluations) if self.kv_cache == "all" else self.num_hidden_layers
+
+    @property
+    def per_layer_config(self) -> Sequence["IIETConfig"]:
+        """What transformers' caches read: a configuration for each set that they are to hold."""
+        return [self] * self.num_cache_sets
+
+    @per_layer_config.setter
+    def per_layer_config(self, per_layer_config: Any) -> None:
+        if per_layer_config is not None:
+            raise ValueError(
+                "per_layer_config is given, but layers of an IIET model have one shape; remove it"
+            )
+
+
+class History:
+    """What the layers so far kept for later ones to merge: F̃_0, F̃_1, …, or the embedding and L_1, L_2, … .
+
+    As a tuple of tensors [B, T, D] where autograd or a compiler looks on. Else as one fp32 buffer
+    [entries, B, T, D], from which a merge is one matrix-vector product.
+    """
+
+    def __init__(self, entries: tuple[Tensor, ...] = (), buffer: Tensor | None = None) -> None:
+        self.entries = entries
+        self.buffer = buffer
+        self.count = 0
+
+    def append(self, entry_BTD: Tensor) -> None:
+        if self.buffer is None:
+            self.entries = (*self.entries, entry_BTD)
+        else:
+            self.buffer[self.count].copy_(entry_BTD)
+            self.count += 1
+
+    def merge(self, residual_BTD: Tensor, row: Tensor, first: int, count: int) -> Tensor:
+        """``residual + Σ_{j<count} row[j] · entry_{first+j}``, [B, T, D]; summed in fp32, in its type."""
+        if count == 0:
+            return residual_BTD
+        if self.buffer is None:
+            entries = self.entries[first : first + count]
+            return combine(residual_BTD, entries, row[:count].unbind())
+        flat = self.buffer[first : first + count].view(count, -1).t()
+        merged = torch.addmv(residual_BTD.float().reshape(-1), flat, row[:count])
+        return merged.view(residual_BTD.shape).to(residual_BTD.dtype)
+
+    def weighted_sums(self, rows: Sequence[Tensor], count: int, like_BTD: Tensor) -> Sequence[Tensor]:
+        """``Σ_{j<count} row[j] · entry_j`` for each row, [B, T, D] in the type of ``like``, sums in fp32."""
+        if self.buffer is None:
+            zero = torch.zeros_like(like_BTD)
+            return [combine(zero, self.entries[:count], row[:count].unbind()) for row in rows]
+        flat = self.buffer[:count].view(count, -1)
+        sums = torch.mm(torch.stack([row[:count] for row in rows]), flat)
+        return sums.view(len(rows), *like_BTD.shape).to(like_BTD.dtype).unbind()
+
+
+def combine(residual_BTD: Tensor, increments: Sequence[Tensor], weights: Sequence[Tensor | float]) -> Tensor:
+    """``residual + Σ_i weights[i] · increments[i]``, summed in fp32 in this order, in the residual's type."""
+    total = residual_BTD.float()
+    for increment_BTD, weight in zip(increments, weights, strict=True):
+        if isinstance(weight, Tensor):  # [1], not a scalar: a scalar would be rounded to the increment's type
+            total = torch.addcmul(total, increment_BTD, weight.reshape(1))
+        else:
+            total = torch.add(total, increment_BTD, alpha=weight)
+    return total.to(residual_BTD.dtype)
+
+
+IncrementFn = Callable[[Tensor, int], Tensor]
+"""F as a solver sees it: (y [B, T, D], which evaluation) → F(y) [B, T, D]."""
+
+
+def _fp32_parameter(*shape: int) -> nn.Parameter:
+    """Coefficients stay fp32 in a bf16 model: they live near 1, where bf16 values are 0.0078 apart."""
+    return nn.Parameter(torch.zeros(shape, dtype=torch.float32))
+
+
+def _initial_row(length: int, coefficient_init: str) -> Tensor:
+    """``identity``: own increment 1, others 0; ``average``: all 1 / length."""
+    if coefficient_init == "average":
+        return torch.full((length,), 1.0 / length)
+    return torch.eye(length)[-1]
+
+
+class SolverLayerNorm(nn.LayerNorm):
+    """LayerNorm with fp32 weights and arithmetic whatever the type of the stream."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width, eps=LAYER_NORM_EPS, dtype=torch.float32)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        weight, bias = self.weight.float(), self.bias.float()
+        return F.layer_norm(x_BTD.float(), self.normalized_shape, weight, bias, self.eps).to(x_BTD.dtype)
+
+
+class Solver(nn.Module):
+    """Integrates one layer: ``forward(y, F, history)`` is (y_{n+1}, what later layers may merge, or None)."""
+
+    keeps = False
+    """Whether later layers merge what this one returns."""
+    roots = False
+    """Whether the embedding output is entry 0 of the history."""
+    merges_all = False
+    """Whether a layer merges all that was kept (and not only the latest entries)."""
+
+    def __init__(self, config: IIETConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.iterations = 0
+
+    def initial(self) -> dict[str, Tensor]:
+        """Initial values of the solver's own parameters."""
+        return {}
+
+
+class Euler(Solver):
+    """y_{n+1} = y_n + F(y_n), a LLaMA layer; ``output_norm`` 'layer': the LayerNorm of that."""
+
+    def __init__(self, config: IIETConfig, layer: int) -> None:
+        super().__init__(config, layer)
+        normed = cast(dict[str, Any], config.solver)["output_norm"] == "layer"
+        self.output_norm = SolverLayerNorm(config.hidden_size) if normed else None
+
+    def forward(
+        self, y_BTD: Tensor, increment: IncrementFn, history: History
+    ) -> tuple[Tensor, Tensor | None]:
+        y_BTD = y_BTD + increment(y_BTD, 0)
+        return (y_BTD if self.output_norm is None else self.output_norm(y_BTD)), None
+
+
+class WeightSharing(Solver):
+    """``repeats`` Euler steps in a row with the weights of one layer."""
+
+    def __init__(self, config: IIETConfig, layer: int) -> None:
+        super().__init__(config, layer)
+        self.repeats = cast(dict[str, Any], config.solver)["repeats"]
+
+    def forward(
+        self, y_BTD: Tensor, increment: IncrementFn, history: History
+    ) -> tuple[Tensor, Tensor | None]:
+        for i in range(self.repeats):
+            y_BTD = y_BTD + increment(y_BTD, i)
+        return y_BTD, None
+
+
+def _runge_kutta_stages(order: int, y_BTD: Tensor, increment: IncrementFn) -> list[Tensor]:
+    """F_1 … F_order: F(y), F(y + F_1) of order 2; F(y), F(y + F_1/2), F(y + F_2/2), F(y + F_3) of order 4."""
+    stages = [increment(y_BTD, 0)]
+    for i, length in enumerate((1.0,) if order == 2 else (0.5, 0.5, 1.0), start=1):
+        stages.append(increment(torch.add(y_BTD, stages[-1], alpha=length), i))
+    return stages
+
+
+class RungeKutta(Solver):
+    """Runge-Kutta steps of order 2 and 4 (ODE Transformer, arXiv 2203.09176): y + Σ γ_i F_i, with γ fixed at
+    the classic values, learned, or (order 2) computed for each token: g F_1 + (1 - g) F_2 with
+    g = sigmoid(W [F_1; F_2] + b)."""
+
+    def __init__(self, config: IIETConfig, layer: int) -> None:
+        super().__init__(config, layer)
+        solver = cast(dict[str, Any], config.solver)
+        self.order = int(solver["kind"][-1])
+        self.classic = [0.5, 0.5] if self.order == 2 else [1 / 6, 1 / 3, 1 / 3, 1 / 6]
+        self.coefficients = self.gate_weight = self.gate_bias = None
+        if solver["stage_coefficients"] == "learned":
+            self.coefficients = _fp32_parameter(self.order)
+        elif solver["stage_coefficients"] == "gated":
+            self.gate_weight = _fp32_parameter(1, 2 * config.hidden_size)
+            self.gate_bias = _fp32_parameter(1)
+
+    def initial(self) -> dict[str, Tensor]:
+        if self.coefficients is not None:
+            return {"coefficients": torch.ones(2) if self.order == 2 else torch.tensor(self.classic)}
+        if self.gate_weight is not None and self.gate_bias is not None:
+            return {
+                "gate_weight": torch.zeros(self.gate_weight.shape),
+                "gate_bias": torch.zeros(self.gate_bias.shape),
+            }
+        return {}
+
+    def forward(
+        self, y_BTD: Tensor, increment: IncrementFn, history: History
+    ) -> tuple[Tensor, Tensor | None]:
+        stages = _runge_kutta_stages(self.order, y_BTD, increment)
+        if self.gate_weight is not None and self.gate_bias is not None:
+            first, second = stages
+            of_first, of_second = self.gate_weight.float().chunk(2, dim=1)
+            logits_BT1 = F.linear(first.float(), of_first, self.gate_bias.float())
+            gate_BT1 = (logits_BT1 + F.linear(second.float(), of_second)).sigmoid().to(y_BTD.dtype)
+            return y_BTD + torch.lerp(second, first, gate_BT1), None
+        weights: Sequence[Tensor | float] = self.classic
+        if self.coefficients is not None:
+            weights = self.coefficients.float().unbind()
+        return combine(y_BTD, stages, weights), None
+
+
+class PCformer(Solver):
+    """Predictor-corrector step (arXiv 2411.03042): y_p = y + Σ γ (1-γ)^{o-i} F_i over Runge-Kutta stages,
+    then y + α F(y_p) + Σ β_i F̃_i over the increments that the three layers before kept."""
+
+    keeps = True
+
+    def __init__(self, config: IIETConfig, layer: int) -> None:
+        super().__init__(config, layer)
+        solver = cast(dict[str, Any], config.solver)
+        self.order = solver["predictor_order"]
+        self.coefficient_init = solver["coefficient_init"]
+        self.first = max(0, layer - KEPT_MERGED)
+        self.gamma = _fp32_parameter(1)
+        self.coefficients = _fp32_parameter(layer - self.first + 1)
+
+    def initial(self) -> dict[str, Tensor]:
+        row = _initial_row(len(self.coefficients), self.coefficient_init)
+        return {"gamma": torch.full((1,), 0.5), "coefficients": row}
+
+    def forward(
+        self, y_BTD: Tensor, increment: IncrementFn, history: History
+    ) -> tuple[Tensor, Tensor | None]:
+        stages = _runge_kutta_stages(self.order, y_BTD, increment)
+        gamma, row = self.gamma.float(), self.coefficients.float()
+        weights = [gamma * (1 - gamma) ** (self.order - i) for i in range(1, self.order + 1)]
+        f = increment(combine(y_BTD, stages, weights), self.order)
+        count = self.layer - self.first
+        base = history.merge(y_BTD, row, self.first, count)
+        return combine(base, (f,), (row[count:],)), f
+
+
+class ImplicitEuler(Solver):
+    """Iterative implicit Euler, Algorithm 1 of arXiv 2509.22463::
+
+        base = y_n + Σ_{j<n} α_{n,j} F̃_j
+        y^i  = base + α_{n,n} f^i,   f^0 = F(y_n),   f^i = (1 − ω) f^{i-1} + ω F(y^{i-1})
+        y_{n+1} = y^r,   F̃_n = f^r (``history_norm`` 'rms': f^r / rms(f^r))
+
+    ``predictor`` 'euler': y^0 = y_n + F(y_n). ``dlcl`` is r = 0. ω is ``damping``.
+    """
+
+    keeps = True
+    merges_all = True
+
+    def __init__(self, config: IIETConfig, layer: int) -> None:
+        super().__init__(config, layer)
+        solver = cast(dict[str, Any], config.solver)
+        self.coefficient_init = solver["coefficient_init"]
+        self.normed_history = solver["history_norm"] == "rms"
+        iterative = solver["kind"] == "iiet"
+        self.euler_predictor = iterative and solver["predictor"] == "euler"
+        self.damping = solver["damping"] if iterative else 1.0
+        self.coefficients = _fp32_parameter(layer + 1)
+
+    def initial(self) -> dict[str, Tensor]:
+        return {"coefficients": _initial_row(self.layer + 1, self.coefficient_init)}
+
+    def forward(
+        self, y_BTD: Tensor, increment: IncrementFn, history: History
+    ) -> tuple[Tensor, Tensor | None]:
+        f = increment(y_BTD, 0)
+        if self.euler_predictor and self.iterations == 0:
+            return y_BTD + f, self._kept(f)  # there is no corrector to merge in
+        row = self.coefficients.float()
+        base = history.merge(y_BTD, row, 0, self.layer)
+        own = row[self.layer :]
+        iterate = y_BTD + f if self.euler_predictor else combine(base, (f,), (own,))
+        for i in range(1, self.iterations + 1):
+            new = increment(iterate, i)
+            f = new if self.damping == 1 else torch.lerp(f, new, self.damping)
+            iterate = combine(base, (f,), (own,))
+        return iterate, self._kept(f)
+
+    def _kept(self, f_BTD: Tensor) -> Tensor:
+        return F.rms_norm(f_BTD, f_BTD.shape[-1:]) if self.normed_history else f_BTD
+
+
+class ReleasedImplicitEuler(Solver):
+    """Implicit Euler as the IIET authors' released code computes it, with G(h) = h + F(h), the history L_0 =
+    embedding, L_1, …, and layers counted n = 1..N::
+
+        L_n = LN^a(G(h))
+        repeat r times:  h' = Σ_{j≤n} W[n,j] L_j ;  L_n = LN^b(G(h'))
+        h = Σ_{j≤n} Wc[n,j] L_j                      (``readout`` 'shared': Wc = W)
+    """
+
+    keeps = True
+    roots = True
+    merges_all = True
+
+    def __init__(self, config: IIETConfig, layer: int) -> None:
+        super().__init__(config, layer + 1)  # the formula counts from 1
+        solver = cast(dict[str, Any], config.solver)
+        self.coefficient_init = solver["coefficient_init"]
+        self.shared = solver["readout"] == "shared"
+        width = config.num_hidden_layers + 1
+        self.predictor_norm = SolverLayerNorm(config.hidden_size)
+        self.corrector_norm = SolverLayerNorm(config.hidden_size)
+        self.coefficients = _fp32_parameter(width)
+        if not self.shared:
+            self.readout_coefficients = _fp32_parameter(width)
+        if layer == 0:
+            self.unused_row_0 = _fp32_parameter(2, width)
+
+    def initial(self) -> dict[str, Tensor]:
+        width = len(self.coefficients)
+
+        def padded(n: int) -> Tensor:
+            return F.pad(_initial_row(n + 1, self.coefficient_init), (0, width - n - 1))
+
+        values = {"coefficients": padded(self.layer)}
+        if not self.shared:
+            values["readout_coefficients"] = padded(self.layer)
+        if self.layer == 1:
+            values["unused_row_0"] = torch.stack((padded(0), padded(0)))
+        return values
+
+    def forward(
+        self, y_BTD: Tensor, increment: IncrementFn, history: History
+    ) -> tuple[Tensor, Tensor | None]:
+        n = self.layer
+        output = self.predictor_norm(y_BTD + increment(y_BTD, 0))
+        row = self.coefficients.float()
+        readout = row if self.shared else self.readout_coefficients.float()
+        rows = [readout] if self.shared or self.iterations == 0 else [row, readout]
+        bases = history.weighted_sums(rows, n, y_BTD)
+        for i in range(1, self.iterations + 1):
+            h_BTD = combine(bases[0], (output,), (row[n : n + 1],))
+            output = self.corrector_norm(h_BTD + increment(h_BTD, i))
+        return combine(bases[-1], (output,), (readout[n : n + 1],)), output
+
+
+def build_solver(config: IIETConfig, layer: int) -> Solver:
+    """The solver of layer ``layer`` (0-based)."""
+    solver = cast(dict[str, Any], config.solver)
+    kinds: dict[str, type[Solver]] = {
+        "euler": Euler,
+        "dlcl": ImplicitEuler,
+        "weight-sharing": WeightSharing,
+        "rk2": RungeKutta,
+        "rk4": RungeKutta,
+        "pcformer": PCformer,
+        "iiet": ReleasedImplicitEuler if solver.get("variant") == "released" else ImplicitEuler,
+    }
+    return kinds[solver["kind"]](config, layer)
+
+
+class IIETRMSNorm(LlamaRMSNorm):
+    """LLaMA's norm as one operation; the weight is applied before rounding to the stream's type."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return F.rms_norm(hidden_states, self.weight.shape, self.weight, self.variance_epsilon)
+
+
+class IIETAttention(LlamaAttention):
+    """LLaMA's attention for one evaluation of F, on the set of keys and values that belongs to it."""
+
+    def forward(  # type: ignore[override]
+        self,
+        hidden_states: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        attend: Callable[..., tuple[Tensor, Tensor | None]],
+        attention_mask: Any,
+        past_key_values: Cache | None,
+        cache_set: int,
+        keep: bool,
+        earlier: tuple[Tensor, Tensor] | None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None, tuple[Tensor, Tensor]]:
+        """Attention output [B, T, D], its weights (eager) and the keys and values attended to.
+
+        ``cache_set``: the set of ``past_key_values`` to attend to and to extend; ``keep=False`` takes the new
+        tokens out of it again. ``earlier``: keys and values to attend to instead of computing any.
+        """
+        shape = (*hidden_states.shape[:-1], -1, self.head_dim)
+        q_BHTK = _rotate(self.q_proj(hidden_states).view(shape).transpose(1, 2), rotary)
+        if earlier is None:
+            k_BGTK = _rotate(self.k_proj(hidden_states).view(shape).transpose(1, 2), rotary)
+            v_BGTK = self.v_proj(hidden_states).view(shape).transpose(1, 2)
+            if past_key_values is not None:
+                k_BGTK, v_BGTK = past_key_values.update(k_BGTK, v_BGTK, cache_set)
+                if not keep:
+                    _take_back(past_key_values, cache_set, hidden_states.shape[1])
+        else:
+            k_BGTK, v_BGTK = earlier
+        dropout = self.attention_dropout if self.training else 0.0
+        out, weights = attend(
+            self, q_BHTK, k_BGTK, v_BGTK, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
+        )
+        return self.o_proj(out.reshape(*hidden_states.shape[:-1], -1)), weights, (k_BGTK, v_BGTK)
+
+
+def _rotate(x_BHTK: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotary position embedding; the sign of the half that is negated sits in the sines."""
+    cos_B1TK, signed_sin_B1TK = rotary
+    return torch.addcmul(x_BHTK * cos_B1TK, x_BHTK.roll(x_BHTK.shape[-1] // 2, -1), signed_sin_B1TK)
+
+
+def _take_back(cache: Cache, cache_set: int, tokens: int) -> None:
+    """Let a set of the cache forget its latest tokens; what ``update`` returned stays valid."""
+    layer = cache.layers[cache_set]
+    length = getattr(layer, "cumulative_length", None)
+    if isinstance(length, Tensor):  # a static layer, which writes to these places next
+        length.sub_(tokens)
+    elif getattr(layer, "is_croppable", False):
+        cast(Any, layer).crop(-tokens)
+    else:
+        raise ValueError(
+            f"kv_cache is 'last', which a {type(layer).__name__} cannot do; use a DynamicCache or "
+            "StaticCache, or kv_cache 'all'"
+        )
+
+
+class IIETDecoderLayer(GradientCheckpointingLayer):
+    """One layer of LLaMA as the function F, and the solver that integrates it."""
+
+    def __init__(self, config: IIETConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.self_attn = IIETAttention(config, layer_idx)
+        self.mlp = LlamaMLP(config)
+        self.input_layernorm = IIETRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = IIETRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.solver = build_solver(config, layer_idx)
+        self.configure(config)
+
+    def configure(self, config: IIETConfig) -> None:
+        """Take over iterations and cache sets of a configuration that is otherwise this layer's."""
+        self.solver.iterations = config.iterations[self.layer_idx]
+        self.kv_cache = config.kv_cache
+        self.last_evaluation = config.evaluations[self.layer_idx] - 1
+        before = config.evaluations[: self.layer_idx]
+        self.first_set = sum(before) if self.kv_cache == "all" else self.layer_idx
+
+    def forward(
+        self, y_BTD: Tensor, *entries: Tensor, history: History | None = None, **context: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """``(y_{n+1}, what the layer keeps)``, [B, T, D]. What earlier layers kept comes as ``entries`` or
+        as ``history``."""
+        earlier: tuple[Tensor, Tensor] | None = None
+        attention, mlp, shared = self.self_attn, self.mlp, self.kv_cache == "first"
+
+        def increment(y_BTD: Tensor, evaluation: int) -> Tensor:
+            nonlocal earlier
+            a_BTD, _, used = attention(
+                self.input_layernorm(y_BTD),
+                cache_set=self.first_set + (evaluation if self.kv_cache == "all" else 0),
+                keep=self.kv_cache != "last" or evaluation == self.last_evaluation,
+                earlier=earlier,
+                **context,
+            )
+            if shared:
+                earlier = used
+            return a_BTD + mlp(self.post_attention_layernorm(y_BTD + a_BTD))
+
+        return self.solver(y_BTD, increment, History(entries) if history is None else history)
+
+
+class IIETPreTrainedModel(PreTrainedModel):
+    """Loading, saving and initialisation of the models of this file."""
+
+    config: IIETConfig
+    config_class = IIETConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules: ClassVar = ["IIETDecoderLayer"]
+    _skip_keys_device_placement: ClassVar = ["past_key_values"]
+    _keep_in_fp32_modules_strict: ClassVar = ["solver"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _can_compile_fullgraph = True
+    _supports_attention_backend = True
+    _can_record_outputs: ClassVar = {"hidden_states": IIETDecoderLayer, "attentions": IIETAttention}
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, Solver):
+            for name, value in module.initial().items():
+                parameter = module.get_parameter(name)
+                init.copy_(parameter, value.to(parameter.device))
+
+    def with_iterations(self, iterations: int | Sequence[int] | Mapping[str, Any] | str | os.PathLike) -> Any:
+        """A model of the same class that shares every parameter and buffer with this one, has its own
+        ``config`` and evaluates its layers as often as ``iterations`` says.
+
+        It follows this model wherever its weights go (devices, types, training steps); modules that are put
+        in place of others later (adapters, for example) it does not see. Its caches belong to it alone.
+
+        Args:
+            iterations: r_n of each layer, or one number for all; or a plan, the object or the .json file of
+                it, with such a list under ``iterations``.
+
+        Raises:
+            ValueError: counts that do not fit the model, or a model whose solver has none, or whose layers a
+                library has given other ``forward`` functions.
+        """
+        kind = cast(dict[str, Any], self.config.solver)["kind"]
+        if isinstance(iterations, str | os.PathLike):
+            with open(iterations, encoding="utf-8") as file:
+                iterations = json.load(file)
+        if isinstance(iterations, Mapping):
+            if "iterations" not in iterations:
+                raise ValueError("the plan has no 'iterations'; give r_n of each layer under that name")
+            iterations = iterations["iterations"]
+        counts = _per_layer(iterations, self.config.num_hidden_layers, "iterations")
+        if kind != "iiet" and any(counts):
+            raise ValueError(f"iterations is {counts}, but solver.kind is '{kind}', which has no iterations")
+        config = copy.deepcopy(self.config)
+        if kind == "iiet":
+            cast(dict[str, Any], config.solver)["iterations"] = counts
+        view = _sharing_copy(self, self.config, config, {})
+        for module in view.modules():
+            if isinstance(module, IIETDecoderLayer):
+                module.configure(config)
+        return view
+
+
+def _sharing_copy(module: nn.Module, old: IIETConfig, new: IIETConfig, made: dict[int, nn.Module]) -> Any:
+    """A copy of a module tree with the same tables of parameters and buffers, and ``new`` for ``old``."""
+    if id(module) in made:
+        return made[id(module)]
+    if "forward" in vars(module):
+        raise ValueError(
+            f"a {type(module).__name__} has a forward function of its own (set by a library that spreads the "
+            "model over devices, or by hand), which would run this model's layers; make the view before that"
+        )
+    made[id(module)] = twin = type(module).__new__(type(module))
+    for name, value in vars(module).items():
+        if name == "_modules":
+            value = {
+                key: child if child is None else _sharing_copy(child, old, new, made)
+                for key, child in value.items()
+            }
+        elif "hooks" in name and isinstance(value, dict):
+            value = value.copy()
+        elif name == "generation_config":
+            value = copy.deepcopy(value)
+        elif value is old:
+            value = new
+        elif name in ("_compiled_call", "_compiled_call_impl", "_previous_max_cache_length"):
+            continue
+        twin.__dict__[name] = value
+    return twin
+
+
+class IIETModel(IIETPreTrainedModel):
+    """Embedding, integrated layers and final norm."""
+
+    def __init__(self, config: IIETConfig) -> None:
+        super().__init__(config)
+        self.padding_idx = config.pad_token_id
+        self.vocab_size = config.vocab_size
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
+        self.layers = nn.ModuleList([IIETDecoderLayer(config, n) for n in range(config.num_hidden_layers)])
+        self.norm = IIETRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = LlamaRotaryEmbedding(config=config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Any = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """The final norm's output [B, T, D] of token ids [B, T] (or of embeddings [B, T, D], not yet scaled).
+
+        Raises:
+            ValueError: not exactly one of ``input_ids`` and ``inputs_embeds``, or a cache made for another
+                model or other iterations.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        y_BTD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        if past_key_values is not None:
+            self._check_cache(past_key_values)
+        if position_ids is None:
+            past = 0 if past_key_values is None else past_key_values.get_seq_length()
+            position_ids = (torch.arange(y_BTD.shape[1], device=y_BTD.device) + past).unsqueeze(0)
+        mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=y_BTD,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+        )
+        cos_BTK, sin_BTK = self.rotary_emb(y_BTD, position_ids=position_ids)
+        low, high = sin_BTK.chunk(2, dim=-1)
+        context = {
+            "rotary": (cos_BTK.unsqueeze(1), torch.cat((-low, high), dim=-1).unsqueeze(1)),
+            "attend": ALL_ATTENTION_FUNCTIONS.get_interface(
+                self.config._attn_implementation, eager_attention_forward
+            ),
+            "attention_mask": mask,
+            "position_ids": position_ids,
+            "past_key_values": past_key_values,
+            **kwargs,
+        }
+        if self.config.embedding_scale != 1:
+            y_BTD = y_BTD * self.config.embedding_scale
+        y_BTD = self._integrate(y_BTD, context)
+        return BaseModelOutputWithPast(
+            last_hidden_state=self.norm(y_BTD), past_key_values=cast(Any, past_key_values)
+        )
+
+    def _integrate(self, y_BTD: Tensor, context: dict[str, Any]) -> Tensor:
+        """Run the layers on y_0, [B, T, D]."""
+        solver = cast(Solver, self.layers[0].solver)
+        buffer = None
+        if solver.merges_all and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            entries = len(self.layers) + solver.roots
+            buffer = torch.empty((entries, *y_BTD.shape), dtype=torch.float32, device=y_BTD.device)
+        history = History(buffer=buffer)
+        if solver.roots:
+            history.append(y_BTD)
+        for layer in self.layers:
+            if buffer is None:  # tensors among the arguments: gradient checkpointing has to see them
+                y_BTD, kept = layer(y_BTD, *history.entries, **context)
+            else:
+                y_BTD, kept = layer(y_BTD, history=history, **context)
+            if solver.keeps:
+                history.append(kept)
+        return y_BTD
+
+    def _check_cache(self, cache: Cache) -> None:
+        sets = len(cache.layers) if hasattr(cache, "layers") else 0
+        if sets not in (0, self.config.num_cache_sets):
+            raise ValueError(
+                f"past_key_values holds {sets} sets of keys and values, but this model has "
+                f"{self.config.num_cache_sets} (one for each evaluation of a layer, kv_cache "
+                f"'{self.config.kv_cache}'); make the cache from this model's config"
+            )
+
+
+class IIETForCausalLM(IIETPreTrainedModel, GenerationMixin):
+    """:class:`IIETModel` with a language-model head."""
+
+    _tied_weights_keys: ClassVar = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: IIETConfig) -> None:
+        super().__init__(config)
+        self.model = IIETModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Any = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Logits [B, T, V] (``logits_to_keep``: of the last tokens, or of these places), and with ``labels``
+        [B, T] (ids, or -100 to leave a token out; shifted here) the mean cross-entropy in nats.
+
+        Raises:
+            ValueError: as :meth:`IIETModel.forward`.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        hidden_BTD = outputs.last_hidden_state
+        places = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits_BTV = self.lm_head(hidden_BTD[:, places])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(
+                logits=logits_BTV, labels=labels, vocab_size=self.config.vocab_size, **kwargs
+            )
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits_BTV,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+__all__ = ["IIETConfig", "IIETForCausalLM", "IIETModel", "IIETPreTrainedModel"]
+
+# What save_pretrained writes loads anywhere: it copies this file into the folder.
+IIETConfig.register_for_auto_class()
+IIETModel.register_for_auto_class("AutoModel")
+IIETForCausalLM.register_for_auto_class("AutoModelForCausalLM")

@@ -1,0 +1,205 @@
+"""The tokenizer of an exported folder: files from which transformers' AutoTokenizer encodes as ours does.
+
+transformers' own conversion of a SentencePiece ``.model`` gives other ids (runs of spaces), and by default
+control tokens spelled out in a text become control ids. So ``tokenizer.json`` is made here and compared, on
+hard texts, with the tokenizer that defines the ids, and ``split_special_tokens`` keeps text text.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_iiet.data.tokenizers.base import NotSupportedError, TextTokenizer
+from megatron_iiet.data.tokenizers.hard_texts import hard_texts
+from megatron_iiet.data.tokenizers.hugging_face import HuggingFaceTokenizer, declared_tokens
+from megatron_iiet.data.tokenizers.loading import load_tokenizer
+from megatron_iiet.data.tokenizers.sentencepiece import PieceType, SentencePieceModel, SentencePieceTokenizer
+from megatron_iiet.data.tokenizers.tiktoken import TiktokenTokenizer
+
+SENTENCEPIECE_FILE = "tokenizer.model"
+OTHER_SENTENCEPIECE_FILE = "sentencepiece.model"
+"""Of a SentencePiece model for which no ``tokenizer.json`` can stand."""
+DEFINITION_FILE, CONFIG_FILE = "tokenizer.json", "tokenizer_config.json"
+
+_PAD_NAMES = ("<pad>", "<|pad|>", "[PAD]")
+_SPACE = "▁"
+
+
+@dataclass(frozen=True)
+class ExportedTokenizer:
+    """What goes into a folder, by name, and what the model's configuration says of it."""
+
+    files: dict[str, bytes]
+    bos_id: int
+    eos_id: int
+    pad_id: int
+    note: str = ""
+    """What a user must know of the files; empty if they encode exactly as ours."""
+
+
+def export_tokenizer(path: str | Path) -> ExportedTokenizer:
+    """The files for the tokenizer of ``path``, any that :func:`load_tokenizer` reads.
+
+    A ``tokenizer.json`` with a ``tokenizer_config.json`` beside it is taken as it is, with that. Otherwise
+    nothing is added to a text, and the token that begins a document is the one that ends the document before:
+    training here shows the model no other. (A ``bos_token`` in a ``tokenizer_config.json`` says that it has
+    seen that one.)
+
+    Raises:
+        ValueError: as :func:`load_tokenizer`.
+    """
+    path = Path(path)
+    exact = load_tokenizer(path)
+    assert isinstance(exact, TextTokenizer)
+    beside = path.with_name(CONFIG_FILE)
+    if isinstance(exact, SentencePieceTokenizer):
+        declared = declared_tokens(beside)
+        return _export_sentencepiece(
+            exact, declared.get("bos_token", "") not in ("", declared.get("eos_token"))
+        )
+    assert isinstance(exact, HuggingFaceTokenizer)
+    if beside.is_file() and not isinstance(exact, TiktokenTokenizer):
+        return _as_it_is(exact, path, beside)
+    return _export_definition(exact)
+
+
+def _export_sentencepiece(exact: SentencePieceTokenizer, with_bos: bool) -> ExportedTokenizer:
+    content = exact.path.read_bytes()
+    pieces = SentencePieceModel.parse(content).pieces
+    special = {PieceType.CONTROL, PieceType.UNKNOWN}
+    names = {number: text for number, (text, _, kind) in enumerate(pieces) if kind in special}
+    # No text yields the unknown piece of a model with bytes; padding with eos would mask eos in fine-tuning.
+    unknown = [number for number, (_, _, kind) in enumerate(pieces) if kind is PieceType.UNKNOWN]
+    ids = _Ids.choose(exact, names, with_bos, otherwise=unknown)
+    config = ids.config(names) | {"unk_token": names[unknown[0]]}
+    note = ""
+    try:
+        definition = _definition_of(exact, content, names)
+        _compare(exact, definition)
+        files = {SENTENCEPIECE_FILE: content, DEFINITION_FILE: definition}
+    except NotSupportedError as reason:
+        # Under its usual name transformers would convert it, silently to other ids.
+        files = {OTHER_SENTENCEPIECE_FILE: content}
+        note = (
+            f"no {DEFINITION_FILE} encodes as {exact.path.name} does: {reason}. The folder has it as "
+            f"{OTHER_SENTENCEPIECE_FILE}, for the sentencepiece library; AutoTokenizer finds none"
+        )
+    return ids.exported({**files, CONFIG_FILE: _json(config)}, note)
+
+
+def _definition_of(exact: SentencePieceTokenizer, content: bytes, names: dict[int, str]) -> bytes:
+    """What gigatoken loads, with control pieces under their own names, and a decoder.
+
+    Raises:
+        NotSupportedError: there is none; the message says why.
+    """
+    encoded, symbols = exact.gigatoken_definition()
+    if symbols:
+        raise NotSupportedError(f"it has {len(symbols)} user-defined symbols")
+    definition = json.loads(encoded)
+    taken = definition["model"]["vocab"]
+    free = {text: number for text, number in taken.items() if number not in names}
+    if clash := free.keys() & names.values():
+        raise NotSupportedError(f"two pieces are called {sorted(clash)[0]!r}")
+    definition["model"]["unk_token"] = names[taken[definition["model"]["unk_token"]]]
+    definition["model"]["vocab"] = free | {text: number for number, text in names.items()}
+    plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    definition["added_tokens"] = [
+        {"id": number, "content": text, "special": True, **plain} for number, text in sorted(names.items())
+    ]
+    spaces = {"type": "Replace", "pattern": {"String": _SPACE}, "content": " "}
+    strip = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
+    adds_space = SentencePieceModel.parse(content).adds_space
+    decoders = [spaces, {"type": "ByteFallback"}, {"type": "Fuse"}, *([strip] if adds_space else [])]
+    definition["decoder"] = {"type": "Sequence", "decoders": decoders}
+    return json.dumps(definition, ensure_ascii=False).encode()
+
+
+def _export_definition(exact: HuggingFaceTokenizer) -> ExportedTokenizer:
+    """A ``tokenizer.json`` of which nobody has said more, or tiktoken's ranks in that form."""
+    definition = json.loads(exact._model.to_str()) | dict.fromkeys(
+        ("post_processor", "truncation", "padding")
+    )
+    names = _control_names(exact)
+    ids = _Ids.choose(exact, names, with_bos=False, otherwise=[])
+    return ids.exported({DEFINITION_FILE: _json(definition), CONFIG_FILE: _json(ids.config(names))}, "")
+
+
+def _as_it_is(exact: HuggingFaceTokenizer, path: Path, beside: Path) -> ExportedTokenizer:
+    content = json.loads(beside.read_text(encoding="utf-8"))  # declared_tokens has read it before
+    has_bos = "bos_token" in declared_tokens(beside)
+    ids = _Ids.choose(exact, _control_names(exact), has_bos, otherwise=[])
+    note = (
+        ""
+        if content.get("split_special_tokens")
+        else (
+            f"{CONFIG_FILE} is the tokenizer's own: transformers adds to a text what it says, and turns "
+            "control tokens spelled out in a text into their ids, which training here does not"
+        )
+    )
+    return ids.exported({DEFINITION_FILE: path.read_bytes(), CONFIG_FILE: beside.read_bytes()}, note)
+
+
+def _control_names(exact: HuggingFaceTokenizer) -> dict[int, str]:
+    return {number: str(exact._model.id_to_token(number)) for number in sorted(exact.control_ids)}
+
+
+@dataclass(frozen=True)
+class _Ids:
+    """Ids of a tokenizer's control tokens."""
+
+    bos: int
+    eos: int
+    pad: int
+
+    @classmethod
+    def choose(
+        cls, exact: TextTokenizer, names: dict[int, str], with_bos: bool, otherwise: Sequence[int]
+    ) -> _Ids:
+        """``names``: control ids and what they are called; ``otherwise``: to pad with if none is for that."""
+        pads = [number for name in _PAD_NAMES for number, text in names.items() if text == name]
+        bos = exact.bos_id if with_bos and exact.bos_id is not None else exact.eod_id
+        return cls(bos, exact.eod_id, [*pads, *otherwise, exact.eod_id][0])
+
+    def config(self, names: dict[int, str]) -> dict[str, Any]:
+        """``tokenizer_config.json``: ``tokenizer.json`` as it stands, and all of a text is text."""
+        return {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": names[self.bos],
+            "eos_token": names[self.eos],
+            "pad_token": names[self.pad],
+            "split_special_tokens": True,
+            "clean_up_tokenization_spaces": False,
+        }
+
+    def exported(self, files: dict[str, bytes], note: str) -> ExportedTokenizer:
+        return ExportedTokenizer(files, self.bos, self.eos, self.pad, note)
+
+
+def _compare(exact: TextTokenizer, definition: bytes) -> None:
+    """Refuse a ``tokenizer.json`` that encodes or decodes a hard text in another way.
+
+    Raises:
+        NotSupportedError: it does; the message names the text.
+    """
+    from tokenizers import Tokenizer
+
+    model: Any = Tokenizer.from_buffer(definition)
+    model.encode_special_tokens = True  # what split_special_tokens sets
+    texts = list(hard_texts(exact))
+    encodings = model.encode_batch(texts, add_special_tokens=False)
+    for text, ids, encoding in zip(texts, exact.encode_batch(texts), encodings, strict=True):
+        if not np.array_equal(ids, encoding.ids):
+            raise NotSupportedError(f"its ids differ for {text[:60]!r}")
+        if model.decode(encoding.ids) != exact.decode(ids):
+            raise NotSupportedError(f"it decodes {text[:60]!r} in another way")
+
+
+def _json(content: dict[str, Any]) -> bytes:
+    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()

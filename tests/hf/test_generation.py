@@ -1,0 +1,159 @@
+"""Text from models of every kind of folder: what comes is what full forward passes say, piece by piece."""
+
+from __future__ import annotations
+
+import io
+import runpy
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_iiet.data.tokenizers.loading import load_tokenizer
+from megatron_iiet.hf.generation import OwnCodec, Sampling, TextGenerator, open_generator
+from megatron_iiet.models import Transformer, portable
+from tests.tiny import make_data, tiny_config
+
+GREEDY = Sampling(temperature=0)
+TOOLS = Path(__file__).resolve().parents[2] / "tools"
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    return make_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def model(data: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Transformer:
+    solver = {"kind": "iiet", "iterations": 2, "history_norm": "rms"}
+    made = Transformer(tiny_config(data, tmp_path_factory.mktemp("run"), solver=solver))
+    made.initialise(3)
+    return made.eval()
+
+
+@pytest.fixture(scope="module")
+def folder(model: Transformer, data: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The model as a portable folder with its tokenizer."""
+    path = tmp_path_factory.mktemp("models") / "portable"
+    portable.save(model.config, model.state_dict(), path, extra_files=[data["tokenizer"]])
+    return path
+
+
+@pytest.fixture(scope="module")
+def generator(folder: Path) -> TextGenerator:
+    return open_generator(str(folder))
+
+
+def written_out(model: Transformer, ids: list[int], count: int) -> list[int]:
+    """The likeliest continuation, a full forward pass a token."""
+    ids = list(ids)
+    with torch.no_grad():
+        for _ in range(count):
+            ids.append(int(model(torch.tensor([ids]))[0, -1, :300].argmax()))  # the tokenizer's
+    return ids
+
+
+def test_greedy_is_what_full_forward_passes_say(
+    model: Transformer, data: dict[str, str], generator: TextGenerator
+) -> None:
+    tokenizer = load_tokenizer(data["tokenizer"])
+    prompt = [tokenizer.eod_id, *tokenizer.encode("the solver").tolist()]
+    ids = written_out(model, prompt, 12)
+    assert tokenizer.eod_id not in ids[1:], "choose a seed whose text does not end"
+    pieces: list[str] = []
+    made = generator.generate("the solver", GREEDY, max_new_tokens=12, write=pieces.append)
+    assert made.text == tokenizer.decode(ids[1:])[len("the solver") :] == "".join(pieces)
+    assert made.tokens == 12
+    assert len(pieces) > 1
+
+
+def test_a_draft_changes_nothing(generator: TextGenerator, tmp_path: Path) -> None:
+    plain = generator.generate("the", GREEDY, max_new_tokens=16)
+    for draft in (0, [1, 0, 2]):
+        drafted = TextGenerator(generator.model, generator.codec, draft)
+        pieces: list[str] = []
+        assert drafted.generate("the", GREEDY, max_new_tokens=16, write=pieces.append).text == plain.text
+        assert "".join(pieces) == plain.text
+    with pytest.raises(ValueError, match="iterations lists 1 numbers, but num_hidden_layers is 3"):
+        TextGenerator(generator.model, generator.codec, [1])
+
+
+def test_a_seed_is_a_text(generator: TextGenerator) -> None:
+    texts = [generator.generate("", Sampling(), max_new_tokens=20, seed=seed).text for seed in (1, 1, 2)]
+    assert texts[0] == texts[1] != texts[2]
+    one = [generator.generate("", Sampling(top_k=1), max_new_tokens=8, seed=seed).text for seed in (1, 2)]
+    assert one[0] == one[1] == generator.generate("", GREEDY, max_new_tokens=8).text
+
+
+def test_it_ends_at_the_end_of_the_document_and_of_the_window(
+    model: Transformer, data: dict[str, str], generator: TextGenerator
+) -> None:
+    tokenizer = load_tokenizer(data["tokenizer"])
+    prompt = [tokenizer.eod_id, *tokenizer.encode("the").tolist()]
+    made = written_out(model, prompt, 10)[len(prompt) :]
+    last = made[4]
+
+    class EndsEarlier(OwnCodec):
+        eos_id = last
+
+    ended = TextGenerator(generator.model, EndsEarlier(tokenizer))
+    assert ended.generate("the", GREEDY, max_new_tokens=10).tokens == made.index(last) + 1
+    assert generator.generate("the", GREEDY, max_new_tokens=10**6).tokens == generator.window - len(prompt)
+    with pytest.raises(ValueError, match=r"the prompt has \d+ tokens, but the model knows 32 positions"):
+        generator.generate("the " * generator.window, GREEDY)
+
+
+@pytest.fixture
+def tool(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """tools/generate.py in this process: flags → what it prints, errors too."""
+
+    def run(*flags: str, typed: str = "") -> str:
+        monkeypatch.setattr(sys, "argv", ["generate.py", *flags])
+        monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
+        try:
+            runpy.run_path(str(TOOLS / "generate.py"), run_name="__main__")
+        except SystemExit:
+            return capsys.readouterr().err
+        return capsys.readouterr().out
+
+    return run
+
+
+@pytest.mark.slow
+def test_tool(folder: Path, generator: TextGenerator, tmp_path: Path, tool: Callable[..., str]) -> None:
+    """A portable folder and its export give the same text, asked for once or typed in."""
+    exported = str(tmp_path / "exported")
+    convert = [sys.executable, str(TOOLS / "convert_checkpoint.py"), "--from-model", str(folder)]
+    subprocess.run([*convert, "--to-hf", exported], check=True, capture_output=True)
+    wanted = f"[the]{generator.generate('the', GREEDY, max_new_tokens=8).text}\n\n"
+    greedy = ("--temperature", "0", "--max-new-tokens", "8")
+    for flags in (("--model", str(folder)), ("--model", exported), ("--model", exported, "--draft", "0")):
+        assert tool(*flags, *greedy, "--prompt", "the") == wanted
+    shown = tool("--model", exported, *greedy, "--interactive", typed="the\nthe\n")
+    assert shown.count(wanted) == 2
+    assert shown.count("(8 tokens, ") == 2
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--temperature", "-1"], "temperature is -1.0, but must be at least 0"),
+        (["--top-k", "-1"], "top_k is -1, but must be at least 0"),
+        (["--top-p", "0"], "top_p is 0.0, but must be above 0 and at most 1"),
+        (["--step", "3"], "holds no complete checkpoint"),
+        (["--draft", "nowhere.json"], "nowhere.json"),
+        (["--draft=-1"], "iterations is -1; iteration counts are whole numbers of at least 0"),
+        (["--max-new-tokens", "0"], "max_new_tokens is 0, but must be at least 1"),
+        (["--interactive", "--prompt", "x"], "--interactive asks for prompts; leave out --prompt"),
+        (["--model", "nowhere"], "--model is nowhere, which does not exist"),
+        (["--tokenizer", "nowhere.model"], "nowhere.model"),
+    ],
+    ids=lambda value: "".join(value[:2]) if isinstance(value, list) else "",
+)
+def test_refusals(folder: Path, tool: Callable[..., str], flags: list[str], sentence: str) -> None:
+    shown = tool("--model", str(folder), *flags)
+    assert shown.splitlines()[-1].startswith("error: ")
+    assert sentence in shown
