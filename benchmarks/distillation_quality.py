@@ -53,7 +53,7 @@ def make_plan(output: Path, teacher: Trial) -> None:
         return
     command = [sys.executable, str(ROOT / "tools/iteration_influence.py"), "--output", str(plan.parent)]
     command += ["--model", str(output / "trials" / teacher.name), "--flops-ratio", str(KEPT)]
-    command += ["--sequences", "256", "--ablation"]
+    command += ["--sequences", "64", "--ablation"]
     if subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}).returncode:
         sys.exit("error: tools/iteration_influence.py failed; its message is above")
 

@@ -23,7 +23,7 @@ import copy
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -687,15 +687,15 @@ class IIETPreTrainedModel(PreTrainedModel):
     config_class = IIETConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules: ClassVar = ["IIETDecoderLayer"]
-    _skip_keys_device_placement: ClassVar = ["past_key_values"]
-    _keep_in_fp32_modules_strict: ClassVar = ["solver"]
+    _no_split_modules = ["IIETDecoderLayer"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _keep_in_fp32_modules_strict = ["solver"]  # noqa: RUF012
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
     _can_compile_fullgraph = True
     _supports_attention_backend = True
-    _can_record_outputs: ClassVar = {"hidden_states": IIETDecoderLayer, "attentions": IIETAttention}
+    _can_record_outputs = {"hidden_states": IIETDecoderLayer, "attentions": IIETAttention}  # noqa: RUF012
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -869,7 +869,7 @@ class IIETModel(IIETPreTrainedModel):
 class IIETForCausalLM(IIETPreTrainedModel, GenerationMixin):
     """:class:`IIETModel` with a language-model head."""
 
-    _tied_weights_keys: ClassVar = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
 
     def __init__(self, config: IIETConfig) -> None:
         super().__init__(config)
