@@ -15,9 +15,9 @@ import argparse
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from megatron_iiet.config import RunConfig, exit_with_error
+from megatron_iiet.config import ArgumentParser, RunConfig, exit_with_error
 from megatron_iiet.config.schema import SolverConfig
 from megatron_iiet.config.strict_yaml import parse_value
 
@@ -28,15 +28,8 @@ SOLVER_OPTIONS = [field.name for field in fields(SolverConfig) if field.name != 
 DTYPES = ("fp32", "bf16", "fp16")
 
 
-class Parser(argparse.ArgumentParser):
-    """Shows errors the way every script of this repository does."""
-
-    def error(self, message: str) -> NoReturn:
-        exit_with_error(message)
-
-
 def parse_arguments() -> argparse.Namespace:
-    parser = Parser(
+    parser = ArgumentParser(
         description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     source = parser.add_mutually_exclusive_group(required=True)
@@ -79,7 +72,7 @@ def parse_arguments() -> argparse.Namespace:
     return arguments
 
 
-def refuse_misplaced(parser: Parser, arguments: argparse.Namespace) -> None:
+def refuse_misplaced(parser: ArgumentParser, arguments: argparse.Namespace) -> None:
     """Options that say nothing about what was asked for are mistakes."""
     for name in solver_options(arguments):
         if not arguments.from_hf:

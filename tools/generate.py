@@ -12,20 +12,12 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
-from typing import NoReturn
 
-from megatron_iiet.config import exit_with_error
-
-
-class Parser(argparse.ArgumentParser):
-    """Shows errors the way every script of this repository does."""
-
-    def error(self, message: str) -> NoReturn:
-        exit_with_error(message)
+from megatron_iiet.config import ArgumentParser, exit_with_error
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = Parser(
+    parser = ArgumentParser(
         description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", required=True, metavar="DIR", help="run, checkpoint or model folder")

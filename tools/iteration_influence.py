@@ -11,17 +11,10 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Literal, NoReturn
+from typing import Literal
 
-from megatron_iiet.config import exit_with_error
+from megatron_iiet.config import ArgumentParser, exit_with_error
 from megatron_iiet.config.schema import ParallelConfig
-
-
-class Parser(argparse.ArgumentParser):
-    """Shows errors the way every script of this repository does."""
-
-    def error(self, message: str) -> NoReturn:
-        exit_with_error(message)
 
 
 def threshold(word: str) -> float | Literal["auto"]:
@@ -32,7 +25,7 @@ def threshold(word: str) -> float | Literal["auto"]:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = Parser(
+    parser = ArgumentParser(
         description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument

@@ -5,7 +5,7 @@ from megatron_iiet.config.combinations import (
     check_world_size,
     gradient_accumulation_steps,
 )
-from megatron_iiet.config.errors import ConfigError, exit_with_error
+from megatron_iiet.config.errors import ArgumentParser, ConfigError, exit_with_error
 from megatron_iiet.config.load import (
     LoadedConfig,
     config_from_dict,
@@ -19,6 +19,7 @@ from megatron_iiet.config.schema import RunConfig, iterations_per_layer
 from megatron_iiet.config.validation import validate
 
 __all__ = [
+    "ArgumentParser",
     "ConfigError",
     "LoadedConfig",
     "RunConfig",

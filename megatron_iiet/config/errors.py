@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 import time
@@ -40,3 +41,10 @@ def exit_with_error(message: str) -> NoReturn:
         time.sleep(_PATIENCE_SECONDS)
         print(f"error on one rank: {message}", file=sys.stderr, flush=True)
     sys.exit(EXIT_CODE)
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """Of a tool: a wrong flag is shown as every other error is."""
+
+    def error(self, message: str) -> NoReturn:
+        exit_with_error(message)

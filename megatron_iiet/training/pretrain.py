@@ -166,6 +166,8 @@ def build_callbacks(
         if config.logging.solver_interval and config.solver.kind in ("iiet", "pcformer"):
             batch = next(iter(batches))
             chosen.append(callbacks.SolverDiagnostics(batch, config.logging.solver_interval))
+    if config.evaluation.tasks:
+        chosen.append(callbacks.TaskEvaluation(config))
     chosen.append(callbacks.Checkpointing(config.checkpoint.interval))
     return chosen
 

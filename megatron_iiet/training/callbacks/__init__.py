@@ -6,5 +6,14 @@ from megatron_iiet.training.callbacks.diagnostics import SolverDiagnostics
 from megatron_iiet.training.callbacks.evaluation import Validation
 from megatron_iiet.training.callbacks.guidance import Guidance
 from megatron_iiet.training.callbacks.logging import MetricLogger
+from megatron_iiet.training.callbacks.tasks import TaskEvaluation
 
-__all__ = ["Callback", "Checkpointing", "Guidance", "MetricLogger", "SolverDiagnostics", "Validation"]
+__all__ = [
+    "Callback",
+    "Checkpointing",
+    "Guidance",
+    "MetricLogger",
+    "SolverDiagnostics",
+    "TaskEvaluation",
+    "Validation",
+]

@@ -117,7 +117,7 @@ class Engine(ABC):
         """One optimizer step over the next ``accumulation`` micro-batches."""
 
     @abstractmethod
-    def evaluate(self, batches: ValidationBatches) -> float:
+    def evaluate(self, batches: ValidationBatches | list[ValidationBatch]) -> float:
         """Mean cross-entropy in nats per token over all targets, of all replicas, in rows of weight 1."""
 
     @abstractmethod

@@ -52,7 +52,7 @@ class PipelinedEngine(Engine):
         parts = None if self.distilled is None else self.distilled.pair.parts
         return self._step_result(loss.item(), lr, parts)
 
-    def evaluate(self, batches: ValidationBatches) -> float:
+    def evaluate(self, batches: ValidationBatches | list[ValidationBatch]) -> float:
         counted = torch.zeros((), dtype=torch.float64, device=self.context.device)
 
         def inputs() -> Iterator[Inputs]:

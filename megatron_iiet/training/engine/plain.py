@@ -39,7 +39,7 @@ class PlainEngine(Engine):
         return self._step_result(loss, lr, module.parts if isinstance(module, Distilled) else None)
 
     @torch.no_grad()
-    def evaluate(self, batches: ValidationBatches) -> float:
+    def evaluate(self, batches: ValidationBatches | list[ValidationBatch]) -> float:
         self._engine.eval()
         # Of losses and of targets; in fp64, which counts on where fp32 stops at 2^24.
         sums = torch.zeros(2, dtype=torch.float64, device=self.context.device)

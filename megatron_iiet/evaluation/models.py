@@ -1,0 +1,324 @@
+"""Trained models as something the harness can ask: of runs, model folders and Hugging Face folders.
+
+A run, a portable folder or a Hugging Face LLaMA or IIET on a grid is run by this package; any other Hugging
+Face folder by transformers, a whole model on each process.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from megatron_iiet.config import RunConfig, validate
+from megatron_iiet.config.combinations import check_combination
+from megatron_iiet.config.schema import ParallelConfig
+from megatron_iiet.data.tokenizers.loading import load_tokenizer
+from megatron_iiet.distillation.forward import DTYPES, ForwardModel
+from megatron_iiet.evaluation.harness import TextCodec
+from megatron_iiet.evaluation.scoring import TokenScores, noting_scores, score_tokens
+from megatron_iiet.models import portable
+from megatron_iiet.ops import resolve_backend
+from megatron_iiet.parallel import ParallelContext
+from megatron_iiet.parallel.group import Group
+from megatron_iiet.training.export import find_checkpoint
+from megatron_iiet.training.inputs import Inputs
+from megatron_iiet.training.warm_start import Source, open_source
+
+HF_CONFIG = "config.json"
+Start = Literal["auto", "bos", "eos"]
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Which model, and how it runs."""
+
+    path: str
+    """A run's output_dir, one of its checkpoints, a portable folder, or a Hugging Face folder."""
+    step: int | None = None
+    """Of a run: the checkpoint; None: the newest."""
+    tokenizer: str = ""
+    """A tokenizer file; empty: the model's own."""
+    start: Start = "auto"
+    """The token in front of a text without context. auto: bos where a Hugging Face tokenizer has one; eos for
+    models trained here and their exports, whose documents follow an end-of-document token."""
+    max_length: int | None = None
+    """Longest input in tokens; None: the model's."""
+    batch_size: int = 8
+    precision: Literal["fp32", "bf16"] = "fp32"
+    trust_remote_code: bool = False
+    """Run code that a Hugging Face folder brings."""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+
+
+@dataclass(frozen=True)
+class PreparedModel:
+    """A model whose description is read and checked, not yet its weights."""
+
+    words: str
+    """What and where it is."""
+    system: str
+    """Its solver, for a table."""
+    hidden_size: int
+    num_layers: int
+    codec: TextCodec
+    load: Callable[[ParallelContext], OwnScorer | HuggingFaceScorer]
+
+
+def prepare_model(options: ModelOptions, world_size: int) -> PreparedModel:
+    """Read and check everything but the weights; needs no process group.
+
+    Raises:
+        ValueError: (and its subclass ConfigError) no such model, a damaged one, no tokenizer, or a grid that
+            fits neither the model nor the number of processes.
+    """
+    for name in ("batch_size", "max_length"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} is {value}, but must be at least 1")
+    if not is_hugging_face(options.path):
+        return _prepare_own(options, _open_own(options), world_size)
+    if options.step is not None:
+        raise ValueError(f"--step is given, but --model {options.path} is a model folder, which has no steps")
+    if options.parallel.tensor * options.parallel.pipeline > 1:
+        return _prepare_own(options, open_source(options.path, "--model"), world_size)
+    return _prepare_hugging_face(options)
+
+
+def is_hugging_face(path: str) -> bool:
+    """Whether a folder is one of transformers."""
+    folder = Path(path)
+    return (folder / HF_CONFIG).is_file() and not (folder / portable.CONFIG_FILE).is_file()
+
+
+class OwnScorer:
+    """A model of this package on this process's place of the grid; see
+    :class:`megatron_iiet.evaluation.scoring.Scorer`."""
+
+    has_fixed_shape = False
+
+    def __init__(self, source: Source, config: RunConfig, context: ParallelContext, batch_size: int) -> None:
+        self.context = context
+        self.max_length = config.data.sequence_length
+        self.batch_size = batch_size
+        self.multiple = context.tensor.size if context.tensor_parallel.cuts_sequence else 1
+        self.model = ForwardModel(source, config, context, resolve_backend("auto", context.device)[0])
+
+    def score(self, batches: Sequence[Tensor]) -> Iterator[TokenScores]:
+        for tokens in batches:
+            tokens = tokens.to(self.context.device)
+            inputs = Inputs(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), None, 1.0)
+            with noting_scores(self.model.model) as found:
+                self.model.run(inputs, with_loss=True)
+            yield from found
+
+
+class HuggingFaceScorer:
+    """A whole causal language model of transformers; processes are replicas. See
+    :class:`megatron_iiet.evaluation.scoring.Scorer`."""
+
+    multiple = 1
+    has_fixed_shape = False
+
+    def __init__(self, model: Any, context: ParallelContext, max_length: int, batch_size: int) -> None:
+        self.model = model.to(context.device).eval()
+        self.context = context
+        self.max_length = max_length
+        self.batch_size = batch_size
+
+    @torch.no_grad()
+    def score(self, batches: Sequence[Tensor]) -> Iterator[TokenScores]:
+        for tokens in batches:
+            tokens = tokens.to(self.context.device)
+            logits_BTV = self.model(tokens[:, :-1], use_cache=False).logits
+            yield score_tokens(logits_BTV, tokens[:, 1:].contiguous(), logits_BTV.shape[-1], Group())
+
+
+def describe_system(config: RunConfig) -> str:
+    """A model's solver as the rows of the paper's table are named."""
+    solver = config.solver
+    if solver.kind != "iiet":
+        return {"euler": "Transformer++", "pcformer": "PCformer", "weight-sharing": "Trans WS"}.get(
+            solver.kind, solver.kind
+        )
+    counts = solver.iterations if isinstance(solver.iterations, list) else [solver.iterations]
+    r = f"r = {counts[0]}" if len(set(counts)) == 1 else f"{sum(counts)} iterations in {len(counts)} layers"
+    return f"IIET {solver.variant}, {r}"
+
+
+def _open_own(options: ModelOptions) -> Source:
+    if options.step is None:
+        return open_source(options.path, "--model")
+    return open_source(str(find_checkpoint(options.path, options.step)), "--model")
+
+
+def _prepare_own(options: ModelOptions, source: Source, world_size: int) -> PreparedModel:
+    config = _forward_config(source.config, options, world_size)
+    if is_hugging_face(options.path) and not options.tokenizer:
+        codec = _hugging_face_codec(options)
+    else:
+        codec = _own_codec(config.data.tokenizer, config.model.vocab_size, options)
+    model = config.model
+    return PreparedModel(
+        source.words,
+        describe_system(source.config),
+        model.hidden_size,
+        model.num_layers,
+        codec,
+        lambda context: OwnScorer(source, config, context, options.batch_size),
+    )
+
+
+def _forward_config(config: RunConfig, options: ModelOptions, world_size: int) -> RunConfig:
+    """A model's configuration with the grid, length and precision of the evaluation."""
+    config = deepcopy(config)
+    parallel, longest = options.parallel, config.model.max_position_embeddings
+    if (options.max_length or 0) > longest:
+        raise ValueError(
+            f"--max-length is {options.max_length}, but the model {options.path} reads {longest} tokens at "
+            f"most; give {longest} or less"
+        )
+    length = options.max_length or longest
+    if parallel.sequence:
+        length -= length % parallel.tensor
+    config.parallel = parallel
+    config.data.sequence_length = length
+    config.data.tokenizer = options.tokenizer or _beside(config.data.tokenizer, options.path)
+    config.training.recompute = "off"
+    config.training.precision = "fp32"
+    config.training.micro_batch_size = 1
+    config.training.global_batch_size = max(1, world_size // max(1, parallel.tensor * parallel.pipeline))
+    validate(config)
+    check_combination(config, {"zero_optimization": {"stage": 0}}, world_size, "the tool")
+    config.training.precision = options.precision
+    return config
+
+
+def _beside(name: str, folder: str) -> str:
+    """A portable folder has its tokenizer beside the weights, and knows it by its bare name."""
+    beside = Path(folder) / name
+    return str(beside) if name and beside.is_file() else name
+
+
+def _own_codec(path: str, vocab_size: int, options: ModelOptions) -> TextCodec:
+    if not path:
+        raise ValueError(f"the model {options.path} names no tokenizer; give one with --tokenizer")
+    tokenizer = load_tokenizer(path)
+    if tokenizer.vocab_size > vocab_size:
+        raise ValueError(
+            f"the tokenizer {path} has {tokenizer.vocab_size} ids, but the model {options.path} knows "
+            f"{vocab_size}; give the tokenizer it was trained with"
+        )
+    start = tokenizer.eod_id
+    if options.start == "bos":
+        if tokenizer.bos_id is None:
+            raise ValueError(f"--start is bos, but the tokenizer {path} has no such token; give eos")
+        start = tokenizer.bos_id
+    return TextCodec(lambda text: tokenizer.encode(text).tolist(), start, tokenizer.eod_id)
+
+
+def _prepare_hugging_face(options: ModelOptions) -> PreparedModel:
+    folder = Path(options.path)
+    fields = _read_json(folder / HF_CONFIG)
+    longest = int(fields.get("max_position_embeddings") or fields.get("n_positions") or 2048)
+    length = options.max_length or longest
+    if options.tokenizer:
+        codec = _own_codec(options.tokenizer, int(fields.get("vocab_size", 1 << 62)), options)
+    else:
+        codec = _hugging_face_codec(options)
+
+    def load(context: ParallelContext) -> HuggingFaceScorer:
+        return HuggingFaceScorer(_load_hugging_face(options), context, length, options.batch_size)
+
+    return PreparedModel(
+        f"Hugging Face {folder}",
+        _describe_fields(fields),
+        int(fields.get("hidden_size") or 0),
+        int(fields.get("num_hidden_layers") or 0),
+        codec,
+        load,
+    )
+
+
+def _describe_fields(fields: dict[str, Any]) -> str:
+    """As :func:`describe_system`, from a ``config.json``."""
+    solver, config = fields.get("solver"), RunConfig()
+    if not isinstance(solver, dict):
+        return "Transformer++" if fields.get("model_type") == "llama" else str(fields.get("model_type"))
+    config.solver.kind = solver.get("kind", "iiet")
+    config.solver.variant = solver.get("variant", "paper")
+    config.solver.iterations = solver.get("iterations", 0)
+    return describe_system(config)
+
+
+def _load_hugging_face(options: ModelOptions) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    _register_own_classes()
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            options.path,
+            dtype=DTYPES[options.precision],
+            use_safetensors=True,  # nothing is unpickled
+            local_files_only=True,
+            trust_remote_code=options.trust_remote_code,
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise ValueError(_loading_sentence(options, "model", error)) from error
+
+
+def _hugging_face_codec(options: ModelOptions) -> TextCodec:
+    """Text as the folder's own tokenizer makes it, special tokens as it adds them."""
+    from transformers import AutoTokenizer
+
+    _register_own_classes()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            options.path, local_files_only=True, trust_remote_code=options.trust_remote_code
+        )
+    except Exception as error:  # tokenizers raises bare Exception for a broken file
+        raise ValueError(_loading_sentence(options, "tokenizer", error)) from error
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    own = _read_json(Path(options.path) / HF_CONFIG).get("model_type") == "iiet"
+    wanted = {"bos": bos, "eos": eos, "auto": eos if own or bos is None else bos}[options.start]
+    if wanted is None:
+        lacking = "eos" if options.start == "auto" else options.start
+        raise ValueError(
+            f"the tokenizer of {options.path} has no {lacking} token to condition a text without "
+            "context on; give another --start, or a tokenizer with --tokenizer"
+        )
+    return TextCodec(lambda text: list(tokenizer.encode(text)), wanted, wanted if eos is None else eos)
+
+
+def _loading_sentence(options: ModelOptions, what: str, error: Exception) -> str:
+    text = " ".join(str(error).split())
+    if "trust_remote_code" in text:
+        return f"{options.path} brings code of its own; read it, then add --trust-remote-code to run it"
+    return f"the {what} of {options.path} cannot be loaded ({text[:300]}); convert or download it again"
+
+
+def _register_own_classes() -> None:
+    """Exports of IIET load with the classes of this package, without running the copy beside them."""
+    from megatron_iiet import hf
+
+    register = getattr(hf, "register", None)
+    if register is not None:
+        register()
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(
+            f"{path} is not valid JSON ({error}); repair it or convert the model again"
+        ) from None
+    if not isinstance(fields, dict):
+        raise ValueError(f"{path} holds a {type(fields).__name__}, not an object; convert the model again")
+    return fields

@@ -1,0 +1,143 @@
+"""The paper's table: what a model reached, beside what the paper (arXiv 2509.22463) reports of its size.
+
+The paper's perplexity and mean accuracy are kept here; its figures of the single tasks are not.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from megatron_iiet.evaluation.tasks import PAPER_TASKS
+
+WIKITEXT, *_ACCURACIES = PAPER_TASKS
+MISSING = "–"
+
+
+@dataclass(frozen=True)
+class PaperRow:
+    """What the paper reports of one system; None: it does not."""
+
+    system: str
+    perplexity: float | None
+    mean_accuracy: float | None
+    """Percent, over the six accuracies."""
+
+
+@dataclass(frozen=True)
+class PaperSize:
+    """One size of the paper."""
+
+    name: str
+    tokens: str
+    """It was trained on."""
+    hidden_size: int
+    num_layers: int
+    rows: tuple[PaperRow, ...]
+
+
+PAPER_SIZES = (
+    PaperSize(
+        "340M",
+        "16 B",
+        1024,
+        24,
+        (
+            PaperRow("Transformer++", 28.2, 46.5),
+            PaperRow("Trans WS (4×)", None, 46.3),
+            PaperRow("PCformer", 25.7, 48.3),
+            PaperRow("IIET", 25.0, 48.9),
+            PaperRow("Distil PCformer", 27.2, 47.6),
+            PaperRow("Lower Bound", 27.0, 48.4),
+            PaperRow("E-IIET", 25.7, 48.9),
+        ),
+    ),
+    PaperSize(
+        "740M",
+        "30 B",
+        1536,
+        24,
+        (
+            PaperRow("Transformer++", 23.3, 49.0),
+            PaperRow("PCformer", 21.2, 50.9),
+            PaperRow("IIET", 20.7, 51.9),
+            PaperRow("Distil PCformer", 22.5, 49.6),
+            PaperRow("Lower Bound", 23.0, 50.3),
+            PaperRow("E-IIET", 21.2, 51.3),
+        ),
+    ),
+    PaperSize("1.3B", "16 B", 2048, 24, (PaperRow("Transformer++", None, 49.0),)),
+)
+
+
+def paper_size(hidden_size: int, num_layers: int) -> PaperSize | None:
+    """The size of the paper that has this shape."""
+    return next((s for s in PAPER_SIZES if (s.hidden_size, s.num_layers) == (hidden_size, num_layers)), None)
+
+
+def mean_accuracy(metrics: Mapping[str, Mapping[str, float]]) -> float | None:
+    """Mean of the paper's six accuracies, 0 to 1; None unless all were measured."""
+    values = [metrics.get(task.name, {}).get(task.metric) for task in _ACCURACIES]
+    found = [value for value in values if value is not None]
+    return sum(found) / len(found) if len(found) == len(values) else None
+
+
+def paper_table(system: str, metrics: Mapping[str, Mapping[str, float]], size: PaperSize | None) -> str:
+    """Markdown, aligned to be read as it is: the measured system's row, then the paper's of that size."""
+    arrows = ["↓"] + ["↑"] * (len(PAPER_TASKS) - 1)
+    head = ["", *(f"{task.label} {arrow}" for task, arrow in zip(PAPER_TASKS, arrows, strict=True)), "mean ↑"]
+    values = [metrics.get(task.name, {}).get(task.metric) for task in PAPER_TASKS]
+    mean = mean_accuracy(metrics)
+    rows = [[system, _perplexity(values[0]), *map(_percent, values[1:]), _percent(mean)]]
+    for row in size.rows if size is not None else ():
+        blanks = [MISSING] * len(_ACCURACIES)
+        accuracy = None if row.mean_accuracy is None else row.mean_accuracy / 100
+        rows.append([f"paper: {row.system}", _perplexity(row.perplexity), *blanks, _percent(accuracy)])
+    return markdown_table(head, rows)
+
+
+def all_metrics_table(metrics: Mapping[str, Mapping[str, float]], rows: Mapping[str, int]) -> str:
+    """Markdown of every metric of every task with its standard error."""
+    lines = []
+    for task, values in metrics.items():
+        for metric, value in values.items():
+            if "_stderr" in metric:
+                continue
+            name, _, of_filter = metric.partition(",")
+            error = values.get(f"{name}_stderr{',' * bool(of_filter)}{of_filter}")
+            lines.append(
+                [task, metric, _number(value), MISSING if error is None else _number(error), f"{rows[task]}"]
+            )
+    return markdown_table(["task", "metric", "value", "standard error", "rows"], lines)
+
+
+def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns padded to one width, the first one's text at the left."""
+    widths = [max(len(line[column]) for line in (head, *rows)) for column in range(len(head))]
+
+    def line(cells: Sequence[str]) -> str:
+        padded = [cell.rjust(width) for cell, width in zip(cells, widths, strict=True)]
+        padded[0] = cells[0].ljust(widths[0])
+        return f"| {' | '.join(padded)} |"
+
+    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+    return "\n".join((line(head), f"|{'|'.join(f' {dashes} ' for dashes in rule)}|", *map(line, rows)))
+
+
+def _perplexity(value: float | None) -> str:
+    return (
+        MISSING
+        if value is None
+        else f"{value:.2f}"
+        if math.isfinite(value) and value < 1e6
+        else f"{value:.3g}"
+    )
+
+
+def _percent(value: float | None) -> str:
+    return MISSING if value is None else f"{100 * value:.1f}"
+
+
+def _number(value: float) -> str:
+    return f"{value:.4f}" if abs(value) < 1e6 else f"{value:.4g}"

@@ -1,0 +1,96 @@
+"""Evaluation tasks in the loop: what lm-evaluation-harness says of the model while it trains."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from megatron_iiet.config import ConfigError, RunConfig
+from megatron_iiet.data.loader.batches import ValidationBatch
+from megatron_iiet.data.tokenizers.loading import load_tokenizer
+from megatron_iiet.evaluation.scoring import TokenScores, noting_scores
+from megatron_iiet.evaluation.tasks import PAPER_TASKS, load_tasks, task_names
+from megatron_iiet.training.callbacks.base import Callback, is_due
+
+if TYPE_CHECKING:
+    from megatron_iiet.parallel import ParallelContext
+    from megatron_iiet.training.engine import Engine, StepResult
+    from megatron_iiet.training.run import Run
+
+_PAPER_METRIC = {task.name: task.metric for task in PAPER_TASKS}
+
+
+class EngineScorer:
+    """A model in training, in whatever layout; see :class:`megatron_iiet.evaluation.scoring.Scorer`.
+
+    Texts are cut to the length of training in every layout, so that all of them say the same.
+    """
+
+    def __init__(self, engine: Engine, config: RunConfig) -> None:
+        self.engine = engine
+        self.context: ParallelContext = engine.context
+        self.max_length = config.data.sequence_length
+        self.batch_size = config.training.micro_batch_size
+        self.multiple = self.context.tensor.size if self.context.tensor_parallel.cuts_sequence else 1
+        self.has_fixed_shape = self.context.pipeline.size > 1  # stages agree on shapes once
+
+    def score(self, batches: Sequence[Tensor]) -> Iterator[TokenScores]:
+        rows = [ValidationBatch(tokens, torch.ones(len(tokens))) for tokens in batches]
+        with noting_scores(self.engine.model) as found:
+            if rows:
+                self.engine.evaluate(rows)
+        return iter(found)
+
+
+class TaskEvaluation(Callback):
+    """Runs ``evaluation.tasks`` every ``evaluation.tasks_interval`` steps and after the run's last one."""
+
+    def __init__(self, config: RunConfig) -> None:
+        """Load the tasks, so that what is missing is known before anything is trained.
+
+        Raises:
+            ConfigError: lm-evaluation-harness, a task or its data is missing.
+        """
+        self.tasks = _load(config)
+        self.tokenizer = load_tokenizer(config.data.tokenizer)
+        self.last_step = -1
+
+    def on_start(self, run: Run) -> None:
+        names = ", ".join(self.tasks["tasks"])
+        limit = run.config.evaluation.tasks_limit
+        shown = "all rows" if limit is None else f"the first {limit} rows of each"
+        run.say(f"evaluation tasks: {names} on {shown}, every {run.config.evaluation.tasks_interval} steps")
+
+    def on_step(self, run: Run, result: StepResult) -> None:
+        last = run.step == run.config.training.steps
+        if is_due(run.step, run.config.evaluation.tasks_interval) or last:
+            self._evaluate(run)
+
+    def _evaluate(self, run: Run) -> None:
+        # Imported late: a run without tasks needs no harness.
+        from megatron_iiet.evaluation.harness import HarnessModel, TextCodec, run_tasks
+
+        eod = self.tokenizer.eod_id
+        codec = TextCodec(lambda text: self.tokenizer.encode(text).tolist(), eod, eod)
+        model = HarnessModel(EngineScorer(run.engine, run.config), codec)
+        results = run_tasks(model, self.tasks, limit=run.config.evaluation.tasks_limit, errors=False)
+        shown = []
+        for name, metrics in results.metrics.items():
+            run.record({f"tasks/{name}/{metric}": value for metric, value in metrics.items()})
+            metric = _PAPER_METRIC.get(name, next(iter(metrics), ""))
+            if metric in metrics:
+                shown.append(f"{name} {metric} {metrics[metric]:.4f}")
+        run.say(f"step {run.step:>6} | {' | '.join(shown)}")
+
+
+def _load(config: RunConfig) -> dict[str, Any]:
+    evaluation = config.evaluation
+    try:
+        return load_tasks(task_names(evaluation.tasks), evaluation.tasks_data_dir)
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(f"evaluation.tasks is {evaluation.tasks}: {error}") from error

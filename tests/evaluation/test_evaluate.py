@@ -1,0 +1,335 @@
+"""The tool around the harness: tasks and their data, the paper's table, what is written, what is refused."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_iiet.config.schema import ParallelConfig
+from megatron_iiet.evaluation.evaluate import Options, evaluate_model
+from megatron_iiet.evaluation.models import ModelOptions, prepare_model
+from megatron_iiet.evaluation.paper_table import PAPER_SIZES, mean_accuracy, paper_size, paper_table
+from megatron_iiet.evaluation.tasks import PAPER_TASKS, find_data, load_tasks, task_names
+from megatron_iiet.models import Transformer, portable
+from tests.data.hub_server import serve_hub
+from tests.evaluation.task_data import ROWS, write_task_data
+from tests.tiny import make_data, tiny_config
+
+torch.set_num_threads(1)
+
+ROOT = Path(__file__).resolve().parents[2]
+OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_task_data(tmp_path_factory.mktemp("tasks"))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A portable folder with a SentencePiece tokenizer, as tools/convert_checkpoint.py makes it."""
+    folder = tmp_path_factory.mktemp("model")
+    config = tiny_config(make_data(folder), folder / "run", model={"max_position_embeddings": 128})
+    transformer = Transformer(config)
+    transformer.initialise(3)
+    config.data.tokenizer = "tokenizer.model"
+    state = dict(transformer.named_parameters())
+    portable.save(config, state, folder / "model", extra_files=[folder / "tokenizer.model"])
+    return folder / "model"
+
+
+def test_names() -> None:
+    paper = [task.name for task in PAPER_TASKS]
+    assert task_names(["paper"]) == paper == list(ROWS)
+    assert task_names(["piqa", " boolq", "piqa", "paper"]) == ["piqa", "boolq"] + [
+        n for n in paper if n != "piqa"
+    ]
+    with pytest.raises(ValueError, match="no evaluation task is named; give 'paper'"):
+        task_names([""])
+
+
+def test_definitions_are_those_of_the_harness(data: Path) -> None:
+    """What our files name is what the harness has under that name, metric and fields included."""
+    import lm_eval.tasks
+
+    root = Path(lm_eval.tasks.__file__).parent
+    for task in PAPER_TASKS:
+        text = (root / task.definition).read_text()
+        assert f"task: {task.name}\n" in text
+        loaded = load_tasks([task.name], data)["tasks"][task.name]
+        metrics = {entry["metric"] for entry in loaded.config.metric_list}
+        assert task.metric in metrics
+        assert loaded.get_config("num_fewshot") == 0
+        assert len(loaded.eval_docs) == len(ROWS[task.name])
+
+
+def test_data_files_of_every_kind(tmp_path: Path) -> None:
+    """Packed and columnar files hold the same rows; the plain one goes first."""
+    import pandas as pd
+
+    rows = ROWS["piqa"]
+    lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    expected = [row["goal"] for row in rows]
+    for kind in ("jsonl.gz", "parquet", "jsonl"):
+        file = tmp_path / f"piqa.{kind}"
+        if kind == "parquet":
+            pd.DataFrame(rows).to_parquet(file)
+        else:
+            file.write_bytes(gzip.compress(lines) if kind.endswith("gz") else lines)
+        assert find_data(["piqa"], tmp_path)["piqa"] == (
+            tmp_path / "piqa.jsonl.gz" if kind == "parquet" else file
+        )
+        if kind == "parquet":
+            (tmp_path / "piqa.jsonl.gz").unlink()
+        docs = load_tasks(["piqa"], tmp_path)["tasks"]["piqa"].eval_docs
+        assert [doc["goal"] for doc in docs] == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("sciq", None, r"sciq\.jsonl is missing, the data of evaluation task 'sciq' .*\.parquet"),
+        ("sciq", "", r"sciq\.jsonl.*'sciq'"),
+        ("sciq", '{"question": "a"}\n', r"sciq\.jsonl: its rows have no 'support' but question;"),
+        (
+            "sciq",
+            '{"question": "a", \n',
+            r"sciq\.jsonl cannot be read as the data of evaluation task 'sciq' \(",
+        ),
+        ("gsm8k", '{"question": "1 + 1?", "answer": "#### 2"}\n', "'gsm8k' needs generate_until, but only"),
+    ],
+)
+def test_bad_data(name: str, content: str | None, message: str, tmp_path: Path) -> None:
+    if content is not None:
+        (tmp_path / f"{name}.jsonl").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        load_tasks([name], tmp_path)
+
+
+def test_no_folder_of_data(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"nowhere does not exist; name one with NAME.jsonl"):
+        find_data(["piqa"], tmp_path / "nowhere")
+
+
+@pytest.mark.slow
+def test_unknown_tasks_and_groups(tmp_path: Path) -> None:
+    for name, message in (
+        ("helaswag", "no task 'helaswag'; did you mean hellaswag"),
+        ("mmlu", "names a group"),
+    ):
+        (tmp_path / f"{name}.jsonl").write_text("{}\n")
+        with pytest.raises(ValueError, match=message):
+            load_tasks([name], tmp_path)
+
+
+def metrics(**values: float) -> dict[str, dict[str, float]]:
+    return {task.name: {task.metric: values[task.name]} for task in PAPER_TASKS if task.name in values}
+
+
+def test_paper_table() -> None:
+    measured = metrics(
+        wikitext=24.987,
+        lambada_openai=0.41,
+        piqa=0.6,
+        hellaswag=0.5,
+        sciq=0.9,
+        arc_challenge=0.25,
+        winogrande=0.5,
+    )
+    size = paper_size(1024, 24)
+    assert size is not None
+    assert (size.name, size.tokens) == ("340M", "16 B")
+    lines = paper_table("IIET paper, r = 3", measured, size).splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    labels = ["Wikitext ppl ↓", *(f"{task.label} ↑" for task in PAPER_TASKS[1:]), "mean ↑"]
+    assert cells[0] == ["", *labels]
+    assert cells[2] == ["IIET paper, r = 3", "24.99", "41.0", "60.0", "50.0", "90.0", "25.0", "50.0", "52.7"]
+    blank = ["–"] * 6
+    assert ["paper: IIET", "25.00", *blank, "48.9"] in cells
+    assert ["paper: Transformer++", "28.20", *blank, "46.5"] in cells
+    assert len(set(map(len, lines))) == 1
+    assert mean_accuracy(measured) == pytest.approx(3.16 / 6)
+
+
+def test_paper_table_of_some_tasks() -> None:
+    lines = paper_table("rk2", metrics(piqa=0.5), None).splitlines()
+    assert [cell.strip() for cell in lines[2].strip("|").split("|")] == ["rk2", "–", "–", "50.0", *["–"] * 5]
+    assert len(lines) == 3
+    assert mean_accuracy(metrics(piqa=0.5)) is None
+
+
+def test_paper_sizes() -> None:
+    """The gains that the abstract states follow from the table."""
+    assert paper_size(512, 12) is None
+    for size in PAPER_SIZES[:2]:
+        rows = {row.system: row for row in size.rows}
+        plain, iiet, lite = rows["Transformer++"], rows["IIET"], rows["E-IIET"]
+        assert iiet.perplexity < lite.perplexity < plain.perplexity  # type: ignore[operator]
+        assert iiet.mean_accuracy >= lite.mean_accuracy > plain.mean_accuracy  # type: ignore[operator]
+    gains = [
+        rows["IIET"].mean_accuracy - rows["Transformer++"].mean_accuracy
+        for size in PAPER_SIZES[:2]
+        for rows in [{row.system: row for row in size.rows}]
+    ]
+    assert sum(gains) / 2 == pytest.approx(2.65, abs=0.051)
+
+
+def test_what_is_printed_and_written(model: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    results = evaluate_model(Options(ModelOptions(str(model)), ("paper",), data_dir=str(data), limit=3))
+    printed = capsys.readouterr()
+    folder = model / "evaluation"
+    report = (folder / "results.md").read_text()
+    assert report.strip() in printed.out
+    assert "100%" not in printed.out + printed.err, "bars of the harness belong nowhere"
+    assert "first 3 rows" in report
+    assert "reports no model of this size" in report
+    written = json.loads((folder / "results.json").read_text())
+    assert written["tasks"]["piqa"]["metrics"] == results.metrics["piqa"]
+    assert {task["rows"] for task in written["tasks"].values()} == {3}
+    assert written["mean_accuracy"] == mean_accuracy(results.metrics)
+    assert (written["limit"], written["max_length"], written["precision"]) == (3, 128, "fp32")
+    assert sorted(path.name for path in folder.iterdir()) == ["results.json", "results.md"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"path": "nowhere"}, "--model is nowhere, which does not exist; give"),
+        ({"batch_size": 0}, "--batch-size is 0, but must be at least 1"),
+        ({"max_length": 129}, "--max-length is 129, but the model .* reads 128 tokens at most"),
+        ({"step": 3}, "holds no complete checkpoint"),
+        ({"tokenizer": "nowhere.model"}, "The tokenizer nowhere.model is missing"),
+        ({"parallel": ParallelConfig(tensor=3)}, "parallel.tensor is 3, but does not divide"),
+        ({"parallel": ParallelConfig(tensor=2)}, "the number of processes is 1, but must be a multiple"),
+    ],
+)
+def test_bad_models(options: dict[str, Any], message: str, model: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        prepare_model(ModelOptions(**{"path": str(model), **options}), 1)
+
+
+def test_model_without_tokenizer(model: Path, tmp_path: Path) -> None:
+    stored = portable.StoredModel(model)
+    stored.config.data.tokenizer = ""
+    portable.save(stored.config, stored, tmp_path / "bare")
+    with pytest.raises(ValueError, match="bare names no tokenizer; give one with --tokenizer"):
+        prepare_model(ModelOptions(str(tmp_path / "bare")), 1)
+    prepared = prepare_model(
+        ModelOptions(str(tmp_path / "bare"), tokenizer=str(model / "tokenizer.model")), 1
+    )
+    assert prepared.codec.start_id == prepared.codec.end_id
+
+
+def hugging_face_folder(folder: Path, **fields: Any) -> Path:
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama", "vocab_size": 300, **fields}))
+    return folder
+
+
+def test_hugging_face_folders_that_cannot_be_used(model: Path, tmp_path: Path) -> None:
+    """Nothing is unpickled, code is run only if that is asked for, and what is missing is named."""
+    tokenizer = str(model / "tokenizer.model")
+    pickled = hugging_face_folder(tmp_path / "pickled")
+    (pickled / "pytorch_model.bin").write_bytes(b"not read")
+    prepared = prepare_model(ModelOptions(str(pickled), tokenizer=tokenizer), 1)
+    with pytest.raises(ValueError, match=r"model of .*pickled cannot be loaded .*safetensors"):
+        prepared.load(None)  # type: ignore[arg-type]
+    coded = hugging_face_folder(
+        tmp_path / "coded",
+        model_type="of-their-own",
+        auto_map={"AutoConfig": "theirs.Config", "AutoModelForCausalLM": "theirs.Model"},
+    )
+    (coded / "theirs.py").write_text("raise SystemExit('code was run')\n")
+    prepared = prepare_model(ModelOptions(str(coded), tokenizer=tokenizer), 1)
+    with pytest.raises(
+        ValueError, match="coded brings code of its own; read it, then add --trust-remote-code"
+    ):
+        prepared.load(None)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"tokenizer of .*pickled cannot be loaded"):
+        prepare_model(ModelOptions(str(pickled)), 1)
+    with pytest.raises(ValueError, match=r"--step is given, but --model .* has no steps"):
+        prepare_model(ModelOptions(str(pickled), step=1), 1)
+
+
+def run_tool(
+    *arguments: str, launcher: tuple[str, ...] = (), **environment: str
+) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, *launcher, str(ROOT / "tools/evaluate.py"), *arguments]
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
+    return subprocess.run(
+        command,
+        env={**inherited, "OMP_NUM_THREADS": "1", **environment},
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+
+
+@pytest.mark.slow
+def test_tool_on_two_processes(model: Path, data: Path, tmp_path: Path) -> None:
+    """Under torchrun, split; the same figures as here, printed once."""
+    output = tmp_path / "out"
+    done = run_tool(
+        *("--model", str(model), "--tasks", "piqa,lambada_openai", "--data-dir", str(data)),
+        *("--output", str(output), "--parallel.tensor", "2"),
+        launcher=("-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"),
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("LAMBADA") == 1
+    names = ("piqa", "lambada_openai")
+    here = evaluate_model(
+        Options(ModelOptions(str(model)), names, data_dir=str(data), output=str(tmp_path / "here"))
+    )
+    written = json.loads((output / "results.json").read_text())["tasks"]
+    for name in names:
+        found = {k: v for k, v in written[name]["metrics"].items() if "stderr" not in k}
+        expected = {k: v for k, v in here.metrics[name].items() if "stderr" not in k}
+        assert found == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.slow
+def test_tool_online(model: Path, data: Path, tmp_path: Path) -> None:
+    """From a hub, with the split that the definition names; and without one."""
+    for name, split in (("EleutherAI/lambada_openai", "test"), ("baber/piqa", "validation")):
+        folder = tmp_path / "hub" / name
+        folder.mkdir(parents=True)
+        task = name.split("/")[1]
+        (folder / f"{split}.jsonl").write_bytes((data / f"{task}.jsonl").read_bytes())
+    other = json.dumps({**ROWS["piqa"][0], "goal": "not evaluated"}) + "\n"
+    (tmp_path / "hub/baber/piqa/train.jsonl").write_text(other)
+    output = tmp_path / "out"
+    arguments = ("--model", str(model), "--tasks", "lambada_openai,piqa", "--output", str(output))
+    with serve_hub(tmp_path / "hub") as address:
+        done = run_tool(*arguments, HF_ENDPOINT=address, HF_HOME=str(tmp_path / "cache"))
+    assert done.returncode == 0, done.stderr
+    written = json.loads((output / "results.json").read_text())["tasks"]
+    here = evaluate_model(
+        Options(
+            ModelOptions(str(model)),
+            ("piqa", "lambada_openai"),
+            data_dir=str(data),
+            output=str(tmp_path / "here"),
+        )
+    )
+    for name, values in here.metrics.items():
+        assert written[name]["metrics"] == pytest.approx(values, rel=1e-5)
+    refused = run_tool(*arguments, HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path / "other-cache"))
+    assert refused.returncode == 2
+    assert "error: the data of evaluation tasks lambada_openai, piqa could not be loaded (" in refused.stderr
+    assert "--data-dir" in refused.stderr
+
+
+@pytest.mark.slow
+def test_tool_names_the_missing_file(model: Path, data: Path, tmp_path: Path) -> None:
+    done = run_tool("--model", str(model), "--data-dir", str(tmp_path))
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: {tmp_path}/wikitext.jsonl is missing")
