@@ -45,8 +45,7 @@ def largest(one: Tensor, other: Tensor) -> float:
 def test_decoding_equals_full_forward(name: str, kind: str) -> None:
     hf = hf_model(our_model(name))
     ids = tokens(2, 14)
-    for pieces in ([6, *[1] * 8], [5, 4, 1, 4]):
-        assert largest(decoded(hf, ids, kind, pieces), full(hf, ids)) < EXACT
+    assert largest(decoded(hf, ids, kind, [6, 4, *[1] * 4]), full(hf, ids)) < EXACT
 
 
 @pytest.mark.parametrize("name", ["iiet-plan", "weight-sharing", "rk4-learned", "pcformer-2", "released"])
@@ -64,8 +63,10 @@ def test_decoding_with_the_wrong_set_is_far_off(name: str) -> None:
     assert largest(found, full(hf, ids)[:, 13:]) > 10 * EXACT
 
 
-@pytest.mark.parametrize("kind", ["dynamic", "static"])
-@pytest.mark.parametrize("name", ["euler", "iiet-plan", "released", "pcformer-4", "rk2-gated"])
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("euler", "dynamic"), ("iiet-plan", "dynamic"), ("iiet-plan", "static"), ("released", "static")],
+)
 def test_left_padded_batch_generates_as_its_rows_alone(name: str, kind: str) -> None:
     hf = hf_model(our_model(name))
     prompts = [tokens(1, 5, seed=1), tokens(1, 9, seed=2), tokens(1, 2, seed=3)]
@@ -74,7 +75,7 @@ def test_left_padded_batch_generates_as_its_rows_alone(name: str, kind: str) -> 
     for row, prompt in enumerate(prompts):
         ids[row, 9 - prompt.shape[1] :] = prompt[0]
         mask[row, 9 - prompt.shape[1] :] = 1
-    options: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False, "return_dict_in_generate": True}
+    options: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False, "return_dict_in_generate": True}
     options |= {"output_logits": True, "cache_implementation": kind, "disable_compile": True}
     together = hf.generate(ids, attention_mask=mask, **options)
     for row, prompt in enumerate(prompts):
@@ -84,7 +85,7 @@ def test_left_padded_batch_generates_as_its_rows_alone(name: str, kind: str) -> 
             assert largest(one[row], other[0]) < EXACT
 
 
-@pytest.mark.parametrize("name", ["euler", "dlcl", "iiet-plan", "released-shared", "weight-sharing"])
+@pytest.mark.parametrize("name", ["iiet-plan", "released-shared", "weight-sharing"])
 def test_greedy_beam_and_sampled_generation_equal_generation_without_cache(name: str) -> None:
     hf = hf_model(our_model(name))
     ids = tokens(2, 6)
@@ -97,9 +98,9 @@ def test_greedy_beam_and_sampled_generation_equal_generation_without_cache(name:
         outputs = []
         for use_cache in (True, False):
             torch.manual_seed(5)
-            outputs.append(hf.generate(ids, max_new_tokens=7, use_cache=use_cache, **way))
+            outputs.append(hf.generate(ids, max_new_tokens=5, use_cache=use_cache, **way))
         assert torch.equal(*outputs)
-        assert outputs[0].shape[1] == 13
+        assert outputs[0].shape[1] == 11
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
@@ -138,11 +139,12 @@ def cache_bytes(cache: Cache) -> int:
     return sum(t.numel() * t.element_size() for layer in cache.layers for t in (layer.keys, layer.values))
 
 
-@pytest.mark.parametrize("kv_cache", ["all", "last", "first"])
-@pytest.mark.parametrize("name", SOLVERS)
+@pytest.mark.parametrize(
+    ("name", "kv_cache"),
+    [(name, "all") for name in SOLVERS]
+    + [(name, cheap) for name in ("iiet-plan", "pcformer-2", "released") for cheap in ("last", "first")],
+)
 def test_cache_memory_is_exactly_what_is_promised(name: str, kv_cache: str) -> None:
-    if name.endswith("first") and kv_cache == "last":
-        return  # refused
     hf = hf_model(our_model(name), kv_cache=kv_cache)
     head_dim = MODEL["hidden_size"] // MODEL["num_attention_heads"]
     kv_width = head_dim * MODEL["num_key_value_heads"]

@@ -116,10 +116,15 @@ def test_view_refuses_what_does_not_fit() -> None:
         hf.with_iterations(0)
 
 
-@pytest.mark.parametrize("schedule", ["constant", "heuristic"])
 @pytest.mark.parametrize(
-    ("name", "draft"),
-    [("iiet", 0), ("iiet-plan", 0), ("iiet", [0, 1, 0, 0, 2]), ("released", 1), ("iiet-first", 0)],
+    ("name", "draft", "schedule"),
+    [
+        ("iiet", 0, "constant"),
+        ("iiet-plan", 0, "heuristic"),
+        ("iiet", [0, 1, 0, 0, 2], "heuristic"),
+        ("released", 1, "heuristic"),
+        ("iiet-first", 0, "constant"),
+    ],
 )
 def test_assisted_greedy_generation_is_plain_greedy_generation(name: str, draft: Any, schedule: str) -> None:
     hf = hf_model(our_model(name, tie_embeddings=False, init_std=0.15))
