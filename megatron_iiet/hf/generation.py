@@ -6,7 +6,6 @@ Shapes: T tokens so far.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from megatron_iiet.data.tokenizers.loading import Tokenizer, load_tokenizer
 from megatron_iiet.hf import register
 from megatron_iiet.hf.export import DTYPES, TOKEN_FIELDS, config_fields
 from megatron_iiet.hf.modeling_iiet import IIETConfig, IIETForCausalLM
+from megatron_iiet.hf.shards import read_json
 from megatron_iiet.hf.weights import CONFIG_FILE, RowSource, tensors_to_write
 from megatron_iiet.models import portable
 from megatron_iiet.training.export import find_checkpoint
@@ -312,7 +312,10 @@ def _open_hugging_face(
 ) -> tuple[Any, Codec]:
     register()
     keys: dict[str, Any] = {} if kv_cache is None else {"kv_cache": kv_cache}
-    own = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8")).get("model_type") == "iiet"
+    fields = read_json(folder / CONFIG_FILE)
+    own = fields.get("model_type") == "iiet"
+    if own and not isinstance(fields.get("solver"), dict):
+        raise ValueError(f"{folder / CONFIG_FILE} names no solver; convert the model again")
     if keys and not own:
         raise ValueError(f"--kv-cache is given, but {folder} is no IIET; leave it out")
     try:
@@ -329,7 +332,9 @@ def _open_hugging_face(
         found = AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=trust_remote_code
         )
-    except (OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError) as error:
         text = " ".join(str(error).split())[:300]
-        raise ValueError(f"{folder} cannot be loaded ({text}); convert or download it again") from error
+        raise ValueError(
+            f"{folder} cannot be loaded ({text}); repair, convert or download it again"
+        ) from error
     return model, HuggingFaceCodec(found, follows_eos=own)

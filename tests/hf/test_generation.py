@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import io
+import json
 import runpy
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from megatron_iiet.data.tokenizers.loading import load_tokenizer
+from megatron_iiet.hf.export import export_folder, extras_of_tokenizer
 from megatron_iiet.hf.generation import OwnCodec, Sampling, TextGenerator, open_generator
 from megatron_iiet.models import Transformer, portable
 from tests.tiny import make_data, tiny_config
@@ -157,3 +160,30 @@ def test_refusals(folder: Path, tool: Callable[..., str], flags: list[str], sent
     shown = tool("--model", str(folder), *flags)
     assert shown.splitlines()[-1].startswith("error: ")
     assert sentence in shown
+
+
+def test_folders_that_are_refused(
+    folder: Path, data: dict[str, str], tmp_path: Path, tool: Callable[..., str]
+) -> None:
+    stored = portable.StoredModel(folder)
+    extras = extras_of_tokenizer(Path(data["tokenizer"]))
+
+    def refusal(name: str, change: Callable[[dict[str, Any]], object]) -> str:
+        broken = tmp_path / name
+        export_folder(stored.config, stored, broken, extras)
+        fields = json.loads((broken / "config.json").read_text())
+        change(fields)
+        (broken / "config.json").write_text(json.dumps(fields))
+        return tool("--model", str(broken)).strip()
+
+    assert refusal("a", lambda fields: fields.pop("solver")) == (
+        f"error: {tmp_path}/a/config.json names no solver; convert the model again"
+    )
+    assert "solver.kind is 'rk8'; supported are" in refusal("b", lambda f: f["solver"].update(kind="rk8"))
+    words = refusal("c", lambda fields: fields["solver"].update(iterations=[1, 2]))
+    assert words.startswith(
+        f"error: {tmp_path}/c cannot be loaded (solver.iterations lists 2 numbers, but num"
+    )
+    assert "no file named model.safetensors" in refusal(
+        "d", lambda f: (tmp_path / "d/model.safetensors").unlink()
+    )
