@@ -210,9 +210,9 @@ class TrainingConfig:
     """Seed of initial weights and of the sample order."""
     initial_weights: str = ""
     """A model of the same shape to start from instead of random weights, whatever its solver: a model folder
-    of tools/convert_checkpoint.py in either form, a run's output_dir or one of its checkpoints, or a Hugging
-    Face LLaMA folder (with model.embedding_scale 1). What the solver has more starts at its initial values. Without
-    effect once there is a checkpoint to resume."""
+    of tools/convert_checkpoint.py in either form, a run's output_dir or one of its checkpoints, or a
+    Hugging Face LLaMA folder (with model.embedding_scale 1). What the solver has more starts at its initial
+    values. Without effect once there is a checkpoint to resume."""
     stop_after: int | None = None
     """Stop (with a checkpoint) once this step is reached, leaving schedules as they are; for tests and
     time limits. null: run to the end."""
