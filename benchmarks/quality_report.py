@@ -44,7 +44,11 @@ class Result:
 def read_results(output: Path, earlier: Iterable[Result] = ()) -> list[Result]:
     """Every trial of a folder that is complete or given up, and those of ``earlier`` it does not have."""
     marks = [*output.glob("trials/*/.trained"), *output.glob("trials/*/.given-up")]
-    own = [_read_result(mark.parent, mark.name == ".given-up") for mark in sorted(marks)]
+    own = [
+        _read_result(mark.parent, mark.name == ".given-up")
+        for mark in sorted(marks)
+        if mark.parent.name.split(".lr")[0] in SYSTEMS  # and not a student's, which is beside them
+    ]
     return list({result.trial.name: result for result in (*earlier, *own)}.values())
 
 

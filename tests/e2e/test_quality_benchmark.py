@@ -96,6 +96,7 @@ def test_distillation(quality: Any, tmp_path: Path) -> None:
 
     found = benchmark.results(tmp_path, teachers)
     assert list(found) == ["iiet", "euler", *names]
+    assert {result.trial.system for result in quality.read_results(tmp_path)} == {"paper-r2", "euler"}
     rows = {name: entry["seeds"]["1"] for name, entry in found.items()}
     assert rows["iiet"]["evaluations"] == 6
     assert rows["e-iiet"]["evaluations"] == rows["e-iiet-continued"]["evaluations"] == 3
