@@ -91,6 +91,10 @@ SYSTEMS: dict[str, System] = {
         f"{reading}-two-stage": System(f"IIET r = 3, {label}, two-stage", _two_stage(solver))
         for reading, (label, solver) in READINGS.items()
     },
+    "rms-two-stage-identity": System(
+        "IIET r = 3, paper, history at rms 1, identity init, two-stage",
+        _two_stage({**RMS, "coefficient_init": "identity"}),
+    ),
     **{
         f"{reading}-guided": System(
             f"IIET r <= 3, {label}, guided, 1/2 of the FLOPs", {**solver, "iterations": 3}, _guided(0.5)
@@ -206,7 +210,7 @@ def main_table(lr: dict[str, float], best: str) -> list[Trial]:
     """Every system; three seeds for Transformer++, PCformer and ``best``, the IIET reading to put forward."""
     thrice = ("euler", "pcformer", f"{best}-r3")
     once = (
-        *(f"{best}-r0", f"{best}-r1", f"{best}-two-stage", f"{best}-guided"),
+        *(f"{best}-r0", f"{best}-r1", "rms-two-stage-identity", f"{best}-two-stage", f"{best}-guided"),
         *("paper-r0", "released-r0", "paper-r1", "released-r1", "paper-r3", "released-r3"),
         *("rk2-learned", "rk2-gated", "ws4", f"{best}-r2", "rk4-fixed"),
     )

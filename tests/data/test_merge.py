@@ -270,6 +270,7 @@ def test_full_disk(tmp_path: Path) -> None:
         assert listing(tmp_path) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("by_reference", [False, True])
 def test_killed_at_any_step(tmp_path: Path, by_reference: bool) -> None:
     """The old corpus, the new one, or nothing that opens; and the next run works."""

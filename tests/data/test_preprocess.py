@@ -255,6 +255,7 @@ def test_tool(options: PreprocessOptions, tmp_path: Path) -> None:
     assert (again.returncode, again.stdout.splitlines()[0]) == (0, "nothing to do: all 1 shards are finished")
 
 
+@pytest.mark.slow
 def test_tool_with_a_dataset(options: PreprocessOptions, tmp_path: Path) -> None:
     """A local folder of the hub's shape, through ``datasets``."""
     folder = tmp_path / "dataset" / "train" / "chunk1"

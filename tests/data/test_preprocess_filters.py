@@ -89,6 +89,7 @@ def test_estimated_rate(options: PreprocessOptions, tokenizer: Tokenizer) -> Non
     assert run(replace(options, num_jobs=2, job=1)).rate == report.rate
 
 
+@pytest.mark.slow
 def test_estimate_of_larger_files(options: PreprocessOptions, tmp_path: Path, tokenizer: Tokenizer) -> None:
     """Only the start of each is looked at, and stored bytes are put in proportion."""
     texts = make_texts(30_000, seed=6)

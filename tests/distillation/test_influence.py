@@ -229,6 +229,7 @@ def check_layouts(
             assert result.ablation.loss == pytest.approx(expected.ablation.loss, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_two_ranks(folders: dict[str, Path], tmp_path: Path) -> None:
     """Tensor, sequence, pipeline and data parallelism."""
     check_layouts("paper", TWO, 2, folders, tmp_path)

@@ -16,11 +16,11 @@ from tests.tiny import write_shard
 FAST = [
     Case(solver="mixed", teacher="iiet-3", accumulation=3),
     Case(solver="euler", teacher="pcformer", recompute="layer"),
-    Case(tensor=2, solver="mixed", teacher="iiet-3", tied=False, accumulation=3),
-    Case(tensor=2, sequence=True, stage=3, solver="mixed", teacher="iiet-3", recompute="layer"),
     Case(pipeline=2, solver="mixed", teacher="iiet-3", accumulation=3),
 ]
 SLOW = [
+    Case(tensor=2, solver="mixed", teacher="iiet-3", tied=False, accumulation=3),
+    Case(tensor=2, sequence=True, stage=3, solver="mixed", teacher="iiet-3", recompute="layer"),
     Case(data=2, stage=3, solver="mixed", teacher="iiet-3", accumulation=3),
     Case(data=2, stage=2, solver="released", teacher="rk4", recompute="evaluation"),
     Case(tensor=2, stage=0, solver="mixed", teacher="iiet-3", documents=True),

@@ -26,6 +26,7 @@ def curve(case: Case, folder: Path) -> list[float]:
     return run_ranks(train_curve, case.world_size, case, paths, STEPS)[0]
 
 
+@pytest.mark.slow
 def test_two_runs_are_bit_equal_and_on_the_stored_curve(tmp_path: Path) -> None:
     first, second = curve(CASE, tmp_path), curve(CASE, tmp_path)
     assert first == second

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -43,6 +44,13 @@ SOLVERS: dict[str, dict[str, Any]] = {
     "released-r0": {"kind": "iiet", "variant": "released", "iterations": 0},
 }
 """The solver sections that tests run, by name; five layers, so that PCformer's window is passed."""
+
+QUICK = ("euler", "rk2-gated", "pcformer-2", "iiet-plan", "released-shared", "iiet-first")
+EVERY_SOLVER = [
+    name if name in QUICK else pytest.param(name, marks=pytest.mark.slow)  # type: ignore[list-item]
+    for name in SOLVERS
+]
+"""For ``parametrize``: one of a kind in the quick tests, all of them in the others."""
 
 MODEL: dict[str, Any] = {
     "hidden_size": 32,

@@ -116,6 +116,7 @@ def test_comes_back_to_the_bit(tmp_path: Path, solver: dict[str, Any], tied: boo
         assert torch.equal(again(tokens), model(tokens))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("solver", SOLVERS, ids=str)
 def test_transformers_computes_the_same(tmp_path: Path, solver: dict[str, Any]) -> None:
     model = build(solver, init_std=0.05)

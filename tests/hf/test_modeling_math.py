@@ -17,10 +17,18 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaFor
 from megatron_iiet.hf import modeling_iiet, register
 from megatron_iiet.hf.modeling_iiet import IIETConfig, IIETForCausalLM
 from megatron_iiet.models.solvers import build_solver
-from tests.hf.solvers_under_test import MODEL, SOLVERS, hf_config, hf_model, model_pair, our_model, tokens
+from tests.hf.solvers_under_test import (
+    EVERY_SOLVER,
+    MODEL,
+    hf_config,
+    hf_model,
+    model_pair,
+    our_model,
+    tokens,
+)
 
 
-@pytest.mark.parametrize("name", SOLVERS)
+@pytest.mark.parametrize("name", EVERY_SOLVER)
 def test_logits_equal_those_of_our_transformer(name: str) -> None:
     ours, hf = model_pair(name)
     ids = tokens(2, 12)
@@ -32,7 +40,7 @@ def test_logits_equal_those_of_our_transformer(name: str) -> None:
     assert torch.equal(hf(ids, use_cache=False).logits, ours(ids))  # with autograd: the same order of sums
 
 
-@pytest.mark.parametrize("name", SOLVERS)
+@pytest.mark.parametrize("name", EVERY_SOLVER)
 def test_gradients_equal_those_of_our_transformer(name: str) -> None:
     ours, hf = model_pair(name)
     ids = tokens(2, 12)
@@ -95,7 +103,7 @@ def _llama_fields(config: IIETConfig) -> dict[str, Any]:
     return {name: getattr(config, name) for name in names}
 
 
-@pytest.mark.parametrize("name", SOLVERS)
+@pytest.mark.parametrize("name", EVERY_SOLVER)
 def test_initial_solver_values_are_ours(name: str) -> None:
     config = our_model(name).config
     hf = IIETForCausalLM(hf_config(config))
