@@ -2,7 +2,8 @@
 """What is left of an IIET with half of its evaluations, and is it its teacher's doing? E-IIET and controls.
 
     distillation_quality.py train [--teacher rms-two-stage] [--only e-iiet …] [--jobs 2] [--minutes 120]
-    distillation_quality.py report                                     table and distillation_results.json
+    distillation_quality.py speed      tokens/s of generation and memory of the cache, on a quiet machine
+    distillation_quality.py report     table and distillation_results.json
 
 In the folder of benchmarks/quality.py, which prepares the data and trains the teachers (this trains those
 that are missing): measures the influence of the teacher's iterations, makes the plan that keeps at most half
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import signal
 import statistics
@@ -26,16 +28,19 @@ from pathlib import Path
 from typing import Any
 
 from distillation_trials import KEPT, MODELS, STUDENT_STEPS, TEACHER_STEPS, Student, plan_file
+from inference import cache_bytes, seconds_of
 from quality_report import best_rates, load_results
 from quality_runner import ROOT, Runner, data_keys, validation_at
 from quality_trials import SEEDS, SYSTEMS, TOKENS_A_STEP, Trial, rate_of
 
 from megatron_iiet.config import config_from_file, iterations_per_layer
+from megatron_iiet.hf.generation import open_generator
 from megatron_iiet.models import Transformer
 from megatron_iiet.training.metrics import read_log
 
 LR = 2e-3
 """Of every student; a quarter of the teachers', not tuned for any of them."""
+SPEEDS = "distillation_speed.json"
 
 
 def starts(system: str, seed: int, rates: dict[str, float]) -> dict[str, Trial]:
@@ -93,6 +98,14 @@ def measured(folder: Path, steps: int) -> dict[str, Any] | None:
     }
 
 
+def folders_of(output: Path, of: dict[str, Trial]) -> dict[str, Path]:
+    """Where each model of a seed is."""
+    students = {name: Student(name, of[model.start], LR, output).name for name, model in MODELS.items()}
+    return {
+        name: output / "trials" / run for name, run in ({k: t.name for k, t in of.items()} | students).items()
+    }
+
+
 def results(output: Path, teachers: list[dict[str, Trial]]) -> dict[str, dict[str, Any]]:
     """By model, then by seed, what was measured; models that nothing was trained of are absent."""
     found: dict[str, dict[str, Any]] = {}
@@ -111,13 +124,42 @@ def results(output: Path, teachers: list[dict[str, Trial]]) -> dict[str, dict[st
     return found
 
 
-def table(found: dict[str, dict[str, Any]]) -> str:
-    """Loss against the full IIET and the share of its gain over Transformer++ that is kept, as markdown."""
-    names = ("model", "evaluations", "seeds", "before", "validation loss", "− full IIET", "gain kept")
+def measure_speed(output: Path, found: dict[str, dict[str, Any]], folders: dict[str, Path]) -> None:
+    """Tokens/s of greedy generation, one sequence, one thread, the best of interleaved rounds; bytes of cache
+    a token. To distillation_speed.json."""
+    import torch
+
+    torch.set_num_threads(1)
+    models = {name: open_generator(str(folders[name])).model for name in found}
+    prompt = torch.zeros(1, 32, dtype=torch.long)
+    seconds = dict.fromkeys(models, float("inf"))
+    for _ in range(4):
+        for name, model in models.items():
+            seconds[name] = min(seconds[name], seconds_of(model, prompt, 96))
+    speeds = {
+        name: {"tokens_per_second": 96 / seconds[name], "cache": cache_bytes(models[name])} for name in models
+    }
+    (output / SPEEDS).write_text(json.dumps(speeds, indent=1) + "\n")
+
+
+def table(found: dict[str, dict[str, Any]], speeds: dict[str, dict[str, float]]) -> str:
+    """Loss against the full IIET, the share of its gain over Transformer++ that is kept, and what a model
+    costs, as markdown."""
+    names = (
+        "model",
+        "evaluations",
+        "seeds",
+        "before",
+        "validation loss",
+        "perplexity",
+        "− full IIET",
+        "gain kept",
+    )
+    names = (*names, "FLOPs a token", "tokens/s", "cache, bytes a token")
     lines = [_row(names), _row(["---"] * len(names))]
     full = {seed: one["loss"] for seed, one in found.get("iiet", {"seeds": {}})["seeds"].items()}
     plain = {seed: one["loss"] for seed, one in found.get("euler", {"seeds": {}})["seeds"].items()}
-    for entry in found.values():
+    for name, entry in found.items():
         seeds = entry["seeds"]
         losses = [one["loss"] for one in seeds.values()]
         relative = [one["loss"] / full[seed] - 1 for seed, one in seeds.items() if seed in full]
@@ -135,8 +177,12 @@ def table(found: dict[str, dict[str, Any]]) -> str:
                     str(len(seeds)),
                     f"{statistics.mean(starts_at):.4f}",
                     _spread(losses, "{:.4f}"),
+                    f"{math.exp(statistics.mean(losses)):.2f}",
                     _spread(relative, "{:+.2%}"),
                     _spread(kept, "{:.0%}"),
+                    f"{next(iter(seeds.values()))['flops_per_token'] / 1e6:.2f} M",
+                    f"{speeds[name]['tokens_per_second']:.1f}" if name in speeds else "",
+                    f"{speeds[name]['cache']:,}" if name in speeds else "",
                 ]
             )
         )
@@ -159,7 +205,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("command", choices=("train", "report"))
+    parser.add_argument("command", choices=("train", "speed", "report"))
     parser.add_argument("--output-dir", default="runs/quality", type=Path, metavar="DIR")
     parser.add_argument("--teacher", default="rms-r3", choices=SYSTEMS, metavar="SYSTEM", help="an IIET")
     parser.add_argument("--seeds", type=int, default=1, help=f"how many of {SEEDS}")
@@ -185,8 +231,14 @@ def main() -> None:
     found = results(output, teachers)
     if not found:
         sys.exit(f"error: nothing is trained in {output}; run `distillation_quality.py train` first")
+    if arguments.command == "speed":
+        measure_speed(output, found, folders_of(output, teachers[0]))
+        return
+    speeds = json.loads((output / SPEEDS).read_text()) if (output / SPEEDS).exists() else {}
     (output / "distillation_results.json").write_text(json.dumps(found, indent=1) + "\n")
-    print(f"students: {STUDENT_STEPS * TOKENS_A_STEP / 1e6:.1f} M tokens at lr {LR:g}\n\n{table(found)}")
+    print(
+        f"students: {STUDENT_STEPS * TOKENS_A_STEP / 1e6:.1f} M tokens at lr {LR:g}\n\n{table(found, speeds)}"
+    )
 
 
 if __name__ == "__main__":

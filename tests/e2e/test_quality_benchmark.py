@@ -105,8 +105,12 @@ def test_distillation(quality: Any, tmp_path: Path) -> None:
     assert rows["euler-continued"]["start"] == pytest.approx(rows["euler"]["loss"], abs=1e-6)
     assert rows["e-iiet"]["teacher_flops"] > 0 == rows["e-iiet-continued"]["teacher_flops"]
     gain = (rows["euler"]["loss"] - rows["e-iiet"]["loss"]) / (rows["euler"]["loss"] - rows["iiet"]["loss"])
-    (line,) = [row for row in benchmark.table(found).splitlines() if row.startswith("| E-IIET |")]
-    assert line.endswith(f"| {rows['e-iiet']['loss'] / rows['iiet']['loss'] - 1:+.2%} | {gain:.0%} |")
+    benchmark.measure_speed(tmp_path, found, benchmark.folders_of(tmp_path, teachers[0]))
+    speeds = json.loads((tmp_path / "distillation_speed.json").read_text())
+    assert speeds["iiet"]["cache"] == 3 * speeds["lower-bound"]["cache"]
+    (line,) = [row for row in benchmark.table(found, speeds).splitlines() if row.startswith("| E-IIET |")]
+    assert f"| {rows['e-iiet']['loss'] / rows['iiet']['loss'] - 1:+.2%} | {gain:.0%} |" in line
+    assert line.endswith(f"| {speeds['e-iiet']['cache']:,} |")
 
 
 def test_plans_are_fair(quality: Any) -> None:
