@@ -166,7 +166,7 @@ def table(found: dict[str, dict[str, Any]], speeds: dict[str, dict[str, float]])
         kept = [
             (plain[seed] - one["loss"]) / (plain[seed] - full[seed])
             for seed, one in seeds.items()
-            if seed in full and seed in plain
+            if full.get(seed, math.inf) < plain.get(seed, -math.inf)  # else there is no gain to keep
         ]
         starts_at = [one["start"] for one in seeds.values()]
         lines.append(
