@@ -6,18 +6,16 @@ import json
 import math
 import time
 from collections.abc import Callable
-from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from megatron_iiet import durable
-from megatron_iiet.config import RunConfig, iterations_per_layer, validate
-from megatron_iiet.config.combinations import check_combination
+from megatron_iiet.config import RunConfig, iterations_per_layer
 from megatron_iiet.config.iteration_plan import IterationPlan
 from megatron_iiet.config.schema import ParallelConfig
 from megatron_iiet.data.loader.batches import ValidationBatches
-from megatron_iiet.distillation import figures
+from megatron_iiet.distillation import figures, forward
 from megatron_iiet.distillation.forward import ForwardModel
 from megatron_iiet.distillation.influence import (
     Ablation,
@@ -28,6 +26,7 @@ from megatron_iiet.distillation.influence import (
 )
 from megatron_iiet.distillation.plans import PlanRequest, rank_correlation
 from megatron_iiet.distillation.texts import TextSet, open_text_set
+from megatron_iiet.models import portable
 from megatron_iiet.ops import resolve_backend
 from megatron_iiet.parallel import ParallelContext
 from megatron_iiet.parallel.launch import launch_environment
@@ -153,26 +152,16 @@ def forward_config(config: RunConfig, options: Options, world_size: int) -> RunC
     Raises:
         ValueError: they do not fit the model or the number of processes.
     """
-    config = deepcopy(config)
-    config.parallel = options.parallel
-    if options.sequence_length is not None:
-        config.data.sequence_length = options.sequence_length
-    config.data.tokenizer = options.tokenizer or _own_tokenizer(config.data.tokenizer, options.model)
-    config.training.recompute = "off"
-    config.training.precision = "fp32"
-    grid = options.parallel.tensor * options.parallel.pipeline
-    config.training.micro_batch_size = options.micro_batch_size
-    config.training.global_batch_size = options.micro_batch_size * max(1, world_size // max(1, grid))
-    validate(config)
-    check_combination(config, {"zero_optimization": {"stage": 0}}, world_size, "the tool")
-    config.training.precision = options.precision
-    return config
-
-
-def _own_tokenizer(name: str, folder: str) -> str:
-    """A portable folder has its tokenizer beside the weights, and knows it by its bare name."""
-    beside = Path(folder) / name
-    return str(beside) if name and beside.is_file() else name
+    length = options.sequence_length
+    return forward.forward_config(
+        config,
+        options.parallel,
+        options.precision,
+        length=config.data.sequence_length if length is None else length,
+        micro_batch_size=options.micro_batch_size,
+        world_size=world_size,
+        tokenizer=options.tokenizer or portable.tokenizer_path(config.data.tokenizer, options.model),
+    )
 
 
 def _measure(

@@ -7,12 +7,16 @@ stages. Weights are read by the rank that holds them.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from copy import deepcopy
+from typing import Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_iiet.config import RunConfig
+from megatron_iiet.config import RunConfig, validate
+from megatron_iiet.config.combinations import check_combination
+from megatron_iiet.config.schema import ParallelConfig
 from megatron_iiet.models.diagnostics import InfluenceSums, observe_influence
 from megatron_iiet.models.pipeline import PipelineStage
 from megatron_iiet.models.transformer import Transformer
@@ -23,6 +27,36 @@ from megatron_iiet.training.layout import stage_plan
 from megatron_iiet.training.warm_start import Source, WarmStart
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def forward_config(
+    config: RunConfig,
+    parallel: ParallelConfig,
+    precision: Literal["fp32", "bf16"],
+    *,
+    length: int,
+    micro_batch_size: int,
+    world_size: int,
+    tokenizer: str,
+) -> RunConfig:
+    """A trained model's configuration with the grid, batches and precision of forward passes.
+
+    Raises:
+        ConfigError: they do not fit the model or the number of processes.
+    """
+    config = deepcopy(config)
+    config.parallel = parallel
+    config.data.sequence_length = length
+    config.data.tokenizer = tokenizer
+    config.training.recompute = "off"
+    config.training.precision = "fp32"  # what training in bf16 must not be combined with does not matter here
+    grid = max(1, parallel.tensor * parallel.pipeline)
+    config.training.micro_batch_size = micro_batch_size
+    config.training.global_batch_size = micro_batch_size * max(1, world_size // grid)
+    validate(config)
+    check_combination(config, {"zero_optimization": {"stage": 0}}, world_size, "the tool")
+    config.training.precision = precision
+    return config
 
 
 class ForwardModel:

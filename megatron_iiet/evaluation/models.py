@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -16,11 +15,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from megatron_iiet.config import RunConfig, validate
-from megatron_iiet.config.combinations import check_combination
+from megatron_iiet.config import RunConfig
 from megatron_iiet.config.schema import ParallelConfig
 from megatron_iiet.data.tokenizers.loading import load_tokenizer
-from megatron_iiet.distillation.forward import DTYPES, ForwardModel
+from megatron_iiet.distillation.forward import DTYPES, ForwardModel, forward_config
 from megatron_iiet.evaluation.harness import TextCodec
 from megatron_iiet.evaluation.scoring import TokenScores, noting_scores, score_tokens
 from megatron_iiet.models import portable
@@ -177,7 +175,6 @@ def _prepare_own(options: ModelOptions, source: Source, world_size: int) -> Prep
 
 def _forward_config(config: RunConfig, options: ModelOptions, world_size: int) -> RunConfig:
     """A model's configuration with the grid, length and precision of the evaluation."""
-    config = deepcopy(config)
     parallel, longest = options.parallel, config.model.max_position_embeddings
     if (options.max_length or 0) > longest:
         raise ValueError(
@@ -187,23 +184,15 @@ def _forward_config(config: RunConfig, options: ModelOptions, world_size: int) -
     length = options.max_length or longest
     if parallel.sequence:
         length -= length % parallel.tensor
-    config.parallel = parallel
-    config.data.sequence_length = length
-    config.data.tokenizer = options.tokenizer or _beside(config.data.tokenizer, options.path)
-    config.training.recompute = "off"
-    config.training.precision = "fp32"
-    config.training.micro_batch_size = 1
-    config.training.global_batch_size = max(1, world_size // max(1, parallel.tensor * parallel.pipeline))
-    validate(config)
-    check_combination(config, {"zero_optimization": {"stage": 0}}, world_size, "the tool")
-    config.training.precision = options.precision
-    return config
-
-
-def _beside(name: str, folder: str) -> str:
-    """A portable folder has its tokenizer beside the weights, and knows it by its bare name."""
-    beside = Path(folder) / name
-    return str(beside) if name and beside.is_file() else name
+    return forward_config(
+        config,
+        parallel,
+        options.precision,
+        length=length,
+        micro_batch_size=1,
+        world_size=world_size,
+        tokenizer=options.tokenizer or portable.tokenizer_path(config.data.tokenizer, options.path),
+    )
 
 
 def _own_codec(path: str, vocab_size: int, options: ModelOptions) -> TextCodec:

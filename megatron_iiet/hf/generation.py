@@ -279,11 +279,10 @@ def open_generator(
         model, codec = _open_hugging_face(folder, precision, kv_cache, trust_remote_code, tokenizer)
         return TextGenerator(model, codec, draft)
     source = open_source(path if step is None else str(find_checkpoint(path, step)), "--model")
-    name = tokenizer or source.config.data.tokenizer
-    beside = folder / Path(name).name
+    name = tokenizer or portable.tokenizer_path(source.config.data.tokenizer, folder)
     if not name:
         raise ValueError(f"{path} names no tokenizer; give one with --tokenizer")
-    codec = OwnCodec(load_tokenizer(beside if tokenizer is None and beside.is_file() else name))
+    codec = OwnCodec(load_tokenizer(name))
     model = own_model(source.config, source.weights, precision, kv_cache)
     return TextGenerator(model, codec, draft)
 

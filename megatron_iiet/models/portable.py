@@ -141,6 +141,13 @@ def check_new(folder: str | Path) -> None:
         raise ValueError(f"{folder} exists already; choose another folder or remove it")
 
 
+def tokenizer_path(name: str, folder: str | Path) -> str:
+    """Where the tokenizer of the model in ``folder`` is: a portable folder has it beside the weights, and
+    knows it by its bare name."""
+    beside = Path(folder) / Path(name).name
+    return str(beside) if name and beside.is_file() else name
+
+
 def without_padding(config: RunConfig, name: str, tensor: Tensor) -> Tensor:
     """A parameter without the vocabulary's padding rows."""
     return tensor[: config.model.vocab_size] if name in VOCABULARY_WEIGHTS else tensor
