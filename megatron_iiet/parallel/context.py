@@ -80,14 +80,15 @@ class ParallelContext:
             torch.cuda.set_device(device)
         else:
             device, backend = torch.device("cpu"), "gloo"
-        dist.init_process_group(backend, timeout=timeout)
-        try:
-            yield cls.on_grid(
-                config, environment.rank, environment.world_size, environment.local_rank, device
-            )
-        finally:
-            # Left to the interpreter's exit, live process groups sometimes abort it.
-            dist.destroy_process_group()
+        with environment.published():
+            dist.init_process_group(backend, timeout=timeout)
+            try:
+                yield cls.on_grid(
+                    config, environment.rank, environment.world_size, environment.local_rank, device
+                )
+            finally:
+                # Left to the interpreter's exit, live process groups sometimes abort it.
+                dist.destroy_process_group()
 
     @classmethod
     def on_grid(

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import re
 import socket
-from collections.abc import MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 _FIRST_PORT = 10_000
@@ -25,19 +26,45 @@ class LaunchEnvironment:
     """Index of this process's GPU among those it sees: its rank on this host, or 0 where it sees only one."""
     launcher: str
     """Who started it: "deepspeed or torchrun", "srun" or "none"."""
+    master_address: str
+    """Host of rank 0."""
+    master_port: int
+    """Where rank 0 listens."""
+
+    @contextmanager
+    def published(self, environ: MutableMapping[str, str] = os.environ) -> Iterator[None]:
+        """Tell torch.distributed and DeepSpeed, which look for it in environment variables.
+
+        At the end they are again what they were: libraries that find RANK set (accelerate does) start a
+        process group of their own.
+        """
+        variables = {
+            "RANK": str(self.rank),
+            "WORLD_SIZE": str(self.world_size),
+            "LOCAL_RANK": str(self.local_rank),
+            "MASTER_ADDR": self.master_address,
+            "MASTER_PORT": str(self.master_port),
+        }
+        before = {name: environ.get(name) for name in variables}
+        environ.update(variables)
+        try:
+            yield
+        finally:
+            for name, value in before.items():
+                if value is None:
+                    environ.pop(name, None)
+                else:
+                    environ[name] = value
 
 
-def launch_environment(environ: MutableMapping[str, str] = os.environ) -> LaunchEnvironment:
-    """Find this process's place, and make sure that torch.distributed and DeepSpeed find it too.
+def launch_environment(environ: Mapping[str, str] = os.environ) -> LaunchEnvironment:
+    """Find this process's place.
 
     Looked for in this order: RANK (set by the DeepSpeed launcher and torchrun); a task of an srun step; else
     the process is a world of its own, also in the body of an sbatch script and in the shell of
     ``srun --pty``, where SLURM's variables speak of a whole job. Under srun, a MASTER_ADDR or MASTER_PORT
     that the user set is kept; the default is the step's first host and a port that follows from the ids of
     job and step.
-
-    Args:
-        environ: read, and completed with RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT.
 
     Raises:
         ValueError: variables are missing or contradict each other.
@@ -52,12 +79,8 @@ def launch_environment(environ: MutableMapping[str, str] = os.environ) -> Launch
             "deepspeed, torchrun or srun, or unset WORLD_SIZE for a run of one process"
         )
     else:
-        found = LaunchEnvironment(0, 1, 0, "none")
         # A master left over from a script's preamble means other processes than this one.
-        environ.pop("MASTER_ADDR", None)
-        environ.pop("MASTER_PORT", None)
-    _set_master(environ, found)
-    environ.update(RANK=str(found.rank), WORLD_SIZE=str(found.world_size), LOCAL_RANK=str(found.local_rank))
+        found = LaunchEnvironment(0, 1, 0, "none", *_master({}, 1))
     return found
 
 
@@ -71,7 +94,7 @@ def first_host(node_list: str) -> str:
     return re.sub(r"\[(\d+)[\d,-]*\]", r"\1", first[1])
 
 
-def _of_launcher(environ: MutableMapping[str, str]) -> LaunchEnvironment:
+def _of_launcher(environ: Mapping[str, str]) -> LaunchEnvironment:
     remedy = "set by deepspeed and torchrun; unset RANK for a run of one process"
     rank, world_size = _integer(environ, "RANK", remedy), _integer(environ, "WORLD_SIZE", remedy)
     local_rank = _integer(environ, "LOCAL_RANK", remedy) if "LOCAL_RANK" in environ else 0
@@ -83,10 +106,12 @@ def _of_launcher(environ: MutableMapping[str, str]) -> LaunchEnvironment:
                     f"{name} is not set but WORLD_SIZE is {world_size}: start every process with deepspeed, "
                     f"torchrun or srun, or set {name} to where rank 0 listens"
                 )
-    return LaunchEnvironment(rank, world_size, local_rank, "deepspeed or torchrun")
+    return LaunchEnvironment(
+        rank, world_size, local_rank, "deepspeed or torchrun", *_master(environ, world_size)
+    )
 
 
-def _is_srun_task(environ: MutableMapping[str, str]) -> bool:
+def _is_srun_task(environ: Mapping[str, str]) -> bool:
     # SLURM_PROCID and SLURM_NTASKS are also set in the body of an sbatch script (0, and the number of tasks
     # that srun would start there); the step's own variables only in what srun starts.
     if "SLURM_STEP_ID" not in environ or "SLURM_STEP_NUM_TASKS" not in environ:
@@ -105,7 +130,7 @@ def _has_terminal() -> bool:
     return True
 
 
-def _of_srun(environ: MutableMapping[str, str]) -> LaunchEnvironment:
+def _of_srun(environ: Mapping[str, str]) -> LaunchEnvironment:
     remedy = "set by srun for every task; unset SLURM_STEP_ID for a run of one process"
     rank = _integer(environ, "SLURM_PROCID", remedy)
     # Not SLURM_NTASKS: `srun --preserve-env` leaves the job's number there.
@@ -115,27 +140,29 @@ def _of_srun(environ: MutableMapping[str, str]) -> LaunchEnvironment:
     # With --gpus-per-task or --gpu-bind every task sees one GPU, as number 0.
     if environ.get("CUDA_VISIBLE_DEVICES", "").strip() and "," not in environ["CUDA_VISIBLE_DEVICES"]:
         local_rank = 0
-    return LaunchEnvironment(rank, world_size, local_rank, "srun")
+    return LaunchEnvironment(rank, world_size, local_rank, "srun", *_master(environ, world_size))
 
 
-def _set_master(environ: MutableMapping[str, str], found: LaunchEnvironment) -> None:
-    if not environ.get("MASTER_ADDR"):
-        environ["MASTER_ADDR"] = "127.0.0.1" if found.world_size == 1 else _srun_host(environ)
-    if not environ.get("MASTER_PORT"):
-        environ["MASTER_PORT"] = str(_free_port() if found.world_size == 1 else _srun_port(environ))
+def _master(environ: Mapping[str, str], world_size: int) -> tuple[str, int]:
+    address = environ.get("MASTER_ADDR") or ("127.0.0.1" if world_size == 1 else _srun_host(environ))
     remedy = "set it to a free port of the host of rank 0"
-    if not 0 < _integer(environ, "MASTER_PORT", remedy) < 1 << 16:
-        raise ValueError(f"MASTER_PORT is {environ['MASTER_PORT']}, not in 1 to 65535: {remedy}")
+    if environ.get("MASTER_PORT"):
+        port = _integer(environ, "MASTER_PORT", remedy)
+    else:
+        port = _free_port() if world_size == 1 else _srun_port(environ)
+    if not 0 < port < 1 << 16:
+        raise ValueError(f"MASTER_PORT is {port}, not in 1 to 65535: {remedy}")
+    return address, port
 
 
-def _srun_host(environ: MutableMapping[str, str]) -> str:
+def _srun_host(environ: Mapping[str, str]) -> str:
     node_list = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST")
     if not node_list:
         raise ValueError("SLURM_STEP_NODELIST is not set: set MASTER_ADDR to the host of rank 0")
     return first_host(node_list)
 
 
-def _srun_port(environ: MutableMapping[str, str]) -> int:
+def _srun_port(environ: Mapping[str, str]) -> int:
     remedy = "set MASTER_PORT to a free port of the host of rank 0"
     job, step = _integer(environ, "SLURM_JOB_ID", remedy), _integer(environ, "SLURM_STEP_ID", remedy)
     return _FIRST_PORT + (job * _STEPS_PER_JOB + step) % _PORTS
@@ -147,7 +174,7 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _integer(environ: MutableMapping[str, str], name: str, remedy: str) -> int:
+def _integer(environ: Mapping[str, str], name: str, remedy: str) -> int:
     if name not in environ:
         raise ValueError(f"{name} is not set: {remedy}")
     value = environ[name].strip()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
 import pytest
 
@@ -38,51 +39,33 @@ TORCHRUN = {
 }
 
 
-def _check_complete(environ: dict[str, str], found: LaunchEnvironment) -> None:
-    assert environ["RANK"] == str(found.rank)
-    assert environ["WORLD_SIZE"] == str(found.world_size)
-    assert environ["LOCAL_RANK"] == str(found.local_rank)
-    assert environ["MASTER_ADDR"]
-    assert 0 < int(environ["MASTER_PORT"]) < 65536
-
-
 def test_a_launcher_is_believed() -> None:
-    environ = dict(TORCHRUN)
-    assert launch_environment(environ) == LaunchEnvironment(5, 8, 1, "deepspeed or torchrun")
-    assert environ == TORCHRUN
+    found = launch_environment(TORCHRUN)
+    assert found == LaunchEnvironment(5, 8, 1, "deepspeed or torchrun", "gpu003", 29500)
 
 
 def test_a_launcher_inside_an_srun_task_wins() -> None:
-    environ = SRUN_TASK | TORCHRUN
-    assert launch_environment(environ) == LaunchEnvironment(5, 8, 1, "deepspeed or torchrun")
-    assert environ == SRUN_TASK | TORCHRUN
+    assert launch_environment(SRUN_TASK | TORCHRUN) == launch_environment(TORCHRUN)
 
 
 def test_one_process_of_a_launcher_needs_no_master() -> None:
-    environ = {"RANK": "0", "WORLD_SIZE": "1"}
-    found = launch_environment(environ)
-    assert found == LaunchEnvironment(0, 1, 0, "deepspeed or torchrun")
-    _check_complete(environ, found)
+    found = launch_environment({"RANK": "0", "WORLD_SIZE": "1"})
+    assert found == LaunchEnvironment(0, 1, 0, "deepspeed or torchrun", "127.0.0.1", found.master_port)
+    assert 1024 < found.master_port < 65536
 
 
 def test_srun_task() -> None:
-    environ = dict(SRUN_TASK)
-    found = launch_environment(environ)
-    assert found == LaunchEnvironment(3, 4, 1, "srun")
-    _check_complete(environ, found)
-    assert environ["MASTER_ADDR"] == "gpu003"
+    found = launch_environment(SRUN_TASK)
+    assert found == LaunchEnvironment(3, 4, 1, "srun", "gpu003", found.master_port)
 
 
 def test_srun_counts_the_step_not_the_job() -> None:
     environ = SRUN_TASK | {"SLURM_NTASKS": "16", "WORLD_SIZE": "16"}
     assert launch_environment(environ).world_size == 4
-    assert environ["WORLD_SIZE"] == "4"
 
 
 def test_master_lives_on_the_step_not_on_the_job() -> None:
-    environ = SRUN_TASK | {"SLURM_STEP_NODELIST": "gpu004"}
-    launch_environment(environ)
-    assert environ["MASTER_ADDR"] == "gpu004"
+    assert launch_environment(SRUN_TASK | {"SLURM_STEP_NODELIST": "gpu004"}).master_address == "gpu004"
 
 
 def test_tasks_of_a_step_agree_on_the_port_and_steps_and_jobs_do_not() -> None:
@@ -92,8 +75,7 @@ def test_tasks_of_a_step_agree_on_the_port_and_steps_and_jobs_do_not() -> None:
             "SLURM_STEP_ID": str(step),
             "SLURM_PROCID": str(rank),
         }
-        launch_environment(environ)
-        return int(environ["MASTER_PORT"])
+        return launch_environment(environ).master_port
 
     assert len({port(7, 0, rank) for rank in range(4)}) == 1
     ports = [port(job, step) for job in range(9_990, 10_010) for step in range(20)]
@@ -102,32 +84,25 @@ def test_tasks_of_a_step_agree_on_the_port_and_steps_and_jobs_do_not() -> None:
 
 
 def test_the_users_master_wins_under_srun() -> None:
-    environ = SRUN_TASK | {"MASTER_ADDR": "gpu003-ib0", "MASTER_PORT": "4000"}
-    launch_environment(environ)
-    assert (environ["MASTER_ADDR"], environ["MASTER_PORT"]) == ("gpu003-ib0", "4000")
+    found = launch_environment(SRUN_TASK | {"MASTER_ADDR": "gpu003-ib0", "MASTER_PORT": "4000"})
+    assert (found.master_address, found.master_port) == ("gpu003-ib0", 4000)
 
 
 @pytest.mark.parametrize(("visible", "local_rank"), [("0,1", 1), ("1", 0), ("", 1)])
 def test_a_task_that_sees_one_gpu_uses_it(visible: str, local_rank: int) -> None:
-    environ = SRUN_TASK | {"CUDA_VISIBLE_DEVICES": visible}
-    assert launch_environment(environ).local_rank == local_rank
-    assert environ["LOCAL_RANK"] == str(local_rank)
+    assert launch_environment(SRUN_TASK | {"CUDA_VISIBLE_DEVICES": visible}).local_rank == local_rank
 
 
 @pytest.mark.parametrize("environ", [{}, BATCH_BODY], ids=["nothing", "sbatch body"])
 def test_without_a_launcher_the_process_is_alone(environ: dict[str, str]) -> None:
-    environ = dict(environ)
     found = launch_environment(environ)
-    assert found == LaunchEnvironment(0, 1, 0, "none")
-    _check_complete(environ, found)
-    assert environ["MASTER_ADDR"] == "127.0.0.1"
+    assert found == LaunchEnvironment(0, 1, 0, "none", "127.0.0.1", found.master_port)
 
 
 def test_alone_with_the_master_of_others() -> None:
-    environ = BATCH_BODY | {"MASTER_ADDR": "gpu003", "MASTER_PORT": "4000"}
-    launch_environment(environ)
-    assert environ["MASTER_ADDR"] == "127.0.0.1"
-    assert environ["MASTER_PORT"] != "4000"
+    found = launch_environment(BATCH_BODY | {"MASTER_ADDR": "gpu003", "MASTER_PORT": "4000"})
+    assert found.master_address == "127.0.0.1"
+    assert found.master_port != 4000
 
 
 @pytest.mark.parametrize(
@@ -145,20 +120,16 @@ def test_interactive_step(
 
 def test_a_terminal_alone_does_not_hide_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "_has_terminal", lambda: True)
-    assert launch_environment(dict(SRUN_TASK)).launcher == "srun"
+    assert launch_environment(SRUN_TASK).launcher == "srun"
 
 
-def test_asking_twice_is_harmless() -> None:
-    environ = dict(SRUN_TASK)
-    first = launch_environment(environ)
-    written = dict(environ)
-    second = launch_environment(environ)
-    assert (second.rank, second.world_size, second.local_rank) == (
-        first.rank,
-        first.world_size,
-        first.local_rank,
-    )
-    assert environ == written
+@pytest.mark.parametrize("environ", [SRUN_TASK, {"RANK": "7", "KEPT": "x"}, {}], ids=["srun", "set", "empty"])
+def test_published_for_others_as_long_as_it_is_asked_for(environ: dict[str, str]) -> None:
+    seen = dict(environ)
+    found = launch_environment(SRUN_TASK)
+    with found.published(seen):
+        assert launch_environment(seen) == replace(found, launcher="deepspeed or torchrun")
+    assert seen == environ
 
 
 @pytest.mark.parametrize(
@@ -222,4 +193,4 @@ def _without(environ: dict[str, str], *names: str) -> dict[str, str]:
 )
 def test_a_broken_environment_is_named(environ: dict[str, str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        launch_environment(dict(environ))
+        launch_environment(environ)
