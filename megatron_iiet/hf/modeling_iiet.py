@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.generation import GenerationMixin
+from transformers.generation import GenerateDecoderOnlyOutput, GenerationMixin
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
@@ -55,6 +55,13 @@ KEPT_MERGED = 3
 
 KV_CACHES = ("all", "last", "first")
 """Values of ``IIETConfig.kv_cache``."""
+
+_READ_FOR_A_DRAFT = (
+    *("input_ids", "generation_config", "logits_processor", "past_key_values"),
+    *("min_new_tokens", "max_new_tokens"),
+)
+_OF_A_DRAFT = {*_READ_FOR_A_DRAFT, "attention_mask", "position_ids", "use_cache", "logits_to_keep"}
+"""What assisted generation gives its assistant."""
 
 AUTO_MAP = {
     "AutoConfig": "modeling_iiet.IIETConfig",
@@ -811,6 +818,27 @@ class IIETModel(IIETPreTrainedModel):
         if position_ids is None:
             past = 0 if past_key_values is None else past_key_values.get_seq_length()
             position_ids = (torch.arange(y_BTD.shape[1], device=y_BTD.device) + past).unsqueeze(0)
+        hidden_BTD = self._hidden(y_BTD, position_ids, past_key_values, attention_mask, kwargs)
+        return BaseModelOutputWithPast(
+            last_hidden_state=hidden_BTD, past_key_values=cast(Any, past_key_values)
+        )
+
+    def continued(self, ids_1T: Tensor, cache: Cache) -> Tensor:
+        """The final norm's output [1, T, D] of the tokens that follow those in ``cache``, of one sequence
+        without padding: :meth:`forward` without what transformers wraps around it."""
+        past = cache.get_seq_length()
+        position_ids = torch.arange(past, past + ids_1T.shape[1], device=ids_1T.device).unsqueeze(0)
+        return self._hidden(self.embed_tokens(ids_1T), position_ids, cache, None, {})
+
+    def _hidden(
+        self,
+        y_BTD: Tensor,
+        position_ids: Tensor,
+        past_key_values: Cache | None,
+        attention_mask: Any,
+        kwargs: dict[str, Any],
+    ) -> Tensor:
+        """The final norm's output [B, T, D] of embeddings [B, T, D]."""
         mask = create_causal_mask(
             config=self.config,
             inputs_embeds=y_BTD,
@@ -832,10 +860,7 @@ class IIETModel(IIETPreTrainedModel):
         }
         if self.config.embedding_scale != 1:
             y_BTD = y_BTD * self.config.embedding_scale
-        y_BTD = self._integrate(y_BTD, context)
-        return BaseModelOutputWithPast(
-            last_hidden_state=self.norm(y_BTD), past_key_values=cast(Any, past_key_values)
-        )
+        return self.norm(self._integrate(y_BTD, context))
 
     def _integrate(self, y_BTD: Tensor, context: dict[str, Any]) -> Tensor:
         """Run the layers on y_0, [B, T, D]."""
@@ -877,6 +902,51 @@ class IIETForCausalLM(IIETPreTrainedModel, GenerationMixin):
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """transformers' ``generate``; but drafts of one sequence without padding, which assisted generation
+        asks of its assistant every few tokens, are made in a loop of few words: what the general one does
+        besides takes as long as a small model's layers."""
+        drafts = getattr(kwargs.get("generation_config"), "is_assistant", False)
+        if drafts and not args and set(kwargs) <= _OF_A_DRAFT:
+            ids_BT, mask_BT = kwargs["input_ids"], kwargs.get("attention_mask")
+            if len(ids_BT) == 1 and (mask_BT is None or bool(mask_BT.all())):
+                request: dict[str, Any] = {name: kwargs.get(name) for name in _READ_FOR_A_DRAFT}
+                return self._draft(**request)
+        return cast(Any, super()).generate(*args, **kwargs)
+
+    @torch.no_grad()
+    def _draft(
+        self,
+        input_ids: Tensor,
+        generation_config: Any,
+        logits_processor: Sequence[Any],
+        past_key_values: Cache | None,
+        min_new_tokens: int,
+        max_new_tokens: int,
+    ) -> GenerateDecoderOnlyOutput:
+        """At most ``max_new_tokens``, fewer behind an end of text or an improbable token."""
+        cache = DynamicCache(config=self.config) if past_key_values is None else past_key_values
+        ends = generation_config.eos_token_id
+        ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+        least = generation_config.assistant_confidence_threshold or 0.0
+        scores: list[Tensor] = []
+        while len(scores) < max_new_tokens:
+            hidden_1TD = self.model.continued(input_ids[:, cache.get_seq_length() :], cache)
+            score_1V = self.lm_head(hidden_1TD[:, -1]).float()
+            for processor in logits_processor:
+                score_1V = processor(input_ids, score_1V)
+            if len(scores) < min_new_tokens:
+                score_1V[:, ends] = -torch.inf
+            scores.append(score_1V)
+            p_1V = score_1V.softmax(-1)
+            token_11 = p_1V.multinomial(1) if generation_config.do_sample else p_1V.argmax(-1, keepdim=True)
+            input_ids = torch.cat([input_ids, token_11], dim=1)
+            token = int(token_11)
+            if token in ends or p_1V[0, token] < least:
+                break
+        made: dict[str, Any] = {"sequences": input_ids, "scores": tuple(scores), "past_key_values": cache}
+        return GenerateDecoderOnlyOutput(**made)
 
     @can_return_tuple
     def forward(

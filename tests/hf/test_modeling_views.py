@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import json
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import DynamicCache
+from transformers.generation import GenerationMixin
 
 from megatron_iiet.hf.modeling_iiet import IIETForCausalLM
 from tests.hf.solvers_under_test import hf_model, our_model, tokens
@@ -149,6 +151,68 @@ def test_assisted_greedy_generation_is_plain_greedy_generation(name: str, draft:
     hook.remove()
     assert len(read) < new  # some drafts were accepted
     assert sum(read) > 2 * (6 - 1) + new  # and some rejected, their keys and values taken back
+
+
+@pytest.mark.parametrize(("sampled", "least"), [(False, 0.0), (False, 0.02), (True, 0.0)])
+def test_drafts_are_those_of_transformers_loop(
+    sampled: bool, least: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tokens, scores and cache, with a processor that looks at earlier tokens and with ends of text."""
+    hf = hf_model(our_model("iiet", tie_embeddings=False, init_std=0.15))
+    draft = hf.with_iterations(0)
+    draft.generation_config.num_assistant_tokens = 4
+    draft.generation_config.assistant_confidence_threshold = least
+    lean, lengths, ended = IIETForCausalLM.generate, set(), 0
+
+    def both(self: IIETForCausalLM, *args: Any, **kwargs: Any) -> Any:
+        nonlocal ended
+        if self is not draft:
+            return lean(self, *args, **kwargs)
+        again = copy.deepcopy(kwargs)
+        state = torch.get_rng_state()
+        expected = GenerationMixin.generate(self, *args, **again)
+        torch.set_rng_state(state)
+        found = lean(self, *args, **kwargs)
+        assert torch.equal(found.sequences, expected.sequences)
+        assert torch.allclose(torch.cat(found.scores), torch.cat(expected.scores), atol=1e-5)
+        assert found.past_key_values.get_seq_length() == expected.past_key_values.get_seq_length()
+        lengths.add(len(found.scores))
+        ended += int(found.sequences[0, -1]) in ends
+        return found
+
+    calls = []
+    own = IIETForCausalLM._draft
+    monkeypatch.setattr(
+        IIETForCausalLM, "_draft", lambda self, **kwargs: calls.append(1) or own(self, **kwargs)
+    )
+    monkeypatch.setattr(IIETForCausalLM, "generate", both)
+    ends = list(range(8))
+    torch.manual_seed(0)
+    for seed in range(3):
+        prompt = tokens(1, 6, seed=seed)
+        hf.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            assistant_model=draft,
+            max_new_tokens=24,
+            min_new_tokens=12,
+            do_sample=sampled,
+            repetition_penalty=1.3,
+            eos_token_id=ends,
+            pad_token_id=0,
+        )
+    assert len(calls) > 6
+    assert len(lengths) > 1
+    assert ended or not sampled
+
+
+def test_a_draft_for_a_padded_sequence_is_left_to_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
+    hf = hf_model(our_model("iiet", tie_embeddings=False, init_std=0.15))
+    draft = hf.with_iterations(0)
+    prompt, mask = tokens(1, 6), torch.tensor([[0, 0, 1, 1, 1, 1]])
+    monkeypatch.delattr(IIETForCausalLM, "_draft")
+    options: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False, "attention_mask": mask}
+    assert torch.equal(hf.generate(prompt, assistant_model=draft, **options), hf.generate(prompt, **options))
 
 
 @pytest.mark.slow
