@@ -6,10 +6,8 @@ Face folder by transformers, a whole model on each process.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -21,6 +19,7 @@ from megatron_iiet.data.tokenizers.loading import load_tokenizer
 from megatron_iiet.distillation.forward import DTYPES, ForwardModel, forward_config
 from megatron_iiet.evaluation.harness import TextCodec
 from megatron_iiet.evaluation.scoring import TokenScores, noting_scores, score_tokens
+from megatron_iiet.hf import folders
 from megatron_iiet.models import portable
 from megatron_iiet.ops import resolve_backend
 from megatron_iiet.parallel import ParallelContext
@@ -29,7 +28,6 @@ from megatron_iiet.training.export import find_checkpoint
 from megatron_iiet.training.inputs import Inputs
 from megatron_iiet.training.warm_start import Source, open_source
 
-HF_CONFIG = "config.json"
 Start = Literal["auto", "bos", "eos"]
 
 
@@ -80,19 +78,13 @@ def prepare_model(options: ModelOptions, world_size: int) -> PreparedModel:
         value = getattr(options, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} is {value}, but must be at least 1")
-    if not is_hugging_face(options.path):
+    if not folders.is_hugging_face(options.path):
         return _prepare_own(options, _open_own(options), world_size)
     if options.step is not None:
         raise ValueError(f"--step is given, but --model {options.path} is a model folder, which has no steps")
     if options.parallel.tensor * options.parallel.pipeline > 1:
         return _prepare_own(options, open_source(options.path, "--model"), world_size)
     return _prepare_hugging_face(options)
-
-
-def is_hugging_face(path: str) -> bool:
-    """Whether a folder is one of transformers."""
-    folder = Path(path)
-    return (folder / HF_CONFIG).is_file() and not (folder / portable.CONFIG_FILE).is_file()
 
 
 class OwnScorer:
@@ -158,7 +150,7 @@ def _open_own(options: ModelOptions) -> Source:
 
 def _prepare_own(options: ModelOptions, source: Source, world_size: int) -> PreparedModel:
     config = _forward_config(source.config, options, world_size)
-    if is_hugging_face(options.path) and not options.tokenizer:
+    if folders.is_hugging_face(options.path) and not options.tokenizer:
         codec = _hugging_face_codec(options)
     else:
         codec = _own_codec(config.data.tokenizer, config.model.vocab_size, options)
@@ -213,8 +205,7 @@ def _own_codec(path: str, vocab_size: int, options: ModelOptions) -> TextCodec:
 
 
 def _prepare_hugging_face(options: ModelOptions) -> PreparedModel:
-    folder = Path(options.path)
-    fields = _read_json(folder / HF_CONFIG)
+    fields = folders.read_fields(options.path)
     longest = int(fields.get("max_position_embeddings") or fields.get("n_positions") or 2048)
     length = options.max_length or longest
     if options.tokenizer:
@@ -223,10 +214,11 @@ def _prepare_hugging_face(options: ModelOptions) -> PreparedModel:
         codec = _hugging_face_codec(options)
 
     def load(context: ParallelContext) -> HuggingFaceScorer:
-        return HuggingFaceScorer(_load_hugging_face(options), context, length, options.batch_size)
+        model = folders.load_model(options.path, DTYPES[options.precision], options.trust_remote_code)
+        return HuggingFaceScorer(model, context, length, options.batch_size)
 
     return PreparedModel(
-        f"Hugging Face {folder}",
+        f"Hugging Face {options.path}",
         _describe_fields(fields),
         int(fields.get("hidden_size") or 0),
         int(fields.get("num_hidden_layers") or 0),
@@ -246,35 +238,11 @@ def _describe_fields(fields: dict[str, Any]) -> str:
     return describe_system(config)
 
 
-def _load_hugging_face(options: ModelOptions) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    _register_own_classes()
-    try:
-        return AutoModelForCausalLM.from_pretrained(
-            options.path,
-            dtype=DTYPES[options.precision],
-            use_safetensors=True,  # nothing is unpickled
-            local_files_only=True,
-            trust_remote_code=options.trust_remote_code,
-        )
-    except (OSError, ValueError, ImportError) as error:
-        raise ValueError(_loading_sentence(options, "model", error)) from error
-
-
 def _hugging_face_codec(options: ModelOptions) -> TextCodec:
     """Text as the folder's own tokenizer makes it, special tokens as it adds them."""
-    from transformers import AutoTokenizer
-
-    _register_own_classes()
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            options.path, local_files_only=True, trust_remote_code=options.trust_remote_code
-        )
-    except Exception as error:  # tokenizers raises bare Exception for a broken file
-        raise ValueError(_loading_sentence(options, "tokenizer", error)) from error
+    tokenizer = folders.load_tokenizer(options.path, options.trust_remote_code)
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    own = _read_json(Path(options.path) / HF_CONFIG).get("model_type") == "iiet"
+    own = folders.read_fields(options.path).get("model_type") == "iiet"
     wanted = {"bos": bos, "eos": eos, "auto": eos if own or bos is None else bos}[options.start]
     if wanted is None:
         lacking = "eos" if options.start == "auto" else options.start
@@ -283,31 +251,3 @@ def _hugging_face_codec(options: ModelOptions) -> TextCodec:
             "context on; give another --start, or a tokenizer with --tokenizer"
         )
     return TextCodec(lambda text: list(tokenizer.encode(text)), wanted, wanted if eos is None else eos)
-
-
-def _loading_sentence(options: ModelOptions, what: str, error: Exception) -> str:
-    text = " ".join(str(error).split())
-    if "trust_remote_code" in text:
-        return f"{options.path} brings code of its own; read it, then add --trust-remote-code to run it"
-    return f"the {what} of {options.path} cannot be loaded ({text[:300]}); convert or download it again"
-
-
-def _register_own_classes() -> None:
-    """Exports of IIET load with the classes of this package, without running the copy beside them."""
-    from megatron_iiet import hf
-
-    register = getattr(hf, "register", None)
-    if register is not None:
-        register()
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(
-            f"{path} is not valid JSON ({error}); repair it or convert the model again"
-        ) from None
-    if not isinstance(fields, dict):
-        raise ValueError(f"{path} holds a {type(fields).__name__}, not an object; convert the model again")
-    return fields

@@ -14,16 +14,15 @@ from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
 from megatron_iiet.config import RunConfig
 from megatron_iiet.data.tokenizers.loading import Tokenizer, load_tokenizer
-from megatron_iiet.hf import register
+from megatron_iiet.hf import folders
 from megatron_iiet.hf.export import DTYPES, TOKEN_FIELDS, config_fields
 from megatron_iiet.hf.modeling_iiet import IIETConfig, IIETForCausalLM
-from megatron_iiet.hf.shards import read_json
-from megatron_iiet.hf.weights import CONFIG_FILE, RowSource, tensors_to_write
+from megatron_iiet.hf.weights import RowSource, tensors_to_write
 from megatron_iiet.models import portable
 from megatron_iiet.training.export import find_checkpoint
 from megatron_iiet.training.warm_start import open_source
@@ -273,7 +272,7 @@ def open_generator(
             do not fit it.
     """
     folder = Path(path)
-    if (folder / CONFIG_FILE).is_file() and not (folder / portable.CONFIG_FILE).is_file():
+    if folders.is_hugging_face(folder):
         if step is not None:
             raise ValueError(f"--step is given, but {path} is a model folder, which has no steps")
         model, codec = _open_hugging_face(folder, precision, kv_cache, trust_remote_code, tokenizer)
@@ -309,31 +308,12 @@ def own_model(
 def _open_hugging_face(
     folder: Path, precision: str, kv_cache: KVCache | None, trust_remote_code: bool, tokenizer: str | None
 ) -> tuple[Any, Codec]:
-    register()
     keys: dict[str, Any] = {} if kv_cache is None else {"kv_cache": kv_cache}
-    fields = read_json(folder / CONFIG_FILE)
-    own = fields.get("model_type") == "iiet"
-    if own and not isinstance(fields.get("solver"), dict):
-        raise ValueError(f"{folder / CONFIG_FILE} names no solver; convert the model again")
+    own = folders.read_fields(folder).get("model_type") == "iiet"
     if keys and not own:
         raise ValueError(f"--kv-cache is given, but {folder} is no IIET; leave it out")
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=DTYPES[precision],
-            use_safetensors=True,  # nothing is unpickled
-            local_files_only=True,
-            trust_remote_code=trust_remote_code,
-            **keys,
-        )
-        if tokenizer is not None:
-            return model, OwnCodec(load_tokenizer(tokenizer))
-        found = AutoTokenizer.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=trust_remote_code
-        )
-    except (ValueError, OSError, ImportError) as error:
-        text = " ".join(str(error).split())[:300]
-        raise ValueError(
-            f"{folder} cannot be loaded ({text}); repair, convert or download it again"
-        ) from error
+    model = folders.load_model(folder, DTYPES[precision], trust_remote_code, **keys)
+    if tokenizer is not None:
+        return model, OwnCodec(load_tokenizer(tokenizer))
+    found = folders.load_tokenizer(folder, trust_remote_code)
     return model, HuggingFaceCodec(found, follows_eos=own)

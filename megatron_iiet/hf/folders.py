@@ -1,0 +1,85 @@
+"""Hugging Face folders of any causal language model, as transformers loads them: offline, safetensors only.
+
+transformers is imported where it is used: that takes seconds.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_iiet.hf import register
+from megatron_iiet.hf.shards import read_json
+from megatron_iiet.hf.weights import CONFIG_FILE
+from megatron_iiet.models import portable
+
+
+def is_hugging_face(path: str | Path) -> bool:
+    """Whether a folder is one of transformers, not a portable folder or a run."""
+    folder = Path(path)
+    return (folder / CONFIG_FILE).is_file() and not (folder / portable.CONFIG_FILE).is_file()
+
+
+def read_fields(folder: str | Path) -> dict[str, Any]:
+    """The fields of a folder's ``config.json``.
+
+    Raises:
+        ValueError: it cannot be read, or is an IIET's without a solver.
+    """
+    path = Path(folder) / CONFIG_FILE
+    fields = read_json(path)
+    if fields.get("model_type") == "iiet" and not isinstance(fields.get("solver"), dict):
+        raise ValueError(f"{path} names no solver; convert the model again")
+    return fields
+
+
+def load_model(folder: str | Path, dtype: torch.dtype, trust_remote_code: bool = False, **fields: Any) -> Any:
+    """The model of a folder; exports of an IIET by the classes of this package, not by the copy beside them.
+
+    Args:
+        trust_remote_code: run code that the folder brings.
+        fields: of the configuration, instead of the folder's.
+
+    Raises:
+        ValueError: there is no such model, it is damaged, or brings code that is not trusted.
+    """
+    from transformers import AutoModelForCausalLM
+
+    register()
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            use_safetensors=True,  # nothing is unpickled
+            local_files_only=True,
+            trust_remote_code=trust_remote_code,
+            **fields,
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise ValueError(_sentence(folder, "model", error)) from error
+
+
+def load_tokenizer(folder: str | Path, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a folder.
+
+    Raises:
+        ValueError: there is none, it is damaged, or brings code that is not trusted.
+    """
+    from transformers import AutoTokenizer
+
+    register()
+    try:
+        return AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=trust_remote_code
+        )
+    except Exception as error:  # tokenizers raises bare Exception for a broken file
+        raise ValueError(_sentence(folder, "tokenizer", error)) from error
+
+
+def _sentence(folder: str | Path, what: str, error: Exception) -> str:
+    text = " ".join(str(error).split())
+    if "trust_remote_code" in text:
+        return f"{folder} brings code of its own; read it, then add --trust-remote-code to run it"
+    return f"the {what} of {folder} cannot be loaded ({text[:300]}); repair, convert or download it again"
