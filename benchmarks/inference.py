@@ -101,12 +101,15 @@ def cache_bytes(model: Any) -> int:
 
 @torch.no_grad()
 def counted_flops(model: Any) -> int:
-    """Of the forward pass of :data:`LENGTH` tokens, by torch's counter."""
-    model.set_attn_implementation("eager")  # the counter sees its products
+    """Of the forward pass of :data:`LENGTH` tokens, by torch's counter; on the meta device, which counts
+    without computing."""
     counter = FlopCounterMode(display=False)
-    with counter:
-        model(torch.zeros(1, LENGTH, dtype=torch.long), use_cache=False)
-    model.set_attn_implementation("sdpa")
+    with torch.device("meta"):
+        twin = type(model)(model.config).eval()
+        twin.set_attn_implementation("eager")  # the counter sees its products
+        mask = torch.zeros(1, 1, LENGTH, LENGTH)  # a finished one: making one looks at values
+        with counter:
+            twin(torch.zeros(1, LENGTH, dtype=torch.long), attention_mask=mask, use_cache=False)
     return int(counter.get_total_flops())
 
 
