@@ -192,7 +192,7 @@ def test_several_keys_and_empty_texts(options: PreprocessOptions, tmp_path: Path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.long), 2])
 def test_a_giant_document_gets_the_same_tokens(
     options: PreprocessOptions, tmp_path: Path, workers: int
 ) -> None:

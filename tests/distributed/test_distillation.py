@@ -60,7 +60,7 @@ def test_layouts(cases: list[Case], paths: dict[str, str], tmp_path: Path) -> No
     check(cases, paths, tmp_path)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("cases", by_grid(SLOW), ids=name_of)
 def test_larger_layouts(cases: list[Case], paths: dict[str, str], tmp_path: Path) -> None:
     check(cases, paths, tmp_path)

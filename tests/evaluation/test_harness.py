@@ -394,7 +394,7 @@ def test_two_processes_find_the_numbers_of_one(iiet: Path, llama: Path, data: Pa
             assert found.rows == one.rows == dict.fromkeys(ROWS, 4)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_four_processes_find_the_numbers_of_one(iiet: Path, data: Path) -> None:
     """Replicas of a model that is split along widths and sequence."""
     options = ModelOptions(str(iiet), batch_size=1, parallel=ParallelConfig(tensor=2, sequence=True))

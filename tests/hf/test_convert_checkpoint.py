@@ -27,7 +27,11 @@ torch.set_num_threads(1)
 
 ROOT = Path(__file__).parents[2]
 TOOL = ROOT / "tools" / "convert_checkpoint.py"
-STAGES = [("fp32", 0), ("fp32", 1), ("bf16", 1), ("bf16", 2), ("bf16", 3)]
+STAGES = [
+    ("fp32", 0),
+    ("bf16", 3),
+    *(pytest.param(*case, marks=pytest.mark.long) for case in (("fp32", 1), ("bf16", 1), ("bf16", 2))),
+]
 
 
 @dataclass
