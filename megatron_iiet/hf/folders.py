@@ -23,15 +23,23 @@ def is_hugging_face(path: str | Path) -> bool:
 
 
 def read_fields(folder: str | Path) -> dict[str, Any]:
-    """The fields of a folder's ``config.json``.
+    """The fields of a folder's ``config.json``; an IIET's are checked.
 
     Raises:
-        ValueError: it cannot be read, or is an IIET's without a solver.
+        ValueError: it cannot be read, or describes no IIET though it says so.
     """
     path = Path(folder) / CONFIG_FILE
     fields = read_json(path)
-    if fields.get("model_type") == "iiet" and not isinstance(fields.get("solver"), dict):
+    if fields.get("model_type") != "iiet":
+        return fields
+    if not isinstance(fields.get("solver"), dict):
         raise ValueError(f"{path} names no solver; convert the model again")
+    from megatron_iiet.hf.modeling_iiet import IIETConfig
+
+    try:
+        IIETConfig.from_dict(dict(fields))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}; convert the model again") from error
     return fields
 
 

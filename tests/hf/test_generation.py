@@ -181,9 +181,7 @@ def test_folders_that_are_refused(
     )
     assert "solver.kind is 'rk8'; supported are" in refusal("b", lambda f: f["solver"].update(kind="rk8"))
     words = refusal("c", lambda fields: fields["solver"].update(iterations=[1, 2]))
-    assert words.startswith(
-        f"error: the model of {tmp_path}/c cannot be loaded (solver.iterations lists 2 numbers, but num"
-    )
+    assert words.startswith(f"error: {tmp_path}/c/config.json: solver.iterations lists 2 numbers, but num")
     assert "no file named model.safetensors" in refusal(
         "d", lambda f: (tmp_path / "d/model.safetensors").unlink()
     )
