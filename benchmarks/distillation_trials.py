@@ -32,10 +32,15 @@ class Model:
     """Whether the model it starts from is its teacher too."""
     kind: str | None = None
     """Its solver, where it is not the one it starts from."""
+    alpha: float = 1.0
+    """Weight of the hidden-state loss, where there is a teacher."""
 
 
 MODELS = {
     "e-iiet": Model("E-IIET", "iiet", PLAN, taught=True),
+    "e-iiet-alpha0.1": Model("E-IIET, alpha 0.1", "iiet", PLAN, taught=True, alpha=0.1),
+    "e-iiet-alpha0.01": Model("E-IIET, alpha 0.01", "iiet", PLAN, taught=True, alpha=0.01),
+    "e-iiet-alpha0": Model("E-IIET, alpha 0", "iiet", PLAN, taught=True, alpha=0.0),
     "e-iiet-continued": Model("E-IIET's iterations, no teacher", "iiet", PLAN, taught=False),
     "lower-bound": Model("Lower Bound (r = 0)", "iiet", 0, taught=True),
     "lower-bound-continued": Model("r = 0, no teacher", "iiet", 0, taught=False),
@@ -93,6 +98,8 @@ class Student:
         start = str(self.output / "trials" / self.teacher.name)
         if model.taught:
             sections["distillation"] = {"teacher": start}
+            if model.alpha != 1:  # the configuration's default
+                sections["distillation"]["alpha"] = model.alpha
         else:
             sections["training"]["initial_weights"] = start
         return sections

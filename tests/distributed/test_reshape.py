@@ -66,7 +66,7 @@ def same_values(one: Path, other: Path) -> bool:
     ("source", "target"),
     [*SMOKE, *(pytest.param(*pair, marks=pytest.mark.slow) for pair in PAIRS if pair not in SMOKE)],
 )
-@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.long)])
 def test_continues_in_another_layout(
     source: str, target: str, precision: str, paths: dict[str, str], tmp_path: Path
 ) -> None:

@@ -59,7 +59,12 @@ def assert_same(
 
 
 @pytest.mark.parametrize(
-    "name", ["pipeline", *(pytest.param(n, marks=pytest.mark.slow) for n in LAYOUTS if n != "pipeline")]
+    "name",
+    [
+        "pipeline",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("pipeline x data", "all")),
+        *(pytest.param(name, marks=pytest.mark.long) for name in ("tensor", "sequence", "pipeline 3")),
+    ],
 )
 def test_log_is_the_one_of_one_process(
     name: str, data: dict[str, str], expected: dict[int, dict[str, float]], tmp_path: Path
@@ -90,7 +95,10 @@ CPU = {"device": "cpu"}
     ("parallel", "zero"),
     [
         ({}, {"stage": 1, "offload_optimizer": CPU}),
-        ({"tensor": 2}, {"stage": 2, "offload_optimizer": CPU}),
+        pytest.param(
+            *({"tensor": 2}, {"stage": 2, "offload_optimizer": CPU}),
+            marks=pytest.mark.long,
+        ),
         ({"tensor": 2, "sequence": True}, {"stage": 3, "offload_optimizer": CPU, "offload_param": CPU}),
         ({"pipeline": 2}, {"stage": 1, "offload_optimizer": CPU}),
     ],

@@ -344,7 +344,7 @@ def harness_model_text(model: HarnessModel, token: int) -> str:
 
 
 @pytest.mark.parametrize(
-    "ranks", [1, pytest.param(2, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow)]
+    "ranks", [1, pytest.param(2, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.long)]
 )
 def test_scores_of_split_logits(ranks: int) -> None:
     """Against log_softmax over the unpadded vocabulary; of equal logits the first is the likeliest; the last

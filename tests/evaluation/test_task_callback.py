@@ -69,7 +69,13 @@ def settings(folder: Path, **sections: Any) -> dict[str, Any]:
     return as_data(config)
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) for n in LAYOUTS])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.long if name == "tensor" else pytest.mark.slow)
+        for name in LAYOUTS
+    ],
+)
 def test_log_has_what_the_tool_finds(name: str, tmp_path: Path) -> None:
     world_size, parallel, stage = LAYOUTS[name]
     run_ranks(train_with_tasks, world_size, settings(tmp_path, parallel=parallel), ds_json(tmp_path, stage))

@@ -125,7 +125,7 @@ def test_eager_attention_shows_the_weights_of_each_evaluation() -> None:
     assert all(torch.allclose(w.sum(-1), torch.ones(1, 4, 6)) for w in weights)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_flex_attention() -> None:
     hf = hf_model(our_model("iiet", hidden_size=64, num_layers=2))  # its kernels want heads of 16 or wider
     ids = tokens(2, 12)

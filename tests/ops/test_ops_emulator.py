@@ -282,7 +282,7 @@ def test_selftest() -> None:
     assert result.returncode == 0, result.stdout
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_selftest_under_sanitizers() -> None:
     program = emulator.build("selftest.cpp", "selftest_sanitized", *SANITIZERS)
     result = selftest(program, "quick")

@@ -89,28 +89,34 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn_from_it(
     assert first["loss"] == pytest.approx(first["distillation/cross_entropy"], abs=1e-6)
 
 
-@pytest.mark.slow
-def test_validation_and_other_layouts(data: dict[str, str], teacher: Path, tmp_path: Path) -> None:
-    """Validation knows no teacher; with it between the steps, four layouts write the log of one process."""
+@pytest.mark.parametrize(
+    ("parallel", "ranks", "stage"),
+    [
+        pytest.param({"tensor": 2, "sequence": True}, 2, 3, marks=pytest.mark.slow),
+        pytest.param({"pipeline": 3}, 3, 1, marks=pytest.mark.long),
+        pytest.param({}, 2, 3, marks=pytest.mark.long),
+    ],
+    ids=str,
+)
+def test_validation_in_other_layouts(
+    parallel: dict[str, Any], ranks: int, stage: int, data: dict[str, str], teacher: Path, tmp_path: Path
+) -> None:
+    """Validation knows no teacher; with it between the steps, a layout writes the log of one process."""
     sections: dict[str, Any] = {"evaluation": {"interval": 2}, "training": {"micro_batch_size": 2}}
-    logs = []
-    layouts: list[tuple[dict[str, Any], int, int]] = [
-        ({}, 1, 1),
-        ({"pipeline": 3}, 3, 1),
-        ({"tensor": 2, "sequence": True}, 2, 3),
-        ({}, 2, 3),
+    train(student(data, teacher, tmp_path / "one", **sections), tmp_path)
+    train(student(data, teacher, tmp_path / "split", parallel=parallel, **sections), tmp_path, ranks, stage)
+    expected, found = (read_log(tmp_path / name / "run") for name in ("one", "split"))
+    keys = [
+        "loss",
+        "grad_norm",
+        "validation_loss",
+        *(k for k in expected[1] if k.startswith("distillation/")),
     ]
-    for n, (parallel, ranks, stage) in enumerate(layouts):
-        config = student(data, teacher, tmp_path / str(n), parallel=parallel, **sections)
-        train(config, tmp_path, ranks, stage)
-        logs.append(read_log(tmp_path / str(n) / "run"))
-    keys = ["loss", "grad_norm", "validation_loss", *(k for k in logs[0][1] if k.startswith("distillation/"))]
     assert len(keys) == 6
-    for log in logs[1:]:
-        for step, wanted in logs[0].items():
-            for key in keys:
-                if key in wanted:
-                    assert log[step][key] == pytest.approx(wanted[key], rel=1e-4, abs=1e-7), (step, key)
+    for step, wanted in expected.items():
+        for key in keys:
+            if key in wanted:
+                assert found[step][key] == pytest.approx(wanted[key], rel=1e-4, abs=1e-7), (step, key)
 
 
 def test_teachers_that_are_refused(data: dict[str, str], teacher: Path, tmp_path: Path) -> None:
