@@ -60,6 +60,7 @@ def diagnose(capsys: pytest.CaptureFixture[str]) -> tuple[int, dict[str, dict[st
     return code, {check["subject"]: check for check in lines}, report["verdict"]
 
 
+@pytest.mark.slow
 def test_here_as_text_and_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     command = [sys.executable, "-X", "importtime", "-m", "megatron_iiet.doctor"]
     here = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)

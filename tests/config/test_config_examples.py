@@ -171,6 +171,7 @@ def test_layouts_of_a_preset(preset: Path) -> None:
         assert terms == [f"{term / 1e9:.1f}" for term in memory(*parts(preset), found[8][0], 8)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("system", SYSTEMS.values(), ids=list(SYSTEMS))
 def test_the_estimate_of_activations_is_what_autograd_keeps(
     system: System, monkeypatch: pytest.MonkeyPatch

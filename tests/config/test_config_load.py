@@ -402,6 +402,7 @@ def configs(draw: st.DrawFn) -> RunConfig:
     )
 
 
+@pytest.mark.slow
 @settings(max_examples=40)
 @given(config=configs())
 def test_round_trip_through_yaml(config: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> None:

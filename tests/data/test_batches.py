@@ -122,6 +122,7 @@ def global_batch(readers: list[TrainBatches]) -> list[list[list[int]]]:
     return rows
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("documents", KINDS)
 def test_a_blend_is_the_same_in_every_layout(documents: str, corpora: list[Path]) -> None:
     """Ranks, micro-batches, threads and the step where a run is resumed decide nothing but who reads what."""

@@ -202,6 +202,7 @@ class TestFallback:
         with pytest.raises(NotSupportedError, match="its ids differ for"):
             fast_encoder(_Redefined(llama_model, json.dumps(definition).encode()), [])
 
+    @pytest.mark.slow
     def test_other_ids_on_the_sample(self, llama_model: Path) -> None:
         """A piece that no hard text has, taken away: only the corpus itself can show it."""
         exact = SentencePieceTokenizer(llama_model)
@@ -220,6 +221,7 @@ class TestFallback:
         with pytest.raises(NotSupportedError, match="its ids differ for 'some"):
             fast_encoder(redefined, ["nothing of it", "some " + exact.decode([unseen])])
 
+    @pytest.mark.slow
     def test_sample_is_read_no_further_than_needed(self, llama_model: Path) -> None:
         def documents() -> Iterator[str]:
             yield "broken \ud83d"
@@ -318,6 +320,7 @@ class TestMemory:
         growth, loads = map(int, output.stdout.split())
         return growth, loads
 
+    @pytest.mark.slow
     def test_bounded(self, llama_model: Path, tmp_path: Path) -> None:
         definition = tmp_path / "definition"
         definition.write_bytes(SentencePieceTokenizer(llama_model).gigatoken_definition()[0])

@@ -104,6 +104,7 @@ JSON = st.recursive(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=300)
 @given(value=JSON, ascii_only=st.booleans(), min_bytes=st.integers(1, 20))
 def test_lines_are_read_as_json_reads_them(value: object, ascii_only: bool, min_bytes: int) -> None:
@@ -198,6 +199,7 @@ def test_giant_lines_give_rows() -> None:
     assert (short, row.source, row.line, rejects) == ("s", "C4", 3, [])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("unit", ["word\n", "é世 ", "😀", "\\", '"', "\0"])
 @pytest.mark.parametrize("ascii_only", [False, True])
 def test_a_giant_text_is_never_decoded_whole(unit: str, ascii_only: bool) -> None:

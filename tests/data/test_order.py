@@ -12,6 +12,7 @@ from megatron_iiet.data.loader.order import SampleOrder
 from megatron_iiet.data.loader.permutation import Permutation
 
 
+@pytest.mark.slow
 @settings(max_examples=15)
 @given(n=st.integers(1, 90), seed=st.integers(0, 2**40), start=st.integers(0, 300))
 def test_one_source_is_epoch_after_epoch_of_its_permutation(n: int, seed: int, start: int) -> None:

@@ -57,6 +57,7 @@ def test_bijection_of_every_size(bits: int, seed: int, epoch: int, data: st.Data
         assert inverse(order, image) == position
 
 
+@pytest.mark.slow
 @settings(max_examples=20)
 @given(
     n=st.integers(1, 200),

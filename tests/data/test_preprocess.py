@@ -98,6 +98,7 @@ def test_list_says_how_it_was_made(options: PreprocessOptions) -> None:
     assert corpus.info["made_by"] == "tools/preprocess_data.py"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [2, 3])
 @pytest.mark.parametrize("chunk_bytes", [100, 5000])
 def test_workers_do_not_change_one_shard(
@@ -143,6 +144,7 @@ def test_jobs_and_workers_do_not_change_many_shards(
         assert published(place) == expected
 
 
+@pytest.mark.slow
 def test_inputs_per_shard(many: PreprocessOptions, tmp_path: Path) -> None:
     run(many)
     every_document = documents(tmp_path / "out" / "text_document")

@@ -54,6 +54,7 @@ def encoded(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
 # Sample
 
 
+@pytest.mark.slow
 def test_sample_is_a_choice_by_text_alone(
     options: PreprocessOptions, tmp_path: Path, tokenizer: Tokenizer
 ) -> None:
@@ -186,6 +187,7 @@ def test_defective_rows_do_not_shift_duplicates(
 LINES = st.lists(st.lists(st.integers(0, 12), max_size=40), min_size=1, max_size=6)
 
 
+@pytest.mark.slow
 @settings(max_examples=60)
 @given(LINES, st.integers(1, 9), st.integers(1, 5))
 def test_find_duplicates(

@@ -51,6 +51,7 @@ def events_of(pool: Pool, count: int) -> list[Done | Failed]:
     return events
 
 
+@pytest.mark.slow
 def test_results_come_in_order() -> None:
     with Pool(3, Act()) as pool:
         tasks = [("sleep", 0.001 * (number * 7 % 11)) for number in range(60)]
@@ -63,6 +64,7 @@ def test_messages_larger_than_a_pipe_block_nobody() -> None:
         assert list(_in_order(pool, lambda _: None, (("echo", content) for content in contents))) == contents
 
 
+@pytest.mark.slow
 def test_reports() -> None:
     numbers: list[int] = []
     with Pool(2, Act()) as pool:
@@ -70,6 +72,7 @@ def test_reports() -> None:
     assert sorted(numbers) == list(range(9))
 
 
+@pytest.mark.slow
 def test_failures_leave_the_pool_usable() -> None:
     tasks = [("echo", 1), ("raise", ValueError("a sentence")), ("raise", ValueError("another")), ("echo", 2)]
     with Pool(2, Act()) as pool:
@@ -83,6 +86,7 @@ def test_failures_leave_the_pool_usable() -> None:
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("error", "message", "number"),
     [
@@ -98,6 +102,7 @@ def test_what_is_told_of_errors(error: Exception, message: str, number: int | No
         assert events_of(pool, 1) == [Failed(ticket, message, number)]
 
 
+@pytest.mark.slow
 def test_a_dead_worker_is_replaced() -> None:
     with Pool(2, Act()) as pool:
         dying = pool.submit(("die", None))
@@ -114,6 +119,7 @@ def test_a_dead_worker_is_replaced() -> None:
         assert len(pool) == 2
 
 
+@pytest.mark.slow
 def test_workers_that_cannot_start() -> None:
     with Pool(2, Act("badly")) as pool:
         pool.submit(("echo", 1))
@@ -146,6 +152,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_idle_workers_die_with_their_parent(tmp_path: Path) -> None:
     (script := tmp_path / "idle.py").write_text(IDLE)
     process = subprocess.Popen(

@@ -46,6 +46,7 @@ def _nobody_stays() -> Iterator[None]:
     assert readers() == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("threads", [1, 2, 5])
 def test_in_order_whoever_is_first(threads: int) -> None:
     results = ReadAhead(calls(lambda n: (time.sleep(0.003 * (n % 3)), n)[1]), threads, 10)
@@ -131,12 +132,14 @@ def start(numbers: str, then: str) -> subprocess.Popen[str]:
     )
 
 
+@pytest.mark.slow
 def test_a_hanging_thread_does_not_keep_the_process() -> None:
     with start("[0] + [10_000] * 99", "next(results); print('end')") as process:
         assert process.communicate(timeout=60) == ("end\n", "")
         assert process.returncode == 0
 
 
+@pytest.mark.slow
 def test_interrupt_while_waiting() -> None:
     """Ctrl-C reaches the training thread although it waits for a reading one."""
     with start("[10_000] * 99", "print('waiting', flush=True); next(results)") as process:

@@ -283,6 +283,7 @@ def ask_hub(address: str, home: Path, *questions: tuple[str, str, bool], **envir
     return [json.loads(line) for line in result.stdout.splitlines()]
 
 
+@pytest.mark.slow
 def test_a_dataset_of_the_hub(dataset: Path, tmp_path: Path) -> None:
     (dataset.parent / "closed").mkdir()
     with serve_hub(tmp_path / "hub", gated="me/closed") as address:

@@ -93,6 +93,7 @@ def count_distillation_rank(data: dict[str, Any], teacher: dict[str, Any]) -> li
         return [*passes, torch_saw.counts]
 
 
+@pytest.mark.slow
 def test_a_teacher_costs_its_forward_pass_only() -> None:
     """Two all-reduces an evaluation of either model and one an embedding; one all-gather for both heads."""
     student, teacher = settings([2, 0, 1], sequence=False), settings(3, sequence=False)
@@ -101,6 +102,7 @@ def test_a_teacher_costs_its_forward_pass_only() -> None:
     assert backward == {"all_reduce": 2 * 6 + 1}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("iterations", [0, 1, 3, [2, 0, 1]])
 def test_two_all_reduces_an_evaluation_each_way(iterations: Any) -> None:
     """Outside the layers: the embedding's sum forward, the head's input backward, three numbers a token."""
@@ -110,6 +112,7 @@ def test_two_all_reduces_an_evaluation_each_way(iterations: Any) -> None:
     assert backward == {"all_reduce": 2 * evaluations + 1}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("iterations", [0, 3])
 def test_sequence_parallelism_gathers_and_scatters_instead(iterations: int) -> None:
     """And once a backward pass sums the gradient of each replicated parameter: norms and coefficients."""
@@ -121,6 +124,7 @@ def test_sequence_parallelism_gathers_and_scatters_instead(iterations: int) -> N
     assert backward == {"all_gather": pairs + 1, "reduce_scatter": pairs + 1, "all_reduce": replicated}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("recompute", "repeated"), [("evaluation", 6), ("layer", 2 * 6)])
 def test_recomputation_repeats_the_forward_collectives(recompute: str, repeated: int) -> None:
     """Of a recomputed F only what the backward pass needs runs again: not its last sum, unless a merge that

@@ -55,6 +55,7 @@ def check(cases: list[Case], paths: dict[str, str], folder: Path) -> None:
     assert not wrong, "\n".join(wrong)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cases", by_grid(FAST), ids=name_of)
 def test_layouts(cases: list[Case], paths: dict[str, str], tmp_path: Path) -> None:
     check(cases, paths, tmp_path)

@@ -169,17 +169,20 @@ def compare(size: int, settings: list[Setting], tolerance: float) -> None:
                     assert not value[VOCABULARY:].any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [2, 4])
 def test_losses_are_those_of_whole_logits(size: int) -> None:
     """On 4 ranks one holds nothing but padding."""
     compare(size, SETTINGS, 1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [2, 4])
 def test_bf16_is_close_to_fp32(size: int) -> None:
     compare(size, BF16, 1e-2)
 
 
+@pytest.mark.slow
 def test_collectives() -> None:
     """An all-gather of seven numbers a token for each chunk, and of states what entering a block costs."""
     chunks = {1: 24, 5: 5, 1000: 1}

@@ -62,6 +62,7 @@ def same_values(one: Path, other: Path) -> bool:
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("source", "target"),
     [*SMOKE, *(pytest.param(*pair, marks=pytest.mark.slow) for pair in PAIRS if pair not in SMOKE)],

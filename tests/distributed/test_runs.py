@@ -58,6 +58,7 @@ def assert_same(
     assert chosen(found) == pytest.approx(chosen(expected), rel=1e-4, abs=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [
@@ -147,6 +148,7 @@ def test_a_run_that_changes_its_layout_at_every_stop(
     )
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_another_precision_is_continued(data: dict[str, str], tmp_path: Path) -> None:
     for stop, precision in ((4, "fp32"), (None, "bf16")):
         training = {"stop_after": stop, "precision": precision}

@@ -71,6 +71,7 @@ BAD = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", BAD)
 def test_one_sentence_and_nothing_written(case: str, folder: Path) -> None:
     flags, named = BAD[case]

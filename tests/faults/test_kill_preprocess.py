@@ -153,6 +153,7 @@ class KilledRuns:
                 assert found[pair] == self._expected[pair]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["one", "many"])
 @pytest.mark.parametrize("kills", [3, pytest.param(25, marks=pytest.mark.kills)])
 def test_killed_at_random_times(

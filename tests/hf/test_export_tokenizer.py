@@ -80,6 +80,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, TextTokenizer]
 
 
 class TestSentencePiece:
+    @pytest.mark.slow
     def test_llama_s(self, llama: tuple[Any, TextTokenizer]) -> None:
         loaded, exact = llama
         assert (len(loaded), exact.vocab_size) == (32000, 32000)

@@ -167,6 +167,7 @@ def test_cache_memory_is_exactly_what_is_promised(name: str, kv_cache: str) -> N
     assert stored == {3 * 10 * kv_width * 4}  # no larger storage hides behind a view
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
 @pytest.mark.parametrize("name", ["iiet", "iiet-plan", "released", "pcformer-2", "rk4-learned"])
 def test_first_pass_keys_and_values_are_exact_in_themselves(name: str, kind: str) -> None:
@@ -189,6 +190,7 @@ def test_model_trained_with_first_keys_and_values_keeps_no_others(name: str) -> 
         hf_model(ours, kv_cache="last")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
 @pytest.mark.parametrize("name", ["iiet", "released", "pcformer-2", "weight-sharing"])
 def test_last_keys_and_values_have_an_exact_prefill(name: str, kind: str) -> None:

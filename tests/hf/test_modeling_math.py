@@ -238,6 +238,7 @@ def test_folder_loads_without_our_package(tmp_path: Path) -> None:
     assert "AutoModelForCausalLM" in json.loads((again / "config.json").read_text())["auto_map"]
 
 
+@pytest.mark.slow
 def test_importing_the_package_does_not_import_transformers() -> None:
     code = "import sys, megatron_iiet.hf; assert 'transformers' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -119,6 +119,7 @@ def test_view_refuses_what_does_not_fit() -> None:
         hf.with_iterations(0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "draft", "schedule"),
     [
@@ -154,6 +155,7 @@ def test_assisted_greedy_generation_is_plain_greedy_generation(name: str, draft:
     assert sum(read) > 2 * (6 - 1) + new  # and some rejected, their keys and values taken back
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("sampled", "least"), [(False, 0.0), (False, 0.02), (True, 0.0)])
 def test_drafts_are_those_of_transformers_loop(
     sampled: bool, least: float, monkeypatch: pytest.MonkeyPatch

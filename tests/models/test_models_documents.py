@@ -56,6 +56,7 @@ def documents_of(batch: Batch) -> list[tuple[int, int, Tensor]]:
     return documents
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kv_heads", [1, 3], ids=["grouped", "ungrouped"])
 @pytest.mark.parametrize("solver", SOLVERS.values(), ids=SOLVERS.keys())
 def test_documents_are_as_if_alone(build: Build, solver: dict[str, Any], kv_heads: int) -> None:
@@ -252,6 +253,7 @@ def test_flex_attention_is_sdpa(kv_heads: int, monkeypatch: pytest.MonkeyPatch) 
         torch.testing.assert_close(flexible, sdpa, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 @given(st.data())
 def test_blocks_are_those_of_the_mask(data: st.DataObject) -> None:
     """Torch's own search of the whole mask finds the same blocks, to be looked into and whole ones."""

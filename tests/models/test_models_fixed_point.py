@@ -182,6 +182,7 @@ def looks_ahead(build: Build, tokens: Tensor, method: fp.Method, solver: dict[st
         return not torch.allclose(model(tokens)[:, :9], model(changed)[:, :9], rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("solver", [VARIANTS["paper"], VARIANTS["released"]], ids=["paper", "released"])
 def test_what_a_model_could_use_is_causal(build: Build, tokens: Tensor, solver: dict[str, Any]) -> None:
     for name, method in fp.METHODS.items():

@@ -33,6 +33,7 @@ def through_stages(
     return x[..., : whole.config.model.vocab_size]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("documents", [False, True], ids=["windows", "documents"])
 @pytest.mark.parametrize("cut", CUTS, ids=len)
 @pytest.mark.parametrize("tied", [True, False])

@@ -60,6 +60,7 @@ def operands(
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("h", WIDTHS)
 def test_forward_is_the_reference(dtype: torch.dtype, h: int) -> None:
@@ -96,6 +97,7 @@ def _rows_of_weight(weight: Tensor, rows: int | None) -> list[Tensor]:
     return list(weight.expand(rows, -1)) if rows else [weight]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("h", WIDTHS)
 def test_backward_is_the_derivative(dtype: torch.dtype, h: int) -> None:
@@ -271,6 +273,7 @@ def selftest(program: Path, mode: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([program, mode], capture_output=True, text=True, timeout=300, env=environment)
 
 
+@pytest.mark.slow
 def test_selftest_notices_injected_bugs() -> None:
     result = selftest(emulator.build("selftest.cpp", "selftest", "-O1"), "bugs")
     assert result.returncode == 0, result.stdout

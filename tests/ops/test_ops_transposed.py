@@ -691,6 +691,7 @@ def no_gc() -> Iterator[None]:
     gc.enable()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_gc")
 @pytest.mark.parametrize("recompute", ["none", "body", "layer"])
 @pytest.mark.parametrize("frozen", [False, True])
@@ -886,6 +887,7 @@ def test_whole_models_in_stages(solver: dict[str, Any]) -> None:
     expect(found, wanted)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_gc")
 @pytest.mark.parametrize("recompute", ["off", "layer", "evaluation"])
 @some_solvers

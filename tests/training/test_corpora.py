@@ -210,6 +210,7 @@ def curve(folder: Path) -> dict[int, tuple[str, ...]]:
     return {step: tuple(v[k].hex() for k in keys if k in v) for step, v in read_log(folder).items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "documents", ["pack", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("ignore", "reset"))]
 )
@@ -230,6 +231,7 @@ def test_a_blended_run_resumes_to_the_bit(
     assert log[6]["epoch/more"] == 14 / lengths[1]
 
 
+@pytest.mark.slow
 def test_resuming_on_other_data(configured: Callable[..., RunConfig], tmp_path: Path) -> None:
     first = configured({"shard": 2, "more": 1}, training={"stop_after": 1})
     run_ranks(pretrain_rank, 1, as_data(first), ds_json(tmp_path, 1))
@@ -259,6 +261,7 @@ def pretrain_and_tear(config: dict[str, Any], ds_path: Path, file: Path) -> None
         train(run, [*callbacks, Tear(file)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("threads", [0, 2])
 def test_an_error_while_reading_ends_the_run(
     threads: int, data: dict[str, str], configured: Callable[..., RunConfig], tmp_path: Path

@@ -45,6 +45,7 @@ def student(data: dict[str, str], teacher: Path, folder: Path, **sections: dict[
     return tiny_config(data, folder / "run", **{"solver": REDUCED, "distillation": distillation, **sections})
 
 
+@pytest.mark.slow
 def test_a_run_and_its_resumption(data: dict[str, str], teacher: Path, tmp_path: Path) -> None:
     """The parts make the loss; what was interrupted ends where the uninterrupted run does, and holds nothing
     of the teacher."""
@@ -119,6 +120,7 @@ def test_validation_in_other_layouts(
                 assert found[step][key] == pytest.approx(wanted[key], rel=1e-4, abs=1e-7), (step, key)
 
 
+@pytest.mark.slow
 def test_teachers_that_are_refused(data: dict[str, str], teacher: Path, tmp_path: Path) -> None:
     def message(**sections: Any) -> str:
         with pytest.raises(ConfigError) as caught:

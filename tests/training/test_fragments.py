@@ -78,6 +78,7 @@ def parameters(draw: st.DrawFn) -> tuple[tuple[int, ...], Shard | None]:
     )
 
 
+@pytest.mark.slow
 @settings(max_examples=60)
 @given(data=st.data(), size=st.sampled_from(SIZES), pieces=st.integers(1, 5))
 def test_any_layout_reads_what_any_other_wrote(data: st.DataObject, size: int, pieces: int) -> None:
@@ -366,11 +367,13 @@ def run(script: str, path: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", script, path], capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow
 def test_a_killed_writer_leaves_no_file(tmp_path: Path) -> None:
     assert run(KILLED, tmp_path / "file").returncode == 9
     assert not (tmp_path / "file").exists()
 
 
+@pytest.mark.slow
 def test_peak_memory_of_a_resharding_read(tmp_path: Path) -> None:
     full, small = torch.arange(16 << 20, dtype=torch.float32).view(4096, 4096), torch.ones(512, 512)
     weights = {"w": (Shard(1, (4096,)), full), "small": (Shard(1, (512,)), small)}

@@ -326,6 +326,7 @@ def exported(run: Path, step: int, to: Path) -> models.Transformer:
     return models.load(to)
 
 
+@pytest.mark.slow
 def test_a_run_plans_as_it_trains(whole: Path, data: dict[str, str], tmp_path: Path) -> None:
     """Plans after steps 4 and 8 (not after the last one) of what the weights of the checkpoints say."""
     log = read_log(whole)
@@ -370,6 +371,7 @@ def bits(log: dict[int, dict[str, float]]) -> dict[int, dict[str, str]]:
     }
 
 
+@pytest.mark.slow
 def test_resumed_equals_uninterrupted(whole: Path, data: dict[str, str], tmp_path: Path) -> None:
     """Stopped before the first plan, right after one and between two."""
     for stop in (3, 8, 10, None):
@@ -384,6 +386,7 @@ def test_flops_are_those_of_the_plan(whole: Path) -> None:
     assert len({log[step]["flops"] for step in range(1, 13)}) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "source"),
     [

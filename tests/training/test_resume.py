@@ -65,6 +65,7 @@ def test_resumed_twice_equals_uninterrupted(case: str, data: dict[str, str], tmp
         assert torch.equal(weights[name], value), name
 
 
+@pytest.mark.slow
 def test_two_stage_switches_and_leaves_coefficients_alone(data: dict[str, str], tmp_path: Path) -> None:
     """The first stage is plain Transformer++, bit for bit; the coefficients start moving after it."""
     schedule = {"kind": "iiet", "iterations": 1, "schedule": [[0.5, 0], [0.5, 1]]}
@@ -80,6 +81,7 @@ def test_two_stage_switches_and_leaves_coefficients_alone(data: dict[str, str], 
     assert weights["layers.2.solver.coefficients"].tolist() != [0.0, 0.0, 1.0]
 
 
+@pytest.mark.slow
 def test_keeps_the_newest_checkpoints_and_their_configuration(data: dict[str, str], tmp_path: Path) -> None:
     config = tiny_config(data, tmp_path / "run", checkpoint={"interval": 2, "keep": 2})
     run_ranks(pretrain_rank, 1, as_data(config), ds_json(tmp_path, 1))
@@ -92,6 +94,7 @@ def test_keeps_the_newest_checkpoints_and_their_configuration(data: dict[str, st
     assert checkpoint.read_state(folder / "step_00000008").step == 8
 
 
+@pytest.mark.slow
 def test_a_save_over_an_older_one_is_never_a_mixture(data: dict[str, str], tmp_path: Path) -> None:
     """Set back to step 2 and trained to step 4 again: what is replaced is incomplete until it is whole."""
     config = tiny_config(data, tmp_path / "run", training={"stop_after": 4}, checkpoint={"interval": 2})
@@ -142,6 +145,7 @@ def test_a_rank_killed_while_saving_costs_one_interval(
     assert bits(tmp_path / "run") == bits(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_refuses_a_checkpoint_of_another_format(data: dict[str, str], tmp_path: Path) -> None:
     config = tiny_config(data, tmp_path / "run", training={"stop_after": 1})
     run_ranks(pretrain_rank, 1, as_data(config), ds_json(tmp_path, 1))
@@ -161,6 +165,7 @@ def test_stops_at_a_step_that_is_not_finite(data: dict[str, str], tmp_path: Path
     assert checkpoint.latest_tag(tmp_path / "run") is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("sections", "message"),
     [

@@ -113,6 +113,7 @@ LAYOUTS: dict[str, tuple[int, int, dict[str, Any]]] = {
 SMOKE = ("tensor, bf16", "zero 3, bf16")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", [*SMOKE, *(pytest.param(n, marks=pytest.mark.slow) for n in LAYOUTS if n not in SMOKE)]
 )
@@ -165,6 +166,7 @@ def test_from_a_llama(
     assert loss == pytest.approx(validation_loss(Wrapped(config)), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_resume_goes_before_initial_weights(data: dict[str, str], trained: Path, tmp_path: Path) -> None:
     """The same command goes on from its checkpoint, even when what it started from is gone."""
     source = tmp_path / "source"
@@ -206,6 +208,7 @@ RELEASED = {"kind": "iiet", "variant": "released", "iterations": 1}
 DECODER = 384 * 32 + 3 * (4 * 32 * 32 + 3 * 32 * 48 + 2 * 32) + 32
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("there", "here", "taken", "fresh", "left_out"),
     [
