@@ -123,7 +123,7 @@ check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not long and not layouts and not kills"
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not long and not layouts and not kills"
 
 # Everything that can be known of the CUDA kernels without a GPU; says what it skips where nvcc is missing.
 cuda-check: setup

@@ -76,6 +76,7 @@ def take(iterator: Iterator[Batch], count: int) -> list[list[int]]:
     return [windows(batch) for batch in islice(iterator, count)]
 
 
+@pytest.mark.slow
 @settings(max_examples=25)
 @given(
     n=st.integers(1, 70),

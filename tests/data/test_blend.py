@@ -50,6 +50,7 @@ def test_every_small_proportion() -> None:
             assert worst < one, weights
 
 
+@pytest.mark.slow
 @settings(max_examples=60)
 @given(weights=st.lists(st.integers(10**7, 10**8), min_size=2, max_size=8), length=st.integers(80, 200))
 def test_weights_without_a_small_common_denominator(weights: list[int], length: int) -> None:

@@ -92,6 +92,7 @@ class TestEquality:
         assert not {0, 1, 2} & set(fast.encode(text).tolist())
         assert fast.decode(fast.encode(text)) == text
 
+    @pytest.mark.slow
     def test_giant_text(self, llama: tuple[TextTokenizer, Tokenizer]) -> None:
         exact, fast = llama
         text = "many words\n and  more</s>\n" * 100_000

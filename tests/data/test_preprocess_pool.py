@@ -58,6 +58,7 @@ def test_results_come_in_order() -> None:
         assert list(_in_order(pool, lambda _: None, tasks)) == [seconds for _, seconds in tasks]
 
 
+@pytest.mark.slow
 def test_messages_larger_than_a_pipe_block_nobody() -> None:
     with Pool(1, Act()) as pool:
         contents = [bytes([number]) * 5_000_000 for number in range(6)]

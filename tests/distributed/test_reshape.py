@@ -83,6 +83,7 @@ def test_continues_in_another_layout(
     assert found[1] == pytest.approx(norm, rel=for_norms)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [

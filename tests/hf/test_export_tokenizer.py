@@ -89,6 +89,7 @@ class TestSentencePiece:
         assert loaded("the end</s>")["input_ids"][-1] != 2
         assert loaded.decode([2, *exact.encode("a b").tolist(), 2], skip_special_tokens=True) == "a b"
 
+    @pytest.mark.slow
     @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=200, deadline=None)
     @given(
         text=st.text(max_size=100)

@@ -209,6 +209,7 @@ def test_drafts_are_those_of_transformers_loop(
     assert ended or not sampled
 
 
+@pytest.mark.slow
 def test_a_draft_for_a_padded_sequence_is_left_to_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
     hf = hf_model(our_model("iiet", tie_embeddings=False, init_std=0.15))
     draft = hf.with_iterations(0)

@@ -66,6 +66,7 @@ def test_stages_behind_what_nobody_reads_any_more(build: Build, tokens: torch.Te
         assert torch.equal(through_stages(whole, cut, tokens), whole(tokens))
 
 
+@pytest.mark.slow
 def test_what_crosses(build: Build) -> None:
     def crossing(**solver: Any) -> list[int]:
         return [len(entries_crossing(build(**solver), n)) for n in (1, 2, 3)]

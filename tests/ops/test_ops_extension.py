@@ -163,6 +163,7 @@ def leaves(rows: int) -> list[Tensor]:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compiled_operator_equals_eager(ops: Any, compiler: str) -> None:
     """One graph for changing numbers of rows."""

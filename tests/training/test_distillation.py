@@ -80,6 +80,7 @@ def forward_flops(solver: dict[str, Any], data: dict[str, str]) -> int:
     return Transformer.on_meta(tiny_config(data, Path("x"), solver=solver)).forward_flops(16)
 
 
+@pytest.mark.slow
 def test_a_student_that_is_its_teacher_has_nothing_to_learn_from_it(
     data: dict[str, str], teacher: Path, tmp_path: Path
 ) -> None:
@@ -165,6 +166,7 @@ def test_weights_that_are_refused(key: str, value: float, words: str) -> None:
         config_from_dict({"distillation": {key: value}})
 
 
+@pytest.mark.slow
 def test_script() -> None:
     """Without a teacher it says so; its short flags stand for the keys they name."""
     script = Path(__file__).resolve().parents[2] / "distill_iiet.py"

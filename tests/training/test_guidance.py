@@ -355,6 +355,7 @@ def test_a_run_plans_as_it_trains(whole: Path, data: dict[str, str], tmp_path: P
     assert exported(whole, 12, tmp_path / "end").config.solver.iterations == list(plan.iterations)
 
 
+@pytest.mark.slow
 def test_export_before_the_first_plan(data: dict[str, str], tmp_path: Path) -> None:
     log = train(data, tmp_path / "run", training={"stop_after": 2})
     model = exported(tmp_path / "run", 2, tmp_path / "model")
@@ -380,6 +381,7 @@ def test_resumed_equals_uninterrupted(whole: Path, data: dict[str, str], tmp_pat
     assert plan_at(tmp_path / "run", 12) == plan_at(whole, 12)
 
 
+@pytest.mark.slow
 def test_flops_are_those_of_the_plan(whole: Path) -> None:
     """5 of 9 evaluations in every step, however they are spread."""
     log = read_log(whole)

@@ -157,6 +157,7 @@ def test_refuses_a_checkpoint_of_another_format(data: dict[str, str], tmp_path: 
         run_ranks(pretrain_rank, 1, as_data(config), ds_json(tmp_path, 1))
 
 
+@pytest.mark.slow
 def test_stops_at_a_step_that_is_not_finite(data: dict[str, str], tmp_path: Path) -> None:
     """DeepSpeed would leave the step out in silence, and the run would log a loss that stands still."""
     config = tiny_config(data, tmp_path / "run", optimizer={"lr": 1e18, "warmup_fraction": 0.0})

@@ -80,6 +80,7 @@ def started(
     return read_log(folder)[0]["validation_loss"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "solver",
     [IIET, pytest.param({"kind": "dlcl"}, marks=pytest.mark.slow), {"kind": "iiet", "iterations": 3}],
@@ -240,6 +241,7 @@ def test_what_is_taken_over(
     )
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_the_first_stage_has_no_coefficients_to_give(
     data: dict[str, str], tmp_path: Path
 ) -> None:
