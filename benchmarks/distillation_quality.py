@@ -155,7 +155,7 @@ def table(found: dict[str, dict[str, Any]], speeds: dict[str, dict[str, float]])
         "− full IIET",
         "gain kept",
     )
-    names = (*names, "FLOPs a token", "tokens/s", "cache, bytes a token")
+    names = (*names, "training, TFLOP (its teacher)", "FLOPs a token", "tokens/s", "cache, bytes a token")
     lines = [_row(names), _row(["---"] * len(names))]
     full = {seed: one["loss"] for seed, one in found.get("iiet", {"seeds": {}})["seeds"].items()}
     plain = {seed: one["loss"] for seed, one in found.get("euler", {"seeds": {}})["seeds"].items()}
@@ -180,6 +180,7 @@ def table(found: dict[str, dict[str, Any]], speeds: dict[str, dict[str, float]])
                     f"{math.exp(statistics.mean(losses)):.2f}",
                     _spread(relative, "{:+.2%}"),
                     _spread(kept, "{:.0%}"),
+                    _training_cost(next(iter(seeds.values()))),
                     f"{next(iter(seeds.values()))['flops_per_token'] / 1e6:.2f} M",
                     f"{speeds[name]['tokens_per_second']:.1f}" if name in speeds else "",
                     f"{speeds[name]['cache']:,}" if name in speeds else "",
@@ -187,6 +188,11 @@ def table(found: dict[str, dict[str, Any]], speeds: dict[str, dict[str, float]])
             )
         )
     return "\n".join(lines)
+
+
+def _training_cost(one: dict[str, Any]) -> str:
+    teacher = f" ({one['teacher_flops'] / 1e12:.0f})" if one["teacher_flops"] else ""
+    return f"{one['training_flops'] / 1e12:.0f}{teacher}"
 
 
 def _spread(values: list[float], form: str) -> str:
