@@ -41,7 +41,6 @@ PAIRS = [
     ("p2", "p2z0"),
     ("d2z2", "d2z3"),
 ]
-SMOKE = [("d2z3", "t2"), ("t2", "p2")]
 SOLVER = {"solver": "released", "tied": True}
 
 
@@ -63,10 +62,7 @@ def same_values(one: Path, other: Path) -> bool:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("source", "target"),
-    [*SMOKE, *(pytest.param(*pair, marks=pytest.mark.slow) for pair in PAIRS if pair not in SMOKE)],
-)
+@pytest.mark.parametrize(("source", "target"), [*PAIRS, ("t2", "p2")])
 @pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.long)])
 def test_continues_in_another_layout(
     source: str, target: str, precision: str, paths: dict[str, str], tmp_path: Path
@@ -84,17 +80,8 @@ def test_continues_in_another_layout(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name",
-    [
-        "t2",
-        *(
-            pytest.param(name, marks=pytest.mark.slow)
-            for name in ("t2p2", "t2sd2z3", "p2", "d2z2", "one process")
-        ),
-    ],
-)
-@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["t2", "t2p2", "t2sd2z3", "p2", "d2z2", "one process"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_continues_to_the_bit_in_its_own_layout(
     name: str, precision: str, paths: dict[str, str], tmp_path: Path
 ) -> None:

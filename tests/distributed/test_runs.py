@@ -62,8 +62,7 @@ def assert_same(
 @pytest.mark.parametrize(
     "name",
     [
-        "pipeline",
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("pipeline x data", "all")),
+        *("pipeline", "pipeline x data", "all"),
         *(pytest.param(name, marks=pytest.mark.long) for name in ("tensor", "sequence", "pipeline 3")),
     ],
 )

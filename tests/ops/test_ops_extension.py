@@ -164,7 +164,7 @@ def leaves(rows: int) -> list[Tensor]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
 def test_compiled_operator_equals_eager(ops: Any, compiler: str) -> None:
     """One graph for changing numbers of rows."""
     from torch._dynamo.testing import CompileCounterWithBackend

@@ -211,9 +211,7 @@ def curve(folder: Path) -> dict[int, tuple[str, ...]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "documents", ["pack", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("ignore", "reset"))]
-)
+@pytest.mark.parametrize("documents", ["pack", "ignore", "reset"])
 def test_a_blended_run_resumes_to_the_bit(
     documents: str, configured: Callable[..., RunConfig], tmp_path: Path
 ) -> None:

@@ -83,7 +83,7 @@ def started(
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "solver",
-    [IIET, pytest.param({"kind": "dlcl"}, marks=pytest.mark.slow), {"kind": "iiet", "iterations": 3}],
+    [IIET, {"kind": "dlcl"}, {"kind": "iiet", "iterations": 3}],
     ids=str,
 )
 def test_starts_with_the_loss_of_transformer_pp(
@@ -111,13 +111,10 @@ LAYOUTS: dict[str, tuple[int, int, dict[str, Any]]] = {
         {"parallel": {"tensor": 2, "pipeline": 2}, "training": {"precision": "bf16"}},
     ),
 }
-SMOKE = ("tensor, bf16", "zero 3, bf16")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name", [*SMOKE, *(pytest.param(n, marks=pytest.mark.slow) for n in LAYOUTS if n not in SMOKE)]
-)
+@pytest.mark.parametrize("name", LAYOUTS)
 def test_masters_are_the_source_s_in_every_layout(
     name: str, data: dict[str, str], trained: Path, tmp_path: Path
 ) -> None:
