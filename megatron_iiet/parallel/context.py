@@ -81,7 +81,15 @@ class ParallelContext:
         else:
             device, backend = torch.device("cpu"), "gloo"
         with environment.published():
-            dist.init_process_group(backend, timeout=timeout)
+            # One process meets nobody: no port, which another could take between finding and using it.
+            store = dist.HashStore() if environment.world_size == 1 else None
+            dist.init_process_group(
+                backend,
+                timeout=timeout,
+                store=store,
+                rank=environment.rank,
+                world_size=environment.world_size,
+            )
             try:
                 yield cls.on_grid(
                     config, environment.rank, environment.world_size, environment.local_rank, device

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import multiprocessing
 import os
+import random
 import socket
 import sys
 import time
@@ -40,11 +41,14 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
     ``function`` must be importable by name; results are returned in the order of ranks. When one rank
     fails, the others are ended at once.
     """
-    port = free_port()
+    # As under torchrun, ranks meet at a store that is there before them: nobody else can take its port.
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     processes, pipes = [], []
     for rank in range(world_size):
         ours, theirs = _context.Pipe(duplex=False)
-        process = _context.Process(target=_rank_main, args=(theirs, rank, world_size, port, function, args))
+        process = _context.Process(
+            target=_rank_main, args=(theirs, rank, world_size, store.port, function, args)
+        )
         process.start()
         theirs.close()
         processes.append(process)
@@ -92,6 +96,7 @@ def _rank_main(
         WORLD_SIZE=str(world_size),
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
+        TORCHELASTIC_USE_AGENT_STORE="True",
     )
     torch.set_num_threads(1)
     try:
@@ -106,7 +111,9 @@ def _rank_main(
 
 
 def free_port() -> int:
-    """A TCP port nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A TCP port nobody listens on, below those that the kernel gives to connections."""
+    while True:
+        port = random.SystemRandom().randrange(10_000, 30_000)
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)):
+                return port

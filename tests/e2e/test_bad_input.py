@@ -91,7 +91,7 @@ def test_two_ranks_speak_once(launcher: str, folder: Path) -> None:
     """Under real launchers, for an error found after the ranks have met."""
     program = {
         "deepspeed": ["deepspeed", "--num_accelerators", "2", "--master_port", str(free_port())],
-        "torchrun": ["torchrun", "--nproc_per_node", "2", "--master_port", str(free_port())],
+        "torchrun": ["torchrun", "--standalone", "--nproc_per_node", "2"],
     }[launcher]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"

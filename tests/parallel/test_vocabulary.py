@@ -16,7 +16,7 @@ from megatron_iiet.parallel.vocabulary import cross_entropy
 def test_loss_and_gradient_are_torchs(
     dtype: torch.dtype, padded: int, vocab: int, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(vocabulary, "CHUNK_ELEMENTS", chunk)
+    monkeypatch.setattr(vocabulary, "_CPU_CHUNK_ELEMENTS", chunk)
     generator = torch.Generator().manual_seed(0)
     logits = (4 * torch.randn(3, 5, padded, generator=generator)).to(dtype)
     kept = logits.clone()
