@@ -107,6 +107,6 @@ class _CrossEntropy(torch.autograd.Function):
 
 def _chunks(logits_nV: Tensor) -> list[slice]:
     n, width = logits_nV.shape
-    elements = CHUNK_ELEMENTS if logits_nV.is_cuda else _CPU_CHUNK_ELEMENTS
+    elements = _CPU_CHUNK_ELEMENTS if logits_nV.device.type == "cpu" else CHUNK_ELEMENTS
     step = max(1, elements // max(1, width))
     return [slice(start, min(start + step, n)) for start in range(0, n, step)]
