@@ -29,7 +29,7 @@ from typing import Any
 
 from distillation_trials import KEPT, MODELS, STUDENT_STEPS, TEACHER_STEPS, Student, plan_file
 from inference import cache_bytes, seconds_of
-from quality_report import best_rates, load_results
+from quality_report import best_rates, cpu_kind, load_results
 from quality_runner import ROOT, Runner, data_keys, validation_at
 from quality_trials import SEEDS, SYSTEMS, TOKENS_A_STEP, Trial, rate_of
 
@@ -107,21 +107,36 @@ def folders_of(output: Path, of: dict[str, Trial]) -> dict[str, Path]:
 
 
 def results(output: Path, teachers: list[dict[str, Trial]]) -> dict[str, dict[str, Any]]:
-    """By model, then by seed, what was measured; models that nothing was trained of are absent."""
+    """By model, then by seed and kind of CPU, what was measured; untrained models are absent."""
+    cpu = cpu_kind()
     found: dict[str, dict[str, Any]] = {}
     for of in teachers:
         for start, trial in of.items():
             one = measured(output / "trials" / trial.name, trial.steps)
             if one is not None:
                 found.setdefault(start, {"label": SYSTEMS[trial.system].label, "seeds": {}})
-                found[start]["seeds"][str(trial.seed)] = one
+                found[start]["seeds"][f"{trial.seed} {cpu}"] = one
         for name, model in MODELS.items():
             student = Student(name, of[model.start], LR, output)
             one = measured(output / "trials" / student.name, student.steps)
             if one is not None:
                 found.setdefault(name, {"label": model.label, "seeds": {}})
-                found[name]["seeds"][str(student.teacher.seed)] = one
+                found[name]["seeds"][f"{student.teacher.seed} {cpu}"] = one
     return found
+
+
+def with_earlier(
+    found: dict[str, dict[str, Any]], earlier: dict[str, dict[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """Both; where they have the same, ``found``'s."""
+    return {
+        name: {
+            "label": (found.get(name) or earlier[name])["label"],
+            "seeds": {**earlier.get(name, {}).get("seeds", {}), **found.get(name, {}).get("seeds", {})},
+        }
+        for name in ("iiet", "euler", "pcformer", *MODELS)
+        if name in found or name in earlier
+    }
 
 
 def measure_speed(output: Path, found: dict[str, dict[str, Any]], folders: dict[str, Path]) -> None:
@@ -148,7 +163,7 @@ def table(found: dict[str, dict[str, Any]], speeds: dict[str, dict[str, float]])
     names = (
         "model",
         "evaluations",
-        "seeds",
+        "runs",
         "before",
         "validation loss",
         "perplexity",
@@ -225,6 +240,12 @@ def main() -> None:
         metavar="JSON",
         help="of benchmarks/quality.py, with the learning rates of the systems",
     )
+    parser.add_argument(
+        "--earlier",
+        type=Path,
+        metavar="JSON",
+        help="distillation_results.json of another machine, whose runs count beside this one's in the report",
+    )
     arguments = parser.parse_args()
     rates = best_rates(load_results(arguments.results)[0])
     teachers = [starts(arguments.teacher, seed, rates) for seed in SEEDS[: arguments.seeds]]
@@ -241,6 +262,8 @@ def main() -> None:
         measure_speed(output, found, folders_of(output, teachers[0]))
         return
     speeds = json.loads((output / SPEEDS).read_text()) if (output / SPEEDS).exists() else {}
+    if arguments.earlier:
+        found = with_earlier(found, json.loads(arguments.earlier.read_text()))
     (output / "distillation_results.json").write_text(json.dumps(found, indent=1) + "\n")
     print(
         f"students: {STUDENT_STEPS * TOKENS_A_STEP / 1e6:.1f} M tokens at lr {LR:g}\n\n{table(found, speeds)}"

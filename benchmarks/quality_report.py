@@ -14,6 +14,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+import torch
 from quality_trials import FULL, MIDDLE, SHORT, SYSTEMS, TOKENS_A_STEP, Trial
 
 from megatron_iiet.training.metrics import read_log
@@ -29,6 +30,9 @@ class Result:
     residuals: list[float]
     """Relative residual of iterations 1..r at the end, mean over layers."""
     given_up: bool = False
+    cpu: str = ""
+    """Instructions of the machine that trained it. Where they round otherwise the same trial ends elsewhere,
+    as far as with another seed: it counts as another run, and is compared with its own machine's."""
 
     @property
     def loss(self) -> float:
@@ -42,14 +46,20 @@ class Result:
 
 
 def read_results(output: Path, earlier: Iterable[Result] = ()) -> list[Result]:
-    """Every trial of a folder that is complete or given up, and those of ``earlier`` it does not have."""
+    """Every trial of a folder that is complete or given up, and those of ``earlier`` it does not have; the
+    same trial from two kinds of CPU counts twice."""
     marks = [*output.glob("trials/*/.trained"), *output.glob("trials/*/.given-up")]
     own = [
         _read_result(mark.parent, mark.name == ".given-up")
         for mark in sorted(marks)
         if mark.parent.name.split(".lr")[0] in SYSTEMS  # and not a student's, which is beside them
     ]
-    return list({result.trial.name: result for result in (*earlier, *own)}.values())
+    return list({(result.trial.name, result.cpu): result for result in (*earlier, *own)}.values())
+
+
+def cpu_kind() -> str:
+    """What this machine's results are kept apart by."""
+    return torch.backends.cpu.get_cpu_capability()
 
 
 def _read_result(folder: Path, given_up: bool) -> Result:
@@ -66,7 +76,8 @@ def _read_result(folder: Path, given_up: bool) -> Result:
         if name.startswith("relative_residual/"):
             residuals[int(name.rsplit("_", 1)[1])].append(value)
     means = [statistics.mean(residuals[i]) for i in sorted(residuals) if i > 0]
-    return Result(Trial(system, float(rate), int(seed), int(steps)), curve, means, given_up)
+    trial = Trial(system, float(rate), int(seed), int(steps))
+    return Result(trial, curve, means, given_up, cpu_kind())
 
 
 def sweep_losses(results: Iterable[Result]) -> dict[tuple[str, float], float]:
@@ -101,7 +112,7 @@ def load_results(path: Path) -> tuple[list[Result], dict[str, float]]:
     """What :func:`save_results` wrote."""
     stored = json.loads(path.read_text())
     results = [
-        Result(Trial(**row["trial"]), [tuple(at) for at in row["curve"]], row["residuals"], row["given_up"])
+        Result(**row | {"trial": Trial(**row["trial"]), "curve": [tuple(at) for at in row["curve"]]})
         for row in stored["trials"]
     ]
     return results, stored["speeds"]
@@ -140,22 +151,22 @@ def sweep_table(results: list[Result]) -> str:
 
 
 def main_table(results: list[Result], speeds: dict[str, float]) -> str:
-    """Loss, difference to Transformer++ seed by seed, FLOPs and time by system."""
+    """Loss, difference to Transformer++ of the same seed and kind of CPU, FLOPs and time by system."""
     if not results:
         return ""
     lines = [
-        _row(["system", "lr", "seeds", "validation loss", "− Transformer++", "FLOPs", "time", "residuals"]),
+        _row(["system", "lr", "runs", "validation loss", "− Transformer++", "FLOPs", "time", "residuals"]),
         _row(["---"] * 8),
     ]
     of_system: dict[str, list[Result]] = defaultdict(list)
     for result in results:
         of_system[result.trial.system].append(result)
-    base = {result.trial.seed: result for result in of_system.get("euler", [])}
+    base = {(result.trial.seed, result.cpu): result for result in of_system.get("euler", [])}
     for system in _in_order(results):
         rows = of_system[system]
-        shared = [r for r in rows if r.trial.seed in base]
-        gaps = [r.loss - base[r.trial.seed].loss for r in shared if not r.given_up]
-        flops = [r.flops / base[r.trial.seed].flops for r in shared if not r.given_up]
+        pairs = [(r, base.get((r.trial.seed, r.cpu))) for r in rows if not r.given_up]
+        gaps = [r.loss - other.loss for r, other in pairs if other]
+        flops = [r.flops / other.flops for r, other in pairs if other]
         slower = speeds["euler"] / speeds[system] if {"euler", system} <= speeds.keys() else None
         lines.append(
             _row(

@@ -97,7 +97,7 @@ def test_distillation(quality: Any, tmp_path: Path) -> None:
     found = benchmark.results(tmp_path, teachers)
     assert list(found) == ["iiet", "euler", *names]
     assert {result.trial.system for result in quality.read_results(tmp_path)} == {"paper-r2", "euler"}
-    rows = {name: entry["seeds"]["1"] for name, entry in found.items()}
+    rows = {name: entry["seeds"][f"1 {benchmark.cpu_kind()}"] for name, entry in found.items()}
     assert rows["iiet"]["evaluations"] == 6
     assert rows["e-iiet"]["evaluations"] == rows["e-iiet-continued"]["evaluations"] == 3
     assert rows["lower-bound"]["evaluations"] == rows["euler"]["evaluations"] == 2
@@ -112,6 +112,39 @@ def test_distillation(quality: Any, tmp_path: Path) -> None:
     (line,) = [row for row in benchmark.table(found, speeds).splitlines() if row.startswith("| E-IIET |")]
     assert f"| {rows['e-iiet']['loss'] / rows['iiet']['loss'] - 1:+.2%} | {gain} |" in line
     assert line.endswith(f"| {speeds['e-iiet']['cache']:,} |")
+
+
+def test_the_same_trial_on_another_machine_is_another_run(quality: Any) -> None:
+    """Compared with its own machine's Transformer++ and teacher."""
+    report = importlib.import_module("quality_report")
+    results = [
+        report.Result(quality.Trial(system, 1e-2, 1, report.FULL), [(report.FULL, 1.0, loss)], [], cpu=cpu)
+        for cpu, losses in {"old": (3.0, 2.9), "new": (4.0, 3.7)}.items()
+        for system, loss in zip(("euler", "rms-r3"), losses, strict=True)
+    ]
+    assert "| 2 | 3.3000 ± 0.5657 | -0.2000 ± 0.1414 |" in report.main_table(results, {})
+
+    benchmark = importlib.import_module("distillation_quality")
+    run = {
+        "start": 5.0,
+        "evaluations": 4,
+        "training_flops": 0.0,
+        "teacher_flops": 0.0,
+        "flops_per_token": 1.0,
+    }
+    old, new = (
+        {
+            name: {"label": name, "seeds": {f"1 {cpu}": {**run, "loss": loss}}}
+            for name, loss in zip(("iiet", "euler", "e-iiet"), losses, strict=True)
+        }
+        for cpu, losses in {"old": (2.0, 4.0, 3.0), "new": (3.0, 4.0, 3.0)}.items()
+    )
+    del new["euler"]
+    both = benchmark.with_earlier(new, old)
+    assert list(both) == ["iiet", "euler", "e-iiet"]
+    (line,) = [row for row in benchmark.table(both, {}).splitlines() if row.startswith("| e-iiet |")]
+    assert "| 4/4 | 2 |" in line
+    assert "| +25.00% ± 35.36% | 50% |" in line  # the new machine has no Transformer++ to gain on
 
 
 def test_plans_are_fair(quality: Any) -> None:
