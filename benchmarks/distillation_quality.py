@@ -131,7 +131,7 @@ def with_earlier(
     """Both; where they have the same, ``found``'s."""
     return {
         name: {
-            "label": (found.get(name) or earlier[name])["label"],
+            "label": MODELS[name].label if name in MODELS else (found.get(name) or earlier[name])["label"],
             "seeds": {**earlier.get(name, {}).get("seeds", {}), **found.get(name, {}).get("seeds", {})},
         }
         for name in ("iiet", "euler", "pcformer", *MODELS)
@@ -140,8 +140,8 @@ def with_earlier(
 
 
 def measure_speed(output: Path, found: dict[str, dict[str, Any]], folders: dict[str, Path]) -> None:
-    """Tokens/s of greedy generation, one sequence, one thread, the best of interleaved rounds; bytes of cache
-    a token. To distillation_speed.json."""
+    """Tokens/s of greedy decoding, one sequence, one thread, median time between tokens in the best of
+    interleaved rounds; bytes of cache a token. To distillation_speed.json."""
     import torch
 
     torch.set_num_threads(1)
@@ -150,9 +150,10 @@ def measure_speed(output: Path, found: dict[str, dict[str, Any]], folders: dict[
     seconds = dict.fromkeys(models, float("inf"))
     for _ in range(4):
         for name, model in models.items():
-            seconds[name] = min(seconds[name], seconds_of(model, prompt, 96))
+            _, between = seconds_of(model, prompt, 96)
+            seconds[name] = min(seconds[name], statistics.median(between))
     speeds = {
-        name: {"tokens_per_second": 96 / seconds[name], "cache": cache_bytes(models[name])} for name in models
+        name: {"tokens_per_second": 1 / seconds[name], "cache": cache_bytes(models[name])} for name in models
     }
     (output / SPEEDS).write_text(json.dumps(speeds, indent=1) + "\n")
 
@@ -178,11 +179,10 @@ def table(found: dict[str, dict[str, Any]], speeds: dict[str, dict[str, float]])
         seeds = entry["seeds"]
         losses = [one["loss"] for one in seeds.values()]
         relative = [one["loss"] / full[seed] - 1 for seed, one in seeds.items() if seed in full]
-        kept = [
-            (plain[seed] - one["loss"]) / (plain[seed] - full[seed])
-            for seed, one in seeds.items()
-            if full.get(seed, math.inf) < plain.get(seed, -math.inf)  # else there is no gain to keep
-        ]
+        # Of all runs together: a single run's gain may be near nothing.
+        both = [seed for seed in seeds if seed in full and seed in plain]
+        gain = sum(plain[seed] - full[seed] for seed in both)
+        kept = [sum(plain[seed] - seeds[seed]["loss"] for seed in both) / gain] if gain > 0 else []
         starts_at = [one["start"] for one in seeds.values()]
         lines.append(
             _row(

@@ -307,8 +307,9 @@ class DistillationConfig:
     """Folder of the teacher: a run's output_dir, one of its checkpoints, or a model folder of
     tools/convert_checkpoint.py; of this run's shape, with a solver and iterations of its own. Empty: no
     distillation."""
-    alpha: float = 1.0
-    """Weight of the mean squared difference between the outputs of each teacher's and student's layer."""
+    alpha: float = 0.01
+    """Weight of the mean squared difference between the outputs of each teacher's and student's layer. It is
+    not relative to the stream's size: choose it so that the term is a small part of the loss."""
     beta: float = 1.0
     """Weight of the Kullback-Leibler divergence of the student's prediction from the teacher's."""
     temperature: float = 1.0
