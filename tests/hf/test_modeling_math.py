@@ -37,7 +37,8 @@ def test_logits_equal_those_of_our_transformer(name: str) -> None:
         without_autograd = hf(ids, use_cache=False).logits
     assert expected.abs().max() > 1
     assert (without_autograd - expected).abs().max() < 1e-5
-    assert torch.equal(hf(ids, use_cache=False).logits, ours(ids))  # with autograd: the same order of sums
+    # With autograd the sums have the same order; some CPUs' products round by the layout of their operands.
+    assert (hf(ids, use_cache=False).logits - ours(ids)).abs().max() < 2e-6
 
 
 @pytest.mark.parametrize("name", EVERY_SOLVER)
