@@ -32,24 +32,24 @@ class Model:
     """Whether the model it starts from is its teacher too."""
     kind: str | None = None
     """Its solver, where it is not the one it starts from."""
-    alpha: float = 1.0
+    alpha: float = 0.01
     """Weight of the hidden-state loss, where there is a teacher."""
 
 
 MODELS = {
-    "e-iiet": Model("E-IIET, alpha 1", "iiet", PLAN, taught=True),
+    "e-iiet": Model("E-IIET", "iiet", PLAN, taught=True),
+    "e-iiet-alpha1": Model("E-IIET, alpha 1", "iiet", PLAN, taught=True, alpha=1.0),
     "e-iiet-alpha0.1": Model("E-IIET, alpha 0.1", "iiet", PLAN, taught=True, alpha=0.1),
-    "e-iiet-alpha0.01": Model("E-IIET", "iiet", PLAN, taught=True, alpha=0.01),
     "e-iiet-alpha0": Model("E-IIET, alpha 0", "iiet", PLAN, taught=True, alpha=0.0),
     "e-iiet-continued": Model("E-IIET's iterations, no teacher", "iiet", PLAN, taught=False),
-    "lower-bound": Model("Lower Bound (r = 0), alpha 1", "iiet", 0, taught=True),
-    "lower-bound-alpha0.01": Model("Lower Bound (r = 0)", "iiet", 0, taught=True, alpha=0.01),
+    "lower-bound": Model("Lower Bound (r = 0)", "iiet", 0, taught=True),
+    "lower-bound-alpha1": Model("Lower Bound (r = 0), alpha 1", "iiet", 0, taught=True, alpha=1.0),
     "lower-bound-continued": Model("r = 0, no teacher", "iiet", 0, taught=False),
     "euler-continued": Model("Transformer++, went on", "euler", 0, taught=False),
     "iiet-continued": Model("full IIET, went on", "iiet", 3, taught=False),
-    "distil-pcformer": Model("Distil PCformer, alpha 1", "pcformer", 0, taught=True, kind="euler"),
-    "distil-pcformer-alpha0.01": Model(
-        "Distil PCformer", "pcformer", 0, taught=True, kind="euler", alpha=0.01
+    "distil-pcformer": Model("Distil PCformer", "pcformer", 0, taught=True, kind="euler"),
+    "distil-pcformer-alpha1": Model(
+        "Distil PCformer, alpha 1", "pcformer", 0, taught=True, kind="euler", alpha=1.0
     ),
 }
 

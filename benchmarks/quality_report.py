@@ -58,7 +58,7 @@ def read_results(output: Path, earlier: Iterable[Result] = ()) -> list[Result]:
 
 
 def cpu_kind() -> str:
-    """What this machine's results are kept apart by."""
+    """What this machine's results are kept apart by; a folder's runs count as trained where it is read."""
     return torch.backends.cpu.get_cpu_capability()
 
 

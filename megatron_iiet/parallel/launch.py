@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import socket
 from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,7 +28,7 @@ class LaunchEnvironment:
     master_address: str
     """Host of rank 0."""
     master_port: int
-    """Where rank 0 listens."""
+    """Where rank 0 listens; a world of one does not."""
 
     @contextmanager
     def published(self, environ: MutableMapping[str, str] = os.environ) -> Iterator[None]:
@@ -149,7 +148,7 @@ def _master(environ: Mapping[str, str], world_size: int) -> tuple[str, int]:
     if environ.get("MASTER_PORT"):
         port = _integer(environ, "MASTER_PORT", remedy)
     else:
-        port = _free_port() if world_size == 1 else _srun_port(environ)
+        port = _FIRST_PORT if world_size == 1 else _srun_port(environ)  # nobody listens for one
     if not 0 < port < 1 << 16:
         raise ValueError(f"MASTER_PORT is {port}, not in 1 to 65535: {remedy}")
     return address, port
@@ -166,12 +165,6 @@ def _srun_port(environ: Mapping[str, str]) -> int:
     remedy = "set MASTER_PORT to a free port of the host of rank 0"
     job, step = _integer(environ, "SLURM_JOB_ID", remedy), _integer(environ, "SLURM_STEP_ID", remedy)
     return _FIRST_PORT + (job * _STEPS_PER_JOB + step) % _PORTS
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _integer(environ: Mapping[str, str], name: str, remedy: str) -> int:

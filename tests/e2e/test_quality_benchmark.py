@@ -91,7 +91,7 @@ def test_distillation(quality: Any, tmp_path: Path) -> None:
     quality.prepare(tmp_path / "data", str(tmp_path / "train.jsonl"), str(tmp_path / "valid.jsonl"))
     runner = quality.Runner(tmp_path, quality.data_keys(tmp_path / "data"), float("inf"))
     teachers = [benchmark.starts("paper-r2", 1, {"euler": 1e-2})]
-    names = ["e-iiet-alpha0.01", "e-iiet-continued", "lower-bound", "euler-continued"]
+    names = ["e-iiet", "e-iiet-continued", "lower-bound", "euler-continued"]
     benchmark.train(runner, tmp_path, teachers, names, 2)
 
     found = benchmark.results(tmp_path, teachers)
@@ -99,19 +99,19 @@ def test_distillation(quality: Any, tmp_path: Path) -> None:
     assert {result.trial.system for result in quality.read_results(tmp_path)} == {"paper-r2", "euler"}
     rows = {name: entry["seeds"][f"1 {benchmark.cpu_kind()}"] for name, entry in found.items()}
     assert rows["iiet"]["evaluations"] == 6
-    assert rows["e-iiet-alpha0.01"]["evaluations"] == rows["e-iiet-continued"]["evaluations"] == 3
+    assert rows["e-iiet"]["evaluations"] == rows["e-iiet-continued"]["evaluations"] == 3
     assert rows["lower-bound"]["evaluations"] == rows["euler"]["evaluations"] == 2
-    assert rows["e-iiet-alpha0.01"]["start"] == rows["e-iiet-continued"]["start"]
+    assert rows["e-iiet"]["start"] == rows["e-iiet-continued"]["start"]
     assert rows["euler-continued"]["start"] == pytest.approx(rows["euler"]["loss"], abs=1e-6)
-    assert rows["e-iiet-alpha0.01"]["teacher_flops"] > 0 == rows["e-iiet-continued"]["teacher_flops"]
+    assert rows["e-iiet"]["teacher_flops"] > 0 == rows["e-iiet-continued"]["teacher_flops"]
     gained = rows["euler"]["loss"] - rows["iiet"]["loss"]
-    gain = f"{(rows['euler']['loss'] - rows['e-iiet-alpha0.01']['loss']) / gained:.0%}" if gained > 0 else ""
+    gain = f"{(rows['euler']['loss'] - rows['e-iiet']['loss']) / gained:.0%}" if gained > 0 else ""
     benchmark.measure_speed(tmp_path, found, benchmark.folders_of(tmp_path, teachers[0]))
     speeds = json.loads((tmp_path / "distillation_speed.json").read_text())
     assert speeds["iiet"]["cache"] == 3 * speeds["lower-bound"]["cache"]
     (line,) = [row for row in benchmark.table(found, speeds).splitlines() if row.startswith("| E-IIET |")]
-    assert f"| {rows['e-iiet-alpha0.01']['loss'] / rows['iiet']['loss'] - 1:+.2%} | {gain} |" in line
-    assert line.endswith(f"| {speeds['e-iiet-alpha0.01']['cache']:,} |")
+    assert f"| {rows['e-iiet']['loss'] / rows['iiet']['loss'] - 1:+.2%} | {gain} |" in line
+    assert line.endswith(f"| {speeds['e-iiet']['cache']:,} |")
 
 
 def test_the_same_trial_on_another_machine_is_another_run(quality: Any) -> None:
@@ -142,7 +142,7 @@ def test_the_same_trial_on_another_machine_is_another_run(quality: Any) -> None:
     del new["euler"]
     both = benchmark.with_earlier(new, old)
     assert list(both) == ["iiet", "euler", "e-iiet"]
-    (line,) = [row for row in benchmark.table(both, {}).splitlines() if row.startswith("| E-IIET, alpha 1 |")]
+    (line,) = [row for row in benchmark.table(both, {}).splitlines() if row.startswith("| E-IIET |")]
     assert "| 4/4 | 2 |" in line
     assert "| +25.00% ± 35.36% | 50% |" in line  # the new machine has no Transformer++ to gain on
 
