@@ -32,6 +32,7 @@ from typing import Any
 from quality_report import (
     Result,
     best_rates,
+    cpu_kind,
     load_results,
     plot,
     read_results,
@@ -130,7 +131,11 @@ def main() -> None:
             for phase in arguments.phases or ("sweep", "ablations", "main"):
                 while True:  # a sweep asks for more while the best rate is at an edge
                     results = read_results(output, earlier)
-                    done = {result.trial.name for result in results}
+                    done = {
+                        result.trial.name
+                        for result in results
+                        if phase != "ablations" or result.cpu == cpu_kind()  # single runs: all on one kind
+                    }
                     trials = named(trials_of(phase, results, arguments.best)).values()
                     wanted = [
                         trial

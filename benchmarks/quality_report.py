@@ -6,7 +6,7 @@ import json
 import math
 import platform
 import statistics
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from datetime import date
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from quality_trials import FULL, MIDDLE, SHORT, SYSTEMS, TOKENS_A_STEP, Trial
+from quality_trials import FULL, SHORT, SYSTEMS, TOKENS_A_STEP, Trial, ablations
 
 from megatron_iiet.training.metrics import read_log
 
@@ -81,12 +81,14 @@ def _read_result(folder: Path, given_up: bool) -> Result:
 
 
 def sweep_losses(results: Iterable[Result]) -> dict[tuple[str, float], float]:
-    """Loss of every trial of the sweep, by system and learning rate; infinite where it was given up."""
-    return {
-        (result.trial.system, result.trial.lr): math.inf if result.given_up else result.loss
-        for result in results
-        if result.trial.steps == SHORT
-    }
+    """Loss of every trial of the sweep, by system and learning rate: the mean over kinds of CPU, infinite
+    where it was given up."""
+    losses = defaultdict(list)
+    for result in results:
+        if result.trial.steps == SHORT:
+            place = result.trial.system, result.trial.lr
+            losses[place].append(math.inf if result.given_up else result.loss)
+    return {place: statistics.mean(values) for place, values in losses.items()}
 
 
 def best_rates(results: Iterable[Result]) -> dict[str, float]:
@@ -120,10 +122,13 @@ def load_results(path: Path) -> tuple[list[Result], dict[str, float]]:
 
 def report(results: list[Result], speeds: dict[str, float]) -> str:
     """The tables as markdown."""
+    names = {trial.name for trial in ablations(best_rates(results))}
+    ablated = [r for r in results if r.trial.name in names]
+    most = Counter(r.cpu for r in ablated).most_common(1)  # single runs: compared on one kind of CPU only
     parts = [
         ("Learning rates", sweep_table([r for r in results if r.trial.steps == SHORT])),
         ("Systems", main_table([r for r in results if r.trial.steps == FULL], speeds)),
-        ("Ablations", main_table([r for r in results if r.trial.steps == MIDDLE], speeds)),
+        ("Ablations", main_table([r for r in ablated if r.cpu == most[0][0]], speeds)),
     ]
     return "\n".join(f"### {title}\n\n{table}\n" for title, table in parts if table)
 
@@ -151,19 +156,17 @@ def sweep_table(results: list[Result]) -> str:
 
 
 def main_table(results: list[Result], speeds: dict[str, float]) -> str:
-    """Loss, difference to Transformer++ of the same seed and kind of CPU, FLOPs and time by system."""
+    """Loss, difference to the best Transformer++ of the same seed and kind of CPU, FLOPs and time, by system
+    and learning rate."""
     if not results:
         return ""
     lines = [
         _row(["system", "lr", "runs", "validation loss", "− Transformer++", "FLOPs", "time", "residuals"]),
         _row(["---"] * 8),
     ]
-    of_system: dict[str, list[Result]] = defaultdict(list)
-    for result in results:
-        of_system[result.trial.system].append(result)
-    base = {(result.trial.seed, result.cpu): result for result in of_system.get("euler", [])}
-    for system in _in_order(results):
-        rows = of_system[system]
+    worst_first = sorted((r for r in results if r.trial.system == "euler"), key=lambda r: -r.loss)
+    base = {(result.trial.seed, result.cpu): result for result in worst_first}
+    for (system, rate), rows in _rows(results).items():
         pairs = [(r, base.get((r.trial.seed, r.cpu))) for r in rows if not r.given_up]
         gaps = [r.loss - other.loss for r, other in pairs if other]
         flops = [r.flops / other.flops for r, other in pairs if other]
@@ -172,7 +175,7 @@ def main_table(results: list[Result], speeds: dict[str, float]) -> str:
             _row(
                 [
                     SYSTEMS[system].label,
-                    f"{rows[0].trial.lr:g}",
+                    f"{rate:g}",
                     str(len(rows)),
                     "given up" if rows[0].given_up else _spread([r.loss for r in rows]),
                     _spread(gaps, sign=True),
@@ -183,6 +186,15 @@ def main_table(results: list[Result], speeds: dict[str, float]) -> str:
             )
         )
     return "\n".join(lines)
+
+
+def _rows(results: Iterable[Result]) -> dict[tuple[str, float], list[Result]]:
+    """By system and learning rate, in order."""
+    rows: dict[tuple[str, float], list[Result]] = defaultdict(list)
+    for result in results:
+        rows[result.trial.system, result.trial.lr].append(result)
+    order = list(SYSTEMS)
+    return dict(sorted(rows.items(), key=lambda item: (order.index(item[0][0]), item[0][1])))
 
 
 def _in_order(results: Iterable[Result]) -> list[str]:
@@ -202,7 +214,8 @@ def _row(cells: Iterable[str]) -> str:
 
 
 def plot(results: list[Result], speeds: dict[str, float], path: Path, steps: int = FULL) -> None:
-    """Validation loss against tokens, FLOPs and time of every system, the mean of its seeds."""
+    """Validation loss against tokens, FLOPs and time of every system at its best learning rate, the mean of
+    its seeds."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -211,10 +224,17 @@ def plot(results: list[Result], speeds: dict[str, float], path: Path, steps: int
     chosen = [r for r in results if r.trial.steps == steps and not r.given_up]
     figure, axes = plt.subplots(1, 3, figsize=(16, 5.5), sharey=True, layout="constrained")
     colors: Any = plt.get_cmap("tab20").colors  # type: ignore[attr-defined]
-    for color, system in zip(colors, _in_order(chosen), strict=False):
-        rows = [
-            r.curve[1:] for r in chosen if r.trial.system == system
-        ]  # the first is of the untrained model
+    rows_of = _rows(chosen)
+    best = {  # by system: the learning rate that ends lowest
+        system: min(
+            (statistics.mean(r.loss for r in rows), lr)
+            for (name, lr), rows in rows_of.items()
+            if name == system
+        )[1]
+        for system in _in_order(chosen)
+    }
+    for color, (system, lr) in zip(colors, best.items(), strict=False):
+        rows = [r.curve[1:] for r in rows_of[system, lr]]  # the first is of the untrained model
         losses = [statistics.mean(at[2] for at in ats) for ats in zip(*rows, strict=True)]
         tokens = [at[0] * TOKENS_A_STEP / 1e6 for at in rows[0]]
         flops = [statistics.mean(at[1] for at in ats) / 1e15 for ats in zip(*rows, strict=True)]

@@ -17,7 +17,7 @@ BASE: dict[str, Any] = {
         "embedding_scale": "unit",
     },
     "data": {"sequence_length": 256},
-    "training": {"global_batch_size": 16, "micro_batch_size": 8, "precision": "bf16"},
+    "training": {"global_batch_size": 16, "micro_batch_size": 16, "precision": "bf16"},
     "evaluation": {"samples": 512},
     "checkpoint": {"keep": 1},
     "logging": {"interval": 20, "tensorboard": False, "peak_tflops": 0.1},
@@ -27,9 +27,7 @@ TOKENS_A_STEP = 16 * 256
 FULL = 2560
 """Steps of a trial of the main table: 10.5 M tokens."""
 SHORT = 640
-"""Steps of a trial of a learning-rate sweep: 2.6 M tokens."""
-MIDDLE = 1280
-"""Steps of an ablation: 5.2 M tokens."""
+"""Steps of a trial of a learning-rate sweep and of an ablation: 2.6 M tokens."""
 SEEDS = (1234, 1235, 1236)
 
 PAPER = {"kind": "iiet", "variant": "paper"}
@@ -227,7 +225,7 @@ def ablations(lr: dict[str, float]) -> list[Trial]:
         *("released-r0-identity", "released-r1-identity", "released-r1-shared"),
         *("euler-scale1", "paper-r1-scale1", "released-r0-scale1", "released-r1-scale1"),
     )
-    return [Trial(name, rate_of(lr, name), SEEDS[0], MIDDLE) for name in names]
+    return [Trial(name, rate_of(lr, name), SEEDS[0], SHORT) for name in names]
 
 
 def rate_of(rates: dict[str, float], system: str) -> float:

@@ -28,7 +28,7 @@ def quality(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setitem(trials.BASE["model"], "num_layers", 2)
     monkeypatch.setitem(trials.BASE["data"], "sequence_length", 32)
     monkeypatch.setitem(trials.BASE["evaluation"], "samples", 16)
-    for name in ("SHORT", "MIDDLE", "FULL"):
+    for name in ("SHORT", "FULL"):
         monkeypatch.setattr(trials, name, STEPS)
     return importlib.import_module("quality")
 
