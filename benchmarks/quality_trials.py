@@ -129,6 +129,16 @@ SYSTEMS: dict[str, System] = {
     "released-r1-shared": System(
         "IIET r = 1, released, one row", {**RELEASED, "iterations": 1, "readout": "shared"}
     ),
+    **{
+        f"{name}-{layers}-layers": System(
+            f"{label}, {layers} layers", solver, (("model", (("num_layers", layers),)),)
+        )
+        for layers in (4, 16)
+        for name, label, solver in (
+            ("euler", "Transformer++", {"kind": "euler"}),
+            *((f"rms-r{r}", f"IIET r = {r}, {READINGS['rms'][0]}", {**RMS, "iterations": r}) for r in (0, 3)),
+        )
+    },
     "euler-scale1": System("Transformer++, embedding as it is", {"kind": "euler"}, _scaled(1)),
     "paper-r1-scale1": System(
         "IIET r = 1, paper, embedding as it is", {**PAPER, "iterations": 1}, _scaled(1)
@@ -224,16 +234,22 @@ def ablations(lr: dict[str, float]) -> list[Trial]:
         *("rms-r0", "rms-r1", "rms-r0-identity", "rms-r1-identity", "rms-r1-first-keys"),
         *("released-r0-identity", "released-r1-identity", "released-r1-shared"),
         *("euler-scale1", "paper-r1-scale1", "released-r0-scale1", "released-r1-scale1"),
+        *(f"{name}-{layers}-layers" for layers in (4, 16) for name in ("euler", "rms-r0", "rms-r3")),
     )
     return [Trial(name, rate_of(lr, name), SEEDS[0], SHORT) for name in names]
 
 
 def rate_of(rates: dict[str, float], system: str) -> float:
-    """A system's learning rate: its own best of the sweep, else that of the family it belongs to."""
-    if system in rates:
-        return rates[system]
-    families = [name for name in rates if system.startswith(name.split("-r")[0])]
-    return rates[families[0]] if families else rates["euler"]
+    """A system's learning rate: its own best of the sweep, else that of the swept system it varies, else that
+    of its family, with as many iterations as were swept, else Transformer++'s."""
+    family = system.split("-")[0]
+    for candidates in (
+        [name for name in rates if name == system or system.startswith(f"{name}-")],
+        [name for name in rates if name.startswith(f"{family}-") and name.count("-") == 1],
+    ):
+        if candidates:
+            return rates[max(candidates, key=lambda name: (len(name), name))]
+    return rates["euler"]
 
 
 def named(trials: Iterable[Trial]) -> dict[str, Trial]:
