@@ -231,7 +231,7 @@ def ablations(lr: dict[str, float]) -> list[Trial]:
     names = (
         *("euler", "euler-norm", "paper-r0", "paper-r1", "released-r0", "released-r1"),
         *("paper-r1-euler-predictor", "paper-r0-average", "paper-r1-average"),
-        *("rms-r0", "rms-r1", "rms-r0-identity", "rms-r1-identity", "rms-r1-first-keys"),
+        *("rms-r0", "rms-r1", "rms-r0-identity", "rms-r1-identity", "rms-r1-first-keys", "rms-r3-damped"),
         *("released-r0-identity", "released-r1-identity", "released-r1-shared"),
         *("euler-scale1", "paper-r1-scale1", "released-r0-scale1", "released-r1-scale1"),
         *(f"{name}-{layers}-layers" for layers in (4, 16) for name in ("euler", "rms-r0", "rms-r3")),
