@@ -30,7 +30,7 @@ SHORT = 640
 """Steps of a trial of a learning-rate sweep and of an ablation: 2.6 M tokens."""
 SEEDS = (1234, 1235, 1236)
 
-PAPER = {"kind": "iiet", "variant": "paper"}
+PAPER = {"kind": "iiet", "variant": "paper", "history_norm": "none", "coefficient_init": "identity"}
 RELEASED = {"kind": "iiet", "variant": "released"}
 RMS = {**PAPER, "history_norm": "rms", "coefficient_init": "average"}
 READINGS = {

@@ -75,7 +75,7 @@ class SolverConfig:
     weight-sharing: every layer `repeats` times in a row. rk2, rk4: Runge-Kutta (ODE Transformer). pcformer:
     Runge-Kutta predictor, multistep corrector. iiet: predictor plus fixed-point corrector iterations."""
     variant: Literal["paper", "released"] = "paper"
-    """Reading of IIET: 'paper' (Algorithm 1: merges raw increments) or 'released'
+    """Reading of IIET: 'paper' (Algorithm 1: merges increments, see history_norm) or 'released'
     (the authors' code: merges LayerNorm-ed layer outputs). Only for kind iiet."""
     iterations: int | list[int] = 3
     """Corrector iterations r of kind iiet: one number, one number per layer, or the file of a plan (.json)
@@ -85,8 +85,9 @@ class SolverConfig:
     coefficient_init: Literal["identity", "average"] | None = None
     """Initial merge coefficients of dlcl, iiet and pcformer's corrector: identity (own increment 1, others 0)
     or average (all the same, summing to 1). null: average for variant released, identity elsewhere."""
-    history_norm: Literal["none", "rms"] = "none"
-    """What dlcl and variant paper merge of earlier layers: their increments, or those brought to rms 1."""
+    history_norm: Literal["none", "rms"] = "rms"
+    """What dlcl and variant paper merge of earlier layers: their increments brought to rms 1, which learns
+    better (docs/research-notes.md), or ('none') as they are, Algorithm 1 to the letter."""
     damping: float = 1.0
     """Variant paper: weight ω of an iteration's new increment, f^i = (1 − ω) f^{i−1} + ω F(y^{i−1}). 1 is the
     paper's plain iteration, which alternates where 0.5 converges."""

@@ -73,7 +73,7 @@ AUTO_MAP = {
 # The keys of a solver that each kind reads, with their defaults. None: see resolve_solver.
 _SOLVER_KEYS: dict[str, dict[str, Any]] = {
     "euler": {"output_norm": "none"},
-    "dlcl": {"coefficient_init": None, "history_norm": "none"},
+    "dlcl": {"coefficient_init": None, "history_norm": "rms"},
     "weight-sharing": {"repeats": 4},
     "rk2": {"stage_coefficients": "learned"},
     "rk4": {"stage_coefficients": "learned"},
@@ -83,7 +83,7 @@ _SOLVER_KEYS: dict[str, dict[str, Any]] = {
         "iterations": 3,
         "predictor": "merged",
         "coefficient_init": None,
-        "history_norm": "none",
+        "history_norm": "rms",
         "damping": 1.0,
         "readout": "separate",
     },

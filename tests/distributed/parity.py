@@ -30,7 +30,7 @@ STEPS = 3
 SOLVERS: dict[str, dict[str, Any]] = {
     "euler": {"kind": "euler"},
     "dlcl": {"kind": "dlcl", "coefficient_init": "average"},
-    "iiet-1": {"kind": "iiet", "iterations": 1, "coefficient_init": "average"},
+    "iiet-1": {"kind": "iiet", "iterations": 1, "coefficient_init": "average", "history_norm": "none"},
     "iiet-3": {"kind": "iiet", "iterations": 3},
     "mixed": {"kind": "iiet", "iterations": [2, 0, 1, 3], "predictor": "euler"},
     "released": {"kind": "iiet", "variant": "released", "iterations": 1},
@@ -40,7 +40,7 @@ SOLVERS: dict[str, dict[str, Any]] = {
     "pcformer": {"kind": "pcformer", "coefficient_init": "average"},
 }
 READINGS: dict[str, dict[str, Any]] = {
-    "rms-damped": {"kind": "iiet", "iterations": 2, "history_norm": "rms", "damping": 0.5},
+    "damped": {"kind": "iiet", "iterations": 2, "damping": 0.5},
     "one-row": {"kind": "iiet", "variant": "released", "iterations": 1, "readout": "shared"},
     "normed": {"kind": "euler", "output_norm": "layer"},
     "pcformer-4": {"kind": "pcformer", "predictor_order": 4},

@@ -63,11 +63,11 @@ SLOW_DOCUMENTS = [
     Case(pipeline=3, data=2, stage=0, solver="mixed", accumulation=6, documents=True),
 ]
 READINGS = [
-    Case(tensor=2, sequence=True, pipeline=2, solver="rms-damped", accumulation=3),
+    Case(tensor=2, sequence=True, pipeline=2, solver="damped", accumulation=3),
     Case(tensor=2, sequence=True, pipeline=2, solver="normed", accumulation=3),
     Case(tensor=2, sequence=True, pipeline=2, solver="first-keys", accumulation=3),
     Case(tensor=2, stage=3, solver="first-keys", recompute="evaluation"),
-    Case(data=2, stage=3, solver="rms-damped", recompute="evaluation"),
+    Case(data=2, stage=3, solver="damped", recompute="evaluation"),
     Case(data=2, stage=3, solver="pcformer-4", recompute="layer"),
     Case(tensor=2, sequence=True, stage=3, solver="one-row", recompute="layer"),
     Case(tensor=2, sequence=True, stage=1, solver="pcformer-4"),

@@ -17,8 +17,8 @@ torch.set_num_threads(1)
 SOLVERS: dict[str, dict[str, Any]] = {
     "euler": {"kind": "euler"},
     "euler-normed": {"kind": "euler", "output_norm": "layer"},
-    "dlcl": {"kind": "dlcl", "coefficient_init": "average"},
-    "dlcl-rms": {"kind": "dlcl", "history_norm": "rms"},
+    "dlcl": {"kind": "dlcl", "coefficient_init": "average", "history_norm": "none"},
+    "dlcl-rms": {"kind": "dlcl"},
     "weight-sharing": {"kind": "weight-sharing", "repeats": 3},
     "rk2-fixed": {"kind": "rk2", "stage_coefficients": "fixed"},
     "rk2-learned": {"kind": "rk2", "stage_coefficients": "learned"},
@@ -29,9 +29,10 @@ SOLVERS: dict[str, dict[str, Any]] = {
     "pcformer-4": {"kind": "pcformer", "predictor_order": 4},
     "iiet-r0": {"kind": "iiet", "iterations": 0},
     "iiet": {"kind": "iiet", "iterations": 2},
+    "iiet-raw": {"kind": "iiet", "iterations": 2, "history_norm": "none"},
     "iiet-plan": {"kind": "iiet", "iterations": [2, 0, 3, 0, 1]},
     "iiet-euler-predictor": {"kind": "iiet", "iterations": [2, 0, 1, 0, 1], "predictor": "euler"},
-    "iiet-rms-damped": {"kind": "iiet", "iterations": 2, "history_norm": "rms", "damping": 0.6},
+    "iiet-damped": {"kind": "iiet", "iterations": 2, "damping": 0.6},
     "released": {"kind": "iiet", "variant": "released", "iterations": 2},
     "released-shared": {
         "kind": "iiet",

@@ -31,7 +31,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def model(data: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Transformer:
-    solver = {"kind": "iiet", "iterations": 2, "history_norm": "rms"}
+    solver = {"kind": "iiet", "iterations": 2}
     made = Transformer(tiny_config(data, tmp_path_factory.mktemp("run"), solver=solver))
     made.initialise(3)
     return made.eval()

@@ -159,14 +159,19 @@ def rows_of(model: Transformer) -> list[list[float]]:
 
 
 TOKENS = torch.randint(71, (2, 33), generator=torch.Generator().manual_seed(2))
+RAW: dict[str, Any] = {"history_norm": "none"}
 PAPER: list[tuple[dict[str, Any], list[int], str]] = [
     *(
-        ({"kind": "iiet", "iterations": r, "predictor": p}, r if isinstance(r, list) else [r] * LAYERS, p)
+        (
+            {**RAW, "kind": "iiet", "iterations": r, "predictor": p},
+            r if isinstance(r, list) else [r] * LAYERS,
+            p,
+        )
         for r in (0, 1, 3, [0, 3, 1, 2, 1])
         for p in ("merged", "euler")
     ),
-    ({"kind": "dlcl"}, [0] * LAYERS, "merged"),
-    ({"kind": "dlcl", "coefficient_init": "average"}, [0] * LAYERS, "merged"),
+    ({**RAW, "kind": "dlcl"}, [0] * LAYERS, "merged"),
+    ({**RAW, "kind": "dlcl", "coefficient_init": "average"}, [0] * LAYERS, "merged"),
 ]
 
 

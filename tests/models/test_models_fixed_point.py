@@ -26,10 +26,10 @@ import fixed_point_methods as fp
 
 __all__ = ["llama"]  # the fixture
 
-DAMPED: dict[str, Any] = {"kind": "iiet", "iterations": 3, "damping": 0.4}
+DAMPED: dict[str, Any] = {"kind": "iiet", "iterations": 3, "damping": 0.4, "history_norm": "none"}
 VARIANTS: dict[str, dict[str, Any]] = {
-    "paper": {"kind": "iiet"},
-    "history-norm": {"kind": "iiet", "history_norm": "rms"},
+    "paper": {"kind": "iiet", "history_norm": "none"},
+    "history-norm": {"kind": "iiet"},
     "released": {"kind": "iiet", "variant": "released"},
     "shared-readout": {"kind": "iiet", "variant": "released", "readout": "shared"},
 }

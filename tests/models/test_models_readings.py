@@ -46,7 +46,7 @@ def test_history_at_rms_1(llama: tuple[LlamaForCausalLM, Path], tmp_path: Path, 
             kept.append(f / (f.square().mean(-1, keepdim=True) + 1e-12).sqrt() if normalise else f)
         return hf.logits(y)
 
-    solver = {"kind": "iiet", "iterations": iterations, "history_norm": "rms"}
+    solver = {"kind": "iiet", "iterations": iterations}
     model = converted(llama[1], tmp_path / "x", solver)
     hf, alpha = HuggingFaceLayers(llama[0], TOKENS), rows_of(model)
     check(model, integrated(True), integrated(False))
@@ -88,7 +88,7 @@ def test_normalised_euler(llama: tuple[LlamaForCausalLM, Path], tmp_path: Path) 
 @pytest.mark.parametrize(
     "solver",
     [
-        {"kind": "iiet", "iterations": 1, "history_norm": "rms"},
+        {"kind": "iiet", "iterations": 1},
         {"kind": "iiet", "variant": "released", "iterations": 1, "readout": "shared"},
         {"kind": "euler", "output_norm": "layer"},
     ],

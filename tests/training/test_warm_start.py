@@ -214,7 +214,7 @@ DECODER = 384 * 32 + 3 * (4 * 32 * 32 + 3 * 32 * 48 + 2 * 32) + 32
         (DLCL, PAPER, 6, 0, 0),
         (PAPER, DLCL, 6, 0, 0),
         (PAPER, {**PAPER, "predictor": "euler", "iterations": [0, 1, 0]}, 6, 0, 0),
-        (PAPER, {**PAPER, "history_norm": "rms"}, 0, 6, 6),
+        (PAPER, {**PAPER, "history_norm": "none"}, 0, 6, 6),
         (DLCL, {"kind": "euler"}, 0, 0, 6),
         (DLCL, RELEASED, 0, 3 * (2 * 4 + 4 * 32) + 8, 6),
         (RELEASED, {**RELEASED, "iterations": 3}, 3 * (2 * 4 + 4 * 32) + 8, 0, 0),
