@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -119,11 +120,11 @@ class Runner:
         return self._finished > 0
 
     def stop(self) -> None:
-        """End the trials in progress; they keep their newest checkpoint."""
+        """End the trials in progress, each with a checkpoint after its current step."""
         with self._lock:
             self._stopping = True
             for child in self._children:
-                child.terminate()
+                child.send_signal(signal.SIGUSR1)
 
     def _work(self, queue: Iterator[Run]) -> None:
         while True:
@@ -155,9 +156,11 @@ class Runner:
                 return
         if not self.run(trial, folder, trial.steps):
             return
+        loss = validation_at(folder, trial.steps)
+        if loss is None:  # stopped from outside
+            return
         (folder / ".trained").touch()
         self._finished += 1
-        loss = validation_at(folder, trial.steps)
         print(f"{trial.name}: {loss:.4f} in {(time.time() - started) / 60:.1f} min", flush=True)
 
     def run(self, trial: Run, folder: Path, stop_after: int) -> bool:

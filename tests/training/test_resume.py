@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -141,6 +142,34 @@ def test_a_rank_killed_while_saving_costs_one_interval(
     assert checkpoint.latest_tag(tmp_path / "run") == "step_00000002"
     run_ranks(pretrain_rank, 2, as_data(config), ds_json(tmp_path, 1))
     whole = tiny_config(data, tmp_path / "whole", checkpoint={"interval": 2}, training={"steps": 6})
+    run_ranks(pretrain_rank, 2, as_data(whole), ds_json(tmp_path, 1))
+    assert bits(tmp_path / "run") == bits(tmp_path / "whole")
+
+
+def pretrain_until_signalled(config: dict[str, Any], ds_path: Path) -> None:
+    """Train; rank 1 alone is sent SIGUSR1, in the third step."""
+    from megatron_iiet.training import loop
+
+    whole = loop.learning_rate
+
+    def signalling(optimizer: Any, step: int, steps: int) -> float:
+        if step == 2 and os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return whole(optimizer, step, steps)
+
+    loop.learning_rate = signalling
+    pretrain_rank(config, ds_path)
+
+
+@pytest.mark.slow
+def test_a_signal_ends_all_ranks_with_a_checkpoint_of_the_step_in_progress(
+    data: dict[str, str], tmp_path: Path
+) -> None:
+    config = tiny_config(data, tmp_path / "run", training={"steps": 6})
+    run_ranks(pretrain_until_signalled, 2, as_data(config), ds_json(tmp_path, 1))
+    assert checkpoint.latest_tag(tmp_path / "run") == "step_00000003"
+    run_ranks(pretrain_rank, 2, as_data(config), ds_json(tmp_path, 1))
+    whole = tiny_config(data, tmp_path / "whole", training={"steps": 6})
     run_ranks(pretrain_rank, 2, as_data(whole), ds_json(tmp_path, 1))
     assert bits(tmp_path / "run") == bits(tmp_path / "whole")
 
