@@ -72,9 +72,9 @@ class History:
         """Layers that wait to be recomputed hold the history, and need only what lies before them."""
         self._entries[entry] = None
 
-    def append(self, increment: Tensor) -> None:
-        """Keep a layer's increment, [B, T, d]."""
-        if self._merges is not None:
+    def append(self, increment: Tensor | None) -> None:
+        """Keep a layer's increment, [B, T, d]; None: one that nobody will read."""
+        if self._merges is not None and increment is not None:
             increment = self._merges.publish(len(self._entries), increment, self._root)
         self._entries.append(increment)
 

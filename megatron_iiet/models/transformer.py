@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -179,10 +180,14 @@ class Transformer(nn.Module):
 
     def trajectory(self, y_BTD: Tensor, history: History, layout: AttentionLayout) -> Iterator[Tensor]:
         """The output y_{n+1} of every layer held here, in order, appending to the history."""
+        solvers = self.solvers.values()
+        # What nobody merges is not kept: its node would never run, and under recomputation that holds the
+        # layer, which holds the history.
+        read = max(solver.history_reads.stop for solver in solvers) if self.is_last else math.inf
         for layer in self.layers.values():
             y_BTD, increment_BTD = layer(y_BTD, history, layout)
             if cast(IntegratedLayer, layer).solver.keeps_increment:
-                history.append(increment_BTD)
+                history.append(increment_BTD if len(history) < read else None)
             yield y_BTD
 
     def project(self, y_BTD: Tensor) -> Tensor:

@@ -148,7 +148,7 @@ def test_the_same_trial_on_another_machine_is_another_run(quality: Any) -> None:
 
 
 def test_plans_are_fair(quality: Any) -> None:
-    """Trials of a phase and seed differ in the solver, the embedding scale and the learning rate only."""
+    """Trials of a phase and seed differ in solver, embedding scale, depth and learning rate only."""
     rates = {"euler": 1e-2, "released-r1": 2e-2}
     phases = [quality.sweep({}), quality.ablations(rates), quality.main_table(rates, "released")]
     for trials in phases:
@@ -156,7 +156,12 @@ def test_plans_are_fair(quality: Any) -> None:
         rest = set()
         for trial in trials:
             config = trial.config({}, "x")
-            for section, key in (("optimizer", "lr"), ("model", "embedding_scale"), ("training", "seed")):
+            for section, key in (
+                ("optimizer", "lr"),
+                ("model", "embedding_scale"),
+                ("model", "num_layers"),
+                ("training", "seed"),
+            ):
                 config[section].pop(key)
             for section in ("solver", "guidance"):
                 config.pop(section, None)
