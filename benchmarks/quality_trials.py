@@ -34,7 +34,7 @@ PAPER = {"kind": "iiet", "variant": "paper", "history_norm": "none", "coefficien
 RELEASED = {"kind": "iiet", "variant": "released"}
 RMS = {**PAPER, "history_norm": "rms", "coefficient_init": "average"}
 READINGS = {
-    "paper": ("paper", PAPER),
+    "paper": ("paper, increments as they are", PAPER),
     "released": ("released", RELEASED),
     "rms": ("paper, history at rms 1, average init", RMS),
 }
@@ -100,11 +100,13 @@ SYSTEMS: dict[str, System] = {
         for reading, (label, solver) in READINGS.items()
     },
     "paper-r1-euler-predictor": System(
-        "IIET r = 1, paper, predictor euler", {**PAPER, "iterations": 1, "predictor": "euler"}
+        f"IIET r = 1, {READINGS['paper'][0]}, predictor euler",
+        {**PAPER, "iterations": 1, "predictor": "euler"},
     ),
     **{
         f"paper-r{r}-average": System(
-            f"IIET r = {r}, paper, average init", {**PAPER, "iterations": r, "coefficient_init": "average"}
+            f"IIET r = {r}, {READINGS['paper'][0]}, average init",
+            {**PAPER, "iterations": r, "coefficient_init": "average"},
         )
         for r in (0, 1)
     },
@@ -141,7 +143,7 @@ SYSTEMS: dict[str, System] = {
     },
     "euler-scale1": System("Transformer++, embedding as it is", {"kind": "euler"}, _scaled(1)),
     "paper-r1-scale1": System(
-        "IIET r = 1, paper, embedding as it is", {**PAPER, "iterations": 1}, _scaled(1)
+        f"IIET r = 1, {READINGS['paper'][0]}, embedding as it is", {**PAPER, "iterations": 1}, _scaled(1)
     ),
     **{
         f"released-r{r}-scale1": System(
