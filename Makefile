@@ -81,8 +81,7 @@ demo-compare: $(SHARD).shards
 # E-IIET in small: an IIET is trained, the influence of its iterations measured, half of its evaluations kept, and
 # the model that remains learns from the whole one; beside it, the same model goes on without a teacher.
 DISTILL := runs/$(NAME)-distill
-SMALL := --solver.variant paper --solver.coefficient_init average \
-	--model.embedding_scale unit --evaluation.interval 50 --checkpoint.interval 50
+SMALL := --solver.coefficient_init average --evaluation.interval 50 --checkpoint.interval 50
 FULL := $(SMALL) --solver.iterations 3 --training.steps 150 --optimizer.lr 4e-3
 PLAN := $(DISTILL)/influence/plan.json
 REDUCED := $(SMALL) --solver.iterations $(PLAN) --training.steps 50 --optimizer.lr 1e-3

@@ -3,7 +3,7 @@
 
     quality.py prepare --train-text T.jsonl.zst --validation-text V.jsonl.zst   tokenizer and shards
     quality.py train [sweep] [ablations] [main] [--jobs 2] [--minutes 120]      what is not trained yet
-    quality.py speed                                                            tokens/s, on a quiet machine
+    quality.py speed                                tokens/s of the main table's systems, on a quiet machine
     quality.py report                                                           tables, picture, results.json
 
 All trials of a seed see the same batches in the same order, start from the same decoder weights and have the
@@ -123,7 +123,12 @@ def main() -> None:
     elif arguments.command == "report":
         write_report(output, earlier, speeds)
     elif arguments.command == "speed":
-        measure_speed(output, data_keys(output / "data"), arguments.only or list(SYSTEMS))
+        systems = arguments.only or list(
+            dict.fromkeys(
+                trial.system for trial in trials_of("main", read_results(output, earlier), arguments.best)
+            )
+        )
+        measure_speed(output, data_keys(output / "data"), systems)
     else:
         runner = Runner(output, data_keys(output / "data"), time.time() + 60 * arguments.minutes)
         signal.signal(signal.SIGTERM, lambda *_: runner.stop())
