@@ -297,6 +297,9 @@ class GuidanceConfig:
     decay: float = 0.5
     """Weight of what was measured before in the running mean of influence that a plan is made from; 0: only
     the newest measurement counts."""
+    inertia: float = 0.5
+    """How much larger than the influence of an iteration in force, as a share, that of another must be to
+    take its place: equals would take turns with every measurement, and the layers never settle."""
 
 
 @dataclass

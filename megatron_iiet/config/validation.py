@@ -55,6 +55,7 @@ _NOT_NEGATIVE = (
     "optimizer.gradient_clipping",
     "training.seed",
     "guidance.interval",
+    "guidance.inertia",
     "distillation.alpha",
     "distillation.beta",
     "evaluation.interval",

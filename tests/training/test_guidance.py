@@ -22,7 +22,7 @@ from megatron_iiet.data.loader.samples import build_splits
 from megatron_iiet.models.diagnostics import observe_iterates
 from megatron_iiet.parallel import ParallelContext
 from megatron_iiet.training import checkpoint
-from megatron_iiet.training.callbacks.guidance import running_mean
+from megatron_iiet.training.callbacks.guidance import favouring, running_mean
 from megatron_iiet.training.export import export_run
 from megatron_iiet.training.inputs import inputs_of
 from megatron_iiet.training.metrics import read_log
@@ -105,6 +105,16 @@ def test_even_iterations(layers: int, extra: int) -> None:
 
 def test_running_mean() -> None:
     assert running_mean({(0, 1): 1.0}, {(0, 1): 3.0}, 0.25) == {(0, 1): 2.5}
+
+
+@pytest.mark.parametrize(("inertia", "counts"), [(0.0, [1, 2]), (0.1, [1, 2]), (0.5, [2, 1])])
+def test_inertia_keeps_iterations_in_force_among_equals(inertia: float, counts: list[int]) -> None:
+    """Layer 0's second iteration is in force, with 4/5 of the influence of layer 1's."""
+    influence = {(0, 0): 9.0, (0, 1): 0.3, (0, 2): 0.08, (1, 0): 9.0, (1, 1): 0.3, (1, 2): 0.1}
+    ranked = favouring(influence, [2, 1], inertia)
+    assert most_influential(ranked, 2, 5) == counts
+    assert [ranked[key] for key in ((0, 0), (1, 0), (1, 2))] == [9.0, 9.0, 0.1]
+    assert ranked[1, 1] == pytest.approx(0.3 * (1 + inertia))
 
 
 # --- the record ---
@@ -283,7 +293,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 SECTIONS: dict[str, dict[str, Any]] = {
     "solver": {"kind": "iiet", "variant": "released", "iterations": 2},
-    "guidance": {"interval": 4, "budget": 0.6, "start": 0.2, "samples": 6},
+    "guidance": {"interval": 4, "budget": 0.6, "start": 0.2, "samples": 6, "inertia": 0.25},
     "training": {"steps": 12},
     "evaluation": {"interval": 4, "samples": 11},
     "checkpoint": {"interval": 4, "keep": 0},
@@ -334,6 +344,7 @@ def test_a_run_plans_as_it_trains(whole: Path, data: dict[str, str], tmp_path: P
     splits = build_splits(data["prefix"], 16, [0.8, 0.1, 0.1])
     batches = ValidationBatches([splits.validation], samples=6, micro_batch_size=6, dp_rank=0, dp_size=1)
     mean: dict[tuple[int, int], float] | None = None
+    before: tuple[int, ...] = ()
     for step in (4, 8):
         model = exported(whole, step, tmp_path / str(step))
         assert model.config.guidance == GuidanceConfig()
@@ -347,7 +358,9 @@ def test_a_run_plans_as_it_trains(whole: Path, data: dict[str, str], tmp_path: P
         measured = statistics.influence
         mean = measured if mean is None else {k: 0.5 * mean[k] + 0.5 * v for k, v in measured.items()}
         assert plan.influence == pytest.approx(mean, abs=2e-6)
-        assert list(plan.iterations) == most_influential(mean, 3, 5)  # 0.6 · 9 evaluations
+        ranked = mean if step == 4 else favouring(mean, before, 0.25)
+        assert list(plan.iterations) == most_influential(ranked, 3, 5)  # 0.6 · 9 evaluations
+        before = plan.iterations
         assert [log[step][f"guidance/layer_{n}"] for n in range(3)] == list(plan.iterations)
         assert log[step]["guidance/evaluations"] == plan.evaluations == 5
         assert (plan.step, plan.full, plan.budget) == (step, 2, 0.6)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from megatron_iiet.config.iteration_plan import IterationPlan, most_influential
@@ -38,9 +38,11 @@ class Guidance(Callback):
         assert isinstance(full, int)
         with run.iterating([full] * layers):
             influence = self._measure(run)
+        ranked = influence
         if run.plan is not None and run.plan.influence:
             influence = running_mean(run.plan.influence, influence, guidance.decay)
-        counts = most_influential(influence, layers, evaluations_in_budget(config))
+            ranked = favouring(influence, run.plan.iterations, guidance.inertia)
+        counts = most_influential(ranked, layers, evaluations_in_budget(config))
         run.plan = IterationPlan(
             tuple(counts), full, "budget", step=run.step, budget=guidance.budget, influence=influence
         )
@@ -69,3 +71,17 @@ def running_mean(
 ) -> dict[tuple[int, int], float]:
     """``decay · before + (1 − decay) · now``: one noisy measurement does not turn a plan over."""
     return {key: decay * before[key] + (1 - decay) * value for key, value in now.items()}
+
+
+def favouring(
+    influence: Mapping[tuple[int, int], float], iterations: Sequence[int], inertia: float
+) -> dict[tuple[int, int], float]:
+    """``influence``, that of the iterations in force (iterates 1 to r_n of layer n) 1 + ``inertia`` times as
+    large.
+
+    A layer that has an iteration learns to make it small, and its neighbour's looks larger.
+    """
+    return {
+        (layer, i): value * (1 + inertia if 1 <= i <= iterations[layer] else 1)
+        for (layer, i), value in influence.items()
+    }
