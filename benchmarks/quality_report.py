@@ -81,14 +81,14 @@ def _read_result(folder: Path, given_up: bool) -> Result:
 
 
 def sweep_losses(results: Iterable[Result]) -> dict[tuple[str, float], float]:
-    """Loss of every trial of the sweep, by system and learning rate: the mean over kinds of CPU, infinite
-    where it was given up."""
+    """Loss of every trial of the sweep, by system and learning rate: the mean over the kinds of CPU that
+    completed it, infinite where none did."""
     losses = defaultdict(list)
     for result in results:
         if result.trial.steps == SHORT:
             place = result.trial.system, result.trial.lr
-            losses[place].append(math.inf if result.given_up else result.loss)
-    return {place: statistics.mean(values) for place, values in losses.items()}
+            losses[place] += [] if result.given_up else [result.loss]
+    return {place: statistics.mean(values) if values else math.inf for place, values in losses.items()}
 
 
 def best_rates(results: Iterable[Result]) -> dict[str, float]:
