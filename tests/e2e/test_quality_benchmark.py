@@ -173,6 +173,19 @@ def test_plans_are_fair(quality: Any) -> None:
     assert {t.lr for t in main if t.system.startswith("released")} == {2e-2}
 
 
+def test_a_rate_given_up_on_one_machine_counts_where_another_completed_it(quality: Any) -> None:
+    report = importlib.import_module("quality_report")
+    results = [
+        report.Result(quality.Trial("euler", lr, 1, report.SHORT), [(1, 1.0, loss)], [], gone, cpu)
+        for lr, loss, gone, cpu in (
+            (1.0, 9.0, True, "old"),
+            (1.0, 4.0, False, "new"),
+            (2.0, 9.0, True, "old"),
+        )
+    ]
+    assert report.sweep_losses(results) == {("euler", 1.0): 4.0, ("euler", 2.0): float("inf")}
+
+
 def test_a_sweep_goes_on_while_the_best_rate_is_at_an_edge(quality: Any) -> None:
     losses = {("euler", 4e-3): 3.0, ("euler", 8e-3): 2.0, ("euler", 1.6e-2): 1.0}
     wanted = {t.lr for t in quality.sweep(losses) if t.system == "euler"}
