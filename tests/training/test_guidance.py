@@ -369,6 +369,22 @@ def test_a_run_plans_as_it_trains(whole: Path, data: dict[str, str], tmp_path: P
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("inertia", "kept"), [(0.0, False), (1e6, True)])
+def test_inertia_keeps_a_plan_in_force(
+    inertia: float, kept: bool, data: dict[str, str], tmp_path: Path
+) -> None:
+    """A run is resumed with a plan that has a second iteration, a tenth as influential as any first one."""
+    run = tmp_path / "run"
+    train(data, run, training={"stop_after": 4})
+    path = checkpoint.checkpoints_folder(run) / checkpoint.tag_of(4) / "state.json"
+    state = json.loads(path.read_text())
+    state["plan"]["iterations"] = [2, 0, 0]
+    path.write_text(json.dumps(state))
+    log = train(data, run, guidance={"inertia": inertia}, training={"stop_after": 8})
+    assert ([log[8][f"guidance/layer_{n}"] for n in range(3)] == [2, 0, 0]) is kept
+
+
+@pytest.mark.slow
 def test_export_before_the_first_plan(data: dict[str, str], tmp_path: Path) -> None:
     log = train(data, tmp_path / "run", training={"stop_after": 2})
     model = exported(tmp_path / "run", 2, tmp_path / "model")
