@@ -46,6 +46,9 @@ from quality_trials import READINGS, SYSTEMS, TOKENS_A_STEP, Trial, ablations, m
 from megatron_iiet.config import strict_yaml
 from megatron_iiet.training.metrics import read_log
 
+PHASES = ("sweep", "ablations", "main")
+"""Of training, in this order unless the command line says otherwise."""
+
 
 def trials_of(phase: str, results: list[Result], best: str) -> list[Trial]:
     """The trials of a phase, most wanted first."""
@@ -85,8 +88,10 @@ def measure_speed(output: Path, data: dict[str, str], systems: list[str]) -> Non
 def write_report(output: Path, earlier: list[Result], speeds: dict[str, float]) -> None:
     """Print the tables of a folder's trials and the ``earlier`` ones; leave report.md, curves.png and
     results.json in the folder."""
-    output.mkdir(parents=True, exist_ok=True)
     results = read_results(output, earlier)
+    if not results:
+        sys.exit(f"error: {output} has no complete trial yet; run `quality.py train` first")
+    output.mkdir(parents=True, exist_ok=True)
     path = output / "speed.json"
     speeds = json.loads(path.read_text()) if path.exists() else speeds
     save_results(results, speeds, output / "results.json")
@@ -102,7 +107,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("command", choices=("prepare", "train", "speed", "report"))
-    parser.add_argument("phases", nargs="*", help="of train: sweep, ablations, main")
+    parser.add_argument("phases", nargs="*", help=f"of train: {', '.join(PHASES)}")
     parser.add_argument("--output-dir", default="runs/quality", type=Path, metavar="DIR")
     parser.add_argument("--train-text", metavar="FILE", help=".jsonl, .jsonl.gz or .jsonl.zst")
     parser.add_argument("--validation-text", metavar="FILE")
@@ -114,6 +119,10 @@ def main() -> None:
     )
     parser.add_argument("--best", choices=READINGS, default="rms", help="reading of IIET")
     arguments = parser.parse_args()
+    for phase in set(arguments.phases) - set(PHASES):
+        parser.error(f"there is no phase {phase!r}; choose from {', '.join(PHASES)}")
+    if arguments.jobs < 1:
+        parser.error(f"--jobs is {arguments.jobs}; at least one trial has to run at a time")
     output = arguments.output_dir
     earlier, speeds = load_results(arguments.results) if arguments.results else ([], {})
     if arguments.command == "prepare":
@@ -133,7 +142,7 @@ def main() -> None:
         runner = Runner(output, data_keys(output / "data"), time.time() + 60 * arguments.minutes)
         signal.signal(signal.SIGTERM, lambda *_: runner.stop())
         try:
-            for phase in arguments.phases or ("sweep", "ablations", "main"):
+            for phase in arguments.phases or PHASES:
                 while True:  # a sweep asks for more while the best rate is at an edge
                     results = read_results(output, earlier)
                     done = {

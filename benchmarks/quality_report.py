@@ -6,6 +6,7 @@ import json
 import math
 import platform
 import statistics
+import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -111,18 +112,27 @@ def save_results(results: list[Result], speeds: dict[str, float], path: Path) ->
 
 
 def load_results(path: Path) -> tuple[list[Result], dict[str, float]]:
-    """What :func:`save_results` wrote."""
-    stored = json.loads(path.read_text())
-    results = [
-        Result(**row | {"trial": Trial(**row["trial"]), "curve": [tuple(at) for at in row["curve"]]})
-        for row in stored["trials"]
-    ]
-    return results, stored["speeds"]
+    """What :func:`save_results` wrote; exits with a message where it is something else."""
+    try:
+        stored = json.loads(path.read_text())
+        results = [
+            Result(**row | {"trial": Trial(**row["trial"]), "curve": [tuple(at) for at in row["curve"]]})
+            for row in stored["trials"]
+        ]
+        return results, stored["speeds"]
+    except OSError as error:
+        sys.exit(f"error: cannot read the results {path}: {error.strerror}")
+    except (ValueError, KeyError, TypeError) as error:
+        sys.exit(
+            f"error: {path} is no results.json of `quality.py report` ({type(error).__name__}: {error}); "
+            "name one, or leave --results out"
+        )
 
 
 def report(results: list[Result], speeds: dict[str, float]) -> str:
     """The tables as markdown."""
-    names = {trial.name for trial in ablations(best_rates(results))}
+    rates = best_rates(results)
+    names = {trial.name for trial in ablations(rates)} if "euler" in rates else ()
     ablated = [r for r in results if r.trial.name in names]
     most = Counter(r.cpu for r in ablated).most_common(1)  # single runs: compared on one kind of CPU only
     parts = [

@@ -201,3 +201,31 @@ def test_every_system_is_valid(quality: Any) -> None:
 
     for name in quality.SYSTEMS:
         config_from_dict(quality.Trial(name, 1e-3, 1, 640).config({}, "x"))
+
+
+@pytest.mark.parametrize(
+    ("command", "told"),
+    [
+        ("train main other", "there is no phase 'other'"),
+        ("train --jobs 0", "--jobs is 0"),
+        ("report --output-dir EMPTY", "no complete trial yet"),
+        ("report --results EMPTY/none.json", "none.json: No such file"),
+        ("report --results OTHER", "is no results.json"),
+    ],
+)
+def test_one_sentence_for_what_is_wrong(
+    quality: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    command: str,
+    told: str,
+) -> None:
+    (tmp_path / "other.json").write_text('{"trials": [{"loss": 1}]}')
+    command = command.replace("EMPTY", str(tmp_path / "empty")).replace("OTHER", str(tmp_path / "other.json"))
+    monkeypatch.setattr(sys, "argv", ["quality.py", *command.split()])
+    with pytest.raises(SystemExit) as end:
+        quality.main()
+    assert told in f"{end.value.code} {capsys.readouterr().err}"
+    assert end.value.code != 0
+    assert not (tmp_path / "empty").exists()
