@@ -232,7 +232,7 @@ def plot(results: list[Result], speeds: dict[str, float], path: Path, steps: int
     from matplotlib import pyplot as plt
 
     chosen = [r for r in results if r.trial.steps == steps and not r.given_up]
-    figure, axes = plt.subplots(1, 3, figsize=(16, 5.5), sharey=True, layout="constrained")
+    figure, axes = plt.subplots(1, 3, figsize=(16, 6.5), sharey=True, layout="constrained")
     colors: Any = plt.get_cmap("tab20").colors  # type: ignore[attr-defined]
     rows_of = _rows(chosen)
     best = {  # by system: the learning rate that ends lowest
@@ -260,6 +260,6 @@ def plot(results: list[Result], speeds: dict[str, float], path: Path, steps: int
         axis.set_xlabel(name)
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("validation loss (nats per token)")
-    axes[0].legend(fontsize=7)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
     figure.savefig(path, dpi=110)
     plt.close(figure)
