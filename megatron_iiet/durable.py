@@ -38,6 +38,30 @@ def write_text(path: Path, text: str) -> None:
         file.write(text.encode())
 
 
+def check_output(path: Path) -> None:
+    """Refuse a file that has no place, before the work that ends in writing it; missing folders are no
+    obstacle, see :func:`make_parent`.
+
+    Raises:
+        ValueError: a part of its path is a file, or no folder may be made there.
+    """
+    above = next(folder for folder in path.absolute().parents if folder.exists())
+    if not above.is_dir():
+        raise ValueError(f"{path} cannot be written: {above} is a file, not a folder; choose another output.")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise ValueError(f"{path} cannot be written: {above} is not writable; choose another output.")
+
+
+def make_parent(path: Path) -> None:
+    """Make the folders that a file goes into, where they are missing.
+
+    Raises:
+        ValueError: as :func:`check_output`.
+    """
+    check_output(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+
+
 def sync_file(file: IO[bytes]) -> None:
     """Put everything written to a file on disk, where its file system can."""
     file.flush()

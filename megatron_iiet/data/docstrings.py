@@ -23,6 +23,8 @@ from itertools import islice, repeat
 from multiprocessing import get_context
 from pathlib import Path, PurePath
 
+from megatron_iiet.durable import check_output, make_parent
+
 SET_NAME = "PythonDocstrings"
 
 _OWN_PACKAGE = "megatron-iiet"  # changes with every commit, a corpus should not
@@ -103,14 +105,13 @@ def build_corpus(
     a split by package.
 
     Raises:
-        ValueError: the name has another ending, its folder is missing, a package is not installed, or no
-            docstring qualifies.
+        ValueError: the name has another ending or no place, a package is not installed, or no docstring
+            qualifies.
     """
     target = Path(output)
     if not target.name.endswith(".jsonl.zst"):
         raise ValueError(f"The output {target} does not end in .jsonl.zst; name it so.")
-    if not target.parent.is_dir():
-        raise ValueError(f"The folder {target.parent} of the output is missing; create it.")
+    check_output(target)
     chosen = installed_packages(packages)
     rows: list[tuple[bytes, str]] = []
     shares: list[PackageShare] = []
@@ -123,6 +124,7 @@ def build_corpus(
             shares.append(PackageShare(package.name, package.version, package.license, len(kept), characters))
     if not rows:
         raise ValueError(f"No docstring of {min_characters} characters found; lower --min-characters.")
+    make_parent(target)
     files = _write(target, [row for _, row in sorted(rows)], shares)
     return CorpusReport(files, tuple(shares), dict(selection.dropped))
 

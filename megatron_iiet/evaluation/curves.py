@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_iiet.durable import check_output, make_parent
 from megatron_iiet.training.metrics import read_log
 
 SMOOTHING_STEPS = 20
@@ -17,8 +18,9 @@ def plot_losses(runs: Mapping[str, str | Path], output: str | Path) -> None:
     """Draw training loss (thin: every step, thick: running mean) and validation loss of labelled run folders.
 
     Raises:
-        ValueError: a run has no log.
+        ValueError: a run has no log, or the picture has no place.
     """
+    check_output(Path(output))
     import matplotlib
 
     matplotlib.use("Agg")
@@ -46,5 +48,6 @@ def plot_losses(runs: Mapping[str, str | Path], output: str | Path) -> None:
     axes.set_ylabel("loss (nats per token)")
     axes.grid(alpha=0.3)
     axes.legend()
+    make_parent(Path(output))
     figure.savefig(output, dpi=120)
     plt.close(figure)

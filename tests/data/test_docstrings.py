@@ -114,15 +114,16 @@ def test_workers_and_repetition_do_not_change_it(site: Path, tmp_path: Path) -> 
 
 
 def test_refusals(site: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
     for output, packages, minimum, message in [
         ("c.jsonl", None, 50, r"c\.jsonl does not end in \.jsonl\.zst"),
-        ("no/c.jsonl.zst", None, 50, "The folder .* of the output is missing"),
+        ("file/c.jsonl.zst", None, 50, "c.jsonl.zst cannot be written: .*file is a file"),
         ("c.jsonl.zst", ["absent"], 50, "The package absent is not installed"),
         ("c.jsonl.zst", None, 10**6, "No docstring of 1000000 characters"),
     ]:
         with pytest.raises(ValueError, match=message):
             build_corpus(tmp_path / output, packages, minimum)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["site"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "site"]
 
 
 def test_names_are_normalised(site: Path) -> None:

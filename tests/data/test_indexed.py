@@ -592,6 +592,7 @@ class TestWriter:
             with IndexedDatasetWriter(tmp_path / "a", 100) as writer:
                 writer.add_documents(np.arange(5), [2, 2])
 
-    def test_missing_folder(self, tmp_path: Path) -> None:
-        with pytest.raises(ValueError, match=r"The folder .*nowhere of the output prefix is missing"):
-            IndexedDatasetWriter(tmp_path / "nowhere" / "a", 100)
+    def test_no_place(self, tmp_path: Path) -> None:
+        (tmp_path / "file").write_text("")
+        with pytest.raises(ValueError, match=r"a\.bin cannot be written: .*file is a file"):
+            IndexedDatasetWriter(tmp_path / "file" / "a", 100)

@@ -205,7 +205,7 @@ class TestInputs:
             (["a", "missing"], "out", r"missing\.idx is missing"),
             (["a", "b"], "b", "one of the inputs"),
             (["list"], "a", r"The inputs read .*a, the output prefix"),
-            (["a", "b"], "nowhere/out", "The folder .*nowhere of the output prefix is missing"),
+            (["a", "b"], "a.bin/out", r"out cannot be written: .*a\.bin is a file"),
             (["a", "b"], "", "ends in a slash"),
         ):
             with pytest.raises(ValueError, match=message):

@@ -50,5 +50,5 @@ def test_summary_of_something_else(tmp_path: Path) -> None:
 
 
 def test_plot_is_a_picture(run: Path, tmp_path: Path) -> None:
-    plot_losses({"a": run, "b": run}, tmp_path / "x.png")
-    assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
+    plot_losses({"a": run, "b": run}, tmp_path / "new" / "x.png")
+    assert (tmp_path / "new" / "x.png").read_bytes().startswith(b"\x89PNG")

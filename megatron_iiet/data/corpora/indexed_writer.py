@@ -27,7 +27,7 @@ from megatron_iiet.data.corpora.mmididx import (
     shards_path,
     token_dtype,
 )
-from megatron_iiet.durable import sync_file, sync_folder
+from megatron_iiet.durable import make_parent, sync_file, sync_folder
 
 _SPOOL_BYTES = 1 << 20  # lengths beyond this go to disk
 
@@ -65,7 +65,7 @@ class PairOutput:
     A killed run leaves those, no reader looks at them, and the next run overwrites them.
 
     Raises:
-        ValueError: the prefix is a folder's name, its folder is missing, or another process writes it.
+        ValueError: the prefix is a folder's name or has no place, or another process writes it.
     """
 
     def __init__(self, prefix: str | os.PathLike[str], dtype: np.dtype[Any]) -> None:
@@ -75,9 +75,7 @@ class PairOutput:
             raise ValueError(f"The output prefix {self.prefix} ends in a slash; add a name for the files.")
         self._targets = [bin_path(prefix), idx_path(prefix)]
         self._partials = [path.with_name(path.name + ".partial") for path in self._targets]
-        folder = self._targets[0].parent
-        if not folder.is_dir():
-            raise ValueError(f"The folder {folder} of the output prefix is missing; create it.")
+        make_parent(self._targets[0])
         self.bin = DigestedFile(_open_locked(self._partials[0]))
         self.idx = DigestedFile(self._partials[1].open("wb"))
 
@@ -153,7 +151,7 @@ class IndexedDatasetWriter:
     exception removes every trace.
 
     Raises:
-        ValueError: the folder is missing, another process is writing the prefix, an id is outside
+        ValueError: the prefix has no place, another process is writing the prefix, an id is outside
             [0, vocab_size), or no document was added.
     """
 

@@ -31,6 +31,7 @@ from megatron_iiet.data.corpora.mmididx import (
     shards_path,
 )
 from megatron_iiet.data.corpora.shards import ShardedDataset, open_corpus, write_shards
+from megatron_iiet.durable import check_output, make_parent
 
 _MADE_BY = "tools/merge_datasets.py"
 _SUFFIXES = (".shards", ".idx", ".bin")
@@ -96,6 +97,7 @@ def merge(options: MergeOptions) -> MergeReport:
     _check_output(options, prefixes)
     common = _Common(prefixes)
     counts = _check_pairs(options, prefixes)
+    make_parent(Path(options.output_prefix))
     join = _refer if options.by_reference else _copy
     shards = join(options, prefixes, common.dtype, counts)
     path = _write_list(options, shards, common)
@@ -137,8 +139,7 @@ def _check_output(options: MergeOptions, prefixes: Sequence[str]) -> None:
     output = options.output_prefix
     if not os.path.basename(output):
         raise ValueError(f"The output prefix {output} ends in a slash; add a name for the files.")
-    if not Path(output).parent.is_dir():
-        raise ValueError(f"The folder {Path(output).parent} of the output prefix is missing; create it.")
+    check_output(Path(output))
     if os.path.abspath(output) in map(os.path.abspath, prefixes):
         raise ValueError(f"The output prefix {output} is one of the inputs; choose another.")
     there = [path for path in (shards_path(output), bin_path(output), idx_path(output)) if path.exists()]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_iiet.data.preprocess.options import PreprocessOptions
+from megatron_iiet.durable import check_output
 
 _ENDINGS = (".idx", ".bin", ".idx.partial", ".bin.partial")
 _SHARD_FILE = re.compile(r"\d{6,}\.(bin|idx)(\.partial)?")
@@ -49,9 +50,7 @@ class Layout:
                 raise ValueError(
                     f"The output prefix {self.prefix} ends in a slash; add a name for the files."
                 )
-            parent = Path(self.prefix).parent
-            if not parent.is_dir():
-                raise ValueError(f"The folder {parent} of the output prefix is missing; create it.")
+            check_output(Path(self.prefix))
         elif self.folder is not None and os.path.exists(self.folder) and not os.path.isdir(self.folder):
             raise ValueError(f"The output folder {self.folder} is a file; choose another name.")
 

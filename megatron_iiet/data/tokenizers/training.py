@@ -10,6 +10,7 @@ from pathlib import Path
 
 from megatron_iiet.data.reading.sources import list_inputs
 from megatron_iiet.data.reading.text import iter_documents
+from megatron_iiet.durable import check_output, make_parent
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,7 @@ def train_tokenizer(
     from sentencepiece import SentencePieceTrainer
 
     target = Path(f"{os.fspath(output_prefix)}.model")
-    if not target.parent.is_dir():
-        raise ValueError(f"The folder {target.parent} of the output prefix is missing; create it.")
+    check_output(target)
     counted = _Counted(iter_documents(list_inputs(inputs), key), max_characters)
     model = io.BytesIO()
     try:
@@ -68,6 +68,7 @@ def train_tokenizer(
             f"Training {vocab_size} pieces on {counted.characters:,} characters failed ({error}); "
             "give more text or a --vocab-size that fits it (at least 259 plus the alphabet)."
         ) from None
+    make_parent(target)
     partial = target.with_name(target.name + ".partial")
     partial.write_bytes(model.getvalue())
     partial.rename(target)
