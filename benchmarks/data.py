@@ -288,7 +288,7 @@ def batches_of(prefix: Path, *, documents: str = "ignore", num_workers: int = 0)
     from megatron_iiet.data.loader.samples import build_splits
 
     return TrainBatches(
-        [build_splits(prefix, T, [0.98, 0.01, 0.01], documents).train],
+        [build_splits(prefix, T, [0.98, 0.01, 0.01], documents, vocab_size=2**31).train],
         global_batch_size=B,
         micro_batch_size=B,
         data_parallel_rank=0,

@@ -240,7 +240,9 @@ def main() -> None:
     try:
         model = models.load(arguments.model)
         length = model.config.data.sequence_length
-        held_out = build_splits(arguments.corpus, length, [0.0, 1.0, 0.0]).validation
+        held_out = build_splits(
+            arguments.corpus, length, [0.0, 1.0, 0.0], vocab_size=model.config.model.vocab_size
+        ).validation
         batches = [
             inputs_of(batch)
             for batch in ValidationBatches(

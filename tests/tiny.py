@@ -97,7 +97,11 @@ def validation_loss(model: Transformer) -> float:
     """What a run logs as validation loss, computed from a loaded model in one process."""
     config = model.config
     splits = build_splits(
-        config.data.prefix, config.data.sequence_length, config.data.split, config.data.documents
+        config.data.prefix,
+        config.data.sequence_length,
+        config.data.split,
+        config.data.documents,
+        vocab_size=config.model.vocab_size,
     )
     batches = ValidationBatches(
         [splits.validation], samples=config.evaluation.samples, micro_batch_size=2, dp_rank=0, dp_size=1

@@ -58,7 +58,9 @@ def open_text_set(path: str, data: DataConfig, vocab_size: int, samples: int) ->
         return _text_set(path, data, vocab_size, samples)
     tokenizer_file = _tokenizer_of(data)
     if path:
-        splits = build_splits(path, data.sequence_length, [0.0, 1.0, 0.0], data.documents)
+        splits = build_splits(
+            path, data.sequence_length, [0.0, 1.0, 0.0], data.documents, vocab_size=vocab_size
+        )
         check_tokenizers([splits.validation], tokenizer_file)
         return TextSet(f"corpus {path}", [splits.validation], [1.0])
     if not (data.prefix or data.blend):
@@ -68,7 +70,7 @@ def open_text_set(path: str, data: DataConfig, vocab_size: int, samples: int) ->
             f"the model was validated on nothing (data.split is {data.split}); give --data a corpus, or a "
             "file of text"
         )
-    corpora = open_corpora(data)
+    corpora = open_corpora(data, vocab_size)
     kind = "corpus" if data.validation_prefix else "validation split of"
     names = data.validation_prefix or ", ".join(corpora.prefixes)
     return TextSet(f"{kind} {names}", corpora.validation, corpora.validation_weights)

@@ -38,19 +38,28 @@ class Corpora:
         return short if len(set(short)) == len(short) else self.prefixes
 
 
-def open_corpora(data: DataConfig) -> Corpora:
-    """Open what the ``data`` section names.
+def open_corpora(data: DataConfig, vocab_size: int) -> Corpora:
+    """Open what the ``data`` section names, for a model that knows ``vocab_size`` ids.
 
     Raises:
         ValueError: a corpus is unreadable, too small for its share, or was made with another tokenizer.
     """
     split = [1.0, 0.0, 0.0] if data.validation_prefix else data.split
-    splits = [build_splits(p, data.sequence_length, split, data.documents) for p in data.weights]
+    splits = [
+        build_splits(prefix, data.sequence_length, split, data.documents, vocab_size=vocab_size)
+        for prefix in data.weights
+    ]
     weights = list(data.weights.values())
     train, validation = [part.train for part in splits], [part.validation for part in splits]
     validation_weights = weights
     if data.validation_prefix:
-        held_out = build_splits(data.validation_prefix, data.sequence_length, [0.0, 1.0, 0.0], data.documents)
+        held_out = build_splits(
+            data.validation_prefix,
+            data.sequence_length,
+            [0.0, 1.0, 0.0],
+            data.documents,
+            vocab_size=vocab_size,
+        )
         validation, validation_weights = [held_out.validation], [1.0]
     elif not data.split[1]:
         validation, validation_weights = [], []

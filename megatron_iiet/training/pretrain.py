@@ -58,7 +58,7 @@ def prepare(
     check_paths(config)
     backend, reason = resolve_backend(config.ops.backend, context.device)
     check_tokenizer(config)
-    corpora = open_corpora(config.data)
+    corpora = open_corpora(config.data, config.model.vocab_size)
     tag = find_checkpoint(config)
     warm = open_warm_start(config) if tag is None else None
     teacher = open_teacher(config)

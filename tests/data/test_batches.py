@@ -24,6 +24,8 @@ from megatron_iiet.data.loader.samples import KINDS, Samples, TokenWindows, buil
 
 Int64Array = npt.NDArray[np.int64]
 T = 2
+VOCABULARY = 2**31
+"""Of a model that knows every id."""
 
 
 class Stream:
@@ -128,7 +130,9 @@ def global_batch(readers: list[TrainBatches]) -> list[list[list[int]]]:
 def test_a_blend_is_the_same_in_every_layout(documents: str, corpora: list[Path]) -> None:
     """Ranks, micro-batches, threads and the step where a run is resumed decide nothing but who reads what."""
     weights, size = [0.5, 0.2, 0.3], 24
-    sources = [build_splits(prefix, 11, [1, 0, 0], documents).train for prefix in corpora]
+    sources = [
+        build_splits(prefix, 11, [1, 0, 0], documents, vocab_size=VOCABULARY).train for prefix in corpora
+    ]
 
     def readers(ranks: int, micro: int, threads: int) -> list[TrainBatches]:
         return [
@@ -175,7 +179,9 @@ def test_a_blend_is_the_same_in_every_layout(documents: str, corpora: list[Path]
 def test_count_is_the_mean_over_the_global_batch(
     documents: str, ranks: int, micro: int, corpora: list[Path]
 ) -> None:
-    sources = [build_splits(prefix, 11, [1, 0, 0], documents).train for prefix in corpora[:2]]
+    sources = [
+        build_splits(prefix, 11, [1, 0, 0], documents, vocab_size=VOCABULARY).train for prefix in corpora[:2]
+    ]
     options: dict[str, Any] = {"weights": [1, 2], "global_batch_size": 24, "micro_batch_size": micro}
     readers = [batches(sources, rank, ranks, **options) for rank in range(ranks)]
     for _ in range(3):
@@ -345,7 +351,7 @@ class TestFailures:
 
     def test_a_file_cut_short_while_training(self, tmp_path: Path) -> None:
         prefix = written(tmp_path, "corpus", [50] * 1000, 0)
-        reader = batches([build_splits(prefix, 20, [1, 0, 0]).train], num_workers=1)
+        reader = batches([build_splits(prefix, 20, [1, 0, 0], vocab_size=VOCABULARY).train], num_workers=1)
         next(reader)
         with prefix.with_suffix(".bin").open("r+b") as file:
             file.truncate(1000)
@@ -446,7 +452,7 @@ class TestValidation:
 
     @pytest.mark.parametrize("documents", ["reset", "pack"])
     def test_positions(self, documents: str, corpora: list[Path]) -> None:
-        source = build_splits(corpora[0], 11, [0.5, 0.5, 0], documents).validation
+        source = build_splits(corpora[0], 11, [0.5, 0.5, 0], documents, vocab_size=VOCABULARY).validation
         (batch,) = ValidationBatches([source], samples=5, micro_batch_size=6, dp_rank=0, dp_size=1)
         assert batch.positions is not None
         for row, index in enumerate([0, 1, 2, 3, 4, 0]):

@@ -10,16 +10,19 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from megatron_iiet.data.corpora.indexed import IndexedDataset
+from megatron_iiet.data.corpora.indexed import IndexedDataset, IndexedDatasetWriter
 from megatron_iiet.data.loader.samples import (
     KINDS,
     DocumentWindows,
     PackedSamples,
     Samples,
     TokenWindows,
+    UnknownTokenError,
     build_splits,
 )
 
+VOCABULARY = 2**31
+"""Of a model that knows every id."""
 MakeShard = Callable[..., Path]
 SHARED = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -35,7 +38,7 @@ def read(samples: Samples, index: int) -> tuple[list[int], list[int] | None]:
 
 
 def test_windows(make_shard: MakeShard) -> None:
-    splits = build_splits(make_shard([4, 3, 5, 1, 8]), 3, [0.6, 0.4, 0])
+    splits = build_splits(make_shard([4, 3, 5, 1, 8]), 3, [0.6, 0.4, 0], vocab_size=VOCABULARY)
     train, validation = splits.train, splits.validation
     assert [read(train, i)[0] for i in range(3)] == [[0, 1, 2, 3], [3, 4, 5, 6], [6, 7, 8, 9]]
     assert [read(validation, i)[0] for i in range(2)] == [[12, 13, 14, 15], [15, 16, 17, 18]]
@@ -46,7 +49,7 @@ def test_windows(make_shard: MakeShard) -> None:
 
 @pytest.mark.parametrize("documents", KINDS)
 def test_numbers_outside(make_shard: MakeShard, documents: str) -> None:
-    splits = build_splits(make_shard([4, 3, 5, 1, 8]), 3, [0.6, 0.4, 0], documents)
+    splits = build_splits(make_shard([4, 3, 5, 1, 8]), 3, [0.6, 0.4, 0], documents, vocab_size=VOCABULARY)
     for samples, index in ((splits.train, -1), (splits.train, len(splits.train)), (splits.test, 0)):
         with pytest.raises(IndexError, match=f"sample {index} of {len(samples)}"):
             read(samples, index)
@@ -54,7 +57,7 @@ def test_numbers_outside(make_shard: MakeShard, documents: str) -> None:
 
 def test_windows_of_documents(make_shard: MakeShard) -> None:
     """Documents start at 0, 4, 7, 12, 13."""
-    train = build_splits(make_shard([4, 3, 5, 1, 8]), 4, [1, 0, 0], "reset").train
+    train = build_splits(make_shard([4, 3, 5, 1, 8]), 4, [1, 0, 0], "reset", vocab_size=VOCABULARY).train
     assert [read(train, i) for i in range(5)] == [
         ([0, 1, 2, 3, 4], [0, 1, 2, 3, 0]),
         ([4, 5, 6, 7, 8], [0, 1, 2, 0, 1]),
@@ -69,7 +72,7 @@ def test_windows_of_documents(make_shard: MakeShard) -> None:
 
 def test_packed_samples(make_shard: MakeShard) -> None:
     """By hand: one block, pieces of at most 6 tokens; 8 is cut to 6 and 2, the rest is packed best-fit."""
-    train = build_splits(make_shard([4, 3, 5, 1, 8]), 5, [1, 0, 0], "pack").train
+    train = build_splits(make_shard([4, 3, 5, 1, 8]), 5, [1, 0, 0], "pack", vocab_size=VOCABULARY).train
     assert len(train) == 4
     assert [read(train, i) for i in range(4)] == [
         ([13, 14, 15, 16, 17, 18], [0, 1, 2, 3, 4, 5]),
@@ -137,7 +140,7 @@ def test_splits_cover_the_documents(
 ) -> None:
     prefix = make_shard(lengths)
     try:
-        splits = build_splits(prefix, length, shares)
+        splits = build_splits(prefix, length, shares, vocab_size=VOCABULARY)
     except ValueError as error:
         assert "too few for a window" in str(error)  # noqa: PT017
         return
@@ -157,7 +160,7 @@ def test_splits_cover_the_documents(
 @pytest.mark.parametrize("documents", KINDS)
 def test_kinds(make_shard: MakeShard, documents: str) -> None:
     """Every kind reads the same documents; only positions and places differ."""
-    splits = build_splits(make_shard([9] * 40), 8, [0.75, 0.25, 0], documents)
+    splits = build_splits(make_shard([9] * 40), 8, [0.75, 0.25, 0], documents, vocab_size=VOCABULARY)
     for part, first, last in ((splits.train, 0, 270), (splits.validation, 270, 360)):
         assert (part.start, part.stop, part.sequence_length) == (first, last, 8)
         assert (
@@ -189,9 +192,36 @@ def test_kinds(make_shard: MakeShard, documents: str) -> None:
 )
 def test_refusals(make_shard: MakeShard, length: int, split: list[float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        build_splits(make_shard([4] * 10), length, split)
+        build_splits(make_shard([4] * 10), length, split, vocab_size=VOCABULARY)
 
 
 def test_one_token_less_is_too_few(make_shard: MakeShard) -> None:
     shard = IndexedDataset(make_shard([11]))
     assert [len(TokenWindows(shard, 0, stop, 5)) for stop in (0, 1, 5, 6, 10, 11)] == [0, 0, 0, 1, 1, 2]
+
+
+@pytest.mark.parametrize("documents", list(KINDS))
+def test_an_id_that_the_model_does_not_know_is_named(make_shard: MakeShard, documents: str) -> None:
+    """Token 17 of the stream has the id 17: the fifth (number 4) of document 2."""
+    prefix = make_shard([4, 9, 30])
+    train = build_splits(prefix, 3, [1, 0, 0], documents, vocab_size=17).train
+    message = (
+        r"holds the id 17 \(document 2, its token 4\), but model.vocab_size is 17; give the corpus that was "
+        "made with this model's tokenizer, or raise model.vocab_size"
+    )
+    with pytest.raises(UnknownTokenError, match=message):
+        _ = [read(train, index) for index in range(len(train))]
+    known = build_splits(prefix, 3, [1, 0, 0], documents, vocab_size=43).train
+    assert max(max(read(known, index)[0]) for index in range(len(known))) == 42
+
+
+def test_a_negative_id_is_named(tmp_path: Path) -> None:
+    """Megatron's int32 pairs can hold one."""
+    with IndexedDatasetWriter(tmp_path / "pair", 100_000) as writer:
+        writer.add_document(np.arange(8))
+    raw = np.fromfile(tmp_path / "pair.bin", np.int32)
+    raw[5] = -2
+    raw.tofile(tmp_path / "pair.bin")
+    train = build_splits(tmp_path / "pair", 7, [1, 0, 0], vocab_size=100_000).train
+    with pytest.raises(UnknownTokenError, match=r"holds the id -2 \(document 0, its token 5\)"):
+        read(train, 0)

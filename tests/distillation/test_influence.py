@@ -84,7 +84,13 @@ def options(model: Path, output: Path, **changes: Any) -> Options:
 
 def text_of(config: RunConfig, sequences: int = SEQUENCES) -> Inputs:
     """The sequences of the validation split, one batch, read by hand."""
-    parts = build_splits(config.data.prefix, config.data.sequence_length, config.data.split, "pack")
+    parts = build_splits(
+        config.data.prefix,
+        config.data.sequence_length,
+        config.data.split,
+        "pack",
+        vocab_size=config.model.vocab_size,
+    )
     return inputs_of(
         next(
             iter(

@@ -209,7 +209,9 @@ def batches(
     config: RunConfig, rank: int = 0, size: int = 1, micro_batch_size: int = GLOBAL_BATCH
 ) -> TrainBatches:
     """The training micro-batches of one data-parallel rank."""
-    splits = build_splits(config.data.prefix, config.data.sequence_length, config.data.split)
+    splits = build_splits(
+        config.data.prefix, config.data.sequence_length, config.data.split, vocab_size=config.model.vocab_size
+    )
     return TrainBatches(
         [splits.train],
         global_batch_size=GLOBAL_BATCH,

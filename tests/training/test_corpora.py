@@ -17,7 +17,7 @@ from megatron_iiet.data.corpora.shard_list import write_shards
 from megatron_iiet.data.tokenizers.loading import tokenizer_digest
 from megatron_iiet.parallel import ParallelContext
 from megatron_iiet.parallel.launch import launch_environment
-from megatron_iiet.training import checkpoint
+from megatron_iiet.training import checkpoint, pretrain
 from megatron_iiet.training.callbacks import Callback
 from megatron_iiet.training.corpora import describe_corpora, open_corpora
 from megatron_iiet.training.engine import StepResult
@@ -28,6 +28,9 @@ from megatron_iiet.training.run import Run
 from tests.distributed.harness import RanksFailedError, run_ranks
 from tests.distributed.runs import as_data, ds_json, pretrain_rank
 from tests.tiny import make_data, tiny_config, write_shard
+
+VOCABULARY = 384
+"""Of the tiny model."""
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +64,7 @@ def configured(data: dict[str, str], tmp_path: Path) -> Callable[..., RunConfig]
 
 def test_one_prefix_is_a_blend_of_one(configured: Callable[..., RunConfig]) -> None:
     config = configured()
-    corpora = open_corpora(config.data)
+    corpora = open_corpora(config.data, VOCABULARY)
     assert (corpora.prefixes, corpora.names, corpora.weights) == ([config.data.prefix], ["shard"], [1.0])
     n = len(corpora.train[0])
     assert describe_corpora(config, corpora).splitlines() == [
@@ -72,7 +75,7 @@ def test_one_prefix_is_a_blend_of_one(configured: Callable[..., RunConfig]) -> N
 
 def test_a_blend_is_described(configured: Callable[..., RunConfig]) -> None:
     config = configured({"shard": 3, "more": 1}, training={"steps": 1600}, data={"documents": "pack"})
-    corpora = open_corpora(config.data)
+    corpora = open_corpora(config.data, VOCABULARY)
     assert corpora.names == ["shard", "more"]
     large, small = map(len, corpora.train)
     lines = describe_corpora(config, corpora).splitlines()
@@ -86,7 +89,7 @@ def test_a_blend_is_described(configured: Callable[..., RunConfig]) -> None:
 def test_validation_on_a_corpus_of_its_own(configured: Callable[..., RunConfig]) -> None:
     """All documents of the others train then."""
     config = configured({"shard": 3, "more": 1}, data={"validation_prefix": "held_out"})
-    corpora = open_corpora(config.data)
+    corpora = open_corpora(config.data, VOCABULARY)
     assert [part.num_tokens for part in corpora.train] == [part.stream.num_tokens for part in corpora.train]
     (held_out,) = corpora.validation
     assert held_out.stream.prefix == config.data.validation_prefix
@@ -98,10 +101,12 @@ def test_validation_on_a_corpus_of_its_own(configured: Callable[..., RunConfig])
 
 
 def test_validation_on_the_blend_and_on_nothing(configured: Callable[..., RunConfig]) -> None:
-    corpora = open_corpora(configured({"shard": 3, "more": 1}).data)
+    corpora = open_corpora(configured({"shard": 3, "more": 1}).data, VOCABULARY)
     assert [part.num_tokens > 0 for part in corpora.validation] == [True, True]
     assert corpora.validation_weights == [3, 1]
-    corpora = open_corpora(configured({"shard": 3, "more": 1}, data={"split": [1.0, 0.0, 0.0]}).data)
+    corpora = open_corpora(
+        configured({"shard": 3, "more": 1}, data={"split": [1.0, 0.0, 0.0]}).data, VOCABULARY
+    )
     assert (corpora.validation, corpora.validation_weights) == ([], [])
 
 
@@ -111,12 +116,12 @@ def test_names_that_are_the_same(tmp_path: Path, data: dict[str, str]) -> None:
         write_shard(tmp_path / name / "text", documents=20)
     blend = {str(tmp_path / name / "text"): 1.0 for name in ("one", "two")}
     config = tiny_config({"tokenizer": data["tokenizer"]}, tmp_path / "run", data={"blend": blend})
-    assert open_corpora(config.data).names == list(blend)
+    assert open_corpora(config.data, VOCABULARY).names == list(blend)
 
 
 def test_a_weight_too_small_to_deal(configured: Callable[..., RunConfig]) -> None:
     with pytest.raises(ValueError, match="The weight 1e-07 of the blend is less than 1/100000"):
-        open_corpora(configured({"shard": 1, "more": 1e-7}).data)
+        open_corpora(configured({"shard": 1, "more": 1e-7}).data, VOCABULARY)
 
 
 def with_tokenizer(prefix: Path, digest: str) -> Path:
@@ -142,14 +147,14 @@ def test_another_tokenizer(place: str, data: dict[str, str], tmp_path: Path) -> 
     }
     config = tiny_config({"tokenizer": data["tokenizer"]}, tmp_path / "run", data=settings[place])
     with pytest.raises(ConfigError) as caught:
-        open_corpora(config.data)
+        open_corpora(config.data, VOCABULARY)
     assert str(caught.value) == (
         f"the corpus {wrong} was made with the tokenizer other.model (digest {'ab' * 16}), but "
         f"data.tokenizer is {data['tokenizer']} (digest {tokenizer_digest(data['tokenizer'])}); give the "
         "tokenizer that made the corpus, or make it again with this one"
     )
     fine = tiny_config({"tokenizer": data["tokenizer"]}, tmp_path / "run", data={"prefix": right})
-    assert len(open_corpora(fine.data).train[0]) > 0
+    assert len(open_corpora(fine.data, VOCABULARY).train[0]) > 0
 
 
 @pytest.mark.parametrize(
@@ -223,7 +228,7 @@ def test_a_blended_run_resumes_to_the_bit(
         part = configured(blend, "parts", data=dict(own), training={"steps": 6, "stop_after": stop})
         run_ranks(pretrain_rank, 2, as_data(part), ds_json(tmp_path, 1))
     assert curve(tmp_path / "parts") == curve(tmp_path / "whole")
-    lengths = [len(part) for part in open_corpora(whole.data).train]
+    lengths = [len(part) for part in open_corpora(whole.data, VOCABULARY).train]
     log = read_log(tmp_path / "whole")
     assert log[6]["epoch/shard"] == 34 / lengths[0]  # of 48 samples
     assert log[6]["epoch/more"] == 14 / lengths[1]
@@ -273,3 +278,44 @@ def test_an_error_while_reading_ends_the_run(
         run_ranks(pretrain_and_tear, 2, as_data(config), ds_json(tmp_path, 1), tmp_path / "torn.bin")
     # The main rank may be ended before it writes step 3, by what the other one read after its own.
     assert 2 <= max(read_log(tmp_path / "run")) < 30
+
+
+LAYOUTS = [{}, {"tensor": 2}, {"pipeline": 2}, {"data": 2}]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("where", ["prefix", "validation_prefix"])
+def test_an_id_outside_the_vocabulary_ends_the_run(
+    layout: dict[str, int], where: str, data: dict[str, str], tmp_path: Path
+) -> None:
+    """In every layout, in training and in validation, also where the vocabulary's padding has a row for it
+    (96 ids are padded to 128) or where no rank of a tensor-parallel group does."""
+    grid = {size: ranks for size, ranks in layout.items() if size != "data"}
+    for document, id_ in ((3, 97), (5, 200)):
+        prefix = tmp_path / f"foreign_{id_}"
+        with IndexedDatasetWriter(prefix, 300) as writer:
+            for number in range(8):
+                writer.add_document(np.full(40, id_ if number == document else 7))
+        config = tiny_config(
+            data | {where: str(prefix)},
+            tmp_path / f"run_{id_}",
+            model={"vocab_size": 96},
+            evaluation={"samples": 16},
+            parallel=grid,
+        )
+        message = (
+            rf"UnknownTokenError: the corpus .*foreign_{id_} holds the id {id_} \(document {document}, its "
+            r"token \d+\), but model.vocab_size is 96"
+        )
+        with pytest.raises(RanksFailedError, match=message):
+            run_ranks(
+                pretrain_rank_of_any_vocabulary, 2 if layout else 1, as_data(config), ds_json(tmp_path, 1)
+            )
+
+
+def pretrain_rank_of_any_vocabulary(config: dict[str, Any], ds_path: Path) -> None:
+    """A run whose tokenizer has more ids than the model, which the start would refuse."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pretrain, "check_tokenizer", lambda config: None)
+        pretrain_rank(config, ds_path)

@@ -341,7 +341,7 @@ def test_a_run_plans_as_it_trains(whole: Path, data: dict[str, str], tmp_path: P
     """Plans after steps 4 and 8 (not after the last one) of what the weights of the checkpoints say."""
     log = read_log(whole)
     assert [step for step in log if "guidance/evaluations" in log[step]] == [4, 8]
-    splits = build_splits(data["prefix"], 16, [0.8, 0.1, 0.1])
+    splits = build_splits(data["prefix"], 16, [0.8, 0.1, 0.1], vocab_size=4096)
     batches = ValidationBatches([splits.validation], samples=6, micro_batch_size=6, dp_rank=0, dp_size=1)
     mean: dict[tuple[int, int], float] | None = None
     before: tuple[int, ...] = ()

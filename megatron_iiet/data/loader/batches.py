@@ -23,7 +23,7 @@ import torch
 from megatron_iiet.data.loader.blend import Blend
 from megatron_iiet.data.loader.order import SampleOrder
 from megatron_iiet.data.loader.read_ahead import ReadAhead
-from megatron_iiet.data.loader.samples import Samples
+from megatron_iiet.data.loader.samples import Samples, UnknownTokenError
 
 Int64Array = npt.NDArray[np.int64]
 _ORDERED_AT_ONCE = 16384  # samples: so many that the order costs a fraction of a microsecond each
@@ -76,6 +76,7 @@ class TrainBatches:
 
     Raises:
         ValueError: no windows, G is not a multiple of B * ranks, or the weights cannot be blended.
+        UnknownTokenError: while iterating, a corpus holds an id outside the model's vocabulary.
         RuntimeError: while iterating, a sample could not be read, or not in time.
     """
 
@@ -254,6 +255,8 @@ class _MicroBatch:
             for row, (source, window) in enumerate(zip(sources, windows, strict=True)):
                 self._reading = (row, source, window)
                 plan.sources[source].fill(window, tokens[row], positions[row])
+        except UnknownTokenError:
+            raise
         except Exception as error:
             raise RuntimeError(f"{self} could not be read: {error}") from error
         return Batch(self._tokens, self._positions, counted)

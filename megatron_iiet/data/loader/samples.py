@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -34,6 +35,10 @@ Int64Array = npt.NDArray[np.int64]
 _SPLIT_NAMES = ("train", "validation", "test")
 
 
+class UnknownTokenError(ValueError):
+    """A corpus holds an id that the model has no embedding row for."""
+
+
 class Samples(ABC):
     """Samples from tokens [start, stop) of a stream, read by number from any thread.
 
@@ -41,16 +46,25 @@ class Samples(ABC):
         stream: the corpus.
         start, stop: token range of the split, at borders of documents.
         sequence_length: T.
+        vocab_size: ids that the model knows, 0 to vocab_size - 1. None: the ids are known to be its own.
     """
 
     has_positions: bool
     """Whether tokens come with positions."""
 
-    def __init__(self, stream: TokenStream, start: int, stop: int, sequence_length: int) -> None:
+    def __init__(
+        self,
+        stream: TokenStream,
+        start: int,
+        stop: int,
+        sequence_length: int,
+        vocab_size: int | None = None,
+    ) -> None:
         self.stream = stream
         self.start = start
         self.stop = stop
         self.sequence_length = sequence_length
+        self.vocab_size = vocab_size
 
     @property
     def num_tokens(self) -> int:
@@ -67,6 +81,9 @@ class Samples(ABC):
 
         Positions count from 0 at the start of the sample and of each document inside. Where one is 0 there is
         nothing to predict. Padding has token 0 and positions 0.
+
+        Raises:
+            UnknownTokenError: a token is outside the model's vocabulary.
         """
 
     @abstractmethod
@@ -76,6 +93,22 @@ class Samples(ABC):
     def _check(self, index: int) -> None:
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
+
+    def _read(self, start: int, out: Int64Array) -> None:
+        """Fill ``out``, int64 [n], with tokens [start, start + n) of the stream, which the model must know:
+        an id beyond the vocabulary is a zero vector under tensor parallelism and in the rows that pad the
+        vocabulary, and would train without a word."""
+        self.stream.read_into(start, out)
+        if self.vocab_size is None or not len(out) or (out.min() >= 0 and out.max() < self.vocab_size):
+            return
+        at = int(np.argmax((out < 0) | (out >= self.vocab_size)))
+        document = _document_at(self.stream, start + at)
+        raise UnknownTokenError(
+            f"the corpus {self.stream.prefix} holds the id {out[at]} (document {document}, its token "
+            f"{start + at - self.stream.document_start(document)}), but model.vocab_size is "
+            f"{self.vocab_size}; give the corpus that was made with this model's tokenizer, or raise "
+            "model.vocab_size"
+        )
 
 
 class TokenWindows(Samples):
@@ -87,7 +120,7 @@ class TokenWindows(Samples):
         return max(0, self.num_tokens - 1) // self.sequence_length
 
     def fill(self, index: int, tokens: Int64Array, positions: Int64Array | None = None) -> None:
-        self.stream.read_into(self._first(index), tokens)
+        self._read(self._first(index), tokens)
 
     def counted(self, indices: Int64Array) -> int:
         return len(indices) * self.sequence_length
@@ -106,7 +139,7 @@ class DocumentWindows(TokenWindows):
     def fill(self, index: int, tokens: Int64Array, positions: Int64Array | None = None) -> None:
         assert positions is not None
         first = self._first(index)
-        self.stream.read_into(first, tokens)
+        self._read(first, tokens)
         bounds = [0, *(self._starts(first) - first).tolist(), len(positions)]
         for start, stop in pairwise(bounds):
             positions[start:stop] = _counting(len(positions))[: stop - start]
@@ -136,8 +169,15 @@ class PackedSamples(Samples):
     samples_per_block = block + 1
     _KEPT = 4096  # packed blocks, a few kilobytes each: a global batch is counted before its samples are read
 
-    def __init__(self, stream: TokenStream, start: int, stop: int, sequence_length: int) -> None:
-        super().__init__(stream, start, stop, sequence_length)
+    def __init__(
+        self,
+        stream: TokenStream,
+        start: int,
+        stop: int,
+        sequence_length: int,
+        vocab_size: int | None = None,
+    ) -> None:
+        super().__init__(stream, start, stop, sequence_length, vocab_size)
         self._block_tokens = self.block * (sequence_length + 1)
         self._packing = lru_cache(self._KEPT)(self._pack)
 
@@ -149,7 +189,7 @@ class PackedSamples(Samples):
         assert positions is not None
         at = 0
         for start, length in zip(*self._pieces(index), strict=True):
-            self.stream.read_into(start, tokens[at : at + length])
+            self._read(start, tokens[at : at + length])
             positions[at : at + length] = _counting(len(positions))[:length]
             at += length
         tokens[at:] = 0
@@ -179,6 +219,11 @@ class PackedSamples(Samples):
         return -(-tokens * self.samples_per_block // self._block_tokens) if tokens > 1 else 0
 
 
+def _document_at(stream: TokenStream, position: int) -> int:
+    """The document that holds the token at ``position``: the last one that starts there or before."""
+    return bisect_right(range(stream.num_documents), position, key=stream.document_start) - 1
+
+
 @lru_cache(8)
 def _counting(length: int) -> Int64Array:
     return np.arange(length)
@@ -198,7 +243,12 @@ class Splits:
 
 
 def build_splits(
-    prefix: str | os.PathLike[str], sequence_length: int, split: Sequence[float], documents: str = "ignore"
+    prefix: str | os.PathLike[str],
+    sequence_length: int,
+    split: Sequence[float],
+    documents: str = "ignore",
+    *,
+    vocab_size: int,
 ) -> Splits:
     """Cut the corpus ``prefix`` into train, validation and test by shares of its documents.
 
@@ -207,6 +257,7 @@ def build_splits(
         sequence_length: T.
         split: shares of the documents.
         documents: how samples treat their borders, a key of :data:`KINDS`.
+        vocab_size: ids that the model knows; reading another one raises :class:`UnknownTokenError`.
 
     Raises:
         ValueError: the corpus is unreadable, ``split`` is not three shares summing to 1, or a part with a
@@ -224,7 +275,7 @@ def build_splits(
     starts = [stream.document_start(int(document)) for document in bounds]
     parts = {}
     for i, name in enumerate(_SPLIT_NAMES):
-        part = KINDS[documents](stream, starts[i], starts[i + 1], sequence_length)
+        part = KINDS[documents](stream, starts[i], starts[i + 1], sequence_length, vocab_size)
         if shares[i] > 0 and len(part) == 0:
             raise ValueError(
                 f"The {name} split of {stream.prefix} has {bounds[i + 1] - bounds[i]} documents with "
