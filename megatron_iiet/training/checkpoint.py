@@ -17,6 +17,7 @@ the whole (:mod:`megatron_iiet.training.fragments`), so that any layout reads wh
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -43,6 +44,12 @@ _ARCHITECTURE = tuple(
         "predictor_order repeats",
     }.items()
     for key in keys.split()
+)
+
+# What a checkpoint holds, temporary names of a save that was killed included, and what NFS leaves of a file
+# that a reader has open.
+_OWN_FILE = re.compile(
+    r"(config\.yaml|state\.json|index\.json|rank_\d+\.safetensors)(\.[0-9a-f]+\.tmp)?|\.nfs\w+"
 )
 
 # What decides which samples come in which order, the corpora themselves and the weights of a blend apart.
@@ -133,14 +140,45 @@ def invalidate(folder: Path) -> None:
         (folder / name).unlink(missing_ok=True)
 
 
-def commit(output_dir: str | Path, tag: str, keep: int) -> None:
-    """Make ``tag`` the newest checkpoint, then remove all but the ``keep`` newest (0 keeps all)."""
+def commit(output_dir: str | Path, step: int, keep: int) -> list[str]:
+    """Make the checkpoint of ``step`` the newest, then remove all from before but ``keep - 1`` (0 keeps all).
+
+    What this program did not make stays: a copy under another name, a link, a file. So do checkpoints of
+    later steps, which a run that was set back has left behind.
+
+    Returns:
+        a sentence for each checkpoint that could not be removed: no reason to end a run.
+    """
     folder = checkpoints_folder(output_dir)
-    durable.write_text(folder / "latest", tag + "\n")
-    if keep:
-        for old in sorted(folder.glob("step_*"))[:-keep]:
-            if old.name != tag:
-                shutil.rmtree(old)
+    durable.write_text(folder / "latest", tag_of(step) + "\n")
+    if not keep:
+        return []
+    earlier = sorted(before for before in _own_steps(folder) if before < step)
+    outdated = [folder / tag_of(before) for before in earlier[: max(0, len(earlier) + 1 - keep)]]
+    return [warning for old in outdated if (warning := _remove(old))]
+
+
+def _own_steps(folder: Path) -> list[int]:
+    """Steps of the folders in ``folder`` that are named as a checkpoint is, complete or not."""
+    found = [re.fullmatch(r"step_(\d+)", path.name) for path in folder.iterdir()]
+    steps = [int(match[1]) for match in found if match and tag_of(int(match[1])) == match[0]]
+    return [step for step in steps if _is_folder(folder / tag_of(step))]
+
+
+def _is_folder(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink()
+
+
+def _remove(folder: Path) -> str:
+    """Remove a checkpoint; why it is still there, or nothing."""
+    foreign = sorted(path.name for path in folder.iterdir() if not _OWN_FILE.fullmatch(path.name))
+    if foreign:
+        return f"{folder} is no longer needed, but holds {foreign[0]}, which is not of a checkpoint; it stays"
+    try:
+        shutil.rmtree(folder)
+    except OSError as error:
+        return f"{folder} is no longer needed, but cannot be removed: {error}"
+    return ""
 
 
 def check_resumable(folder: Path, config: RunConfig) -> None:

@@ -104,7 +104,8 @@ class Run:
         self.engine.save(folder / tag)
         if self.context.is_main:
             checkpoint.write_metadata(folder / tag, self.config, self._state())
-            checkpoint.commit(self.config.output_dir, tag, self.config.checkpoint.keep)
+            for warning in checkpoint.commit(self.config.output_dir, self.step, self.config.checkpoint.keep):
+                self.say(f"warning: {warning}")
         self.context.barrier()
         return folder / tag
 
