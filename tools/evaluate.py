@@ -98,7 +98,7 @@ def main() -> None:
                 output=arguments.output,
             )
         )
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         exit_with_error(str(error))
 
 

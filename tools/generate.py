@@ -62,13 +62,13 @@ def prompts(arguments: argparse.Namespace) -> Iterator[str]:
 def main() -> None:
     """Parse, load, print each continuation as it is made."""
     arguments = parse_arguments()
-    from transformers.utils import logging
-
-    from megatron_iiet.hf.generation import Sampling, open_generator
-
-    logging.set_verbosity_error()  # it warns of what it does itself when a model drafts
-    logging.disable_progress_bar()
     try:
+        from transformers.utils import logging
+
+        from megatron_iiet.hf.generation import Sampling, open_generator
+
+        logging.set_verbosity_error()  # it warns of what it does itself when a model drafts
+        logging.disable_progress_bar()
         sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p)
         generator = open_generator(
             arguments.model,
@@ -91,7 +91,7 @@ def main() -> None:
             print("\n")
             if arguments.interactive:
                 print(f"({made.tokens} tokens, {made.tokens / made.seconds:.1f} a second)")
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         exit_with_error(str(error))
     except KeyboardInterrupt:
         print()

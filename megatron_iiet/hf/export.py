@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -134,7 +135,8 @@ def export_folder(
 def config_fields(
     config: RunConfig, token_ids: Mapping[str, Any], dtype: str, *, as_llama: bool
 ) -> dict[str, Any]:
-    """``config.json``: LLaMA's fields as transformers 5 writes them, and what an IIET has besides."""
+    """``config.json``: LLaMA's fields as transformers 5 writes them (of a LLaMA also as 4 reads them), and
+    what an IIET has besides."""
     model, kind = config.model, "llama" if as_llama else "iiet"
     architecture = ARCHITECTURES[kind]
     fields: dict[str, Any] = {"architectures": [architecture], "model_type": kind}
@@ -163,10 +165,14 @@ def config_fields(
         "rms_norm_eps": model.rms_norm_eps,
         "rope_parameters": {"rope_theta": model.rotary_base, "rope_type": "default"},
         "tie_word_embeddings": model.tie_embeddings,
+        "transformers_version": metadata.version("transformers"),
         "use_cache": True,
         "vocab_size": model.vocab_size,
     }
-    if not as_llama:
+    if as_llama:
+        # transformers 4 reads it here and takes 10000 where it is missing; 5 reads rope_parameters.
+        fields["rope_theta"] = model.rotary_base
+    else:
         fields |= {
             "vocab_multiple": model.vocab_multiple,
             "embedding_scale": model.resolved_embedding_scale,

@@ -1,4 +1,5 @@
-"""IIET and its relatives as Hugging Face models: one file that needs only torch and transformers (5.x).
+"""IIET and its relatives as Hugging Face models: one file that needs only torch and transformers (of the
+versions that ``TRANSFORMERS`` names).
 
 A model is LLaMA's decoder layer as a function F (its output minus its input) and a *solver* that integrates
 it from y_n to y_{n+1}: ``euler`` (the plain LLaMA layer), ``dlcl``, ``weight-sharing``, ``rk2``, ``rk4``,
@@ -27,25 +28,50 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import Tensor, nn
-from transformers import initialization as init
-from transformers.cache_utils import Cache, DynamicCache
-from transformers.generation import GenerateDecoderOnlyOutput, GenerationMixin
-from transformers.masking_utils import create_causal_mask
-from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
-from transformers.models.llama.configuration_llama import LlamaConfig
-from transformers.models.llama.modeling_llama import (
+
+TRANSFORMERS = ((5, 19), (5, 24))
+"""The versions of transformers with which this file computes what the model was trained to compute: from the
+first one on, below the second."""
+
+
+def _check_transformers(version: str) -> None:
+    """Refuse a transformers that was not run, or was seen to go wrong, before anything is computed with it:
+    5.24 hands the cache on under another name, and decoding would forget the past without a word.
+
+    Raises:
+        ImportError: with the versions that work.
+    """
+    found = tuple(int(part) for part in version.split(".")[:2])
+    if not TRANSFORMERS[0] <= found < TRANSFORMERS[1]:
+        first, last = (".".join(map(str, bound)) for bound in TRANSFORMERS)
+        raise ImportError(
+            f"this model's code (modeling_iiet.py) computes what it should with transformers >= {first}, "
+            f"< {last}, but {version} is installed; pip install 'transformers>={first},<{last}'"
+        )
+
+
+_check_transformers(transformers.__version__)  # before names are imported that other versions do not have
+
+from transformers import initialization as init  # noqa: E402
+from transformers.cache_utils import Cache, DynamicCache  # noqa: E402
+from transformers.generation import GenerateDecoderOnlyOutput, GenerationMixin  # noqa: E402
+from transformers.masking_utils import create_causal_mask  # noqa: E402
+from transformers.modeling_layers import GradientCheckpointingLayer  # noqa: E402
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast  # noqa: E402
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel  # noqa: E402
+from transformers.models.llama.configuration_llama import LlamaConfig  # noqa: E402
+from transformers.models.llama.modeling_llama import (  # noqa: E402
     LlamaAttention,
     LlamaMLP,
     LlamaRMSNorm,
     LlamaRotaryEmbedding,
     eager_attention_forward,
 )
-from transformers.utils import can_return_tuple
-from transformers.utils.generic import merge_with_config_defaults
-from transformers.utils.output_capturing import capture_outputs
+from transformers.utils import can_return_tuple  # noqa: E402
+from transformers.utils.generic import merge_with_config_defaults  # noqa: E402
+from transformers.utils.output_capturing import capture_outputs  # noqa: E402
 
 LAYER_NORM_EPS = 1e-5
 """Epsilon of the LayerNorms that solvers have, as in the IIET authors' code."""

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, LlamaForCausalLM
@@ -245,6 +248,15 @@ class TestPlainLlama:
         assert fields[0] == fields[1]
         assert not (tmp_path / "again" / "modeling_iiet.py").exists()
 
+    def test_both_generations_of_transformers_find_the_rotary_base(self, tmp_path: Path) -> None:
+        """Version 4 reads ``rope_theta`` and takes 10000 where it is missing; 5 reads ``rope_parameters``."""
+        model = build({"kind": "euler"}, embedding_scale=1.0)
+        export(model, tmp_path / "hf", as_llama=True)
+        fields = json.loads((tmp_path / "hf" / "config.json").read_text())
+        assert fields["rope_theta"] == fields["rope_parameters"]["rope_theta"] == 5000.0
+        config, _ = import_llama(tmp_path / "hf")
+        assert config.model.rotary_base == 5000.0
+
     def test_scale_moves_into_an_untied_embedding(self, tmp_path: Path) -> None:
         model = build({"kind": "euler"}, tie_embeddings=False, init_std=0.05)
         written = export(model, tmp_path / "hf", as_llama=True)
@@ -389,6 +401,35 @@ class TestRefusals:
     def test_target_exists(self, folder: Path) -> None:
         with pytest.raises(ValueError, match="exists already; choose another folder or remove it"):
             export(build({"kind": "euler"}), folder)
+
+
+@pytest.mark.parametrize(
+    ("version", "works"),
+    [
+        ("4.57.3", False),
+        ("5.18.0", False),
+        ("5.19.0", True),
+        ("5.23.1", True),
+        ("5.24.0", False),
+        ("6.0", False),
+    ],
+)
+def test_the_code_that_travels_knows_its_transformers(
+    tmp_path: Path, version: str, works: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Refused while it is imported: a later check would come after the names that a version lacks."""
+    export(build({"kind": "iiet", "iterations": 1}), tmp_path / "hf")
+    fields = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert fields["transformers_version"] == transformers.__version__
+    monkeypatch.setattr("transformers.__version__", version)
+    load = partial(runpy.run_path, str(tmp_path / "hf" / "modeling_iiet.py"), run_name=f"of_{version}")
+    if works:
+        assert "IIETForCausalLM" in load()
+        return
+    with pytest.raises(
+        ImportError, match=rf"transformers >= 5\.19, < 5\.24, but {version} is installed; pip"
+    ):
+        load()
 
 
 def test_sizes() -> None:
