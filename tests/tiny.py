@@ -88,6 +88,8 @@ def tiny_config(paths: dict[str, str], output_dir: Path, **sections: dict[str, A
         "checkpoint": {"interval": 0},
         "logging": {"interval": 2, "solver_interval": 4, "peak_tflops": 0.1},
     }
+    if sections.get("solver", {}).get("kind", "iiet") != "iiet":
+        base["solver"] = {}  # the keys depend on the kind
     for name, values in sections.items():
         base[name] = {**base[name], **values} if name in base else values
     return config_from_dict(base)

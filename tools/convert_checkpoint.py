@@ -13,18 +13,18 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from megatron_iiet.config import ArgumentParser, RunConfig, exit_with_error
-from megatron_iiet.config.schema import SolverConfig
+from megatron_iiet.config.solvers import section_types
 from megatron_iiet.config.strict_yaml import parse_value
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-SOLVER_OPTIONS = [field.name for field in fields(SolverConfig) if field.name != "schedule"]
+SOLVER_OPTIONS = [name for name in section_types() if name != "schedule"]
 DTYPES = ("fp32", "bf16", "fp16")
 
 

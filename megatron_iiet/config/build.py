@@ -1,146 +1,105 @@
-"""From loose settings (key, value, where it came from) to a typed :class:`RunConfig`; and the help text.
+"""From loose settings (key, value, where it came from) to a typed :class:`RunConfig`.
 
-jsonargparse knows the types and the help; the messages are written here, because its own name types the
+jsonargparse knows the types; the messages are written here, because its own name types the
 way Python does and cannot say in which file and line a value stood.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cache
-from types import MappingProxyType
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 from megatron_iiet.config.errors import ConfigError
 from megatron_iiet.config.iteration_plan import SUFFIX, IterationPlan, depth_sentence
-from megatron_iiet.config.keys import (
-    allows_null,
-    describe_type,
-    did_you_mean,
-    key_types,
-    literal_choices,
-    section_names,
-)
-from megatron_iiet.config.schema import RunConfig
+from megatron_iiet.config.keys import allows_null, key_types, solver_key_types
+from megatron_iiet.config.schema import RunConfig, iterations_per_layer
+from megatron_iiet.config.solver_section import SECTION, Setting, settle_solver, type_error
+from megatron_iiet.config.solvers import SOLVERS, SolverConfig, own_keys
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
 ITERATIONS = "solver.iterations"
 """The key that may name the file of an iteration plan instead of its numbers."""
-USAGE = "%(prog)s --config FILE.yaml --ds-config FILE.json [--section.key VALUE ...]"
 
 
-@dataclass(frozen=True)
-class Setting:
-    """One value for one key, and the words that tell a user where it came from."""
-
-    key: str
-    """Dotted name; known to the schema."""
-    value: Any
-    """As parsed, before its type is checked."""
-    where: str
-    """``in run.yaml (line 3)`` or ``on the command line``."""
-
-
-@cache
-def make_parser(short: tuple[tuple[str, str], ...] = ()) -> ArgumentParser:
-    """The jsonargparse parser of all keys, with the docstrings of the fields as help; ``short``: a script's
-    own flags, and those they stand for."""
-    import argparse
-
-    # Imported late: most of the package needs the schema only, not a parser.
-    from jsonargparse import ArgumentParser, set_parsing_settings
-
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = ArgumentParser(
-        usage=USAGE,
-        description=f"{RunConfig.__doc__} Flags win over the YAML file, wherever they stand.",
-        exit_on_error=False,
-        default_env=False,
-    )
-    parser.add_argument(
-        "--config",
-        metavar="FILE.yaml",
-        help="Run configuration; every key is optional. `base: FILE.yaml` in it names another one, relative "
-        "to itself, whose values it starts from.",
-    )
-    parser.add_argument(
-        "--ds-config",
-        metavar="FILE.json",
-        help="DeepSpeed configuration (also --deepspeed_config); shared values may be left out or 'auto'.",
-    )
-    for flag, stands_for in short:
-        parser.add_argument(
-            flag, metavar=stands_for.rsplit(".", 1)[-1].upper(), help=f"Short for {stands_for}."
-        )
-    parser.add_class_arguments(RunConfig)
-    for action in parser._actions:
-        if action.dest in section_names():
-            action.help = argparse.SUPPRESS  # jsonargparse offers `--model FILE`; one way is enough
-        # ... and `--data.split+ VALUE`, which appends to a list.
-        action.option_strings = [flag for flag in action.option_strings if not flag.endswith("+")]
-    return parser
-
-
-def format_help(short: Mapping[str, str] = MappingProxyType({})) -> str:
-    """The ``--help`` text: every key with explanation, type and default; ``short`` as in
-    :func:`make_parser`."""
-    text: str = make_parser(tuple(short.items())).format_help()
-    return text
-
-
-def build_config(settings: Iterable[Setting]) -> RunConfig:
+def build_config(settings: Sequence[Setting]) -> tuple[RunConfig, list[str]]:
     """Check the type of every setting and build the configuration; a later setting of a key wins.
 
+    Returns:
+        the configuration, and what its user must know of it: sentences.
+
     Raises:
-        ConfigError: a value has the wrong type or is none of the allowed choices.
+        ConfigError: a value has the wrong type or is none of the allowed choices, or a key was given for a
+            solver that does not have it.
     """
-    plan, final = _with_plan({setting.key: setting for setting in settings})
-    for setting in final:
-        if setting.value is None and not allows_null(key_types()[setting.key]):
-            raise _type_error(setting)
-    try:
-        config = _instantiate(final)
-    except _parse_errors() as error:
-        for setting in final:  # all at once is fast; one by one finds the culprit
-            try:
-                _instantiate([setting])
-            except _parse_errors():
-                raise _type_error(setting) from None
-        raise ConfigError(f"cannot build the configuration: {' '.join(str(error).split())}") from None
+    section = settle_solver(settings)
+    plan, of_solver = _with_plan(section.settings)
+    others = list({s.key: s for s in settings if not s.key.startswith(SECTION)}.values())
+    solver = _build(of_solver, solver_key_types(section.solver), partial(_solver_of, section.solver))
+    config = _build(others, key_types(), partial(_run_of, solver))
     if plan is not None:
         _check_plan(config, plan)
-    return config
+    return config, section.notes
 
 
-def _with_plan(final: dict[str, Setting]) -> tuple[Setting | None, list[Setting]]:
+def _build(
+    settings: Sequence[Setting], types: Mapping[str, Any], make: Callable[[Sequence[Setting]], Any]
+) -> Any:
+    """What ``make`` makes of all settings; an error is laid at the setting that causes it."""
+    for setting in settings:
+        if setting.value is None and not allows_null(types[setting.key]):
+            raise type_error(setting, types[setting.key])
+    try:
+        return make(settings)
+    except _parse_errors() as error:
+        for setting in settings:  # all at once is fast; one by one finds the culprit
+            try:
+                make([setting])
+            except _parse_errors():
+                raise type_error(setting, types[setting.key]) from None
+        raise ConfigError(f"cannot build the configuration: {' '.join(str(error).split())}") from None
+
+
+def _solver_of(solver: type[SolverConfig], settings: Sequence[Setting]) -> SolverConfig:
+    parser = _solver_parsers()[solver]
+    built = parser.parse_object({s.key.removeprefix(SECTION): s.value for s in settings})
+    return solver(**{name: built[name] for name in own_keys(solver)})
+
+
+def _run_of(solver: SolverConfig, settings: Sequence[Setting]) -> RunConfig:
+    nested: dict[str, Any] = {}
+    for setting in settings:
+        *section, leaf = setting.key.split(".")
+        target = nested.setdefault(section[0], {}) if section else nested
+        target[leaf] = setting.value
+    parser = _run_parser()
+    built = parser.instantiate(parser.parse_object(nested))
+    names = [name for name in RunConfig.__dataclass_fields__ if name != "solver"]
+    return RunConfig(**{name: built[name] for name in names}, solver=solver)
+
+
+def _with_plan(settings: list[Setting]) -> tuple[Setting | None, list[Setting]]:
     """The setting that names the file of an iteration plan, if there is one; and all settings, with the list
     in the file as its value."""
-    named = final.get(ITERATIONS)
+    named = next((s for s in settings if s.key == ITERATIONS), None)
     if named is None or not (isinstance(named.value, str) and named.value.endswith(SUFFIX)):
-        return None, list(final.values())
+        return None, settings
     try:
         iterations = list(IterationPlan.read(named.value).iterations)
     except ValueError as error:
         raise ConfigError(f"{ITERATIONS} {named.where}: {error}") from None
-    return named, list({**final, ITERATIONS: replace(named, value=iterations)}.values())
+    return named, [replace(s, value=iterations) if s is named else s for s in settings]
 
 
 def _check_plan(config: RunConfig, named: Setting) -> None:
-    """Refuse a plan that the other settings leave no room for; ``named`` is the setting that names it."""
-    iterations, layers, kind = config.solver.iterations, config.model.num_layers, config.solver.kind
-    assert isinstance(iterations, list)
+    """Refuse a plan for another depth; ``named`` is the setting that names it."""
+    iterations, layers = iterations_per_layer(config), config.model.num_layers
     if len(iterations) != layers:
         raise ConfigError(
             f"{ITERATIONS} {named.where}: {depth_sentence(named.value, len(iterations), layers)}"
-        )
-    if kind != "iiet" and any(iterations):
-        raise ConfigError(
-            f"{ITERATIONS} {named.where}: {named.value} is an iteration plan with up to {max(iterations)} "
-            f"iterations a layer, but solver.kind is '{kind}', which has none; set solver.kind to 'iiet', or "
-            f"{ITERATIONS} to 0"
         )
 
 
@@ -150,22 +109,22 @@ def _parse_errors() -> tuple[type[Exception], ...]:
     return (ArgumentError, TypeError, ValueError)
 
 
-def _instantiate(settings: Sequence[Setting]) -> RunConfig:
-    nested: dict[str, Any] = {}
-    for setting in settings:
-        *section, leaf = setting.key.split(".")
-        target = nested.setdefault(section[0], {}) if section else nested
-        target[leaf] = setting.value
-    parser = make_parser()
-    built = parser.instantiate(parser.parse_object(nested))
-    names = RunConfig.__dataclass_fields__
-    return RunConfig(**{name: built[name] for name in names})
+@cache
+def _run_parser() -> ArgumentParser:
+    """The types of all keys but the solver's."""
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(exit_on_error=False, default_env=False)
+    parser.add_class_arguments(RunConfig, skip={"solver"})
+    return parser
 
 
-def _type_error(setting: Setting) -> ConfigError:
-    hint = key_types()[setting.key]
-    value = "null" if setting.value is None else repr(setting.value)
-    hint_text = did_you_mean(str(setting.value), literal_choices(hint))
-    return ConfigError(
-        f"{setting.key} is {value} {setting.where}, but must be {describe_type(hint)}{hint_text}"
-    )
+@cache
+def _solver_parsers() -> dict[type[SolverConfig], ArgumentParser]:
+    """The types of each declaration's keys."""
+    from jsonargparse import ArgumentParser
+
+    parsers = {solver: ArgumentParser(exit_on_error=False, default_env=False) for solver in SOLVERS}
+    for solver, parser in parsers.items():
+        parser.add_class_arguments(solver)
+    return parsers

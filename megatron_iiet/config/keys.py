@@ -11,6 +11,7 @@ from functools import cache
 from typing import Any, Literal, Union, get_args, get_origin
 
 from megatron_iiet.config.schema import RunConfig
+from megatron_iiet.config.solvers import SolverConfig, own_keys, section_types
 
 SIMILARITY_CUTOFF = 0.6
 """difflib ratio below which a suggestion would puzzle more than it helps."""
@@ -24,11 +25,18 @@ def key_types() -> dict[str, Any]:
     """Type of every leaf key, by dotted name, in the order of the schema."""
     found: dict[str, Any] = {}
     for name, hint in typing.get_type_hints(RunConfig).items():
-        if is_dataclass(hint):
+        if hint is SolverConfig:  # its keys depend on its kind
+            found.update({f"{name}.{leaf}": kind for leaf, kind in section_types().items()})
+        elif is_dataclass(hint):
             found.update({f"{name}.{leaf}": kind for leaf, kind in typing.get_type_hints(hint).items()})
         else:
             found[name] = hint
     return found
+
+
+def solver_key_types(solver: type[SolverConfig]) -> dict[str, Any]:
+    """:func:`key_types` of a solver's own keys."""
+    return {f"solver.{name}": hint for name, hint in own_keys(solver).items()}
 
 
 @cache
@@ -72,7 +80,7 @@ def describe_type(hint: Any, plural: bool = False) -> str:
     """A type in a user's words: ``an integer or a list of integers``."""
     origin, arguments = get_origin(hint), get_args(hint)
     if origin is Literal or origin in (Union, types.UnionType):
-        return join_or(_alternatives(hint, plural))
+        return join_or(list(dict.fromkeys(_alternatives(hint, plural))))
     if origin is list:
         return f"{'lists' if plural else 'a list'} of {describe_type(arguments[0], plural=True)}"
     if origin is dict:

@@ -16,10 +16,12 @@ from types import MappingProxyType
 from typing import Any
 
 from megatron_iiet.config import strict_yaml
-from megatron_iiet.config.build import Setting, build_config, format_help
+from megatron_iiet.config.build import build_config
 from megatron_iiet.config.errors import ConfigError, exit_with_error, is_first_rank
+from megatron_iiet.config.help import format_help
 from megatron_iiet.config.keys import describe_type, did_you_mean, key_types, section_names
 from megatron_iiet.config.schema import RunConfig
+from megatron_iiet.config.solver_section import Setting
 from megatron_iiet.config.validation import validate
 
 COMMAND_LINE = "on the command line"
@@ -47,6 +49,8 @@ class LoadedConfig:
     """The YAML file, if one was given."""
     ds_config_path: Path | None
     """The DeepSpeed JSON, if one was given; for :func:`megatron_iiet.config.deepspeed.load_ds_config`."""
+    notes: tuple[str, ...] = ()
+    """What the user must know of it: sentences for the start of the run."""
 
 
 def load_config(
@@ -69,18 +73,23 @@ def load_config(
         sys.exit(0)
     files, overrides = _read_arguments(arguments, short)
     settings = (_settings_of_file(files["config"]) if "config" in files else []) + overrides
-    config = build_config(settings)
+    config, notes = build_config(settings)
     validate(config)
     paths = {name: Path(files[name]) if name in files else None for name in ("config", "ds_config")}
-    return LoadedConfig(config, paths["config"], paths["ds_config"])
+    return LoadedConfig(config, paths["config"], paths["ds_config"], tuple(notes))
 
 
 def load_config_or_exit(
     argv: Sequence[str] | None = None, short: Mapping[str, str] = MappingProxyType({})
 ) -> LoadedConfig:
-    """:func:`load_config` for scripts: an error becomes one line on stderr and exit status 2."""
+    """:func:`load_config` for scripts: an error becomes one line on stderr and exit status 2; its notes are
+    printed."""
     try:
-        return load_config(argv, short)
+        loaded = load_config(argv, short)
+        if is_first_rank():
+            for note in loaded.notes:
+                print(note, flush=True)
+        return loaded
     except ConfigError as error:
         exit_with_error(str(error))
 
@@ -94,7 +103,7 @@ def config_from_file(path: str | Path, overrides: Sequence[str] = ()) -> RunConf
     files, settings = _read_arguments(overrides)
     if files:
         raise ConfigError("overrides of a configuration file may only set keys, not name other files")
-    config = build_config(_settings_of_file(path) + settings)
+    config, _ = build_config(_settings_of_file(path) + settings)
     validate(config)
     return config
 
@@ -105,7 +114,7 @@ def config_from_dict(data: Mapping[str, Any], source: str = "the given dictionar
     Raises:
         ConfigError: as :func:`load_config`; ``source`` is named in the message.
     """
-    config = build_config(_flatten(data, source, {}))
+    config, _ = build_config(_flatten(data, source, {}))
     validate(config)
     return config
 
@@ -113,7 +122,7 @@ def config_from_dict(data: Mapping[str, Any], source: str = "the given dictionar
 def config_to_dict(config: RunConfig) -> dict[str, Any]:
     """Nested plain data (no tuples) that :func:`config_from_dict` and JSON read back unchanged."""
     data = asdict(config)
-    if data["solver"]["schedule"] is not None:
+    if data["solver"].get("schedule") is not None:
         data["solver"]["schedule"] = [list(stage) for stage in data["solver"]["schedule"]]
     return data
 
@@ -189,7 +198,7 @@ def _setting(key: str, value: Any, source: str, lines: Mapping[str, int]) -> Set
     if key not in key_types():
         candidates = [*key_types(), *section_names()] if "." not in key else list(key_types())
         raise ConfigError(f"unknown key '{key}' {where}{did_you_mean(key, candidates) or SEE_HELP}")
-    return Setting(key, value, where)
+    return Setting(key, value, where, source)
 
 
 def _where(key: str, source: str, lines: Mapping[str, int]) -> str:
@@ -226,7 +235,7 @@ def _read_arguments(
         elif flag not in _IGNORED_WITH_VALUE:
             key = flag[2:]
             parsed = value if key_types()[key] is str else strict_yaml.parse_value(value)
-            settings.append(Setting(key, parsed, COMMAND_LINE))
+            settings.append(Setting(key, parsed, COMMAND_LINE, COMMAND_LINE))
     return files, settings
 
 

@@ -1,4 +1,5 @@
-"""Every field of a run, as typed nested dataclasses.
+"""Every field of a run, as typed nested dataclasses; those of the solvers are in
+:mod:`megatron_iiet.config.solvers`.
 
 The docstring under a field is its ``--help`` text. Cross-field checks live in
 :mod:`megatron_iiet.config.validation`; loading (YAML, command line) in
@@ -9,6 +10,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Literal
+
+from megatron_iiet.config.solvers import DEFAULT_SOLVER, Iterating, SolverConfig
 
 
 @dataclass
@@ -64,60 +67,6 @@ class ModelConfig:
     def resolved_embedding_scale(self) -> float:
         """The factor on the embedding output, 'unit' resolved to 1 / init_std."""
         return 1.0 / self.init_std if self.embedding_scale == "unit" else float(self.embedding_scale)
-
-
-@dataclass
-class SolverConfig:
-    """How a decoder layer is integrated from y_n to y_{n+1}."""
-
-    kind: Literal["euler", "dlcl", "weight-sharing", "rk2", "rk4", "pcformer", "iiet"] = "iiet"
-    """euler: y + F(y), the plain Transformer++. dlcl: learned merge of all earlier increments.
-    weight-sharing: every layer `repeats` times in a row. rk2, rk4: Runge-Kutta (ODE Transformer). pcformer:
-    Runge-Kutta predictor, multistep corrector. iiet: predictor plus fixed-point corrector iterations."""
-    variant: Literal["paper", "released"] = "paper"
-    """Reading of IIET: 'paper' (Algorithm 1: merges increments, see history_norm) or 'released'
-    (the authors' code: merges LayerNorm-ed layer outputs). Only for kind iiet."""
-    iterations: int | list[int] = 3
-    """Corrector iterations r of kind iiet: one number, one number per layer, or the file of a plan (.json)
-    that tools/iteration_influence.py wrote."""
-    predictor: Literal["merged", "euler"] = "merged"
-    """First iterate of kind iiet, variant paper: with ('merged') or without ('euler') the merge."""
-    coefficient_init: Literal["identity", "average"] | None = None
-    """Initial merge coefficients of dlcl, iiet and pcformer's corrector: identity (own increment 1, others 0)
-    or average (all the same, summing to 1). null: average for variant released, identity elsewhere."""
-    history_norm: Literal["none", "rms"] = "rms"
-    """What dlcl and variant paper merge of earlier layers: their increments brought to rms 1, which learns
-    better (docs/research-notes.md), or ('none') as they are, Algorithm 1 to the letter."""
-    damping: float = 1.0
-    """Variant paper: weight ω of an iteration's new increment, f^i = (1 − ω) f^{i−1} + ω F(y^{i−1}). 1 is the
-    paper's plain iteration, which alternates where 0.5 converges."""
-    readout: Literal["separate", "shared"] = "separate"
-    """Variant released: a row of its own for the input of the next layer (as the authors have it), or the
-    corrector's."""
-    output_norm: Literal["none", "layer"] = "none"
-    """Kind euler: LayerNorm of every layer's output, what variant released does to its history. A control."""
-    stage_coefficients: Literal["fixed", "learned", "gated"] = "learned"
-    """Weights of the stages of rk2 and rk4: the classic ones, learned from there (rk2: from 1, 1), or, rk2
-    only, a gate computed from the stages."""
-    predictor_order: Literal[2, 4] = 2
-    """Order of pcformer's Runge-Kutta predictor."""
-    repeats: int = 4
-    """Times that kind weight-sharing runs each layer."""
-    key_values: Literal["every", "first"] = "every"
-    """Keys and values of attention: every evaluation of a layer computes its own, or all attend, with queries
-    of their own, to those of its first. A token then takes one K/V set a layer when decoding, not one an
-    evaluation; it is another function, to be trained as such."""
-    schedule: list[tuple[float, int | list[int]]] | None = None
-    """Training in stages: (fraction of steps, r) pairs, e.g. [[0.75, 0], [0.25, 3]]; r is one number or one
-    per layer. A stage with r = 0 in all layers is plain Transformer++ (no merge). The last r must equal
-    `iterations`. null: one stage."""
-
-    @property
-    def resolved_coefficient_init(self) -> Literal["identity", "average"]:
-        """Initial merge coefficients, null resolved by kind and variant."""
-        if self.coefficient_init is not None:
-            return self.coefficient_init
-        return "average" if self.kind == "iiet" and self.variant == "released" else "identity"
 
 
 @dataclass
@@ -328,8 +277,8 @@ class RunConfig:
     """Folder of checkpoints, TensorBoard events and the resolved configuration."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """Shape of the Transformer."""
-    solver: SolverConfig = field(default_factory=SolverConfig)
-    """How its layers are integrated."""
+    solver: SolverConfig = field(default_factory=DEFAULT_SOLVER)
+    """How its layers are integrated; its keys depend on its kind."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     """How processes share the work."""
     data: DataConfig = field(default_factory=DataConfig)
@@ -354,17 +303,12 @@ class RunConfig:
 
 def iterations_per_layer(config: RunConfig) -> list[int]:
     """Corrector iterations r_n of every layer at the end of training; zeros for kinds without a corrector."""
-    layers, solver = config.model.num_layers, config.solver
-    return one_per_layer(solver.iterations if solver.kind == "iiet" else 0, layers)
-
-
-def one_per_layer(iterations: int | list[int], layers: int) -> list[int]:
-    """Iteration counts as they are written, one number or one per layer, as a number for each layer."""
-    return list(iterations) if isinstance(iterations, list) else [iterations] * layers
+    return config.solver.iterations_per_layer(config.model.num_layers)
 
 
 def evaluations_in_budget(config: RunConfig) -> int:
     """Evaluations of F that guidance lets all layers use together; ``solver.iterations`` is a number."""
+    assert isinstance(config.solver, Iterating)
     assert isinstance(config.solver.iterations, int)
-    full = config.model.num_layers * (config.solver.iterations + 1)
+    full = config.model.num_layers * config.solver.evaluations(config.solver.iterations)
     return int(config.guidance.budget * full + 1e-9)  # 0.7 · 10 is 7, whatever fp64 says

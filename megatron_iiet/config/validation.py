@@ -12,10 +12,9 @@ from typing import Any
 
 from megatron_iiet.config.combinations import check_layout
 from megatron_iiet.config.errors import ConfigError
-from megatron_iiet.config.keys import key_types
-from megatron_iiet.config.schema import RunConfig, evaluations_in_budget, one_per_layer
-
-SUM_TOLERANCE = 1e-6
+from megatron_iiet.config.keys import join_or, key_types
+from megatron_iiet.config.schema import RunConfig, evaluations_in_budget
+from megatron_iiet.config.solvers import SUM_TOLERANCE, Iterating, ranges_of, systems_with
 
 _POSITIVE = (
     "model.hidden_size",
@@ -30,8 +29,6 @@ _POSITIVE = (
     "model.rms_norm_eps",
     "model.rotary_base",
     "model.init_std",
-    "solver.damping",
-    "solver.repeats",
     "parallel.tensor",
     "parallel.pipeline",
     "data.sequence_length",
@@ -64,10 +61,7 @@ _NOT_NEGATIVE = (
     "checkpoint.keep",
     "logging.solver_interval",
 )
-_FRACTIONS = (
-    "solver.damping",
-    "optimizer.min_lr_ratio",
-)
+_FRACTIONS = ("optimizer.min_lr_ratio",)
 _FRACTIONS_BELOW_ONE = (
     "optimizer.warmup_fraction",
     "optimizer.beta1",
@@ -87,8 +81,7 @@ def validate(config: RunConfig) -> None:
     _check_ranges(config)
     _check_attention(config)
     _check_data(config)
-    _check_solver(config)
-    _check_schedule(config)
+    config.solver.check(config.model.num_layers)
     _check_batch(config)
     _check_guidance(config)
     _check_tasks(config)
@@ -104,12 +97,18 @@ def _value(config: RunConfig, key: str) -> Any:
 
 def _check_ranges(config: RunConfig) -> None:
     # In the order of the schema, so that the first complaint is about the first wrong line of a file.
+    of_solver = {f"solver.{name}": ranges for name, ranges in ranges_of(type(config.solver)).items()}
     for key in key_types():
+        if key.startswith("solver.") and key not in of_solver:
+            continue  # of another kind
         value = _value(config, key)
         if not isinstance(value, (int, float)) or isinstance(value, bool):
             continue
         if not math.isfinite(value):
             raise ConfigError(f"{key} is {value}, but must be a finite number")
+        for allowed in of_solver.get(key, ()):
+            if value not in allowed:
+                raise ConfigError(f"{key} is {value}, but must {allowed.must}")
         if key in _POSITIVE and value <= 0:
             raise ConfigError(f"{key} is {value}, but must be greater than 0")
         if key in _NOT_NEGATIVE and value < 0:
@@ -197,74 +196,6 @@ def _check_blend(config: RunConfig) -> None:
         )
 
 
-def _check_solver(config: RunConfig) -> None:
-    solver, layers = config.solver, config.model.num_layers
-    if solver.kind == "rk4" and solver.stage_coefficients == "gated":
-        raise ConfigError(
-            "solver.stage_coefficients is 'gated', which solver.kind 'rk4' does not have; set it to "
-            "'learned' or 'fixed', or solver.kind to 'rk2'"
-        )
-    if solver.kind != "iiet":
-        return  # iterations, variant and predictor have no effect: one file serves all kinds in a comparison
-    counts = solver.iterations if isinstance(solver.iterations, list) else [solver.iterations]
-    if isinstance(solver.iterations, list) and len(counts) != layers:
-        raise ConfigError(
-            f"solver.iterations lists {len(counts)} numbers, but model.num_layers is {layers}; give one "
-            "number per layer, or a single number for all"
-        )
-    if min(counts) < 0:
-        raise ConfigError(
-            f"solver.iterations is {solver.iterations}, but iteration counts must be 0 or greater"
-        )
-    if solver.variant == "released" and solver.predictor == "euler":
-        raise ConfigError(
-            "solver.predictor is 'euler', which solver.variant 'released' does not have; set "
-            "solver.predictor to 'merged' or solver.variant to 'paper'"
-        )
-    if solver.variant == "released" and solver.damping != 1:
-        raise ConfigError(
-            f"solver.damping is {solver.damping}, which solver.variant 'released' does not have; set it to 1 "
-            "or solver.variant to 'paper'"
-        )
-
-
-def _check_schedule(config: RunConfig) -> None:
-    solver, schedule = config.solver, config.solver.schedule
-    if schedule is None:
-        return
-    shown = [list(stage) for stage in schedule]
-    if solver.kind != "iiet":
-        raise ConfigError(
-            f"solver.schedule is {shown}, but solver.kind is '{solver.kind}', which has no iterations to "
-            "schedule; set solver.schedule to null or solver.kind to 'iiet'"
-        )
-    if not schedule:
-        raise ConfigError("solver.schedule is an empty list; write null for training in one stage")
-    layers = config.model.num_layers
-    fractions = [fraction for fraction, _ in schedule]
-    counts = [one_per_layer(r, layers) for _, r in schedule]
-    wrong = next((number for number, r in enumerate(counts) if len(r) != layers), None)
-    if wrong is not None:
-        raise ConfigError(
-            f"solver.schedule lists {len(counts[wrong])} iteration counts in stage {wrong + 1}, but "
-            f"model.num_layers is {layers}; give one number per layer, or a single number for all"
-        )
-    negative = any(min(r) < 0 for r in counts)
-    if negative or not all(math.isfinite(fraction) and fraction > 0 for fraction in fractions):
-        raise ConfigError(
-            f"solver.schedule is {shown}, but each stage must be [fraction above 0, iterations 0 or greater]"
-        )
-    if abs(sum(fractions) - 1) > SUM_TOLERANCE:
-        raise ConfigError(
-            f"solver.schedule is {shown}, whose fractions sum to {sum(fractions):.6g}; they must sum to 1"
-        )
-    if counts[-1] != one_per_layer(solver.iterations, layers):
-        raise ConfigError(
-            f"solver.schedule ends with {schedule[-1][1]} iterations, but solver.iterations is "
-            f"{solver.iterations}; make them equal"
-        )
-
-
 def _check_batch(config: RunConfig) -> None:
     batch, micro = config.training.global_batch_size, config.training.micro_batch_size
     if batch % micro:
@@ -285,12 +216,13 @@ def _check_guidance(config: RunConfig) -> None:
             f"{given} distillation.teacher is {config.distillation.teacher}: a student's iterations are "
             "planned before it is trained; set guidance.interval to 0"
         )
-    if solver.kind != "iiet":
+    if not isinstance(solver, Iterating):
+        kinds = join_or([f"'{kind.removeprefix('kind ')}'" for kind in systems_with("iterations")])
         raise ConfigError(
             f"{given} solver.kind is '{solver.kind}', which has no iterations to guide; set "
-            "guidance.interval to 0 or solver.kind to 'iiet'"
+            f"guidance.interval to 0 or solver.kind to {kinds}"
         )
-    if solver.variant == "paper" and solver.predictor == "euler":
+    if not solver.merges_without_iterations:
         raise ConfigError(
             f"{given} solver.predictor is 'euler', with which a layer without iterations does not merge; set "
             "solver.predictor to 'merged' or guidance.interval to 0"
@@ -305,7 +237,7 @@ def _check_guidance(config: RunConfig) -> None:
             f"{given} solver.schedule gives every stage its iterations; set solver.schedule to null "
             "(guidance.start delays guidance) or guidance.interval to 0"
         )
-    full = layers * (solver.iterations + 1)
+    full = layers * solver.evaluations(solver.iterations)
     if evaluations_in_budget(config) < layers:
         raise ConfigError(
             f"guidance.budget is {guidance.budget} of the {full} evaluations of {solver.iterations} "

@@ -13,7 +13,9 @@ from typing import Any, Literal
 from megatron_iiet import durable
 from megatron_iiet.config import RunConfig, iterations_per_layer
 from megatron_iiet.config.iteration_plan import IterationPlan
+from megatron_iiet.config.keys import join_or
 from megatron_iiet.config.schema import ParallelConfig
+from megatron_iiet.config.solvers import Iterating, systems_with
 from megatron_iiet.data.loader.batches import ValidationBatches
 from megatron_iiet.distillation import figures, forward
 from megatron_iiet.distillation.forward import ForwardModel
@@ -128,11 +130,11 @@ def full_iterations(source: Source, path: str) -> int:
     Raises:
         ValueError: it has none, or is a reduced model already.
     """
-    config, kind = source.config, source.config.solver.kind
-    if kind != "iiet":
+    config, solver = source.config, source.config.solver
+    if not isinstance(solver, Iterating):
         raise ValueError(
-            f"--model is {path}, whose solver is '{kind}', which has no iterations; give a model of "
-            "solver.kind iiet"
+            f"--model is {path}, whose solver is '{solver.kind}', which has no iterations; give a model of "
+            f"solver.{join_or(systems_with('iterations'))}"
         )
     iterations = iterations_per_layer(config)
     if why := why_reduced(config):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -20,6 +21,7 @@ from megatron_iiet.distillation.forward import DTYPES, ForwardModel, forward_con
 from megatron_iiet.evaluation.harness import TextCodec
 from megatron_iiet.evaluation.scoring import TokenScores, noting_scores, score_tokens
 from megatron_iiet.hf import folders
+from megatron_iiet.hf.llama import read_config
 from megatron_iiet.models import portable
 from megatron_iiet.ops import resolve_backend
 from megatron_iiet.parallel import ParallelContext
@@ -130,18 +132,6 @@ class HuggingFaceScorer:
             yield score_tokens(logits_BTV, tokens[:, 1:].contiguous(), logits_BTV.shape[-1], Group())
 
 
-def describe_system(config: RunConfig) -> str:
-    """A model's solver as the rows of the paper's table are named."""
-    solver = config.solver
-    if solver.kind != "iiet":
-        return {"euler": "Transformer++", "pcformer": "PCformer", "weight-sharing": "Trans WS"}.get(
-            solver.kind, solver.kind
-        )
-    counts = solver.iterations if isinstance(solver.iterations, list) else [solver.iterations]
-    r = f"r = {counts[0]}" if len(set(counts)) == 1 else f"{sum(counts)} iterations in {len(counts)} layers"
-    return f"IIET {solver.variant}, {r}"
-
-
 def _open_own(options: ModelOptions) -> Source:
     if options.step is None:
         return open_source(options.path, "--model")
@@ -157,7 +147,7 @@ def _prepare_own(options: ModelOptions, source: Source, world_size: int) -> Prep
     model = config.model
     return PreparedModel(
         source.words,
-        describe_system(source.config),
+        source.config.solver.label,
         model.hidden_size,
         model.num_layers,
         codec,
@@ -219,7 +209,7 @@ def _prepare_hugging_face(options: ModelOptions) -> PreparedModel:
 
     return PreparedModel(
         f"Hugging Face {options.path}",
-        _describe_fields(fields),
+        _describe_fields(options.path, fields),
         int(fields.get("hidden_size") or 0),
         int(fields.get("num_hidden_layers") or 0),
         codec,
@@ -227,15 +217,11 @@ def _prepare_hugging_face(options: ModelOptions) -> PreparedModel:
     )
 
 
-def _describe_fields(fields: dict[str, Any]) -> str:
-    """As :func:`describe_system`, from a ``config.json``."""
-    solver, config = fields.get("solver"), RunConfig()
-    if not isinstance(solver, dict):
-        return "Transformer++" if fields.get("model_type") == "llama" else str(fields.get("model_type"))
-    config.solver.kind = solver.get("kind", "iiet")
-    config.solver.variant = solver.get("variant", "paper")
-    config.solver.iterations = solver.get("iterations", 0)
-    return describe_system(config)
+def _describe_fields(folder: str, fields: dict[str, Any]) -> str:
+    """As :attr:`SolverConfig.label`, of a Hugging Face folder."""
+    if fields.get("model_type") == "iiet":
+        return read_config(Path(folder)).solver.label
+    return "Transformer++" if fields.get("model_type") == "llama" else str(fields.get("model_type"))
 
 
 def _hugging_face_codec(options: ModelOptions) -> TextCodec:

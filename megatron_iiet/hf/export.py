@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from megatron_iiet.config import RunConfig
+from megatron_iiet.config.solvers import Euler
 from megatron_iiet.durable import sync_folder, write_text
 from megatron_iiet.hf.llama import ARCHITECTURES, TOKENIZER_FILES
 from megatron_iiet.hf.shards import read_json, write_shards
@@ -188,9 +189,9 @@ def modeling_code() -> bytes:
 
 def _refuse_other_than_llama(config: RunConfig) -> None:
     solver, model = config.solver, config.model
-    if solver.kind != "euler" or solver.output_norm != "none":
+    if not (isinstance(solver, Euler) and solver.is_llama):
         what = f"solver.kind is '{solver.kind}'"
-        if solver.kind == "euler":
+        if isinstance(solver, Euler):
             what = f"solver.output_norm is '{solver.output_norm}'"
         raise ValueError(
             f"the model is no plain LLaMA: {what}, where a LLaMA has explicit Euler and no norm behind its "

@@ -96,27 +96,26 @@ AUTO_MAP = {
 }
 """The classes of this file that the Auto classes load, as ``config.json`` names them."""
 
-# The keys of a solver that each kind reads, with their defaults. None: see resolve_solver.
+_ITERATING: dict[str, Any] = {"iterations": 3, "key_values": "every"}
 _SOLVER_KEYS: dict[str, dict[str, Any]] = {
     "euler": {"output_norm": "none"},
-    "dlcl": {"coefficient_init": None, "history_norm": "rms"},
-    "weight-sharing": {"repeats": 4},
-    "rk2": {"stage_coefficients": "learned"},
-    "rk4": {"stage_coefficients": "learned"},
-    "pcformer": {"predictor_order": 2, "coefficient_init": None},
-    "iiet": {
-        "variant": "paper",
-        "iterations": 3,
+    "dlcl": {"coefficient_init": "identity", "history_norm": "rms"},
+    "weight-sharing": {"repeats": 4, "key_values": "every"},
+    "rk2": {"stage_coefficients": "learned", "key_values": "every"},
+    "rk4": {"stage_coefficients": "learned", "key_values": "every"},
+    "pcformer": {"predictor_order": 2, "coefficient_init": "identity", "key_values": "every"},
+    "paper": {
         "predictor": "merged",
-        "coefficient_init": None,
+        "coefficient_init": "identity",
         "history_norm": "rms",
         "damping": 1.0,
-        "readout": "separate",
+        **_ITERATING,
     },
+    "released": {"readout": "separate", "coefficient_init": "average", **_ITERATING},
 }
+"""The keys of a solver with their defaults, by kind; of kind iiet by variant."""
+_VARIANTS = {"iiet": ("paper", "released")}
 _CHOICES: dict[str, tuple[Any, ...]] = {
-    "kind": tuple(_SOLVER_KEYS),
-    "variant": ("paper", "released"),
     "predictor": ("merged", "euler"),
     "coefficient_init": ("identity", "average"),
     "history_norm": ("none", "rms"),
@@ -126,54 +125,70 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "predictor_order": (2, 4),
     "key_values": ("every", "first"),
 }
-_KNOWN_KEYS = (*_CHOICES, "iterations", "damping", "repeats")
+_NOT_OF_KIND = {("rk4", "stage_coefficients"): ("gated",)}
+"""Choices that a kind does not have."""
+_KINDS = tuple(name for name in _SOLVER_KEYS if name not in _VARIANTS["iiet"]) + tuple(_VARIANTS)
+_KNOWN_KEYS = ("kind", "variant", *dict.fromkeys(key for keys in _SOLVER_KEYS.values() for key in keys))
 
 
 def resolve_solver(solver: Mapping[str, Any] | None, num_layers: int) -> dict[str, Any]:
-    """The ``solver`` object of a configuration, checked and complete for its kind; keys that its kind does
-    not read are checked and kept. ``iterations`` becomes a list with a number for each layer.
+    """The ``solver`` object of a configuration, checked and complete: the keys of its kind and no others.
+    ``iterations`` becomes a list with a number for each layer. A key of another kind is left out if it says
+    nothing, because it has the value that it has unless somebody sets it.
 
     Raises:
-        ValueError: an unknown key, or a value that no solver or not this kind has.
+        ValueError: an unknown key, or a key or value that no solver or not this kind has.
     """
     given = {} if solver is None else dict(solver)
     unknown = sorted(set(given) - set(_KNOWN_KEYS))
     if unknown:
         raise ValueError(f"solver has the unknown key {unknown[0]!r}; the keys are {', '.join(_KNOWN_KEYS)}")
     given = {name: value for name, value in given.items() if value is not None}
-    kind = given.setdefault("kind", "iiet")
-    for name, value in given.items():
-        if name in _CHOICES and (value not in _CHOICES[name] or isinstance(value, bool)):
-            shown = ", ".join(repr(choice) for choice in _CHOICES[name])
-            raise ValueError(f"solver.{name} is {value!r}; supported are {shown}")
-    resolved = {"kind": kind, **_SOLVER_KEYS[kind], **given}
-    if "coefficient_init" in resolved and resolved["coefficient_init"] is None:
-        average = kind == "iiet" and resolved["variant"] == "released"
-        resolved["coefficient_init"] = "average" if average else "identity"
+    kind = given.pop("kind", "iiet")
+    _check_choice("kind", kind, _KINDS)
+    names, described, keys = {"kind": kind}, f"solver.kind {kind!r}", _SOLVER_KEYS.get(kind)
+    if keys is None:
+        variant = given.pop("variant", _VARIANTS[kind][0])
+        _check_choice("variant", variant, _VARIANTS[kind])
+        names["variant"], described, keys = variant, f"solver.variant {variant!r}", _SOLVER_KEYS[variant]
+    for name in [name for name in given if name not in keys]:
+        if not _says_nothing(name, given.pop(name)):
+            raise ValueError(
+                f"solver.{name} is {cast(Any, solver)[name]!r}, which {described} does not have; remove it"
+            )
+    resolved = {**names, **keys, **given}
+    for name, value in resolved.items():
+        if name in _CHOICES:
+            lacking = _NOT_OF_KIND.get((kind, name), ())
+            _check_choice(name, value, tuple(choice for choice in _CHOICES[name] if choice not in lacking))
+    _check_numbers(resolved)
     if "iterations" in resolved:
         resolved["iterations"] = _per_layer(resolved["iterations"], num_layers, "solver.iterations")
-    _check_solver(resolved)
     return resolved
 
 
-def _check_solver(solver: Mapping[str, Any]) -> None:
+def _check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
+    if value not in choices or isinstance(value, bool):
+        shown = ", ".join(repr(choice) for choice in choices)
+        raise ValueError(f"solver.{name} is {value!r}; supported are {shown}")
+
+
+def _says_nothing(name: str, value: Any) -> bool:
+    """Whether a key of another kind has a default, or no iterations."""
+    if name == "variant":
+        return value == "paper"
+    if name == "iterations":
+        value = 0 if isinstance(value, list | tuple) and not any(value) else value
+        return value in (0, _ITERATING["iterations"])
+    return any(keys.get(name) == value for keys in _SOLVER_KEYS.values())
+
+
+def _check_numbers(solver: Mapping[str, Any]) -> None:
     repeats, damping = solver.get("repeats", 1), solver.get("damping", 1.0)
     if not isinstance(repeats, int) or isinstance(repeats, bool) or repeats < 1:
         raise ValueError(f"solver.repeats is {repeats!r}; give a whole number of at least 1")
     if not isinstance(damping, int | float) or isinstance(damping, bool) or not 0 < damping <= 1:
         raise ValueError(f"solver.damping is {damping!r}; give a number above 0 and at most 1")
-    if solver["kind"] == "rk4" and solver["stage_coefficients"] == "gated":
-        raise ValueError(
-            "solver.stage_coefficients is 'gated', which solver.kind 'rk4' does not have; supported are "
-            "'fixed' and 'learned', or kind 'rk2'"
-        )
-    if solver["kind"] == "iiet" and solver["variant"] == "released":
-        for name, only in (("predictor", "merged"), ("damping", 1)):
-            if solver[name] != only:
-                raise ValueError(
-                    f"solver.{name} is {solver[name]!r}, which solver.variant 'released' does not have; set "
-                    f"it to {only!r} or solver.variant to 'paper'"
-                )
 
 
 def _per_layer(iterations: Any, num_layers: int, source: str) -> list[int]:
@@ -245,8 +260,7 @@ class IIETConfig(LlamaConfig):
     @property
     def iterations(self) -> list[int]:
         """Corrector iterations r_n of each layer; zeros for kinds without a corrector to iterate."""
-        solver = cast(dict[str, Any], self.solver)
-        return solver["iterations"] if solver["kind"] == "iiet" else [0] * self.num_hidden_layers
+        return cast(dict[str, Any], self.solver).get("iterations", [0] * self.num_hidden_layers)
 
     @property
     def evaluations(self) -> list[int]:
@@ -504,9 +518,8 @@ class ImplicitEuler(Solver):
         solver = cast(dict[str, Any], config.solver)
         self.coefficient_init = solver["coefficient_init"]
         self.normed_history = solver["history_norm"] == "rms"
-        iterative = solver["kind"] == "iiet"
-        self.euler_predictor = iterative and solver["predictor"] == "euler"
-        self.damping = solver["damping"] if iterative else 1.0
+        self.euler_predictor = solver.get("predictor") == "euler"  # dlcl has none
+        self.damping = solver.get("damping", 1.0)
         self.coefficients = _fp32_parameter(layer + 1)
 
     def initial(self) -> dict[str, Tensor]:
@@ -753,7 +766,7 @@ class IIETPreTrainedModel(PreTrainedModel):
             ValueError: counts that do not fit the model, or a model whose solver has none, or whose layers a
                 library has given other ``forward`` functions.
         """
-        kind = cast(dict[str, Any], self.config.solver)["kind"]
+        solver = cast(dict[str, Any], self.config.solver)
         if isinstance(iterations, str | os.PathLike):
             with open(iterations, encoding="utf-8") as file:
                 iterations = json.load(file)
@@ -762,10 +775,13 @@ class IIETPreTrainedModel(PreTrainedModel):
                 raise ValueError("the plan has no 'iterations'; give r_n of each layer under that name")
             iterations = iterations["iterations"]
         counts = _per_layer(iterations, self.config.num_hidden_layers, "iterations")
-        if kind != "iiet" and any(counts):
-            raise ValueError(f"iterations is {counts}, but solver.kind is '{kind}', which has no iterations")
+        iterates = "iterations" in solver
+        if not iterates and any(counts):
+            raise ValueError(
+                f"iterations is {counts}, but solver.kind is '{solver['kind']}', which has no iterations"
+            )
         config = copy.deepcopy(self.config)
-        if kind == "iiet":
+        if iterates:
             cast(dict[str, Any], config.solver)["iterations"] = counts
         view = _sharing_copy(self, self.config, config, {})
         for module in view.modules():

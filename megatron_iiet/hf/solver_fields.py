@@ -1,72 +1,79 @@
-"""The object ``solver`` of an exported ``config.json``: of our solver section what belongs to its kind, with
-nothing left to resolve."""
+"""The object ``solver`` of an exported ``config.json``: of our solver section what says something of the
+trained model, with nothing left to resolve."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields as fields_of
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from megatron_iiet.config import RunConfig, config_to_dict, iterations_per_layer
-from megatron_iiet.config.schema import SolverConfig
+from megatron_iiet.config import RunConfig, iterations_per_layer
+from megatron_iiet.config.solvers import (
+    SOLVERS,
+    Iterating,
+    Merging,
+    SolverConfig,
+    find_solver,
+    name_fields,
+    own_keys,
+    section_types,
+)
 
-_KEYS: dict[str, tuple[str, ...]] = {
-    "euler": ("output_norm",),
-    "dlcl": ("coefficient_init", "history_norm"),
-    "weight-sharing": ("repeats", "key_values"),
-    "rk2": ("stage_coefficients", "key_values"),
-    "rk4": ("stage_coefficients", "key_values"),
-    "pcformer": ("predictor_order", "coefficient_init", "key_values"),
-    "paper": (
-        "variant",
-        "iterations",
-        "predictor",
-        "coefficient_init",
-        "history_norm",
-        "damping",
-        "key_values",
-    ),
-    "released": ("variant", "iterations", "coefficient_init", "readout", "key_values"),
-}
-"""By kind, iiet by variant: what it reads of the section."""
-_ALL = ("kind", *dict.fromkeys(key for keys in _KEYS.values() for key in keys))
+
+def exported_fields(solver: type[SolverConfig]) -> dict[str, Any]:
+    """What an export says of a solver, with defaults: its names, and all keys but those about training."""
+    exported = [f for f in fields_of(solver) if f.metadata.get("exported", True)]
+    return {f.name: f.default for f in exported}
 
 
 def solver_to_fields(config: RunConfig) -> dict[str, Any]:
     """``config.solver`` for ``config.json``; ``iterations`` always lists a number for every layer."""
-    solver = replace(
-        config.solver,
-        iterations=iterations_per_layer(config),
-        coefficient_init=config.solver.resolved_coefficient_init,
-    )
-    section = config_to_dict(RunConfig(model=config.model, solver=solver))["solver"]
-    keys = _KEYS[solver.variant if solver.kind == "iiet" else solver.kind]
-    return {key: section[key] for key in ("kind", *keys)}
+    solver = config.solver
+    if isinstance(solver, Merging):
+        solver = replace(solver, coefficient_init=solver.resolved_coefficient_init)
+    if isinstance(solver, Iterating):
+        solver = replace(solver, iterations=iterations_per_layer(config))
+    return {name: getattr(solver, name) for name in exported_fields(type(solver))}
+
+
+def _says_nothing(key: str, value: Any) -> bool:
+    """Whether a key of another kind has the value it has unless somebody sets it."""
+    if key == "iterations" and not any(value if isinstance(value, list) else [value]):
+        return True
+    defaults = [exported_fields(solver).get(key) for solver in SOLVERS]
+    return value in defaults or (key == "coefficient_init" and value in ("identity", "average"))
 
 
 def solver_from_fields(fields: Any, layers: int, path: Path) -> dict[str, Any]:
     """The solver section that :func:`solver_to_fields` wrote to ``path`` for a model of ``layers`` layers.
 
-    What is as it would be anyway is left to its default.
+    What is as it would be anyway is left to its default; so is a key of another kind, which older versions
+    wrote with its default.
 
     Raises:
         ValueError: it is no such object; values are left to the configuration's own checks.
     """
     if not isinstance(fields, Mapping):
         raise ValueError(f'{path}: solver is {fields!r}, but must be an object such as {{"kind": "euler"}}')
-    if unknown := sorted(set(fields) - set(_ALL)):
-        raise ValueError(f"{path}: solver has the unknown key '{unknown[0]}'; known are {', '.join(_ALL)}")
-    needed = ["kind", *(["iterations"] if fields.get("kind") == "iiet" else [])]
-    if missing := [key for key in needed if fields.get(key) is None]:
-        raise ValueError(f"{path}: solver has no '{missing[0]}'; export the model again")
+    known = [name for name in section_types() if name != "schedule"]
+    if unknown := sorted(set(fields) - set(known)):
+        raise ValueError(f"{path}: solver has the unknown key '{unknown[0]}'; known are {', '.join(known)}")
     section = {key: value for key, value in fields.items() if value is not None}
+    if "kind" not in section:
+        raise ValueError(f"{path}: solver has no 'kind'; export the model again")
+    declared = find_solver(section["kind"], section.get("variant"))
+    if declared is None:
+        return section  # for the configuration's own checks to name
+    if "iterations" in own_keys(declared) and "iterations" not in section:
+        raise ValueError(f"{path}: solver has no 'iterations'; export the model again")
+    for key in set(section) - set(own_keys(declared)) - set(name_fields(declared)):
+        if _says_nothing(key, section[key]):
+            del section[key]
     iterations = section.get("iterations")
-    if section["kind"] != "iiet":
-        section.pop("iterations", None)  # says nothing where there is no corrector
-    elif isinstance(iterations, list) and iterations == iterations[:1] * layers:
+    if isinstance(iterations, list) and iterations == iterations[:1] * layers:
         section["iterations"] = iterations[0]
-    default = SolverConfig(kind=section["kind"], variant=section.get("variant", "paper"))
-    if section.get("coefficient_init") == default.resolved_coefficient_init:
+    if issubclass(declared, Merging) and section.get("coefficient_init") == declared.default_init:
         del section["coefficient_init"]
     return section

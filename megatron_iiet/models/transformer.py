@@ -55,9 +55,9 @@ class IntegratedLayer(nn.Module):
 
     def __init__(self, config: RunConfig, layer: int, backend: str, parallel: TensorParallel) -> None:
         super().__init__()
-        keeps_keys = config.solver.key_values == "first"
+        keeps_keys = config.solver.shares_first_keys
         self.increment = DecoderLayer(config.model, backend, parallel, keeps_keys=keeps_keys)
-        self.solver: Solver = build_solver(config, layer, backend)
+        self.solver: Solver[Any] = build_solver(config, layer, backend)
         self.recompute = config.training.recompute
 
     def forward(self, y_BTD: Tensor, history: History, layout: AttentionLayout) -> tuple[Tensor, Tensor]:
@@ -122,7 +122,7 @@ class Transformer(nn.Module):
             return cls(config, backend=backend)
 
     @property
-    def solvers(self) -> dict[int, Solver]:
+    def solvers(self) -> dict[int, Solver[Any]]:
         """The solver of every layer held here, by layer number."""
         return {int(n): cast(IntegratedLayer, layer).solver for n, layer in self.layers.items()}
 

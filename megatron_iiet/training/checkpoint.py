@@ -231,4 +231,4 @@ def _settings(config: RunConfig) -> dict[str, Any]:
 
 def _get(data: dict[str, Any], key: str) -> Any:
     section, leaf = key.split(".")
-    return data[section][leaf]
+    return data[section].get(leaf)  # keys of the solver depend on its kind

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from megatron_iiet.config import ConfigError, RunConfig, config_from_file
 from megatron_iiet.config.schema import GuidanceConfig
+from megatron_iiet.config.solvers import Euler, Iterating
 from megatron_iiet.hf.llama import files_of_tokenizer
 from megatron_iiet.training import checkpoint
 from megatron_iiet.training.fragments import FragmentReader
@@ -135,6 +136,7 @@ def _settle_guidance(config: RunConfig, folder: Path) -> None:
     """Make the solver section list, without guidance, the iterations in force: an E-IIET."""
     if not config.guidance.interval:
         return
+    assert isinstance(config.solver, Iterating)  # validated
     state, plan = checkpoint.read_state(folder), checkpoint.read_plan(folder)
     iterations = iterations_at(config, state.step)[0] if plan is None else plan.iterations
     config.guidance = GuidanceConfig()
@@ -143,14 +145,14 @@ def _settle_guidance(config: RunConfig, folder: Path) -> None:
 
 def _settle_schedule(config: RunConfig, state: StoredWeights, step: int) -> None:
     """Make the solver section say, without a schedule, what the model computed in its last step."""
-    if config.solver.schedule is None:
+    if not isinstance(config.solver, Iterating) or config.solver.schedule is None:
         return
     iterations, merging = iterations_at(config, max(step - 1, 0))
     config.solver.schedule = None
     if merging:
         config.solver.iterations = iterations if len(set(iterations)) > 1 else iterations[0]
         return
-    config.solver.kind = "euler"
+    config.solver = Euler()
     state.leave_out(".solver.")
 
 

@@ -27,7 +27,7 @@ def stage_plan(config: RunConfig, whole: Transformer) -> StagePlan:
     layers = [cast(IntegratedLayer, layer) for layer in whole.layers.values()]
     costs = [
         layer.increment.forward_flops(length, count)
-        for count, layer in zip(mean_evaluations(config, whole.solvers.values()), layers, strict=True)
+        for count, layer in zip(mean_evaluations(config), layers, strict=True)
     ]
     return plan_stages(costs, 0.0, whole.head_flops(length), config.parallel.pipeline)
 

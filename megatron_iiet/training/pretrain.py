@@ -163,7 +163,7 @@ def build_callbacks(
             chosen.append(callbacks.Guidance(held_out))
         batches = validation_batches(config, corpora, context, config.evaluation.samples)
         chosen.append(callbacks.Validation(batches, config.evaluation.interval))
-        if config.logging.solver_interval and config.solver.kind in ("iiet", "pcformer"):
+        if config.logging.solver_interval and config.solver.corrects:
             batch = next(iter(batches))
             chosen.append(callbacks.SolverDiagnostics(batch, config.logging.solver_interval))
     if config.evaluation.tasks:

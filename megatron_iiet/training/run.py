@@ -8,6 +8,7 @@ from pathlib import Path
 
 from megatron_iiet.config import RunConfig, iterations_per_layer
 from megatron_iiet.config.iteration_plan import IterationPlan
+from megatron_iiet.config.solvers import Euler
 from megatron_iiet.data.loader.batches import TrainBatches
 from megatron_iiet.parallel import ParallelContext
 from megatron_iiet.training import checkpoint
@@ -123,7 +124,8 @@ class Run:
         plan, guidance = checkpoint.read_plan(folder / tag), self.config.guidance
         if plan is not None and guidance.interval:
             # One made for another cap or budget no longer holds.
-            valid = (plan.full, plan.budget) == (self.config.solver.iterations, guidance.budget)
+            full = iterations_per_layer(self.config)
+            valid = ([plan.full] * len(full), plan.budget) == (full, guidance.budget)
             self.plan = plan if valid else None
 
     def epochs(self) -> dict[str, float]:
@@ -135,19 +137,9 @@ class Run:
         """The solver in force, in a few words."""
         solver, layers = self.config.solver, self.engine.whole.solvers
         if not layers[0].merging:
-            return "solver euler (plain Transformer++)"
+            return f"solver {Euler().describe(())}"
         counts = [layer.iterations for layer in layers.values()]
-        details = {
-            "euler": " (plain Transformer++)"
-            if solver.output_norm == "none"
-            else ", LayerNorm of the output",
-            "weight-sharing": f", every layer {solver.repeats} times",
-            "rk2": f", {solver.stage_coefficients} coefficients",
-            "rk4": f", {solver.stage_coefficients} coefficients",
-            "pcformer": f", predictor of order {solver.predictor_order}",
-            "iiet": f", variant {solver.variant}, r = {counts[0] if len(set(counts)) == 1 else counts}",
-        }
-        return f"solver {solver.kind}{details.get(solver.kind, '')}{self._describe_guidance(counts)}"
+        return f"solver {solver.describe(counts)}{self._describe_guidance(counts)}"
 
     def _describe_guidance(self, counts: list[int]) -> str:
         if not self.config.guidance.interval:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable
 
 from megatron_iiet.config import RunConfig, iterations_per_layer
 from megatron_iiet.config.iteration_plan import even_iterations
-from megatron_iiet.config.schema import OptimizerConfig, evaluations_in_budget, one_per_layer
-from megatron_iiet.models.solvers import Solver
+from megatron_iiet.config.schema import OptimizerConfig, evaluations_in_budget
+from megatron_iiet.config.solvers import Iterating, one_per_layer
 
 
 def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
@@ -35,8 +34,8 @@ def iterations_at(config: RunConfig, step: int) -> tuple[list[int], bool]:
     """
     if config.guidance.interval:
         return even_iterations(config.model.num_layers, evaluations_in_budget(config)), True
-    schedule = config.solver.schedule
-    if config.solver.kind != "iiet" or not schedule:
+    schedule = config.solver.schedule if isinstance(config.solver, Iterating) else None
+    if not schedule:
         return iterations_per_layer(config), True
     ends = itertools.accumulate(fraction for fraction, _ in schedule[:-1])
     stage = sum(step >= round(end * config.training.steps) for end in ends)
@@ -44,12 +43,13 @@ def iterations_at(config: RunConfig, step: int) -> tuple[list[int], bool]:
     return iterations, any(iterations)
 
 
-def mean_evaluations(config: RunConfig, solvers: Iterable[Solver]) -> list[float]:
-    """Evaluations of F of every layer, averaged over the steps of the run; ``solvers``: of all layers, with
-    the iterations of its end. With guidance, which moves them about, over the layers too."""
+def mean_evaluations(config: RunConfig) -> list[float]:
+    """Evaluations of F of every layer, averaged over the steps of the run. With guidance, which moves them
+    about, over the layers too."""
+    solver, layers = config.solver, config.model.num_layers
     if config.guidance.interval:
-        return [evaluations_in_budget(config) / config.model.num_layers] * config.model.num_layers
-    if config.solver.kind == "iiet" and config.solver.schedule:
-        stages = [(share, one_per_layer(r, config.model.num_layers)) for share, r in config.solver.schedule]
-        return [sum(share * (r[n] + 1) for share, r in stages) for n in range(config.model.num_layers)]
-    return [float(solver.evaluations) for solver in solvers]
+        return [evaluations_in_budget(config) / layers] * layers
+    if isinstance(solver, Iterating) and solver.schedule:
+        stages = [(share, one_per_layer(r, layers)) for share, r in solver.schedule]
+        return [sum(share * solver.evaluations(r[n]) for share, r in stages) for n in range(layers)]
+    return [float(solver.evaluations(r)) for r in iterations_per_layer(config)]

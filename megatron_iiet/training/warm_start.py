@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_iiet.config import ConfigError, RunConfig, iterations_per_layer
+from megatron_iiet.config.solvers import Iterating
 from megatron_iiet.hf import llama
 from megatron_iiet.models import portable
 from megatron_iiet.models.solvers import Solver
@@ -200,7 +201,7 @@ def open_teacher(config: RunConfig) -> WarmStart | None:
     if why := why_reduced(source.config):
         raise ConfigError(f"{TEACHER} is {path}, which {why}; give the full model it was made from")
     ours = iterations_per_layer(config)
-    if source.config.solver.kind == config.solver.kind and max(ours) > iterations[0]:
+    if isinstance(source.config.solver, Iterating) and max(ours) > iterations[0]:
         raise ConfigError(
             f"{TEACHER} is {path}, which iterates {iterations[0]} times a layer, but the student up to "
             f"{max(ours)} times; give solver.iterations a plan made for this teacher"

@@ -17,7 +17,7 @@ from megatron_iiet.config import (
     config_to_yaml,
     load_config,
 )
-from megatron_iiet.config.build import format_help
+from megatron_iiet.config.help import format_help
 
 
 @pytest.fixture(autouse=True)

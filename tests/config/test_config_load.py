@@ -27,8 +27,9 @@ from megatron_iiet.config import (
     load_config,
     load_config_or_exit,
     schema,
+    solvers,
 )
-from megatron_iiet.config.build import format_help
+from megatron_iiet.config.help import format_help
 from megatron_iiet.config.keys import describe_type, key_types
 
 YAML = """\
@@ -273,8 +274,9 @@ def test_config_from_dict_names_its_source() -> None:
 
 def test_help_explains_every_field() -> None:
     text = "".join(format_help().split())  # argparse breaks lines anywhere, also at hyphens
-    assert len(field_docstrings()) == len(key_types())
-    for key, docstring in field_docstrings().items():
+    docstrings = field_docstrings()
+    assert {"solver.kind", "solver.variant", *docstrings} == set(key_types())
+    for key, docstring in docstrings.items():
         assert f"--{key}" in text
         assert "".join(docstring.split()) in text, key
     assert "default:0.0003" in text
@@ -283,17 +285,22 @@ def test_help_explains_every_field() -> None:
 
 
 def field_docstrings() -> dict[str, str]:
-    """Docstring of every leaf field, by dotted key, read from the source of the schema."""
-    tree = ast.parse(inspect.getsource(schema))
+    """Docstring of every leaf field, by dotted key, read from the sources of the schema and the solvers."""
     by_class: dict[str, dict[str, str]] = {}
-    for node in tree.body:
+    for node in [node for module in (schema, solvers) for node in ast.parse(inspect.getsource(module)).body]:
         if isinstance(node, ast.ClassDef):
             for field, following in pairwise(node.body):
                 if isinstance(field, ast.AnnAssign) and isinstance(following, ast.Expr):
                     docstring = ast.literal_eval(following.value)
                     by_class.setdefault(node.name, {})[ast.unparse(field.target)] = docstring
     found = {}
+    for solver in solvers.SOLVERS:
+        of_base = [by_class.get(cls.__name__, {}) for cls in inspect.getmro(solver)]
+        for name in solvers.own_keys(solver):
+            found[f"solver.{name}"] = next(leaves[name] for leaves in of_base if name in leaves)
     for name, docstring in by_class["RunConfig"].items():
+        if name == "solver":
+            continue
         leaves = by_class.get(type(getattr(RunConfig(), name)).__name__)
         found.update(
             {f"{name}.{leaf}": words for leaf, words in leaves.items()} if leaves else {name: docstring}

@@ -16,11 +16,14 @@ from megatron_iiet.config import (
     iterations_per_layer,
     validate,
 )
+from megatron_iiet.config.solvers import Merging, find_solver
 
 
 def config_with(**changes: Any) -> RunConfig:
-    """The default configuration with ``section__key`` set to a value."""
+    """The default configuration with ``section__key`` set to a value; the solver's names choose one."""
     config = RunConfig()
+    kind, variant = changes.pop("solver__kind", "iiet"), changes.pop("solver__variant", None)
+    config.solver = find_solver(kind, variant)()  # type: ignore[misc]
     for name, value in changes.items():
         section, _, key = name.rpartition("__")
         setattr(getattr(config, section) if section else config, key, value)
@@ -171,21 +174,6 @@ COMBINATION_ERRORS: list[tuple[dict[str, Any], str]] = [
         "number for all",
     ),
     (
-        {"solver__variant": "released", "solver__predictor": "euler"},
-        "solver.predictor is 'euler', which solver.variant 'released' does not have; set solver.predictor to "
-        "'merged' or solver.variant to 'paper'",
-    ),
-    (
-        {"solver__variant": "released", "solver__damping": 0.5},
-        "solver.damping is 0.5, which solver.variant 'released' does not have; set it to 1 or solver.variant "
-        "to 'paper'",
-    ),
-    (
-        {"solver__kind": "dlcl", "solver__schedule": [(1.0, 3)]},
-        "solver.schedule is [[1.0, 3]], but solver.kind is 'dlcl', which has no iterations to schedule; set "
-        "solver.schedule to null or solver.kind to 'iiet'",
-    ),
-    (
         {"solver__schedule": []},
         "solver.schedule is an empty list; write null for training in one stage",
     ),
@@ -250,8 +238,6 @@ def test_combinations(changes: dict[str, Any], message: str) -> None:
     "changes",
     [
         {},
-        {"solver__kind": "euler", "solver__iterations": [1, 2]},  # no effect there: one file for all kinds
-        {"solver__kind": "dlcl", "solver__variant": "released", "solver__predictor": "euler"},
         {"solver__kind": "dlcl", "solver__coefficient_init": "identity"},
         {"solver__variant": "released", "solver__coefficient_init": "identity"},
         {"solver__schedule": [(0.75, 0), (0.25, 3)]},
@@ -315,11 +301,13 @@ def test_resolved_values() -> None:
         ("iiet", "paper", None, "identity"),
         ("iiet", "released", None, "average"),
         ("iiet", "released", "identity", "identity"),
-        ("dlcl", "paper", None, "identity"),
-        ("dlcl", "released", None, "identity"),
-        ("dlcl", "paper", "average", "average"),
+        ("dlcl", None, None, "identity"),
+        ("dlcl", None, "average", "average"),
+        ("pcformer", None, None, "identity"),
     ],
 )
-def test_resolved_coefficient_init(kind: str, variant: str, init: str | None, resolved: str) -> None:
+def test_resolved_coefficient_init(kind: str, variant: str | None, init: str | None, resolved: str) -> None:
     changes = {"solver__kind": kind, "solver__variant": variant, "solver__coefficient_init": init}
-    assert config_with(**changes).solver.resolved_coefficient_init == resolved
+    solver = config_with(**changes).solver
+    assert isinstance(solver, Merging)
+    assert solver.resolved_coefficient_init == resolved

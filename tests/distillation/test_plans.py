@@ -23,6 +23,7 @@ from megatron_iiet.config import (
     load_config,
 )
 from megatron_iiet.config.iteration_plan import IterationPlan, above_threshold, auto_threshold
+from megatron_iiet.config.solvers import DLCL
 from megatron_iiet.distillation.analysis import full_iterations
 from megatron_iiet.distillation.influence import Ablation, Measurement, Values
 from megatron_iiet.distillation.plans import PlanRequest, rank_correlation, within_flops
@@ -327,8 +328,8 @@ FILE = "solver.iterations in run.yaml (line 5)"
             f"{FILE}: plan.json is an iteration plan for 3 layers, but the model has 4; use a plan made for this model",
         ),
         (
-            ["--solver.kind", "dlcl"],
-            f"{FILE}: plan.json is an iteration plan with up to 2 iterations a layer, but solver.kind is 'dlcl', which has none; set solver.kind to 'iiet', or solver.iterations to 0",
+            ["--solver.kind", "dlcl", "--solver.iterations", "plan.json"],
+            "solver.iterations is 'plan.json' on the command line, but the solver is of kind dlcl, which has no such key; leave it out, or take a solver of kind iiet",
         ),
         (
             ["--solver.iterations", "other.json"],
@@ -355,7 +356,9 @@ def test_plans_that_do_not_fit(flags: list[str], message: str, folder: Path) -> 
     assert str(caught.value) == message
 
 
-def test_a_plan_without_iterations_fits_every_solver(folder: Path) -> None:
-    """A lower bound, in a comparison of solvers that one file serves."""
-    IterationPlan((0, 0, 0), 3, "lower-bound").write("plan.json")
-    assert config_from_file("run.yaml", ["--solver.kind", "dlcl"]).solver.iterations == [0, 0, 0]
+def test_a_plan_is_not_read_for_a_solver_without_iterations(folder: Path) -> None:
+    """In a comparison of solvers that one file serves; that the key has no effect is told."""
+    (folder / "plan.json").unlink()
+    loaded = load_config(["--config", "run.yaml", "--solver.kind", "dlcl"])
+    assert loaded.config.solver == DLCL()
+    assert loaded.notes == ("without effect for kind dlcl: solver.iterations",)

@@ -87,9 +87,11 @@ def hf_config(config: RunConfig, **fields: Any) -> IIETConfig:
     """The configuration for transformers that ``config`` asks for."""
     model = config.model
     solver = config_to_dict(config)["solver"]
-    del solver["schedule"]
-    solver["coefficient_init"] = config.solver.resolved_coefficient_init
-    solver["iterations"] = iterations_per_layer(config)
+    solver.pop("schedule", None)
+    if "coefficient_init" in solver:
+        solver["coefficient_init"] = config.solver.resolved_coefficient_init  # type: ignore[attr-defined]
+    if "iterations" in solver:
+        solver["iterations"] = iterations_per_layer(config)
     values: dict[str, Any] = {
         "hidden_size": model.hidden_size,
         "intermediate_size": model.ffn_hidden_size,

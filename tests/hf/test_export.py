@@ -326,7 +326,7 @@ class TestRefusals:
             ({"kind": None}, "DIR/config.json: solver has no 'kind'; export the model again"),
             (
                 {"order": 3},
-                "DIR/config.json: solver has the unknown key 'order'; known are kind, output_norm,",
+                "DIR/config.json: solver has the unknown key 'order'; known are kind, variant, output_norm,",
             ),
             ({"damping": "much"}, "solver.damping is 'much' in DIR/config.json, but must be"),
         ],

@@ -136,8 +136,11 @@ def test_iiet_without_iterations_starts_as_euler_bit_for_bit() -> None:
         ({"kind": "iiet", "iterations": True}, "solver.iterations is True"),
         ({"kind": "iiet", "damping": 0}, "solver.damping is 0; give a number above 0"),
         ({"kind": "iiet", "variant": "released", "damping": 0.5}, "solver.variant 'released' does not have"),
-        ({"kind": "iiet", "variant": "released", "predictor": "euler"}, "set it to 'merged'"),
-        ({"kind": "rk4", "stage_coefficients": "gated"}, "which solver.kind 'rk4' does not have"),
+        (
+            {"kind": "iiet", "variant": "released", "predictor": "euler"},
+            "solver.variant 'released' does not have; remove",
+        ),
+        ({"kind": "rk4", "stage_coefficients": "gated"}, "is 'gated'; supported are 'fixed', 'learned'"),
         ({"kind": "pcformer", "predictor_order": 3}, "solver.predictor_order is 3; supported are 2, 4"),
         ({"kind": "weight-sharing", "repeats": 0}, "solver.repeats is 0"),
     ],

@@ -51,7 +51,7 @@ def test_history_at_rms_1(llama: tuple[LlamaForCausalLM, Path], tmp_path: Path, 
     hf, alpha = HuggingFaceLayers(llama[0], TOKENS), rows_of(model)
     check(model, integrated(True), integrated(False))
     if iterations == 0:
-        dlcl = converted(llama[1], tmp_path / "y", {**solver, "kind": "dlcl"})
+        dlcl = converted(llama[1], tmp_path / "y", {"kind": "dlcl"})
         assert torch.equal(dlcl(TOKENS), model(TOKENS))
 
 

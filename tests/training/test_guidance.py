@@ -17,6 +17,7 @@ from megatron_iiet import models
 from megatron_iiet.config import ConfigError, LoadedConfig, RunConfig, config_from_dict, validate
 from megatron_iiet.config.iteration_plan import IterationPlan, even_iterations, most_influential
 from megatron_iiet.config.schema import GuidanceConfig
+from megatron_iiet.config.solvers import find_solver
 from megatron_iiet.data.loader.batches import ValidationBatches
 from megatron_iiet.data.loader.samples import build_splits
 from megatron_iiet.models.diagnostics import observe_iterates
@@ -195,6 +196,7 @@ def test_not_a_plan_at_all(data: Any) -> None:
 def guided(**changes: Any) -> RunConfig:
     """12 layers, r = 3, guided within half of 48 evaluations; ``section__key`` changes."""
     config = RunConfig()
+    config.solver = find_solver(changes.pop("solver__kind", "iiet"))()  # type: ignore[misc]
     for name, value in {"guidance__interval": 100, **changes}.items():
         section, _, key = name.partition("__")
         setattr(getattr(config, section), key, value)
@@ -280,7 +282,7 @@ def test_before_the_first_plan_the_budget_is_spent_evenly() -> None:
     config = guided(guidance__budget=0.7, model__num_layers=5, solver__iterations=1)  # 0.7 · 10 is 7
     counts, merging = iterations_at(config, 0)
     assert (counts, merging) == ([0, 0, 1, 0, 1], True)
-    assert mean_evaluations(config, []) == [7 / 5] * 5
+    assert mean_evaluations(config) == [7 / 5] * 5
 
 
 # --- runs ---

@@ -10,7 +10,6 @@ import torch
 
 from megatron_iiet.config import RunConfig, config_from_dict
 from megatron_iiet.config.schema import OptimizerConfig
-from megatron_iiet.models import Transformer
 from megatron_iiet.training import checkpoint
 from megatron_iiet.training.export import export_run
 from megatron_iiet.training.fragments import FragmentReader
@@ -77,8 +76,7 @@ def test_switches_are_at_the_nearest_step() -> None:
 
 def test_mean_evaluations_are_each_layer_s() -> None:
     config = staged(3, 10, [0.5, 0], [0.25, [0, 2, 4]], [0.25, [3, 0, 0]])
-    solvers = list(Transformer.on_meta(config).solvers.values())
-    assert mean_evaluations(config, solvers) == [1.75, 1.5, 2.0]
+    assert mean_evaluations(config) == [1.75, 1.5, 2.0]
 
 
 def test_without_schedule_per_layer_lists_hold_throughout() -> None:

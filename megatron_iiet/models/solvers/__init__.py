@@ -1,9 +1,12 @@
-"""Solvers: how a layer's increment function F is integrated from y_n to y_{n+1}. One file a family."""
+"""Solvers: how a layer's increment function F is integrated from y_n to y_{n+1}. One file a family; their
+keys are declared in :mod:`megatron_iiet.config.solvers`."""
 
 from __future__ import annotations
 
-from megatron_iiet.config import RunConfig, iterations_per_layer
-from megatron_iiet.models.solvers.base import IncrementFn, Solver
+from typing import Any
+
+from megatron_iiet.config import RunConfig, solvers
+from megatron_iiet.models.solvers.base import IncrementFn, Place, Solver
 from megatron_iiet.models.solvers.euler import Euler
 from megatron_iiet.models.solvers.implicit_euler import DLCL, ImplicitEuler
 from megatron_iiet.models.solvers.pcformer import PCformer
@@ -24,43 +27,20 @@ __all__ = [
     "build_solver",
 ]
 
+_MODULES: dict[type[solvers.SolverConfig], type[Solver[Any]]] = {
+    solvers.Euler: Euler,
+    solvers.DLCL: DLCL,
+    solvers.WeightSharing: WeightSharing,
+    solvers.RungeKutta2: RungeKutta,
+    solvers.RungeKutta4: RungeKutta,
+    solvers.PCformer: PCformer,
+    solvers.IIET: ImplicitEuler,
+    solvers.ReleasedIIET: ReleasedImplicitEuler,
+}
 
-def build_solver(config: RunConfig, layer: int, backend: str) -> Solver:
-    """The solver of layer ``layer`` (0-based) that ``config.solver`` describes."""
-    solver = config.solver
-    if solver.kind == "euler":
-        return Euler(config.model.hidden_size, solver.output_norm)
-    if solver.kind == "weight-sharing":
-        return WeightSharing(solver.repeats, backend=backend)
-    if solver.kind in ("rk2", "rk4"):
-        return RungeKutta(
-            int(solver.kind[-1]),
-            stage_coefficients=solver.stage_coefficients,
-            width=config.model.hidden_size,
-            backend=backend,
-        )
-    init = solver.resolved_coefficient_init
-    if solver.kind == "pcformer":
-        return PCformer(layer, order=solver.predictor_order, coefficient_init=init, backend=backend)
-    if solver.kind == "dlcl":
-        return DLCL(layer, coefficient_init=init, history_norm=solver.history_norm, backend=backend)
-    r = iterations_per_layer(config)[layer]
-    if solver.variant == "released":
-        return ReleasedImplicitEuler(
-            layer,
-            config.model.num_layers,
-            width=config.model.hidden_size,
-            iterations=r,
-            coefficient_init=init,
-            readout=solver.readout,
-            backend=backend,
-        )
-    return ImplicitEuler(
-        layer,
-        iterations=r,
-        predictor=solver.predictor,
-        damping=solver.damping,
-        coefficient_init=init,
-        history_norm=solver.history_norm,
-        backend=backend,
-    )
+
+def build_solver(config: RunConfig, layer: int, backend: str) -> Solver[Any]:
+    """The solver of layer ``layer`` (0-based) that ``config.solver`` declares."""
+    model = config.model
+    place = Place(layer, model.num_layers, model.hidden_size, backend)
+    return _MODULES[type(config.solver)](config.solver, place)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from megatron_iiet.config.solvers import Iterating, SolverConfig
 from megatron_iiet.models.history import History
 from megatron_iiet.models.layer import RMSNorm
 
@@ -28,21 +30,43 @@ class IncrementFn(Protocol):
         """F(y), [B, T, D]; ``normed_BTD``: ``input_norm(y)`` if known; ``evaluation``: 0 the predictor."""
 
 
-class Solver(nn.Module):
-    """Integrates one layer. ``iterations`` may be changed between forward passes (two-stage training)."""
+@dataclass(frozen=True)
+class Place:
+    """Where a solver works."""
 
-    iterative = False
-    """Whether there is a corrector to iterate."""
+    layer: int
+    """Of the layer it integrates, from 0."""
+    num_layers: int
+    width: int
+    """Of the residual stream."""
+    backend: str
+    """Of the merges."""
+
+
+Declared = TypeVar("Declared", bound=SolverConfig)
+
+
+class Solver(nn.Module, Generic[Declared]):
+    """Integrates one layer as its declaration says. ``iterations`` may be changed between forward passes
+    (two-stage training)."""
+
     merges_embedding = False
     """Whether entry 0 of the history is the embedding output."""
     first_merged = 0
     """The entry of the history that the first coefficient of a row multiplies."""
 
-    def __init__(self, iterations: int = 0) -> None:
+    def __init__(self, declared: Declared, place: Place) -> None:
         super().__init__()
-        self.iterations = iterations
+        self.declared = declared
+        self.place = place
+        self.iterations = declared.iterations_per_layer(place.num_layers)[place.layer]
         self.merging = True
         self.observer: IterateObserver | None = None
+
+    @property
+    def iterative(self) -> bool:
+        """Whether there is a corrector to iterate."""
+        return isinstance(self.declared, Iterating)
 
     @property
     def keeps_increment(self) -> bool:
@@ -73,12 +97,7 @@ class Solver(nn.Module):
     @property
     def evaluations(self) -> int:
         """Evaluations of F a step."""
-        return self.step_evaluations if self.merging else 1
-
-    @property
-    def step_evaluations(self) -> int:
-        """:attr:`evaluations` of the solver's own step."""
-        return self.iterations + 1
+        return self.declared.evaluations(self.iterations) if self.merging else 1
 
     def forward(self, y_BTD: Tensor, increment_fn: IncrementFn, history: History) -> tuple[Tensor, Tensor]:
         """One step: ``(y_{n+1}, the increment to keep)``, both [B, T, D]."""

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from megatron_iiet.config import solvers
 from megatron_iiet.models.history import History
-from megatron_iiet.models.solvers.base import LAYER_NORM_EPS, IncrementFn, Solver, euler_step
+from megatron_iiet.models.solvers.base import LAYER_NORM_EPS, IncrementFn, Place, Solver, euler_step
 
 
-class Euler(Solver):
-    """``y_{n+1} = y_n + F(y_n)``, a LLaMA layer (Touvron et al. 2023)."""
+class Euler(Solver[solvers.Euler]):
+    """``y_{n+1} = y_n + F(y_n)``, a LLaMA layer (Touvron et al. 2023).
 
-    def __init__(self, width: int = 0, output_norm: str = "none") -> None:
-        """``output_norm``: ``layer`` for ``y_{n+1} = LN(y_n + F(y_n))``, [width]: the normalised control of
-        :class:`ReleasedImplicitEuler`, which has no stream that is not."""
-        super().__init__()
-        self.output_norm = nn.LayerNorm(width, eps=LAYER_NORM_EPS) if output_norm == "layer" else None
+    ``output_norm='layer'`` is ``y_{n+1} = LN(y_n + F(y_n))``: the normalised control of
+    :class:`ReleasedImplicitEuler`, which has no stream that is not.
+    """
+
+    def __init__(self, declared: solvers.Euler, place: Place) -> None:
+        super().__init__(declared, place)
+        normed = declared.output_norm == "layer"
+        self.output_norm = nn.LayerNorm(place.width, eps=LAYER_NORM_EPS) if normed else None
 
     @property
     def keeps_increment(self) -> bool:

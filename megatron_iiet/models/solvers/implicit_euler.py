@@ -1,17 +1,57 @@
-"""The iterative implicit Euler step as the IIET paper writes it, and DLCL as its r = 0."""
+"""The iterative implicit Euler step as the IIET paper writes it, and DLCL, its r = 0."""
 
 from __future__ import annotations
+
+from typing import Generic, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megatron_iiet.config import solvers
 from megatron_iiet.models.history import History
-from megatron_iiet.models.solvers.base import IncrementFn, Solver, fp32_parameter, initial_row
+from megatron_iiet.models.solvers.base import IncrementFn, Place, Solver, fp32_parameter, initial_row
 from megatron_iiet.ops import merge_norm
 
+Merged = TypeVar("Merged", bound=solvers.MergingAll)
 
-class ImplicitEuler(Solver):
+
+class DLCL(Solver[Merged], Generic[Merged]):
+    """Dynamic linear combination of layers (Wang et al. 2019), the merge without a corrector::
+
+        y_{n+1} = y_n + α_{n,n} F(y_n) + Σ_{j<n} α_{n,j} F̃_j
+
+    ``coefficients``: fp32 [n + 1], α_{n,0} … α_{n,n}. ``history_norm='rms'`` keeps F̃_n / rms(F̃_n) for later
+    layers: what they merge has one scale, whatever the layer it is from. (It is in no paper.)
+    """
+
+    def __init__(self, declared: Merged, place: Place) -> None:
+        super().__init__(declared, place)
+        self.layer = place.layer
+        self.history_norm = declared.history_norm
+        self.coefficients = fp32_parameter(initial_row(self.layer + 1, declared.resolved_coefficient_init))
+
+    @property
+    def coefficient_rows(self) -> list[nn.Parameter]:
+        return [self.coefficients]
+
+    @property
+    def merged_entries(self) -> int:
+        return self.layer
+
+    def step(self, y_BTD: Tensor, increment_fn: IncrementFn, history: History) -> tuple[Tensor, Tensor]:
+        f = increment_fn(y_BTD, None, 0)
+        # Nothing needs the base alone: all in one pass.
+        (merged,) = history.merge(y_BTD, (self.coefficients,), self.layer, own=f)
+        self.observe(0, y_BTD, merged)
+        return merged, self.kept(f)
+
+    def kept(self, f_BTD: Tensor) -> Tensor:
+        """What later layers merge of the last increment."""
+        return f_BTD if self.history_norm == "none" else F.rms_norm(f_BTD, f_BTD.shape[-1:])
+
+
+class ImplicitEuler(DLCL[solvers.IIET]):
     """Iterative implicit Euler (IIET, arXiv 2509.22463, Algorithm 1)::
 
         base = y_n + Σ_{j<n} α_{n,j} F̃_j
@@ -21,90 +61,39 @@ class ImplicitEuler(Solver):
                f^i = (1 − ω) f^{i-1} + ω F(y^{i-1})
         y_{n+1} = y^r,  F̃_n = f^r
 
-    ``coefficients``: fp32 [n + 1], α_{n,0} … α_{n,n}, shared by all iterations.
-
-    ``history_norm='rms'`` keeps F̃_n / rms(F̃_n) for later layers: what they merge has one scale, whatever the
-    layer it is from. ω = ``damping`` below 1 damps the iteration. (Neither is in the paper.)
+    The coefficients are shared by all iterations. ω = ``damping`` below 1 damps the iteration (not in the
+    paper).
     """
-
-    iterative = True
-
-    def __init__(
-        self,
-        layer: int,
-        *,
-        iterations: int,
-        predictor: str = "merged",
-        damping: float = 1.0,
-        coefficient_init: str,
-        history_norm: str = "none",
-        backend: str,
-    ) -> None:
-        super().__init__(iterations)
-        self.damping = damping
-        self.history_norm = history_norm
-        self.layer = layer
-        self.predictor = predictor
-        self.backend = backend
-        self.coefficients = fp32_parameter(initial_row(layer + 1, coefficient_init))
-
-    @property
-    def coefficient_rows(self) -> list[nn.Parameter]:
-        return [self.coefficients]
 
     @property
     def merged_entries(self) -> int:
-        return 0 if self.predictor == "euler" and self.iterations == 0 else self.layer
+        return self.layer if self.iterations or self.declared.merges_without_iterations else 0
 
     def step(self, y_BTD: Tensor, increment_fn: IncrementFn, history: History) -> tuple[Tensor, Tensor]:
+        plain_predictor, damping = self.declared.predictor == "euler", self.declared.damping
+        if self.iterations == 0:
+            if not plain_predictor:
+                return super().step(y_BTD, increment_fn, history)
+            f = increment_fn(y_BTD, None, 0)
+            return y_BTD + f, self.kept(f)  # plain Transformer++: there is no corrector to merge in
         norm = increment_fn.input_norm
         f = increment_fn(y_BTD, None, 0)
-        if self.predictor == "euler" and self.iterations == 0:
-            return y_BTD + f, self.kept(f)  # plain Transformer++: there is no corrector to merge in
-        if self.iterations == 0:  # nothing needs the base alone: all in one pass
-            (iterate,) = history.merge(y_BTD, (self.coefficients,), self.layer, own=f)
-            self.observe(0, y_BTD, iterate)
-            return iterate, self.kept(f)
         (base,) = history.merge(y_BTD, (self.coefficients,), self.layer)
         own = self.coefficients.float()[-1:]  # ZeRO-3 in bf16 can't keep them fp32
         iterate = y_BTD
         for i in range(self.iterations + 1):
             before = iterate
-            plain = i == 0 and self.predictor == "euler"
+            plain = i == 0 and plain_predictor
             iterate, normed = merge_norm(
                 y_BTD if plain else base,
                 (f,),
                 None if plain else own,
                 norm.weight if i < self.iterations else None,
                 eps=norm.eps,
-                backend=self.backend,
+                backend=self.place.backend,
             )
             self.observe(i, before, iterate)
             if i < self.iterations:
                 new = increment_fn(iterate, normed, i + 1)
-                f = new if self.damping == 1 else torch.lerp(f, new, self.damping)
+                f = new if damping == 1 else torch.lerp(f, new, damping)
         return iterate, self.kept(f)
-
-    def kept(self, f_BTD: Tensor) -> Tensor:
-        """What later layers merge of the last increment."""
-        return f_BTD if self.history_norm == "none" else F.rms_norm(f_BTD, f_BTD.shape[-1:])
-
-
-class DLCL(ImplicitEuler):
-    """Dynamic linear combination of layers (Wang et al. 2019): the merge without the corrector::
-
-    y_{n+1} = y_n + α_{n,n} F(y_n) + Σ_{j<n} α_{n,j} F̃_j
-    """
-
-    iterative = False
-
-    def __init__(
-        self, layer: int, *, coefficient_init: str, history_norm: str = "none", backend: str
-    ) -> None:
-        super().__init__(
-            layer,
-            iterations=0,
-            coefficient_init=coefficient_init,
-            history_norm=history_norm,
-            backend=backend,
-        )

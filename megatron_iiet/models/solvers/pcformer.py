@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from megatron_iiet.config import solvers
 from megatron_iiet.models.history import History
-from megatron_iiet.models.solvers.base import IncrementFn, Solver, fp32_parameter, initial_row
+from megatron_iiet.models.solvers.base import IncrementFn, Place, Solver, fp32_parameter, initial_row
 from megatron_iiet.models.solvers.runge_kutta import evaluate_stages
 from megatron_iiet.ops import merge_norm
 
@@ -14,7 +15,7 @@ KEPT_MERGED = 3
 """Increments of earlier layers in the corrector."""
 
 
-class PCformer(Solver):
+class PCformer(Solver[solvers.PCformer]):
     """Predictor-corrector step (PCformer, Li et al. 2024, arXiv 2411.03042) of predictor order o = 2 or 4::
 
         F_1 … F_o      stages of a Runge-Kutta step from y_n (:func:`evaluate_stages`)
@@ -31,14 +32,14 @@ class PCformer(Solver):
     history: β_k … β_1, α; ``identity`` starts from α = 1, β = 0, ``average`` from 1/(k + 1) each.
     """
 
-    def __init__(self, layer: int, *, order: int, coefficient_init: str, backend: str) -> None:
-        super().__init__()
-        self.order = order
-        self.backend = backend
-        self.first_merged = max(0, layer - KEPT_MERGED)
-        self._merged_entries = layer - self.first_merged
+    def __init__(self, declared: solvers.PCformer, place: Place) -> None:
+        super().__init__(declared, place)
+        self.first_merged = max(0, place.layer - KEPT_MERGED)
+        self._merged_entries = place.layer - self.first_merged
         self.gamma = fp32_parameter(torch.full((1,), 0.5))
-        self.coefficients = fp32_parameter(initial_row(self._merged_entries + 1, coefficient_init))
+        self.coefficients = fp32_parameter(
+            initial_row(self._merged_entries + 1, declared.resolved_coefficient_init)
+        )
 
     @property
     def coefficient_rows(self) -> list[nn.Parameter]:
@@ -48,18 +49,14 @@ class PCformer(Solver):
     def merged_entries(self) -> int:
         return self._merged_entries
 
-    @property
-    def step_evaluations(self) -> int:
-        return self.order + 1
-
     def step(self, y_BTD: Tensor, increment_fn: IncrementFn, history: History) -> tuple[Tensor, Tensor]:
-        norm = increment_fn.input_norm
-        stages = evaluate_stages(self.order, y_BTD, increment_fn, self.backend)
+        norm, order, backend = increment_fn.input_norm, self.declared.predictor_order, self.place.backend
+        stages = evaluate_stages(order, y_BTD, increment_fn, backend)
         predicted, normed = merge_norm(
-            y_BTD, stages, self._stage_weights(), norm.weight, eps=norm.eps, backend=self.backend
+            y_BTD, stages, self._stage_weights(), norm.weight, eps=norm.eps, backend=backend
         )
         self.observe(0, y_BTD, predicted)
-        f = increment_fn(predicted, normed, self.order)
+        f = increment_fn(predicted, normed, order)
         (corrected,) = history.merge(
             y_BTD, (self.coefficients,), self.merged_entries, own=f, first=self.first_merged
         )
@@ -69,4 +66,5 @@ class PCformer(Solver):
     def _stage_weights(self) -> Tensor:
         """γ (1-γ)^{o-i} for i = 1..o, fp32 [o]."""
         gamma = self.gamma.float()  # ZeRO-3 in bf16 can't keep it fp32
-        return torch.cat([gamma * (1 - gamma) ** (self.order - i) for i in range(1, self.order + 1)])
+        order = self.declared.predictor_order
+        return torch.cat([gamma * (1 - gamma) ** (order - i) for i in range(1, order + 1)])

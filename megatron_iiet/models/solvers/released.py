@@ -5,10 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from megatron_iiet.config import solvers
 from megatron_iiet.models.history import History
 from megatron_iiet.models.solvers.base import (
     LAYER_NORM_EPS,
     IncrementFn,
+    Place,
     Solver,
     fp32_parameter,
     initial_row,
@@ -16,7 +18,7 @@ from megatron_iiet.models.solvers.base import (
 from megatron_iiet.ops import merge_norm
 
 
-class ReleasedImplicitEuler(Solver):
+class ReleasedImplicitEuler(Solver[solvers.ReleasedIIET]):
     """Implicit Euler over normalised layer outputs, with a row of its own for the read-out.
 
     With G(h) = h + F(h), the history L_0 = embedding, L_1, …, and layers counted n = 1..N::
@@ -30,36 +32,25 @@ class ReleasedImplicitEuler(Solver):
     Both rows read the older entries in one pass. ``readout='shared'`` has one row: Wc = W.
     """
 
-    iterative = True
     merges_embedding = True
 
-    def __init__(
-        self,
-        layer: int,
-        num_layers: int,
-        *,
-        width: int,
-        iterations: int,
-        coefficient_init: str,
-        readout: str = "separate",
-        backend: str,
-    ) -> None:
-        super().__init__(iterations)
-        self.layer = layer + 1  # the formula counts from 1
-        self.backend = backend
+    def __init__(self, declared: solvers.ReleasedIIET, place: Place) -> None:
+        super().__init__(declared, place)
+        width = place.width
+        self.layer = place.layer + 1  # the formula counts from 1
         self.predictor_norm = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
         self.corrector_norm = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
 
         def row(n: int) -> Tensor:
-            full = torch.zeros(num_layers + 1)
-            full[: n + 1] = initial_row(n + 1, coefficient_init)
+            full = torch.zeros(place.num_layers + 1)
+            full[: n + 1] = initial_row(n + 1, declared.resolved_coefficient_init)
             return full
 
         self.coefficients = fp32_parameter(row(self.layer))
-        self.shares_row = readout == "shared"
+        self.shares_row = declared.readout == "shared"
         if not self.shares_row:
             self.readout_coefficients = fp32_parameter(row(self.layer))
-        if layer == 0:
+        if place.layer == 0:
             self.unused_row_0 = fp32_parameter(torch.stack((row(0), row(0))))
 
     @property
@@ -87,9 +78,9 @@ class ReleasedImplicitEuler(Solver):
         for i in range(1, self.iterations + 1):
             before = output
             h_BTD, normed = merge_norm(
-                bases[0], (output,), owns[0], norm.weight, eps=norm.eps, backend=self.backend
+                bases[0], (output,), owns[0], norm.weight, eps=norm.eps, backend=self.place.backend
             )
             output = self.corrector_norm(h_BTD + increment_fn(h_BTD, normed, i))
             self.observe(i, before, output)
-        h_BTD = merge_norm(bases[-1], (output,), owns[-1], backend=self.backend).merged
+        h_BTD = merge_norm(bases[-1], (output,), owns[-1], backend=self.place.backend).merged
         return h_BTD, output

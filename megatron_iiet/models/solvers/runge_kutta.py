@@ -6,15 +6,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megatron_iiet.config import solvers
 from megatron_iiet.models.history import History
-from megatron_iiet.models.solvers.base import IncrementFn, Solver, fp32_parameter
+from megatron_iiet.models.solvers.base import IncrementFn, Place, Solver, fp32_parameter
 from megatron_iiet.ops import merge_norm
 
 STEP_LENGTHS = {2: (1.0,), 4: (0.5, 0.5, 1.0)}
 """By order: how far along the stage before the stages after the first are evaluated."""
 
 
-class RungeKutta(Solver):
+class RungeKutta(Solver[solvers.RungeKutta2]):
     """Runge-Kutta of order o = 2 or 4 (ODE Transformer, Li et al. 2022, arXiv 2203.09176)::
 
         F_1 = F(y_n),  F_2 = F(y_n + F_1)                                                    o = 2
@@ -30,12 +31,10 @@ class RungeKutta(Solver):
     whole on each tensor-parallel rank and not decayed.
     """
 
-    def __init__(self, order: int, *, stage_coefficients: str, width: int, backend: str) -> None:
-        super().__init__()
-        assert stage_coefficients in ("fixed", "learned", "gated")
+    def __init__(self, declared: solvers.RungeKutta2, place: Place) -> None:
+        super().__init__(declared, place)
+        order, stage_coefficients, width = declared.order, declared.stage_coefficients, place.width
         assert order == 2 or stage_coefficients != "gated"
-        self.order = order
-        self.backend = backend
         self.coefficients = self.gate_weight = self.gate_bias = None
         if stage_coefficients == "learned":
             self.coefficients = fp32_parameter(torch.ones(2) if order == 2 else classic_weights(order))
@@ -48,18 +47,15 @@ class RungeKutta(Solver):
     def keeps_increment(self) -> bool:
         return False
 
-    @property
-    def step_evaluations(self) -> int:
-        return self.order
-
     def step(self, y_BTD: Tensor, increment_fn: IncrementFn, history: History) -> tuple[Tensor, Tensor]:
-        stages = evaluate_stages(self.order, y_BTD, increment_fn, self.backend)
+        order, backend = self.declared.order, self.place.backend
+        stages = evaluate_stages(order, y_BTD, increment_fn, backend)
         if self.gate_weight is not None:
             return y_BTD + self._gated(*stages), stages[-1]
-        weights = classic_weights(self.order, y_BTD.device)
+        weights = classic_weights(order, y_BTD.device)
         if self.coefficients is not None:
             weights = self.coefficients.float()  # ZeRO-3 in bf16 can't keep them fp32
-        return merge_norm(y_BTD, stages, weights, backend=self.backend).merged, stages[-1]
+        return merge_norm(y_BTD, stages, weights, backend=backend).merged, stages[-1]
 
     def _gated(self, first_BTD: Tensor, second_BTD: Tensor) -> Tensor:
         """g F_1 + (1 - g) F_2, [B, T, D]."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from megatron_iiet.config import iterations_per_layer
 from megatron_iiet.config.iteration_plan import IterationPlan, most_influential
 from megatron_iiet.config.schema import evaluations_in_budget
 from megatron_iiet.data.loader.batches import ValidationBatches
@@ -34,8 +35,7 @@ class Guidance(Callback):
 
     def _make_plan(self, run: Run) -> None:
         config, guidance = run.config, run.config.guidance
-        layers, full = config.model.num_layers, config.solver.iterations
-        assert isinstance(full, int)
+        layers, full = config.model.num_layers, iterations_per_layer(config)[0]
         with run.iterating([full] * layers):
             influence = self._measure(run)
         ranked = influence

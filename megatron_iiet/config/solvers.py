@@ -1,0 +1,415 @@
+"""The solvers, each declared once: its keys with types, ranges and help, whether it iterates and merges, how
+often it evaluates F, and what it is called.
+
+Everything else that knows of solvers is derived from here: loading and validating the section ``solver`` of a
+configuration, ``--help``, what a resumed run may not change, the ``solver`` object of an export,
+descriptions, schedules and FLOPs. The arithmetic is in :mod:`megatron_iiet.models.solvers`, a module for each
+declaration. ``hf/modeling_iiet.py`` travels alone and has a table of its own, which a test compares with this
+one.
+
+A new solver is a class here and its module there.
+"""
+
+from __future__ import annotations
+
+import math
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from functools import cache
+from typing import Any, ClassVar, Literal, Union
+
+from megatron_iiet.config.errors import ConfigError
+from megatron_iiet.config.ranges import FRACTION, POSITIVE, Range
+
+SUM_TOLERANCE = 1e-6
+"""How far shares that must sum to 1 may be off."""
+
+
+def solver_key(default: Any, *ranges: Range, exported: bool = True) -> Any:
+    """A key of a solver. ``exported``: whether it says something of a trained model, not of its training."""
+    return field(default=default, metadata={"ranges": ranges, "exported": exported})
+
+
+def name_of_kind(kind: str) -> Any:
+    """The field that names a declaration; nobody sets it."""
+    return field(default=kind, init=False)
+
+
+@dataclass
+class SolverConfig:
+    """How a decoder layer is integrated from y_n to y_{n+1}."""
+
+    kind: str = name_of_kind("")
+    """What YAML files and exports call it."""
+
+    corrects: ClassVar[bool] = False
+    """Whether its iterates approach something: a predictor, then corrections."""
+
+    @property
+    def shares_first_keys(self) -> bool:
+        """Whether all evaluations of a layer attend to the keys and values of its first."""
+        return False
+
+    @property
+    def label(self) -> str:
+        """What tables call it."""
+        return self.kind
+
+    @property
+    def system(self) -> str:
+        """What tells one declaration from another, in the words of the keys."""
+        return f"kind {self.kind}"
+
+    def iterations_per_layer(self, layers: int) -> list[int]:
+        """Corrector iterations r_n of every layer at the end of training; zeros where there are none."""
+        return [0] * layers
+
+    def evaluations(self, iterations: int) -> int:
+        """Evaluations of F in a layer with ``iterations`` corrector iterations."""
+        return 1
+
+    def describe(self, iterations: Sequence[int]) -> str:
+        """The solver in a few words, with the iterations in force in every layer."""
+        return self.kind
+
+    def check(self, layers: int) -> None:
+        """Refuse values that do not fit together or the model.
+
+        Raises:
+            ConfigError: one sentence.
+        """
+
+
+@dataclass
+class Merging(SolverConfig):
+    """Merges increments of earlier layers with learned coefficients."""
+
+    coefficient_init: Literal["identity", "average"] | None = solver_key(None)
+    """Initial merge coefficients: identity (own increment 1, others 0) or average (all the same, summing to
+    1). null: average for variant released, identity elsewhere."""
+
+    default_init: ClassVar[Literal["identity", "average"]] = "identity"
+
+    @property
+    def resolved_coefficient_init(self) -> Literal["identity", "average"]:
+        """Initial merge coefficients, null resolved."""
+        return self.coefficient_init or self.default_init
+
+
+@dataclass
+class SeveralEvaluations(SolverConfig):
+    """Evaluates F several times a layer."""
+
+    key_values: Literal["every", "first"] = solver_key("every")
+    """Keys and values of attention: every evaluation of a layer computes its own, or all attend, with queries
+    of their own, to those of its first. A token then takes one K/V set a layer when decoding, not one an
+    evaluation; it is another function, to be trained as such."""
+
+    @property
+    def shares_first_keys(self) -> bool:
+        return self.key_values == "first"
+
+
+@dataclass
+class Iterating(Merging, SeveralEvaluations):
+    """Predicts, then corrects r times by fixed-point iteration (IIET)."""
+
+    iterations: int | list[int] = solver_key(3)
+    """Corrector iterations r: one number, one number per layer, or the file of a plan (.json) that
+    tools/iteration_influence.py wrote."""
+    schedule: list[tuple[float, int | list[int]]] | None = solver_key(None, exported=False)
+    """Training in stages: (fraction of steps, r) pairs, e.g. [[0.75, 0], [0.25, 3]]; r is one number or one
+    per layer. A stage with r = 0 in all layers is plain Transformer++ (no merge). The last r must equal
+    `iterations`. null: one stage."""
+
+    corrects: ClassVar[bool] = True
+
+    @property
+    def merges_without_iterations(self) -> bool:
+        """Whether a layer with r = 0 still merges."""
+        return True
+
+    def iterations_per_layer(self, layers: int) -> list[int]:
+        return one_per_layer(self.iterations, layers)
+
+    def evaluations(self, iterations: int) -> int:
+        return iterations + 1
+
+    def check(self, layers: int) -> None:
+        counts = self.iterations_per_layer(layers)
+        if len(counts) != layers:
+            raise ConfigError(
+                f"solver.iterations lists {len(counts)} numbers, but model.num_layers is {layers}; give one "
+                "number per layer, or a single number for all"
+            )
+        if min(counts) < 0:
+            raise ConfigError(
+                f"solver.iterations is {self.iterations}, but iteration counts must be 0 or greater"
+            )
+        if self.schedule is not None:
+            _check_schedule(self.schedule, self.iterations, layers)
+
+
+@dataclass
+class Euler(SolverConfig):
+    """Explicit Euler, y + F(y): the plain Transformer++."""
+
+    kind: str = name_of_kind("euler")
+    output_norm: Literal["none", "layer"] = solver_key("none")
+    """LayerNorm of every layer's output, what variant released of kind iiet does to its history. A
+    control."""
+
+    @property
+    def label(self) -> str:
+        return "Transformer++"
+
+    def describe(self, iterations: Sequence[int]) -> str:
+        return self.kind + (" (plain Transformer++)" if self.is_llama else ", LayerNorm of the output")
+
+    @property
+    def is_llama(self) -> bool:
+        """Whether the layers are LLaMA's."""
+        return self.output_norm == "none"
+
+
+@dataclass
+class MergingAll(Merging):
+    """Merges the increments of all earlier layers."""
+
+    history_norm: Literal["none", "rms"] = solver_key("rms")
+    """What is merged of earlier layers: their increments brought to rms 1, which learns better
+    (docs/research-notes.md), or ('none') as they are, the papers' DLCL and Algorithm 1 to the letter."""
+
+
+@dataclass
+class DLCL(MergingAll):
+    """Learned merge of all earlier increments, no corrector (Wang et al. 2019)."""
+
+    kind: str = name_of_kind("dlcl")
+
+
+@dataclass
+class WeightSharing(SeveralEvaluations):
+    """Every layer `repeats` times in a row."""
+
+    kind: str = name_of_kind("weight-sharing")
+    repeats: int = solver_key(4, POSITIVE)
+    """Times that each layer runs."""
+
+    @property
+    def label(self) -> str:
+        return "Trans WS"
+
+    def evaluations(self, iterations: int) -> int:
+        return self.repeats
+
+    def describe(self, iterations: Sequence[int]) -> str:
+        return f"{self.kind}, every layer {self.repeats} times"
+
+
+@dataclass
+class RungeKutta2(SeveralEvaluations):
+    """Runge-Kutta of order 2 (ODE Transformer, Li et al. 2022)."""
+
+    kind: str = name_of_kind("rk2")
+    stage_coefficients: Literal["fixed", "learned", "gated"] = solver_key("learned")
+    """Weights of the stages: the classic ones, learned (order 2 from 1, 1, order 4 from the classic ones),
+    or, order 2 only, a gate computed from the stages."""
+
+    order: ClassVar[Literal[2, 4]] = 2
+
+    def evaluations(self, iterations: int) -> int:
+        return self.order
+
+    def describe(self, iterations: Sequence[int]) -> str:
+        return f"{self.kind}, {self.stage_coefficients} coefficients"
+
+
+@dataclass
+class RungeKutta4(RungeKutta2):
+    """Runge-Kutta of order 4 (ODE Transformer, Li et al. 2022)."""
+
+    kind: str = name_of_kind("rk4")
+    stage_coefficients: Literal["fixed", "learned"] = solver_key("learned")
+
+    order: ClassVar[Literal[2, 4]] = 4
+
+
+@dataclass
+class PCformer(Merging, SeveralEvaluations):
+    """Runge-Kutta predictor, multistep corrector (Li et al. 2024)."""
+
+    kind: str = name_of_kind("pcformer")
+    predictor_order: Literal[2, 4] = solver_key(2)
+    """Order of the Runge-Kutta predictor."""
+
+    corrects: ClassVar[bool] = True
+
+    @property
+    def label(self) -> str:
+        return "PCformer"
+
+    def evaluations(self, iterations: int) -> int:
+        return self.predictor_order + 1
+
+    def describe(self, iterations: Sequence[int]) -> str:
+        return f"{self.kind}, predictor of order {self.predictor_order}"
+
+
+@dataclass
+class _IterativeImplicitEuler(Iterating):
+    """What both readings of IIET share."""
+
+    kind: str = name_of_kind("iiet")
+    variant: str = name_of_kind("")
+
+    @property
+    def system(self) -> str:
+        return f"kind {self.kind}, variant {self.variant}"
+
+    @property
+    def label(self) -> str:
+        counts = self.iterations if isinstance(self.iterations, list) else [self.iterations]
+        r = f"r = {counts[0]}"
+        if len(set(counts)) > 1:
+            r = f"{sum(counts)} iterations in {len(counts)} layers"
+        return f"IIET {self.variant}, {r}"
+
+    def describe(self, iterations: Sequence[int]) -> str:
+        r = iterations[0] if len(set(iterations)) == 1 else list(iterations)
+        return f"{self.kind}, variant {self.variant}, r = {r}"
+
+
+@dataclass
+class IIET(_IterativeImplicitEuler, MergingAll):
+    """Algorithm 1 of the IIET paper: predictor, then r fixed-point corrector iterations that merge the
+    increments of earlier layers."""
+
+    variant: str = name_of_kind("paper")
+    predictor: Literal["merged", "euler"] = solver_key("merged")
+    """First iterate: with ('merged') or without ('euler') the merge."""
+    damping: float = solver_key(1.0, POSITIVE, FRACTION)
+    """Weight ω of an iteration's new increment, f^i = (1 − ω) f^{i−1} + ω F(y^{i−1}). 1 is the paper's plain
+    iteration, which alternates where 0.5 converges."""
+
+    @property
+    def merges_without_iterations(self) -> bool:
+        return self.predictor == "merged"
+
+
+@dataclass
+class ReleasedIIET(_IterativeImplicitEuler):
+    """What the IIET authors' released code computes: it merges LayerNorm-ed layer outputs."""
+
+    variant: str = name_of_kind("released")
+    readout: Literal["separate", "shared"] = solver_key("separate")
+    """A row of its own for the input of the next layer (as the authors have it), or the corrector's."""
+
+    default_init: ClassVar[Literal["identity", "average"]] = "average"
+
+
+SOLVERS: tuple[type[SolverConfig], ...] = (
+    Euler,
+    DLCL,
+    WeightSharing,
+    RungeKutta2,
+    RungeKutta4,
+    PCformer,
+    IIET,
+    ReleasedIIET,
+)
+"""All declarations, in the order of --help. Of two of a kind the first is meant where no variant is named."""
+DEFAULT_SOLVER = IIET
+
+
+def name_fields(solver: type[SolverConfig]) -> dict[str, str]:
+    """What names a declaration: ``kind``, and ``variant`` where a kind has several."""
+    return {f.name: str(f.default) for f in fields(solver) if not f.init}
+
+
+def own_keys(solver: type[SolverConfig]) -> dict[str, Any]:
+    """The keys of a declaration, each with its type."""
+    hints = typing.get_type_hints(solver)
+    return {f.name: hints[f.name] for f in fields(solver) if f.init}
+
+
+def ranges_of(solver: type[SolverConfig]) -> dict[str, tuple[Range, ...]]:
+    """The ranges of a declaration's keys."""
+    return {f.name: f.metadata["ranges"] for f in fields(solver) if f.init}
+
+
+@cache
+def section_types() -> dict[str, Any]:
+    """The type of every key of the section, of all declarations; ``kind`` and ``variant`` come first."""
+    found: dict[str, list[Any]] = {}
+    for solver in SOLVERS:
+        for name, value in name_fields(solver).items():
+            found.setdefault(name, []).append(Literal[value])
+    for solver in SOLVERS:
+        for name, hint in own_keys(solver).items():
+            found.setdefault(name, []).append(hint)
+    return {name: _union(hints) for name, hints in found.items()}
+
+
+def _union(hints: Sequence[Any]) -> Any:
+    if all(typing.get_origin(hint) is Literal for hint in hints):
+        return Literal[tuple(dict.fromkeys(choice for hint in hints for choice in typing.get_args(hint)))]
+    return Union[tuple(hints)]  # noqa: UP007
+
+
+def find_solver(kind: str, variant: str | None = None) -> type[SolverConfig] | None:
+    """The declaration of a kind, and of a variant of it where it has several (None: the first of them)."""
+    named = [name_fields(solver) | {"itself": solver} for solver in SOLVERS]
+    found: list[Any] = [
+        names["itself"]
+        for names in named
+        if names["kind"] == kind and (variant is None or names.get("variant", variant) == variant)
+    ]
+    return found[0] if found else None
+
+
+def systems_with(key: str) -> list[str]:
+    """What has a key, in the words of the keys: ``kind rk2``, or ``kind iiet, variant paper`` where another
+    variant of the kind has not."""
+    found = []
+    for kind in dict.fromkeys(name_fields(solver)["kind"] for solver in SOLVERS):
+        of_kind = [solver for solver in SOLVERS if name_fields(solver)["kind"] == kind]
+        having = [solver for solver in of_kind if key in (*own_keys(solver), *name_fields(solver))]
+        found += [f"kind {kind}"] if having == of_kind else [solver().system for solver in having]
+    return found
+
+
+def one_per_layer(iterations: int | list[int], layers: int) -> list[int]:
+    """Iteration counts as they are written, one number or one per layer, as a number for each layer."""
+    return list(iterations) if isinstance(iterations, list) else [iterations] * layers
+
+
+def _check_schedule(
+    schedule: list[tuple[float, int | list[int]]], iterations: int | list[int], layers: int
+) -> None:
+    shown = [list(stage) for stage in schedule]
+    if not schedule:
+        raise ConfigError("solver.schedule is an empty list; write null for training in one stage")
+    fractions = [fraction for fraction, _ in schedule]
+    counts = [one_per_layer(r, layers) for _, r in schedule]
+    wrong = next((number for number, r in enumerate(counts) if len(r) != layers), None)
+    if wrong is not None:
+        raise ConfigError(
+            f"solver.schedule lists {len(counts[wrong])} iteration counts in stage {wrong + 1}, but "
+            f"model.num_layers is {layers}; give one number per layer, or a single number for all"
+        )
+    negative = any(min(r) < 0 for r in counts)
+    if negative or not all(math.isfinite(fraction) and fraction > 0 for fraction in fractions):
+        raise ConfigError(
+            f"solver.schedule is {shown}, but each stage must be [fraction above 0, iterations 0 or greater]"
+        )
+    if abs(sum(fractions) - 1) > SUM_TOLERANCE:
+        raise ConfigError(
+            f"solver.schedule is {shown}, whose fractions sum to {sum(fractions):.6g}; they must sum to 1"
+        )
+    if counts[-1] != one_per_layer(iterations, layers):
+        raise ConfigError(
+            f"solver.schedule ends with {schedule[-1][1]} iterations, but solver.iterations is "
+            f"{iterations}; make them equal"
+        )
