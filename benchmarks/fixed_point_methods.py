@@ -54,7 +54,7 @@ def problem_of(solver: Solver, y_BTD: Tensor, increment_fn: IncrementFn, history
     """
     if isinstance(solver, ReleasedImplicitEuler):
         return _released(solver, y_BTD, increment_fn, history)
-    if not (isinstance(solver, ImplicitEuler) and solver.declared.merges_without_iterations):
+    if not (isinstance(solver, ImplicitEuler) and solver.merged_entries == solver.layer):
         raise ValueError(
             f"the model's solver is {type(solver).__name__}, which has no fixed point to study; give a "
             "model of solver.kind iiet, with solver.predictor merged"

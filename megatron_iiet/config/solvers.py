@@ -287,6 +287,9 @@ class IIET(_IterativeImplicitEuler, MergingAll):
     increments of earlier layers."""
 
     variant: str = name_of_kind("paper")
+    merge: bool = solver_key(True)
+    """Merge the increments of earlier layers (Algorithm 1), or iterate y^i = y_n + F(y^{i-1}) alone (Eq. 9 of
+    the paper), which has no coefficients."""
     predictor: Literal["merged", "euler"] = solver_key("merged")
     """First iterate: with ('merged') or without ('euler') the merge."""
     damping: float = solver_key(1.0, POSITIVE, FRACTION)
@@ -296,6 +299,16 @@ class IIET(_IterativeImplicitEuler, MergingAll):
     @property
     def merges_without_iterations(self) -> bool:
         return self.predictor == "merged"
+
+    def check(self, layers: int) -> None:
+        super().check(layers)
+        plain = IIET()
+        idle = [name for name in _OF_THE_MERGE if getattr(self, name) != getattr(plain, name)]
+        if idle and not self.merge:
+            raise ConfigError(
+                f"solver.{idle[0]} is {getattr(self, idle[0])!r}, which has no effect with solver.merge "
+                "false; leave it out, or set solver.merge to true"
+            )
 
 
 @dataclass
@@ -308,6 +321,8 @@ class ReleasedIIET(_IterativeImplicitEuler):
 
     default_init: ClassVar[Literal["identity", "average"]] = "average"
 
+
+_OF_THE_MERGE = ("predictor", "coefficient_init", "history_norm")
 
 SOLVERS: tuple[type[SolverConfig], ...] = (
     Euler,

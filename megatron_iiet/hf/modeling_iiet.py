@@ -105,6 +105,7 @@ _SOLVER_KEYS: dict[str, dict[str, Any]] = {
     "rk4": {"stage_coefficients": "learned", "key_values": "every"},
     "pcformer": {"predictor_order": 2, "coefficient_init": "identity", "key_values": "every"},
     "paper": {
+        "merge": True,
         "predictor": "merged",
         "coefficient_init": "identity",
         "history_norm": "rms",
@@ -116,6 +117,7 @@ _SOLVER_KEYS: dict[str, dict[str, Any]] = {
 """The keys of a solver with their defaults, by kind; of kind iiet by variant."""
 _VARIANTS = {"iiet": ("paper", "released")}
 _CHOICES: dict[str, tuple[Any, ...]] = {
+    "merge": (True, False),
     "predictor": ("merged", "euler"),
     "coefficient_init": ("identity", "average"),
     "history_norm": ("none", "rms"),
@@ -168,7 +170,7 @@ def resolve_solver(solver: Mapping[str, Any] | None, num_layers: int) -> dict[st
 
 
 def _check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
-    if value not in choices or isinstance(value, bool):
+    if value not in choices or isinstance(value, bool) != isinstance(choices[0], bool):
         shown = ", ".join(repr(choice) for choice in choices)
         raise ValueError(f"solver.{name} is {value!r}; supported are {shown}")
 
@@ -507,11 +509,9 @@ class ImplicitEuler(Solver):
         y^i  = base + α_{n,n} f^i,   f^0 = F(y_n),   f^i = (1 − ω) f^{i-1} + ω F(y^{i-1})
         y_{n+1} = y^r,   F̃_n = f^r (``history_norm`` 'rms': f^r / rms(f^r))
 
-    ``predictor`` 'euler': y^0 = y_n + F(y_n). ``dlcl`` is r = 0. ω is ``damping``.
+    ``predictor`` 'euler': y^0 = y_n + F(y_n). ``dlcl`` is r = 0. ω is ``damping``. Without ``merge``:
+    y^i = y_n + f^i, and no coefficients (Eq. 9).
     """
-
-    keeps = True
-    merges_all = True
 
     def __init__(self, config: IIETConfig, layer: int) -> None:
         super().__init__(config, layer)
@@ -520,10 +520,11 @@ class ImplicitEuler(Solver):
         self.normed_history = solver["history_norm"] == "rms"
         self.euler_predictor = solver.get("predictor") == "euler"  # dlcl has none
         self.damping = solver.get("damping", 1.0)
-        self.coefficients = _fp32_parameter(layer + 1)
+        self.keeps = self.merges_all = solver.get("merge", True)
+        self.coefficients = _fp32_parameter(layer + 1) if self.keeps else None
 
     def initial(self) -> dict[str, Tensor]:
-        return {"coefficients": _initial_row(self.layer + 1, self.coefficient_init)}
+        return {"coefficients": _initial_row(self.layer + 1, self.coefficient_init)} if self.keeps else {}
 
     def forward(
         self, y_BTD: Tensor, increment: IncrementFn, history: History
@@ -531,9 +532,10 @@ class ImplicitEuler(Solver):
         f = increment(y_BTD, 0)
         if self.euler_predictor and self.iterations == 0:
             return y_BTD + f, self._kept(f)  # there is no corrector to merge in
-        row = self.coefficients.float()
-        base = history.merge(y_BTD, row, 0, self.layer)
-        own = row[self.layer :]
+        base, own = y_BTD, cast(Tensor | float, 1.0)
+        if self.coefficients is not None:
+            row = self.coefficients.float()
+            base, own = history.merge(y_BTD, row, 0, self.layer), row[self.layer :]
         iterate = y_BTD + f if self.euler_predictor else combine(base, (f,), (own,))
         for i in range(1, self.iterations + 1):
             new = increment(iterate, i)

@@ -38,6 +38,7 @@ OTHER: dict[str, Any] = {
     "history_norm": "none",
     "iterations": 1,
     "key_values": "first",
+    "merge": False,
     "output_norm": "layer",
     "predictor": "euler",
     "predictor_order": 4,
@@ -75,6 +76,8 @@ def test_own_keys_are_taken(solver: type[SolverConfig], tmp_path: Path) -> None:
     own = {key: OTHER[key] for key in own_keys(solver)}
     if "schedule" in own:
         own |= {"iterations": 3}
+    if "merge" in own:
+        own |= {"merge": True}  # without it three of the other keys have no effect
     given = name_fields(solver) | own
     by_flag = load_config(words(given))
     by_file = load_config(["--config", write(tmp_path / "run.yaml", given)])
@@ -146,6 +149,16 @@ def test_another_variant_drops_what_only_the_first_has(tmp_path: Path) -> None:
     assert loaded.notes == ("without effect for kind iiet, variant released: solver.damping",)
 
 
+@pytest.mark.parametrize("key", ["predictor", "coefficient_init", "history_norm"])
+def test_a_key_of_the_merge_without_one(key: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(words({"merge": False, key: OTHER[key]}))
+    assert str(caught.value) == (
+        f"solver.{key} is {OTHER[key]!r}, which has no effect with solver.merge false; leave it out, or set "
+        "solver.merge to true"
+    )
+
+
 def test_a_note_is_printed_by_scripts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from megatron_iiet.config import load_config_or_exit
 
@@ -206,6 +219,8 @@ def exported_defaults(solver: type[SolverConfig]) -> dict[str, Any]:
 
 
 def choices_of(hint: Any) -> tuple[Any, ...]:
+    if hint is bool:
+        return (True, False)
     parts = [hint] if get_origin(hint) is Literal else get_args(hint)
     return tuple(choice for part in parts if get_origin(part) is Literal for choice in get_args(part))
 

@@ -33,6 +33,7 @@ SOLVERS: dict[str, dict[str, Any]] = {
     "iiet-plan": {"kind": "iiet", "iterations": [2, 0, 3, 0, 1]},
     "iiet-euler-predictor": {"kind": "iiet", "iterations": [2, 0, 1, 0, 1], "predictor": "euler"},
     "iiet-damped": {"kind": "iiet", "iterations": 2, "damping": 0.6},
+    "iiet-unmerged": {"kind": "iiet", "iterations": [2, 0, 1, 0, 1], "merge": False, "damping": 0.6},
     "released": {"kind": "iiet", "variant": "released", "iterations": 2},
     "released-shared": {
         "kind": "iiet",

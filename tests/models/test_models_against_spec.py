@@ -194,6 +194,27 @@ def test_section_3(
         assert (wanted - plain).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("damping", [1.0, 0.5])
+@pytest.mark.parametrize("iterations", [0, 1, 3, [0, 3, 1, 2, 1]])
+@torch.no_grad()
+def test_implicit_euler_without_the_merge(
+    llama: tuple[LlamaForCausalLM, Path], tmp_path: Path, iterations: int | list[int], damping: float
+) -> None:
+    """Equation 9: y^i = y_n + F(y^{i-1}), and nothing learned but the layers."""
+    solver = {"kind": "iiet", "merge": False, "iterations": iterations, "damping": damping}
+    model = converted(llama[1], tmp_path / "x", solver)
+    assert not [name for name, _ in model.named_parameters() if ".solver." in name]
+    hf = HuggingFaceLayers(llama[0], TOKENS)
+    y = hf.embedded
+    for n, increment in enumerate(hf.increments):
+        f = increment(y)
+        for _ in range(iterations[n] if isinstance(iterations, list) else iterations):
+            f = (1 - damping) * f + damping * increment(y + f)
+        y = y + f
+    assert (model(TOKENS) - hf.logits(y)).abs().max() < 1e-5
+    assert iterations == 0 or (hf.logits(y) - llama[0](TOKENS).logits).abs().max() > 0.01
+
+
 @pytest.mark.parametrize("iterations", [0, 1, 3, [0, 3, 1, 2, 1]])
 @torch.no_grad()
 def test_released(llama: tuple[LlamaForCausalLM, Path], tmp_path: Path, iterations: int | list[int]) -> None:

@@ -62,15 +62,26 @@ class ImplicitEuler(DLCL[solvers.IIET]):
         y_{n+1} = y^r,  F̃_n = f^r
 
     The coefficients are shared by all iterations. ω = ``damping`` below 1 damps the iteration (not in the
-    paper).
+    paper). With ``merge`` false there are none, and the base is y_n: implicit Euler by itself (Eq. 9).
     """
+
+    def __init__(self, declared: solvers.IIET, place: Place) -> None:
+        super().__init__(declared, place)
+        if not declared.merge:
+            self.register_parameter("coefficients", None)
+
+    @property
+    def keeps_increment(self) -> bool:
+        return self.merging and self.declared.merge
 
     @property
     def merged_entries(self) -> int:
-        return self.layer if self.iterations or self.declared.merges_without_iterations else 0
+        merges = self.iterations or self.declared.merges_without_iterations
+        return self.layer if self.declared.merge and merges else 0
 
     def step(self, y_BTD: Tensor, increment_fn: IncrementFn, history: History) -> tuple[Tensor, Tensor]:
-        plain_predictor, damping = self.declared.predictor == "euler", self.declared.damping
+        merge, damping = self.declared.merge, self.declared.damping
+        plain_predictor = not merge or self.declared.predictor == "euler"
         if self.iterations == 0:
             if not plain_predictor:
                 return super().step(y_BTD, increment_fn, history)
@@ -78,8 +89,10 @@ class ImplicitEuler(DLCL[solvers.IIET]):
             return y_BTD + f, self.kept(f)  # plain Transformer++: there is no corrector to merge in
         norm = increment_fn.input_norm
         f = increment_fn(y_BTD, None, 0)
-        (base,) = history.merge(y_BTD, (self.coefficients,), self.layer)
-        own = self.coefficients.float()[-1:]  # ZeRO-3 in bf16 can't keep them fp32
+        base, own = y_BTD, None
+        if merge:
+            (base,) = history.merge(y_BTD, (self.coefficients,), self.layer)
+            own = self.coefficients.float()[-1:]  # ZeRO-3 in bf16 can't keep them fp32
         iterate = y_BTD
         for i in range(self.iterations + 1):
             before = iterate
