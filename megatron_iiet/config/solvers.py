@@ -213,8 +213,9 @@ class RungeKutta2(SeveralEvaluations):
     """Runge-Kutta of order 2 (ODE Transformer, Li et al. 2022)."""
 
     kind: str = name_of_kind("rk2")
-    stage_coefficients: Literal["fixed", "learned", "gated"] = solver_key("learned")
+    stage_coefficients: Literal["fixed", "learned", "full", "gated"] = solver_key("learned")
     """Weights of the stages: the classic ones, learned (order 2 from 1, 1, order 4 from the classic ones),
+    learned in full (what a stage is evaluated at too, β_ij from the classic method: Eq. 4 of the IIET paper),
     or, order 2 only, a gate computed from the stages."""
 
     order: ClassVar[Literal[2, 4]] = 2
@@ -231,7 +232,7 @@ class RungeKutta4(RungeKutta2):
     """Runge-Kutta of order 4 (ODE Transformer, Li et al. 2022)."""
 
     kind: str = name_of_kind("rk4")
-    stage_coefficients: Literal["fixed", "learned"] = solver_key("learned")
+    stage_coefficients: Literal["fixed", "learned", "full"] = solver_key("learned")
 
     order: ClassVar[Literal[2, 4]] = 4
 

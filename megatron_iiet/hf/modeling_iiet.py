@@ -123,7 +123,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "history_norm": ("none", "rms"),
     "readout": ("separate", "shared"),
     "output_norm": ("none", "layer"),
-    "stage_coefficients": ("fixed", "learned", "gated"),
+    "stage_coefficients": ("fixed", "learned", "full", "gated"),
     "predictor_order": (2, 4),
     "key_values": ("every", "first"),
 }
@@ -420,26 +420,40 @@ class WeightSharing(Solver):
         return y_BTD, None
 
 
-def _runge_kutta_stages(order: int, y_BTD: Tensor, increment: IncrementFn) -> list[Tensor]:
-    """F_1 … F_order: F(y), F(y + F_1) of order 2; F(y), F(y + F_1/2), F(y + F_2/2), F(y + F_3) of order 4."""
+_STEP_LENGTHS = {2: (1.0,), 4: (0.5, 0.5, 1.0)}
+"""By order of a Runge-Kutta step: how far along the stage before the stages after the first are evaluated."""
+
+
+def _runge_kutta_stages(
+    order: int, y_BTD: Tensor, increment: IncrementFn, inner: Tensor | None = None
+) -> list[Tensor]:
+    """F_1 … F_order: F(y), F(y + F_1) of order 2; F(y), F(y + F_1/2), F(y + F_2/2), F(y + F_3) of order 4; or
+    with β_21, β_31, β_32, … in ``inner`` F_i = F(y + Σ_{j<i} β_ij F_j)."""
     stages = [increment(y_BTD, 0)]
-    for i, length in enumerate((1.0,) if order == 2 else (0.5, 0.5, 1.0), start=1):
-        stages.append(increment(torch.add(y_BTD, stages[-1], alpha=length), i))
+    for i, length in enumerate(_STEP_LENGTHS[order], start=1):
+        if inner is None:
+            x_BTD = torch.add(y_BTD, stages[-1], alpha=length)
+        else:
+            first = i * (i - 1) // 2
+            x_BTD = combine(y_BTD, stages, inner.float()[first : first + i].unbind())
+        stages.append(increment(x_BTD, i))
     return stages
 
 
 class RungeKutta(Solver):
     """Runge-Kutta steps of order 2 and 4 (ODE Transformer, arXiv 2203.09176): y + Σ γ_i F_i, with γ fixed at
-    the classic values, learned, or (order 2) computed for each token: g F_1 + (1 - g) F_2 with
-    g = sigmoid(W [F_1; F_2] + b)."""
+    the classic values, learned (``full``: and at what each stage is evaluated), or (order 2) computed for
+    each token: g F_1 + (1 - g) F_2 with g = sigmoid(W [F_1; F_2] + b)."""
 
     def __init__(self, config: IIETConfig, layer: int) -> None:
         super().__init__(config, layer)
         solver = cast(dict[str, Any], config.solver)
         self.order = int(solver["kind"][-1])
         self.classic = [0.5, 0.5] if self.order == 2 else [1 / 6, 1 / 3, 1 / 3, 1 / 6]
-        self.coefficients = self.gate_weight = self.gate_bias = None
-        if solver["stage_coefficients"] == "learned":
+        self.coefficients = self.inner_coefficients = self.gate_weight = self.gate_bias = None
+        if solver["stage_coefficients"] == "full":
+            self.inner_coefficients = _fp32_parameter(self.order * (self.order - 1) // 2)
+        if solver["stage_coefficients"] in ("learned", "full"):
             self.coefficients = _fp32_parameter(self.order)
         elif solver["stage_coefficients"] == "gated":
             self.gate_weight = _fp32_parameter(1, 2 * config.hidden_size)
@@ -447,7 +461,13 @@ class RungeKutta(Solver):
 
     def initial(self) -> dict[str, Tensor]:
         if self.coefficients is not None:
-            return {"coefficients": torch.ones(2) if self.order == 2 else torch.tensor(self.classic)}
+            outer = {"coefficients": torch.ones(2) if self.order == 2 else torch.tensor(self.classic)}
+            if self.inner_coefficients is None:
+                return outer
+            rows = [
+                F.pad(torch.tensor([length]), (i, 0)) for i, length in enumerate(_STEP_LENGTHS[self.order])
+            ]
+            return {"inner_coefficients": torch.cat(rows), **outer}
         if self.gate_weight is not None and self.gate_bias is not None:
             return {
                 "gate_weight": torch.zeros(self.gate_weight.shape),
@@ -458,7 +478,7 @@ class RungeKutta(Solver):
     def forward(
         self, y_BTD: Tensor, increment: IncrementFn, history: History
     ) -> tuple[Tensor, Tensor | None]:
-        stages = _runge_kutta_stages(self.order, y_BTD, increment)
+        stages = _runge_kutta_stages(self.order, y_BTD, increment, self.inner_coefficients)
         if self.gate_weight is not None and self.gate_bias is not None:
             first, second = stages
             of_first, of_second = self.gate_weight.float().chunk(2, dim=1)

@@ -172,7 +172,7 @@ def test_a_choice_that_only_another_kind_has() -> None:
         load_config(words({"kind": "rk4", "stage_coefficients": "gated"}))
     assert str(caught.value) == (
         "solver.stage_coefficients is 'gated' on the command line, which a solver of kind rk4 does not have; "
-        "set it to 'fixed' or 'learned', or take a solver of kind rk2"
+        "set it to 'fixed', 'learned' or 'full', or take a solver of kind rk2"
     )
 
 

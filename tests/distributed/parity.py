@@ -42,6 +42,7 @@ SOLVERS: dict[str, dict[str, Any]] = {
 READINGS: dict[str, dict[str, Any]] = {
     "damped": {"kind": "iiet", "iterations": 2, "damping": 0.5},
     "unmerged": {"kind": "iiet", "iterations": [2, 0, 1, 3], "merge": False},
+    "rk4-full": {"kind": "rk4", "stage_coefficients": "full"},
     "one-row": {"kind": "iiet", "variant": "released", "iterations": 1, "readout": "shared"},
     "normed": {"kind": "euler", "output_norm": "layer"},
     "pcformer-4": {"kind": "pcformer", "predictor_order": 4},

@@ -67,6 +67,8 @@ READINGS = [
     Case(tensor=2, sequence=True, pipeline=2, solver="normed", accumulation=3),
     Case(tensor=2, sequence=True, pipeline=2, solver="unmerged", accumulation=3),
     Case(data=2, stage=3, solver="unmerged", recompute="evaluation"),
+    Case(tensor=2, sequence=True, pipeline=2, solver="rk4-full", accumulation=3),
+    Case(data=2, stage=3, solver="rk4-full", recompute="evaluation"),
     Case(tensor=2, sequence=True, pipeline=2, solver="first-keys", accumulation=3),
     Case(tensor=2, stage=3, solver="first-keys", recompute="evaluation"),
     Case(data=2, stage=3, solver="damped", recompute="evaluation"),

@@ -25,6 +25,8 @@ SOLVERS: dict[str, dict[str, Any]] = {
     "rk2-gated": {"kind": "rk2", "stage_coefficients": "gated"},
     "rk4-fixed": {"kind": "rk4", "stage_coefficients": "fixed"},
     "rk4-learned": {"kind": "rk4", "stage_coefficients": "learned"},
+    "rk2-full": {"kind": "rk2", "stage_coefficients": "full"},
+    "rk4-full": {"kind": "rk4", "stage_coefficients": "full"},
     "pcformer-2": {"kind": "pcformer", "predictor_order": 2},
     "pcformer-4": {"kind": "pcformer", "predictor_order": 4},
     "iiet-r0": {"kind": "iiet", "iterations": 0},

@@ -140,7 +140,10 @@ def test_iiet_without_iterations_starts_as_euler_bit_for_bit() -> None:
             {"kind": "iiet", "variant": "released", "predictor": "euler"},
             "solver.variant 'released' does not have; remove",
         ),
-        ({"kind": "rk4", "stage_coefficients": "gated"}, "is 'gated'; supported are 'fixed', 'learned'"),
+        (
+            {"kind": "rk4", "stage_coefficients": "gated"},
+            "is 'gated'; supported are 'fixed', 'learned', 'full'",
+        ),
         ({"kind": "pcformer", "predictor_order": 3}, "solver.predictor_order is 3; supported are 2, 4"),
         ({"kind": "weight-sharing", "repeats": 0}, "solver.repeats is 0"),
     ],

@@ -273,6 +273,34 @@ def test_runge_kutta(
     assert (wanted - llama[0](TOKENS).logits).abs().max() > 0.01
 
 
+CLASSIC_INNER = {2: [[1.0]], 4: [[0.5], [0.0, 0.5], [0.0, 0.0, 1.0]]}
+
+
+@pytest.mark.parametrize("random", [False, True])
+@pytest.mark.parametrize("order", [2, 4])
+@torch.no_grad()
+def test_runge_kutta_in_full(
+    llama: tuple[LlamaForCausalLM, Path], tmp_path: Path, order: int, random: bool
+) -> None:
+    """Equation 4 with learned β_ij: F_i = F(y + Σ_{j<i} β_ij F_j), from the classic method."""
+    solver = {"kind": f"rk{order}", "stage_coefficients": "full"}
+    model = converted(llama[1], tmp_path / "x", solver, random=random)
+    hf = HuggingFaceLayers(llama[0], TOKENS)
+    y = hf.embedded
+    for n, increment in enumerate(hf.increments):
+        flat = model.get_parameter(f"layers.{n}.solver.inner_coefficients").tolist()
+        inner = [[flat.pop(0) for _ in range(i)] for i in range(1, order)]
+        assert (inner == CLASSIC_INNER[order]) == (not random)
+        stages = [increment(y)]
+        for row in inner:
+            stages.append(increment(y + sum(b * f for b, f in zip(row, stages, strict=True))))
+        gammas = model.get_parameter(f"layers.{n}.solver.coefficients").tolist()
+        y = y + sum(gamma * f for gamma, f in zip(gammas, stages, strict=True))
+    assert (model(TOKENS) - hf.logits(y)).abs().max() < 1e-5
+    learned = converted(llama[1], tmp_path / "y", {**solver, "stage_coefficients": "learned"}, random=False)
+    assert ((model(TOKENS) - learned(TOKENS)).abs().max() < 1e-5) == (not random)
+
+
 @pytest.mark.parametrize("repeats", [1, 3])
 @torch.no_grad()
 def test_weight_sharing(llama: tuple[LlamaForCausalLM, Path], tmp_path: Path, repeats: int) -> None:

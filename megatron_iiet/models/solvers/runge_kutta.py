@@ -23,7 +23,12 @@ class RungeKutta(Solver[solvers.RungeKutta2]):
         y_{n+1} = y_n + Σ_i γ_i F_i
 
     ``stage_coefficients``: ``fixed`` has the classic γ (1/2, 1/2; 1/6, 1/3, 1/3, 1/6); ``learned`` starts at
-    1, 1 (order 2) or the classic ones (order 4); ``gated`` (order 2) computes them for every token::
+    1, 1 (order 2) or the classic ones (order 4); ``full`` learns them, and at what a stage is evaluated
+    (Eq. 4 of the IIET paper), β_ij from the classic method::
+
+        F_i = F(y_n + Σ_{j<i} β_ij F_j)
+
+    ``gated`` (order 2) computes the weights for every token::
 
         g = sigmoid(W [F_1; F_2] + b),  y_{n+1} = y_n + g F_1 + (1 - g) F_2
 
@@ -35,8 +40,10 @@ class RungeKutta(Solver[solvers.RungeKutta2]):
         super().__init__(declared, place)
         order, stage_coefficients, width = declared.order, declared.stage_coefficients, place.width
         assert order == 2 or stage_coefficients != "gated"
-        self.coefficients = self.gate_weight = self.gate_bias = None
-        if stage_coefficients == "learned":
+        self.coefficients = self.inner_coefficients = self.gate_weight = self.gate_bias = None
+        if stage_coefficients == "full":
+            self.inner_coefficients = fp32_parameter(classic_inner_weights(order))
+        if stage_coefficients in ("learned", "full"):
             self.coefficients = fp32_parameter(torch.ones(2) if order == 2 else classic_weights(order))
         elif stage_coefficients == "gated":
             # Of the solver itself and no nn.Linear: ZeRO-3 gathers what belongs to the module that runs.
@@ -49,7 +56,7 @@ class RungeKutta(Solver[solvers.RungeKutta2]):
 
     def step(self, y_BTD: Tensor, increment_fn: IncrementFn, history: History) -> tuple[Tensor, Tensor]:
         order, backend = self.declared.order, self.place.backend
-        stages = evaluate_stages(order, y_BTD, increment_fn, backend)
+        stages = evaluate_stages(order, y_BTD, increment_fn, backend, self.inner_coefficients)
         if self.gate_weight is not None:
             return y_BTD + self._gated(*stages), stages[-1]
         weights = classic_weights(order, y_BTD.device)
@@ -74,12 +81,30 @@ def classic_weights(order: int, device: torch.device | None = None) -> Tensor:
     return weights
 
 
-def evaluate_stages(order: int, y_BTD: Tensor, increment_fn: IncrementFn, backend: str) -> list[Tensor]:
-    """The stages F_1 … F_order of a Runge-Kutta step from y, each [B, T, D]."""
+def classic_inner_weights(order: int) -> Tensor:
+    """β_21, β_31, β_32, β_41 … of the classic methods, fp32 [order (order - 1) / 2]."""
+    lengths = STEP_LENGTHS[order]
+    return torch.cat([F.pad(torch.tensor([length]), (i, 0)) for i, length in enumerate(lengths)])
+
+
+def evaluate_stages(
+    order: int,
+    y_BTD: Tensor,
+    increment_fn: IncrementFn,
+    backend: str,
+    inner_coefficients: Tensor | None = None,
+) -> list[Tensor]:
+    """The stages F_1 … F_order of a Runge-Kutta step from y, each [B, T, D]; ``inner_coefficients``: β_21,
+    β_31, β_32, … instead of the classic ones, each stage from the one before."""
     norm = increment_fn.input_norm
     stages = [increment_fn(y_BTD, None, 0)]
     for i, length in enumerate(STEP_LENGTHS[order], start=1):
-        scale = None if length == 1.0 else torch.full((1,), length, dtype=torch.float32, device=y_BTD.device)
-        x_BTD, normed = merge_norm(y_BTD, stages[-1:], scale, norm.weight, eps=norm.eps, backend=backend)
+        merged, scale = stages[-1:], None
+        if inner_coefficients is not None:
+            first = i * (i - 1) // 2
+            merged, scale = stages, inner_coefficients.float()[first : first + i]
+        elif length != 1.0:
+            scale = torch.full((1,), length, dtype=torch.float32, device=y_BTD.device)
+        x_BTD, normed = merge_norm(y_BTD, merged, scale, norm.weight, eps=norm.eps, backend=backend)
         stages.append(increment_fn(x_BTD, normed, i))
     return stages
