@@ -1,15 +1,10 @@
-"""Learning rate and corrector iterations as pure functions of the step: resuming needs no state."""
+"""Learning rate as a pure function of the step: resuming needs no state."""
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Iterable
 
-from megatron_iiet.config import RunConfig, iterations_per_layer
-from megatron_iiet.config.iteration_plan import even_iterations
-from megatron_iiet.config.schema import OptimizerConfig, evaluations_in_budget, one_per_layer
-from megatron_iiet.models.solvers import Solver
+from megatron_iiet.config.schema import OptimizerConfig
 
 
 def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
@@ -25,31 +20,3 @@ def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
     progress = (step - warmup + 1) / max(1, steps - warmup)
     low = config.lr * config.min_lr_ratio
     return low + (config.lr - low) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-
-
-def iterations_at(config: RunConfig, step: int) -> tuple[list[int], bool]:
-    """Corrector iterations of every layer at step ``step`` (0-based), and whether layers merge at all.
-
-    A stage of a schedule with r = 0 in every layer is plain Transformer++: no merge. With guidance: until its
-    first plan.
-    """
-    if config.guidance.interval:
-        return even_iterations(config.model.num_layers, evaluations_in_budget(config)), True
-    schedule = config.solver.schedule
-    if config.solver.kind != "iiet" or not schedule:
-        return iterations_per_layer(config), True
-    ends = itertools.accumulate(fraction for fraction, _ in schedule[:-1])
-    stage = sum(step >= round(end * config.training.steps) for end in ends)
-    iterations = one_per_layer(schedule[stage][1], config.model.num_layers)
-    return iterations, any(iterations)
-
-
-def mean_evaluations(config: RunConfig, solvers: Iterable[Solver]) -> list[float]:
-    """Evaluations of F of every layer, averaged over the steps of the run; ``solvers``: of all layers, with
-    the iterations of its end. With guidance, which moves them about, over the layers too."""
-    if config.guidance.interval:
-        return [evaluations_in_budget(config) / config.model.num_layers] * config.model.num_layers
-    if config.solver.kind == "iiet" and config.solver.schedule:
-        stages = [(share, one_per_layer(r, config.model.num_layers)) for share, r in config.solver.schedule]
-        return [sum(share * (r[n] + 1) for share, r in stages) for n in range(config.model.num_layers)]
-    return [float(solver.evaluations) for solver in solvers]

@@ -27,13 +27,13 @@ import torch
 from torch import Tensor
 
 from megatron_iiet import durable
-from megatron_iiet.models.safetensors_stream import (
+from megatron_iiet.parallel.shard import Shard
+from megatron_iiet.storage.safetensors_stream import (
     ITEM_BYTES,
     SafetensorsFile,
     TensorSource,
     write_safetensors,
 )
-from megatron_iiet.parallel.shard import Shard
 
 KINDS = ("fp32", "exp_avg", "exp_avg_sq")
 """Master weight, first and second moment."""

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from megatron_iiet.config import RunConfig, config_from_file, config_to_yaml
 from megatron_iiet.durable import sync_folder
-from megatron_iiet.models.safetensors_stream import TensorSource, write_safetensors
 from megatron_iiet.models.transformer import VOCABULARY_WEIGHTS, Transformer
+from megatron_iiet.storage.safetensors_stream import TensorSource, write_safetensors
 
 CONFIG_FILE = "config.yaml"
 WEIGHTS_FILE = "model.safetensors"

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from megatron_iiet.config import RunConfig
 from megatron_iiet.config.schema import ModelConfig
-from megatron_iiet.hf.shards import Shape, ShardReader, TensorToWrite
 from megatron_iiet.models.solvers import build_solver
+from megatron_iiet.storage.hugging_face.shards import Shape, ShardReader, TensorToWrite
 
 CONFIG_FILE = "config.json"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
