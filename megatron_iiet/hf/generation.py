@@ -294,7 +294,7 @@ def own_model(
     with torch.device("meta"):
         model = IIETForCausalLM(IIETConfig(**fields))
     tensors = tensors_to_write(config, weights, DTYPES[precision], as_llama=False)
-    state = {name: tensor.rows(0, tensor.shape[0]).to(tensor.dtype) for name, tensor in tensors.items()}
+    state = {name: tensor.make() for name, tensor in tensors.items()}
     model.load_state_dict(state, strict=False, assign=True)
     model.tie_weights()
     rotary = type(model.model.rotary_emb)
