@@ -21,7 +21,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from megatron_iiet.evaluation.curves import plot_losses
+from megatron_iiet.training.curves import plot_losses
 from megatron_iiet.training.metrics import read_log
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -48,11 +48,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megatron_iiet import models
 from megatron_iiet.data.loader.batches import ValidationBatches
+from megatron_iiet.data.loader.inputs import Inputs, inputs_of
 from megatron_iiet.data.loader.samples import build_splits
 from megatron_iiet.models import Transformer
 from megatron_iiet.models.history import History
 from megatron_iiet.models.solvers import IncrementFn, Solver
-from megatron_iiet.training.inputs import Inputs, inputs_of
 
 MOST = 8  # evaluations of F
 SETTLED = 1e-4  # relative residual of a solution in fp32

@@ -21,9 +21,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from megatron_iiet.config.solvers import IIET
 from megatron_iiet.models import Transformer
 from megatron_iiet.models.history import History
-from megatron_iiet.models.solvers import ImplicitEuler, IncrementFn, ReleasedImplicitEuler, Solver
+from megatron_iiet.models.solvers import IncrementFn, ReleasedImplicitEuler, Solver
 
 Iterates = Iterator[tuple[int, Tensor]]
 ANDERSON_RIDGE = 1e-8  # share of the Gram matrix' trace
@@ -54,7 +55,8 @@ def problem_of(solver: Solver, y_BTD: Tensor, increment_fn: IncrementFn, history
     """
     if isinstance(solver, ReleasedImplicitEuler):
         return _released(solver, y_BTD, increment_fn, history)
-    if not (isinstance(solver, ImplicitEuler) and solver.merged_entries == solver.layer):
+    declared = solver.declared
+    if not (isinstance(declared, IIET) and declared.merge and declared.predictor == "merged"):
         raise ValueError(
             f"the model's solver is {type(solver).__name__}, which has no fixed point to study; give a "
             "model of solver.kind iiet, with solver.predictor merged"

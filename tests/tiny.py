@@ -12,10 +12,10 @@ import torch
 from megatron_iiet.config import RunConfig, config_from_dict
 from megatron_iiet.data.corpora.indexed import IndexedDatasetWriter
 from megatron_iiet.data.loader.batches import ValidationBatches
+from megatron_iiet.data.loader.inputs import inputs_of
 from megatron_iiet.data.loader.samples import build_splits
 from megatron_iiet.data.tokenizers.training import train_tokenizer
 from megatron_iiet.models import Transformer
-from megatron_iiet.training.inputs import inputs_of
 
 _SUBJECTS = [
     "the solver",

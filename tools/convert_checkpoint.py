@@ -121,18 +121,18 @@ class Source:
 def open_source(arguments: argparse.Namespace) -> Source:
     """The model that was asked for, checked as far as it can be without reading its weights."""
     if arguments.from_hf:
-        from megatron_iiet.hf import import_llama, tokenizer_files
+        from megatron_iiet.storage.hugging_face import import_llama, tokenizer_files
 
         folder = Path(arguments.from_hf)
         config, weights = import_llama(folder, solver_options(arguments))
         return Source(arguments.from_hf, config, weights, weights, tokenizer_files(folder), folder)
     if arguments.from_model:
-        from megatron_iiet.models.portable import StoredModel
+        from megatron_iiet.storage.portable import StoredModel
 
         stored = StoredModel(arguments.from_model)
         files = tokenizer_of_model(Path(arguments.from_model), stored.config)
         return Source(arguments.from_model, stored.config, stored, stored, files)
-    from megatron_iiet.training.export import export_run
+    from megatron_iiet.storage.checkpoint_model import export_run
 
     run = export_run(arguments.from_run, arguments.step)
     return Source(str(run.folder), run.config, run.state, run.state, run.tokenizer_files)
@@ -140,7 +140,7 @@ def open_source(arguments: argparse.Namespace) -> Source:
 
 def tokenizer_of_model(folder: Path, config: RunConfig) -> list[Path]:
     """The tokenizer files of a portable folder, the one that its configuration names first."""
-    from megatron_iiet.hf import tokenizer_files
+    from megatron_iiet.storage.hugging_face import tokenizer_files
 
     named = folder / Path(config.data.tokenizer).name
     others = [named.with_name(named.name + ".json"), *tokenizer_files(folder)]
@@ -150,7 +150,7 @@ def tokenizer_of_model(folder: Path, config: RunConfig) -> list[Path]:
 def convert(arguments: argparse.Namespace) -> str:
     """Do it; what to tell the user."""
     from megatron_iiet.models import Transformer
-    from megatron_iiet.models.portable import check_new, save
+    from megatron_iiet.storage.portable import check_new, save
 
     target = arguments.to or arguments.to_hf
     check_new(target)
@@ -167,7 +167,7 @@ def convert(arguments: argparse.Namespace) -> str:
 def to_hf(source: Source, arguments: argparse.Namespace, solver: str) -> str:
     """Write a Hugging Face folder; what is in it."""
     from megatron_iiet.hf.export import export_folder, extras_of_folder, extras_of_tokenizer
-    from megatron_iiet.hf.shards import parse_bytes
+    from megatron_iiet.storage.hugging_face.shards import parse_bytes
 
     size = parse_bytes(arguments.max_shard_size or "5GB")
     if source.hf_folder is not None:

@@ -17,7 +17,7 @@ def main() -> None:
     runs = dict(run.rpartition("=")[::2] for run in arguments.run)
     if "" in runs or "" in runs.values():
         exit_with_error(f"--run wants LABEL=DIR, found {' '.join(arguments.run)}")
-    from megatron_iiet.evaluation.curves import plot_losses
+    from megatron_iiet.training.curves import plot_losses
 
     try:
         plot_losses(runs, arguments.output)

@@ -18,7 +18,7 @@ def main() -> None:
     )
     parser.add_argument("--brief", action="store_true", help="what it achieved, without files and sample")
     arguments = parser.parse_args()
-    from megatron_iiet.evaluation.summary import list_files, summarize_run
+    from megatron_iiet.training.summary import list_files, summarize_run
 
     try:
         summary = summarize_run(arguments.run)

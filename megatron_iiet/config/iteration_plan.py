@@ -1,4 +1,4 @@
-"""How many corrector iterations each layer gets: the rules that decide it, and the record of a decision."""
+"""How many corrector iterations each layer gets: the record of a decision, as a file and in checkpoints."""
 
 from __future__ import annotations
 
@@ -23,57 +23,6 @@ VERSION = 2
 _READABLE = (1, 2)  # 1 had no threshold, ranking, loss_increase and measured_on
 
 
-def most_influential(influence: Influence, layers: int, evaluations: int) -> list[int]:
-    """Iterations of every layer within ``evaluations`` evaluations of F over all layers (E-IIET, IIET paper,
-    section 4, under a budget instead of a threshold).
-
-    Every layer has its first evaluation; the others go to the iterations (iterates from 1 on) of largest
-    influence. A layer gets as many as it has among them: weights are shared, so which ones does not matter.
-    Of equal influences the earlier iterate comes first, then the lower layer.
-
-    Raises:
-        ValueError: fewer evaluations than layers, an unknown layer, or an influence that is not finite.
-    """
-    if evaluations < layers:
-        raise ValueError(f"{evaluations} evaluations for {layers} layers; give at least one a layer")
-    iterations = {key: value for key, value in influence.items() if key[1] >= 1}
-    for (layer, iterate), value in iterations.items():
-        if not 0 <= layer < layers:
-            raise ValueError(f"influence of layer {layer} is given, but there are {layers} layers, from 0 on")
-        if not math.isfinite(value):
-            raise ValueError(f"influence of iteration {iterate} of layer {layer} is {value}, not a number")
-    ranked = sorted(iterations, key=lambda key: (-iterations[key], key[1], key[0]))
-    return _counts(ranked[: evaluations - layers], layers)
-
-
-def above_threshold(influence: Influence, layers: int, threshold: float | None = None) -> list[int]:
-    """The number of iterations (iterates from 1 on) of every layer whose influence is at least ``threshold``;
-    None: the smallest influence of any layer's iterate 0 (E-IIET, IIET paper, section 4)."""
-    least = auto_threshold(influence) if threshold is None else threshold
-    return _counts([key for key, value in influence.items() if key[1] >= 1 and value >= least], layers)
-
-
-def auto_threshold(influence: Influence) -> float:
-    """The paper's threshold: what the weakest predictor changes."""
-    return min(value for (_, iterate), value in influence.items() if iterate == 0)
-
-
-def _counts(kept: Sequence[tuple[int, int]], layers: int) -> list[int]:
-    counts = [0] * layers
-    for layer, _ in kept:
-        counts[layer] += 1
-    return counts
-
-
-def even_iterations(layers: int, evaluations: int) -> list[int]:
-    """Iterations as equal as ``evaluations`` over all layers allow, those left over spread over the depth.
-
-    What to do while nothing is known: it favours neither end of the model, and keeps pipeline stages level.
-    """
-    extra = evaluations - layers
-    return [(n + 1) * extra // layers - n * extra // layers for n in range(layers)]
-
-
 @dataclass(frozen=True)
 class IterationPlan:
     """Corrector iterations r_n of every layer, and where they come from.
@@ -87,8 +36,9 @@ class IterationPlan:
     full: int
     """Iterations that every layer had when influence was measured, the most that a layer can get."""
     method: str
-    """How the plan was made, in a word: ``budget`` and ``flops-ratio`` for :func:`most_influential`,
-    ``threshold`` for :func:`above_threshold`, ``lower-bound`` for no iterations at all."""
+    """How the plan was made, in a word: ``budget`` and ``flops-ratio`` for
+    :func:`megatron_iiet.models.iterations.most_influential`, ``threshold`` for its ``above_threshold``,
+    ``lower-bound`` for no iterations at all."""
     step: int | None = None
     """Optimizer steps after which it was made."""
     budget: float | None = None

@@ -17,8 +17,7 @@ from megatron_iiet.config.keys import join_or
 from megatron_iiet.config.schema import ParallelConfig
 from megatron_iiet.config.solvers import Iterating, systems_with
 from megatron_iiet.data.loader.batches import ValidationBatches
-from megatron_iiet.distillation import figures, forward
-from megatron_iiet.distillation.forward import ForwardModel
+from megatron_iiet.distillation import figures
 from megatron_iiet.distillation.influence import (
     Ablation,
     Measurement,
@@ -28,11 +27,14 @@ from megatron_iiet.distillation.influence import (
 )
 from megatron_iiet.distillation.plans import PlanRequest, rank_correlation
 from megatron_iiet.distillation.texts import TextSet, open_text_set
-from megatron_iiet.models import portable
+from megatron_iiet.evaluation import forward
+from megatron_iiet.evaluation.forward import ForwardModel
 from megatron_iiet.ops import resolve_backend
 from megatron_iiet.parallel import ParallelContext
 from megatron_iiet.parallel.launch import launch_environment
-from megatron_iiet.training.warm_start import Source, open_source, why_reduced
+from megatron_iiet.storage import portable
+from megatron_iiet.storage.source import Source, open_model
+from megatron_iiet.training.warm_start import why_reduced
 
 INFLUENCE, PLAN = "influence.json", "plan.json"
 VERSION = 1
@@ -106,7 +108,7 @@ def prepare(options: Options, world_size: int) -> Prepared:
             )
     if options.output.exists() and not options.output.is_dir():
         raise ValueError(f"--output is {options.output}, which is no folder; name another")
-    source = open_source(options.model, "--model")
+    source = open_model(options.model, "--model")
     full = full_iterations(source, options.model)
     options.request.check(source.config.model.num_layers, full)
     config = forward_config(source.config, options, world_size)

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 
 from megatron_iiet.data.loader.batches import ValidationBatches
-from megatron_iiet.distillation.forward import ForwardModel
+from megatron_iiet.data.loader.inputs import Inputs, inputs_of
+from megatron_iiet.evaluation.forward import ForwardModel
 from megatron_iiet.models.diagnostics import InfluenceSums, add_up
-from megatron_iiet.training.inputs import Inputs, inputs_of
 
 Values = dict[tuple[int, int], float]
 """By (layer, iterate)."""

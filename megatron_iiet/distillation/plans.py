@@ -9,14 +9,9 @@ from typing import Literal
 
 import numpy as np
 
-from megatron_iiet.config.iteration_plan import (
-    IterationPlan,
-    Ranking,
-    above_threshold,
-    auto_threshold,
-    most_influential,
-)
+from megatron_iiet.config.iteration_plan import IterationPlan, Ranking
 from megatron_iiet.distillation.influence import Ablation, Measurement
+from megatron_iiet.models.iterations import above_threshold, auto_threshold, most_influential
 from megatron_iiet.models.transformer import Transformer
 
 

@@ -16,19 +16,18 @@ from torch import Tensor
 
 from megatron_iiet.config import RunConfig
 from megatron_iiet.config.schema import ParallelConfig
+from megatron_iiet.data.loader.inputs import Inputs
 from megatron_iiet.data.tokenizers.loading import load_tokenizer
-from megatron_iiet.distillation.forward import DTYPES, ForwardModel, forward_config
+from megatron_iiet.evaluation.forward import DTYPES, ForwardModel, forward_config
 from megatron_iiet.evaluation.harness import TextCodec
 from megatron_iiet.evaluation.scoring import TokenScores, noting_scores, score_tokens
 from megatron_iiet.hf import folders
-from megatron_iiet.hf.llama import read_config
-from megatron_iiet.models import portable
 from megatron_iiet.ops import resolve_backend
 from megatron_iiet.parallel import ParallelContext
 from megatron_iiet.parallel.group import Group
-from megatron_iiet.training.export import find_checkpoint
-from megatron_iiet.training.inputs import Inputs
-from megatron_iiet.training.warm_start import Source, open_source
+from megatron_iiet.storage import portable
+from megatron_iiet.storage.hugging_face.llama import read_config
+from megatron_iiet.storage.source import Source, open_model
 
 Start = Literal["auto", "bos", "eos"]
 
@@ -81,11 +80,11 @@ def prepare_model(options: ModelOptions, world_size: int) -> PreparedModel:
         if value is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} is {value}, but must be at least 1")
     if not folders.is_hugging_face(options.path):
-        return _prepare_own(options, _open_own(options), world_size)
+        return _prepare_own(options, open_model(options.path, "--model", step=options.step), world_size)
     if options.step is not None:
         raise ValueError(f"--step is given, but --model {options.path} is a model folder, which has no steps")
     if options.parallel.tensor * options.parallel.pipeline > 1:
-        return _prepare_own(options, open_source(options.path, "--model"), world_size)
+        return _prepare_own(options, open_model(options.path, "--model"), world_size)
     return _prepare_hugging_face(options)
 
 
@@ -130,12 +129,6 @@ class HuggingFaceScorer:
             tokens = tokens.to(self.context.device)
             logits_BTV = self.model(tokens[:, :-1], use_cache=False).logits
             yield score_tokens(logits_BTV, tokens[:, 1:].contiguous(), logits_BTV.shape[-1], Group())
-
-
-def _open_own(options: ModelOptions) -> Source:
-    if options.step is None:
-        return open_source(options.path, "--model")
-    return open_source(str(find_checkpoint(options.path, options.step)), "--model")
 
 
 def _prepare_own(options: ModelOptions, source: Source, world_size: int) -> PreparedModel:

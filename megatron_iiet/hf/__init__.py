@@ -1,11 +1,9 @@
-"""The Hugging Face side: reading and writing the ecosystem's checkpoints, and our models for transformers.
+"""The Hugging Face side: our models for transformers, exports and text from them.
 
 Nothing here imports the training stack, and importing this package does not import transformers.
 """
 
-from megatron_iiet.hf.llama import import_llama, tokenizer_files
-
-__all__ = ["import_llama", "register", "tokenizer_files"]
+__all__ = ["register"]
 
 
 def register() -> None:

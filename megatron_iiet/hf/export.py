@@ -16,12 +16,12 @@ import torch
 from megatron_iiet.config import RunConfig
 from megatron_iiet.config.solvers import Euler
 from megatron_iiet.durable import sync_folder, write_text
-from megatron_iiet.hf.llama import ARCHITECTURES, TOKENIZER_FILES
-from megatron_iiet.hf.shards import read_json, write_shards
-from megatron_iiet.hf.solver_fields import solver_to_fields
 from megatron_iiet.hf.tokenizer import export_tokenizer
-from megatron_iiet.hf.weights import CONFIG_FILE, RowSource, tensors_to_write
-from megatron_iiet.models.portable import check_new
+from megatron_iiet.storage.hugging_face.llama import ARCHITECTURES, TOKENIZER_FILES
+from megatron_iiet.storage.hugging_face.shards import read_json, write_shards
+from megatron_iiet.storage.hugging_face.solver_fields import solver_to_fields
+from megatron_iiet.storage.hugging_face.weights import CONFIG_FILE, RowSource, tensors_to_write
+from megatron_iiet.storage.portable import check_new
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """What weights can be stored as, by the names of the tool's option."""

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from megatron_iiet.hf import register
-from megatron_iiet.hf.shards import read_json
-from megatron_iiet.hf.weights import CONFIG_FILE
-from megatron_iiet.models import portable
+from megatron_iiet.storage import portable
+from megatron_iiet.storage.hugging_face.shards import read_json
+from megatron_iiet.storage.hugging_face.weights import CONFIG_FILE
 
 
 def is_hugging_face(path: str | Path) -> bool:

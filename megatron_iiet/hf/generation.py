@@ -22,10 +22,9 @@ from megatron_iiet.data.tokenizers.loading import Tokenizer, load_tokenizer
 from megatron_iiet.hf import folders
 from megatron_iiet.hf.export import DTYPES, TOKEN_FIELDS, config_fields
 from megatron_iiet.hf.modeling_iiet import IIETConfig, IIETForCausalLM
-from megatron_iiet.hf.weights import RowSource, tensors_to_write
-from megatron_iiet.models import portable
-from megatron_iiet.training.export import find_checkpoint
-from megatron_iiet.training.warm_start import open_source
+from megatron_iiet.storage import portable
+from megatron_iiet.storage.hugging_face.weights import RowSource, tensors_to_write
+from megatron_iiet.storage.source import open_model
 
 KVCache = Literal["all", "last", "first"]
 
@@ -277,7 +276,7 @@ def open_generator(
             raise ValueError(f"--step is given, but {path} is a model folder, which has no steps")
         model, codec = _open_hugging_face(folder, precision, kv_cache, trust_remote_code, tokenizer)
         return TextGenerator(model, codec, draft)
-    source = open_source(path if step is None else str(find_checkpoint(path, step)), "--model")
+    source = open_model(path, "--model", step=step)
     name = tokenizer or portable.tokenizer_path(source.config.data.tokenizer, folder)
     if not name:
         raise ValueError(f"{path} names no tokenizer; give one with --tokenizer")
@@ -295,7 +294,7 @@ def own_model(
     with torch.device("meta"):
         model = IIETForCausalLM(IIETConfig(**fields))
     tensors = tensors_to_write(config, weights, DTYPES[precision], as_llama=False)
-    state = {name: tensor.rows(0, tensor.shape[0]).to(tensor.dtype) for name, tensor in tensors.items()}
+    state = {name: tensor.make() for name, tensor in tensors.items()}
     model.load_state_dict(state, strict=False, assign=True)
     model.tie_weights()
     rotary = type(model.model.rotary_emb)

@@ -1,4 +1,4 @@
-"""One pipeline stage, and what crosses the boundary to the next.
+"""One pipeline stage, what crosses the boundary to the next, and where the boundaries are.
 
 The residual stream and the history that later layers still merge travel as one packed tensor
 [1 + k, B, T, D]: one message each way, and one walk through the stage's graph in the backward pass. Under
@@ -7,11 +7,16 @@ sequence parallelism T is a rank's part of the sequence.
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
+from megatron_iiet.config import RunConfig
 from megatron_iiet.models.history import History
-from megatron_iiet.models.transformer import Transformer
+from megatron_iiet.models.iterations import mean_evaluations
+from megatron_iiet.models.transformer import IntegratedLayer, Transformer
+from megatron_iiet.parallel.stages import StagePlan, plan_stages
 
 
 class PipelineStage(nn.Module):
@@ -57,3 +62,18 @@ def entries_crossing(whole: Transformer, layer: int) -> range:
     kept = rooted + sum(s.keeps_increment for n, s in whole.solvers.items() if n < layer)
     reads = [s.history_reads for n, s in whole.solvers.items() if n >= layer and s.history_reads]
     return range(min([kept, *(read.start for read in reads)]), kept)
+
+
+def stage_plan(config: RunConfig, whole: Transformer) -> StagePlan:
+    """The cut of the layers of the whole model into pipeline stages, by FLOPs; the embedding has none.
+
+    Raises:
+        ValueError: more stages than layers.
+    """
+    length = config.data.sequence_length
+    layers = [cast(IntegratedLayer, layer) for layer in whole.layers.values()]
+    costs = [
+        layer.increment.forward_flops(length, count)
+        for count, layer in zip(mean_evaluations(config), layers, strict=True)
+    ]
+    return plan_stages(costs, 0.0, whole.head_flops(length), config.parallel.pipeline)

@@ -2,34 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from megatron_iiet.config import RunConfig
 from megatron_iiet.models.pipeline import entries_crossing
-from megatron_iiet.models.transformer import IntegratedLayer, Transformer
 from megatron_iiet.parallel import ParallelContext
-from megatron_iiet.parallel.stages import StagePlan, plan_stages
-from megatron_iiet.training.schedules import mean_evaluations
 
 if TYPE_CHECKING:
     from megatron_iiet.training.engine import Engine
 
 _BYTES = {"fp32": 4, "bf16": 2}
-
-
-def stage_plan(config: RunConfig, whole: Transformer) -> StagePlan:
-    """The cut of the layers of the whole model into pipeline stages, by FLOPs; the embedding has none.
-
-    Raises:
-        ValueError: more stages than layers.
-    """
-    length = config.data.sequence_length
-    layers = [cast(IntegratedLayer, layer) for layer in whole.layers.values()]
-    costs = [
-        layer.increment.forward_flops(length, count)
-        for count, layer in zip(mean_evaluations(config), layers, strict=True)
-    ]
-    return plan_stages(costs, 0.0, whole.head_flops(length), config.parallel.pipeline)
 
 
 def layout_of(context: ParallelContext, zero_stage: int) -> dict[str, int]:

@@ -21,7 +21,8 @@ from megatron_iiet.data.tokenizers.loading import load_tokenizer
 from megatron_iiet.ops import resolve_backend
 from megatron_iiet.parallel import ParallelContext
 from megatron_iiet.parallel.launch import launch_environment
-from megatron_iiet.training import callbacks, checkpoint
+from megatron_iiet.storage import checkpoint
+from megatron_iiet.training import callbacks
 from megatron_iiet.training.corpora import Corpora, describe_corpora, open_corpora
 from megatron_iiet.training.engine import build_engine
 from megatron_iiet.training.layout import describe_layout, layout_of

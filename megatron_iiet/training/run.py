@@ -10,12 +10,12 @@ from megatron_iiet.config import RunConfig, iterations_per_layer
 from megatron_iiet.config.iteration_plan import IterationPlan
 from megatron_iiet.config.solvers import Euler
 from megatron_iiet.data.loader.batches import TrainBatches
+from megatron_iiet.models.iterations import iterations_at
 from megatron_iiet.parallel import ParallelContext
-from megatron_iiet.training import checkpoint
+from megatron_iiet.storage import checkpoint
 from megatron_iiet.training.engine import Engine
 from megatron_iiet.training.layout import layout_of
 from megatron_iiet.training.metrics import MetricWriter
-from megatron_iiet.training.schedules import iterations_at
 
 
 class Run:

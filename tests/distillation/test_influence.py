@@ -21,19 +21,20 @@ import zstandard
 
 from megatron_iiet import models
 from megatron_iiet.config import RunConfig, config_from_file, load_config
-from megatron_iiet.config.iteration_plan import IterationPlan, most_influential
+from megatron_iiet.config.iteration_plan import IterationPlan
 from megatron_iiet.config.schema import DataConfig, ParallelConfig
 from megatron_iiet.data.corpora.indexed import IndexedDatasetWriter
 from megatron_iiet.data.loader.batches import ValidationBatches
+from megatron_iiet.data.loader.inputs import Inputs, inputs_of
 from megatron_iiet.data.loader.samples import KINDS, build_splits
 from megatron_iiet.data.tokenizers.loading import load_tokenizer
 from megatron_iiet.distillation.analysis import Options, Result, analyse, prepare, run
 from megatron_iiet.distillation.plans import PlanRequest
 from megatron_iiet.distillation.texts import open_text_set, read_text
 from megatron_iiet.models import Transformer
+from megatron_iiet.models.iterations import most_influential
 from megatron_iiet.parallel import ParallelContext
 from megatron_iiet.parallel.vocabulary import IGNORED
-from megatron_iiet.training.inputs import Inputs, inputs_of
 from tests.distributed.harness import run_ranks
 from tests.tiny import make_data, tiny_config
 

@@ -22,13 +22,14 @@ from megatron_iiet.config import (
     config_to_yaml,
     load_config,
 )
-from megatron_iiet.config.iteration_plan import IterationPlan, above_threshold, auto_threshold
+from megatron_iiet.config.iteration_plan import IterationPlan
 from megatron_iiet.config.solvers import DLCL
 from megatron_iiet.distillation.analysis import full_iterations
 from megatron_iiet.distillation.influence import Ablation, Measurement, Values
 from megatron_iiet.distillation.plans import PlanRequest, rank_correlation, within_flops
 from megatron_iiet.models import Transformer
-from megatron_iiet.training.warm_start import Source
+from megatron_iiet.models.iterations import above_threshold, auto_threshold
+from megatron_iiet.storage.source import Source
 
 # --- the rules ---
 

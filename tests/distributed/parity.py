@@ -16,14 +16,16 @@ from megatron_iiet.config import RunConfig, config_from_dict
 from megatron_iiet.config.combinations import check_combination
 from megatron_iiet.config.deepspeed import reconcile
 from megatron_iiet.data.loader.batches import Batch, TrainBatches, ValidationBatch, ValidationBatches
+from megatron_iiet.data.loader.inputs import inputs_of
 from megatron_iiet.data.loader.samples import build_splits
-from megatron_iiet.models import Transformer, portable
+from megatron_iiet.models import Transformer
 from megatron_iiet.models.diagnostics import IterateStatistics, observe_iterates
+from megatron_iiet.models.iterations import iterations_at
 from megatron_iiet.parallel import ParallelContext
+from megatron_iiet.storage import portable
+from megatron_iiet.storage.fragments import FragmentReader
 from megatron_iiet.training.engine import Engine, StepResult, build_engine
-from megatron_iiet.training.fragments import FragmentReader
-from megatron_iiet.training.inputs import inputs_of
-from megatron_iiet.training.schedules import iterations_at, learning_rate
+from megatron_iiet.training.schedules import learning_rate
 from megatron_iiet.training.warm_start import open_teacher
 
 STEPS = 3

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_iiet.training.fragments import FragmentReader
+from megatron_iiet.storage.fragments import FragmentReader
 from tests.distributed.harness import run_ranks
 from tests.distributed.parity import (
     STEPS,

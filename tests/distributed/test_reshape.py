@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_iiet.training.fragments import KINDS, FragmentReader
+from megatron_iiet.storage.fragments import KINDS, FragmentReader
 from tests.distributed.harness import run_ranks
 from tests.distributed.parity import TOLERANCES, Case, continue_case, train_and_save
 from tests.tiny import write_shard

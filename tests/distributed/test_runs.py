@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from megatron_iiet import models
-from megatron_iiet.training.export import export_run
+from megatron_iiet.storage.checkpoint_model import export_run
 from megatron_iiet.training.metrics import read_log
 from tests.distributed.harness import run_ranks
 from tests.distributed.runs import as_data, ds_json, pretrain_rank

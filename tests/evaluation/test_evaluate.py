@@ -18,7 +18,8 @@ from megatron_iiet.evaluation.evaluate import Options, evaluate_model
 from megatron_iiet.evaluation.models import ModelOptions, prepare_model
 from megatron_iiet.evaluation.paper_table import PAPER_SIZES, mean_accuracy, paper_size, paper_table
 from megatron_iiet.evaluation.tasks import PAPER_TASKS, find_data, load_tasks, task_names
-from megatron_iiet.models import Transformer, portable
+from megatron_iiet.models import Transformer
+from megatron_iiet.storage import portable
 from tests.data.hub_server import serve_hub
 from tests.evaluation.task_data import ROWS, write_task_data
 from tests.tiny import make_data, tiny_config

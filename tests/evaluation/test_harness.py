@@ -26,11 +26,13 @@ from megatron_iiet.evaluation.harness import HarnessModel, TaskResults
 from megatron_iiet.evaluation.models import ModelOptions, prepare_model
 from megatron_iiet.evaluation.scoring import noting_scores, score_tokens
 from megatron_iiet.evaluation.tasks import load_tasks, task_names
-from megatron_iiet.hf import import_llama, register
+from megatron_iiet.hf import register
 from megatron_iiet.hf.export import export_folder, extras_of_tokenizer
-from megatron_iiet.models import Transformer, portable
+from megatron_iiet.models import Transformer
 from megatron_iiet.parallel import ParallelContext
 from megatron_iiet.parallel.group import Group
+from megatron_iiet.storage import portable
+from megatron_iiet.storage.hugging_face import import_llama
 from tests.distributed.harness import run_ranks
 from tests.evaluation.ranks import evaluate_all, split_scores
 from tests.evaluation.task_data import ROWS, write_task_data

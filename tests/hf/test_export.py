@@ -23,10 +23,11 @@ from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, Ll
 
 from megatron_iiet import models
 from megatron_iiet.config import RunConfig, config_from_dict
-from megatron_iiet.hf import import_llama
 from megatron_iiet.hf.export import Extras, Written, export_folder, extras_of_tokenizer, modeling_code
-from megatron_iiet.hf.shards import parse_bytes
 from megatron_iiet.models import Transformer
+from megatron_iiet.storage import portable
+from megatron_iiet.storage.hugging_face import import_llama
+from megatron_iiet.storage.hugging_face.shards import parse_bytes
 
 torch.set_num_threads(1)
 
@@ -162,6 +163,7 @@ def test_files_of_a_folder(tmp_path: Path) -> None:
         "kind": "iiet",
         "variant": "paper",
         "iterations": [1, 0, 2, 3],
+        "merge": True,
         "predictor": "merged",
         "coefficient_init": "identity",
         "history_norm": "rms",
@@ -236,7 +238,7 @@ class TestPlainLlama:
         llama.save_pretrained(tmp_path / "hf")
         ours, state = import_llama(tmp_path / "hf")
         models.save(ours, state, tmp_path / "ours")
-        stored = models.portable.StoredModel(tmp_path / "ours")
+        stored = portable.StoredModel(tmp_path / "ours")
         ids = Extras({}, {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None})
         export_folder(stored.config, stored, tmp_path / "again", ids, as_llama=True)
         one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("hf", "again"))

@@ -14,7 +14,7 @@ from megatron_iiet.distillation.analysis import Options, prepare
 from megatron_iiet.distillation.plans import PlanRequest
 from megatron_iiet.hf.export import Extras, export_folder, extras_of_tokenizer
 from megatron_iiet.models import Transformer
-from megatron_iiet.training.export import export_run
+from megatron_iiet.storage.checkpoint_model import export_run
 from megatron_iiet.training.metrics import read_log
 from megatron_iiet.training.warm_start import open_teacher, open_warm_start
 from tests.distributed.harness import run_ranks
@@ -177,7 +177,7 @@ def test_influence_is_measured_on_it(data: dict[str, str], tmp_path: Path) -> No
 
 
 def test_a_portable_folder_between_is_the_same_source(data: dict[str, str], tmp_path: Path) -> None:
-    from megatron_iiet.hf import import_llama
+    from megatron_iiet.storage.hugging_face import import_llama
 
     model = exported(tmp_path / "hf", data, RELEASED)
     config, state = import_llama(tmp_path / "hf")

@@ -17,7 +17,8 @@ import torch
 from megatron_iiet.data.tokenizers.loading import load_tokenizer
 from megatron_iiet.hf.export import export_folder, extras_of_tokenizer
 from megatron_iiet.hf.generation import OwnCodec, Sampling, TextGenerator, open_generator
-from megatron_iiet.models import Transformer, portable
+from megatron_iiet.models import Transformer
+from megatron_iiet.storage import portable
 from tests.tiny import make_data, tiny_config
 
 GREEDY = Sampling(temperature=0)

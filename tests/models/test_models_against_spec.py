@@ -19,8 +19,8 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from megatron_iiet import models
-from megatron_iiet.hf import import_llama
 from megatron_iiet.models import Transformer
+from megatron_iiet.storage.hugging_face import import_llama
 from tests.models.conftest import randomise_solvers
 
 Increment = Callable[[Tensor], Tensor]

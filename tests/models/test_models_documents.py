@@ -15,11 +15,11 @@ from torch._dynamo.utils import counters
 from torch.nn.attention import flex_attention as flex
 
 from megatron_iiet.data.loader.batches import Batch
+from megatron_iiet.data.loader.inputs import Inputs, inputs_of
 from megatron_iiet.models import Transformer, attention_layout
 from megatron_iiet.models.attention_layout import AttentionLayout, document_block_mask, document_mask
 from megatron_iiet.ops.products import product_dtype
 from megatron_iiet.parallel.vocabulary import IGNORED
-from megatron_iiet.training.inputs import Inputs, inputs_of
 from tests.models.conftest import Build, randomise_solvers
 
 SOLVERS: dict[str, dict[str, Any]] = {

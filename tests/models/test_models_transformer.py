@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from megatron_iiet.config import config_from_dict
 from megatron_iiet.models import Transformer
 from megatron_iiet.models.diagnostics import observe_iterates
-from megatron_iiet.models.portable import without_padding
 from megatron_iiet.parallel.vocabulary import IGNORED
+from megatron_iiet.storage.portable import without_padding
 from tests.models.conftest import Build, randomise_solvers
 
 # name: hidden, feed-forward, layers, heads, tied, parameters without merge coefficients

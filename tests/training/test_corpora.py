@@ -17,7 +17,8 @@ from megatron_iiet.data.corpora.shard_list import write_shards
 from megatron_iiet.data.tokenizers.loading import tokenizer_digest
 from megatron_iiet.parallel import ParallelContext
 from megatron_iiet.parallel.launch import launch_environment
-from megatron_iiet.training import checkpoint, pretrain
+from megatron_iiet.storage import checkpoint
+from megatron_iiet.training import pretrain
 from megatron_iiet.training.callbacks import Callback
 from megatron_iiet.training.corpora import describe_corpora, open_corpora
 from megatron_iiet.training.engine import StepResult

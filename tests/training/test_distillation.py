@@ -12,8 +12,8 @@ import torch
 
 from megatron_iiet.config import ConfigError, RunConfig, config_from_dict
 from megatron_iiet.models import Transformer
-from megatron_iiet.training.checkpoint import checkpoints_folder
-from megatron_iiet.training.export import export_run
+from megatron_iiet.storage.checkpoint import checkpoints_folder
+from megatron_iiet.storage.checkpoint_model import export_run
 from megatron_iiet.training.metrics import read_log
 from megatron_iiet.training.warm_start import open_teacher
 from tests.distributed.harness import run_ranks

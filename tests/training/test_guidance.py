@@ -15,20 +15,20 @@ from hypothesis import strategies as st
 
 from megatron_iiet import models
 from megatron_iiet.config import ConfigError, LoadedConfig, RunConfig, config_from_dict, validate
-from megatron_iiet.config.iteration_plan import IterationPlan, even_iterations, most_influential
+from megatron_iiet.config.iteration_plan import IterationPlan
 from megatron_iiet.config.schema import GuidanceConfig
 from megatron_iiet.config.solvers import find_solver
 from megatron_iiet.data.loader.batches import ValidationBatches
+from megatron_iiet.data.loader.inputs import inputs_of
 from megatron_iiet.data.loader.samples import build_splits
 from megatron_iiet.models.diagnostics import observe_iterates
+from megatron_iiet.models.iterations import even_iterations, iterations_at, mean_evaluations, most_influential
 from megatron_iiet.parallel import ParallelContext
-from megatron_iiet.training import checkpoint
+from megatron_iiet.storage import checkpoint
+from megatron_iiet.storage.checkpoint_model import export_run
 from megatron_iiet.training.callbacks.guidance import favouring, running_mean
-from megatron_iiet.training.export import export_run
-from megatron_iiet.training.inputs import inputs_of
 from megatron_iiet.training.metrics import read_log
 from megatron_iiet.training.pretrain import prepare, reconciled_ds_config
-from megatron_iiet.training.schedules import iterations_at, mean_evaluations
 from tests.distributed.harness import run_ranks
 from tests.distributed.runs import as_data, ds_json, pretrain_rank
 from tests.tiny import make_data, tiny_config, validation_loss

@@ -9,7 +9,7 @@ import pytest
 
 from megatron_iiet.config import RunConfig, config_from_dict
 from megatron_iiet.models import Transformer
-from megatron_iiet.training.layout import stage_plan
+from megatron_iiet.models.pipeline import stage_plan
 from megatron_iiet.training.run import Run
 
 

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_iiet.training import checkpoint
-from megatron_iiet.training.export import export_run
+from megatron_iiet.storage import checkpoint
+from megatron_iiet.storage.checkpoint_model import export_run
 from megatron_iiet.training.metrics import read_log
 from tests.distributed.harness import RanksFailedError, run_ranks
 from tests.distributed.runs import as_data, ds_json, pretrain_rank
@@ -112,7 +112,7 @@ def test_a_save_over_an_older_one_is_never_a_mixture(data: dict[str, str], tmp_p
 
 def pretrain_until_killed(config: dict[str, Any], ds_path: Path, victim: int) -> None:
     """Train; rank ``victim`` dies in the middle of writing its part of the second checkpoint."""
-    from megatron_iiet.models import safetensors_stream
+    from megatron_iiet.storage import safetensors_stream
 
     whole, calls = safetensors_stream.replacing, [0]
 

@@ -10,11 +10,12 @@ import torch
 
 from megatron_iiet.config import RunConfig, config_from_dict
 from megatron_iiet.config.schema import OptimizerConfig
-from megatron_iiet.training import checkpoint
-from megatron_iiet.training.export import export_run
-from megatron_iiet.training.fragments import FragmentReader
+from megatron_iiet.models.iterations import iterations_at, mean_evaluations
+from megatron_iiet.storage import checkpoint
+from megatron_iiet.storage.checkpoint_model import export_run
+from megatron_iiet.storage.fragments import FragmentReader
 from megatron_iiet.training.metrics import read_log
-from megatron_iiet.training.schedules import iterations_at, learning_rate, mean_evaluations
+from megatron_iiet.training.schedules import learning_rate
 from tests.distributed.harness import run_ranks
 from tests.distributed.runs import as_data, ds_json, pretrain_rank
 from tests.tiny import make_data, tiny_config

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +14,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from megatron_iiet import models
 from megatron_iiet.config import ConfigError, RunConfig
 from megatron_iiet.models import Transformer
-from megatron_iiet.parallel.shard import Shard
-from megatron_iiet.training import warm_start
-from megatron_iiet.training.checkpoint import checkpoints_folder
-from megatron_iiet.training.export import export_run
+from megatron_iiet.storage.checkpoint import checkpoints_folder
+from megatron_iiet.storage.checkpoint_model import export_run
+from megatron_iiet.storage.source import KINDS
 from megatron_iiet.training.metrics import read_log
-from megatron_iiet.training.warm_start import Source, WarmStart, open_warm_start
+from megatron_iiet.training.warm_start import open_warm_start
 from tests.distributed.harness import RanksFailedError, run_ranks
 from tests.distributed.runs import as_data, ds_json, pretrain_rank
 from tests.tiny import make_data, tiny_config, validation_loss
@@ -266,7 +264,7 @@ def refusal(config: RunConfig, source: Path | str) -> str:
 def test_refuses_what_is_no_model(tmp_path: Path) -> None:
     config = tiny_config({}, tmp_path / "run")
     assert open_warm_start(config) is None
-    give = f"; give {warm_start.KINDS}"
+    give = f"; give {KINDS}"
     gone = tmp_path / "gone"
     assert refusal(config, gone) == f"training.initial_weights is {gone}, which does not exist{give}"
     gone.write_text("")
@@ -331,79 +329,3 @@ def test_refuses_damaged_weights(tmp_path: Path) -> None:
     (tmp_path / "model" / "model.safetensors").write_bytes(b"no header")
     with pytest.raises(ValueError, match=r"model\.safetensors is damaged"):
         open_warm_start(config)
-
-
-# --- reading a rank's part ---
-
-
-@dataclass
-class Stored:
-    """Weights in memory that note what was read."""
-
-    tensors: dict[str, Tensor]
-    most: int = 0
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.tensors)
-
-    def rows(self, name: str, first: int, last: int) -> Tensor:
-        assert 0 <= first <= last <= len(self.tensors[name])
-        self.most = max(self.most, last - first)
-        return self.tensors[name][first:last]
-
-
-@pytest.mark.parametrize("scratch", [1 << 20, 4 * 12 * 3])
-@pytest.mark.parametrize(
-    ("shape", "shard", "sizes"),
-    [
-        ((24, 12), Shard(0, (24,)), (1, 2, 4)),
-        ((24, 12), Shard(0, (12, 8, 4)), (1, 2, 4)),
-        ((10, 12), Shard(1, (12,)), (1, 2, 4)),
-        ((10, 12), Shard(1, (8, 4)), (1, 2, 4)),
-        ((7, 12), None, (1,)),
-        ((13,), None, (1,)),
-    ],
-    ids=str,
-)
-def test_a_rank_s_interval(
-    shape: tuple[int, ...],
-    shard: Shard | None,
-    sizes: tuple[int, ...],
-    scratch: int,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(warm_start, "SCRATCH_BYTES", scratch)
-    whole = torch.randn(shape)
-    stored = Stored({"x": whole})
-    warm = WarmStart(Source("here", tiny_config({}, Path("run")), stored), frozenset("x"), (0, 0, 0))
-    for size in sizes:
-        for rank in range(size):
-            flat = (whole if shard is None else shard.take(whole, size, rank)).reshape(-1)
-            for start in range(0, len(flat), 5):
-                for stop in {start, start + 1, min(start + 17, len(flat)), len(flat)}:
-                    out = torch.full((stop - start,), float("nan"))
-                    warm.fill(
-                        "x", out, shape=shape, shard=shard, tensor_size=size, tensor_rank=rank, start=start
-                    )
-                    assert torch.equal(out, flat[start:stop])
-    if scratch < 1 << 20 and len(shape) > 1:
-        assert stored.most <= 3, "reads more at once than the bound"
-
-
-def test_vocabulary_padding_is_zero_whatever_is_stored() -> None:
-    config = tiny_config({}, Path("run"), model={"vocab_size": 10})
-    stored = Stored({"embedding.weight": torch.ones(12, 3)})  # with two rows of padding of its own
-    warm = WarmStart(Source("here", config, stored), frozenset(), (0, 0, 0))
-    config.model.hidden_size = 3
-    for rank, expected in enumerate((8 * [1.0], 2 * [1.0] + 6 * [0.0], 8 * [0.0])):
-        out = torch.full((8 * 3,), float("nan"))
-        warm.fill(
-            "embedding.weight",
-            out,
-            shape=(24, 3),
-            shard=Shard(0, (24,)),
-            tensor_size=3,
-            tensor_rank=rank,
-            start=0,
-        )
-        assert out.view(8, 3).tolist() == [[value] * 3 for value in expected]

@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from megatron_iiet.config import iterations_per_layer
-from megatron_iiet.config.iteration_plan import IterationPlan, most_influential
+from megatron_iiet.config.iteration_plan import IterationPlan
 from megatron_iiet.config.schema import evaluations_in_budget
 from megatron_iiet.data.loader.batches import ValidationBatches
+from megatron_iiet.models.iterations import most_influential
 from megatron_iiet.training.callbacks.base import Callback, is_due
 
 if TYPE_CHECKING:

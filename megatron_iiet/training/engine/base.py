@@ -18,16 +18,16 @@ from torch import Tensor
 from megatron_iiet.config import RunConfig, iterations_per_layer
 from megatron_iiet.config.deepspeed import zero_stage
 from megatron_iiet.data.loader.batches import Batch, ValidationBatch, ValidationBatches
+from megatron_iiet.data.loader.inputs import Inputs, inputs_of
 from megatron_iiet.models.diagnostics import IterateStatistics, observe_iterates
 from megatron_iiet.models.distilled import LossParts, teacher_config
+from megatron_iiet.models.pipeline import stage_plan
 from megatron_iiet.models.transformer import Transformer
 from megatron_iiet.parallel import ParallelContext
+from megatron_iiet.storage.fragments import FragmentReader, write_fragments, write_index
 from megatron_iiet.training.engine.corrected import CorrectedEngine
 from megatron_iiet.training.engine.grid import model_parallel_unit
 from megatron_iiet.training.engine.optimizer_state import load_fragments, own_fragments, start_from
-from megatron_iiet.training.fragments import FragmentReader, write_fragments, write_index
-from megatron_iiet.training.inputs import Inputs, inputs_of
-from megatron_iiet.training.layout import stage_plan
 from megatron_iiet.training.warm_start import WarmStart
 
 
@@ -86,7 +86,7 @@ class Engine(ABC):
             self.teacher = self._part_of(taught_by, ds_config, backend)
             for name, parameter in self.teacher.named_parameters():
                 with self._writable(parameter):
-                    teacher.fill_parameter(name, parameter, context.tensor)
+                    teacher.source.fill_parameter(name, parameter, context.tensor)
         if initialise:
             taken = warm.taken if warm is not None else frozenset()
             self.model.initialise(config.training.seed, whole=self._writable, besides=taken)

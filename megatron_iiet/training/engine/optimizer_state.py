@@ -16,8 +16,8 @@ from torch import Tensor
 
 from megatron_iiet.parallel import ParallelContext
 from megatron_iiet.parallel.tensor import shard_of
+from megatron_iiet.storage.fragments import Fragment, FragmentReader
 from megatron_iiet.training.engine.corrected import is_owner
-from megatron_iiet.training.fragments import Fragment, FragmentReader
 from megatron_iiet.training.warm_start import WarmStart
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -109,7 +109,7 @@ def start_from(
     for held in _held(engine, names):
         name, shard = names[held.parameter], shard_of(held.parameter)
         if name in warm.taken:
-            warm.fill(
+            warm.source.fill(
                 name,
                 held.flat.detach().view(-1).narrow(0, held.offset, held.numel),
                 shape=_global_shape(held),

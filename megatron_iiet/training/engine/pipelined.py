@@ -15,13 +15,13 @@ from torch import Tensor
 
 from megatron_iiet.config import RunConfig
 from megatron_iiet.data.loader.batches import Batch, ValidationBatch, ValidationBatches
+from megatron_iiet.data.loader.inputs import Inputs
 from megatron_iiet.models.distilled_pipeline import DistilledStage, Prediction
 from megatron_iiet.models.pipeline import PipelineStage
 from megatron_iiet.models.transformer import Transformer
 from megatron_iiet.parallel import ParallelContext
 from megatron_iiet.training.engine.base import Engine, StepResult
 from megatron_iiet.training.engine.corrected import CorrectedEngine
-from megatron_iiet.training.inputs import Inputs
 
 Labels = Tensor | tuple[Tensor, Tensor]
 """Targets [b, T], or targets and what the sum of their losses is divided by."""

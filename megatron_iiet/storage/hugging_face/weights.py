@@ -16,8 +16,9 @@ from torch import Tensor
 
 from megatron_iiet.config import RunConfig
 from megatron_iiet.config.schema import ModelConfig
-from megatron_iiet.hf.shards import Shape, ShardReader, TensorToWrite
 from megatron_iiet.models.solvers import build_solver
+from megatron_iiet.storage.hugging_face.shards import ShardReader
+from megatron_iiet.storage.safetensors_stream import Shape, TensorToWrite
 
 CONFIG_FILE = "config.json"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -68,7 +69,7 @@ def tensors_to_write(
         for name, shape in tensors.items():
             kind = torch.float32 if ".solver." in name else dtype
             factor = scale if name == EMBEDDING else 1.0
-            found[name] = TensorToWrite(shape, kind, partial(_rows, weights, ours, above, factor))
+            found[name] = TensorToWrite.of_rows(shape, kind, partial(_rows, weights, ours, above, factor))
             above += shape[0]
     return found
 

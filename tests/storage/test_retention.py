@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_iiet.training.checkpoint import checkpoints_folder, commit, tag_of
+from megatron_iiet.storage.checkpoint import checkpoints_folder, commit, tag_of
 
 
 @pytest.fixture

@@ -13,9 +13,9 @@ from typing import Any
 from megatron_iiet.config import RunConfig, config_from_dict, config_to_dict
 from megatron_iiet.config.schema import ModelConfig
 from megatron_iiet.config.solvers import find_solver, own_keys
-from megatron_iiet.hf.shards import read_json
-from megatron_iiet.hf.solver_fields import solver_from_fields
-from megatron_iiet.hf.weights import CONFIG_FILE, HFWeights, WithInitialSolvers
+from megatron_iiet.storage.hugging_face.shards import read_json
+from megatron_iiet.storage.hugging_face.solver_fields import solver_from_fields
+from megatron_iiet.storage.hugging_face.weights import CONFIG_FILE, HFWeights, WithInitialSolvers
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "iiet": "IIETForCausalLM"}
 """By ``model_type``."""

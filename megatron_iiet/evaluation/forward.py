@@ -17,14 +17,13 @@ from torch import Tensor
 from megatron_iiet.config import RunConfig, validate
 from megatron_iiet.config.combinations import check_combination
 from megatron_iiet.config.schema import ParallelConfig
+from megatron_iiet.data.loader.inputs import Inputs
 from megatron_iiet.models.diagnostics import InfluenceSums, observe_influence
-from megatron_iiet.models.pipeline import PipelineStage
+from megatron_iiet.models.pipeline import PipelineStage, stage_plan
 from megatron_iiet.models.transformer import Transformer
 from megatron_iiet.parallel import ParallelContext
 from megatron_iiet.parallel.vocabulary import IGNORED
-from megatron_iiet.training.inputs import Inputs
-from megatron_iiet.training.layout import stage_plan
-from megatron_iiet.training.warm_start import Source, WarmStart
+from megatron_iiet.storage.source import Source
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -76,10 +75,8 @@ class ForwardModel:
                 parallel=context.tensor_parallel,
                 layers=stages[context.pipeline.rank],
             ).eval()
-        names = [name for name, _ in self.whole.named_parameters()]
-        weights = WarmStart(source, frozenset(names), (self.whole.num_parameters(), 0, 0))
         for name, parameter in self.model.named_parameters():
-            weights.fill_parameter(name, parameter, context.tensor)
+            source.fill_parameter(name, parameter, context.tensor)
             if not getattr(parameter, "keep_fp32", False):
                 parameter.data = parameter.data.to(self.dtype)
         self._stage = PipelineStage(self.model, config.data.sequence_length)

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from megatron_iiet import models
-from megatron_iiet.hf import import_llama, tokenizer_files
+from megatron_iiet.storage.hugging_face import import_llama, tokenizer_files
 
 torch.set_num_threads(1)
 

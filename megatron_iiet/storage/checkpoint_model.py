@@ -12,10 +12,10 @@ from torch import Tensor
 from megatron_iiet.config import ConfigError, RunConfig, config_from_file
 from megatron_iiet.config.schema import GuidanceConfig
 from megatron_iiet.config.solvers import Euler, Iterating
-from megatron_iiet.hf.llama import files_of_tokenizer
-from megatron_iiet.training import checkpoint
-from megatron_iiet.training.fragments import FragmentReader
-from megatron_iiet.training.schedules import iterations_at
+from megatron_iiet.models.iterations import iterations_at
+from megatron_iiet.storage import checkpoint
+from megatron_iiet.storage.fragments import FragmentReader
+from megatron_iiet.storage.hugging_face.llama import files_of_tokenizer
 
 
 @dataclass(frozen=True)

@@ -27,13 +27,8 @@ import torch
 from torch import Tensor
 
 from megatron_iiet import durable
-from megatron_iiet.models.safetensors_stream import (
-    ITEM_BYTES,
-    SafetensorsFile,
-    TensorSource,
-    write_safetensors,
-)
 from megatron_iiet.parallel.shard import Shard
+from megatron_iiet.storage.safetensors_stream import SafetensorsFile, TensorToWrite, write_safetensors
 
 KINDS = ("fp32", "exp_avg", "exp_avg_sq")
 """Master weight, first and second moment."""
@@ -96,7 +91,7 @@ def write_fragments(path: Path, fragments: Sequence[Fragment]) -> list[dict[str,
     Raises:
         ValueError: a name comes twice, or a fragment's tensors do not fit its interval.
     """
-    tensors: dict[str, TensorSource] = {}
+    tensors: dict[str, TensorToWrite] = {}
     entries: dict[str, dict[str, Any]] = {}
     for f in fragments:
         _check_tensors(path, f)
@@ -104,7 +99,8 @@ def write_fragments(path: Path, fragments: Sequence[Fragment]) -> list[dict[str,
             raise ValueError(f"cannot write {path}: {f.name} comes twice; give one fragment a parameter")
         kinds = [kind for kind in KINDS if kind in f.tensors]
         for kind in kinds if f.numel else ():
-            tensors[f"{kind}/{f.name}"] = ((f.numel,), partial(f.tensors.__getitem__, kind))
+            make = partial(f.tensors.__getitem__, kind)
+            tensors[f"{kind}/{f.name}"] = TensorToWrite.whole((f.numel,), make)
         parameter = {
             "shape": list(f.shape),
             "shard": f.shard and {"dim": f.shard.dim, "blocks": list(f.shard.blocks)},
@@ -273,7 +269,7 @@ class FragmentReader:
         stored = [entry.shard.slices(entry.tensor_size, rank) for rank in range(entry.tensor_size)]
         stored_width = inner * sum(s.stop - s.start for s in stored[0])
         shared = [list(_shared(held, slices, inner)) for slices in stored]
-        most = max(1, SCRATCH_BYTES // (ITEM_BYTES * stored_width))
+        most = max(1, SCRATCH_BYTES // (4 * stored_width))
         for row, rows, first, last in _rectangles(start, len(target), width, most):
             offset = row * width + first - start
             view = target[offset : offset + rows * (last - first)].view(rows, last - first)
@@ -299,7 +295,9 @@ class FragmentReader:
             piece = pieces[i]
             stop = min(end, piece.start + piece.numel)
             part, target = target[: stop - start], target[stop - start :]
-            self._open(piece.file).read(f"{kind}/{name}", piece.numel, start - piece.start, part)
+            file, key = self._open(piece.file), f"{kind}/{name}"
+            file.require(key, "F32", (piece.numel,))
+            file.read(key, start - piece.start, part)
             start, i = stop, i + 1
 
     def _open(self, file: str) -> SafetensorsFile:

@@ -1,45 +1,31 @@
-"""The safetensors files of a Hugging Face folder, one shard or many: read and written some rows at a time.
-
-Read, not mapped: mapped pages would count as this process's memory.
-"""
+"""The safetensors files of a Hugging Face folder, one shard or many."""
 
 from __future__ import annotations
 
 import json
-import os
 import re
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from math import prod
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_iiet import durable
+from megatron_iiet.storage.safetensors_stream import (
+    DTYPES,
+    SafetensorsFile,
+    Shape,
+    TensorToWrite,
+    write_safetensors,
+)
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
-Shape = tuple[int, ...]
-
-_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-_CHUNK_BYTES = 16 << 20
+_METADATA = {"format": "pt"}  # what transformers asks of a file
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
-
-
-@dataclass(frozen=True)
-class _Stored:
-    """Where a tensor is."""
-
-    path: Path
-    dtype: str
-    shape: Shape
-    offset: int
-    """Of its first byte in the file."""
 
 
 class ShardReader:
@@ -51,9 +37,8 @@ class ShardReader:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._where = {
-            name: stored for path in _weight_files(folder) for name, stored in _entries(path).items()
-        }
+        files = map(_open, _weight_files(folder))
+        self._where = {name: file for file in files for name in file.tensors}
 
     def __contains__(self, name: str) -> bool:
         return name in self._where
@@ -72,21 +57,22 @@ class ShardReader:
             ValueError: naming the tensor; ``described_by`` is the file that asks for it.
         """
         for name, shape in expected.items():
-            stored = self._where.get(name)
-            if stored is None:
+            file = self._where.get(name)
+            if file is None:
                 raise ValueError(
                     f"{self.folder} has no tensor {name} ({list(shape)}), which its {described_by} asks for; "
                     "give the complete checkpoint of a LlamaForCausalLM or IIETForCausalLM"
                 )
+            stored = file.tensors[name]
             if stored.shape != shape:
                 raise ValueError(
-                    f"{stored.path}: tensor {name} is {list(stored.shape)}, but {described_by} asks for "
+                    f"{file.path}: tensor {name} is {list(stored.shape)}, but {described_by} asks for "
                     f"{list(shape)}; weights and configuration do not belong together"
                 )
-            if stored.dtype not in _DTYPES:
+            if stored.dtype not in DTYPES:
                 raise ValueError(
-                    f"{stored.path}: tensor {name} is stored as {stored.dtype}; supported are "
-                    f"{', '.join(_DTYPES)}, so save the checkpoint without quantisation"
+                    f"{file.path}: tensor {name} is stored as {stored.dtype}; supported are "
+                    f"{', '.join(DTYPES)}, so save the checkpoint without quantisation"
                 )
 
     def read_rows(self, name: str, first: int, out: Tensor) -> None:
@@ -95,38 +81,8 @@ class ShardReader:
         Raises:
             ValueError: the file ends before, because something cut it off since it was opened.
         """
-        stored = self._where[name]
-        dtype, width = _DTYPES[stored.dtype], prod(stored.shape[1:])
-        most = _rows_of(_CHUNK_BYTES, 4 * width)
-        with stored.path.open("rb") as file:
-            for start in range(0, len(out), most):
-                part = out[start : start + most]
-                raw = part if dtype == torch.float32 else torch.empty(part.shape, dtype=dtype)
-                offset = stored.offset + (first + start) * width * dtype.itemsize
-                view = _bytes_of(raw)
-                while view:
-                    count = os.preadv(file.fileno(), [view], offset)
-                    if not count:
-                        raise ValueError(
-                            f"{stored.path} ends at byte {offset}, within {name}; download it again"
-                        )
-                    offset, view = offset + count, view[count:]
-                if raw is not part:
-                    part.copy_(raw)
-
-
-@dataclass(frozen=True)
-class TensorToWrite:
-    """A tensor that is made some rows at a time."""
-
-    shape: Shape
-    dtype: torch.dtype
-    rows: Callable[[int, int], Tensor]
-    """Its rows [first, last), fp32."""
-
-    @property
-    def bytes(self) -> int:
-        return prod(self.shape) * self.dtype.itemsize
+        file = self._where[name]
+        file.read(name, first * prod(file.tensors[name].shape[1:]), out)
 
 
 def write_shards(folder: Path, tensors: Mapping[str, TensorToWrite], max_shard_bytes: int) -> list[str]:
@@ -147,11 +103,11 @@ def write_shards(folder: Path, tensors: Mapping[str, TensorToWrite], max_shard_b
         shards[-1][name] = tensor
         filled += tensor.bytes
     if len(shards) == 1:
-        _write_file(folder / WEIGHTS_FILE, shards[0])
+        write_safetensors(folder / WEIGHTS_FILE, shards[0], _METADATA)
         return [WEIGHTS_FILE]
     names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
     for file, shard in zip(names, shards, strict=True):
-        _write_file(folder / file, shard)
+        write_safetensors(folder / file, shard, _METADATA)
     index = {
         "metadata": {"total_size": sum(tensor.bytes for tensor in tensors.values())},
         "weight_map": {name: file for file, shard in zip(names, shards, strict=True) for name in shard},
@@ -188,60 +144,13 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _write_file(path: Path, tensors: Mapping[str, TensorToWrite]) -> None:
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, tensor in tensors.items():
-        start, end = end, end + tensor.bytes
-        offsets = [start, end]
-        header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    with durable.replacing(path) as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for name, tensor in tensors.items():
-            rows, width = tensor.shape[0], 4 * prod(tensor.shape[1:])
-            most = _rows_of(_CHUNK_BYTES, width)
-            for first in range(0, rows, most):
-                last = min(first + most, rows)
-                part = tensor.rows(first, last)
-                assert tuple(part.shape) == (last - first, *tensor.shape[1:]), f"{name}: {part.shape}"
-                file.write(_bytes_of(_cast(part, tensor.dtype, name)))
-
-
-def _cast(part: Tensor, dtype: torch.dtype, name: str) -> Tensor:
-    cast = part.detach().to("cpu", dtype).contiguous()
-    if dtype == torch.float16 and not torch.equal(cast.isfinite(), part.isfinite().cpu()):
-        raise ValueError(
-            f"{name} holds {part.abs().max().item():g}, which fp16 (largest value 65504) cannot hold; "
-            "export as bf16 or fp32"
-        )
-    return cast
-
-
-def _bytes_of(tensor: Tensor) -> memoryview:
-    """The memory of a contiguous CPU tensor of at least one dimension."""
-    return tensor.view(torch.uint8).view(-1).numpy().data
-
-
-def _rows_of(size: int, width: int) -> int:
-    return max(1, size // width)
-
-
-def _entries(path: Path) -> dict[str, _Stored]:
+def _open(path: Path) -> SafetensorsFile:
     try:
         with safe_open(path, framework="pt"):  # checks the whole header against the size of the file
             pass
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(length))
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is not a readable safetensors file ({error}); download it again") from None
-    header.pop("__metadata__", None)
-    return {
-        name: _Stored(path, entry["dtype"], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0])
-        for name, entry in header.items()
-    }
+    return SafetensorsFile(path, "download it again")
 
 
 def _weight_files(folder: Path) -> list[Path]:

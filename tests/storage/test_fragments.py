@@ -22,8 +22,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from megatron_iiet.parallel.shard import Shard
-from megatron_iiet.training import fragments as store
-from megatron_iiet.training.fragments import KINDS, Fragment, FragmentReader, write_fragments, write_index
+from megatron_iiet.storage import fragments as store
+from megatron_iiet.storage.fragments import KINDS, Fragment, FragmentReader, write_fragments, write_index
 
 SIZES = (1, 2, 4)
 LARGEST = max(SIZES)
@@ -334,7 +334,7 @@ def test_a_failing_writer_leaves_no_file(tmp_path: Path) -> None:
 KILLED = """
 import os, sys, torch
 from pathlib import Path
-from megatron_iiet.training import fragments
+from megatron_iiet.storage import fragments
 class Killing(dict):  # when the writer asks for the tensor, in the middle of the file
     def __getitem__(self, kind):
         os._exit(9)
@@ -345,8 +345,8 @@ fragments.write_fragments(Path(sys.argv[1]), [f])
 MEMORY = """
 import re, sys
 from pathlib import Path
-from megatron_iiet.training import fragments
-from megatron_iiet.training.fragments import FragmentReader
+from megatron_iiet.storage import fragments
+from megatron_iiet.storage.fragments import FragmentReader
 
 def peak():  # of this process alone; ru_maxrss would count the parent's before exec
     return int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024

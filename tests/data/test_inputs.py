@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from megatron_iiet.data.loader.batches import Batch, ValidationBatch
+from megatron_iiet.data.loader.inputs import inputs_of
 from megatron_iiet.parallel.vocabulary import IGNORED
-from megatron_iiet.training.inputs import inputs_of
 
 TOKENS = torch.tensor([[10, 11, 12, 13, 14], [20, 21, 22, 23, 24]])
 # A document that started before the window, another; a document of one token, one of two, padding.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from math import prod
 from pathlib import Path
 
 import torch
@@ -15,8 +16,8 @@ from torch import Tensor
 
 from megatron_iiet.config import RunConfig, config_from_file, config_to_yaml
 from megatron_iiet.durable import sync_folder
-from megatron_iiet.models.safetensors_stream import TensorSource, write_safetensors
 from megatron_iiet.models.transformer import VOCABULARY_WEIGHTS, Transformer
+from megatron_iiet.storage.safetensors_stream import SafetensorsFile, TensorToWrite, write_safetensors
 
 CONFIG_FILE = "config.yaml"
 WEIGHTS_FILE = "model.safetensors"
@@ -44,15 +45,15 @@ def save(
     expected = _expected_shapes(Transformer.on_meta(config))
     _check_shapes(expected, {name: expected.get(name, ()) for name in state}, str(folder))
 
-    def source(name: str) -> TensorSource:
-        return expected[name], lambda: without_padding(config, name, state[name])
+    def tensor(name: str) -> TensorToWrite:
+        return TensorToWrite.whole(expected[name], lambda: without_padding(config, name, state[name]))
 
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
         (partial / CONFIG_FILE).write_text(config_to_yaml(config))
-        write_safetensors(partial / WEIGHTS_FILE, {name: source(name) for name in expected}, {"format": "pt"})
+        write_safetensors(partial / WEIGHTS_FILE, {name: tensor(name) for name in expected}, {"format": "pt"})
         for file in extra_files:
             shutil.copy(file, partial / Path(file).name)
         partial.rename(folder)
@@ -106,16 +107,18 @@ class StoredModel(Mapping[str, Tensor]):
         self.config.training.recompute = "off"
         path = folder / WEIGHTS_FILE
         try:
-            self._file = safe_open(path, framework="pt")
+            with safe_open(path, framework="pt"):  # checks the whole header against the size of the file
+                pass
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{path} is damaged ({error}); convert the model again") from None
-        names = list(self._file.keys())
-        self._shapes = {name: tuple(self._file.get_slice(name).get_shape()) for name in names}
+        self._file = SafetensorsFile(path, "convert the model again")
+        self._shapes = {name: stored.shape for name, stored in self._file.tensors.items()}
         _check_shapes(_expected_shapes(Transformer.on_meta(self.config)), self._shapes, str(path))
 
     def __getitem__(self, name: str) -> Tensor:
-        tensor: Tensor = self._file.get_tensor(name)
-        return tensor.float()
+        tensor = torch.empty(self._shapes[name])
+        self._file.read(name, 0, tensor)
+        return tensor
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._shapes)
@@ -127,8 +130,10 @@ class StoredModel(Mapping[str, Tensor]):
         """Rows [first, last) of a parameter; a scalar is one row."""
         if not self._shapes[name]:
             return self[name].view(1)
-        rows: Tensor = self._file.get_slice(name)[first:last]
-        return rows.float()
+        width = prod(self._shapes[name][1:])
+        rows = torch.empty(last - first, *self._shapes[name][1:])
+        self._file.read(name, first * width, rows)
+        return rows
 
 
 def check_new(folder: str | Path) -> None:

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from megatron_iiet.config import config_to_yaml
-from megatron_iiet.evaluation.curves import plot_losses
-from megatron_iiet.evaluation.summary import list_files, summarize_run
+from megatron_iiet.training.curves import plot_losses
+from megatron_iiet.training.summary import list_files, summarize_run
 from tests.tiny import make_data, tiny_config
 
 

@@ -11,7 +11,7 @@
 
 ``latest`` is replaced atomically after every rank's shards are on disk: a kill at any moment leaves the
 previous checkpoint in force. Weights and moments are stored under the parameters' names with their place in
-the whole (:mod:`megatron_iiet.training.fragments`), so that any layout reads what any other wrote.
+the whole (:mod:`megatron_iiet.storage.fragments`), so that any layout reads what any other wrote.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from megatron_iiet import durable
 from megatron_iiet.config import ConfigError, RunConfig, config_from_file, config_to_dict, config_to_yaml
 from megatron_iiet.config.iteration_plan import IterationPlan
 from megatron_iiet.data.loader.blend import Blend
-from megatron_iiet.training.fragments import INDEX
+from megatron_iiet.storage.fragments import INDEX
 
 FORMAT = 4
 # 3 had no iteration plan; 2 had a place in the data of another form, which the reader of samples understands.

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_iiet import models
-from megatron_iiet.models.portable import without_padding
+from megatron_iiet.storage.portable import without_padding
 from tests.models.conftest import Build, randomise_solvers
 
 

@@ -1,0 +1,140 @@
+"""Any model on disk as a configuration and weights, whatever form it has; a rank reads the rows that hold its
+part, whole models are nowhere."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from megatron_iiet.config import ConfigError, RunConfig
+from megatron_iiet.models.transformer import VOCABULARY_WEIGHTS
+from megatron_iiet.parallel.group import Group
+from megatron_iiet.parallel.shard import Shard
+from megatron_iiet.parallel.tensor import shard_of
+from megatron_iiet.storage import portable
+from megatron_iiet.storage.checkpoint_model import find_checkpoint, model_of_checkpoint
+from megatron_iiet.storage.fragments import SCRATCH_BYTES
+from megatron_iiet.storage.hugging_face import llama
+
+KINDS = (
+    "a model folder of tools/convert_checkpoint.py (config.yaml, model.safetensors), a training run's "
+    "output_dir or one of its checkpoints, or a Hugging Face folder (config.json, safetensors) of a LLaMA or "
+    "one that tools/convert_checkpoint.py wrote"
+)
+
+
+class Weights(Protocol):
+    """Stored parameters by our names; the vocabulary's padding may be there or not."""
+
+    def __iter__(self) -> Iterator[str]: ...
+
+    def rows(self, name: str, first: int, last: int) -> Tensor:
+        """Rows [first, last) of a parameter, fp32 on the CPU (a scalar is one row)."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model to take weights from."""
+
+    words: str
+    """What and where it is."""
+    config: RunConfig
+    weights: Weights
+
+    def fill_parameter(self, name: str, parameter: Tensor, tensor: Group) -> None:
+        """Fill a rank's part of a parameter, which must be there to write to."""
+        shard, shape = shard_of(parameter), list(parameter.shape)
+        if shard is not None:
+            shape[shard.dim] = sum(shard.blocks)
+        self.fill(
+            name,
+            parameter.detach().view(-1),
+            shape=tuple(shape),
+            shard=shard,
+            tensor_size=tensor.size if shard else 1,
+            tensor_rank=tensor.rank if shard else 0,
+            start=0,
+        )
+
+    def fill(
+        self,
+        name: str,
+        out: Tensor,
+        *,
+        shape: tuple[int, ...],
+        shard: Shard | None,
+        tensor_size: int,
+        tensor_rank: int,
+        start: int,
+    ) -> None:
+        """Fill ``out``, [numel] on any device, from element ``start`` on of a rank's flattened local shard.
+
+        ``shape`` is the whole parameter's in the model that starts, its vocabulary's padding included, whose
+        rows are zero.
+        """
+        local = shard.local_shape(shape, tensor_size) if shard else shape
+        slices = shard.slices(tensor_size, tensor_rank) if shard else []
+        width, end = prod(local[1:]), start + len(out)
+        most = max(1, SCRATCH_BYTES // (4 * prod(shape[1:])))
+        last = -(-end // width)
+        for row in range(start // width, last, most):
+            stop = min(row + most, last)
+            if shard is not None and shard.dim == 0:
+                rows = self._split_rows(name, slices, row, stop)
+            else:
+                rows = self._rows(name, row, stop)
+            if shard is not None and shard.dim == 1:
+                rows = torch.cat([rows[:, columns] for columns in slices], 1)
+            low, high = max(start, row * width), min(end, stop * width)
+            part = rows.reshape(-1)[low - row * width : high - row * width]
+            out[low - start : high - start].copy_(part)
+
+    def _split_rows(self, name: str, slices: list[slice], first: int, last: int) -> Tensor:
+        """Rows [first, last) of a local shard that is made of the rows ``slices`` of the whole."""
+        parts, start = [], 0
+        for held in slices:
+            shift = held.start - start
+            low, high = max(first, start), min(last, start + held.stop - held.start)
+            if low < high:
+                parts.append(self._rows(name, low + shift, high + shift))
+            start += held.stop - held.start
+        return torch.cat(parts)
+
+    def _rows(self, name: str, first: int, last: int) -> Tensor:
+        """Rows of the whole parameter; those of the vocabulary's padding are zero."""
+        if name not in VOCABULARY_WEIGHTS:
+            return self.weights.rows(name, first, last)
+        model = self.config.model
+        stored = min(last, model.vocab_size)
+        found = self.weights.rows(name, min(first, stored), stored)
+        return torch.cat((found, found.new_zeros(last - max(first, stored), model.hidden_size)))
+
+
+def open_model(path: str | Path, key: str, *, step: int | None = None) -> Source:
+    """The model at ``path``, of whichever of the :data:`KINDS`; ``key``: the setting that messages name;
+    ``step``: of a run, the checkpoint after so many steps instead of the newest.
+
+    Raises:
+        ValueError: (and its subclass ConfigError) it is none of them, or damaged.
+    """
+    folder = Path(path) if step is None else find_checkpoint(path, step)
+    if not folder.is_dir():
+        found = "is no folder" if folder.exists() else "does not exist"
+        raise ConfigError(f"{key} is {path}, which {found}; give {KINDS}")
+    if (folder / "checkpoints").is_dir():
+        folder = find_checkpoint(folder, None)
+    if (folder / "state.json").is_file():
+        return Source(f"checkpoint {folder}", *model_of_checkpoint(folder))
+    if all((folder / file).is_file() for file in (portable.CONFIG_FILE, portable.WEIGHTS_FILE)):
+        stored = portable.StoredModel(folder)
+        return Source(f"model {folder}", stored.config, stored)
+    if (folder / llama.CONFIG_FILE).is_file():
+        kind = "IIET" if llama.is_iiet(folder) else "LLaMA"
+        return Source(f"{kind} {folder}", *llama.open_folder(folder))
+    raise ConfigError(f"{key} is {path}, which is none of what it may be; give {KINDS}")

@@ -1,0 +1,5 @@
+"""The small models of the tests of models."""
+
+from tests.models.conftest import build, tokens
+
+__all__ = ["build", "tokens"]

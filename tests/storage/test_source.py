@@ -1,0 +1,89 @@
+"""A rank's part of a model on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_iiet.parallel.shard import Shard
+from megatron_iiet.storage import source
+from megatron_iiet.storage.source import Source
+from tests.tiny import tiny_config
+
+
+@dataclass
+class Stored:
+    """Weights in memory that note what was read."""
+
+    tensors: dict[str, Tensor]
+    most: int = 0
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def rows(self, name: str, first: int, last: int) -> Tensor:
+        assert 0 <= first <= last <= len(self.tensors[name])
+        self.most = max(self.most, last - first)
+        return self.tensors[name][first:last]
+
+
+@pytest.mark.parametrize("scratch", [1 << 20, 4 * 12 * 3])
+@pytest.mark.parametrize(
+    ("shape", "shard", "sizes"),
+    [
+        ((24, 12), Shard(0, (24,)), (1, 2, 4)),
+        ((24, 12), Shard(0, (12, 8, 4)), (1, 2, 4)),
+        ((10, 12), Shard(1, (12,)), (1, 2, 4)),
+        ((10, 12), Shard(1, (8, 4)), (1, 2, 4)),
+        ((7, 12), None, (1,)),
+        ((13,), None, (1,)),
+    ],
+    ids=str,
+)
+def test_a_rank_s_interval(
+    shape: tuple[int, ...],
+    shard: Shard | None,
+    sizes: tuple[int, ...],
+    scratch: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(source, "SCRATCH_BYTES", scratch)
+    whole = torch.randn(shape)
+    stored = Stored({"x": whole})
+    model = Source("here", tiny_config({}, Path("run")), stored)
+    for size in sizes:
+        for rank in range(size):
+            flat = (whole if shard is None else shard.take(whole, size, rank)).reshape(-1)
+            for start in range(0, len(flat), 5):
+                for stop in {start, start + 1, min(start + 17, len(flat)), len(flat)}:
+                    out = torch.full((stop - start,), float("nan"))
+                    model.fill(
+                        "x", out, shape=shape, shard=shard, tensor_size=size, tensor_rank=rank, start=start
+                    )
+                    assert torch.equal(out, flat[start:stop])
+    if scratch < 1 << 20 and len(shape) > 1:
+        assert stored.most <= 3, "reads more at once than the bound"
+
+
+def test_vocabulary_padding_is_zero_whatever_is_stored() -> None:
+    config = tiny_config({}, Path("run"), model={"vocab_size": 10})
+    stored = Stored({"embedding.weight": torch.ones(12, 3)})  # with two rows of padding of its own
+    model = Source("here", config, stored)
+    config.model.hidden_size = 3
+    for rank, expected in enumerate((8 * [1.0], 2 * [1.0] + 6 * [0.0], 8 * [0.0])):
+        out = torch.full((8 * 3,), float("nan"))
+        model.fill(
+            "embedding.weight",
+            out,
+            shape=(24, 3),
+            shard=Shard(0, (24,)),
+            tensor_size=3,
+            tensor_rank=rank,
+            start=0,
+        )
+        assert out.view(8, 3).tolist() == [[value] * 3 for value in expected]
