@@ -100,8 +100,7 @@ def _fused(name: str, kernels: Any) -> Backend:
         norm_weight: Tensor | None,
         eps: float,
     ) -> tuple[Tensor, Tensor | None]:
-        rows = coefficients is not None and coefficients.dim() == 2
-        if not increments and (norm_weight is None or rows):  # nothing to merge, or nothing in several rows
+        if not increments and norm_weight is None:  # nothing to compute
             return reference.merge_norm_reference(residual, increments, coefficients, norm_weight, eps)
         if norm_weight is not None and norm_weight.dtype != torch.float32:
             storage = increments[0].dtype if residual is None else residual.dtype

@@ -56,10 +56,8 @@ def exact(
 
 def exact_norm(merged: Tensor, weight: Tensor) -> Tensor:
     """The RMSNorm in fp64."""
-    x, w = merged.double(), weight.double()
-    if w.dim() == 2:
-        w = w.view(w.shape[0], *[1] * (x.dim() - 2), -1)
-    return x / (x.square().mean(-1, keepdim=True) + EPS).sqrt() * w
+    x = merged.double()
+    return x / (x.square().mean(-1, keepdim=True) + EPS).sqrt() * weight.double()
 
 
 def assert_close(found: Tensor, wanted: Tensor, what: str = "", tolerance: float = 1e-5) -> None:

@@ -49,15 +49,14 @@ def merge_calls() -> Iterator[tuple[str, tuple[Any, ...]]]:
     """merge_norm in all its forms."""
     x = draw(3, 2, 20, grad=True)
     xs = slabs(2, 3, 2, 20, grad=True)
-    w, w2 = draw(20, seed=1, grad=True), draw(2, 20, seed=2, grad=True)
+    w = draw(20, seed=1, grad=True)
     c, c2 = draw(2, seed=3, grad=True), draw(2, 2, seed=4, grad=True)
     yield "entry", (x, xs, c, None, EPS)
     yield "no-residual", (None, xs, c, None, EPS)
     yield "corrector", (x, xs[:1], c[:1].detach().requires_grad_(), w, EPS)
     yield "ones", (x, xs, None, w, EPS)
     yield "rows", (x, xs, c2, None, EPS)
-    yield "rows-normed", (None, xs, c2, w, EPS)
-    yield "rows-norms", (x, xs, c2, w2, EPS)
+    yield "rows-no-residual", (None, xs, c2, None, EPS)
     yield "norm", (x, [], None, w, EPS)
     yield "norm-of-no-coefficients", (x, [], torch.zeros(0), w, EPS)
     yield "frozen", (x.detach(), [xs[0], xs[1].detach()], c.detach(), w, EPS)
@@ -283,7 +282,7 @@ def _check_one(ops: Any, rows: int, h: int, dtype: torch.dtype) -> None:
     k = 1 + (h + rows) % 6  # with and without a whole group of slabs
     what = f"{rows} rows of {h} in {dtype}"
     x, *increments = slabs(1 + k, rows, h, dtype=dtype)
-    c, w = draw(2, k, seed=1), draw(2, h, seed=2)
+    c, w = draw(k, seed=1), draw(h, seed=2)
     # One rounding each: two results may be neighbours. And fp32 sums of h terms in another order.
     step = {fp32: 1e-6, bf16: 2**-8, torch.float16: 2**-11}[dtype]
     merged, normed, rstd = ops.merge_norm(x, increments, c, w, EPS)
@@ -291,39 +290,62 @@ def _check_one(ops: Any, rows: int, h: int, dtype: torch.dtype) -> None:
     assert_close(merged, wanted, f"{what}: merged", 2 * step)
     exact_rstd = (merged.double().square().mean(-1) + EPS).rsqrt()
     assert_close(rstd, exact_rstd, f"{what}: rstd", 2e-6)
-    exact_normed = merged.double() * exact_rstd.unsqueeze(-1) * w.double().view(2, 1, h)
+    exact_normed = merged.double() * exact_rstd.unsqueeze(-1) * w.double()
     assert_close(normed, exact_normed, f"{what}: normed", 2 * step)
 
-    grad_merged, grad_normed = draw(2, rows, h, seed=3).to(dtype), draw(2, rows, h, seed=4).to(dtype)
+    grad_merged, grad_normed = draw(rows, h, seed=3).to(dtype), draw(rows, h, seed=4).to(dtype)
     base, for_weight, for_increments, for_row = ops.merge_norm_backward(
         grad_merged, grad_normed, merged, rstd, w, increments, c, True, True
     )
     y, dy, s = merged.double(), grad_normed.double(), exact_rstd.unsqueeze(-1)
-    pulled = w.double().view(2, 1, h) * dy
+    pulled = w.double() * dy
     gradient = grad_merged.double() + s * pulled - y * s**3 * (pulled * y).mean(-1, keepdim=True)
     # Rows of one number cancel: what is left is small beside its terms.
     scale = (s * pulled).abs().amax() if rows else 1
     assert (base.double() - gradient).abs().le(2 * step * (scale + gradient.abs())).all(), f"{what}: base"
-    assert_close(for_weight, (dy * y * s).sum(1), f"{what}: weight", 1e-5)
-    stack = torch.stack([t.double() for t in increments])
-    rounded = base.double()
-    for j, found in enumerate(for_increments):
-        assert_close(found, torch.tensordot(c[:, j].double(), rounded, 1), f"{what}: increment {j}", 2 * step)
-    scale = (stack.square().sum().sqrt() * rounded.square().sum().sqrt()).item()
-    products = torch.einsum("rth,kth->rk", rounded, stack)
-    assert (for_row - products).abs().le(1e-6 * scale).all(), f"{what}: coefficients"
+    assert_close(for_weight, (dy * y * s).sum(0), f"{what}: weight", 1e-5)
+    _check_increments(base, increments, c, for_increments, for_row, what)
 
+    two_rows, gradients = draw(2, k, seed=5), draw(2, rows, h, seed=6).to(dtype)
+    merged, _, _ = ops.merge_norm(x, increments, two_rows, None, EPS)
+    wanted, _ = backends.get_backend("reference").merge_norm(x, increments, two_rows, None, EPS)
+    assert_close(merged, wanted, f"{what}: two merges", 2 * step)
+    _, _, for_increments, for_rows = ops.merge_norm_backward(
+        gradients, *(None,) * 4, increments, two_rows, True, True
+    )
+    _check_increments(gradients, increments, two_rows, for_increments, for_rows, what)
+
+    stack = torch.stack([t.double() for t in increments])
     for direct in (x, None) if h < 2000 else (x,):
-        found, products = ops.transposed_merge(direct, x, increments, c[1], True)
-        total = torch.tensordot(c[1].double(), stack, 1) + (0 if direct is None else direct.double())
+        found, products = ops.transposed_merge(direct, x, increments, c, True)
+        total = torch.tensordot(c.double(), stack, 1) + (0 if direct is None else direct.double())
         assert_close(found, total, f"{what}: transposed", 2 * step)
         inner = torch.einsum("th,kth->k", x.double(), stack)
         assert (products - inner).abs().le(1e-6 * (1 + stack.square().sum().item())).all(), (
             f"{what}: products"
         )
-        unwanted, none = ops.transposed_merge(direct, x, increments, c[1], False)
+        unwanted, none = ops.transposed_merge(direct, x, increments, c, False)
         assert torch.equal(unwanted, found), what
         assert none.numel() == 0
+
+
+def _check_increments(
+    gradient: Tensor,
+    increments: list[Tensor],
+    coefficients: Tensor,
+    for_increments: list[Tensor],
+    for_coefficients: Tensor,
+    what: str,
+) -> None:
+    """From the rounded gradient of one merge or of several rows of them."""
+    step = {fp32: 1e-6, bf16: 2**-8, torch.float16: 2**-11}[gradient.dtype]
+    stack, c = torch.stack([t.double() for t in increments]), coefficients.double().view(-1, len(increments))
+    rounded = gradient.double().view(len(c), *increments[0].shape)
+    for j, found in enumerate(for_increments):
+        assert_close(found, torch.tensordot(c[:, j], rounded, 1), f"{what}: increment {j}", 2 * step)
+    scale = (stack.square().sum().sqrt() * rounded.square().sum().sqrt()).item()
+    products = torch.einsum("rth,kth->rk", rounded, stack).view(coefficients.shape)
+    assert (for_coefficients - products).abs().le(1e-6 * scale).all(), f"{what}: coefficients"
 
 
 def test_this_instruction_set(ops: Any) -> None:
@@ -373,11 +395,13 @@ def views(x: Tensor) -> Iterator[tuple[str, Tensor]]:
 def test_layouts_do_not_matter(ops: Any, h: int, dtype: torch.dtype) -> None:
     shape = (3, 7, h)
     x, a, b, g, n = slabs(5, *shape, dtype=dtype)
-    c, w = draw(2, 2), draw(2, h, seed=1)
+    c, rows, w = draw(2), draw(2, 2, seed=2), draw(h, seed=1)
     merged, normed, rstd = ops.merge_norm(x, [a, b], c, w, EPS)
-    grads = [torch.stack((g, n)), torch.stack((n, g))]
-    backward = ops.merge_norm_backward(*grads, merged, rstd, w, [a, b], c, True, True)
-    transposed = ops.transposed_merge(x, a, [g, n], c[0], True)
+    two_merges = ops.merge_norm(x, [a, b], rows, None, EPS)
+    backward = ops.merge_norm_backward(g, n, merged, rstd, w, [a, b], c, True, True)
+    both = torch.stack((g, n))
+    two_backward = ops.merge_norm_backward(both, *(None,) * 4, [a, b], rows, True, True)
+    transposed = ops.transposed_merge(x, a, [g, n], c, True)
     for (name, x2), (_, a2), (_, b2) in zip(views(x), views(a), views(b), strict=True):
         odd = {"transposed": 0, "misaligned": 1, "strided": 2, "negated": 3}[name]
 
@@ -387,12 +411,17 @@ def test_layouts_do_not_matter(ops: Any, h: int, dtype: torch.dtype) -> None:
         found = ops.merge_norm(x2, [a2, b2], laid_out(c), laid_out(w), EPS)
         for ours, wanted in zip(found, (merged, normed, rstd), strict=True):
             assert torch.equal(ours, wanted), name
+        found = ops.merge_norm(x2, [a2, b2], laid_out(rows), None, EPS)
+        assert torch.equal(found[0], two_merges[0]), name
         found = ops.merge_norm_backward(
-            *map(laid_out, (*grads, merged, rstd, w)), [a2, b2], laid_out(c), True, True
+            *map(laid_out, (g, n, merged, rstd, w)), [a2, b2], laid_out(c), True, True
         )
         for ours, wanted in zip(flatten(found), flatten(backward), strict=True):
             assert torch.equal(ours, wanted), name
-        found = ops.transposed_merge(x2, a2, [laid_out(g), laid_out(n)], laid_out(c[0]), True)
+        found = ops.merge_norm_backward(laid_out(both), *(None,) * 4, [a2, b2], laid_out(rows), True, True)
+        for ours, wanted in zip(flatten(found), flatten(two_backward), strict=True):
+            assert torch.equal(ours, wanted), name
+        found = ops.transposed_merge(x2, a2, [laid_out(g), laid_out(n)], laid_out(c), True)
         for ours, wanted in zip(found, transposed, strict=True):
             assert torch.equal(ours, wanted), name
 
@@ -567,18 +596,20 @@ def test_large_slabs_equal_their_parts(ops: Any, rows: int, h: int, dtype: torch
 )
 def test_bit_equal_for_any_number_of_threads(ops: Any, rows: int, h: int, dtype: torch.dtype) -> None:
     x, a, b, g, n = slabs(5, rows, h, dtype=dtype)
-    c, w = draw(2, 2), draw(2, h, seed=1)
-    grads = torch.stack((g, n)), torch.stack((n, g))
+    c, pair, w = draw(2), draw(2, 2, seed=2), draw(h, seed=1)
+    both = torch.stack((g, n))
 
     def everything() -> list[Tensor]:
         merged, normed, rstd = ops.merge_norm(x, [a, b], c, w, EPS)
-        backward = ops.merge_norm_backward(*grads, merged, rstd, w, [a, b], c, True, True)
-        plain = ops.merge_norm_backward(grads[0], None, None, None, None, [a, b], c, True, True)
+        two, _, _ = ops.merge_norm(x, [a, b], pair, None, EPS)
+        backward = ops.merge_norm_backward(g, n, merged, rstd, w, [a, b], c, True, True)
+        plain = ops.merge_norm_backward(both, None, None, None, None, [a, b], pair, True, True)
         return [
             merged,
             normed,
             rstd,
-            *flatten((*backward, *plain, *ops.transposed_merge(x, a, [g, n], c[1], True))),
+            two,
+            *flatten((*backward, *plain, *ops.transposed_merge(x, a, [g, n], c, True))),
         ]
 
     wanted = everything()
@@ -664,7 +695,8 @@ BAD_MERGES: list[tuple[str, tuple[Any, ...]]] = [
     ("norm_weight", (X, XS, C, SCALAR)),
     ("norm_weight", (X, XS, C, W[:7])),
     ("norm_weight", (X, XS, C, X)),
-    ("norm_weight", (X, XS, torch.zeros(2, 2), X)),
+    ("coefficients", (X, XS, torch.zeros(2, 2), W)),
+    ("coefficients", (X, XS, C.view(1, 2), W)),
     ("norm_weight", (X, XS, C, W.double())),
     ("norm_weight", (X, XS, C, W.bfloat16())),
     ("norm_weight", (X, XS, C, meta(W))),
@@ -695,7 +727,8 @@ BAD_BACKWARDS: list[tuple[str, tuple[Any, ...]]] = [
     ("norm_weight", (X, X, X, R3, None, XS, C)),
     ("norm_weight", (X, X, X, R3, W[:7], XS, C)),
     ("norm_weight", (X, X, X, R3, SCALAR, XS, C)),
-    ("norm_weight", (X2, X2, X2, R23, X, XS, torch.zeros(2, 2))),
+    ("norm_weight", (X, X, X, R3, X, XS, C)),
+    ("coefficients", (X2, X2, X2, R23, W, XS, torch.zeros(2, 2))),
     ("norm_weight", (X, X, X, R3, meta(W), XS, C)),
     (r"increments\[1\]", (X, *NORM, [X, X[:2]], C)),
     (r"increments\[1\]", (X, *NORM, [X, SCALAR], C)),
@@ -752,13 +785,11 @@ def test_transposed_merge_names_what_it_refuses(
 
 def test_no_coefficient_rows(ops: Any) -> None:
     """R = 0 is no error; there is no merge and no gradient, and sums over no rows are zero."""
-    merged, normed, rstd = ops.merge_norm(X, XS, torch.zeros(0, 2), W, EPS)
-    assert (merged.shape, normed.shape, rstd.shape) == ((0, 3, 8), (0, 3, 8), (0, 3))
-    base, for_weight, for_increments, for_row = ops.merge_norm_backward(
-        merged, normed, merged, rstd, W, XS, torch.zeros(0, 2), True, True
+    merged, normed, rstd = ops.merge_norm(X, XS, torch.zeros(0, 2), None, EPS)
+    assert (merged.shape, normed.shape, rstd.shape) == ((0, 3, 8), (0,), (0,))
+    _, _, for_increments, for_row = ops.merge_norm_backward(
+        merged, None, None, None, None, XS, torch.zeros(0, 2), True, True
     )
-    assert base.shape == (0, 3, 8)
-    assert torch.equal(for_weight, W)
     assert torch.equal(torch.stack(for_increments), torch.zeros(2, 3, 8))
     assert for_row.shape == (0, 2)
 
