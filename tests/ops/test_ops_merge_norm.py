@@ -13,20 +13,18 @@ from torch import Tensor
 from megatron_iiet.ops import merge_norm, resolve_backend
 from megatron_iiet.ops.backends import unavailable
 from tests.ops.inputs import (
-    BACKENDS,
     EPS,
     TOLERANCE,
     assert_close,
     exact,
     exact_norm,
     needs_extension,
+    on_every_backend,
     placed,
     rms_error,
 )
 
 torch.set_num_threads(1)
-
-on_every_backend = pytest.mark.parametrize("backend", BACKENDS)
 
 
 @st.composite
