@@ -49,7 +49,7 @@ demo: $(RUN)/loss.png $(RUN)/sample.txt
 
 $(DATA)/corpus.jsonl.zst: | setup
 	mkdir -p $(DATA)
-	$(BIN)/python tools/build_docstring_corpus.py --output $@
+	$(BIN)/python examples/demo/docstring_corpus.py --output $@
 
 $(DATA)/tokenizer.model: $(CORPUS) | setup
 	mkdir -p $(DATA)

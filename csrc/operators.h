@@ -54,14 +54,12 @@ inline void check_coefficients(const Tensor& coefficients, int64_t k, const Tens
                     like.device());
 }
 
-// A norm weight [h], or [R, h] with coefficient rows; S or fp32.
-inline void check_weight(const Tensor& weight, int64_t h, int64_t rows, const Tensor& like) {
-  const bool shared = weight.dim() == 1 && weight.size(0) == h;
-  const bool per_row = weight.dim() == 2 && weight.size(0) == rows && weight.size(1) == h;
-  TORCH_CHECK_VALUE((shared || per_row) && weight.device() == like.device() &&
+// A norm weight [h], S or fp32.
+inline void check_weight(const Tensor& weight, int64_t h, const Tensor& like) {
+  TORCH_CHECK_VALUE(weight.dim() == 1 && weight.size(0) == h && weight.device() == like.device() &&
                         (weight.scalar_type() == at::kFloat || weight.scalar_type() == like.scalar_type()),
                     "norm_weight is ", weight.sizes(), " ", weight.scalar_type(), " on ", weight.device(),
-                    ", expected [", h, "] or [", rows, ", ", h, "] on ", like.device());
+                    ", expected [", h, "] on ", like.device());
 }
 
 inline void check_statistics(const Tensor& rstd, const Tensor& like) {
@@ -108,10 +106,15 @@ inline const float* floats(const OptionalTensor& tensor) { return tensor ? tenso
 
 inline NormWeight norm_weight_of(const OptionalTensor& weight) {
   if (!weight) return {};
-  return {weight->const_data_ptr(), weight->scalar_type() == at::kFloat, weight->dim() == 2};
+  return {weight->const_data_ptr(), weight->scalar_type() == at::kFloat};
 }
 
 inline bool has_rows(const OptionalTensor& coefficients) { return coefficients && coefficients->dim() == 2; }
+
+inline void check_no_rows(const OptionalTensor& coefficients) {
+  TORCH_CHECK_VALUE(!has_rows(coefficients), "coefficients is ", coefficients->sizes(),
+                    ", but a norm is of one merge: expected [", coefficients->size(-1), "]");
+}
 
 inline Storage storage_of(const Tensor& tensor) {
   switch (tensor.scalar_type()) {
@@ -135,16 +138,18 @@ std::tuple<Tensor, Tensor, Tensor> merge_norm(const OptionalTensor& residual, at
   const int64_t R = has_rows(coefficients) ? coefficients->size(0) : 1;
   Device::check_limits(h, k, "increments");
   if (coefficients) check_coefficients(*coefficients, k, like, true);
-  if (norm_weight) check_weight(*norm_weight, h, R, like);
+  if (norm_weight) {
+    check_weight(*norm_weight, h, like);
+    check_no_rows(coefficients);
+  }
   TORCH_CHECK_VALUE(k > 0 || R == 1, "coefficients has rows but increments is empty");
 
   std::vector<int64_t> sizes = like.sizes().vec();
   if (has_rows(coefficients)) sizes.insert(sizes.begin(), R);
-  const auto fp32 = like.options().dtype(at::kFloat);
-  const at::IntArrayRef all(sizes), rows = all.slice(0, sizes.size() - 1), none(kEmpty);
-  Tensor merged = at::empty(k > 0 ? all : none, like.options());
-  Tensor normed = at::empty(norm_weight ? all : none, like.options());
-  Tensor rstd = at::empty(norm_weight ? rows : none, fp32);
+  const at::IntArrayRef one = like.sizes(), none(kEmpty);
+  Tensor merged = at::empty(k > 0 ? at::IntArrayRef(sizes) : none, like.options());
+  Tensor normed = at::empty(norm_weight ? one : none, like.options());
+  Tensor rstd = at::empty(norm_weight ? one.slice(0, one.size() - 1) : none, like.options().dtype(at::kFloat));
   if (like.numel() == 0 || R == 0) return {merged, normed, rstd.zero_()};
 
   const OptionalTensor base = contiguous(residual), row = contiguous(coefficients);
@@ -188,8 +193,9 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>, Tensor> merge_norm_backward(
     TORCH_CHECK_VALUE(merged && rstd && norm_weight, "grad_normed needs merged, rstd and norm_weight");
     check_like(*grad_normed, like, "grad_normed");
     check_like(*merged, like, "merged");
-    check_weight(*norm_weight, h, R, like);
+    check_weight(*norm_weight, h, like);
     check_statistics(*rstd, like);
+    check_no_rows(coefficients);
   }
   want_increments = want_increments && coefficients;
   want_coefficients = want_coefficients && coefficients;

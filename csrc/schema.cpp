@@ -3,9 +3,10 @@
 // S is the storage type (fp32, bf16 or fp16) of all slabs; coefficients, statistics and sums are fp32, the norm
 // weight is S or fp32. A result that is not wanted is an empty tensor, [0].
 //
-// merge_norm           merged[r] = residual + Σ_j coefficients[r, j] · increments[j], rounded to S, then
-//                      normed[r] = merged[r] · rstd[r] · norm_weight with rstd = 1/rms of the rounded merge.
-//                      [R, ...] if coefficients is [R, k]; without increments the residual is normed.
+// merge_norm           merged = residual + Σ_j coefficients[j] · increments[j], rounded to S, then
+//                      normed = merged · rstd · norm_weight with rstd = 1/rms of the rounded merge.
+//                      Without increments the residual is normed. If coefficients is [R, k], merged is [R, ...],
+//                      a merge for each row, and there is no norm.
 // merge_norm_backward  grad_base = grad_merged + the norm's gradient (empty without a norm: it is grad_merged),
 //                      the norm weight's gradient, and of the rounded grad_base: each increment's gradient and
 //                      the coefficients'.

@@ -66,19 +66,14 @@ void backward_rows(const BackwardArgs& a, int64_t begin, int64_t end, float* for
   std::vector<Dot> dots(for_coefficients ? R * k : 0);
   for (int64_t t = begin; t < end; t += group) {
     const int64_t rows = std::min(group, end - t), span = rows * h;
-    for (int64_t r = 0; r < R; ++r) {
-      const int64_t at = (r * T + t) * h, of_row = a.norm_weight.per_row ? r * h : 0;
-      float* tile = gradients.data() + r * stride;
-      if (!grad_normed) {
-        read_tile(grad_merged + at, span, tile);
-        continue;
-      }
-      for (int64_t row = 0; row < rows; ++row) {
-        const int64_t in = at + row * h;
-        norm_gradient_row<kStore>(grad_merged ? grad_merged + in : nullptr, grad_normed + in, merged + in,
-                                  a.rstd[r * T + t + row], weights + of_row, h,
-                                  static_cast<S*>(a.grad_base) + in, tile + row * h, for_weight + of_row);
-      }
+    for (int64_t r = 0; !grad_normed && r < R; ++r) {
+      read_tile(grad_merged + (r * T + t) * h, span, gradients.data() + r * stride);
+    }
+    for (int64_t row = 0; grad_normed && row < rows; ++row) {  // then R is 1
+      const int64_t at = (t + row) * h;
+      norm_gradient_row<kStore>(grad_merged ? grad_merged + at : nullptr, grad_normed + at, merged + at,
+                                a.rstd[t + row], weights, h, static_cast<S*>(a.grad_base) + at,
+                                gradients.data() + row * h, for_weight);
     }
     for (int64_t j = 0; j < k; ++j) {
       S* result = a.grad_increments ? static_cast<S*>(a.grad_increments[j]) + t * h : nullptr;
@@ -95,7 +90,7 @@ void backward_rows(const BackwardArgs& a, int64_t begin, int64_t end, float* for
 template <typename S>
 void backward(const BackwardArgs& a) {
   const int64_t T = a.rows, h = a.hidden, R = a.coefficient_rows, k = a.n_increments;
-  const int64_t weights = a.grad_normed ? (a.norm_weight.per_row ? R : 1) * h : 0;
+  const int64_t weights = a.grad_normed ? h : 0;
   const int64_t coefficients = a.grad_coefficients ? R * k : 0;
   const int64_t P = partial_count(T * h, T);
   bool stream = may_stream<S>(T * h, h, {a.grad_base});

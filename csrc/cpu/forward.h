@@ -30,7 +30,6 @@ void forward_rows(const ForwardArgs& a, int64_t begin, int64_t end) {
   for (int64_t t = begin; t < end; t += group) {
     const int64_t rows = std::min(group, end - t), span = rows * h;
     for (int64_t r = 0; r < R; ++r) {
-      const int64_t of_row = r * T * h;
       if (k == 0) read_tile(residual + t * h, span, sums.data());
       for (int64_t i = 0; k > 0 && i < span; i += kTile) {  // once, but for rows longer than a tile
         // With a norm, the residual's next tile is prefetched while there is nothing else to read.
@@ -39,20 +38,19 @@ void forward_rows(const ForwardArgs& a, int64_t begin, int64_t end) {
                               increments,
                               k,
                               a.coefficients ? a.coefficients + r * k : ones.data(),
-                              static_cast<S*>(a.merged) + of_row,
+                              static_cast<S*>(a.merged) + r * T * h,
                               sums.data() + i,
                               nullptr,
                               nullptr};
         sum_tile<false, kStore>(tile, t * h + i, std::min(kTile, span - i));
       }
-      for (int64_t row = 0; a.normed && row < rows; ++row) {
-        const float* of_stream = sums.data() + row * h;
-        const float rstd = reciprocal_rms(of_stream, h, a.eps);
-        a.rstd[r * T + t + row] = rstd;
-        norm_row<kStore>(of_stream, weights + (a.norm_weight.per_row ? r * h : 0), rstd, h,
-                         static_cast<S*>(a.normed) + of_row + (t + row) * h,
-                         residual ? residual + (t + row) * h + span : nullptr);
-      }
+    }
+    for (int64_t row = 0; a.normed && row < rows; ++row) {  // then R is 1
+      const float* of_stream = sums.data() + row * h;
+      const int64_t at = (t + row) * h;
+      a.rstd[t + row] = reciprocal_rms(of_stream, h, a.eps);
+      norm_row<kStore>(of_stream, weights, a.rstd[t + row], h, static_cast<S*>(a.normed) + at,
+                       residual ? residual + at + span : nullptr);
     }
   }
   if (kStore == Store::kStreaming) finish_streaming();

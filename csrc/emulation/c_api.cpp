@@ -34,8 +34,8 @@ void emulated_schedule(int order, uint64_t seed) {
 
 const char* emulated_forward(int storage, int64_t rows, int64_t hidden, int64_t coefficient_rows,
                              const void* residual, const void* const* increments, int64_t n_increments,
-                             const float* coefficients, const void* norm_weight, bool weight_is_float,
-                             bool weight_per_row, float eps, void* merged, void* normed, float* rstd) {
+                             const float* coefficients, const void* norm_weight, bool weight_is_float, float eps,
+                             void* merged, void* normed, float* rstd) {
   ForwardArgs args;
   args.storage = static_cast<Storage>(storage);
   args.rows = rows;
@@ -45,7 +45,7 @@ const char* emulated_forward(int storage, int64_t rows, int64_t hidden, int64_t 
   args.increments = increments;
   args.n_increments = n_increments;
   args.coefficients = coefficients;
-  args.norm_weight = {norm_weight, weight_is_float, weight_per_row};
+  args.norm_weight = {norm_weight, weight_is_float};
   args.eps = eps;
   args.merged = merged;
   args.normed = normed;
@@ -55,7 +55,7 @@ const char* emulated_forward(int storage, int64_t rows, int64_t hidden, int64_t 
 
 const char* emulated_backward(int storage, int64_t rows, int64_t hidden, int64_t coefficient_rows,
                               const void* grad_merged, const void* grad_normed, const void* merged,
-                              const float* rstd, const void* norm_weight, bool weight_is_float, bool weight_per_row,
+                              const float* rstd, const void* norm_weight, bool weight_is_float,
                               const void* const* increments, int64_t n_increments, const float* coefficients,
                               void* grad_base, float* grad_norm_weight, void* const* grad_increments,
                               float* grad_coefficients) {
@@ -68,7 +68,7 @@ const char* emulated_backward(int storage, int64_t rows, int64_t hidden, int64_t
   args.grad_normed = grad_normed;
   args.merged = merged;
   args.rstd = rstd;
-  args.norm_weight = {norm_weight, weight_is_float, weight_per_row};
+  args.norm_weight = {norm_weight, weight_is_float};
   args.increments = increments;
   args.n_increments = n_increments;
   args.coefficients = coefficients;

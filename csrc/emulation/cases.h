@@ -11,20 +11,17 @@
 
 namespace merge_norm::emulation {
 
-enum class Norm { none, shared, per_row };
-
 struct Case {
   int64_t rows, hidden, n, coefficient_rows;
   bool residual, coefficients, direct;  // direct: grad_merged in the backward, direct in the transposed merge
-  Norm norm;
+  bool norm;                            // with one coefficient row only
   bool float_weight, misaligned;
 
   std::string name() const {
     return "T=" + std::to_string(rows) + " h=" + std::to_string(hidden) + " n=" + std::to_string(n) +
            " R=" + std::to_string(coefficient_rows) + (residual ? " residual" : "") +
            (coefficients ? " coefficients" : "") + (direct ? " direct" : "") +
-           (norm == Norm::none ? "" : norm == Norm::shared ? " norm" : " norm-per-row") +
-           (float_weight ? " fp32-weight" : "") + (misaligned ? " misaligned" : "");
+           (norm ? " norm" : "") + (float_weight ? " fp32-weight" : "") + (misaligned ? " misaligned" : "");
   }
 };
 
@@ -74,16 +71,16 @@ template <typename S> struct Operands {
   std::vector<void*> grad_increment_pointers;
 
   Operands(const Case& c_, unsigned seed) : c(c_), random_(seed) {
-    const int64_t slab = c.rows * c.hidden, r = c.coefficient_rows, weights = (per_row() ? r : 1) * c.hidden;
+    const int64_t slab = c.rows * c.hidden, r = c.coefficient_rows;
     residual = draw<S>(slab);
     merged_in = draw<S>(r * slab);
     grad_merged = draw<S>(r * slab);
     grad_normed = draw<S>(r * slab);
     increment = draw<S>(slab);
-    weight = draw<S>(weights);
-    weight32 = draw<float>(weights);
+    weight = draw<S>(c.hidden);
+    weight32 = draw<float>(c.hidden);
     coefficients = draw<float>(r * c.n);
-    rstd_in = draw<float>(r * c.rows);
+    rstd_in = draw<float>(c.rows);
     for (int64_t j = 0; j < c.n; ++j) {
       increments.push_back(draw<S>(slab));
       gradients.push_back(draw<S>(slab));
@@ -94,8 +91,8 @@ template <typename S> struct Operands {
     for (auto& array : grad_increments) grad_increment_pointers.push_back(array.data());
     merged = normed = grad_base = Array<S>(r * slab, c.misaligned);
     grad_increment = Array<S>(slab, c.misaligned);
-    rstd = Array<float>(r * c.rows, false);
-    grad_norm_weight = Array<float>(weights, false);
+    rstd = Array<float>(c.rows, false);
+    grad_norm_weight = Array<float>(c.hidden, false);
     grad_coefficients = Array<float>(r * c.n, false);
   }
 
@@ -105,8 +102,6 @@ template <typename S> struct Operands {
     for (auto* array : {&rstd, &grad_norm_weight, &grad_coefficients}) array->clear();
     for (auto& array : grad_increments) array.clear();
   }
-
-  bool per_row() const { return c.norm == Norm::per_row; }
 
   ForwardArgs forward_args() {
     ForwardArgs args;
@@ -121,8 +116,8 @@ template <typename S> struct Operands {
     args.norm_weight = norm_weight();
     args.eps = 1e-6f;
     args.merged = c.n > 0 ? merged.data() : nullptr;
-    args.normed = c.norm != Norm::none ? normed.data() : nullptr;
-    args.rstd = c.norm != Norm::none ? rstd.data() : nullptr;
+    args.normed = c.norm ? normed.data() : nullptr;
+    args.rstd = c.norm ? rstd.data() : nullptr;
     return args;
   }
 
@@ -132,8 +127,8 @@ template <typename S> struct Operands {
     args.rows = c.rows;
     args.hidden = c.hidden;
     args.coefficient_rows = c.coefficient_rows;
-    args.grad_merged = c.direct || c.norm == Norm::none ? grad_merged.data() : nullptr;
-    if (c.norm != Norm::none) {
+    args.grad_merged = c.direct || !c.norm ? grad_merged.data() : nullptr;
+    if (c.norm) {
       args.grad_normed = grad_normed.data();
       args.merged = merged_in.data();
       args.rstd = rstd_in.data();
@@ -172,9 +167,9 @@ template <typename S> struct Operands {
   std::minstd_rand random_;
 
   NormWeight norm_weight() {
-    if (c.norm == Norm::none) return {};
+    if (!c.norm) return {};
     const void* data = c.float_weight ? static_cast<const void*>(weight32.data()) : weight.data();
-    return {data, c.float_weight, per_row()};
+    return {data, c.float_weight};
   }
 
   template <typename T> Array<T> draw(int64_t count) {
@@ -234,14 +229,14 @@ template <typename S> void check(Operands<S>& operands, Operator op) {
   if (op == Operator::forward) {
     const ForwardResult expected = reference_forward<S>(operands.forward_args());
     if (c.n > 0) expect_all_close(operands.merged, expected.merged, 0, once, merge_error, "merged");
-    if (c.norm == Norm::none) return;
+    if (!c.norm) return;
     expect_all_close(operands.rstd, expected.rstd, 0, 1e-6, 0, "rstd");
     expect_all_close(operands.normed, expected.normed, 0, once + 1e-6, 1e-7, "normed");
   } else if (op == Operator::backward) {
     const BackwardResult expected = reference_backward<S>(operands.backward_args());
-    if (c.norm != Norm::none) {
+    if (c.norm) {
       expect_all_close(operands.grad_base, expected.base, 0, once, 1e-6, "grad_base");
-      const double error = sum_error(c.rows * c.coefficient_rows);
+      const double error = sum_error(c.rows);
       expect_all_close(operands.grad_norm_weight, expected.norm_weight, 0, 1e-6, error, "grad_norm_weight");
     }
     const size_t slab = static_cast<size_t>(c.rows * c.hidden);

@@ -27,8 +27,7 @@ template <typename S> S rounded(double x) {
 
 template <typename S> double value_at(const void* array, int64_t i) { return value(static_cast<const S*>(array)[i]); }
 
-template <typename S> double weight_at(const NormWeight& weight, int64_t r, int64_t hidden, int64_t column) {
-  const int64_t i = (weight.per_row ? r * hidden : 0) + column;
+template <typename S> double weight_at(const NormWeight& weight, int64_t i) {
   return weight.is_float ? static_cast<const float*>(weight.data)[i] : value_at<S>(weight.data, i);
 }
 
@@ -50,18 +49,15 @@ template <typename S> ForwardResult reference_forward(const ForwardArgs& args) {
       }
       result.merged.push_back(sum);
     }
-    for (int64_t row = 0; args.norm_weight.data != nullptr && row < args.rows; ++row) {
-      const auto x = [&](int64_t i) {
-        const int64_t at = row * args.hidden + i;
-        return n > 0 ? value_at<S>(args.merged, r * slab + at) : value_at<S>(args.residual, at);
-      };
-      double squares = 0;
-      for (int64_t i = 0; i < args.hidden; ++i) squares += x(i) * x(i);
-      const double rstd = 1 / std::sqrt(squares / static_cast<double>(args.hidden) + args.eps);
-      result.rstd.push_back(rstd);
-      for (int64_t i = 0; i < args.hidden; ++i) {
-        result.normed.push_back(x(i) * rstd * weight_at<S>(args.norm_weight, r, args.hidden, i));
-      }
+  }
+  for (int64_t row = 0; args.norm_weight.data != nullptr && row < args.rows; ++row) {
+    const auto x = [&](int64_t i) { return value_at<S>(n > 0 ? args.merged : args.residual, row * args.hidden + i); };
+    double squares = 0;
+    for (int64_t i = 0; i < args.hidden; ++i) squares += x(i) * x(i);
+    const double rstd = 1 / std::sqrt(squares / static_cast<double>(args.hidden) + args.eps);
+    result.rstd.push_back(rstd);
+    for (int64_t i = 0; i < args.hidden; ++i) {
+      result.normed.push_back(x(i) * rstd * weight_at<S>(args.norm_weight, i));
     }
   }
   return result;
@@ -73,23 +69,21 @@ struct BackwardResult {
 
 template <typename S> void reference_norm_backward(const BackwardArgs& args, BackwardResult& result) {
   const int64_t h = args.hidden;
-  result.norm_weight.assign(static_cast<size_t>(args.norm_weight.per_row ? args.coefficient_rows * h : h), 0);
-  for (int64_t r = 0; r < args.coefficient_rows; ++r) {
-    for (int64_t row = 0; row < args.rows; ++row) {
-      const int64_t start = (r * args.rows + row) * h;
-      const double rstd = args.rstd[r * args.rows + row];
-      double dot = 0;
-      for (int64_t i = 0; i < h; ++i) {
-        const double product = value_at<S>(args.grad_normed, start + i) * value_at<S>(args.merged, start + i);
-        dot += weight_at<S>(args.norm_weight, r, h, i) * product;
-        result.norm_weight[static_cast<size_t>((args.norm_weight.per_row ? r * h : 0) + i)] += product * rstd;
-      }
-      for (int64_t i = 0; i < h; ++i) {
-        const double direct = args.grad_merged != nullptr ? value_at<S>(args.grad_merged, start + i) : 0;
-        const double through = weight_at<S>(args.norm_weight, r, h, i) * value_at<S>(args.grad_normed, start + i);
-        const double pull = value_at<S>(args.merged, start + i) * rstd * rstd * rstd / static_cast<double>(h) * dot;
-        result.base.push_back(direct + rstd * through - pull);
-      }
+  result.norm_weight.assign(static_cast<size_t>(h), 0);
+  for (int64_t row = 0; row < args.rows; ++row) {
+    const int64_t start = row * h;
+    const double rstd = args.rstd[row];
+    double dot = 0;
+    for (int64_t i = 0; i < h; ++i) {
+      const double product = value_at<S>(args.grad_normed, start + i) * value_at<S>(args.merged, start + i);
+      dot += weight_at<S>(args.norm_weight, i) * product;
+      result.norm_weight[static_cast<size_t>(i)] += product * rstd;
+    }
+    for (int64_t i = 0; i < h; ++i) {
+      const double direct = args.grad_merged != nullptr ? value_at<S>(args.grad_merged, start + i) : 0;
+      const double through = weight_at<S>(args.norm_weight, i) * value_at<S>(args.grad_normed, start + i);
+      const double pull = value_at<S>(args.merged, start + i) * rstd * rstd * rstd / static_cast<double>(h) * dot;
+      result.base.push_back(direct + rstd * through - pull);
     }
   }
 }

@@ -44,7 +44,8 @@ template <typename S> void test_case(const Case& c, const char* type, bool one_s
   }
 }
 
-// Every shape once; R, the optional operands and the alignment go through their combinations from shape to shape.
+// Every shape once; R (or a norm), the optional operands and the alignment go through their combinations from shape to
+// shape.
 std::vector<Case> all_cases(bool quick) {
   std::vector<std::array<int64_t, 3>> shapes;
   for (const int64_t h : {1, 7, 64, 1000, 1024}) {
@@ -65,15 +66,16 @@ std::vector<Case> all_cases(bool quick) {
   const auto flip = [&] { return random() % 2 == 0; };
   for (const auto& [t, h, n] : shapes) {
     if (quick && (t * h * n > 2000 || random() % 3 != 0)) continue;
-    Case c = {t, h, n, 1 + static_cast<int64_t>(random() % 3), flip(), flip(), flip(), Norm(random() % 3), flip(),
-              random() % 4 == 0};
+    const bool norm = flip();
+    const int64_t rows = norm ? 1 : 1 + static_cast<int64_t>(random() % 3);
+    Case c = {t, h, n, rows, flip(), flip(), flip(), norm, flip(), random() % 4 == 0};
     cases.push_back(c);
   }
   // The variants that the draw may have missed: every width, aligned and not, one and two rows, all outputs.
   for (const int64_t h : {512, 2560, 8192}) {
     for (const int64_t rows : {1, 2}) {
       for (const bool misaligned : {false, true}) {
-        cases.push_back({quick ? 1 : 2, h, 3, rows, true, true, true, Norm::per_row, misaligned, misaligned});
+        cases.push_back({quick ? 1 : 2, h, 3, rows, true, true, true, rows == 1, misaligned, misaligned});
       }
     }
   }
@@ -89,13 +91,13 @@ void test_kernels(bool quick) {
   std::printf("kernels: %d calls, each under %d schedules\n", calls, quick ? 1 : 3);
 }
 
-// The norm of a stored merged is bit-equal to the norm the merge returned, whatever the alignment and R.
+// The norm of a stored merged is bit-equal to the norm the merge returned, whatever the alignment.
 void test_norm_of_stored_merged() {
   for (const int64_t hidden : {64, 1000, 4096}) {
-    Operands<bf16> merge({5, hidden, 3, 2, true, true, false, Norm::per_row, true, false}, 5);
+    Operands<bf16> merge({5, hidden, 3, 1, true, true, false, true, true, false}, 5);
     run(merge, Operator::forward, {});
     for (const bool misaligned : {false, true}) {
-      Operands<bf16> norm({5, hidden, 0, 1, true, false, false, Norm::shared, true, misaligned}, 5);
+      Operands<bf16> norm({5, hidden, 0, 1, true, false, false, true, true, misaligned}, 5);
       std::copy_n(merge.merged.data(), norm.residual.size(), norm.residual.data());
       std::copy_n(merge.weight32.data(), hidden, norm.weight32.data());
       run(norm, Operator::forward, {});
@@ -119,6 +121,19 @@ void test_limits() {
   wide.hidden = 8;
   wide.n_increments = kMaxIncrements + 1;
   expect(launch_forward(wide, nullptr), Status::too_many_increments, "129 increments");
+  ForwardArgs normed_rows;
+  normed_rows.rows = 1;
+  normed_rows.hidden = 8;
+  normed_rows.residual = normed_rows.norm_weight.data = &normed_rows;
+  normed_rows.coefficient_rows = 2;
+  expect(launch_forward(normed_rows, nullptr), Status::norm_of_coefficient_rows, "a norm of two rows");
+  float sums[8];
+  BackwardArgs normed_gradients;
+  normed_gradients.rows = 1;
+  normed_gradients.hidden = 8;
+  normed_gradients.grad_norm_weight = sums;
+  normed_gradients.coefficient_rows = 2;
+  expect(launch_backward(normed_gradients, nullptr), Status::norm_of_coefficient_rows, "the norm's gradient of two rows");
   TransposedArgs none;
   none.rows = none.hidden = 1;
   expect(launch_transposed(none, nullptr), Status::nothing_to_merge, "no gradients");
@@ -126,15 +141,16 @@ void test_limits() {
 
 // ---- injected bugs -----------------------------------------------------------------------------------------
 
-const Case kFaultCase = {9, 1000, 5, 2, true, true, true, Norm::per_row, false, false};
+const Case kNormed = {9, 1000, 5, 1, true, true, true, true, false, false};
+const Case kTwoRows = {9, 1000, 5, 2, true, true, true, false, false, false};
 
 // Whether some schedule shows that something is wrong.
-bool caught(Operator op, const Faults& faults) {
-  Operands<bf16> sound(kFaultCase, 2);
+bool caught(Operator op, const Case& c, const Faults& faults) {
+  Operands<bf16> sound(c, 2);
   const Bytes expected = run(sound, op, {});
   for (Schedule schedule : kSchedules) {
     schedule.faults = faults;
-    Operands<bf16> operands(kFaultCase, 2);
+    Operands<bf16> operands(c, 2);
     try {
       if (run(operands, op, schedule) != expected) return true;
     } catch (const Error&) {
@@ -146,27 +162,31 @@ bool caught(Operator op, const Faults& faults) {
 
 void test_faults() {
   int injected = 0;
-  const auto expect_caught = [&](Operator op, const Faults& faults, const std::string& what) {
-    ++injected;
-    if (!caught(op, faults)) report(what + " in " + kOperatorNames[static_cast<int>(op)], "was not noticed");
-  };
-  for (const Operator op : {Operator::forward, Operator::backward, Operator::transposed}) {
-    Operands<bf16> operands(kFaultCase, 2);
+  const auto inject = [&](Operator op, const Case& c, bool shuffles) {
+    const auto expect_caught = [&](const Faults& faults, const std::string& what) {
+      ++injected;
+      const std::string where = std::string(" in ") + kOperatorNames[static_cast<int>(op)] + " " + c.name();
+      if (!caught(op, c, faults)) report(what + where, "was not noticed");
+    };
+    Operands<bf16> operands(c, 2);
     Machine::instance().most_barriers = 0;
     run(operands, op, {});
     const int barriers = Machine::instance().most_barriers;
     for (int k = 0; k < barriers; ++k) {
       const std::string number = std::to_string(k);
-      expect_caught(op, {k, -1, 0}, "barrier " + number + " left out");
-      expect_caught(op, {k, 37, 0}, "barrier " + number + " left out by one thread");
+      expect_caught({k, -1, 0}, "barrier " + number + " left out");
+      expect_caught({k, 37, 0}, "barrier " + number + " left out by one thread");
     }
-    expect_caught(op, {-1, -1, 0x0000ffffu}, "a shuffle mask of half a warp");
-  }
+    if (shuffles) expect_caught({-1, -1, 0x0000ffffu}, "a shuffle mask of half a warp");
+  };
+  for (const Operator op : {Operator::forward, Operator::backward, Operator::transposed}) inject(op, kNormed, true);
+  inject(Operator::forward, kTwoRows, false);  // without a norm nothing is summed over a row
+  inject(Operator::backward, kTwoRows, true);
   std::printf("injected bugs: %d\n", injected);
 }
 
 void misaligned_load() {
-  Operands<bf16> operands({1, 64, 1, 1, false, false, false, Norm::none, false, true}, 1);
+  Operands<bf16> operands({1, 64, 1, 1, false, false, false, false, false, true}, 1);
   ForwardParams<bf16> params = {};
   params.terms[0] = operands.increments[0].data();
   params.n_terms = 1;
@@ -177,7 +197,7 @@ void misaligned_load() {
 }
 
 void out_of_bounds_read() {
-  Operands<bf16> operands({1, 64, 1, 1, false, false, false, Norm::shared, false, false}, 1);
+  Operands<bf16> operands({1, 64, 1, 1, false, false, false, true, false, false}, 1);
   Array<bf16> short_weight(56, false);
   ForwardArgs args = operands.forward_args();
   args.norm_weight.data = short_weight.data();

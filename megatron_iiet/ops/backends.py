@@ -100,8 +100,7 @@ def _fused(name: str, kernels: Any) -> Backend:
         norm_weight: Tensor | None,
         eps: float,
     ) -> tuple[Tensor, Tensor | None]:
-        rows = coefficients is not None and coefficients.dim() == 2
-        if not increments and (norm_weight is None or rows):  # nothing to merge, or nothing in several rows
+        if not increments and norm_weight is None:  # nothing to compute
             return reference.merge_norm_reference(residual, increments, coefficients, norm_weight, eps)
         if norm_weight is not None and norm_weight.dtype != torch.float32:
             storage = increments[0].dtype if residual is None else residual.dtype
@@ -136,18 +135,19 @@ def resolve_backend(requested: str, device: torch.device | str = "cpu") -> tuple
     """
     kind = torch.device(device).type
     name = (kind if kind in ("cpu", "cuda") else "reference") if requested == "auto" else requested
-    reason = _unfit(name, kind)
+    reason = _unsupported_reason(name, kind)
     if reason is None:
-        return name, "asked for" if requested == name else _praise(name)
+        return name, "asked for" if requested == name else _describe(name)
     if requested == "auto":
         return "reference", f"plain torch; {reason}"
-    fit = [other for other in NAMES if _unfit(other, kind) is None]
+    supported = [other for other in NAMES if _unsupported_reason(other, kind) is None]
     raise ValueError(
-        f"ops.backend is '{requested}', but {reason}; available on this {kind} device: {', '.join(fit)}"
+        f"ops.backend is '{requested}', but {reason}; available on this {kind} device: {', '.join(supported)}"
     )
 
 
-def _praise(name: str) -> str:
+def _describe(name: str) -> str:
+    """What a chosen backend is, for the line at start."""
     if name == "reference":
         return "plain torch"
     if name == "cpu":
@@ -155,7 +155,8 @@ def _praise(name: str) -> str:
     return f"compiled extension, CUDA {load_extension().build['cuda']} kernels"
 
 
-def _unfit(name: str, kind: str) -> str | None:
+def _unsupported_reason(name: str, kind: str) -> str | None:
+    """Why a backend cannot be used for tensors on a device of this kind; None if it can."""
     if name not in NAMES:
         return f"there are only {', '.join(NAMES)}"
     reason = unavailable(name)

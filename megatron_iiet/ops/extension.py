@@ -88,14 +88,12 @@ def _fake_merge_norm(
 ) -> tuple[Tensor, Tensor, Tensor]:
     like = increments[0] if residual is None else residual
     _check_devices(like, increments=increments, coefficients=coefficients, norm_weight=norm_weight)
-    shape: tuple[Any, ...] = like.shape  # of symbols where torch.compile asks
-    if coefficients is not None and coefficients.dim() == 2:
-        shape = (coefficients.shape[0], *shape)
+    rows = coefficients.shape[:-1] if coefficients is not None else ()
     none, none32 = like.new_empty(0), like.new_empty(0, dtype=torch.float32)
-    merged = like.new_empty(shape) if increments else none
+    merged = like.new_empty((*rows, *like.shape)) if increments else none
     if norm_weight is None:
         return merged, none.clone(), none32
-    return merged, like.new_empty(shape), like.new_empty(shape[:-1], dtype=torch.float32)
+    return merged, like.new_empty(like.shape), like.new_empty(like.shape[:-1], dtype=torch.float32)
 
 
 def _fake_merge_norm_backward(

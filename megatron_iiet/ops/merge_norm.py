@@ -14,7 +14,7 @@ The contract every backend keeps:
 
 Four forms appear in the model: the entry merge (residual and all history), the corrector (base + α f,
 normed), the plain add-and-norm inside a layer (coefficients None), and several coefficient rows over one
-history read in one pass (coefficients of shape [R, k]).
+history read in one pass (coefficients of shape [R, k]), which are merged without a norm.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class MergeNorm(NamedTuple):
     merged: Tensor
     """[..., d], or [R, ..., d] for R coefficient rows; storage type of the inputs."""
     normed: Tensor | None
-    """RMSNorm of ``merged`` times ``norm_weight``, same shape; None without ``norm_weight``."""
+    """[..., d], RMSNorm of ``merged`` times ``norm_weight``; None without ``norm_weight``."""
 
 
 def merge_norm(
@@ -54,7 +54,7 @@ def merge_norm(
         residual: [..., d] or None (then the merge is the weighted sum alone).
         increments: k tensors of the residual's shape and type; k may be 0 if there is a residual.
         coefficients: fp32, [k] or [R, k]; None means all ones.
-        norm_weight: [d], or [R, d] for one norm per row; None skips the norm.
+        norm_weight: [d], with one row of coefficients [k] or none; None skips the norm.
         eps: epsilon of the RMSNorm.
         backend: a name from :func:`megatron_iiet.ops.resolve_backend`.
 
@@ -103,9 +103,13 @@ def _check(
             f"on {first.device}"
         )
     if norm_weight is not None:
-        width, rows = first.shape[-1:], () if coefficients is None else coefficients.shape[:-1]
-        if norm_weight.shape not in (width, (*rows, *width)) or norm_weight.device != first.device:
+        if norm_weight.shape != first.shape[-1:] or norm_weight.device != first.device:
             raise ValueError(
                 f"merge_norm: norm_weight is {tuple(norm_weight.shape)} on {norm_weight.device}, expected "
-                f"[{width[0]}], or [rows, {width[0]}] with coefficient rows, on {first.device}"
+                f"[{first.shape[-1]}] on {first.device}"
+            )
+        if coefficients is not None and coefficients.dim() == 2:
+            raise ValueError(
+                f"merge_norm: coefficients is {tuple(coefficients.shape)}, but a norm is of one merge: give "
+                f"[{len(increments)}], or norm each row's merge in a call of its own"
             )

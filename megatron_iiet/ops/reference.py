@@ -19,12 +19,8 @@ def merge_norm_reference(
 ) -> tuple[Tensor, Tensor | None]:
     """See :func:`megatron_iiet.ops.merge_norm`; arguments are already checked."""
     if coefficients is not None and coefficients.dim() == 2:
-        rows = [_merge(residual, increments, row) for row in coefficients]
-        merged = torch.stack(rows)
-        if norm_weight is not None and norm_weight.dim() == 2:
-            norm_weight = norm_weight.view(len(rows), *[1] * (merged.dim() - 2), -1)
-    else:
-        merged = _merge(residual, increments, coefficients)
+        return torch.stack([_merge(residual, increments, row) for row in coefficients]), None
+    merged = _merge(residual, increments, coefficients)
     return merged, None if norm_weight is None else _rms_norm(merged, norm_weight, eps)
 
 

@@ -17,6 +17,7 @@ module only where triton was chosen.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -47,10 +48,10 @@ def _load(pointer, columns, mask):  # type: ignore[no-untyped-def]
     return tl.load(pointer + columns, mask=mask, other=0.0).to(tl.float32)
 
 
-@triton.jit(do_not_specialize=["T", "R", "n", "weight_rows"], do_not_specialize_on_alignment=_SCALARS_AT)
+@triton.jit(do_not_specialize=["T", "R", "n"], do_not_specialize_on_alignment=_SCALARS_AT)
 def _merge_norm_kernel(  # type: ignore[no-untyped-def]
     residual, table, coefficients, weight, merged, normed, rstd,
-    T, R, n, weight_rows, has_residual, has_coefficients, store_merged, eps,
+    T, R, n, has_residual, has_coefficients, store_merged, eps,
     h: tl.constexpr, BLOCK: tl.constexpr, NORM: tl.constexpr,
 ):  # fmt: skip
     # Programs of one row and all its coefficient rows are neighbours: they find its history in the L2 cache.
@@ -67,46 +68,43 @@ def _merge_norm_kernel(  # type: ignore[no-untyped-def]
     row = r * T + t
     rounded = total.to(merged.dtype.element_ty)
     tl.store(merged + row * h + columns, rounded, mask=inside & store_merged)
-    if NORM:
+    if NORM:  # R is 1
         # Beyond h an infinite coefficient times 0 has left NaN.
         y = tl.where(inside, rounded.to(tl.float32), 0.0)
         scale = tl.div_rn(1.0, tl.sqrt_rn(tl.sum(y * y, axis=0) / h + eps))
-        w = _load(weight + r * weight_rows * h, columns, inside)
+        w = _load(weight, columns, inside)
         tl.store(rstd + row, scale)
         tl.store(normed + row * h + columns, (y * scale * w).to(normed.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["T", "R", "n", "P", "weight_rows"], do_not_specialize_on_alignment=_SCALARS_AT)
+@triton.jit(do_not_specialize=["T", "n", "P"], do_not_specialize_on_alignment=_SCALARS_AT)
 def _backward_kernel(  # type: ignore[no-untyped-def]
     grad_merged, grad_normed, merged, rstd, weight, coefficients, table,
     grad_base, weight_partials, coefficient_partials,
-    T, R, n, P, weight_rows, has_grad_merged,
+    T, n, P, has_grad_merged,
     h: tl.constexpr, BLOCK: tl.constexpr, TENSORS: tl.constexpr,
     NORM: tl.constexpr, INCREMENTS: tl.constexpr, COEFFICIENTS: tl.constexpr,
 ):  # fmt: skip
-    program = tl.program_id(0).to(tl.int64)
-    r = program % R
-    p = program // R
+    p = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     inside = columns < h
     numbers = tl.arange(0, TENSORS)
     dots = tl.zeros([TENSORS], tl.float32)
     grad_w = tl.zeros([BLOCK], tl.float32)
     for t in range(p, T, P):
-        row = r * T + t
-        g = _load(grad_merged + row * h, columns, inside & has_grad_merged)
+        g = _load(grad_merged + t * h, columns, inside & has_grad_merged)
         if NORM:
             # Read for every row, from the cache: kept, it would cost as many registers as a row.
-            w = _load(weight + r * weight_rows * h, columns, inside)
-            dy = _load(grad_normed + row * h, columns, inside)
-            y = _load(merged + row * h, columns, inside)
-            scale = tl.load(rstd + row)
+            w = _load(weight, columns, inside)
+            dy = _load(grad_normed + t * h, columns, inside)
+            y = _load(merged + t * h, columns, inside)
+            scale = tl.load(rstd + t)
             grad_w += dy * y * scale
             mean = tl.sum(w * dy * y, axis=0) * (scale * scale * scale) / h
             rounded = (g + scale * (w * dy) - y * mean).to(grad_base.dtype.element_ty)
-            tl.store(grad_base + row * h + columns, rounded, mask=inside)
+            tl.store(grad_base + t * h + columns, rounded, mask=inside)
             g = tl.where(inside, rounded.to(tl.float32), 0.0)
-        # Only with one coefficient row: G is still in registers. n is 0 with several.
+        # G is still in registers.
         for j in range(n):
             if COEFFICIENTS:
                 x = _load(_slab(table, j, grad_merged) + t * h, columns, inside)
@@ -116,7 +114,7 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
                 value = tl.load(coefficients + j) * g
                 tl.store(out + columns, value.to(grad_merged.dtype.element_ty), mask=inside)
     if NORM:
-        tl.store(weight_partials + program * h + columns, grad_w, mask=inside)
+        tl.store(weight_partials + p * h + columns, grad_w, mask=inside)
     if COEFFICIENTS:
         tl.store(coefficient_partials + p * n + numbers, dots, mask=numbers < n)
 
@@ -178,24 +176,24 @@ def merge_norm(
         residual: [..., h] in fp32, bf16 or fp16, or None.
         increments: n tensors like the residual; may be empty if there is one.
         coefficients: fp32 [n] or [R, n], or None for all ones.
-        norm_weight: [h] or [R, h] in the residual's type or fp32; None for no norm.
+        norm_weight: [h] in the residual's type or fp32, with one row of coefficients; None for no norm.
         eps: added to the mean square.
 
     Returns:
-        tuple: ``merged`` [R?, ..., h] ([0] without increments); ``normed`` [R?, ..., h] and ``rstd``
-        [R?, ...] in fp32 (both [0] without norm_weight).
+        tuple: ``merged`` [R?, ..., h] ([0] without increments); ``normed`` [..., h] and ``rstd`` [...] in
+        fp32 (both [0] without norm_weight).
 
     Raises:
-        ValueError: h or a number of tensors is over the limit, or the tensors are not on a GPU.
+        ValueError: h or a number of tensors is over the limit, the tensors are not on a GPU, or several rows
+            of coefficients are to be normed.
     """
     first = increments[0] if residual is None else residual
-    h, R = first.shape[-1], 1
-    shape: tuple[int, ...] = first.shape
-    if coefficients is not None and coefficients.dim() == 2:
-        R = coefficients.shape[0]
-        shape = (R, *first.shape)
+    h, shape = first.shape[-1], first.shape
+    rows = coefficients.shape[:-1] if coefficients is not None else ()
+    R = math.prod(rows)
     _check("merge_norm", first, increments=len(increments), coefficients=R)
-    merged = _new(first, shape if increments else (0,))
+    _check_rows("merge_norm", rows, norm_weight)
+    merged = _new(first, (*rows, *shape) if increments else (0,))
     normed = _new(first, (0,) if norm_weight is None else shape)
     rstd = first.new_empty((0,) if norm_weight is None else shape[:-1], dtype=torch.float32)
     increments = [_ready(t) for t in increments]
@@ -207,7 +205,7 @@ def merge_norm(
         _merge_norm_kernel, T * R,
         first, _table(first.device, increments), rstd if coefficients is None else coefficients.contiguous(),
         weight, merged if increments else first, normed, rstd,
-        T, R, len(increments), int(weight.dim() == 2),
+        T, R, len(increments),
         residual is not None, coefficients is not None, bool(increments), eps,
         h=h, NORM=norm_weight is not None, **_shape(h),
     )  # fmt: skip
@@ -229,14 +227,14 @@ def merge_norm_backward(
 
     Args:
         grad_merged: [R?, ..., h], or None for zeros.
-        grad_normed: [R?, ..., h], or None: then there is no norm and the next three are not read.
+        grad_normed: [..., h], or None: then there is no norm and the next three are not read.
         merged, rstd, norm_weight: as :func:`merge_norm` returned and took them.
         increments, coefficients: as :func:`merge_norm` took them.
         want_increments, want_coefficients: which gradients to compute; without coefficients, neither.
 
     Returns:
-        tuple: G, the gradient at the rounded sum, [R?, ..., h] ([0] without norm: it is ``grad_merged``);
-        that of the weight in fp32 ([0] without norm); of the increments (an empty list if not wanted); of the
+        tuple: G, the gradient at the rounded sum, [..., h] ([0] without norm: it is ``grad_merged``); that of
+        the weight in fp32 ([0] without norm); of the increments (an empty list if not wanted); of the
         coefficients in fp32 ([0] if not wanted).
 
     Raises:
@@ -250,19 +248,19 @@ def merge_norm_backward(
         want_increments = want_coefficients = False
     R = coefficients.shape[0] if coefficients.dim() == 2 else 1
     _check("merge_norm_backward", like, increments=len(increments), coefficients=R)
+    _check_rows("merge_norm_backward", coefficients.shape[:-1], grad_normed)
     norm = [t for t in (grad_normed, merged, rstd, norm_weight) if grad_normed is not None and t is not None]
     assert len(norm) in (0, 4), "grad_normed comes with merged, rstd and norm_weight"
 
     like = _ready(like)
     wants = (want_increments, want_coefficients) if R == 1 else (False, False)
     G, grad_weight, grad_increments, grad_coefficients = _launch_backward(
-        like, grad_merged is not None, norm, increments, coefficients, R, *wants
+        like, grad_merged is not None, norm, increments, coefficients, *wants
     )
     if R > 1 and (want_increments or want_coefficients):
         # G of every coefficient row is needed at once: a second kernel, the transposed merge.
-        gradients = (G if norm else like).unbind(0)
         grad_increments, grad_coefficients = _launch_transposed(
-            None, increments, gradients, coefficients, want_increments, want_coefficients
+            None, increments, like.unbind(0), coefficients, want_increments, want_coefficients
         )
     if want_coefficients:
         grad_coefficients = grad_coefficients.view(coefficients.shape)
@@ -306,29 +304,28 @@ def _launch_backward(
     norm: Sequence[Tensor],
     increments: Sequence[Tensor],
     coefficients: Tensor,
-    R: int,
     want_increments: bool,
     want_coefficients: bool,
 ) -> tuple[Tensor, Tensor, list[Tensor], Tensor]:
-    """G of R coefficient rows; where anything more is wanted R is 1, and it comes from the same pass."""
+    """G, and in the same pass what is wanted of the increments' and of the coefficients' gradients."""
     h, n = grad_merged.shape[-1], len(increments) if want_increments or want_coefficients else 0
-    T = grad_merged.numel() // (h * R)
+    T = grad_merged.numel() // h
     P = _programs(T, h)
     sources = [_ready(t) if want_coefficients else None for t in increments[:n]]
     outputs = [_new(grad_merged, increments[0].shape) for _ in increments] if want_increments else []
     grad_normed, merged, rstd, weight = [_ready(t) for t in norm] or [grad_merged] * 4
     G = _new(grad_merged, grad_merged.shape if norm else (0,))
-    for_weight = _new(coefficients, (P * R * h if norm else 0,))
+    for_weight = _new(coefficients, (P * h if norm else 0,))
     for_coefficients = _new(coefficients, (P * n if want_coefficients else 0,))
     _run(
-        _backward_kernel, P * R if norm or n else 0,
+        _backward_kernel, P if norm or n else 0,
         grad_merged, grad_normed, merged, rstd, weight,
         coefficients.contiguous(), _table(G.device, sources, outputs), G, for_weight, for_coefficients,
-        T, R, n, P, int(weight.dim() == 2), has_grad_merged,
+        T, n, P, has_grad_merged,
         h=h, TENSORS=MAX_TENSORS, NORM=bool(norm),
         INCREMENTS=want_increments, COEFFICIENTS=want_coefficients, **_shape(h),
     )  # fmt: skip
-    grad_weight = _sum(for_weight, weight.numel()).view(weight.shape) if norm else for_weight
+    grad_weight = _sum(for_weight, h) if norm else for_weight
     return G, grad_weight, outputs, _sum(for_coefficients, n) if want_coefficients else for_coefficients
 
 
@@ -415,3 +412,8 @@ def _check(function: str, like: Tensor, **counts: int) -> None:
             raise ValueError(f"{function}: {name} has {count} entries, the Triton kernels take {MAX_TENSORS}")
     if not (like.is_cuda or INTERPRETED):
         raise ValueError(f"{function}: the tensors are on {like.device}, the Triton backend needs a GPU")
+
+
+def _check_rows(function: str, rows: Sequence[int], norm: Tensor | None) -> None:
+    if rows and norm is not None:
+        raise ValueError(f"{function}: coefficients has {rows[0]} rows, but a norm is of one merge")

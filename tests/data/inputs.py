@@ -1,4 +1,4 @@
-"""Text of the data tests, made from a list of syllables, and the defects that files of text can have."""
+"""Text of the data tests, made from a list of syllables, with the defects that files have; shards by hand."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import zstandard
+
+from megatron_iiet.data.corpora.indexed import MAGIC, bin_path, idx_path
 
 _SYLLABLES = [c + v for c in "bcdfghjklmnprstvwxz" for v in "aeiou"]
 
@@ -184,3 +187,20 @@ INPUT_CASES = [
     InputCase("zeros.jsonl.zst", _ZSTD + bytes(512), error="is damaged zstd"),
 ]
 """Files of all kinds of content; none may crash a tool or lose a row that is proper."""
+
+
+def write_pair(
+    prefix: Path, lengths: list[int], documents: list[int], offsets: list[int] | None = None, code: int = 8
+) -> Path:
+    """A pair by hand: lengths of the sequences, first sequence of each document and the end; token i is i."""
+    itemsize = {4: 4, 8: 2}[code]
+    offsets = [0, *(np.cumsum(lengths)[:-1] * itemsize).tolist()] if offsets is None else offsets
+    index = struct.pack("<9sQBQQ", MAGIC, 1, code, len(lengths), len(documents))
+    index += np.array(lengths, dtype="<i4").tobytes() + np.array(offsets, dtype="<i8").tobytes()
+    idx_path(prefix).write_bytes(index + np.array(documents, dtype="<i8").tobytes())
+    bin_path(prefix).write_bytes(np.arange(sum(lengths), dtype=f"<i{itemsize}").tobytes())
+    return prefix
+
+
+def listing(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())

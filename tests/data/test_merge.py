@@ -28,7 +28,7 @@ from megatron_iiet.data.corpora.mmididx import DocumentIndex
 from megatron_iiet.data.corpora.shards import ShardedDataset, open_corpus, write_shards
 from megatron_iiet.data.corpora.verification import verify
 from tests.data.crash import run_until_killed
-from tests.data.test_indexed import listing, write_pair
+from tests.data.inputs import listing, write_pair
 
 TOKENIZER = {"file": "a.model", "digest": "aa", "vocab_size": 60000, "eod_id": 2}
 

@@ -55,7 +55,7 @@ def build(source: str, target: str, *flags: str) -> Path:
 def _library() -> ctypes.CDLL:
     library = ctypes.CDLL(str(build("c_api.cpp", "kernels.so", "-O1", "-fPIC", "-shared")))
     pointer, size = ctypes.c_void_p, ctypes.c_int64
-    weight: list[Any] = [pointer, ctypes.c_bool, ctypes.c_bool]
+    weight: list[Any] = [pointer, ctypes.c_bool]
     shape: list[Any] = [ctypes.c_int, size, size]
     rows = [*shape, size]
     library.emulated_schedule.argtypes = [ctypes.c_int, ctypes.c_uint64]
@@ -87,10 +87,9 @@ def merge_norm(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     like = increments[0] if residual is None else residual
-    shape = (*_rows_dimension(coefficients), *like.shape)
-    merged = like.new_empty(shape if increments else 0)
-    normed = like.new_empty(0 if norm_weight is None else shape)
-    rstd = torch.empty(0 if norm_weight is None else shape[:-1])
+    merged = like.new_empty((*_rows_dimension(coefficients), *like.shape) if increments else 0)
+    normed = like.new_empty(0 if norm_weight is None else like.shape)
+    rstd = torch.empty(0 if norm_weight is None else like.shape[:-1])
     with _Arguments() as a:
         _call(
             _library().emulated_forward,
@@ -203,7 +202,5 @@ class _Arguments:
         self._alive.append(table)
         return table
 
-    def weight(self, weight: Tensor | None) -> tuple[int | None, bool, bool]:
-        if weight is None:
-            return None, False, False
-        return self.tensor(weight), weight.dtype == torch.float32, weight.dim() == 2
+    def weight(self, weight: Tensor | None) -> tuple[int | None, bool]:
+        return self.tensor(weight), weight is not None and weight.dtype == torch.float32

@@ -26,6 +26,7 @@ BACKENDS = [
     pytest.param("cpu", marks=needs_extension),
     *(["cuda"] if unavailable("cuda") is None else []),
 ]
+on_every_backend = pytest.mark.parametrize("backend", BACKENDS)
 
 
 def placed(value: Any, backend: str) -> Any:
@@ -56,10 +57,8 @@ def exact(
 
 def exact_norm(merged: Tensor, weight: Tensor) -> Tensor:
     """The RMSNorm in fp64."""
-    x, w = merged.double(), weight.double()
-    if w.dim() == 2:
-        w = w.view(w.shape[0], *[1] * (x.dim() - 2), -1)
-    return x / (x.square().mean(-1, keepdim=True) + EPS).sqrt() * w
+    x = merged.double()
+    return x / (x.square().mean(-1, keepdim=True) + EPS).sqrt() * weight.double()
 
 
 def assert_close(found: Tensor, wanted: Tensor, what: str = "", tolerance: float = 1e-5) -> None:
@@ -73,3 +72,16 @@ def assert_close(found: Tensor, wanted: Tensor, what: str = "", tolerance: float
 def rms_error(found: Tensor, wanted: Tensor) -> float:
     """Root of the mean squared difference."""
     return (found.double() - wanted.double()).square().mean().sqrt().item()
+
+
+def draw(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0, grad: bool = False) -> Tensor:
+    values = torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+    return values.to(dtype).requires_grad_(grad)
+
+
+def slabs(count: int, *shape: int, dtype: torch.dtype = torch.float32, grad: bool = False) -> list[Tensor]:
+    return [draw(*shape, dtype=dtype, seed=10 + i, grad=grad) for i in range(count)]
+
+
+def flatten(results: Any) -> list[Tensor]:
+    return [t for r in results for t in (r if isinstance(r, list) else [r])]

@@ -43,20 +43,19 @@ FORMS = [
     (residual, rows, weight)
     for residual in (True, False)
     for rows in (None, 0, 2, 3)  # no coefficients, one row without a dimension of its own, two rows, more
-    for weight in ("none", "shared", "per row")
-    if weight != "per row" or rows
+    for weight in (False, True)
+    if not (weight and rows)
 ]
 
 
 def operands(
-    dtype: torch.dtype, h: int, n: int, residual: bool, rows: int | None, weight: str
+    dtype: torch.dtype, h: int, n: int, residual: bool, rows: int | None, weight: bool
 ) -> tuple[Tensor | None, list[Tensor], Tensor | None, Tensor | None]:
-    lead = () if not rows else (rows,)
     return (
         draw(1, 2, 3, h, dtype=dtype) if residual else None,
         [draw(10 + j, 2, 3, h, dtype=dtype) for j in range(n)],
-        None if rows is None else draw(2, *lead, n),
-        None if weight == "none" else draw(3, *(lead if weight == "per row" else ()), h, dtype=dtype),
+        None if rows is None else draw(2, *((rows,) if rows else ()), n),
+        draw(3, h, dtype=dtype) if weight else None,
     )
 
 
@@ -80,21 +79,9 @@ def test_forward_is_the_reference(dtype: torch.dtype, h: int) -> None:
         # The norm is of the merge that was returned.
         assert rstd.dtype == torch.float32
         close(rstd, (merged.double().square().mean(-1) + EPS).rsqrt(), 0, 1e-6)
-        again = [
-            merge_norm_reference(m, [], None, w, EPS)[1]
-            for m, w in zip(_rows(merged, form[1]), _rows_of_weight(weight, form[1]), strict=True)
-        ]
-        close(
-            normed, torch.stack([t for t in again if t is not None]).view_as(normed), 0, 2 * TOLERANCE[dtype]
-        )
-
-
-def _rows(tensor: Tensor, rows: int | None) -> list[Tensor]:
-    return list(tensor) if rows else [tensor]
-
-
-def _rows_of_weight(weight: Tensor, rows: int | None) -> list[Tensor]:
-    return list(weight.expand(rows, -1)) if rows else [weight]
+        again = merge_norm_reference(merged, [], None, weight, EPS)[1]
+        assert again is not None
+        close(normed, again, 0, 2 * TOLERANCE[dtype])
 
 
 @pytest.mark.slow
@@ -102,7 +89,7 @@ def _rows_of_weight(weight: Tensor, rows: int | None) -> list[Tensor]:
 @pytest.mark.parametrize("h", WIDTHS)
 def test_backward_is_the_derivative(dtype: torch.dtype, h: int) -> None:
     for i, (with_merged, rows, form) in enumerate(FORMS):
-        if not with_merged and form == "none":
+        if not with_merged and not form:
             continue  # no gradient at all
         n = 1 + i % 6
         _, increments, coefficients, weight = operands(dtype, h, n, False, rows, form)
@@ -132,8 +119,7 @@ def check_norm_backward(
 ) -> None:
     """Against autograd in fp64."""
     y, w = merged.double().requires_grad_(), weight.double().requires_grad_()
-    shaped = w if w.dim() == 1 else w.view(w.shape[0], *[1] * (y.dim() - 2), -1)
-    normed = y * (y.square().mean(-1, keepdim=True) + EPS).rsqrt() * shaped
+    normed = y * (y.square().mean(-1, keepdim=True) + EPS).rsqrt() * w
     wanted_y, wanted_w = torch.autograd.grad(normed, [y, w], dx.double())
     wanted_y = wanted_y if dy is None else wanted_y + dy.double()
     close(G, wanted_y, wanted_y.abs().amax(-1, keepdim=True) + 1, TOLERANCE[G.dtype])
@@ -178,13 +164,12 @@ def test_transposed_merge(dtype: torch.dtype, h: int) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_norm_of_a_stored_merge_is_bit_equal(dtype: torch.dtype) -> None:
     for h in (48, 1000, 5000):
-        increments, weight = [draw(j, 4, h, dtype=dtype) for j in range(3)], draw(8, 3, h)
-        merged, normed, rstd = emulator.merge_norm(increments[0], increments, draw(9, 3, 3), weight, EPS)
-        for row in range(3):
-            empty, again, rstd_again = emulator.merge_norm(merged[row], [], None, weight[row], EPS)
-            assert empty.shape == (0,)
-            assert torch.equal(again, normed[row])
-            assert torch.equal(rstd_again, rstd[row])
+        increments, weight = [draw(j, 4, h, dtype=dtype) for j in range(3)], draw(8, h)
+        merged, normed, rstd = emulator.merge_norm(increments[0], increments, draw(9, 3), weight, EPS)
+        empty, again, rstd_again = emulator.merge_norm(merged, [], None, weight, EPS)
+        assert empty.shape == (0,)
+        assert torch.equal(again, normed)
+        assert torch.equal(rstd_again, rstd)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -198,15 +183,19 @@ def test_coefficients_0_and_1_are_exact(dtype: torch.dtype) -> None:
 
 
 def test_the_order_of_threads_does_not_matter() -> None:
-    residual, increments, coefficients, weight = operands(torch.bfloat16, 1000, 5, True, 2, "per row")
-    assert coefficients is not None
+    residual, increments, row, weight = operands(torch.bfloat16, 1000, 5, True, 0, True)
+    rows = draw(4, 2, 5)
 
     def everything() -> list[Tensor]:
-        merged, normed, rstd = emulator.merge_norm(residual, increments, coefficients, weight, EPS)
-        base, dw, d_increments, row = emulator.merge_norm_backward(
-            merged, normed, merged, rstd, weight, increments, coefficients, True, True
+        merged, normed, rstd = emulator.merge_norm(residual, increments, row, weight, EPS)
+        base, dw, d_increments, d_row = emulator.merge_norm_backward(
+            merged, normed, merged, rstd, weight, increments, row, True, True
         )
-        return [merged, normed, rstd, base, dw, *d_increments, row]
+        two, _, _ = emulator.merge_norm(residual, increments, rows, None, EPS)
+        _, _, d_of_two, d_rows = emulator.merge_norm_backward(
+            two, None, None, None, None, increments, rows, True, True
+        )
+        return [merged, normed, rstd, base, dw, *d_increments, d_row, two, *d_of_two, d_rows]
 
     expected = everything()
     for order in emulator.SCHEDULES:
@@ -216,11 +205,13 @@ def test_the_order_of_threads_does_not_matter() -> None:
 
 def test_strided_and_unaligned_tensors() -> None:
     unaligned, strided = draw(0, 3 * 40 + 1)[1:].view(3, 40), draw(1, 40, 3).t()
-    coefficients = draw(2, 2, 3).t()
-    actual = emulator.merge_norm(strided, [unaligned, strided], coefficients, unaligned[0], EPS)
-    copies = (strided.contiguous(), [unaligned.clone(), strided.contiguous()], coefficients.contiguous())
-    for a, b in zip(actual, emulator.merge_norm(*copies, unaligned[0].clone(), EPS), strict=True):
-        assert torch.equal(a, b)
+    copies = strided.contiguous(), [unaligned.clone(), strided.contiguous()]
+    for coefficients, weight in ((draw(2, 2, 3).t(), None), (draw(2, 2, 3)[:, 1], unaligned[0])):
+        actual = emulator.merge_norm(strided, [unaligned, strided], coefficients, weight, EPS)
+        copy = None if weight is None else weight.clone()
+        wanted = emulator.merge_norm(*copies, coefficients.contiguous(), copy, EPS)
+        for a, b in zip(actual, wanted, strict=True):
+            assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("h", [8, 9])
@@ -246,15 +237,21 @@ def test_values_that_are_not_finite(h: int) -> None:
 
 def test_no_rows() -> None:
     empty, weight, coefficients = draw(0, 0, 8), draw(1, 8), draw(2, 3, 1)
-    merged, normed, rstd = emulator.merge_norm(empty, [empty], coefficients, weight, EPS)
-    assert merged.shape == normed.shape == (3, 0, 8)
-    assert rstd.shape == (3, 0)
+    merged, normed, rstd = emulator.merge_norm(empty, [empty], coefficients[0], weight, EPS)
+    assert merged.shape == normed.shape == (0, 8)
+    assert rstd.shape == (0,)
     G, dw, d_increments, row = emulator.merge_norm_backward(
-        merged, merged, merged, rstd, weight, [empty], coefficients, True, True
+        merged, merged, merged, rstd, weight, [empty], coefficients[0], True, True
     )
-    assert G.shape == (3, 0, 8)
-    assert d_increments[0].shape == (0, 8)
+    assert G.shape == d_increments[0].shape == (0, 8)
     assert not bool(dw.any() or row.any())
+    rows, _, _ = emulator.merge_norm(empty, [empty], coefficients, None, EPS)
+    assert rows.shape == (3, 0, 8)
+    _, _, d_increments, d_rows = emulator.merge_norm_backward(
+        rows, None, None, None, None, [empty], coefficients, True, True
+    )
+    assert d_increments[0].shape == (0, 8)
+    assert not bool(d_rows.any())
     assert not bool(emulator.transposed_merge(None, empty, [empty], coefficients[0], True)[1].any())
 
 
@@ -263,6 +260,13 @@ def test_limits() -> None:
         emulator.merge_norm(draw(0, 1, 16385), [], None, draw(1, 16385), EPS)
     with pytest.raises(emulator.EmulatorError, match="more than 128"):
         emulator.merge_norm(None, [draw(0, 1, 8)] * 129, None, None, EPS)
+    x, rows = draw(0, 1, 8), draw(1, 2, 1)
+    with pytest.raises(emulator.EmulatorError, match="a norm is of one merge"):
+        emulator.merge_norm(x, [x], rows, x[0], EPS)
+    with pytest.raises(emulator.EmulatorError, match="a norm is of one merge"):
+        emulator.merge_norm_backward(
+            x.expand(2, 1, 8), x.expand(2, 1, 8), x, x[0], x[0], [x], rows, True, True
+        )
 
 
 SANITIZERS = ["-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]

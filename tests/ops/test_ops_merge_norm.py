@@ -13,20 +13,18 @@ from torch import Tensor
 from megatron_iiet.ops import merge_norm, resolve_backend
 from megatron_iiet.ops.backends import unavailable
 from tests.ops.inputs import (
-    BACKENDS,
     EPS,
     TOLERANCE,
     assert_close,
     exact,
     exact_norm,
     needs_extension,
+    on_every_backend,
     placed,
     rms_error,
 )
 
 torch.set_num_threads(1)
-
-on_every_backend = pytest.mark.parametrize("backend", BACKENDS)
 
 
 @st.composite
@@ -45,13 +43,8 @@ def arguments(draw: st.DrawFn) -> dict[str, Any]:
     if k and draw(st.booleans()):
         coefficients = tensor(k) if rows is None else tensor(rows, k)
     weight = None
-    if draw(st.booleans()):
-        per_row = coefficients is not None and coefficients.dim() == 2 and draw(st.booleans())
-        weight = tensor(
-            *((coefficients.shape[0],) if per_row and coefficients is not None else ()),
-            shape[-1],
-            dtype=draw(st.sampled_from([dtype, torch.float32])),
-        )
+    if (coefficients is None or coefficients.dim() == 1) and draw(st.booleans()):
+        weight = tensor(shape[-1], dtype=draw(st.sampled_from([dtype, torch.float32])))
     residual = tensor(*shape, dtype=dtype) if k == 0 or draw(st.booleans()) else None
     return {
         "residual": residual,
@@ -89,7 +82,7 @@ def test_values_against_fp64(call: dict[str, Any], backend: str) -> None:
 def test_norm_is_of_the_rounded_merge_bit_for_bit(call: dict[str, Any], backend: str) -> None:
     call = placed(call, backend)
     merged, normed = merge_norm(**call, eps=EPS, backend=backend)
-    if call["norm_weight"] is None or call["norm_weight"].dim() == 2:
+    if call["norm_weight"] is None:
         return
     again = merge_norm(merged, (), None, call["norm_weight"], eps=EPS, backend=backend)
     assert normed is not None
@@ -150,7 +143,7 @@ def call_of(form: str, dtype: torch.dtype, *, width: int = 257, seed: int = 0) -
         "residual": None if form == "sum" else draw(5, width, dtype=dtype),
         "increments": [draw(5, width, dtype=dtype) for _ in range(k)],
         "coefficients": None if rows is None else draw(*rows),
-        "norm_weight": None if form in ("entry", "sum") else draw(*([2] if form == "rows" else []), width),
+        "norm_weight": None if form in ("entry", "rows", "sum") else draw(width),
     }
 
 
@@ -180,9 +173,7 @@ def plain(
 ) -> tuple[Tensor, Tensor | None]:
     """What one writes without this library: torch rounds after every operation."""
     if coefficients is not None and coefficients.dim() == 2:
-        weights = [None] * len(coefficients) if weight is None else [*weight]
-        pairs = [plain(residual, increments, c, w) for c, w in zip(coefficients, weights, strict=True)]
-        return torch.stack([m for m, _ in pairs]), torch.stack([n for _, n in pairs if n is not None])
+        return torch.stack([plain(residual, increments, row, None)[0] for row in coefficients]), None
     merged = residual
     for j, increment in enumerate(increments):
         term = increment if coefficients is None else coefficients[j] * increment
@@ -251,15 +242,11 @@ def test_sums_are_rounded_once(backend: str) -> None:
 def test_rows_equal_single_merges(backend: str) -> None:
     torch.manual_seed(0)
     residual, increments = torch.randn(2, 5, 16), [torch.randn(2, 5, 16) for _ in range(3)]
-    rows, weights = torch.randn(2, 3), torch.randn(2, 16)
-    residual, increments, rows, weights = placed((residual, increments, rows, weights), backend)
-    merged, normed = merge_norm(residual, increments, rows, weights, backend=backend)
-    assert normed is not None
+    residual, increments, rows = placed((residual, increments, torch.randn(2, 3)), backend)
+    merged, normed = merge_norm(residual, increments, rows, backend=backend)
+    assert normed is None
     for r in range(2):
-        single = merge_norm(residual, increments, rows[r], weights[r], backend=backend)
-        assert single.normed is not None
-        assert torch.equal(merged[r], single.merged)
-        assert torch.equal(normed[r], single.normed)
+        assert torch.equal(merged[r], merge_norm(residual, increments, rows[r], backend=backend).merged)
 
 
 @on_every_backend
@@ -268,17 +255,6 @@ def test_without_increments_the_residual_is_returned(backend: str) -> None:
     assert torch.equal(merge_norm(residual, (), backend=backend).merged, residual)
     assert torch.equal(merge_norm(residual, (), one, backend=backend).merged, residual)
     assert torch.equal(merge_norm(residual, (), two, backend=backend).merged, residual.expand(2, 3, 8))
-
-
-@on_every_backend
-@pytest.mark.parametrize("rows", [2, 3], ids=["rows-differ-from-tokens", "as-many-rows-as-tokens"])
-def test_rows_of_nothing_each_have_their_norm(rows: int, backend: str) -> None:
-    residual, weights = placed((torch.randn(3, 8), torch.randn(rows, 8)), backend)
-    merged, normed = merge_norm(residual, (), weights.new_zeros(rows, 0), weights, backend=backend)
-    assert normed is not None
-    assert torch.equal(merged, residual.expand(rows, 3, 8))
-    for r in range(rows):
-        assert torch.equal(normed[r], merge_norm(residual, (), None, weights[r], backend=backend).normed)
 
 
 X = torch.zeros(2, 4)
@@ -321,11 +297,11 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ),
     (
         {"residual": X, "increments": (), "norm_weight": torch.ones(3)},
-        "merge_norm: norm_weight is (3,) on cpu, expected [4], or [rows, 4] with coefficient rows, on cpu",
+        "merge_norm: norm_weight is (3,) on cpu, expected [4] on cpu",
     ),
     (
         {"residual": X, "increments": (), "norm_weight": torch.ones(2, 4)},
-        "merge_norm: norm_weight is (2, 4) on cpu, expected [4], or [rows, 4] with coefficient rows, on cpu",
+        "merge_norm: norm_weight is (2, 4) on cpu, expected [4] on cpu",
     ),
     (
         {
@@ -334,11 +310,16 @@ BAD: list[tuple[dict[str, Any], str]] = [
             "coefficients": torch.ones(3, 1),
             "norm_weight": torch.ones(2, 4),
         },
-        "merge_norm: norm_weight is (2, 4) on cpu, expected [4], or [rows, 4] with coefficient rows, on cpu",
+        "merge_norm: norm_weight is (2, 4) on cpu, expected [4] on cpu",
+    ),
+    (
+        {"residual": X, "increments": (X,), "coefficients": torch.ones(3, 1), "norm_weight": torch.ones(4)},
+        "merge_norm: coefficients is (3, 1), but a norm is of one merge: give [1], or norm each row's merge "
+        "in a call of its own",
     ),
     (
         {"residual": X, "increments": (), "norm_weight": torch.ones(4).to("meta")},
-        "merge_norm: norm_weight is (4,) on meta, expected [4], or [rows, 4] with coefficient rows, on cpu",
+        "merge_norm: norm_weight is (4,) on meta, expected [4] on cpu",
     ),
     (
         {"residual": X, "increments": (), "backend": "tpu"},

@@ -49,13 +49,7 @@ def drawn_coefficients(form: str, n: int) -> Tensor | None:
 
 
 def drawn_weight(form: str, h: int, dtype: torch.dtype) -> Tensor | None:
-    return {"none": None, "one": draw(92, h, dtype=dtype), "rows": draw(93, ROWS, h, dtype=dtype)}[form]
-
-
-def per_row(weight: Tensor, like: Tensor) -> Tensor:
-    """The weight, shaped to multiply a tensor of rows."""
-    w = weight.double()
-    return w if w.dim() == 1 else w.view(w.shape[0], *[1] * (like.dim() - 2), -1)
+    return {"none": None, "one": draw(92, h, dtype=dtype)}[form]
 
 
 def close(actual: Tensor, wanted: Tensor, magnitude: Tensor, tolerance: float) -> None:
@@ -80,8 +74,8 @@ FORMS = [
     (residual, coefficients, weight)
     for residual in (True, False)
     for coefficients in ("none", "one", "rows")
-    for weight in ("none", "one", "rows")
-    if weight != "rows" or coefficients == "rows"
+    for weight in ("none", "one")
+    if weight == "none" or coefficients != "rows"
 ]
 
 
@@ -113,7 +107,7 @@ def check_norm(merged: Tensor, weight: Tensor | None, normed: Tensor, rstd: Tens
     # Of the rounded merge, the one that was returned.
     scale = 1 / (merged.double().square().mean(-1) + EPS).sqrt()
     close(rstd, scale, scale, 1e-6)
-    wanted = merged.double() * scale.unsqueeze(-1) * per_row(weight, merged)
+    wanted = merged.double() * scale.unsqueeze(-1) * weight.double()
     close_in_dtype(normed, wanted, wanted.abs())
     assert (normed.dtype, rstd.dtype) == (merged.dtype, torch.float32)
 
@@ -131,12 +125,11 @@ def test_norm_alone(dtype: torch.dtype, weight_dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("h", [48, 1000])
 def test_norm_of_a_stored_merge_is_bit_equal(dtype: torch.dtype, h: int) -> None:
     increments = [draw(j, 4, h, dtype=dtype) for j in range(3)]
-    weight = draw(8, ROWS, h, dtype=dtype)
-    merged, normed, rstd = kernels.merge_norm(increments[0], increments, draw(9, ROWS, 3), weight, EPS)
-    for row in range(ROWS):
-        _, again, rstd_again = kernels.merge_norm(merged[row], [], None, weight[row], EPS)
-        assert torch.equal(again, normed[row])
-        assert torch.equal(rstd_again, rstd[row])
+    weight = draw(8, h, dtype=dtype)
+    merged, normed, rstd = kernels.merge_norm(increments[0], increments, draw(9, 3), weight, EPS)
+    _, again, rstd_again = kernels.merge_norm(merged, [], None, weight, EPS)
+    assert torch.equal(again, normed)
+    assert torch.equal(rstd_again, rstd)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -192,8 +185,7 @@ def check_norm_backward(
     """Against autograd in fp64."""
     y, w = merged.double().requires_grad_(), weight.double().requires_grad_()
     rstd = torch.rsqrt(y.square().mean(-1, keepdim=True) + EPS)
-    normed = y * rstd * (w if w.dim() == 1 else w.view(w.shape[0], *[1] * (y.dim() - 2), -1))
-    wanted_y, wanted_w = torch.autograd.grad(normed, [y, w], dx.double())
+    wanted_y, wanted_w = torch.autograd.grad(y * rstd * w, [y, w], dx.double())
     wanted_y = wanted_y if dy is None else wanted_y + dy.double()
     close_in_dtype(G, wanted_y, (wanted_y.abs().amax(-1, keepdim=True) + 1) * 10)
     close(dw, wanted_w, torch.full_like(wanted_w, 30.0), 1e-6)
@@ -292,16 +284,16 @@ def test_an_infinite_coefficient_is_no_different_at_an_odd_width() -> None:
 
 def test_no_rows() -> None:
     empty, weight, coefficients = draw(0, 0, 8), draw(1, 8), draw(2, ROWS, 1)
-    merged, normed, rstd = kernels.merge_norm(empty, [empty], coefficients, weight, EPS)
-    assert merged.shape == normed.shape == (ROWS, 0, 8)
-    assert rstd.shape == (ROWS, 0)
+    assert kernels.merge_norm(empty, [empty], coefficients, None, EPS)[0].shape == (ROWS, 0, 8)
+    merged, normed, rstd = kernels.merge_norm(empty, [empty], coefficients[0], weight, EPS)
+    assert merged.shape == normed.shape == (0, 8)
+    assert rstd.shape == (0,)
     for c, shape in ((coefficients, (ROWS, 0, 8)), (coefficients[0], (0, 8))):
-        d = draw(3, *shape)
-        G, dw, d_increments, d_coefficients = kernels.merge_norm_backward(
-            d, d, d, d[..., 0], weight, [empty], c, True, True
-        )
-        assert G.shape == shape
-        assert torch.equal(dw, torch.zeros_like(weight))
+        d, normed = draw(3, *shape), c.dim() == 1
+        norm = (d, d, d[..., 0], weight) if normed else (None,) * 4
+        G, dw, d_increments, d_coefficients = kernels.merge_norm_backward(d, *norm, [empty], c, True, True)
+        assert G.shape == ((0, 8) if normed else (0,))
+        assert torch.equal(dw, torch.zeros_like(weight) if normed else dw.new_empty(0))
         assert d_increments[0].shape == (0, 8)
         assert torch.equal(d_coefficients, torch.zeros_like(c))
     d_increment, dots = kernels.transposed_merge(None, empty, [empty], coefficients[0], True)
@@ -313,17 +305,14 @@ def test_strided_and_unaligned_tensors() -> None:
     buffer = draw(0, 3 * 40 + 1)
     unaligned = buffer[1:].view(3, 40)
     strided = draw(1, 40, 3).t()
-    coefficients = draw(2, 2, ROWS).t()
-    actual = kernels.merge_norm(strided, [unaligned, strided], coefficients, unaligned[0], EPS)
-    wanted = kernels.merge_norm(
-        strided.contiguous(),
-        [unaligned.clone(), strided.contiguous()],
-        coefficients.contiguous(),
-        unaligned[0].clone(),
-        EPS,
-    )
-    for a, b in zip(actual, wanted, strict=True):
-        assert torch.equal(a, b)
+    copies = strided.contiguous(), [unaligned.clone(), strided.contiguous()]
+    for coefficients, weight in ((draw(2, 2, ROWS).t(), None), (draw(2, 2, ROWS)[:, 1], unaligned[0])):
+        actual = kernels.merge_norm(strided, [unaligned, strided], coefficients, weight, EPS)
+        copy = None if weight is None else weight.clone()
+        for a, b in zip(
+            actual, kernels.merge_norm(*copies, coefficients.contiguous(), copy, EPS), strict=True
+        ):
+            assert torch.equal(a, b)
     dots = kernels.transposed_merge(unaligned, strided, [strided, unaligned], draw(3, 2), True)[1]
     products = torch.stack([strided * strided, strided * unaligned]).double().flatten(1)
     close(dots, products.sum(1), products.abs().sum(1), 1e-6)
@@ -341,6 +330,11 @@ def test_limits() -> None:
         kernels.merge_norm_backward(None, None, None, None, None, [x], draw(1, 1), True, True)
     with pytest.raises(ValueError, match="gradients is empty"):
         kernels.transposed_merge(None, x, [], draw(1, 0), True)
+    rows, weight = draw(1, 2, 1), draw(2, 2)
+    with pytest.raises(ValueError, match="coefficients has 2 rows, but a norm is of one merge"):
+        kernels.merge_norm(x, [x], rows, weight, EPS)
+    with pytest.raises(ValueError, match="coefficients has 2 rows, but a norm is of one merge"):
+        kernels.merge_norm_backward(None, x.expand(2, 1, 2), x, x[0], weight, [x], rows, True, True)
     assert kernels.merge_norm(None, [x] * 128, None, None, EPS)[0].shape == (1, 2)
 
 

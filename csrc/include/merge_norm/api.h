@@ -9,7 +9,7 @@
 //   n     number of increments (the history)               R  coefficient rows over one history
 //   M     number of gradients in a transposed merge        P  number of partial sums, from (T, h) only
 //   V     elements of S in 16 bytes (a pack)               E  elements of a row that one thread holds
-// Contiguous arrays: a row operand is [T, h], an operand per coefficient row [R, T, h], rstd [R, T].
+// Contiguous arrays: a row operand is [T, h], an operand per coefficient row [R, T, h], rstd [T]. A norm takes R = 1.
 #pragma once
 
 #include <cstdint>
@@ -27,6 +27,7 @@ enum class Status {
   hidden_too_wide,           // h > kMaxHidden
   too_many_increments,       // n or M > kMaxIncrements
   too_many_coefficient_rows, // R > kMaxIncrements in the backward pass
+  norm_of_coefficient_rows,  // a norm with R > 1
   too_many_rows,             // T needs more blocks than a grid can have
   launch_failed,             // the CUDA runtime knows more: cudaGetLastError
 };
@@ -38,6 +39,7 @@ inline const char* message(Status status) {
     case Status::hidden_too_wide: return "the last dimension is above 16384";
     case Status::too_many_increments: return "there are more than 128 increments or gradients";
     case Status::too_many_coefficient_rows: return "there are more than 128 coefficient rows";
+    case Status::norm_of_coefficient_rows: return "a norm is of one merge, not of several coefficient rows";
     case Status::too_many_rows: return "there are too many rows for one launch";
     case Status::launch_failed: return "the kernel could not be launched";
   }
@@ -47,10 +49,9 @@ inline const char* message(Status status) {
 struct NormWeight {
   const void* data = nullptr;  // nullptr: no norm
   bool is_float = false;       // fp32, else S
-  bool per_row = false;        // [R, h], else [h] for all R
 };
 
-// merged[r] = round(residual + sum_j coefficients[r, j] * increments[j]); normed, rstd: RMSNorm of the rounded.
+// merged[r] = round(residual + sum_j coefficients[r, j] * increments[j]); normed, rstd: RMSNorm of the rounded (R = 1).
 struct ForwardArgs {
   Storage storage = Storage::float32;
   int64_t rows = 0, hidden = 0;
@@ -66,7 +67,7 @@ struct ForwardArgs {
   float* rstd = nullptr;                          // with norm_weight
 };
 
-// G[r] = round(grad_merged[r] + gradient through the norm); then, of the rounded G,
+// G[r] = round(grad_merged[r] + gradient through the norm (R = 1)); then, of the rounded G,
 // grad_increments[j] = round(sum_r coefficients[r, j] * G[r]) and grad_coefficients[r, j] = <increments[j], G[r]>.
 struct BackwardArgs {
   Storage storage = Storage::float32;
@@ -81,7 +82,7 @@ struct BackwardArgs {
   int64_t n_increments = 0;
   const float* coefficients = nullptr;            // [R, n]; read for grad_increments only
   void* grad_base = nullptr;                      // G; with grad_normed
-  float* grad_norm_weight = nullptr;              // shape of norm_weight; if and only if there is a norm
+  float* grad_norm_weight = nullptr;              // [h]; if and only if there is a norm
   void* const* grad_increments = nullptr;         // n pointers; nullptr: not wanted
   float* grad_coefficients = nullptr;             // [R, n]; nullptr: not wanted
   float* workspace = nullptr;                     // workspace_floats(args) numbers
@@ -106,7 +107,7 @@ struct TransposedArgs {
 // Numbers of fp32 scratch a call needs; a function of the shapes only.
 inline int64_t workspace_floats(const BackwardArgs& args) {
   const int64_t rows = row_partials(args.rows, args.hidden), r = args.coefficient_rows;
-  const int64_t weights = args.grad_norm_weight != nullptr ? rows * r * args.hidden : 0;
+  const int64_t weights = args.grad_norm_weight != nullptr ? rows * args.hidden : 0;
   if (args.grad_coefficients == nullptr) return weights;
   const int64_t flat = flat_partials(args.rows, args.hidden);
   return weights + (rows > flat ? rows : flat) * r * args.n_increments;

@@ -1,5 +1,5 @@
-// merged = residual + sum_j coefficients[j] * increments[j], and the RMSNorm of the rounded merged, for one or
-// two coefficient rows in one reading of the history. Names: see api.h.
+// merged = residual + sum_j coefficients[j] * increments[j] and the RMSNorm of the rounded merged; or, without a norm,
+// the merges of two coefficient rows in one reading of the history. Names: see api.h.
 #pragma once
 
 #include "pack.cuh"
@@ -13,7 +13,7 @@ template <typename S> struct ForwardParams {
   int n_terms;
   int first_increment;               // 1 with a residual, else 0
   const float* coefficients;         // [R, n]; nullptr: all ones
-  NormWeight norm_weight;            // data == nullptr: no norm
+  NormWeight norm_weight;            // data == nullptr: no norm; with R = 1 only
   float eps;
   int hidden;
   int64_t rows;
@@ -84,14 +84,11 @@ MERGE_NORM_DEVICE void merge_pack(const S* const* terms, int n_terms, const floa
   }
 }
 
-// Two fp32 rows need more registers than 512 threads have: above 256 threads the host makes two passes of them.
-template <typename S, int R> constexpr int kForwardThreads = R == 2 && sizeof(S) == 4 ? kMaxThreads / 2 : kMaxThreads;
-
 // Block (threads of a row, rows); dynamic shared memory: R * n_terms floats.
 template <typename S, int E, int R, Access A>
-MERGE_NORM_KERNEL((kForwardThreads<S, R>)) forward_kernel(MERGE_NORM_PARAMS(ForwardParams<S>) params) {
+MERGE_NORM_KERNEL(kMaxThreads) forward_kernel(MERGE_NORM_PARAMS(ForwardParams<S>) params) {
   constexpr int V = kPack<S>, kPacks = E / V;
-  MERGE_NORM_SHARED(float, scratch, R * kMaxWarps);
+  MERGE_NORM_SHARED(float, scratch, kMaxWarps);
   float* const coefficients = dynamic_shared();
   fill_coefficients(coefficients, R, params.n_terms, params.first_increment, params.coefficients,
                     params.n_terms - params.first_increment, 1);
@@ -99,8 +96,8 @@ MERGE_NORM_KERNEL((kForwardThreads<S, R>)) forward_kernel(MERGE_NORM_PARAMS(Forw
 
   const int64_t slab = params.rows * params.hidden;
   const RowPart<S, E> part(int64_t{blockIdx.x} * blockDim.y + threadIdx.y, params.rows, params.hidden);
-  Pack merged[R][kPacks];
-  float square_sums[R] = {};
+  Pack merged[kPacks];  // kept for the norm, like the next
+  float square_sum = 0;
   MERGE_NORM_UNROLL
   for (int p = 0; p < kPacks; ++p) {
     const int64_t index = part.index + part.offset(p);
@@ -109,34 +106,32 @@ MERGE_NORM_KERNEL((kForwardThreads<S, R>)) forward_kernel(MERGE_NORM_PARAMS(Forw
     merge_pack<S, A, R>(params.terms, params.n_terms, coefficients, index, count, sums);
     MERGE_NORM_UNROLL
     for (int r = 0; r < R; ++r) {
-      merged[r][p] = pack<S>(sums[r]);
-      if (params.merged != nullptr) store<A>(params.merged + r * slab + index, merged[r][p], count);
-      float x[V];
-      unpack<S>(merged[r][p], x);
-      MERGE_NORM_UNROLL
-      for (int v = 0; v < V; ++v) {
-        if (v < count) square_sums[r] = fmaf(x[v], x[v], square_sums[r]);
+      const Pack rounded = pack<S>(sums[r]);
+      if (params.merged != nullptr) store<A>(params.merged + r * slab + index, rounded, count);
+      if constexpr (R == 1) {
+        merged[p] = rounded;
+        float x[V];
+        unpack<S>(rounded, x);
+        MERGE_NORM_UNROLL
+        for (int v = 0; v < V; ++v) {
+          if (v < count) square_sum = fmaf(x[v], x[v], square_sum);
+        }
       }
     }
   }
-  if (params.norm_weight.data == nullptr) return;
+  if (R > 1 || params.norm_weight.data == nullptr) return;
 
-  row_sums(square_sums, scratch);
+  const float rstd = 1.0f / sqrtf(row_sum(square_sum, scratch) / static_cast<float>(params.hidden) + params.eps);
+  if (part.count > 0 && threadIdx.x == 0) params.rstd[part.row] = rstd;
   MERGE_NORM_UNROLL
-  for (int r = 0; r < R; ++r) {
-    const float rstd = 1.0f / sqrtf(square_sums[r] / static_cast<float>(params.hidden) + params.eps);
-    if (part.count > 0 && threadIdx.x == 0) params.rstd[r * params.rows + part.row] = rstd;
-    const int64_t weight_index = (params.norm_weight.per_row ? r * int64_t{params.hidden} : 0) + part.column;
+  for (int p = 0; p < kPacks; ++p) {
+    const int count = part.count - part.offset(p);
+    float x[V], weight[V];
+    unpack<S>(merged[p], x);
+    load_weights<A, S>(params.norm_weight, part.column + part.offset(p), count, weight);
     MERGE_NORM_UNROLL
-    for (int p = 0; p < kPacks; ++p) {
-      const int count = part.count - part.offset(p);
-      float x[V], weight[V];
-      unpack<S>(merged[r][p], x);
-      load_weights<A, S>(params.norm_weight, weight_index + part.offset(p), count, weight);
-      MERGE_NORM_UNROLL
-      for (int v = 0; v < V; ++v) x[v] = x[v] * rstd * weight[v];
-      store<A>(params.normed + r * slab + part.index + part.offset(p), pack<S>(x), count);
-    }
+    for (int v = 0; v < V; ++v) x[v] = x[v] * rstd * weight[v];
+    store<A>(params.normed + part.index + part.offset(p), pack<S>(x), count);
   }
 }
 

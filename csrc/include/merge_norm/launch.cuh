@@ -66,15 +66,6 @@ inline Status finalize(const float* partials, int64_t count, int64_t width, floa
                        dim3(kFinalizeColumns, kFinalizeSlices), 0, stream, params);
 }
 
-// The norm weight of coefficient row r on.
-template <typename S> NormWeight weight_from_row(NormWeight weight, int64_t r, int64_t hidden) {
-  if (weight.data != nullptr && weight.per_row) {
-    const size_t size = weight.is_float ? sizeof(float) : sizeof(S);
-    weight.data = static_cast<const char*>(weight.data) + static_cast<size_t>(r * hidden) * size;
-  }
-  return weight;
-}
-
 template <typename S> S* offset(const void* base, int64_t elements) {
   return base == nullptr ? nullptr : const_cast<S*>(static_cast<const S*>(base)) + elements;
 }
@@ -88,15 +79,19 @@ template <typename S> Status launch_forward_as(const ForwardArgs& args, Stream s
   if (!has_residual && args.n_increments == 0) return Status::nothing_to_merge;
   if (args.hidden > kMaxHidden) return Status::hidden_too_wide;
   if (args.n_increments > kMaxIncrements) return Status::too_many_increments;
+  if (args.norm_weight.data != nullptr && args.coefficient_rows > 1) return Status::norm_of_coefficient_rows;
   if (has_residual) params.terms[0] = static_cast<const S*>(args.residual);
   params.first_increment = has_residual ? 1 : 0;
   params.n_terms = params.first_increment + static_cast<int>(args.n_increments);
   for (int64_t j = 0; j < args.n_increments; ++j) {
     params.terms[params.first_increment + j] = static_cast<const S*>(args.increments[j]);
   }
+  params.norm_weight = args.norm_weight;
   params.eps = args.eps;
   params.hidden = static_cast<int>(args.hidden);
   params.rows = args.rows;
+  params.normed = static_cast<S*>(args.normed);
+  params.rstd = args.rstd;
 
   const bool wide = args.hidden % kPack<S> == 0 && Alignment()
                                                        .add(args.residual)
@@ -106,15 +101,10 @@ template <typename S> Status launch_forward_as(const ForwardArgs& args, Stream s
                                                        .add(args.normed)
                                                        .wide();
   const int64_t blocks = ceil_div(args.rows, row_layout(args.hidden).rows);
-  const bool pairs = row_layout(args.hidden).threads <= kForwardThreads<S, 2>;
   for (int64_t r = 0, count; r < args.coefficient_rows; r += count) {
-    count = pairs && r + 1 < args.coefficient_rows ? 2 : 1;
-    const int64_t slab = r * args.rows * args.hidden;
+    count = r + 1 < args.coefficient_rows ? 2 : 1;
     params.coefficients = offset<float>(args.coefficients, r * args.n_increments);
-    params.norm_weight = weight_from_row<S>(args.norm_weight, r, args.hidden);
-    params.merged = offset<S>(args.merged, slab);
-    params.normed = offset<S>(args.normed, slab);
-    params.rstd = offset<float>(args.rstd, r * args.rows);
+    params.merged = offset<S>(args.merged, r * args.rows * args.hidden);
     const Status status = with_variant(args.hidden, wide, [&](auto elements, auto access) {
       const auto kernel = count == 2 ? forward_kernel<S, elements, 2, access> : forward_kernel<S, elements, 1, access>;
       return launch_blocks(kernel, blocks, row_block(args.hidden), count * params.n_terms, stream, params);
@@ -161,26 +151,25 @@ template <typename S> Status launch_transposed_as(const TransposedArgs& args, St
 
 // ---- backward ----------------------------------------------------------------------------------------------
 
-// Coefficient rows r .. r + count - 1 (count is 1 or 2) in one pass; partial sums go where the args say.
+// One coefficient row, or without a norm two, in one pass.
 template <typename S>
-Status launch_backward_rows(const BackwardArgs& args, int64_t r, int64_t count, bool with_increments,
-                            float* weight_partials, float* coefficient_partials, Stream stream) {
+Status launch_backward_rows(const BackwardArgs& args, float* weight_partials, float* coefficient_partials,
+                            Stream stream) {
   BackwardParams<S> params = {};
-  const int64_t slab = r * args.rows * args.hidden;
-  const bool want_dots = with_increments && args.grad_coefficients != nullptr;
-  params.want_increments = with_increments && args.grad_increments != nullptr;
+  const bool want_dots = args.grad_coefficients != nullptr;
+  params.want_increments = args.grad_increments != nullptr;
   params.n_increments = want_dots || params.want_increments ? static_cast<int>(args.n_increments) : 0;
   for (int64_t j = 0; j < params.n_increments; ++j) {
     if (want_dots) params.increments[j] = static_cast<const S*>(args.increments[j]);
     if (params.want_increments) params.grad_increments[j] = static_cast<S*>(args.grad_increments[j]);
   }
-  params.grad_merged = offset<S>(args.grad_merged, slab);
-  params.grad_normed = offset<S>(args.grad_normed, slab);
-  params.merged = offset<S>(args.merged, slab);
-  params.rstd = offset<float>(args.rstd, r * args.rows);
-  params.norm_weight = weight_from_row<S>(args.norm_weight, r, args.hidden);
-  params.coefficients = offset<float>(args.coefficients, r * args.n_increments);
-  params.grad_base = offset<S>(args.grad_base, slab);
+  params.grad_merged = static_cast<const S*>(args.grad_merged);
+  params.grad_normed = static_cast<const S*>(args.grad_normed);
+  params.merged = static_cast<const S*>(args.merged);
+  params.rstd = args.rstd;
+  params.norm_weight = args.norm_weight;
+  params.coefficients = args.coefficients;
+  params.grad_base = static_cast<S*>(args.grad_base);
   params.weight_partials = weight_partials;
   params.coefficient_partials = want_dots ? coefficient_partials : nullptr;
   params.hidden = static_cast<int>(args.hidden);
@@ -198,34 +187,21 @@ Status launch_backward_rows(const BackwardArgs& args, int64_t r, int64_t count, 
                                                        .add(weight_partials)
                                                        .wide();
   const dim3 block = row_block(args.hidden);
-  const int64_t warps = int64_t{block.x} * block.y / kWarp;
+  const int64_t warps = int64_t{block.x} * block.y / kWarp, R = args.coefficient_rows;
   const int64_t blocks = ceil_div(row_partials(args.rows, args.hidden), block.y);
   return with_variant(args.hidden, wide, [&](auto elements, auto access) {
     const int64_t weight_sums = args.grad_norm_weight != nullptr ? warps * kWarp * elements.value : 0;
-    return launch_blocks(
-        count == 2 ? backward_kernel<S, elements, 2, access> : backward_kernel<S, elements, 1, access>, blocks, block,
-        count * (weight_sums + (1 + warps) * params.n_increments), stream, params);
+    return launch_blocks(R == 2 ? backward_kernel<S, elements, 2, access> : backward_kernel<S, elements, 1, access>,
+                         blocks, block, weight_sums + R * (1 + warps) * params.n_increments, stream, params);
   });
 }
 
-// Any number of rows: the norm of each, then one transposed merge per increment over the R gradients.
+// Any number of rows: one transposed merge per increment over their R gradients.
 template <typename S>
-Status launch_backward_many_rows(const BackwardArgs& args, float* weight_partials, float* coefficient_partials,
-                                 Stream stream) {
-  const int64_t partials = row_partials(args.rows, args.hidden), slab = args.rows * args.hidden;
-  const bool has_norm = args.grad_norm_weight != nullptr;
-  const void* base = has_norm ? args.grad_base : args.grad_merged;
+Status launch_backward_many_rows(const BackwardArgs& args, float* coefficient_partials, Stream stream) {
   std::vector<const void*> gradients;
   for (int64_t r = 0; r < args.coefficient_rows; ++r) {
-    gradients.push_back(offset<S>(base, r * slab));
-    if (!has_norm) continue;
-    float* part = weight_partials + r * partials * args.hidden;
-    const Status status = launch_backward_rows<S>(args, r, 1, false, part, nullptr, stream);
-    if (status != Status::ok) return status;
-    if (!args.norm_weight.per_row) continue;
-    const Status summed =
-        finalize(part, partials, args.hidden, args.grad_norm_weight + r * args.hidden, 1, stream);
-    if (summed != Status::ok) return summed;
+    gradients.push_back(offset<S>(args.grad_merged, r * args.rows * args.hidden));
   }
   TransposedArgs column;
   column.storage = args.storage;
@@ -244,31 +220,26 @@ Status launch_backward_many_rows(const BackwardArgs& args, float* weight_partial
     const Status status = launch_transposed_as<S>(column, stream);
     if (status != Status::ok) return status;
   }
-  if (!has_norm || args.norm_weight.per_row) return Status::ok;
-  return finalize(weight_partials, args.coefficient_rows * partials, args.hidden, args.grad_norm_weight, 1, stream);
+  return Status::ok;
 }
 
 template <typename S> Status launch_backward_as(const BackwardArgs& args, Stream stream) {
   const int64_t rows = args.coefficient_rows, partials = row_partials(args.rows, args.hidden);
+  const bool has_norm = args.grad_norm_weight != nullptr;
   if (args.hidden > kMaxHidden) return Status::hidden_too_wide;
   if (args.n_increments > kMaxIncrements) return Status::too_many_increments;
   if (rows > kMaxIncrements) return Status::too_many_coefficient_rows;
+  if (has_norm && rows > 1) return Status::norm_of_coefficient_rows;
   float* const weight_partials = args.workspace;
-  const bool has_norm = args.grad_norm_weight != nullptr;
-  float* const coefficient_partials = args.workspace + (has_norm ? partials * rows * args.hidden : 0);
+  float* const coefficient_partials = args.workspace + (has_norm ? partials * args.hidden : 0);
   if (rows > 2 || (rows == 2 && row_layout(args.hidden).threads > kBackwardThreads<2>)) {
-    return launch_backward_many_rows<S>(args, weight_partials, coefficient_partials, stream);
+    return launch_backward_many_rows<S>(args, coefficient_partials, stream);
   }
-  Status status = launch_backward_rows<S>(args, 0, rows, true, weight_partials, coefficient_partials, stream);
-  if (status != Status::ok) return status;
-  if (has_norm) {
-    // [P, R, h]: a weight shared by all coefficient rows is one with R times as many partial sums.
-    const int64_t width = args.norm_weight.per_row ? rows * args.hidden : args.hidden;
-    const int64_t count = args.norm_weight.per_row ? partials : partials * rows;
-    status = finalize(weight_partials, count, width, args.grad_norm_weight, 1, stream);
-    if (status != Status::ok) return status;
+  Status status = launch_backward_rows<S>(args, weight_partials, coefficient_partials, stream);
+  if (status == Status::ok && has_norm) {
+    status = finalize(weight_partials, partials, args.hidden, args.grad_norm_weight, 1, stream);
   }
-  if (args.grad_coefficients == nullptr) return Status::ok;
+  if (status != Status::ok || args.grad_coefficients == nullptr) return status;
   return finalize(coefficient_partials, partials, rows * args.n_increments, args.grad_coefficients, 1, stream);
 }
 

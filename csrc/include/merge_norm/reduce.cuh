@@ -19,25 +19,19 @@ MERGE_NORM_DEVICE float warp_sum(float value) {
   return value;
 }
 
-// Each of COUNT values summed over the threads of a row (those of one threadIdx.y); every thread gets the sums.
-// `scratch` holds COUNT * kMaxWarps floats. One barrier: whoever calls this in a loop alternates between two
-// scratch arrays, so that a fast warp does not overwrite what a slow one still reads.
-template <int COUNT> MERGE_NORM_DEVICE void row_sums(float (&value)[COUNT], float* scratch) {
-  MERGE_NORM_UNROLL
-  for (int i = 0; i < COUNT; ++i) value[i] = warp_sum(value[i]);
+// The sum over the threads of a row (those of one threadIdx.y); every thread gets it. `scratch` holds kMaxWarps floats.
+// One barrier: whoever calls this in a loop alternates between two scratch arrays, so that a fast warp does not
+// overwrite what a slow one still reads.
+MERGE_NORM_DEVICE float row_sum(float value, float* scratch) {
+  value = warp_sum(value);
   const int warps = static_cast<int>(blockDim.x) / kWarp;
-  if (warps == 1) return;
-  if (lane_in_warp() == 0) {
-    MERGE_NORM_UNROLL
-    for (int i = 0; i < COUNT; ++i) scratch[i * kMaxWarps + warp_in_block()] = value[i];
-  }
+  if (warps == 1) return value;
+  if (lane_in_warp() == 0) scratch[warp_in_block()] = value;
   __syncthreads();
-  MERGE_NORM_UNROLL
-  for (int i = 0; i < COUNT; ++i) {
-    const float* row = scratch + i * kMaxWarps + static_cast<int>(threadIdx.y) * warps;
-    value[i] = row[0];
-    for (int w = 1; w < warps; ++w) value[i] += row[w];
-  }
+  const float* row = scratch + static_cast<int>(threadIdx.y) * warps;
+  value = row[0];
+  for (int w = 1; w < warps; ++w) value += row[w];
+  return value;
 }
 
 // sums[c * stride] = sum_p partials[p * width + c], p = 0 .. count - 1.

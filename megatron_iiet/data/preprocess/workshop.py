@@ -25,7 +25,6 @@ from megatron_iiet.data.preprocess.records import UnitRecord
 from megatron_iiet.data.preprocess.unit import UnitTask
 from megatron_iiet.data.reading.text import LONG_LINE_BYTES
 
-_GIANT_BYTES = 8 << 20  # chunks of one giant line: never copied to a worker
 _FULL_DISK = {errno.ENOSPC, errno.EDQUOT}
 
 Finish = Callable[[UnitRecord | None], None]

@@ -19,7 +19,6 @@ class Validation(Callback):
     def __init__(self, batches: ValidationBatches, interval: int) -> None:
         self.batches = batches
         self.interval = interval
-        self.last_step = -1
 
     def on_start(self, run: Run) -> None:
         if run.step == 0:

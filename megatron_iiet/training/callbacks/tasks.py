@@ -56,7 +56,6 @@ class TaskEvaluation(Callback):
         """
         self.tasks = _load(config)
         self.tokenizer = load_tokenizer(config.data.tokenizer)
-        self.last_step = -1
 
     def on_start(self, run: Run) -> None:
         names = ", ".join(self.tasks["tasks"])

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_iiet.data import docstrings
-from megatron_iiet.data.docstrings import SET_NAME, build_corpus, extract, installed_packages, prose_share
+from examples.demo import docstring_corpus
+from examples.demo.docstring_corpus import SET_NAME, build_corpus, extract, installed_packages, prose_share
 from megatron_iiet.data.reading.text import iter_documents, parse_rows, read_chunks
 from tests.data.inputs import make_texts
 
@@ -64,7 +64,7 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     )
     install(site, "Two_b", {"two/a.py": wordy, "two/test_a.py": SOURCE}, "License-Expression: Apache-2.0\n")
     found = [PathDistribution(info) for info in site.glob("*.dist-info")]
-    monkeypatch.setattr(docstrings.metadata, "distributions", lambda: found)
+    monkeypatch.setattr(docstring_corpus.metadata, "distributions", lambda: found)
     return site
 
 
@@ -150,7 +150,7 @@ def test_code_and_tables_are_not(text: str) -> None:
 
 
 def test_near_duplicates_are_left_out() -> None:
-    selection = docstrings._Selection()
+    selection = docstring_corpus._Selection()
     lines = [f"Line {word} of a text that is long enough to count." for word in "abcdefghij"]
     assert selection.keep("\n".join(lines))
     assert not selection.keep("\n".join([*lines[:9], "But one line is a new one, of similar length."]))

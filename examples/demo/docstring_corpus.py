@@ -1,4 +1,5 @@
-"""A small English corpus every installation has: the docstrings of its packages.
+#!/usr/bin/env python
+"""The demo's corpus (.jsonl.zst): the docstrings of the installed packages, English that everyone has.
 
 Sources are parsed with :mod:`ast`, never imported. Rows have the shape of SlimPajama's, so the corpus goes
 wherever SlimPajama would. It is for trying the repository out; nothing of it is redistributed, and a
@@ -7,12 +8,14 @@ summary of the packages' licences is written beside it.
 
 from __future__ import annotations
 
+import argparse
 import ast
 import gc
 import hashlib
 import json
 import os
 import re
+import sys
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -329,3 +332,30 @@ def _write(target: Path, rows: Iterable[str], shares: Sequence[PackageShare]) ->
         for partial in partials:
             partial.unlink(missing_ok=True)
     return target, summary
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--output", required=True, help="file to write, ending in .jsonl.zst")
+    parser.add_argument("--min-characters", type=int, default=200, help="leave out shorter docstrings")
+    parser.add_argument("--packages", nargs="+", help="read only these packages (default: all installed)")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="parsing processes")
+    arguments = parser.parse_args()
+    try:
+        report = build_corpus(
+            arguments.output,
+            packages=arguments.packages,
+            min_characters=arguments.min_characters,
+            workers=arguments.workers,
+        )
+        print(report)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
