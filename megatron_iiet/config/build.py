@@ -27,6 +27,8 @@ from megatron_iiet.config.schema import RunConfig
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
+ACCEPT_CHANGES = "checkpoint.accept_changes"
+"""The flag, no key of a configuration, with which one start accepts changed keys that would be refused."""
 ITERATIONS = "solver.iterations"
 """The key that may name the file of an iteration plan instead of its numbers."""
 USAGE = "%(prog)s --config FILE.yaml --ds-config FILE.json [--section.key VALUE ...]"
@@ -87,7 +89,14 @@ def make_parser(short: tuple[tuple[str, str], ...] = ()) -> ArgumentParser:
 def format_help(short: Mapping[str, str] = MappingProxyType({})) -> str:
     """The ``--help`` text: every key with explanation, type and default; ``short`` as in
     :func:`make_parser`."""
-    text: str = make_parser(tuple(short.items())).format_help()
+    parser = make_parser.__wrapped__(tuple(short.items()))  # one of its own: to others it is no key
+    parser.add_argument(
+        f"--{ACCEPT_CHANGES}",
+        metavar="KEY[,KEY...]",
+        help="Go on from the checkpoint although these keys have changed, which is refused otherwise "
+        "(docs/resume.md). Holds for this start and is recorded; no key of a YAML file.",
+    )
+    text: str = parser.format_help()
     return text
 
 

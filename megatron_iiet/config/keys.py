@@ -6,10 +6,11 @@ import difflib
 import types
 import typing
 from collections.abc import Iterable
-from dataclasses import is_dataclass
+from dataclasses import fields, is_dataclass
 from functools import cache
 from typing import Any, Literal, Union, get_args, get_origin
 
+from megatron_iiet.config.changes import Change, change_of_field
 from megatron_iiet.config.schema import RunConfig
 
 SIMILARITY_CUTOFF = 0.6
@@ -35,6 +36,25 @@ def key_types() -> dict[str, Any]:
 def section_names() -> tuple[str, ...]:
     """Names of the sections: the fields of :class:`RunConfig` that are dataclasses themselves."""
     return tuple(name for name, hint in typing.get_type_hints(RunConfig).items() if is_dataclass(hint))
+
+
+@cache
+def key_changes() -> dict[str, Change]:
+    """What a change of every leaf key means to a run that has checkpoints, by dotted name.
+
+    Raises:
+        TypeError: a key was declared without.
+    """
+    sections = {name: typing.get_type_hints(RunConfig)[name] for name in section_names()}
+    found = {leaf.name: change_of_field(leaf) for leaf in fields(RunConfig) if leaf.name not in sections}
+    for name, section in sections.items():
+        found |= {f"{name}.{leaf.name}": change_of_field(leaf) for leaf in fields(section)}
+    return found
+
+
+def change_of(key: str) -> Change:
+    """What a change of a key, by dotted name, means to a run that has checkpoints."""
+    return key_changes()[key]
 
 
 def closest(word: str, candidates: Iterable[str], cutoff: float = SIMILARITY_CUTOFF) -> list[str]:

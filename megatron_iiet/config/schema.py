@@ -1,6 +1,7 @@
 """Every field of a run, as typed nested dataclasses.
 
-The docstring under a field is its ``--help`` text. Cross-field checks live in
+The docstring under a field is its ``--help`` text; :func:`~megatron_iiet.config.changes.key` says what a
+change of it means to a run that has checkpoints. Cross-field checks live in
 :mod:`megatron_iiet.config.validation`; loading (YAML, command line) in
 :mod:`megatron_iiet.config.load`.
 """
@@ -10,39 +11,43 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from megatron_iiet.config.changes import Change, key
+
+FUNCTION, ORDER, COURSE, FREE = Change
+
 
 @dataclass
 class ModelConfig:
     """Shape of the Transformer, whatever solver integrates it."""
 
-    hidden_size: int = 512
+    hidden_size: int = key(512, FUNCTION)
     """Width d of the residual stream."""
-    ffn_hidden_size: int = 1408
+    ffn_hidden_size: int = key(1408, FUNCTION)
     """Inner width of the SwiGLU feed-forward."""
-    num_layers: int = 12
+    num_layers: int = key(12, FUNCTION)
     """Number of decoder layers N."""
-    num_attention_heads: int = 4
+    num_attention_heads: int = key(4, FUNCTION)
     """Query heads; must divide hidden_size."""
-    num_key_value_heads: int | None = None
+    num_key_value_heads: int | None = key(None, FUNCTION)
     """Key/value heads of grouped-query attention; must divide num_attention_heads.
     null: as many as query heads."""
-    vocab_size: int = 32000
+    vocab_size: int = key(32000, FUNCTION)
     """Token ids V that the model knows; at least the tokenizer's size."""
-    vocab_multiple: int = 128
+    vocab_multiple: int = key(128, FUNCTION)
     """Embedding and head get zero rows up to a multiple of this; they are masked and never trained.
     Independent of parallel.tensor, which must divide the padded size."""
-    max_position_embeddings: int = 2048
+    max_position_embeddings: int = key(2048, COURSE)
     """Length of the rotary table; the longest sequence the model can read."""
-    tie_embeddings: bool = True
+    tie_embeddings: bool = key(True, FUNCTION)
     """Use the embedding matrix as output head."""
-    embedding_scale: float | Literal["unit"] = "unit"
+    embedding_scale: float | Literal["unit"] = key("unit", FUNCTION)
     """Factor on the embedding output. 'unit' brings the initial output to rms 1 (1 / init_std);
     1 reproduces LLaMA. At rms 0.02 the corrector of an implicit solver is far from contractive."""
-    rms_norm_eps: float = 1.0e-6
+    rms_norm_eps: float = key(1.0e-6, FUNCTION)
     """Epsilon of every RMSNorm."""
-    rotary_base: float = 10000.0
+    rotary_base: float = key(10000.0, FUNCTION)
     """Base of the rotary position embedding."""
-    init_std: float = 0.02
+    init_std: float = key(0.02, COURSE)
     """Standard deviation of the normal initialisation of every weight matrix."""
 
     @property
@@ -70,44 +75,44 @@ class ModelConfig:
 class SolverConfig:
     """How a decoder layer is integrated from y_n to y_{n+1}."""
 
-    kind: Literal["euler", "dlcl", "weight-sharing", "rk2", "rk4", "pcformer", "iiet"] = "iiet"
+    kind: Literal["euler", "dlcl", "weight-sharing", "rk2", "rk4", "pcformer", "iiet"] = key("iiet", FUNCTION)
     """euler: y + F(y), the plain Transformer++. dlcl: learned merge of all earlier increments.
     weight-sharing: every layer `repeats` times in a row. rk2, rk4: Runge-Kutta (ODE Transformer). pcformer:
     Runge-Kutta predictor, multistep corrector. iiet: predictor plus fixed-point corrector iterations."""
-    variant: Literal["paper", "released"] = "paper"
+    variant: Literal["paper", "released"] = key("paper", FUNCTION)
     """Reading of IIET: 'paper' (Algorithm 1: merges increments, see history_norm) or 'released'
     (the authors' code: merges LayerNorm-ed layer outputs). Only for kind iiet."""
-    iterations: int | list[int] = 3
+    iterations: int | list[int] = key(3, FUNCTION)
     """Corrector iterations r of kind iiet: one number, one number per layer, or the file of a plan (.json)
     that tools/iteration_influence.py wrote."""
-    predictor: Literal["merged", "euler"] = "merged"
+    predictor: Literal["merged", "euler"] = key("merged", FUNCTION)
     """First iterate of kind iiet, variant paper: with ('merged') or without ('euler') the merge."""
-    coefficient_init: Literal["identity", "average"] | None = None
+    coefficient_init: Literal["identity", "average"] | None = key(None, FUNCTION)
     """Initial merge coefficients of dlcl, iiet and pcformer's corrector: identity (own increment 1, others 0)
     or average (all the same, summing to 1). null: average for variant released, identity elsewhere."""
-    history_norm: Literal["none", "rms"] = "rms"
+    history_norm: Literal["none", "rms"] = key("rms", FUNCTION)
     """What dlcl and variant paper merge of earlier layers: their increments brought to rms 1, which learns
     better (docs/research-notes.md), or ('none') as they are, Algorithm 1 to the letter."""
-    damping: float = 1.0
+    damping: float = key(1.0, FUNCTION)
     """Variant paper: weight ω of an iteration's new increment, f^i = (1 − ω) f^{i−1} + ω F(y^{i−1}). 1 is the
     paper's plain iteration, which alternates where 0.5 converges."""
-    readout: Literal["separate", "shared"] = "separate"
+    readout: Literal["separate", "shared"] = key("separate", FUNCTION)
     """Variant released: a row of its own for the input of the next layer (as the authors have it), or the
     corrector's."""
-    output_norm: Literal["none", "layer"] = "none"
+    output_norm: Literal["none", "layer"] = key("none", FUNCTION)
     """Kind euler: LayerNorm of every layer's output, what variant released does to its history. A control."""
-    stage_coefficients: Literal["fixed", "learned", "gated"] = "learned"
+    stage_coefficients: Literal["fixed", "learned", "gated"] = key("learned", FUNCTION)
     """Weights of the stages of rk2 and rk4: the classic ones, learned from there (rk2: from 1, 1), or, rk2
     only, a gate computed from the stages."""
-    predictor_order: Literal[2, 4] = 2
+    predictor_order: Literal[2, 4] = key(2, FUNCTION)
     """Order of pcformer's Runge-Kutta predictor."""
-    repeats: int = 4
+    repeats: int = key(4, FUNCTION)
     """Times that kind weight-sharing runs each layer."""
-    key_values: Literal["every", "first"] = "every"
+    key_values: Literal["every", "first"] = key("every", FUNCTION)
     """Keys and values of attention: every evaluation of a layer computes its own, or all attend, with queries
     of their own, to those of its first. A token then takes one K/V set a layer when decoding, not one an
     evaluation; it is another function, to be trained as such."""
-    schedule: list[tuple[float, int | list[int]]] | None = None
+    schedule: list[tuple[float, int | list[int]]] | None = key(None, FUNCTION)
     """Training in stages: (fraction of steps, r) pairs, e.g. [[0.75, 0], [0.25, 3]]; r is one number or one
     per layer. A stage with r = 0 in all layers is plain Transformer++ (no merge). The last r must equal
     `iterations`. null: one stage."""
@@ -125,12 +130,12 @@ class ParallelConfig:
     """The grid of processes: tensor x pipeline x data. The data-parallel size is what the number of
     processes leaves; ranks of one tensor-parallel group are neighbours."""
 
-    tensor: int = 1
+    tensor: int = key(1, COURSE)
     """Tensor-parallel size: ranks that share every layer's matrices. Must divide the query heads, key/value
     heads, feed-forward width and padded vocabulary; keep it within one host."""
-    pipeline: int = 1
+    pipeline: int = key(1, COURSE)
     """Pipeline-parallel size: stages that share the layers; at most num_layers. With ZeRO stages 0 and 1."""
-    sequence: bool = False
+    sequence: bool = key(False, COURSE)
     """Sequence parallelism: residual stream, norms, merges and history on 1/tensor of the sequence each.
     Saves activation memory at the same traffic. No effect with tensor 1."""
 
@@ -139,28 +144,28 @@ class ParallelConfig:
 class DataConfig:
     """Corpora and how samples are cut from them."""
 
-    prefix: str = ""
+    prefix: str = key("", FREE)
     """Path of the corpus without suffix, as tools/preprocess_data.py names it: a .shards list or a bare pair
     .bin/.idx."""
-    blend: dict[str, float] = field(default_factory=dict)
+    blend: dict[str, float] = key(factory=dict, change=ORDER)
     """Several corpora with weights, {prefix: weight}, instead of data.prefix. Samples are dealt in exactly
     these proportions, whose sum may be anything."""
-    validation_prefix: str = ""
+    validation_prefix: str = key("", ORDER)
     """A corpus to validate on as a whole. All documents of the others train then, and data.split has no
     effect."""
-    tokenizer: str = ""
+    tokenizer: str = key("", FREE)
     """SentencePiece .model or Hugging Face tokenizer.json the corpora were made with."""
-    sequence_length: int = 2048
+    sequence_length: int = key(2048, ORDER)
     """Tokens T per sample; the model sees T and predicts T (a window of T + 1)."""
-    documents: Literal["ignore", "reset", "pack"] = "ignore"
+    documents: Literal["ignore", "reset", "pack"] = key("ignore", ORDER)
     """Samples and borders of documents. ignore: windows of the stream, attention crosses borders. reset: the
     same windows, attention and positions start anew at each document. pack: the same, and documents are
     packed into samples instead of cut by them."""
-    split: list[float] = field(default_factory=lambda: [0.98, 0.01, 0.01])
+    split: list[float] = key(factory=lambda: [0.98, 0.01, 0.01], change=ORDER)
     """Shares of documents for train, validation, test; must sum to 1."""
-    num_workers: int = 1
+    num_workers: int = key(1, FREE)
     """Threads per rank that read ahead; 0 reads in the training thread."""
-    timeout: float = 300.0
+    timeout: float = key(300.0, FREE)
     """Seconds to wait for a reading thread before the run is given up: a file system that hangs."""
 
     @property
@@ -173,23 +178,23 @@ class DataConfig:
 class OptimizerConfig:
     """AdamW and its learning-rate schedule."""
 
-    lr: float = 3.0e-4
+    lr: float = key(3.0e-4, COURSE)
     """Peak learning rate."""
-    min_lr_ratio: float = 0.1
+    min_lr_ratio: float = key(0.1, COURSE)
     """Final learning rate as a share of the peak."""
-    warmup_fraction: float = 0.05
+    warmup_fraction: float = key(0.05, COURSE)
     """Share of the steps with linear warm-up."""
-    schedule: Literal["cosine", "constant"] = "cosine"
+    schedule: Literal["cosine", "constant"] = key("cosine", COURSE)
     """Shape after warm-up."""
-    beta1: float = 0.9
+    beta1: float = key(0.9, COURSE)
     """First-moment decay."""
-    beta2: float = 0.95
+    beta2: float = key(0.95, COURSE)
     """Second-moment decay."""
-    eps: float = 1.0e-8
+    eps: float = key(1.0e-8, COURSE)
     """Denominator epsilon."""
-    weight_decay: float = 0.01
+    weight_decay: float = key(0.01, COURSE)
     """Decoupled weight decay; never applied to norms, biases and merge coefficients."""
-    gradient_clipping: float = 1.0
+    gradient_clipping: float = key(1.0, COURSE)
     """Largest global gradient norm; 0 turns clipping off."""
 
 
@@ -197,24 +202,24 @@ class OptimizerConfig:
 class TrainingConfig:
     """The loop: steps, batches, precision."""
 
-    steps: int = 1000
+    steps: int = key(1000, COURSE)
     """Optimizer steps of the whole run."""
-    global_batch_size: int = 128
+    global_batch_size: int = key(128, COURSE)
     """Sequences per optimizer step over all ranks."""
-    micro_batch_size: int = 8
+    micro_batch_size: int = key(8, COURSE)
     """Sequences per forward pass on one rank."""
-    precision: Literal["fp32", "bf16"] = "bf16"
+    precision: Literal["fp32", "bf16"] = key("bf16", COURSE)
     """Arithmetic of the layers; master weights, merges' accumulation and the loss are fp32 in both."""
-    recompute: Literal["off", "layer", "evaluation"] = "off"
+    recompute: Literal["off", "layer", "evaluation"] = key("off", COURSE)
     """Activation recomputation: off, once per layer (all its iterations), or per F evaluation."""
-    seed: int = 1234
+    seed: int = key(1234, ORDER)
     """Seed of initial weights and of the sample order."""
-    initial_weights: str = ""
+    initial_weights: str = key("", FUNCTION)
     """A model of the same shape to start from instead of random weights, whatever its solver: a model folder
     of tools/convert_checkpoint.py in either form, a run's output_dir or one of its checkpoints, or a
     Hugging Face LLaMA folder (with model.embedding_scale 1). What the solver has more starts at its initial
     values. Without effect once there is a checkpoint to resume."""
-    stop_after: int | None = None
+    stop_after: int | None = key(None, FREE)
     """Stop (with a checkpoint) once this step is reached, leaving schedules as they are; for tests and
     time limits. null: run to the end."""
 
@@ -223,18 +228,18 @@ class TrainingConfig:
 class EvaluationConfig:
     """Validation loss and evaluation tasks during training."""
 
-    interval: int = 200
+    interval: int = key(200, FREE)
     """Steps between validations; 0: only before the first and after the last step."""
-    samples: int = 256
+    samples: int = key(256, COURSE)
     """Validation sequences read each time (the same ones every time); fewer if the split is smaller."""
-    tasks: list[str] = field(default_factory=list)
+    tasks: list[str] = key(factory=list, change=FREE)
     """Tasks of lm-evaluation-harness to run while training, e.g. [lambada_openai, piqa]; 'paper' stands for
     the paper's seven. Texts are cut to data.sequence_length. Empty: none."""
-    tasks_interval: int = 1000
+    tasks_interval: int = key(1000, FREE)
     """Steps between runs of the tasks; 0: only after the last step."""
-    tasks_limit: int | None = 100
+    tasks_limit: int | None = key(100, COURSE)
     """Rows of each task, the first ones; null: all."""
-    tasks_data_dir: str = ""
+    tasks_data_dir: str = key("", FREE)
     """Folder with the tasks' data, NAME.jsonl each (docs/evaluation.md); empty: from the Hugging Face hub."""
 
 
@@ -242,11 +247,11 @@ class EvaluationConfig:
 class CheckpointConfig:
     """What is saved, and when."""
 
-    interval: int = 500
+    interval: int = key(500, FREE)
     """Steps between checkpoints; 0: only the last step."""
-    keep: int = 2
+    keep: int = key(2, FREE)
     """Checkpoints kept; older ones are removed after a newer one is complete. 0 keeps all."""
-    resume: bool = True
+    resume: bool = key(True, FREE)
     """Continue from the newest checkpoint in output_dir; false refuses to write over one."""
 
 
@@ -254,13 +259,13 @@ class CheckpointConfig:
 class LoggingConfig:
     """Console and TensorBoard."""
 
-    interval: int = 10
+    interval: int = key(10, FREE)
     """Steps between console lines and TensorBoard points."""
-    tensorboard: bool = True
+    tensorboard: bool = key(True, FREE)
     """Write TensorBoard events to output_dir/tensorboard."""
-    solver_interval: int = 200
+    solver_interval: int = key(200, FREE)
     """Steps between solver diagnostics (relative residual per layer and iteration); 0 turns them off."""
-    peak_tflops: float | None = None
+    peak_tflops: float | None = key(None, FREE)
     """Peak dense TFLOP/s of one device at the run's precision, the base of MFU and HFU.
     null: known GPUs from a table, CPUs from a matmul timed at start-up."""
 
@@ -269,11 +274,11 @@ class LoggingConfig:
 class OpsConfig:
     """Kernels."""
 
-    backend: Literal["auto", "reference", "cpu", "cuda", "triton"] = "auto"
+    backend: Literal["auto", "reference", "cpu", "cuda", "triton"] = key("auto", COURSE)
     """Backend of merge_norm: 'cpu' and 'cuda' are the compiled extension, 'reference' is plain torch. 'auto'
     takes the extension where it fits and says at start-up why not; any other value is an error where it can't
     run."""
-    history_gradient: Literal["transposed", "per_edge"] = "transposed"
+    history_gradient: Literal["transposed", "per_edge"] = key("transposed", COURSE)
     """How kept increments get the gradients of the merges that read them: 'transposed' computes each
     increment's in one pass when all are known; 'per_edge' is plain autograd, several times the traffic."""
 
@@ -283,21 +288,21 @@ class GuidanceConfig:
     """Influence-guided training: each layer's own corrector iterations, measured as training goes on. Only
     for solver.kind iiet."""
 
-    interval: int = 0
+    interval: int = key(0, FUNCTION)
     """Steps between measurements of the influence of every iteration, after each of which the layers get new
     iteration counts; 0: off, every layer has solver.iterations."""
-    budget: float = 0.5
+    budget: float = key(0.5, FUNCTION)
     """Share of the evaluations of F that full iterations (solver.iterations in every layer) would take:
     what the layers may use together. Below 1, and at least one evaluation a layer."""
-    start: float = 0.1
+    start: float = key(0.1, FUNCTION)
     """Fraction of the steps before the first measurement. Until then iterations are even over the layers,
     within the budget."""
-    samples: int = 32
+    samples: int = key(32, FUNCTION)
     """Validation sequences measured on (the same ones every time); fewer if the split is smaller."""
-    decay: float = 0.5
+    decay: float = key(0.5, FUNCTION)
     """Weight of what was measured before in the running mean of influence that a plan is made from; 0: only
     the newest measurement counts."""
-    inertia: float = 0.5
+    inertia: float = key(0.5, FUNCTION)
     """How much larger than the influence of an iteration in force, as a share, that of another must be to
     take its place: equals would take turns with every measurement, and the layers never settle."""
 
@@ -307,16 +312,16 @@ class DistillationConfig:
     """Iteration influence-aware distillation (IIAD): a model with fewer iterations learns from one with all
     of them, whose weights it starts from. The loss is CE + alpha · MSE + beta · KL."""
 
-    teacher: str = ""
+    teacher: str = key("", FUNCTION)
     """Folder of the teacher: a run's output_dir, one of its checkpoints, or a model folder of
     tools/convert_checkpoint.py; of this run's shape, with a solver and iterations of its own. Empty: no
     distillation."""
-    alpha: float = 0.01
+    alpha: float = key(0.01, COURSE)
     """Weight of the mean squared difference between the outputs of each teacher's and student's layer. It is
     not relative to the stream's size: choose it so that the term is a small part of the loss."""
-    beta: float = 1.0
+    beta: float = key(1.0, COURSE)
     """Weight of the Kullback-Leibler divergence of the student's prediction from the teacher's."""
-    temperature: float = 1.0
+    temperature: float = key(1.0, COURSE)
     """What both models' logits are divided by in the divergence, which is multiplied by its square."""
 
 
@@ -324,7 +329,7 @@ class DistillationConfig:
 class RunConfig:
     """Everything that defines one pretraining run."""
 
-    output_dir: str = "runs/default"
+    output_dir: str = key("runs/default", FREE)
     """Folder of checkpoints, TensorBoard events and the resolved configuration."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """Shape of the Transformer."""
