@@ -61,6 +61,12 @@ def append_start(output_dir: str | Path, start: dict[str, Any]) -> None:
     durable.append_line(Path(output_dir) / STARTS, json.dumps(start))
 
 
+def copy_starts(output_dir: Path, folder: Path) -> None:
+    """Put a copy of the run's ``starts.jsonl``, if nobody has removed it, into a checkpoint's folder."""
+    if (output_dir / STARTS).is_file():
+        durable.write_text(folder / STARTS, (output_dir / STARTS).read_text(errors="replace"))
+
+
 def read_starts(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
     """The starts that a ``starts.jsonl`` holds, and a sentence for each line that a crash left half."""
     starts, broken = [], []

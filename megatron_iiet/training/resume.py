@@ -29,7 +29,7 @@ CONTENTS = "contents"
 """Where the state of the sample reader in a checkpoint has what its corpora and tokenizer hold."""
 _DIFFERS = {
     Change.FUNCTION: "the parameters there compute something else",
-    Change.ORDER: "samples come in another order there",
+    Change.ORDER: "samples there are others or in another order",
 }
 
 

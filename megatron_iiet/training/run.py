@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from megatron_iiet import durable
 from megatron_iiet.config import RunConfig, iterations_per_layer
 from megatron_iiet.config.iteration_plan import IterationPlan
 from megatron_iiet.data.loader.batches import TrainBatches
@@ -16,7 +15,7 @@ from megatron_iiet.training import checkpoint
 from megatron_iiet.training.engine import Engine
 from megatron_iiet.training.layout import layout_of
 from megatron_iiet.training.metrics import MetricWriter
-from megatron_iiet.training.record import STARTS, write_configurations
+from megatron_iiet.training.record import copy_starts, write_configurations
 from megatron_iiet.training.resume import CONTENTS
 from megatron_iiet.training.schedules import iterations_at
 
@@ -112,7 +111,7 @@ class Run:
         self.context.barrier()
         self.engine.save(folder / tag)
         if self.context.is_main:
-            durable.write_text(folder / tag / STARTS, (output_dir / STARTS).read_text())
+            copy_starts(output_dir, folder / tag)
             checkpoint.write_metadata(folder / tag, self.config, self._state())
             warnings = checkpoint.commit(output_dir, self.step, self.config.checkpoint.keep)
             write_configurations(self.config, self.ds_config)

@@ -251,10 +251,11 @@ def test_the_refusal_names_all_of_it_and_both_ways_on(saved: Path, tmp_path: Pat
         check_resumable(saved, config, content, ["solver.iterations"])
     assert str(caught.value) == (
         f"checkpoint {saved} does not fit: the parameters there compute something else (solver.key_values is "
-        "every there and first here), and samples come in another order there (training.seed is 1234 there "
-        "and 9 here; data.prefix is a with tokens of digest abababab there and b with tokens of digest "
-        f"efefefef here); restore what it was made with, start anew from its weights with "
-        f"--training.initial_weights {tmp_path} and another output_dir, or, where you mean it, add --checkpoint.accept_changes "
+        "every there and first here), and samples there are others or in another order (training.seed is "
+        "1234 there and 9 here; data.prefix is a with tokens of digest abababab there and b with tokens of "
+        f"digest efefefef here); restore what it was made with, start anew from its weights with "
+        f"--training.initial_weights {tmp_path} and another output_dir, or, where you mean it, add "
+        "--checkpoint.accept_changes "
         "solver.key_values,training.seed,data.prefix to this one start"
     )
     accept = ["solver.key_values", "training.seed", "data.prefix", "solver.iterations", "model.rotary_base"]

@@ -208,7 +208,9 @@ def test_resuming_in_another_order_of_samples(
     if message is None:
         assert not check_resumable(tmp_path / "step", config, contents).changed
         return
-    with pytest.raises(ConfigError, match=rf"samples come in another order there \({message}\); restore"):
+    with pytest.raises(
+        ConfigError, match=rf"samples there are others or in another order \({message}\); restore"
+    ):
         check_resumable(tmp_path / "step", config, contents)
 
 
