@@ -38,6 +38,19 @@ def write_text(path: Path, text: str) -> None:
         file.write(text.encode())
 
 
+def append_line(path: Path, line: str) -> None:
+    """Add a line to a file, in one write, and put it on disk; half a line that a crash left before it stays a
+    line of its own."""
+    with path.open("ab+", buffering=0) as file:
+        torn = b""
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            torn = b"" if file.read(1) == b"\n" else b"\n"
+        file.write(torn + line.encode() + b"\n")
+        sync_file(file)
+    sync_folder(path.parent)
+
+
 def check_output(path: Path) -> None:
     """Refuse a file that has no place, before the work that ends in writing it; missing folders are no
     obstacle, see :func:`make_parent`.

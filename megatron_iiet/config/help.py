@@ -5,10 +5,10 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from dataclasses import fields
-from functools import cache
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
+from megatron_iiet.config.changes import ACCEPT_CHANGES
 from megatron_iiet.config.keys import section_names
 from megatron_iiet.config.schema import RunConfig
 from megatron_iiet.config.solvers import (
@@ -28,11 +28,17 @@ USAGE = "%(prog)s --config FILE.yaml --ds-config FILE.json [--section.key VALUE 
 
 def format_help(short: Mapping[str, str] = MappingProxyType({})) -> str:
     """The text; ``short``: a script's own flags, and those they stand for."""
-    text: str = _make_parser(tuple(short.items())).format_help()
+    parser = _make_parser(tuple(short.items()))
+    parser.add_argument(
+        f"--{ACCEPT_CHANGES}",
+        metavar="KEY[,KEY...]",
+        help="Go on from the checkpoint although these keys have changed, which is refused otherwise "
+        "(docs/resume.md). Holds for this start and is recorded; no key of a YAML file.",
+    )
+    text: str = parser.format_help()
     return text
 
 
-@cache
 def _make_parser(short: tuple[tuple[str, str], ...] = ()) -> ArgumentParser:
     """The jsonargparse parser of all keys, with the docstrings of the fields as help; ``short``: a script's
     own flags, and those they stand for."""

@@ -6,12 +6,13 @@ import difflib
 import types
 import typing
 from collections.abc import Iterable
-from dataclasses import is_dataclass
+from dataclasses import fields, is_dataclass
 from functools import cache
 from typing import Any, Literal, Union, get_args, get_origin
 
+from megatron_iiet.config.changes import Change, change_of_field
 from megatron_iiet.config.schema import RunConfig
-from megatron_iiet.config.solvers import SolverConfig, own_keys, section_types
+from megatron_iiet.config.solvers import SolverConfig, own_keys, section_changes, section_types
 
 SIMILARITY_CUTOFF = 0.6
 """difflib ratio below which a suggestion would puzzle more than it helps."""
@@ -43,6 +44,28 @@ def solver_key_types(solver: type[SolverConfig]) -> dict[str, Any]:
 def section_names() -> tuple[str, ...]:
     """Names of the sections: the fields of :class:`RunConfig` that are dataclasses themselves."""
     return tuple(name for name, hint in typing.get_type_hints(RunConfig).items() if is_dataclass(hint))
+
+
+@cache
+def key_changes() -> dict[str, Change]:
+    """What a change of every leaf key means to a run that has checkpoints, by dotted name.
+
+    Raises:
+        TypeError: a key was declared without.
+    """
+    sections = {name: typing.get_type_hints(RunConfig)[name] for name in section_names()}
+    found = {leaf.name: change_of_field(leaf) for leaf in fields(RunConfig) if leaf.name not in sections}
+    for name, section in sections.items():
+        if section is SolverConfig:
+            found |= {f"{name}.{leaf}": change for leaf, change in section_changes().items()}
+            continue
+        found |= {f"{name}.{leaf.name}": change_of_field(leaf) for leaf in fields(section)}
+    return found
+
+
+def change_of(key: str) -> Change:
+    """What a change of a key, by dotted name, means to a run that has checkpoints."""
+    return key_changes()[key]
 
 
 def closest(word: str, candidates: Iterable[str], cutoff: float = SIMILARITY_CUTOFF) -> list[str]:

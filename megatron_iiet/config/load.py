@@ -17,6 +17,7 @@ from typing import Any
 
 from megatron_iiet.config import strict_yaml
 from megatron_iiet.config.build import build_config
+from megatron_iiet.config.changes import ACCEPT_CHANGES
 from megatron_iiet.config.errors import ConfigError, exit_with_error, is_first_rank
 from megatron_iiet.config.help import format_help
 from megatron_iiet.config.keys import describe_type, did_you_mean, key_types, section_names
@@ -28,11 +29,13 @@ COMMAND_LINE = "on the command line"
 SEE_HELP = "; --help lists all keys"
 BASE = "base"
 """The key of a file that is no field: the file whose values it starts from."""
-_FILE_FLAGS = {
+# What a start is given besides keys.
+_START_FLAGS = {
     "--config": "config",
     "--ds-config": "ds_config",
     "--ds_config": "ds_config",
     "--deepspeed_config": "ds_config",
+    f"--{ACCEPT_CHANGES}": "accept_changes",
 }
 # What launchers add to a script's arguments; the process group is read from the environment instead.
 _IGNORED_WITH_VALUE = {"--local_rank", "--local-rank"}
@@ -51,6 +54,8 @@ class LoadedConfig:
     """The DeepSpeed JSON, if one was given; for :func:`megatron_iiet.config.deepspeed.load_ds_config`."""
     notes: tuple[str, ...] = ()
     """What the user must know of it: sentences for the start of the run."""
+    accept_changes: tuple[str, ...] = ()
+    """Keys that may differ from the checkpoint's though they would be refused, in this one start."""
 
 
 def load_config(
@@ -76,7 +81,8 @@ def load_config(
     config, notes = build_config(settings)
     validate(config)
     paths = {name: Path(files[name]) if name in files else None for name in ("config", "ds_config")}
-    return LoadedConfig(config, paths["config"], paths["ds_config"], tuple(notes))
+    accepted = _keys_to_accept(files["accept_changes"]) if "accept_changes" in files else ()
+    return LoadedConfig(config, paths["config"], paths["ds_config"], tuple(notes), accepted)
 
 
 def load_config_or_exit(
@@ -102,7 +108,7 @@ def config_from_file(path: str | Path, overrides: Sequence[str] = ()) -> RunConf
     """
     files, settings = _read_arguments(overrides)
     if files:
-        raise ConfigError("overrides of a configuration file may only set keys, not name other files")
+        raise ConfigError("overrides of a configuration file may only set keys of it")
     config, _ = build_config(_settings_of_file(path) + settings)
     validate(config)
     return config
@@ -195,6 +201,11 @@ def _flatten(data: Any, source: str, lines: Mapping[str, int]) -> list[Setting]:
 
 def _setting(key: str, value: Any, source: str, lines: Mapping[str, int]) -> Setting:
     where = _where(key, source, lines)
+    if key == ACCEPT_CHANGES:
+        raise ConfigError(
+            f"{key} stands {where}, but is meant for one start and must not become a habit; give it on the "
+            f"command line, --{key} KEY"
+        )
     if key not in key_types():
         candidates = [*key_types(), *section_names()] if "." not in key else list(key_types())
         raise ConfigError(f"unknown key '{key}' {where}{did_you_mean(key, candidates) or SEE_HELP}")
@@ -225,8 +236,8 @@ def _read_arguments(
         _check_flag(flag, short)
         if not equals:
             value = _next_value(flag, words)
-        if flag in _FILE_FLAGS:
-            name = _FILE_FLAGS[flag]
+        if flag in _START_FLAGS:
+            name = _START_FLAGS[flag]
             if files.get(name, value) != value:
                 raise ConfigError(
                     f"{flag} names {value} {COMMAND_LINE}, but {files[name]} is given too; keep one"
@@ -239,15 +250,27 @@ def _read_arguments(
     return files, settings
 
 
+def _keys_to_accept(value: str) -> tuple[str, ...]:
+    """The keys that the flag :data:`ACCEPT_CHANGES` names: one, or several with commas."""
+    keys = tuple(key.strip() for key in value.strip("[] ").split(","))
+    for key in keys:
+        if key not in key_types():
+            raise ConfigError(
+                f"--{ACCEPT_CHANGES} names '{key}' {COMMAND_LINE}, which is no key"
+                f"{did_you_mean(key, key_types()) or SEE_HELP}"
+            )
+    return keys
+
+
 def _check_flag(flag: str, short: Mapping[str, str]) -> None:
-    if flag in _FILE_FLAGS or flag in _IGNORED_WITH_VALUE or flag[2:] in key_types():
+    if flag in _START_FLAGS or flag in _IGNORED_WITH_VALUE or flag[2:] in key_types():
         return
     if flag[2:] == BASE:
         raise ConfigError(
             f"{flag} is given {COMMAND_LINE}, but is a key of YAML files only; write '{BASE}: FILE' into "
             "the one that --config names"
         )
-    candidates = [*key_types(), "config", "ds-config", *(name[2:] for name in short)]
+    candidates = [*key_types(), "config", "ds-config", ACCEPT_CHANGES, *(name[2:] for name in short)]
     hint = did_you_mean(flag[2:], candidates, prefix="--") or SEE_HELP
     raise ConfigError(f"unknown key '{flag}' {COMMAND_LINE}{hint}")
 

@@ -1,7 +1,8 @@
 """Every field of a run, as typed nested dataclasses; those of the solvers are in
 :mod:`megatron_iiet.config.solvers`.
 
-The docstring under a field is its ``--help`` text. Cross-field checks live in
+The docstring under a field is its ``--help`` text; :func:`~megatron_iiet.config.changes.key` says what a
+change of it means to a run that has checkpoints. Cross-field checks live in
 :mod:`megatron_iiet.config.validation`; loading (YAML, command line) in
 :mod:`megatron_iiet.config.load`.
 """
@@ -11,41 +12,45 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from megatron_iiet.config.changes import Change, key
+from megatron_iiet.config.ranges import BELOW_ONE, FRACTION, NOT_NEGATIVE, POSITIVE
 from megatron_iiet.config.solvers import DEFAULT_SOLVER, Iterating, SolverConfig
+
+FUNCTION, ORDER, COURSE, FREE = Change
 
 
 @dataclass
 class ModelConfig:
     """Shape of the Transformer, whatever solver integrates it."""
 
-    hidden_size: int = 512
+    hidden_size: int = key(512, FUNCTION, POSITIVE)
     """Width d of the residual stream."""
-    ffn_hidden_size: int = 1408
+    ffn_hidden_size: int = key(1408, FUNCTION, POSITIVE)
     """Inner width of the SwiGLU feed-forward."""
-    num_layers: int = 12
+    num_layers: int = key(12, FUNCTION, POSITIVE)
     """Number of decoder layers N."""
-    num_attention_heads: int = 4
+    num_attention_heads: int = key(4, FUNCTION, POSITIVE)
     """Query heads; must divide hidden_size."""
-    num_key_value_heads: int | None = None
+    num_key_value_heads: int | None = key(None, FUNCTION, POSITIVE)
     """Key/value heads of grouped-query attention; must divide num_attention_heads.
     null: as many as query heads."""
-    vocab_size: int = 32000
+    vocab_size: int = key(32000, FUNCTION, POSITIVE)
     """Token ids V that the model knows; at least the tokenizer's size."""
-    vocab_multiple: int = 128
+    vocab_multiple: int = key(128, FUNCTION, POSITIVE)
     """Embedding and head get zero rows up to a multiple of this; they are masked and never trained.
     Independent of parallel.tensor, which must divide the padded size."""
-    max_position_embeddings: int = 2048
+    max_position_embeddings: int = key(2048, COURSE, POSITIVE)
     """Length of the rotary table; the longest sequence the model can read."""
-    tie_embeddings: bool = True
+    tie_embeddings: bool = key(True, FUNCTION)
     """Use the embedding matrix as output head."""
-    embedding_scale: float | Literal["unit"] = "unit"
+    embedding_scale: float | Literal["unit"] = key("unit", FUNCTION, POSITIVE)
     """Factor on the embedding output. 'unit' brings the initial output to rms 1 (1 / init_std);
     1 reproduces LLaMA. At rms 0.02 the corrector of an implicit solver is far from contractive."""
-    rms_norm_eps: float = 1.0e-6
+    rms_norm_eps: float = key(1.0e-6, FUNCTION, POSITIVE)
     """Epsilon of every RMSNorm."""
-    rotary_base: float = 10000.0
+    rotary_base: float = key(10000.0, FUNCTION, POSITIVE)
     """Base of the rotary position embedding."""
-    init_std: float = 0.02
+    init_std: float = key(0.02, COURSE, POSITIVE)
     """Standard deviation of the normal initialisation of every weight matrix."""
 
     @property
@@ -74,12 +79,12 @@ class ParallelConfig:
     """The grid of processes: tensor x pipeline x data. The data-parallel size is what the number of
     processes leaves; ranks of one tensor-parallel group are neighbours."""
 
-    tensor: int = 1
+    tensor: int = key(1, COURSE, POSITIVE)
     """Tensor-parallel size: ranks that share every layer's matrices. Must divide the query heads, key/value
     heads, feed-forward width and padded vocabulary; keep it within one host."""
-    pipeline: int = 1
+    pipeline: int = key(1, COURSE, POSITIVE)
     """Pipeline-parallel size: stages that share the layers; at most num_layers. With ZeRO stages 0 and 1."""
-    sequence: bool = False
+    sequence: bool = key(False, COURSE)
     """Sequence parallelism: residual stream, norms, merges and history on 1/tensor of the sequence each.
     Saves activation memory at the same traffic. No effect with tensor 1."""
 
@@ -88,28 +93,28 @@ class ParallelConfig:
 class DataConfig:
     """Corpora and how samples are cut from them."""
 
-    prefix: str = ""
+    prefix: str = key("", FREE)
     """Path of the corpus without suffix, as tools/preprocess_data.py names it: a .shards list or a bare pair
     .bin/.idx."""
-    blend: dict[str, float] = field(default_factory=dict)
+    blend: dict[str, float] = key(factory=dict, change=ORDER)
     """Several corpora with weights, {prefix: weight}, instead of data.prefix. Samples are dealt in exactly
     these proportions, whose sum may be anything."""
-    validation_prefix: str = ""
+    validation_prefix: str = key("", ORDER)
     """A corpus to validate on as a whole. All documents of the others train then, and data.split has no
     effect."""
-    tokenizer: str = ""
+    tokenizer: str = key("", FREE)
     """SentencePiece .model or Hugging Face tokenizer.json the corpora were made with."""
-    sequence_length: int = 2048
+    sequence_length: int = key(2048, ORDER, POSITIVE)
     """Tokens T per sample; the model sees T and predicts T (a window of T + 1)."""
-    documents: Literal["ignore", "reset", "pack"] = "ignore"
+    documents: Literal["ignore", "reset", "pack"] = key("ignore", ORDER)
     """Samples and borders of documents. ignore: windows of the stream, attention crosses borders. reset: the
     same windows, attention and positions start anew at each document. pack: the same, and documents are
     packed into samples instead of cut by them."""
-    split: list[float] = field(default_factory=lambda: [0.98, 0.01, 0.01])
+    split: list[float] = key(factory=lambda: [0.98, 0.01, 0.01], change=ORDER)
     """Shares of documents for train, validation, test; must sum to 1."""
-    num_workers: int = 1
+    num_workers: int = key(1, FREE, NOT_NEGATIVE)
     """Threads per rank that read ahead; 0 reads in the training thread."""
-    timeout: float = 300.0
+    timeout: float = key(300.0, FREE, POSITIVE)
     """Seconds to wait for a reading thread before the run is given up: a file system that hangs."""
 
     @property
@@ -122,23 +127,23 @@ class DataConfig:
 class OptimizerConfig:
     """AdamW and its learning-rate schedule."""
 
-    lr: float = 3.0e-4
+    lr: float = key(3.0e-4, COURSE, POSITIVE)
     """Peak learning rate."""
-    min_lr_ratio: float = 0.1
+    min_lr_ratio: float = key(0.1, COURSE, FRACTION)
     """Final learning rate as a share of the peak."""
-    warmup_fraction: float = 0.05
+    warmup_fraction: float = key(0.05, COURSE, BELOW_ONE)
     """Share of the steps with linear warm-up."""
-    schedule: Literal["cosine", "constant"] = "cosine"
+    schedule: Literal["cosine", "constant"] = key("cosine", COURSE)
     """Shape after warm-up."""
-    beta1: float = 0.9
+    beta1: float = key(0.9, COURSE, BELOW_ONE)
     """First-moment decay."""
-    beta2: float = 0.95
+    beta2: float = key(0.95, COURSE, BELOW_ONE)
     """Second-moment decay."""
-    eps: float = 1.0e-8
+    eps: float = key(1.0e-8, COURSE, POSITIVE)
     """Denominator epsilon."""
-    weight_decay: float = 0.01
+    weight_decay: float = key(0.01, COURSE, NOT_NEGATIVE)
     """Decoupled weight decay; never applied to norms, biases and merge coefficients."""
-    gradient_clipping: float = 1.0
+    gradient_clipping: float = key(1.0, COURSE, NOT_NEGATIVE)
     """Largest global gradient norm; 0 turns clipping off."""
 
 
@@ -146,24 +151,24 @@ class OptimizerConfig:
 class TrainingConfig:
     """The loop: steps, batches, precision."""
 
-    steps: int = 1000
+    steps: int = key(1000, COURSE, POSITIVE)
     """Optimizer steps of the whole run."""
-    global_batch_size: int = 128
+    global_batch_size: int = key(128, COURSE, POSITIVE)
     """Sequences per optimizer step over all ranks."""
-    micro_batch_size: int = 8
+    micro_batch_size: int = key(8, COURSE, POSITIVE)
     """Sequences per forward pass on one rank."""
-    precision: Literal["fp32", "bf16"] = "bf16"
+    precision: Literal["fp32", "bf16"] = key("bf16", COURSE)
     """Arithmetic of the layers; master weights, merges' accumulation and the loss are fp32 in both."""
-    recompute: Literal["off", "layer", "evaluation"] = "off"
+    recompute: Literal["off", "layer", "evaluation"] = key("off", COURSE)
     """Activation recomputation: off, once per layer (all its iterations), or per F evaluation."""
-    seed: int = 1234
+    seed: int = key(1234, ORDER, NOT_NEGATIVE)
     """Seed of initial weights and of the sample order."""
-    initial_weights: str = ""
+    initial_weights: str = key("", FUNCTION)
     """A model of the same shape to start from instead of random weights, whatever its solver: a model folder
     of tools/convert_checkpoint.py in either form, a run's output_dir or one of its checkpoints, or a
     Hugging Face LLaMA folder (with model.embedding_scale 1). What the solver has more starts at its initial
     values. Without effect once there is a checkpoint to resume."""
-    stop_after: int | None = None
+    stop_after: int | None = key(None, FREE, POSITIVE)
     """Stop (with a checkpoint) once this step is reached, leaving schedules as they are; for tests and
     time limits. null: run to the end."""
 
@@ -172,18 +177,18 @@ class TrainingConfig:
 class EvaluationConfig:
     """Validation loss and evaluation tasks during training."""
 
-    interval: int = 200
+    interval: int = key(200, FREE, NOT_NEGATIVE)
     """Steps between validations; 0: only before the first and after the last step."""
-    samples: int = 256
+    samples: int = key(256, COURSE, POSITIVE)
     """Validation sequences read each time (the same ones every time); fewer if the split is smaller."""
-    tasks: list[str] = field(default_factory=list)
+    tasks: list[str] = key(factory=list, change=FREE)
     """Tasks of lm-evaluation-harness to run while training, e.g. [lambada_openai, piqa]; 'paper' stands for
     the paper's seven. Texts are cut to data.sequence_length. Empty: none."""
-    tasks_interval: int = 1000
+    tasks_interval: int = key(1000, FREE, NOT_NEGATIVE)
     """Steps between runs of the tasks; 0: only after the last step."""
-    tasks_limit: int | None = 100
+    tasks_limit: int | None = key(100, COURSE, POSITIVE)
     """Rows of each task, the first ones; null: all."""
-    tasks_data_dir: str = ""
+    tasks_data_dir: str = key("", FREE)
     """Folder with the tasks' data, NAME.jsonl each (docs/evaluation.md); empty: from the Hugging Face hub."""
 
 
@@ -191,11 +196,11 @@ class EvaluationConfig:
 class CheckpointConfig:
     """What is saved, and when."""
 
-    interval: int = 500
+    interval: int = key(500, FREE, NOT_NEGATIVE)
     """Steps between checkpoints; 0: only the last step."""
-    keep: int = 2
+    keep: int = key(2, FREE, NOT_NEGATIVE)
     """Checkpoints kept; older ones are removed after a newer one is complete. 0 keeps all."""
-    resume: bool = True
+    resume: bool = key(True, FREE)
     """Continue from the newest checkpoint in output_dir; false refuses to write over one."""
 
 
@@ -203,13 +208,13 @@ class CheckpointConfig:
 class LoggingConfig:
     """Console and TensorBoard."""
 
-    interval: int = 10
+    interval: int = key(10, FREE, POSITIVE)
     """Steps between console lines and TensorBoard points."""
-    tensorboard: bool = True
+    tensorboard: bool = key(True, FREE)
     """Write TensorBoard events to output_dir/tensorboard."""
-    solver_interval: int = 200
+    solver_interval: int = key(200, FREE, NOT_NEGATIVE)
     """Steps between solver diagnostics (relative residual per layer and iteration); 0 turns them off."""
-    peak_tflops: float | None = None
+    peak_tflops: float | None = key(None, FREE, POSITIVE)
     """Peak dense TFLOP/s of one device at the run's precision, the base of MFU and HFU.
     null: known GPUs from a table, CPUs from a matmul timed at start-up."""
 
@@ -218,11 +223,11 @@ class LoggingConfig:
 class OpsConfig:
     """Kernels."""
 
-    backend: Literal["auto", "reference", "cpu", "cuda", "triton"] = "auto"
+    backend: Literal["auto", "reference", "cpu", "cuda", "triton"] = key("auto", COURSE)
     """Backend of merge_norm: 'cpu' and 'cuda' are the compiled extension, 'reference' is plain torch. 'auto'
     takes the extension where it fits and says at start-up why not; any other value is an error where it can't
     run."""
-    history_gradient: Literal["transposed", "per_edge"] = "transposed"
+    history_gradient: Literal["transposed", "per_edge"] = key("transposed", COURSE)
     """How kept increments get the gradients of the merges that read them: 'transposed' computes each
     increment's in one pass when all are known; 'per_edge' is plain autograd, several times the traffic."""
 
@@ -232,21 +237,21 @@ class GuidanceConfig:
     """Influence-guided training: each layer's own corrector iterations, measured as training goes on. Only
     for solver.kind iiet."""
 
-    interval: int = 0
+    interval: int = key(0, FUNCTION, NOT_NEGATIVE)
     """Steps between measurements of the influence of every iteration, after each of which the layers get new
     iteration counts; 0: off, every layer has solver.iterations."""
-    budget: float = 0.5
+    budget: float = key(0.5, FUNCTION, BELOW_ONE)
     """Share of the evaluations of F that full iterations (solver.iterations in every layer) would take:
     what the layers may use together. Below 1, and at least one evaluation a layer."""
-    start: float = 0.1
+    start: float = key(0.1, FUNCTION, BELOW_ONE)
     """Fraction of the steps before the first measurement. Until then iterations are even over the layers,
     within the budget."""
-    samples: int = 32
+    samples: int = key(32, FUNCTION, POSITIVE)
     """Validation sequences measured on (the same ones every time); fewer if the split is smaller."""
-    decay: float = 0.5
+    decay: float = key(0.5, FUNCTION, BELOW_ONE)
     """Weight of what was measured before in the running mean of influence that a plan is made from; 0: only
     the newest measurement counts."""
-    inertia: float = 0.5
+    inertia: float = key(0.5, FUNCTION, NOT_NEGATIVE)
     """How much larger than the influence of an iteration in force, as a share, that of another must be to
     take its place: equals would take turns with every measurement, and the layers never settle."""
 
@@ -256,16 +261,16 @@ class DistillationConfig:
     """Iteration influence-aware distillation (IIAD): a model with fewer iterations learns from one with all
     of them, whose weights it starts from. The loss is CE + alpha · MSE + beta · KL."""
 
-    teacher: str = ""
+    teacher: str = key("", FUNCTION)
     """Folder of the teacher: a run's output_dir, one of its checkpoints, or a model folder of
     tools/convert_checkpoint.py; of this run's shape, with a solver and iterations of its own. Empty: no
     distillation."""
-    alpha: float = 0.01
+    alpha: float = key(0.01, COURSE, NOT_NEGATIVE)
     """Weight of the mean squared difference between the outputs of each teacher's and student's layer. It is
     not relative to the stream's size: choose it so that the term is a small part of the loss."""
-    beta: float = 1.0
+    beta: float = key(1.0, COURSE, NOT_NEGATIVE)
     """Weight of the Kullback-Leibler divergence of the student's prediction from the teacher's."""
-    temperature: float = 1.0
+    temperature: float = key(1.0, COURSE, POSITIVE)
     """What both models' logits are divided by in the divergence, which is multiplied by its square."""
 
 
@@ -273,7 +278,7 @@ class DistillationConfig:
 class RunConfig:
     """Everything that defines one pretraining run."""
 
-    output_dir: str = "runs/default"
+    output_dir: str = key("runs/default", FREE)
     """Folder of checkpoints, TensorBoard events and the resolved configuration."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """Shape of the Transformer."""

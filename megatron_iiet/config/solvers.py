@@ -19,21 +19,19 @@ from dataclasses import dataclass, field, fields
 from functools import cache
 from typing import Any, ClassVar, Literal, Union
 
+from megatron_iiet.config.changes import Change, change_of_field, key
 from megatron_iiet.config.errors import ConfigError
-from megatron_iiet.config.ranges import FRACTION, POSITIVE, Range
+from megatron_iiet.config.ranges import FRACTION, POSITIVE
+
+FUNCTION, COURSE = Change.FUNCTION, Change.COURSE
 
 SUM_TOLERANCE = 1e-6
 """How far shares that must sum to 1 may be off."""
 
 
-def solver_key(default: Any, *ranges: Range, exported: bool = True) -> Any:
-    """A key of a solver. ``exported``: whether it says something of a trained model, not of its training."""
-    return field(default=default, metadata={"ranges": ranges, "exported": exported})
-
-
 def name_of_kind(kind: str) -> Any:
     """The field that names a declaration; nobody sets it."""
-    return field(default=kind, init=False)
+    return field(default=kind, init=False, metadata=key(kind, FUNCTION).metadata)
 
 
 @dataclass
@@ -85,7 +83,7 @@ class SolverConfig:
 class Merging(SolverConfig):
     """Merges increments of earlier layers with learned coefficients."""
 
-    coefficient_init: Literal["identity", "average"] | None = solver_key(None)
+    coefficient_init: Literal["identity", "average"] | None = key(None, COURSE)
     """Initial merge coefficients: identity (own increment 1, others 0) or average (all the same, summing to
     1). null: average for variant released, identity elsewhere."""
 
@@ -101,7 +99,7 @@ class Merging(SolverConfig):
 class SeveralEvaluations(SolverConfig):
     """Evaluates F several times a layer."""
 
-    key_values: Literal["every", "first"] = solver_key("every")
+    key_values: Literal["every", "first"] = key("every", FUNCTION)
     """Keys and values of attention: every evaluation of a layer computes its own, or all attend, with queries
     of their own, to those of its first. A token then takes one K/V set a layer when decoding, not one an
     evaluation; it is another function, to be trained as such."""
@@ -115,10 +113,10 @@ class SeveralEvaluations(SolverConfig):
 class Iterating(Merging, SeveralEvaluations):
     """Predicts, then corrects r times by fixed-point iteration (IIET)."""
 
-    iterations: int | list[int] = solver_key(3)
+    iterations: int | list[int] = key(3, FUNCTION)
     """Corrector iterations r: one number, one number per layer, or the file of a plan (.json) that
     tools/iteration_influence.py wrote."""
-    schedule: list[tuple[float, int | list[int]]] | None = solver_key(None, exported=False)
+    schedule: list[tuple[float, int | list[int]]] | None = key(None, FUNCTION, exported=False)
     """Training in stages: (fraction of steps, r) pairs, e.g. [[0.75, 0], [0.25, 3]]; r is one number or one
     per layer. A stage with r = 0 in all layers is plain Transformer++ (no merge). The last r must equal
     `iterations`. null: one stage."""
@@ -156,7 +154,7 @@ class Euler(SolverConfig):
     """Explicit Euler, y + F(y): the plain Transformer++."""
 
     kind: str = name_of_kind("euler")
-    output_norm: Literal["none", "layer"] = solver_key("none")
+    output_norm: Literal["none", "layer"] = key("none", FUNCTION)
     """LayerNorm of every layer's output, what variant released of kind iiet does to its history. A
     control."""
 
@@ -177,7 +175,7 @@ class Euler(SolverConfig):
 class MergingAll(Merging):
     """Merges the increments of all earlier layers."""
 
-    history_norm: Literal["none", "rms"] = solver_key("rms")
+    history_norm: Literal["none", "rms"] = key("rms", FUNCTION)
     """What is merged of earlier layers: their increments brought to rms 1, which learns better
     (docs/research-notes.md), or ('none') as they are, the papers' DLCL and Algorithm 1 to the letter."""
 
@@ -194,7 +192,7 @@ class WeightSharing(SeveralEvaluations):
     """Every layer `repeats` times in a row."""
 
     kind: str = name_of_kind("weight-sharing")
-    repeats: int = solver_key(4, POSITIVE)
+    repeats: int = key(4, FUNCTION, POSITIVE)
     """Times that each layer runs."""
 
     @property
@@ -213,7 +211,7 @@ class RungeKutta2(SeveralEvaluations):
     """Runge-Kutta of order 2 (ODE Transformer, Li et al. 2022)."""
 
     kind: str = name_of_kind("rk2")
-    stage_coefficients: Literal["fixed", "learned", "full", "gated"] = solver_key("learned")
+    stage_coefficients: Literal["fixed", "learned", "full", "gated"] = key("learned", FUNCTION)
     """Weights of the stages: the classic ones, learned (order 2 from 1, 1, order 4 from the classic ones),
     learned in full (what a stage is evaluated at too, β_ij from the classic method: Eq. 4 of the IIET paper),
     or, order 2 only, a gate computed from the stages."""
@@ -232,7 +230,7 @@ class RungeKutta4(RungeKutta2):
     """Runge-Kutta of order 4 (ODE Transformer, Li et al. 2022)."""
 
     kind: str = name_of_kind("rk4")
-    stage_coefficients: Literal["fixed", "learned", "full"] = solver_key("learned")
+    stage_coefficients: Literal["fixed", "learned", "full"] = key("learned", FUNCTION)
 
     order: ClassVar[Literal[2, 4]] = 4
 
@@ -242,7 +240,7 @@ class PCformer(Merging, SeveralEvaluations):
     """Runge-Kutta predictor, multistep corrector (Li et al. 2024)."""
 
     kind: str = name_of_kind("pcformer")
-    predictor_order: Literal[2, 4] = solver_key(2)
+    predictor_order: Literal[2, 4] = key(2, FUNCTION)
     """Order of the Runge-Kutta predictor."""
 
     corrects: ClassVar[bool] = True
@@ -288,12 +286,12 @@ class IIET(_IterativeImplicitEuler, MergingAll):
     increments of earlier layers."""
 
     variant: str = name_of_kind("paper")
-    merge: bool = solver_key(True)
+    merge: bool = key(True, FUNCTION)
     """Merge the increments of earlier layers (Algorithm 1), or iterate y^i = y_n + F(y^{i-1}) alone (Eq. 9 of
     the paper), which has no coefficients."""
-    predictor: Literal["merged", "euler"] = solver_key("merged")
+    predictor: Literal["merged", "euler"] = key("merged", FUNCTION)
     """First iterate: with ('merged') or without ('euler') the merge."""
-    damping: float = solver_key(1.0, POSITIVE, FRACTION)
+    damping: float = key(1.0, FUNCTION, POSITIVE, FRACTION)
     """Weight ω of an iteration's new increment, f^i = (1 − ω) f^{i−1} + ω F(y^{i−1}). 1 is the paper's plain
     iteration, which alternates where 0.5 converges."""
 
@@ -317,7 +315,7 @@ class ReleasedIIET(_IterativeImplicitEuler):
     """What the IIET authors' released code computes: it merges LayerNorm-ed layer outputs."""
 
     variant: str = name_of_kind("released")
-    readout: Literal["separate", "shared"] = solver_key("separate")
+    readout: Literal["separate", "shared"] = key("separate", FUNCTION)
     """A row of its own for the input of the next layer (as the authors have it), or the corrector's."""
 
     default_init: ClassVar[Literal["identity", "average"]] = "average"
@@ -350,9 +348,11 @@ def own_keys(solver: type[SolverConfig]) -> dict[str, Any]:
     return {f.name: hints[f.name] for f in fields(solver) if f.init}
 
 
-def ranges_of(solver: type[SolverConfig]) -> dict[str, tuple[Range, ...]]:
-    """The ranges of a declaration's keys."""
-    return {f.name: f.metadata["ranges"] for f in fields(solver) if f.init}
+@cache
+def section_changes() -> dict[str, Change]:
+    """What a change of every key of the section means to a run that has checkpoints."""
+    of_fields = {f.name: change_of_field(f) for solver in SOLVERS for f in fields(solver)}
+    return {name: of_fields[name] for name in section_types()}
 
 
 @cache

@@ -8,68 +8,16 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Sequence
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 from megatron_iiet.config.combinations import check_layout
 from megatron_iiet.config.errors import ConfigError
-from megatron_iiet.config.keys import join_or, key_types
+from megatron_iiet.config.keys import join_or
+from megatron_iiet.config.ranges import Range
 from megatron_iiet.config.schema import RunConfig, evaluations_in_budget
-from megatron_iiet.config.solvers import SUM_TOLERANCE, Iterating, ranges_of, systems_with
-
-_POSITIVE = (
-    "model.hidden_size",
-    "model.ffn_hidden_size",
-    "model.num_layers",
-    "model.num_attention_heads",
-    "model.num_key_value_heads",
-    "model.vocab_size",
-    "model.vocab_multiple",
-    "model.max_position_embeddings",
-    "model.embedding_scale",
-    "model.rms_norm_eps",
-    "model.rotary_base",
-    "model.init_std",
-    "parallel.tensor",
-    "parallel.pipeline",
-    "data.sequence_length",
-    "data.timeout",
-    "optimizer.lr",
-    "optimizer.eps",
-    "training.steps",
-    "training.global_batch_size",
-    "training.micro_batch_size",
-    "training.stop_after",
-    "guidance.samples",
-    "distillation.temperature",
-    "evaluation.samples",
-    "evaluation.tasks_limit",
-    "logging.interval",
-    "logging.peak_tflops",
-)
-_NOT_NEGATIVE = (
-    "data.num_workers",
-    "optimizer.weight_decay",
-    "optimizer.gradient_clipping",
-    "training.seed",
-    "guidance.interval",
-    "guidance.inertia",
-    "distillation.alpha",
-    "distillation.beta",
-    "evaluation.interval",
-    "evaluation.tasks_interval",
-    "checkpoint.interval",
-    "checkpoint.keep",
-    "logging.solver_interval",
-)
-_FRACTIONS = ("optimizer.min_lr_ratio",)
-_FRACTIONS_BELOW_ONE = (
-    "optimizer.warmup_fraction",
-    "optimizer.beta1",
-    "optimizer.beta2",
-    "guidance.budget",
-    "guidance.start",
-    "guidance.decay",
-)
+from megatron_iiet.config.solvers import SUM_TOLERANCE, Iterating, systems_with
 
 
 def validate(config: RunConfig) -> None:
@@ -88,37 +36,24 @@ def validate(config: RunConfig) -> None:
     check_layout(config)
 
 
-def _value(config: RunConfig, key: str) -> Any:
-    value: Any = config
-    for name in key.split("."):
-        value = getattr(value, name)
-    return value
-
-
 def _check_ranges(config: RunConfig) -> None:
     # In the order of the schema, so that the first complaint is about the first wrong line of a file.
-    of_solver = {f"solver.{name}": ranges for name, ranges in ranges_of(type(config.solver)).items()}
-    for key in key_types():
-        if key.startswith("solver.") and key not in of_solver:
-            continue  # of another kind
-        value = _value(config, key)
-        if not isinstance(value, (int, float)) or isinstance(value, bool):
-            continue
-        if not math.isfinite(value):
-            raise ConfigError(f"{key} is {value}, but must be a finite number")
-        for allowed in of_solver.get(key, ()):
-            if value not in allowed:
-                raise ConfigError(f"{key} is {value}, but must {allowed.must}")
-        if key in _POSITIVE and value <= 0:
-            raise ConfigError(f"{key} is {value}, but must be greater than 0")
-        if key in _NOT_NEGATIVE and value < 0:
-            raise ConfigError(f"{key} is {value}, but must be 0 or greater")
-        if key in _FRACTIONS and not 0 <= value <= 1:
-            raise ConfigError(f"{key} is {value}, but must lie between 0 and 1")
-        if key in _FRACTIONS_BELOW_ONE and not 0 <= value < 1:
-            raise ConfigError(f"{key} is {value}, but must be at least 0 and less than 1")
+    for section in fields(config):
+        values = getattr(config, section.name)
+        for leaf in fields(values) if is_dataclass(values) else ():
+            _check_range(f"{section.name}.{leaf.name}", getattr(values, leaf.name), leaf.metadata["ranges"])
     if not config.output_dir:
         raise ConfigError("output_dir is empty; name the folder for checkpoints and logs")
+
+
+def _check_range(name: str, value: Any, ranges: Sequence[Range]) -> None:
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return
+    if not math.isfinite(value):
+        raise ConfigError(f"{name} is {value}, but must be a finite number")
+    for allowed in ranges:
+        if value not in allowed:
+            raise ConfigError(f"{name} is {value}, but must {allowed.must}")
 
 
 def _check_attention(config: RunConfig) -> None:

@@ -1,13 +1,15 @@
 """Folder layout of a run, and how it is resumed.
 
     output_dir/
-      config.yaml                     resolved configuration of the newest start
-      ds_config.json                  the DeepSpeed configuration in force
+      config.yaml                     resolved configuration that the newest checkpoint was made with
+      ds_config.json                  the DeepSpeed configuration of that
+      starts.jsonl                    one line per start
       log.jsonl                       one line per step
       tensorboard/                    events
       checkpoints/
         latest                        name of the newest complete checkpoint
-        step_00000500/                config.yaml, state.json, index.json, rank_00000.safetensors …
+        step_00000500/                config.yaml, starts.jsonl, state.json, index.json,
+                                      rank_00000.safetensors …
 
 ``latest`` is replaced atomically after every rank's shards are on disk: a kill at any moment leaves the
 previous checkpoint in force. Weights and moments are stored under the parameters' names with their place in
@@ -19,41 +21,24 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_iiet import durable
-from megatron_iiet.config import ConfigError, RunConfig, config_from_file, config_to_dict, config_to_yaml
+from megatron_iiet.config import ConfigError, RunConfig, config_from_file, config_to_yaml
 from megatron_iiet.config.iteration_plan import IterationPlan
-from megatron_iiet.data.loader.blend import Blend
 from megatron_iiet.storage.fragments import INDEX
 
 FORMAT = 4
 # 3 had no iteration plan; 2 had a place in the data of another form, which the reader of samples understands.
 _READABLE = (2, 3, 4)
-# What decides which parameters exist and what they compute; a checkpoint fits only if all of it agrees.
-# (embedding_scale is compared as a number: "unit" means another one under another init_std.)
-_ARCHITECTURE = tuple(
-    f"{section}.{key}"
-    for section, keys in {
-        "model": "hidden_size ffn_hidden_size num_layers num_attention_heads num_key_value_heads vocab_size "
-        "vocab_multiple tie_embeddings embedding_scale rms_norm_eps rotary_base",
-        "solver": "kind variant predictor damping history_norm readout output_norm stage_coefficients "
-        "predictor_order repeats",
-    }.items()
-    for key in keys.split()
-)
 
 # What a checkpoint holds, temporary names of a save that was killed included, and what NFS leaves of a file
 # that a reader has open.
 _OWN_FILE = re.compile(
-    r"(config\.yaml|state\.json|index\.json|rank_\d+\.safetensors)(\.[0-9a-f]+\.tmp)?|\.nfs\w+"
+    r"(config\.yaml|starts\.jsonl|state\.json|index\.json|rank_\d+\.safetensors)(\.[0-9a-f]+\.tmp)?|\.nfs\w+"
 )
-
-# What decides which samples come in which order, the corpora themselves and the weights of a blend apart.
-_SAMPLES = ("data.sequence_length", "data.documents")
 
 
 @dataclass(frozen=True)
@@ -63,7 +48,7 @@ class TrainState:
     step: int
     """Finished optimizer steps."""
     data: dict[str, Any]
-    """State of the sample reader."""
+    """State of the sample reader, and what the corpora hold that it is a place in."""
     layout: dict[str, int]
     """How the writing processes were laid out; only told to the user."""
     plan: dict[str, Any] | None = None
@@ -179,56 +164,3 @@ def _remove(folder: Path) -> str:
     except OSError as error:
         return f"{folder} is no longer needed, but cannot be removed: {error}"
     return ""
-
-
-def check_resumable(folder: Path, config: RunConfig) -> None:
-    """Refuse a checkpoint of another format, architecture or order of samples; layout, ZeRO stage and
-    precision may differ, and corpora may have moved.
-
-    Raises:
-        ConfigError: naming every difference.
-    """
-    read_state(folder)
-    before = config_from_file(folder / "config.yaml")
-    differences = _differences(before, config, _ARCHITECTURE)
-    if differences:
-        raise ConfigError(
-            f"checkpoint {folder} is of another architecture: {'; '.join(differences)}; "
-            "give this run another output_dir, or the checkpoint's configuration"
-        )
-    differences = _differences(before, config, _SAMPLES)
-    old, new = (list(c.data.weights.values()) for c in (before, config))
-    if Blend(old).shares != Blend(new).shares:
-        differences.append(f"data.blend has the weights {old} there and {new} here")
-    if differences:
-        raise ConfigError(
-            f"checkpoint {folder} is a place in another order of samples: {'; '.join(differences)}; restore "
-            "these settings, or give this run another output_dir"
-        )
-
-
-def changed_settings(folder: Path, config: RunConfig) -> list[str]:
-    """Settings outside the architecture that differ from the checkpoint's: ``key: old → new``."""
-    old, new = config_to_dict(config_from_file(folder / "config.yaml")), config_to_dict(config)
-    keys = [f"{s}.{k}" for s, values in new.items() if isinstance(values, dict) for k in values]
-    return [f"{key}: {_get(old, key)} → {_get(new, key)}" for key in keys if _get(old, key) != _get(new, key)]
-
-
-def _differences(before: RunConfig, config: RunConfig, keys: Sequence[str]) -> list[str]:
-    old, new = _settings(before), _settings(config)
-    return [
-        f"{key} is {_get(old, key)} there and {_get(new, key)} here"
-        for key in keys
-        if _get(old, key) != _get(new, key)
-    ]
-
-
-def _settings(config: RunConfig) -> dict[str, Any]:
-    data = config_to_dict(config)
-    data["model"]["embedding_scale"] = config.model.resolved_embedding_scale
-    return data
-
-
-def _get(data: dict[str, Any], key: str) -> Any:
-    section, leaf = key.split(".")
-    return data[section].get(leaf)  # keys of the solver depend on its kind

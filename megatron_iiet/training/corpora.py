@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from megatron_iiet.config import ConfigError, RunConfig
 from megatron_iiet.config.schema import DataConfig
+from megatron_iiet.data.corpora.identity import corpus_identity
 from megatron_iiet.data.loader.blend import Blend
 from megatron_iiet.data.loader.samples import Samples, build_splits
 from megatron_iiet.data.tokenizers.loading import tokenizer_digest
@@ -66,6 +68,19 @@ def open_corpora(data: DataConfig, vocab_size: int) -> Corpora:
     Blend(weights)  # refuses what cannot be blended before anything expensive is built
     check_tokenizers([*train, *validation], data.tokenizer)
     return Corpora(list(data.weights), weights, train, validation, validation_weights)
+
+
+def contents_of(data: DataConfig, corpora: Corpora) -> dict[str, Any]:
+    """What the corpora and the tokenizer of a run hold, wherever they lie, as plain data for its checkpoints.
+
+    Raises:
+        ValueError: a file is missing or damaged.
+    """
+    return {
+        "train": [corpus_identity(part.stream) for part in corpora.train],
+        "validation": corpus_identity(corpora.validation[0].stream) if data.validation_prefix else None,
+        "tokenizer": tokenizer_digest(data.tokenizer),
+    }
 
 
 def check_tokenizers(samples: Sequence[Samples], tokenizer: str) -> None:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
-from megatron_iiet import durable
 from megatron_iiet.config import (
     ConfigError,
     LoadedConfig,
     RunConfig,
-    config_to_yaml,
     gradient_accumulation_steps,
 )
+from megatron_iiet.config.changes import ACCEPT_CHANGES
 from megatron_iiet.config.combinations import check_combination
 from megatron_iiet.config.deepspeed import load_ds_config, reconcile
 from megatron_iiet.data.loader.batches import TrainBatches, ValidationBatches
@@ -21,18 +19,21 @@ from megatron_iiet.data.tokenizers.loading import load_tokenizer
 from megatron_iiet.ops import resolve_backend
 from megatron_iiet.parallel import ParallelContext
 from megatron_iiet.parallel.launch import launch_environment
-from megatron_iiet.storage import checkpoint
+from megatron_iiet.storage.fragments import FragmentReader
 from megatron_iiet.training import callbacks
-from megatron_iiet.training.corpora import Corpora, describe_corpora, open_corpora
-from megatron_iiet.training.engine import build_engine
+from megatron_iiet.training.corpora import Corpora, contents_of, describe_corpora, open_corpora
+from megatron_iiet.training.engine import Engine, build_engine
 from megatron_iiet.training.layout import describe_layout, layout_of
 from megatron_iiet.training.loop import train
+from megatron_iiet.training.record import append_start, start_of, write_configurations
+from megatron_iiet.training.resume import NothingToDo, Resumption, find_resumption
 from megatron_iiet.training.run import Run
 from megatron_iiet.training.warm_start import WarmStart, open_teacher, open_warm_start
 
 
 def pretrain(loaded: LoadedConfig) -> None:
-    """Train the model that a configuration describes, from scratch or from its newest checkpoint.
+    """Train the model that a configuration describes, from scratch or from its newest checkpoint. A run that
+    has taken its steps says so, and nothing is touched.
 
     Raises:
         ConfigError: layout, configuration, data, tokenizer or checkpoint do not fit; raised before
@@ -41,7 +42,12 @@ def pretrain(loaded: LoadedConfig) -> None:
     try:
         ds_config = reconciled_ds_config(loaded, launch_environment().world_size)
         with ParallelContext.start(loaded.config.parallel) as context:
-            run, chosen = prepare(loaded.config, ds_config, context)
+            try:
+                run, chosen = prepare(loaded.config, ds_config, context, loaded.accept_changes)
+            except NothingToDo as done:
+                if context.is_main:
+                    print(done, flush=True)
+                return
             try:
                 train(run, chosen)
             finally:
@@ -53,21 +59,30 @@ def pretrain(loaded: LoadedConfig) -> None:
 
 
 def prepare(
-    config: RunConfig, ds_config: dict[str, Any], context: ParallelContext
+    config: RunConfig, ds_config: dict[str, Any], context: ParallelContext, accept: Sequence[str] = ()
 ) -> tuple[Run, list[callbacks.Callback]]:
-    """Check everything, then build the run and its callbacks; the cheapest checks come first."""
+    """Check everything, then build the run and its callbacks; the cheapest checks come first.
+
+    ``accept``: keys whose change this start accepts, see :func:`find_resumption`.
+
+    Raises:
+        ConfigError: (and its base ValueError) something does not fit; nothing was written.
+        NothingToDo: the run has taken its steps; nothing was built or written.
+    """
     check_paths(config)
     backend, reason = resolve_backend(config.ops.backend, context.device)
     check_tokenizer(config)
     corpora = open_corpora(config.data, config.model.vocab_size)
-    tag = find_checkpoint(config)
-    warm = open_warm_start(config) if tag is None else None
+    contents = contents_of(config.data, corpora)
+    found = find_resumption(config, contents, accept)
+    warm = open_warm_start(config) if found is None else None
     teacher = open_teacher(config)
 
     engine = build_engine(
-        config, ds_config, context, backend, initialise=tag is None, warm=warm, teacher=teacher
+        config, ds_config, context, backend, initialise=found is None, warm=warm, teacher=teacher
     )
-    run = Run(config, context, engine, train_batches(config, corpora, context), corpora.names)
+    batches = train_batches(config, corpora, context)
+    run = Run(config, ds_config, context, engine, batches, corpora.names, contents)
     run.say(describe_start(run))
     run.say(describe_corpora(config, corpora))
     run.say(describe_layout(config, engine))
@@ -82,11 +97,18 @@ def prepare(
         run.say(warm.describe())
     if teacher is not None:
         run.say(describe_teacher(run, teacher))
-    if tag is not None:
-        report_resume(run, tag)
-        run.resume(tag)
+    layout = layout_of(context, engine.zero_stage)
+    if found is not None:
+        left_out = describe_left_out(found, engine) if found.accepted else []
+        run.say("\n".join((found.describe(), *describe_other_layout(found, layout), *left_out)))
+        run.resume(found.folder)
+    elif accept:
+        run.say(f"--{ACCEPT_CHANGES} names {', '.join(accept)}, but there is no checkpoint to differ from")
+    start = start_of(context, layout, found)
     if context.is_main:
-        write_run_files(config, ds_config)
+        if found is None:  # else they say what the weights there were made with, until there are newer ones
+            write_configurations(config, ds_config)
+        append_start(config.output_dir, start)
     return run, build_callbacks(config, corpora, context)
 
 
@@ -120,21 +142,6 @@ def check_tokenizer(config: RunConfig) -> None:
             f"the tokenizer {config.data.tokenizer} has {size} ids, but model.vocab_size is "
             f"{config.model.vocab_size}; set it to at least {size}"
         )
-
-
-def find_checkpoint(config: RunConfig) -> str | None:
-    """The checkpoint to continue from, checked against this run; None to start from scratch."""
-    tag = checkpoint.latest_tag(config.output_dir)
-    if tag is None:
-        return None
-    folder = checkpoint.checkpoints_folder(config.output_dir) / tag
-    if not config.checkpoint.resume:
-        raise ConfigError(
-            f"{config.output_dir} already holds checkpoint {tag} and checkpoint.resume is false; "
-            "set it to true to continue, or choose another output_dir"
-        )
-    checkpoint.check_resumable(folder, config)
-    return tag
 
 
 def train_batches(config: RunConfig, corpora: Corpora, context: ParallelContext) -> TrainBatches:
@@ -219,22 +226,17 @@ def describe_teacher(run: Run, teacher: WarmStart) -> str:
     )
 
 
-def report_resume(run: Run, tag: str) -> None:
-    """Say where the run continues, and what was changed since."""
-    folder = checkpoint.checkpoints_folder(run.config.output_dir) / tag
-    run.say(f"resuming from {folder}")
-    state = checkpoint.read_state(folder)
-    here = layout_of(run.context, run.engine.zero_stage)
-    for key, words in (("data", "data-parallel ranks"), ("zero_stage", "ZeRO stage")):
-        if here[key] != state.layout[key]:
-            run.say(f"  changed since then: {words}: {state.layout[key]} → {here[key]}")
-    for change in checkpoint.changed_settings(folder, run.config):
-        run.say(f"  changed since then: {change}")
+def describe_other_layout(found: Resumption, here: dict[str, int]) -> list[str]:
+    """What is told of a layout that differs from the checkpoint's beyond what the configuration says."""
+    return [
+        f"  changed since then: {words}: {found.state.layout[key]} → {here[key]}"
+        for key, words in (("data", "data-parallel ranks"), ("zero_stage", "ZeRO stage"))
+        if here[key] != found.state.layout[key]
+    ]
 
 
-def write_run_files(config: RunConfig, ds_config: dict[str, Any]) -> None:
-    """Write the resolved configurations into the run's folder."""
-    folder = Path(config.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    durable.write_text(folder / "config.yaml", config_to_yaml(config))
-    durable.write_text(folder / "ds_config.json", json.dumps(ds_config, indent=2) + "\n")
+def describe_left_out(found: Resumption, engine: Engine) -> list[str]:
+    """What is told of weights in the checkpoint that have no place in the model as it was changed."""
+    with FragmentReader(found.folder) as reader:
+        names = sorted(set(reader.parameters) - {name for name, _ in engine.whole.named_parameters()})
+    return [f"  left out, without a place here: {len(names)} parameters, {names[0]} first"] if names else []

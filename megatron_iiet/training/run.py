@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from megatron_iiet.config import RunConfig, iterations_per_layer
 from megatron_iiet.config.iteration_plan import IterationPlan
@@ -16,30 +17,37 @@ from megatron_iiet.storage import checkpoint
 from megatron_iiet.training.engine import Engine
 from megatron_iiet.training.layout import layout_of
 from megatron_iiet.training.metrics import MetricWriter
+from megatron_iiet.training.record import copy_starts, write_configurations
+from megatron_iiet.training.resume import CONTENTS
 
 
 class Run:
     """Engine, data position and step of one training process; passed to every callback.
 
     Args:
-        config, context, engine: what trains, and where.
+        config, ds_config, context, engine: what trains, and where.
         batches: this rank's, in their place.
         corpora: names of what the batches are blended from.
+        contents: what the corpora and the tokenizer hold.
     """
 
     def __init__(
         self,
         config: RunConfig,
+        ds_config: dict[str, Any],
         context: ParallelContext,
         engine: Engine,
         batches: TrainBatches,
         corpora: Sequence[str],
+        contents: dict[str, Any],
     ) -> None:
         self.config = config
+        self.ds_config = ds_config
         self.context = context
         self.engine = engine
         self.batches = batches
         self.corpora = corpora
+        self.contents = contents
         self.step = 0
         self.plan: IterationPlan | None = None
         """What guidance decided last; it goes before the iterations that the configuration has for a step."""
@@ -96,32 +104,34 @@ class Run:
             self.engine.set_iterations(before, merging=merging)
 
     def save(self) -> Path:
-        """Write a checkpoint of this step and make it the newest."""
-        tag = checkpoint.tag_of(self.step)
-        folder = checkpoint.checkpoints_folder(self.config.output_dir)
+        """Write a checkpoint of this step and make it the newest, and the run's configuration its own."""
+        tag, output_dir = checkpoint.tag_of(self.step), Path(self.config.output_dir)
+        folder = checkpoint.checkpoints_folder(output_dir)
         if self.context.is_main:
             checkpoint.invalidate(folder / tag)
         self.context.barrier()
         self.engine.save(folder / tag)
         if self.context.is_main:
+            copy_starts(output_dir, folder / tag)
             checkpoint.write_metadata(folder / tag, self.config, self._state())
-            for warning in checkpoint.commit(self.config.output_dir, self.step, self.config.checkpoint.keep):
+            warnings = checkpoint.commit(output_dir, self.step, self.config.checkpoint.keep)
+            write_configurations(self.config, self.ds_config)
+            for warning in warnings:
                 self.say(f"warning: {warning}")
         self.context.barrier()
         return folder / tag
 
-    def resume(self, tag: str) -> None:
+    def resume(self, folder: Path) -> None:
         """Continue from a checkpoint of this run.
 
         Raises:
-            ConfigError: it does not fit this run.
+            ValueError: it does not fit this run.
         """
-        folder = checkpoint.checkpoints_folder(self.config.output_dir)
-        state = checkpoint.read_state(folder / tag)
-        self.engine.load(folder / tag, state.step)
+        state = checkpoint.read_state(folder)
+        self.engine.load(folder, state.step)
         self.batches.load_state_dict(state.data)
         self.step = state.step
-        plan, guidance = checkpoint.read_plan(folder / tag), self.config.guidance
+        plan, guidance = checkpoint.read_plan(folder), self.config.guidance
         if plan is not None and guidance.interval:
             # One made for another cap or budget no longer holds.
             full = iterations_per_layer(self.config)
@@ -151,7 +161,7 @@ class Run:
     def _state(self) -> checkpoint.TrainState:
         return checkpoint.TrainState(
             step=self.step,
-            data=self.batches.state_dict(),
+            data={**self.batches.state_dict(), CONTENTS: self.contents},
             layout=layout_of(self.context, self.engine.zero_stage),
             plan=None if self.plan is None else self.plan.to_data(),
         )

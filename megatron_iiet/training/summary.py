@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 from megatron_iiet.config import config_from_file
 from megatron_iiet.training.metrics import read_log
+from megatron_iiet.training.record import STARTS, read_starts
 
 
 def summarize_run(folder: str | Path) -> str:
-    """Validation before and after, training loss, time; then every file of the run.
+    """Validation before and after, training loss, time; how often it was started, and last with which code.
 
     Raises:
         ValueError: it is not the folder of a run, or the run has not validated yet.
@@ -31,7 +33,17 @@ def summarize_run(folder: str | Path) -> str:
         f"validation perplexity {math.exp(validation[first]):.1f} at step {first} → "
         f"{math.exp(validation[last]):.2f} at step {last} (loss {validation[last]:.4f} nats per token)",
     ]
-    return "\n".join(lines)
+    starts, broken = read_starts(folder / STARTS)
+    if starts:
+        lines.append(f"started {len(starts)} x, last {_describe_start(starts[-1])}")
+    return "\n".join(lines + [f"warning: {sentence}" for sentence in broken])
+
+
+def _describe_start(start: dict[str, Any]) -> str:
+    commit, dirty = start["git"]["commit"], start["git"]["dirty"]
+    code = "no known commit" if commit is None else f"commit {commit[:10]}{' with changes' if dirty else ''}"
+    step = "" if start["resumed_step"] is None else f" from step {start['resumed_step']}"
+    return f"{start['time']}{step}, {code}, on {start['layout']['world_size']} process(es)"
 
 
 def list_files(*paths: str | Path) -> list[str]:

@@ -86,8 +86,8 @@ def open_teacher(config: RunConfig) -> WarmStart | None:
     """All weights of ``distillation.teacher``, checked against the student; None if it is empty.
 
     Raises:
-        ValueError: (and its subclass ConfigError) there is no such thing, it is damaged, of another shape, or
-            has itself been reduced.
+        ValueError: (and its subclass ConfigError) there is no such thing, it is damaged, of another shape,
+            has itself been reduced, or is what the student is already.
     """
     path = config.distillation.teacher
     if not path:
@@ -102,6 +102,12 @@ def open_teacher(config: RunConfig) -> WarmStart | None:
         raise ConfigError(
             f"{TEACHER} is {path}, which iterates {iterations[0]} times a layer, but the student up to "
             f"{max(ours)} times; give solver.iterations a plan made for this teacher"
+        )
+    if source.config.solver.kind == config.solver.kind and ours == iterations:
+        raise ConfigError(
+            f"{TEACHER} is {path}, which the student equals: {config.solver.kind} with {iterations[0]} "
+            "iterations a layer; give a plan with fewer (--plan, short for solver.iterations; 0: lower "
+            "bound) or another solver.kind"
         )
     there = Transformer.on_meta(source.config)
     _check_complete(source, there)

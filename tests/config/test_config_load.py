@@ -424,3 +424,47 @@ def test_written_yaml_is_readable() -> None:
     assert "optimizer:\n  lr: 0.0003\n" in text
     assert "  split: [0.98, 0.01, 0.01]\n" in text
     assert "recompute: 'off'" in text  # quoted, so that YAML 1.1 readers agree
+
+
+ACCEPT = "--checkpoint.accept_changes"
+
+
+@pytest.mark.parametrize("word", ["solver.iterations,training.seed", "[solver.iterations, training.seed]"])
+def test_changes_to_accept_are_of_the_start_and_not_of_the_run(word: str) -> None:
+    loaded = load_config([ACCEPT, word])
+    assert loaded.accept_changes == ("solver.iterations", "training.seed")
+    assert loaded.config == load_config([]).config
+    assert load_config([]).accept_changes == ()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            [ACCEPT, "solver.iteration"],
+            "--checkpoint.accept_changes names 'solver.iteration' on the command line, which is no key; did you "
+            "mean 'solver.iterations'?",
+        ),
+        ([ACCEPT, ""], "--checkpoint.accept_changes names '' on the command line, which is no key; --help"),
+        ([ACCEPT], "--checkpoint.accept_changes has no value on the command line"),
+        ([ACCEPT, "training.seed", ACCEPT, "solver.kind"], "names solver.kind .* training.seed is given too"),
+    ],
+)
+def test_changes_to_accept_that_are_refused(arguments: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message.replace("?", r"\?")):
+        load_config(arguments)
+
+
+def test_changes_are_not_accepted_in_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("checkpoint:\n  accept_changes: [solver.iterations]\n")
+    with pytest.raises(ConfigError) as caught:
+        load_config(["--config", str(file)])
+    assert str(caught.value) == (
+        f"checkpoint.accept_changes stands in {file} (line 2), but is meant for one start and must not become "
+        "a habit; give it on the command line, --checkpoint.accept_changes KEY"
+    )
+
+
+def test_help_names_the_changes_to_accept() -> None:
+    assert "--checkpoint.accept_changes KEY[,KEY...]" in format_help()

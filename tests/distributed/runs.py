@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,14 @@ def ds_json(folder: Path, stage: int, **extra: Any) -> Path:
     return path
 
 
-def pretrain_rank(config: dict[str, Any], ds_path: Path | None) -> dict[str, torch.Tensor]:
+def pretrain_rank(
+    config: dict[str, Any], ds_path: Path | None, accept: Sequence[str] = ()
+) -> dict[str, torch.Tensor]:
     """Train as ``pretrain_iiet.py`` does; returns this rank's working weights, name → tensor."""
     loaded = LoadedConfig(config_from_dict(config), None, ds_path)
     ds_config = reconciled_ds_config(loaded, launch_environment().world_size)
     with ParallelContext.start(loaded.config.parallel) as context:
-        run, callbacks = prepare(loaded.config, ds_config, context)
+        run, callbacks = prepare(loaded.config, ds_config, context, accept)
         train(run, callbacks)
         run.close()
         return dict(run.engine.gathered_parameters())

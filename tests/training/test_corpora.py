@@ -20,11 +20,12 @@ from megatron_iiet.parallel.launch import launch_environment
 from megatron_iiet.storage import checkpoint
 from megatron_iiet.training import pretrain
 from megatron_iiet.training.callbacks import Callback
-from megatron_iiet.training.corpora import describe_corpora, open_corpora
+from megatron_iiet.training.corpora import contents_of, describe_corpora, open_corpora
 from megatron_iiet.training.engine import StepResult
 from megatron_iiet.training.loop import train
 from megatron_iiet.training.metrics import read_log
 from megatron_iiet.training.pretrain import prepare, reconciled_ds_config
+from megatron_iiet.training.resume import CONTENTS, check_resumable
 from megatron_iiet.training.run import Run
 from tests.distributed.harness import RanksFailedError, run_ranks
 from tests.distributed.runs import as_data, ds_json, pretrain_rank
@@ -174,12 +175,21 @@ def test_another_tokenizer(place: str, data: dict[str, str], tmp_path: Path) -> 
         (
             {"shard": 2, "more": 1.5},
             {},
-            r"data.blend has the weights \[2.0, 1.0\] there and \[2.0, 1.5\] here",
+            r"data.blend is \[2.0, 1.0\] there and \[2.0, 1.5\] here",
         ),
-        ({"more": 1, "shard": 2}, {}, r"data.blend has the weights \[2.0, 1.0\] there and \[1.0, 2.0\] here"),
-        (None, {}, r"data.blend has the weights \[2.0, 1.0\] there and \[1.0\] here"),
+        (
+            {"more": 1, "shard": 2},
+            {},
+            r"data.blend is \[2.0, 1.0\] there and \[1.0, 2.0\] here; data.blend is .*/shard with [\d,]+ "
+            r"tokens there and .*/more with [\d,]+ tokens here.*",
+        ),
+        (None, {}, r"data.blend is \[2.0, 1.0\] there and \[1.0\] here"),
         ({"shard": 4, "more": 2}, {}, None),
-        ({"shard": 2, "held_out": 1}, {}, None),  # other data is seen by its size, when it is opened
+        (
+            {"shard": 2, "held_out": 1},
+            {},
+            r"data.blend is .*/more with [\d,]+ tokens there and .*/held_out with [\d,]+ tokens here",
+        ),
     ],
 )
 def test_resuming_in_another_order_of_samples(
@@ -190,15 +200,19 @@ def test_resuming_in_another_order_of_samples(
     tmp_path: Path,
 ) -> None:
     (tmp_path / "step").mkdir()
-    state = checkpoint.TrainState(5, {"samples": 40, "windows": [1, 2]}, {})
-    checkpoint.write_metadata(tmp_path / "step", configured({"shard": 2, "more": 1}), state)
+    before, config = configured({"shard": 2, "more": 1}), configured(blend, **sections)
+    contents = contents_of(before.data, open_corpora(before.data, VOCABULARY))
+    state = checkpoint.TrainState(5, {"samples": 40, "windows": [1, 2], CONTENTS: contents}, {})
+    checkpoint.write_metadata(tmp_path / "step", before, state)
     assert checkpoint.read_state(tmp_path / "step") == state
-    config = configured(blend, **sections)
+    contents = contents_of(config.data, open_corpora(config.data, VOCABULARY))
     if message is None:
-        checkpoint.check_resumable(tmp_path / "step", config)
+        assert not check_resumable(tmp_path / "step", config, contents).changed
         return
-    with pytest.raises(ConfigError, match=f"is a place in another order of samples: {message}; restore"):
-        checkpoint.check_resumable(tmp_path / "step", config)
+    with pytest.raises(
+        ConfigError, match=rf"samples there are others or in another order \({message}\); restore"
+    ):
+        check_resumable(tmp_path / "step", config, contents)
 
 
 def test_a_checkpoint_of_the_format_before(configured: Callable[..., RunConfig], tmp_path: Path) -> None:
@@ -240,10 +254,12 @@ def test_resuming_on_other_data(configured: Callable[..., RunConfig], tmp_path: 
     first = configured({"shard": 2, "more": 1}, training={"stop_after": 1})
     run_ranks(pretrain_rank, 1, as_data(first), ds_json(tmp_path, 1))
     other = configured({"shard": 2, "held_out": 1})
+    with pytest.raises(RanksFailedError, match=r"ConfigError: .*data\.blend is .*more with .* tokens there"):
+        run_ranks(pretrain_rank, 1, as_data(other), ds_json(tmp_path, 1))
     with pytest.raises(
         RanksFailedError, match=r"ValueError: The checkpoint was trained on .* windows, but the"
     ):
-        run_ranks(pretrain_rank, 1, as_data(other), ds_json(tmp_path, 1))
+        run_ranks(pretrain_rank, 1, as_data(other), ds_json(tmp_path, 1), ["data.blend"])
 
 
 class Tear(Callback):

@@ -82,9 +82,12 @@ def forward_flops(solver: dict[str, Any], data: dict[str, str]) -> int:
 
 @pytest.mark.slow
 def test_a_student_that_is_its_teacher_has_nothing_to_learn_from_it(
-    data: dict[str, str], teacher: Path, tmp_path: Path
+    data: dict[str, str], tmp_path: Path
 ) -> None:
-    train(student(data, teacher, tmp_path, solver=FULL, training={"steps": 1}), tmp_path)
+    """DLCL is IIET without iterations."""
+    train(tiny_config(data, tmp_path / "dlcl", solver={"kind": "dlcl"}, training={"steps": 1}), tmp_path)
+    same = {"kind": "iiet", "iterations": 0}
+    train(student(data, tmp_path / "dlcl", tmp_path, solver=same, training={"steps": 1}), tmp_path)
     first = read_log(tmp_path / "run")[1]
     assert first["distillation/hidden_mse"] == 0
     assert abs(first["distillation/kl_divergence"]) < 1e-6
@@ -141,6 +144,8 @@ def test_teachers_that_are_refused(data: dict[str, str], teacher: Path, tmp_path
     assert "iterates 2 times a layer, but the student up to 3 times" in message(
         solver={"iterations": [3, 0, 0]}
     )
+
+    assert "which the student equals: iiet with 2 iterations a layer; give a plan" in message(solver=FULL)
 
     reduced = tmp_path / "reduced"
     reduced.mkdir()

@@ -78,7 +78,7 @@ def test_the_solver_in_words(solver: dict[str, Any], words: str) -> None:
     config = config_of(**solver)
     whole = Transformer.on_meta(config)
     nothing: Any = None
-    run = Run(config, nothing, cast(Any, SimpleNamespace(whole=whole)), nothing, [])
+    run = Run(config, {}, nothing, cast(Any, SimpleNamespace(whole=whole)), nothing, [], {})
     assert run.describe_solver() == words
     whole.set_iterations([0] * 8, merging=False)
     assert run.describe_solver() == "solver euler (plain Transformer++)"

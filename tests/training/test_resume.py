@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import io
 import os
+import shutil
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+from megatron_iiet.config import LoadedConfig, config_from_dict, config_from_file
 from megatron_iiet.storage import checkpoint
 from megatron_iiet.storage.checkpoint_model import export_run
 from megatron_iiet.training.metrics import read_log
+from megatron_iiet.training.pretrain import pretrain
+from megatron_iiet.training.record import read_starts
 from tests.distributed.harness import RanksFailedError, run_ranks
 from tests.distributed.runs import as_data, ds_json, pretrain_rank
-from tests.tiny import make_data, tiny_config
+from tests.tiny import make_data, tiny_config, write_shard
 
 
 @pytest.fixture(scope="module")
@@ -195,30 +201,141 @@ def test_stops_at_a_step_that_is_not_finite(data: dict[str, str], tmp_path: Path
     assert checkpoint.latest_tag(tmp_path / "run") is None
 
 
+def files(folder: Path) -> dict[Path, tuple[int, bytes]]:
+    """Time of change and content of every file."""
+    return {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.fixture(scope="module")
+def half(data: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that was stopped after 2 of 8 steps."""
+    folder = tmp_path_factory.mktemp("half")
+    config = tiny_config(data, folder / "run", training={"stop_after": 2})
+    run_ranks(pretrain_rank, 1, as_data(config), ds_json(folder, 1))
+    return folder / "run"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("sections", "message"),
+    ("sections", "accept", "message"),
     [
-        ({"model": {"ffn_hidden_size": 64}}, "model.ffn_hidden_size is 48 there and 64 here"),
-        ({"solver": {"kind": "euler"}}, "solver.kind is iiet there and euler here"),
-        ({"checkpoint": {"interval": 0, "resume": False}}, "checkpoint.resume is false"),
+        ({"model": {"ffn_hidden_size": 64}}, (), "model.ffn_hidden_size is 48 there and 64 here"),
+        ({"model": {"ffn_hidden_size": 64}}, ("model.ffn_hidden_size",), "ValueError: .*shape"),
+        ({"solver": {"kind": "pcformer"}}, ("solver.kind",), "ValueError: .*"),
+        ({"solver": {"kind": "euler"}}, (), "solver.kind is iiet there and euler here"),
+        ({"solver": {"key_values": "first"}}, (), "solver.key_values is every there and first here"),
+        ({"training": {"seed": 1}}, ("solver.iterations",), "training.seed is 1234 there and 1 here"),
+        ({"training": {"steps": 2, "seed": 1}}, (), "training.seed is 1234 there and 1 here"),
+        ({"checkpoint": {"interval": 0, "resume": False}}, (), "checkpoint.resume is false"),
     ],
+    ids=str,
 )
 def test_refuses_a_checkpoint_that_does_not_fit(
-    sections: dict[str, Any],
-    message: str,
-    data: dict[str, str],
-    tmp_path_factory: pytest.TempPathFactory,
+    sections: dict[str, Any], accept: tuple[str, ...], message: str, half: Path, data: dict[str, str]
 ) -> None:
-    folder = tmp_path_factory.getbasetemp() / "refused"
-    first = tiny_config(data, folder, training={"stop_after": 2})
-    if not folder.exists():
-        run_ranks(pretrain_rank, 1, as_data(first), ds_json(tmp_path_factory.getbasetemp(), 1))
-    before = sorted(p.relative_to(folder) for p in folder.rglob("*"))
-    other = tiny_config(data, folder, **sections)
+    """Also where a person means it, but the weights have no place; and where there is nothing left to do."""
+    before = files(half)
+    other = tiny_config(data, half, **sections)
     with pytest.raises(RanksFailedError, match=message):
-        run_ranks(pretrain_rank, 1, as_data(other), ds_json(tmp_path_factory.getbasetemp(), 1))
-    assert sorted(p.relative_to(folder) for p in folder.rglob("*")) == before
+        run_ranks(pretrain_rank, 1, as_data(other), ds_json(half.parent, 1), accept)
+    assert files(half) == before
+
+
+@pytest.mark.slow
+def test_an_accepted_change_holds_for_one_start(data: dict[str, str], half: Path, tmp_path: Path) -> None:
+    """The run's configuration is the checkpoint's until there is a newer one; the record has the change, and
+    the next start need not accept it again."""
+    shutil.copytree(half, tmp_path / "run")
+    before = (tmp_path / "run" / "config.yaml").read_text()
+    solver = {"iterations": 0}
+    config = tiny_config(data, tmp_path / "run", solver=solver, training={"stop_after": 4})
+    seen = run_ranks(config_at_every_step, 1, as_data(config), ds_json(tmp_path, 1), ["solver.iterations"])[0]
+    assert seen == [before, before]
+    assert config_from_file(tmp_path / "run" / "config.yaml").solver.iterations == 0
+    assert "accept_changes" not in (tmp_path / "run" / "config.yaml").read_text()
+    config = tiny_config(data, tmp_path / "run", solver=solver, optimizer={"lr": 1e-3})
+    run_ranks(pretrain_rank, 1, as_data(config), ds_json(tmp_path, 1))
+    starts, broken = read_starts(tmp_path / "run" / "starts.jsonl")
+    assert broken == []
+    assert [(start["resumed_step"], start["accepted"], start["changed"]) for start in starts] == [
+        (None, [], []),
+        (2, [{"key": "solver.iterations", "old": 1, "new": 0}], []),
+        (4, [], [{"key": "optimizer.lr", "old": 0.01, "new": 0.001}]),
+    ]
+    newest = checkpoint.checkpoints_folder(tmp_path / "run") / "step_00000008"
+    assert read_starts(newest / "starts.jsonl")[0] == starts
+
+
+def config_at_every_step(config: dict[str, Any], ds_path: Path, accept: list[str]) -> list[str]:
+    """The run's ``config.yaml`` as each of its steps begins."""
+    from megatron_iiet.training import loop
+
+    whole, seen = loop.learning_rate, []
+
+    def noting(*arguments: Any) -> float:
+        seen.append((Path(config["output_dir"]) / "config.yaml").read_text())
+        return whole(*arguments)
+
+    loop.learning_rate = noting
+    pretrain_rank(config, ds_path, accept)
+    return seen
+
+
+def pretrain_saying(config: dict[str, Any], ds_path: Path) -> str:
+    """Train as the scripts do; what is printed."""
+    with redirect_stdout(io.StringIO()) as said:
+        pretrain(LoadedConfig(config_from_dict(config), None, ds_path))
+    return said.getvalue()
+
+
+@pytest.mark.slow
+def test_a_complete_run_is_left_as_it_is(data: dict[str, str], half: Path, tmp_path: Path) -> None:
+    """On two ranks, of which one speaks; nothing is built."""
+    before = files(half)
+    for sections, message in (
+        (
+            {"training": {"steps": 2}, "optimizer": {"lr": 1.0}},
+            "complete: 2 of 2 steps; raise training.steps",
+        ),
+        ({"training": {"stop_after": 2}}, "complete up to training.stop_after = 2: 2 of 8 steps; raise it"),
+    ):
+        config = tiny_config(data, half, **sections)
+        said = run_ranks(pretrain_saying, 2, as_data(config), ds_json(tmp_path, 1))
+        assert said[0].startswith(message)
+        assert said[0].count("\n") == 1
+        assert said[1] == ""
+        assert files(half) == before
+
+
+@pytest.mark.slow
+def test_more_steps_do_not_fall_back_into_an_earlier_stage(data: dict[str, str], tmp_path: Path) -> None:
+    sections: dict[str, Any] = {"solver": {"iterations": 1, "schedule": [[0.75, 0], [0.25, 1]]}}
+    first = tiny_config(data, tmp_path / "run", training={"steps": 4}, **sections)
+    run_ranks(pretrain_rank, 1, as_data(first), ds_json(tmp_path, 1))
+    again = tiny_config(data, tmp_path / "run", training={"steps": 8}, **sections)
+    message = (
+        "training.steps is 4 there and 8 here, which moves step 4 into another stage, from r = 1 to r = 0"
+    )
+    with pytest.raises(RanksFailedError, match=message):
+        run_ranks(pretrain_rank, 1, as_data(again), ds_json(tmp_path, 1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("key", ["prefix", "validation_prefix"])
+def test_tokens_changed_in_place_are_refused(key: str, data: dict[str, str], tmp_path: Path) -> None:
+    """Same sizes, same path, another token."""
+    write_shard(tmp_path / "own", documents=60, seed=3)
+    paths = {**data, key: str(tmp_path / "own")}
+    config = tiny_config(paths, tmp_path / "run", training={"stop_after": 1})
+    run_ranks(pretrain_rank, 1, as_data(config), ds_json(tmp_path, 1))
+    tokens = np.memmap(tmp_path / "own.bin", dtype=np.uint16, mode="r+")
+    tokens[1234] = (tokens[1234] + 1) % 96
+    tokens.flush()
+    message = (
+        rf"data\.{key} is .*own with tokens of digest \w+ there and .*own with tokens of digest \w+ here"
+    )
+    with pytest.raises(RanksFailedError, match=message):
+        run_ranks(pretrain_rank, 1, as_data(config), ds_json(tmp_path, 1))
 
 
 @pytest.mark.slow

@@ -131,6 +131,13 @@ class ShardList(Sequence[Shard]):
             hashed.update(memoryview(self._map)[at : min(at + BLOCK_BYTES, end)])
         return hashed.digest() == self._map[end:]
 
+    def content_digest(self) -> bytes:
+        """Digest of what the shards hold in their order, as listed; their names do not count."""
+        hashed = new_digest()
+        for part in (self.token_ends, self.document_ends, self._bin_digests, self._idx_digests):
+            hashed.update(part)
+        return hashed.digest()
+
     def __len__(self) -> int:
         return self._num_shards
 

@@ -1,0 +1,110 @@
+"""What a run leaves to say how it was made: its configuration, and a line of ``starts.jsonl`` a start."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shlex
+import socket
+import subprocess
+import sys
+from datetime import datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_iiet import __version__, durable
+from megatron_iiet.config import RunConfig, config_to_yaml
+from megatron_iiet.parallel import ParallelContext
+from megatron_iiet.training.resume import Resumption
+
+STARTS = "starts.jsonl"
+_GIT_SECONDS = 10.0
+
+
+def write_configurations(config: RunConfig, ds_config: dict[str, Any]) -> None:
+    """Write the resolved configurations into the run's folder."""
+    folder = Path(config.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    durable.write_text(folder / "config.yaml", config_to_yaml(config))
+    durable.write_text(folder / "ds_config.json", json.dumps(ds_config, indent=2) + "\n")
+
+
+def start_of(context: ParallelContext, layout: dict[str, int], found: Resumption | None) -> dict[str, Any]:
+    """The record of a start. Every rank calls it: each says on which host it is."""
+    hosts = context.world.gather_objects(socket.gethostname())
+    commit, dirty = git_state(Path(__file__).resolve().parent)
+    return {
+        "time": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "command": shlex.join(sys.argv),
+        "git": {"commit": commit, "dirty": dirty},
+        "versions": {
+            "megatron_iiet": __version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "deepspeed": version("deepspeed"),
+            "cuda": torch.version.cuda,
+        },
+        "hosts": list(dict.fromkeys(hosts)),
+        "layout": {"world_size": context.world_size, **layout},
+        "resumed_step": None if found is None else found.state.step,
+        "changed": [] if found is None else [difference.as_data() for difference in found.changed],
+        "accepted": [] if found is None else [difference.as_data() for difference in found.accepted],
+    }
+
+
+def append_start(output_dir: str | Path, start: dict[str, Any]) -> None:
+    """Add a line to the run's ``starts.jsonl``; on disk when this returns."""
+    durable.append_line(Path(output_dir) / STARTS, json.dumps(start))
+
+
+def copy_starts(output_dir: Path, folder: Path) -> None:
+    """Put a copy of the run's ``starts.jsonl``, if nobody has removed it, into a checkpoint's folder."""
+    if (output_dir / STARTS).is_file():
+        durable.write_text(folder / STARTS, (output_dir / STARTS).read_text(errors="replace"))
+
+
+def read_starts(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
+    """The starts that a ``starts.jsonl`` holds, and a sentence for each line that a crash left half."""
+    starts, broken = [], []
+    lines = path.read_text(errors="replace").splitlines() if path.is_file() else []
+    for number, line in enumerate(lines, start=1):
+        try:
+            start = json.loads(line)
+        except json.JSONDecodeError:
+            start = None
+        if isinstance(start, dict):
+            starts.append(start)
+        else:
+            broken.append(f"{path} (line {number}) is not a whole line; it is left out")
+    return starts, broken
+
+
+def git_state(folder: Path) -> tuple[str | None, bool | None]:
+    """The commit that is checked out around ``folder``, and whether tracked files differ from it; None where
+    its files are not tracked, or git is not there."""
+    if _git(folder, "ls-files", "--error-unmatch", ".") is None:
+        return None, None
+    commit, status = (
+        _git(folder, *words) for words in (("rev-parse", "HEAD"), ("status", "--porcelain", "-uno"))
+    )
+    return (commit.strip() if commit else None), (None if status is None else bool(status.strip()))
+
+
+def _git(folder: Path, *words: str) -> str | None:
+    """What git says; None if it fails."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(folder), *words],
+            capture_output=True,
+            text=True,
+            timeout=_GIT_SECONDS,
+            env={**environment, "GIT_OPTIONAL_LOCKS": "0"},
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout if done.returncode == 0 else None

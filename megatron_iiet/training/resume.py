@@ -1,0 +1,289 @@
+"""Whether a run may go on from its newest checkpoint: what changed since, what of that is refused or accepted
+by name, and whether there is anything left to do. All of it before anything is built or written."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from megatron_iiet.config import (
+    ConfigError,
+    RunConfig,
+    config_from_file,
+    config_to_dict,
+    iterations_per_layer,
+)
+from megatron_iiet.config.changes import ACCEPT_CHANGES, Change
+from megatron_iiet.config.keys import change_of, section_names
+from megatron_iiet.config.solvers import Iterating, Merging, one_per_layer
+from megatron_iiet.data.corpora.identity import identity_difference
+from megatron_iiet.data.loader.blend import Blend
+from megatron_iiet.models.iterations import iterations_at
+from megatron_iiet.storage import checkpoint
+
+CONTENTS = "contents"
+"""Where the state of the sample reader in a checkpoint has what its corpora and tokenizer hold."""
+_DIFFERS = {
+    Change.FUNCTION: "the parameters there compute something else",
+    Change.ORDER: "samples there are others or in another order",
+}
+
+
+class NothingToDo(Exception):  # noqa: N818  (no error)
+    """The run has taken all its steps; the message is a sentence for the user."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A key that has another value than in the checkpoint."""
+
+    key: str
+    old: Any
+    new: Any
+    change: Change
+    """What that means here."""
+    note: str = ""
+    """What follows from it, if that is why it is refused."""
+
+    def __str__(self) -> str:
+        return f"{self.key}: {self.old} → {self.new}"
+
+    def as_data(self) -> dict[str, Any]:
+        """For the record of a run."""
+        return {"key": self.key, "old": self.old, "new": self.new}
+
+
+@dataclass(frozen=True)
+class Resumption:
+    """A checkpoint that a run goes on from."""
+
+    folder: Path
+    state: checkpoint.TrainState
+    changed: list[Difference] = field(default_factory=list)
+    """What is told: the course that training takes from here on."""
+    accepted: list[Difference] = field(default_factory=list)
+    """What would be refused, had the start not named it."""
+    notes: list[str] = field(default_factory=list)
+    """What else there is to say."""
+
+    def describe(self) -> str:
+        """The lines of a start, the layout apart."""
+        return "\n".join(
+            [
+                f"resuming from {self.folder}",
+                *(f"  changed since then: {difference}" for difference in self.changed),
+                *(f"  accepted by --{ACCEPT_CHANGES}: {difference}" for difference in self.accepted),
+                *(f"  {note}" for note in self.notes),
+            ]
+        )
+
+
+def find_resumption(
+    config: RunConfig, contents: Mapping[str, Any], accept: Sequence[str] = ()
+) -> Resumption | None:
+    """The checkpoint to continue from, checked against this run; None to start from scratch.
+
+    ``contents``: what the corpora and the tokenizer hold; ``accept``: keys whose change this start accepts.
+
+    Raises:
+        ConfigError: it is of another format, function or order of samples, or must not be resumed.
+        NothingToDo: it is the last one.
+    """
+    tag = checkpoint.latest_tag(config.output_dir)
+    if tag is None:
+        return None
+    folder = checkpoint.checkpoints_folder(config.output_dir) / tag
+    if not config.checkpoint.resume:
+        raise ConfigError(
+            f"{config.output_dir} already holds checkpoint {tag} and checkpoint.resume is false; "
+            "set it to true to continue, or choose another output_dir"
+        )
+    found = check_resumable(folder, config, contents, accept)
+    check_unfinished(config, found.state.step)
+    return found
+
+
+def check_resumable(
+    folder: Path, config: RunConfig, contents: Mapping[str, Any], accept: Sequence[str] = ()
+) -> Resumption:
+    """Refuse a checkpoint of another format, function or order of samples, but for what is in ``accept``.
+
+    Raises:
+        ConfigError: naming every difference that is refused.
+    """
+    state = checkpoint.read_state(folder)
+    before = config_from_file(folder / "config.yaml")
+    found = differences(before, config, state.step)
+    notes = []
+    if CONTENTS in state.data:
+        found += content_differences(state.data[CONTENTS], contents, before, config)
+    else:
+        notes.append("the checkpoint does not say what its corpora held; they are taken to be the same")
+    critical = [difference for difference in found if difference.change.refused]
+    refused = [difference for difference in critical if difference.key not in accept]
+    if refused:
+        raise ConfigError(_refusal(folder, config, refused))
+    notes += [
+        f"--{ACCEPT_CHANGES} names {key}, which needs none of it: it has not changed, or may"
+        for key in dict.fromkeys(accept)
+        if key not in [difference.key for difference in critical]
+    ]
+    changed = [difference for difference in found if not difference.change.refused]
+    return Resumption(folder, state, changed, critical, notes)
+
+
+def _refusal(folder: Path, config: RunConfig, refused: Sequence[Difference]) -> str:
+    reasons = []
+    for change, words in _DIFFERS.items():
+        of_it = [
+            f"{one.key} is {one.old} there and {one.new} here{one.note}"
+            for one in refused
+            if one.change is change
+        ]
+        reasons += [f"{words} ({'; '.join(of_it)})"] if of_it else []
+    keys = ",".join(dict.fromkeys(difference.key for difference in refused))
+    return (
+        f"checkpoint {folder} does not fit: {', and '.join(reasons)}; restore what it was made with, start "
+        f"anew from its weights with --training.initial_weights {config.output_dir} and another "
+        f"output_dir, or, where you mean it, add --{ACCEPT_CHANGES} {keys} to this one start"
+    )
+
+
+def check_unfinished(config: RunConfig, step: int) -> None:
+    """Refuse to start a run that has taken its steps, all of them or those up to ``training.stop_after``.
+
+    Raises:
+        NothingToDo: with what to do instead.
+    """
+    steps, stop = config.training.steps, config.training.stop_after
+    if step >= steps:
+        way_on = (
+            f"to go on from here, give --training.initial_weights {config.output_dir} and another output_dir"
+            if _stages(config) is not None
+            else "raise training.steps or choose another output_dir"
+        )
+        raise NothingToDo(f"complete: {step} of {steps} steps; {way_on}")
+    if stop is not None and step >= stop:
+        raise NothingToDo(
+            f"complete up to training.stop_after = {stop}: {step} of {steps} steps; raise it, or set it to "
+            "null to go on to the end"
+        )
+
+
+def differences(before: RunConfig, config: RunConfig, step: int) -> list[Difference]:
+    """What distinguishes two configurations for a run that has taken ``step`` steps under the first, in the
+    order of the schema; keys that are free to change apart."""
+    old, new = _in_force(before), _in_force(config)
+    shown_old, shown_new = _shown(before), _shown(config)
+    found = [
+        Difference(key, shown_old[key], shown_new[key], change_of(key))
+        for key in old
+        if key in new and old[key] != new[key] and change_of(key) is not Change.FREE
+    ]
+    if any(difference.key == "solver.kind" for difference in found):  # the others mean something else then
+        found = [one for one in found if one.key == "solver.kind" or not one.key.startswith("solver.")]
+    return [
+        _refused_if_another_stage(one, before, config, step) if one.key == "training.steps" else one
+        for one in found
+    ]
+
+
+def _refused_if_another_stage(
+    difference: Difference, before: RunConfig, config: RunConfig, step: int
+) -> Difference:
+    """Stages are fractions of the steps: with another number of them the next one may be in another stage."""
+    moved = replace(before, training=replace(before.training, steps=config.training.steps))
+    there, here = (_number_or_list(iterations_at(each, step)[0]) for each in (before, moved))
+    if there == here:
+        return difference
+    note = f", which moves step {step} into another stage, from r = {there} to r = {here}"
+    return replace(difference, change=Change.FUNCTION, note=note)
+
+
+def content_differences(
+    there: Mapping[str, Any], here: Mapping[str, Any], before: RunConfig, config: RunConfig
+) -> list[Difference]:
+    """What corpora and tokenizer of a run hold that they did not when the checkpoint was written."""
+    pairs = [
+        ("data.blend" if config.data.blend else "data.prefix", *paths, *held)
+        for paths, held in zip(
+            zip(before.data.weights, config.data.weights, strict=False),
+            zip(there["train"], here["train"], strict=False),
+            strict=False,
+        )
+    ]
+    if there.get("validation") and here.get("validation"):
+        paths = before.data.validation_prefix, config.data.validation_prefix
+        pairs.append(("data.validation_prefix", *paths, there["validation"], here["validation"]))
+    found = []
+    for key, path_there, path_here, held_there, held_here in pairs:
+        if differing := identity_difference(held_there, held_here):
+            old, new = differing
+            found.append(Difference(key, f"{path_there} with {old}", f"{path_here} with {new}", Change.ORDER))
+    if there["tokenizer"] != here["tokenizer"]:
+        old, new = (
+            f"{c.data.tokenizer} of digest {t['tokenizer']:.8}" for c, t in ((before, there), (config, here))
+        )
+        found.append(Difference("data.tokenizer", old, new, Change.FUNCTION))
+    return found
+
+
+def _shown(config: RunConfig) -> dict[str, Any]:
+    """Every key's value as messages and records have it: as written, but for what null and 'unit' mean."""
+    values: dict[str, Any] = {}
+    for name, value in config_to_dict(config).items():
+        values |= (
+            {f"{name}.{leaf}": v for leaf, v in value.items()} if name in section_names() else {name: value}
+        )
+    values |= {
+        "model.num_key_value_heads": config.model.num_kv_heads,
+        "model.embedding_scale": config.model.resolved_embedding_scale,
+        "data.blend": list(config.data.weights.values()),
+    }
+    if isinstance(config.solver, Merging):
+        values["solver.coefficient_init"] = config.solver.resolved_coefficient_init
+    return values
+
+
+def _in_force(config: RunConfig) -> dict[str, Any]:
+    """Every key's value as it is compared: equal where it means the same, absent where it means nothing."""
+    data = config.data
+    values = _shown(config)
+    values |= {
+        "data.blend": Blend(values["data.blend"]).shares,
+        # Corpora are compared by what they hold.
+        "data.validation_prefix": bool(data.validation_prefix),
+    }
+    if isinstance(config.solver, Iterating):
+        values["solver.iterations"] = _number_or_list(iterations_per_layer(config))
+        values["solver.schedule"] = _stages(config)
+    for path in ("training.initial_weights", "distillation.teacher"):
+        values[path] = values[path] and os.path.normpath(values[path])
+    without_effect = []
+    if not config.guidance.interval:
+        without_effect += [
+            key for key in values if key.startswith("guidance.") and key != "guidance.interval"
+        ]
+    if not config.distillation.teacher:
+        without_effect += [
+            key for key in values if key.startswith("distillation.") and key != "distillation.teacher"
+        ]
+    if data.validation_prefix:
+        without_effect.append("data.split")
+    return {key: value for key, value in values.items() if key not in without_effect}
+
+
+def _stages(config: RunConfig) -> list[tuple[float, int | list[int]]] | None:
+    """The stages of a schedule; None if there is but one."""
+    schedule = config.solver.schedule if isinstance(config.solver, Iterating) else None
+    if not schedule or len(schedule) == 1:
+        return None
+    layers = config.model.num_layers
+    return [(fraction, _number_or_list(one_per_layer(r, layers))) for fraction, r in schedule]
+
+
+def _number_or_list(iterations: list[int]) -> int | list[int]:
+    return iterations[0] if len(set(iterations)) == 1 else iterations

@@ -1,0 +1,369 @@
+"""What a change of each key means to a run that has checkpoints, and what is compared."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import make_dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_iiet.config import ConfigError, RunConfig, config_from_dict, config_to_dict
+from megatron_iiet.config.changes import Change, change_of_field, key
+from megatron_iiet.config.keys import change_of, key_changes, key_types
+from megatron_iiet.config.resume_table import with_table
+from megatron_iiet.config.solvers import (
+    IIET,
+    SOLVERS,
+    PCformer,
+    ReleasedIIET,
+    SolverConfig,
+    own_keys,
+)
+from megatron_iiet.storage import checkpoint
+from megatron_iiet.training.resume import (
+    CONTENTS,
+    NothingToDo,
+    check_resumable,
+    check_unfinished,
+    differences,
+)
+from tests.tiny import tiny_config
+
+OTHER: dict[str, Any] = {
+    "output_dir": "elsewhere",
+    "model.hidden_size": 64,
+    "model.ffn_hidden_size": 64,
+    "model.num_layers": 4,
+    "model.num_attention_heads": 4,
+    "model.num_key_value_heads": 1,
+    "model.vocab_size": 400,
+    "model.vocab_multiple": 64,
+    "model.max_position_embeddings": 64,
+    "model.tie_embeddings": False,
+    "model.embedding_scale": 1.0,
+    "model.rms_norm_eps": 1e-5,
+    "model.rotary_base": 5e5,
+    "model.init_std": 0.03,
+    "solver.kind": "pcformer",
+    "solver.variant": "released",
+    "solver.iterations": 2,
+    "solver.merge": False,
+    "solver.predictor": "euler",
+    "solver.coefficient_init": "average",
+    "solver.history_norm": "none",
+    "solver.damping": 0.5,
+    "solver.readout": "shared",
+    "solver.output_norm": "layer",
+    "solver.stage_coefficients": "fixed",
+    "solver.predictor_order": 4,
+    "solver.repeats": 2,
+    "solver.key_values": "first",
+    "solver.schedule": [(0.5, 0), (0.5, 1)],
+    "parallel.tensor": 2,
+    "parallel.pipeline": 2,
+    "parallel.sequence": True,
+    "data.prefix": "moved",
+    "data.blend": {"one": 1.0, "two": 2.0},
+    "data.validation_prefix": "held_out",
+    "data.tokenizer": "moved.model",
+    "data.sequence_length": 8,
+    "data.documents": "reset",
+    "data.split": [0.9, 0.1, 0.0],
+    "data.num_workers": 3,
+    "data.timeout": 1.0,
+    "optimizer.lr": 1.0,
+    "optimizer.min_lr_ratio": 0.5,
+    "optimizer.warmup_fraction": 0.5,
+    "optimizer.schedule": "constant",
+    "optimizer.beta1": 0.5,
+    "optimizer.beta2": 0.5,
+    "optimizer.eps": 1e-4,
+    "optimizer.weight_decay": 0.5,
+    "optimizer.gradient_clipping": 0.5,
+    "training.steps": 16,
+    "training.global_batch_size": 16,
+    "training.micro_batch_size": 1,
+    "training.precision": "bf16",
+    "training.recompute": "layer",
+    "training.seed": 5,
+    "training.initial_weights": "runs/other",
+    "training.stop_after": 5,
+    "evaluation.interval": 5,
+    "evaluation.samples": 5,
+    "evaluation.tasks": ["piqa"],
+    "evaluation.tasks_interval": 5,
+    "evaluation.tasks_limit": 5,
+    "evaluation.tasks_data_dir": "tasks",
+    "checkpoint.interval": 5,
+    "checkpoint.keep": 5,
+    "checkpoint.resume": False,
+    "logging.interval": 5,
+    "logging.tensorboard": False,
+    "logging.solver_interval": 5,
+    "logging.peak_tflops": 5.0,
+    "ops.backend": "reference",
+    "ops.history_gradient": "per_edge",
+    "guidance.interval": 5,
+    "guidance.budget": 0.9,
+    "guidance.start": 0.5,
+    "guidance.samples": 5,
+    "guidance.decay": 0.1,
+    "guidance.inertia": 0.1,
+    "distillation.teacher": "runs/other",
+    "distillation.alpha": 0.5,
+    "distillation.beta": 0.5,
+    "distillation.temperature": 2.0,
+}
+"""Another value for every key than :func:`everything_in_force` has."""
+
+
+def solver_with(name: str) -> SolverConfig:
+    """A solver that has the key ``name``, the default one if that does."""
+    return next(solver for solver in (IIET, *SOLVERS) if name in own_keys(solver))()
+
+
+def everything_in_force(name: str = "solver.iterations") -> RunConfig:
+    """A configuration in which every key means something, ``name`` among them, though they could not all be
+    trained together."""
+    config = tiny_config({"prefix": "corpus"}, Path("runs/one"), model={"num_key_value_heads": 2})
+    config.model.embedding_scale = 50.0
+    section, _, leaf = name.rpartition(".")
+    if section == "solver" and leaf not in ("kind", "variant"):
+        config.solver = solver_with(leaf)
+    config.guidance.interval = 2
+    config.distillation.teacher = "runs/teacher"
+    return config
+
+
+def with_value(config: RunConfig, name: str, value: Any) -> RunConfig:
+    changed = copy.deepcopy(config)
+    *section, leaf = name.split(".")
+    if leaf in ("kind", "variant"):  # with what null means held
+        changed.solver = PCformer() if leaf == "kind" else ReleasedIIET("identity", iterations=1)
+        return changed
+    setattr(getattr(changed, section[0]) if section else changed, leaf, value)
+    return changed
+
+
+def test_every_key_is_in_the_table_and_has_a_class() -> None:
+    assert set(OTHER) == set(key_types()) == set(key_changes())
+
+
+@pytest.mark.parametrize("name", OTHER)
+def test_a_change_of_one_key(name: str) -> None:
+    """Found under its own name alone and of its class, or not at all if it is free."""
+    before = everything_in_force(name)
+    found = differences(before, with_value(before, name, OTHER[name]), step=4)
+    expected = [] if change_of(name) is Change.FREE else [(name, change_of(name))]
+    assert [(difference.key, difference.change) for difference in found] == expected
+    assert differences(before, before, step=4) == []
+
+
+def test_a_key_without_a_class_cannot_be_declared() -> None:
+    with pytest.raises(TypeError, match="a key needs a class of change"):
+        key(3)
+    section = make_dataclass("Section", [("forgotten", int, 3), ("fine", int, key(3, Change.FREE))])
+    assert change_of_field(section.__dataclass_fields__["fine"]) is Change.FREE
+    with pytest.raises(TypeError, match="the key forgotten has no class of change"):
+        change_of_field(section.__dataclass_fields__["forgotten"])
+
+
+def test_the_table_of_the_documentation_is_that_of_the_classes() -> None:
+    document = Path(__file__).resolve().parents[2] / "docs" / "resume.md"
+    text = document.read_text()
+    refresh = "python -m megatron_iiet.config.resume_table docs/resume.md"
+    assert refresh in text
+    assert text == with_table(text), f"the classes of keys have changed; run `{refresh}`"
+
+
+ITERATING = {"kind": "iiet", "iterations": 3}
+
+
+@pytest.mark.parametrize(
+    ("before", "now"),
+    [
+        ({}, {"model": {"num_key_value_heads": 2}}),
+        ({}, {"model": {"embedding_scale": 50.0}}),
+        ({"model": {"init_std": 0.02, "embedding_scale": 50.0}}, {}),
+        ({}, {"solver": {"coefficient_init": "identity"}}),
+        ({"solver": ITERATING}, {"solver": {**ITERATING, "iterations": [3, 3, 3]}}),
+        ({"solver": ITERATING}, {"solver": {**ITERATING, "schedule": [[1.0, 3]]}}),
+        (
+            {"solver": {**ITERATING, "schedule": [[0.5, 0], [0.5, 3]]}},
+            {"solver": {**ITERATING, "schedule": [[0.5, [0, 0, 0]], [0.5, 3]]}},
+        ),
+        ({"data": {"blend": {"a": 2, "b": 1}}}, {"data": {"blend": {"elsewhere/a": 4, "elsewhere/b": 2}}}),
+        ({"data": {"prefix": "a"}}, {"data": {"blend": {"a": 3}}}),
+        ({"data": {"validation_prefix": "v"}}, {"data": {"validation_prefix": "w", "split": [0.5, 0.5, 0]}}),
+        ({}, {"guidance": {"budget": 0.9}, "distillation": {"alpha": 5.0}}),
+        ({"training": {"initial_weights": "runs/a"}}, {"training": {"initial_weights": "runs/./a/"}}),
+    ],
+    ids=str,
+)
+def test_other_words_for_the_same_are_no_change(before: dict[str, Any], now: dict[str, Any]) -> None:
+    old, new = (tiny_config({}, Path("run"), **sections) for sections in (before, now))
+    assert differences(old, new, 4) == []
+
+
+def told(before: dict[str, Any], now: dict[str, Any], step: int = 4) -> list[str]:
+    old, new = (tiny_config({}, Path("run"), **sections) for sections in (before, now))
+    return [f"{one.change.name} {one}{one.note}" for one in differences(old, new, step)]
+
+
+def test_what_is_told() -> None:
+    other_kind = {"kind": "pcformer", "predictor_order": 4, "key_values": "first"}
+    assert told({"solver": ITERATING}, {"solver": other_kind}) == ["FUNCTION solver.kind: iiet → pcformer"]
+    assert told({}, {"model": {"init_std": 0.04}}) == [
+        "FUNCTION model.embedding_scale: 50.0 → 25.0",
+        "COURSE model.init_std: 0.02 → 0.04",
+    ]
+    assert told({}, {"guidance": {"interval": 2, "budget": 0.9}}) == ["FUNCTION guidance.interval: 0 → 2"]
+    assert told({}, {"data": {"blend": {"a": 2, "b": 1}}}) == ["ORDER data.blend: [1.0] → [2.0, 1.0]"]
+
+
+STAGED = {**ITERATING, "schedule": [[0.75, 0], [0.25, 3]]}
+
+
+@pytest.mark.parametrize(
+    ("step", "steps", "note"),
+    [
+        (8, 16, ", which moves step 8 into another stage, from r = 3 to r = 0"),
+        (8, 10, None),  # 7.5 of 10 is the border
+        (4, 16, None),
+        (4, 5, ", which moves step 4 into another stage, from r = 0 to r = 3"),
+    ],
+)
+def test_steps_that_move_the_present_one_into_another_stage(step: int, steps: int, note: str | None) -> None:
+    sections: dict[str, Any] = {"solver": STAGED}
+    found = told(sections, {**sections, "training": {"steps": steps}}, step)
+    change = "COURSE" if note is None else "FUNCTION"
+    assert found == [f"{change} training.steps: 8 → {steps}{note or ''}"]
+    assert told({}, {"training": {"steps": steps}}, step) == [f"COURSE training.steps: 8 → {steps}"]
+
+
+# --- what is refused, accepted and left to do ---
+
+HELD = {"tokens": 1000, "documents": 10, "sampled": "ab" * 16}
+CONTENT = {"train": [HELD], "validation": None, "tokenizer": "cd" * 16}
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    """A checkpoint of :func:`tiny_config` after 4 of 8 steps."""
+    folder = tmp_path / "checkpoints" / "step_00000004"
+    folder.mkdir(parents=True)
+    layout = {"tensor": 1, "pipeline": 1, "data": 1, "zero_stage": 1}
+    state = checkpoint.TrainState(4, {"samples": 32, "windows": [9], CONTENTS: CONTENT}, layout)
+    checkpoint.write_metadata(folder, tiny_config({"prefix": "a"}, tmp_path), state)
+    return folder
+
+
+def test_the_refusal_names_all_of_it_and_both_ways_on(saved: Path, tmp_path: Path) -> None:
+    solver = {"iterations": 0, "key_values": "first"}
+    config = tiny_config(
+        {"prefix": "b"}, tmp_path, solver=solver, training={"seed": 9}, optimizer={"lr": 1.0}
+    )
+    content = {**CONTENT, "train": [{**HELD, "sampled": "ef" * 16}]}
+    with pytest.raises(ConfigError) as caught:
+        check_resumable(saved, config, content, ["solver.iterations"])
+    assert str(caught.value) == (
+        f"checkpoint {saved} does not fit: the parameters there compute something else (solver.key_values is "
+        "every there and first here), and samples there are others or in another order (training.seed is "
+        "1234 there and 9 here; data.prefix is a with tokens of digest abababab there and b with tokens of "
+        f"digest efefefef here); restore what it was made with, start anew from its weights with "
+        f"--training.initial_weights {tmp_path} and another output_dir, or, where you mean it, add "
+        "--checkpoint.accept_changes "
+        "solver.key_values,training.seed,data.prefix to this one start"
+    )
+    accept = ["solver.key_values", "training.seed", "data.prefix", "solver.iterations", "model.rotary_base"]
+    found = check_resumable(saved, config, content, accept)
+    assert [str(difference) for difference in found.changed] == ["optimizer.lr: 0.01 → 1.0"]
+    assert [difference.as_data() for difference in found.accepted] == [
+        {"key": "solver.key_values", "old": "every", "new": "first"},
+        {"key": "solver.iterations", "old": 1, "new": 0},
+        {"key": "training.seed", "old": 1234, "new": 9},
+        {
+            "key": "data.prefix",
+            "old": "a with tokens of digest abababab",
+            "new": "b with tokens of digest efefefef",
+        },
+    ]
+    assert found.describe().splitlines()[-1] == (
+        "  --checkpoint.accept_changes names model.rotary_base, which needs none of it: it has not changed, "
+        "or may"
+    )
+
+
+@pytest.mark.parametrize(
+    ("held", "told"),
+    [
+        ({"tokens": 999}, "1,000 tokens there"),
+        ({"documents": 9}, "10 documents there"),
+        ({"sampled": "0"}, "tokens of digest abababab there"),
+        ({"listed": "0"}, None),  # a list made since of the same pair
+    ],
+)
+def test_a_corpus_is_known_by_what_it_holds(
+    held: dict[str, Any], told: str | None, saved: Path, tmp_path: Path
+) -> None:
+    config = tiny_config({"prefix": "moved/a"}, tmp_path)
+    content = {**CONTENT, "train": [{**HELD, **held}]}
+    if told is None:
+        assert check_resumable(saved, config, content).describe() == f"resuming from {saved}"
+        return
+    with pytest.raises(ConfigError, match=told):
+        check_resumable(saved, config, content)
+
+
+def test_another_tokenizer_is_refused_and_a_moved_one_is_not(saved: Path, tmp_path: Path) -> None:
+    config = tiny_config({"prefix": "a", "tokenizer": "other.model"}, tmp_path)
+    assert not check_resumable(saved, config, CONTENT).changed
+    with pytest.raises(
+        ConfigError, match=r"data\.tokenizer is  of digest cdcdcdcd there and other\.model of"
+    ):
+        check_resumable(saved, config, {**CONTENT, "tokenizer": "0"})
+
+
+def test_a_checkpoint_that_does_not_say_what_its_corpora_held(saved: Path, tmp_path: Path) -> None:
+    """As formats up to 4 were written before; and a state with it is read as format 4."""
+    state = checkpoint.read_state(saved)
+    config = config_from_dict(config_to_dict(tiny_config({"prefix": "b"}, tmp_path)))
+    del state.data[CONTENTS]
+    checkpoint.write_metadata(saved, config, state)
+    assert check_resumable(saved, config, CONTENT).describe() == (
+        f"resuming from {saved}\n"
+        "  the checkpoint does not say what its corpora held; they are taken to be the same"
+    )
+
+
+@pytest.mark.parametrize(
+    ("step", "sections", "message"),
+    [
+        (8, {}, "complete: 8 of 8 steps; raise training.steps or choose another output_dir"),
+        (9, {}, "complete: 9 of 8 steps; raise training.steps or choose another output_dir"),
+        (
+            8,
+            {"solver": STAGED},
+            "complete: 8 of 8 steps; to go on from here, give --training.initial_weights run and another "
+            "output_dir",
+        ),
+        (
+            4,
+            {"training": {"stop_after": 4}},
+            "complete up to training.stop_after = 4: 4 of 8 steps; raise it, or set it to null to go on to "
+            "the end",
+        ),
+        (7, {}, None),
+        (3, {"training": {"stop_after": 4}}, None),
+    ],
+)
+def test_nothing_to_do(step: int, sections: dict[str, Any], message: str | None) -> None:
+    config = tiny_config({}, Path("run"), **sections)
+    if message is None:
+        check_unfinished(config, step)
+        return
+    with pytest.raises(NothingToDo) as caught:
+        check_unfinished(config, step)
+    assert str(caught.value) == message
