@@ -141,7 +141,9 @@ def with_value(config: RunConfig, name: str, value: Any) -> RunConfig:
     changed = copy.deepcopy(config)
     *section, leaf = name.split(".")
     if leaf in ("kind", "variant"):  # with what null means held
-        changed.solver = PCformer() if leaf == "kind" else ReleasedIIET("identity", iterations=1)
+        changed.solver = (
+            PCformer() if leaf == "kind" else ReleasedIIET(coefficient_init="identity", iterations=1)
+        )
         return changed
     setattr(getattr(changed, section[0]) if section else changed, leaf, value)
     return changed

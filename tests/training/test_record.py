@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 import torch
-from megatron_iiet.training.summary import summarize_run
 
 from megatron_iiet import __version__
 from megatron_iiet.training import record
 from megatron_iiet.training.record import STARTS, append_start, git_state, read_starts
+from megatron_iiet.training.summary import summarize_run
 from tests.distributed.harness import run_ranks
 from tests.distributed.runs import as_data, ds_json, pretrain_rank
 from tests.tiny import make_data, tiny_config
