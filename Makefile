@@ -1,4 +1,4 @@
-# make demo | demo-compare | demo-distill | setup | test | test-long | test-layouts | test-kills | check | cuda-check | format | clean    (see README.md and CONTRIBUTING.md)
+# make demo | demo-compare | demo-distill | setup | test | test-long | test-layouts | test-kills | test-versions | check | cuda-check | format | clean    (see README.md and CONTRIBUTING.md)
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
@@ -9,7 +9,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 unexport PYTHONDONTWRITEBYTECODE
 CSRC := $(shell find csrc -type f \( -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.inl' -o -name '*.cuh' \) 2>/dev/null)
 
-.PHONY: setup demo demo-compare demo-distill test test-long test-layouts test-kills check cuda-check format clean
+.PHONY: setup demo demo-compare demo-distill test test-long test-layouts test-kills test-versions check cuda-check format clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.package
@@ -118,6 +118,12 @@ test-layouts: setup
 # Preprocessing killed at 50 random moments and resumed: the shards must be those of an undisturbed run.
 test-kills: setup
 	$(BIN)/python -m pytest -m kills tests/faults
+
+# Other releases of torch than the locked one, each in an environment of its own, 7 GB that go again:
+#   make test-versions TORCH=2.14.1
+TORCH ?= 2.13.0 2.14.1
+test-versions: setup
+	$(BIN)/python tests/versions/check.py $(TORCH)
 
 check: setup
 	$(BIN)/ruff format --check .

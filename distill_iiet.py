@@ -22,9 +22,9 @@ def main() -> None:
             "there is no teacher; give --teacher the folder of a trained model (without one, "
             "pretrain_iiet.py --training.initial_weights goes on training)"
         )
-    from megatron_iiet.training.pretrain import pretrain
-
     try:
+        from megatron_iiet.training.pretrain import pretrain
+
         pretrain(loaded)
     except (ValueError, FloatingPointError, OSError) as error:
         exit_with_error(str(error))

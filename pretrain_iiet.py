@@ -11,9 +11,9 @@ from megatron_iiet.config import exit_with_error, load_config_or_exit
 def main() -> None:
     """Load the configuration (fast, no torch), then train."""
     loaded = load_config_or_exit()
-    from megatron_iiet.training.pretrain import pretrain
-
     try:
+        from megatron_iiet.training.pretrain import pretrain
+
         pretrain(loaded)
     except (ValueError, FloatingPointError, OSError) as error:
         exit_with_error(str(error))

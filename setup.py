@@ -1,4 +1,4 @@
-"""Builds and installs the package: ``pip install -e .``. Metadata is in pyproject.toml.
+"""Builds and installs the package: ``pip install --no-build-isolation -e .``. Metadata is in pyproject.toml.
 
 The extension ``megatron_iiet/_extension`` has the CPU kernels and, where nvcc and a CUDA build of torch are
 found, the CUDA kernels. Environment variables:
@@ -13,7 +13,9 @@ import json
 import os
 import platform
 import shutil
+import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,31 @@ if X86:
 def wanted(variable: str) -> bool | None:
     """0 → False, 1 → True, unset or anything else → None."""
     return {"0": False, "1": True}.get(os.environ.get(variable, ""))
+
+
+def torch_of_the_environment() -> str:
+    """The torch that is installed where the package will run, which an isolated build does not see; or ""."""
+    environ = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    ask = "from importlib import metadata; print(metadata.version('torch'))"
+    asked = subprocess.run([sys.executable, "-c", ask], env=environ, cwd="/", capture_output=True, text=True)
+    return asked.stdout.strip() if asked.returncode == 0 else ""
+
+
+def refuse_another_torch() -> None:
+    """The extension runs with the torch it was built for only, and pip's isolated build may bring another."""
+    there = torch_of_the_environment()
+    try:
+        built = metadata.version("torch")
+    except metadata.PackageNotFoundError:
+        sys.exit(
+            "error: there is no torch to build the extension for; install torch first, or set "
+            "MEGATRON_IIET_EXTENSION=0 to do without it"
+        )
+    if there not in ("", built):
+        sys.exit(
+            f"error: the extension would be built for torch {built}, which an isolated build brought, but "
+            f"this environment has torch {there}; run pip install --no-build-isolation -e ."
+        )
 
 
 def cuda_or_reason() -> tuple[bool, str]:
@@ -60,6 +87,7 @@ def extension_options() -> dict[str, Any]:
     if wanted("MEGATRON_IIET_EXTENSION") is False:
         print("megatron_iiet: the extension is left out (MEGATRON_IIET_EXTENSION=0)", file=sys.stderr)
         return {}
+    refuse_another_torch()
     import torch
     from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 

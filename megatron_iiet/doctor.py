@@ -17,13 +17,24 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
-from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 from textwrap import fill, shorten
 from typing import Any
 
-NEEDED = ["jsonargparse", "numpy", "pyyaml", "safetensors", "sentencepiece", "tensorboard", "tqdm"]
+from megatron_iiet import installed
+from megatron_iiet.installed import version
+
+NEEDED = [
+    "jsonargparse",
+    "numpy",
+    "packaging",
+    "pyyaml",
+    "safetensors",
+    "sentencepiece",
+    "tensorboard",
+    "tqdm",
+]
 REBUILD = "pip install --no-build-isolation -e ."
 DRIVER = Path("/proc/driver/nvidia/version")
 Check = dict[str, str]  # mark, subject, finding, need: what its want costs and how to get it
@@ -45,12 +56,7 @@ def packages(torch: Any, torch_is: str) -> Iterator[Check]:
     yield line("deepspeed", deepspeed, "nothing trains without it; make setup", "!!")
     lack = ", ".join(name for name in NEEDED if not version(name))
     yield line("other packages", lack or "all there", "training needs it; make setup", "!!", not lack)
-    requirements = metadata.requires("megatron-iiet") if version("megatron-iiet") else []
-    pins = dict(re.findall(r"(?m)^([\w.-]+)==([\w.]+)", "\n".join(requirements or [])))
-    unlike = [name for name, pin in pins.items() if version(name).split("+")[0] not in ("", pin)]
-    found = ", ".join(f"{name} {version(name)}" for name in unlike or filter(version, pins))
-    need = f"tested is {', '.join(pins[name] for name in unlike)}; make setup" if unlike else REBUILD
-    yield line("pinned versions", found or "unknown: not installed", need, good=bool(pins) and not unlike)
+    yield tested_versions()
 
 
 def merge_norm(torch: Any, torch_is: str) -> Iterator[Check]:
@@ -145,11 +151,13 @@ def launching(torch: Any, torch_is: str) -> Iterator[Check]:
     yield line("srun, sbatch", slurm, "no SLURM, or its module is not loaded; see examples/slurm")
 
 
-def version(name: str) -> str:
-    """Of an installed distribution; "" if there is none."""
-    with suppress(metadata.PackageNotFoundError):
-        return metadata.version(name)
-    return ""
+def tested_versions() -> Check:
+    """Are what pyproject.toml bounds among the versions it names?"""
+    bounded, outside = installed.bounds(), installed.outside_bounds()
+    found = ", ".join(outside or [f"{name} {version(name)}" for name in bounded if version(name)])
+    need = "may run, but was not tried; make setup" if outside else REBUILD
+    good = bool(bounded) and not outside
+    return line("tested versions", found or "unknown: not installed", need, good=good)
 
 
 def run(*command: str) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_iiet import doctor
+from megatron_iiet import doctor, installed
 from megatron_iiet.ops import backends
 from megatron_iiet.ops.extension import ExtensionStatus
 
@@ -269,28 +269,40 @@ def test_an_old_compiler(
 
 def test_packages(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     use_extension(monkeypatch, ExtensionStatus(True, "built and loaded", BUILD))
-    installed = {"megatron-iiet": "0.1.0", "deepspeed": "0.1", "torch": "2.13.0+cu130"}
-    monkeypatch.setattr(
-        doctor.metadata, "requires", lambda name: ["torch==2.13.0", "deepspeed==0.19.8", "numpy"]
-    )
-    monkeypatch.setattr(doctor, "version", lambda name: installed.get(name, "1.0" if name != "numpy" else ""))
+    found = {"megatron-iiet": "0.1.0", "deepspeed": "0.1", "torch": "2.13.0+cu130", "transformers": "5.24.0"}
+    asked = [
+        "torch<2.15,>=2.11",
+        "deepspeed==0.19.8",
+        "transformers<5.24,>=5.19",
+        "numpy",
+        "x>1; extra == 'y'",
+    ]
+    monkeypatch.setattr(installed.metadata, "requires", lambda name: asked)
+    for module in (doctor, installed):
+        monkeypatch.setattr(module, "version", lambda name: found.get(name, "1.0" if name != "numpy" else ""))
     code, lines, _ = diagnose(capsys)
-    assert lines["pinned versions"]["mark"] == "--"
-    assert lines["pinned versions"]["finding"] == "deepspeed 0.1"
-    assert lines["pinned versions"]["need"] == "tested is 0.19.8; make setup"
+    assert lines["tested versions"]["mark"] == "--"
+    outside = "deepspeed 0.1 (tested: ==0.19.8), transformers 5.24.0 (tested: <5.24,>=5.19)"
+    assert lines["tested versions"]["finding"] == outside
+    assert lines["tested versions"]["need"] == "may run, but was not tried; make setup"
     assert lines["other packages"] == {
         "mark": "!!", "subject": "other packages", "finding": "numpy", "need": "training needs it; make setup"
     }  # fmt: skip
     assert code == 1
 
-    installed.update(numpy="2.0", deepspeed="")
+    found.update(numpy="2.0", deepspeed="")
     code, lines, verdict = diagnose(capsys)
     assert (code, verdict) == (1, "Not ready; see to deepspeed.")
 
-    installed.update({"deepspeed": "0.19.8", "megatron-iiet": ""})
+    found.update({"deepspeed": "0.19.8", "transformers": "5.23.0"})
+    _, lines, _ = diagnose(capsys)
+    within = "torch 2.13.0+cu130, deepspeed 0.19.8, transformers 5.23.0"
+    assert lines["tested versions"] == doctor.line("tested versions", within)
+
+    found["megatron-iiet"] = ""
     code, lines, _ = diagnose(capsys)
     assert code == 0
-    assert lines["pinned versions"]["finding"] == "unknown: not installed"
+    assert lines["tested versions"]["finding"] == "unknown: not installed"
 
 
 def test_a_limited_instruction_set(

@@ -132,6 +132,11 @@ def zero_stage(ds: dict[str, Any]) -> int:
     return int(ds.get("zero_optimization", {}).get("stage", 0))
 
 
+def offloads_optimizer(ds: dict[str, Any]) -> bool:
+    """Whether a configuration has the optimizer in another memory than the model."""
+    return bool(ds.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none") != "none")
+
+
 def _object_without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in pairs:
@@ -243,8 +248,7 @@ def _fill_own_defaults(ds: dict[str, Any], config: RunConfig) -> None:
             ds.setdefault("communication_data_type", "fp32")
     if config.parallel.pipeline > 1:
         ds["pipeline"] = _PIPELINE | ds.get("pipeline", {})
-    offloaded = ds.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none") != "none"
-    if offloaded and "optimizer" not in ds:
+    if offloads_optimizer(ds) and "optimizer" not in ds:
         # torch's fused AdamW steps on CPUs too; DeepSpeed's would be compiled at first use.
         ds.setdefault("zero_force_ds_cpu_optimizer", False)
     ds.setdefault("steps_per_print", NEVER_PRINT)

@@ -29,7 +29,7 @@ from megatron_iiet.distillation.plans import PlanRequest, rank_correlation
 from megatron_iiet.distillation.texts import TextSet, open_text_set
 from megatron_iiet.evaluation import forward
 from megatron_iiet.evaluation.forward import ForwardModel
-from megatron_iiet.ops import resolve_backend
+from megatron_iiet.ops import chosen_backend
 from megatron_iiet.parallel import ParallelContext
 from megatron_iiet.parallel.launch import launch_environment
 from megatron_iiet.storage import portable
@@ -122,7 +122,9 @@ def run(options: Options, prepared: Prepared, context: ParallelContext) -> Resul
     if context.is_main:
         options.output.mkdir(parents=True, exist_ok=True)
     batches = text.batches(options.sequences, options.micro_batch_size, context)
-    model = ForwardModel(source, prepared.config, context, resolve_backend("auto", context.device)[0])
+    model = ForwardModel(
+        source, prepared.config, context, chosen_backend(context.device, tell=context.is_main)
+    )
     return _measure(options, model, batches, {"model": source.words, "data": text.words})
 
 

@@ -22,7 +22,7 @@ from megatron_iiet.evaluation.forward import DTYPES, ForwardModel, forward_confi
 from megatron_iiet.evaluation.harness import TextCodec
 from megatron_iiet.evaluation.scoring import TokenScores, noting_scores, score_tokens
 from megatron_iiet.hf import folders
-from megatron_iiet.ops import resolve_backend
+from megatron_iiet.ops import chosen_backend
 from megatron_iiet.parallel import ParallelContext
 from megatron_iiet.parallel.group import Group
 from megatron_iiet.storage import portable
@@ -99,7 +99,9 @@ class OwnScorer:
         self.max_length = config.data.sequence_length
         self.batch_size = batch_size
         self.multiple = context.tensor.size if context.tensor_parallel.cuts_sequence else 1
-        self.model = ForwardModel(source, config, context, resolve_backend("auto", context.device)[0])
+        self.model = ForwardModel(
+            source, config, context, chosen_backend(context.device, tell=context.is_main)
+        )
 
     def score(self, batches: Sequence[Tensor]) -> Iterator[TokenScores]:
         for tokens in batches:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -144,6 +145,14 @@ def resolve_backend(requested: str, device: torch.device | str = "cpu") -> tuple
     raise ValueError(
         f"ops.backend is '{requested}', but {reason}; available on this {kind} device: {', '.join(supported)}"
     )
+
+
+def chosen_backend(device: torch.device | str, *, tell: bool) -> str:
+    """What ``auto`` means on a device; a fallback to plain torch is told in one line on standard error."""
+    name, reason = resolve_backend("auto", device)
+    if name == "reference" and tell:
+        print(f"merge_norm backend: {name} ({reason})", file=sys.stderr, flush=True)
+    return name
 
 
 def _describe(name: str) -> str:

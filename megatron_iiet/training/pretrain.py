@@ -16,6 +16,7 @@ from megatron_iiet.config.combinations import check_combination
 from megatron_iiet.config.deepspeed import load_ds_config, reconcile
 from megatron_iiet.data.loader.batches import TrainBatches, ValidationBatches
 from megatron_iiet.data.tokenizers.loading import load_tokenizer
+from megatron_iiet.installed import outside_bounds
 from megatron_iiet.ops import resolve_backend
 from megatron_iiet.parallel import ParallelContext
 from megatron_iiet.parallel.launch import launch_environment
@@ -84,6 +85,8 @@ def prepare(
     batches = train_batches(config, corpora, context)
     run = Run(config, ds_config, context, engine, batches, corpora.names, contents)
     run.say(describe_start(run))
+    for package in outside_bounds():
+        run.say(f"warning: {package}")
     run.say(describe_corpora(config, corpora))
     run.say(describe_layout(config, engine))
     run.say(f"merge_norm backend: {backend} ({reason})")

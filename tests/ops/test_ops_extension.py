@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_iiet.ops import backends, extension, merge_norm, resolve_backend
+from megatron_iiet.ops import backends, chosen_backend, extension, merge_norm, resolve_backend
 from tests.ops.inputs import EPS, assert_close, draw, exact, needs_extension, slabs
 
 torch.set_num_threads(1)
@@ -247,7 +247,9 @@ def package(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_an_extension_of_another_torch_is_not_loaded(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_extension_of_another_torch_is_not_loaded(
+    package: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     note = package / "_extension.json"
     note.write_text(json.dumps({**json.loads(note.read_text()), "torch": "1.0.0"}))
     status = status_of(package, monkeypatch)
@@ -256,6 +258,10 @@ def test_an_extension_of_another_torch_is_not_loaded(package: Path, monkeypatch:
     assert "pip install --no-build-isolation" in status.reason
     monkeypatch.setattr(backends, "load_extension", lambda: status)
     assert resolve_backend("auto") == ("reference", f"plain torch; {status.reason}")
+    assert chosen_backend("cpu", tell=False) == "reference"
+    assert capsys.readouterr().err == ""
+    assert chosen_backend("cpu", tell=True) == "reference"
+    assert capsys.readouterr().err == f"merge_norm backend: reference (plain torch; {status.reason})\n"
     with pytest.raises(ValueError) as caught:
         resolve_backend("cpu")
     assert str(caught.value) == (

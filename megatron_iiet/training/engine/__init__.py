@@ -5,20 +5,17 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
-import deepspeed.ops
-
 from megatron_iiet.config import RunConfig
 from megatron_iiet.parallel import ParallelContext
 from megatron_iiet.training.engine.base import Engine, StepResult
+from megatron_iiet.training.engine.deepspeed_internals import forbid_shared_memory_collective
 from megatron_iiet.training.engine.pipelined import PipelinedEngine
 from megatron_iiet.training.engine.plain import PlainEngine
 from megatron_iiet.training.warm_start import WarmStart
 
 __all__ = ["Engine", "StepResult", "build_engine"]
 
-# On CPUs DeepSpeed would compile a shared-memory collective at first use (45 s, and a stale lock file
-# hangs it). It serves inference only.
-deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+forbid_shared_memory_collective()
 # DeepSpeed calls a collective by the name it had before torch 2.13; users cannot help it.
 warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*", category=FutureWarning)
 

@@ -1,4 +1,4 @@
-"""DeepSpeed 0.19.8's engine with the corrections that every engine here needs, started quietly."""
+"""DeepSpeed's engine with the corrections that every engine here needs, started quietly."""
 
 from __future__ import annotations
 
@@ -7,13 +7,21 @@ from contextlib import redirect_stdout
 from typing import Any, Self
 
 import torch
-from deepspeed.runtime.config import DeepSpeedConfig
-from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor, nn
 
 from megatron_iiet.config import RunConfig
+from megatron_iiet.config.deepspeed import offloads_optimizer
 from megatron_iiet.parallel import Group, ParallelContext
 from megatron_iiet.parallel.tensor import shard_of
+from megatron_iiet.training.engine.deepspeed_internals import (
+    PLAIN,
+    DeepSpeedConfig,
+    DeepSpeedEngine,
+    check_classes,
+    check_engine,
+    kind_of,
+    lasting_gradients,
+)
 from megatron_iiet.training.optimizer import build_optimizer, parameter_groups
 
 
@@ -29,6 +37,8 @@ class CorrectedEngine(DeepSpeedEngine):
     """
 
     context: ParallelContext
+    offloaded: bool
+    """Whether the optimizer is in another memory than the model."""
 
     @classmethod
     def start(
@@ -41,7 +51,12 @@ class CorrectedEngine(DeepSpeedEngine):
         mpu: Any,
     ) -> Self:
         """Wrap ``module``, of which the part ``trained`` is; with our AdamW unless the DeepSpeed JSON has an
-        optimizer of its own. ``mpu`` is the grid in DeepSpeed's words."""
+        optimizer of its own. ``mpu`` is the grid in DeepSpeed's words.
+
+        Raises:
+            ConfigError: this DeepSpeed lacks something that we rely on.
+        """
+        check_classes()
         own_optimizer = "optimizer" not in ds_config
         with redirect_stdout(io.StringIO()):  # it prints a memory report a parameter group
             engine = cls(
@@ -54,18 +69,16 @@ class CorrectedEngine(DeepSpeedEngine):
                 config_class=DeepSpeedConfig(ds_config, mpu),
                 dist_init_required=False,
             )
+        check_engine(engine, trained)
         engine.context = context
+        engine.offloaded = offloads_optimizer(ds_config)
         return engine
 
     def forget_gradients(self) -> None:
         """Start from zero gradients, between steps. ZeRO-3 and every offloaded optimizer would otherwise step
         again with the last gradient of a parameter that gets none any more."""
-        buffers = [getattr(self.optimizer, "grad_partitions_flat_buffer", None)]
-        for name in ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups"):
-            buffers += [flat.grad for flat in getattr(self.optimizer, name, ())]
-        for buffer in buffers:
-            if buffer is not None:
-                buffer.zero_()
+        for buffer in lasting_gradients(self, offloaded=self.offloaded):
+            buffer.zero_()
 
     def _cast_module_mixed_precision(
         self, param_dtype: torch.dtype | None, *args: Any, **kwargs: Any
@@ -78,7 +91,7 @@ class CorrectedEngine(DeepSpeedEngine):
             parameter.data = data.to(self.device)
 
     def _take_model_step(self, *args: Any, **kwargs: Any) -> None:
-        if self.optimizer is self.basic_optimizer:  # no ZeRO, fp32
+        if kind_of(self) is PLAIN:
             self._global_grad_norm = global_norm(self.module, self.context)
         super()._take_model_step(*args, **kwargs)
 

@@ -11,13 +11,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor
 
 from megatron_iiet.parallel import ParallelContext
 from megatron_iiet.parallel.tensor import shard_of
 from megatron_iiet.storage.fragments import Fragment, FragmentReader
 from megatron_iiet.training.engine.corrected import is_owner
+from megatron_iiet.training.engine.deepspeed_internals import (
+    PLAIN,
+    ZERO_3,
+    DeepSpeedEngine,
+    kind_of,
+    masters,
+)
 from megatron_iiet.training.warm_start import WarmStart
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -53,7 +59,7 @@ def own_fragments(
 ) -> list[Fragment]:
     """The fragments that this rank writes; of what several ranks hold, one writes."""
     optimizer = _prepared(engine)
-    replicated = engine.optimizer is engine.basic_optimizer and context.data.rank > 0
+    replicated = kind_of(engine) is PLAIN and context.data.rank > 0
     return [
         Fragment(
             name=names[held.parameter],
@@ -131,23 +137,19 @@ def _global_shape(held: _Held) -> tuple[int, ...]:
 
 
 def _held(engine: DeepSpeedEngine, names: Iterable[Any]) -> Iterable[_Held]:
-    wrapper = engine.optimizer
+    wrapper, kind, flats = engine.optimizer, kind_of(engine), masters(engine)
     for p in names:
         if not p.requires_grad:
             continue
-        if hasattr(p, "ds_id"):  # ZeRO-3: every parameter is cut into equal parts
+        if kind is PLAIN:
+            yield _Held(p, tuple(p.shape), 0, p, 0, p.numel())
+        elif kind is ZERO_3:  # every parameter is cut into equal parts
             group, offset, size = wrapper.grad_position[wrapper.get_param_id(p)]
             start = wrapper._get_param_partition_rank(p) * p.ds_tensor.ds_numel
             numel = max(0, min(size, p.ds_numel - start))
-            flat = wrapper.fp32_partitioned_groups_flat[group]
-            yield _Held(p, tuple(p.ds_shape), min(start, p.ds_numel), flat, offset, numel)
-        elif wrapper is engine.basic_optimizer:  # no ZeRO: parameters are their own masters
-            yield _Held(p, tuple(p.shape), 0, p, 0, p.numel())
-        elif p._hp_mapping is not None:  # ZeRO-1, ZeRO-2 and BF16_Optimizer: a group is one flat tensor, cut
+            yield _Held(p, tuple(p.ds_shape), min(start, p.ds_numel), flats[group], offset, numel)
+        elif p._hp_mapping is not None:  # a group of parameters is one flat tensor, cut
             held = p._hp_mapping
-            flats = getattr(wrapper, "fp32_groups_flat_partition", None)
-            if flats is None:
-                flats = wrapper.single_partition_of_fp32_groups
             yield _Held(
                 p,
                 tuple(p.shape),
@@ -161,10 +163,7 @@ def _held(engine: DeepSpeedEngine, names: Iterable[Any]) -> Iterable[_Held]:
 def _prepared(engine: DeepSpeedEngine) -> torch.optim.Optimizer:
     """The optimizer inside DeepSpeed's, with moments: optimizers make them in their first step only."""
     optimizer = engine.basic_optimizer
-    flats = getattr(engine.optimizer, "fp32_partitioned_groups_flat", None)
-    if flats is None:
-        flats = [p for group in optimizer.param_groups for p in group["params"]]
-    for flat in flats:
+    for flat in masters(engine):
         state = optimizer.state[flat]
         if "exp_avg" not in state:
             state["step"] = _first_step(optimizer, flat)
@@ -189,12 +188,12 @@ def _set_steps(optimizer: torch.optim.Optimizer, steps: int) -> None:
 
 
 def _refresh_working_copies(engine: DeepSpeedEngine) -> None:
-    wrapper = engine.optimizer
-    if hasattr(wrapper, "fp32_partitioned_groups_flat"):
+    wrapper, kind = engine.optimizer, kind_of(engine)
+    if kind is ZERO_3:
         wrapper._partition_all_parameters()
-        for group in range(len(wrapper.fp32_partitioned_groups_flat)):
+        for group in range(len(masters(engine))):
             wrapper._reassign_or_swap_out_partitioned_parameters(group)
         if wrapper.persistent_parameters:
             wrapper.persistent_parameters[0].all_gather(wrapper.persistent_parameters)
-    elif wrapper is not engine.basic_optimizer:
+    elif kind is not PLAIN:
         wrapper.update_lp_params()

@@ -8,9 +8,6 @@ from contextlib import redirect_stdout
 from typing import Any, cast
 
 import torch
-from deepspeed.runtime.pipe.engine import PipelineEngine
-from deepspeed.runtime.pipe.module import PipelineModule
-from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import Tensor
 
 from megatron_iiet.config import RunConfig
@@ -22,6 +19,11 @@ from megatron_iiet.models.transformer import Transformer
 from megatron_iiet.parallel import ParallelContext
 from megatron_iiet.training.engine.base import Engine, StepResult
 from megatron_iiet.training.engine.corrected import CorrectedEngine
+from megatron_iiet.training.engine.deepspeed_internals import (
+    PipelineEngine,
+    PipelineModule,
+    PipeModelDataParallelTopology,
+)
 
 Labels = Tensor | tuple[Tensor, Tensor]
 """Targets [b, T], or targets and what the sum of their losses is divided by."""

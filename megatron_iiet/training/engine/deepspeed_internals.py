@@ -1,0 +1,321 @@
+"""Every name of DeepSpeed that its documentation does not promise and we rely on, checked at start.
+
+Where the fp32 masters of a parameter are, and how to keep merge coefficients in fp32, no documented function
+of DeepSpeed says. What is used instead is declared here, by ZeRO stage and kind of engine, and looked for as
+soon as the engine is built: a release that renamed something is refused before anything is trained or
+written. Only this module imports from ``deepspeed.runtime``; a test compares the tables with what is used.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import deepspeed
+import deepspeed.ops
+import torch
+from torch import Tensor, nn
+
+from megatron_iiet.config import ConfigError
+
+TESTED = "0.19.8"
+"""The release that the tests run with, and that pyproject.toml pins."""
+
+
+def refuse(what: str) -> NoReturn:
+    """End with one sentence about this DeepSpeed."""
+    raise ConfigError(
+        f"DeepSpeed {deepspeed.__version__} {what}; tested is {TESTED} (pip install deepspeed=={TESTED})"
+    )
+
+
+try:
+    from deepspeed.runtime.config import DeepSpeedConfig
+    from deepspeed.runtime.constants import PIPE_REPLICATED
+    from deepspeed.runtime.engine import DeepSpeedEngine
+    from deepspeed.runtime.pipe.engine import PipelineEngine
+    from deepspeed.runtime.pipe.module import PipelineModule
+    from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
+    from deepspeed.runtime.utils import is_model_parallel_parameter
+except ImportError as error:
+    refuse(f"cannot be used ({error})")
+
+__all__ = [
+    "DeepSpeedConfig",
+    "DeepSpeedEngine",
+    "PipeModelDataParallelTopology",
+    "PipelineEngine",
+    "PipelineModule",
+]
+
+
+@dataclass(frozen=True)
+class Internal:
+    """One name that DeepSpeed may change without a word."""
+
+    name: str
+    use: str
+    """What it is, and what we do with it."""
+    takes: tuple[str, ...] | None = None
+    """Of a method: the parameters that we pass, or that our override is called with; it asks for no other."""
+
+
+ENGINE = (
+    Internal(
+        "__init__",
+        "builds the engine; called as deepspeed.initialize does, for a subclass",
+        (
+            *("args", "model", "optimizer", "model_parameters"),
+            *("mpu", "config", "config_class", "dist_init_required"),
+        ),
+    ),
+    Internal("basic_optimizer", "the optimizer that was given; it has the moments"),
+    Internal("device", "where the model is; a parameter kept in fp32 is moved there"),
+    Internal("global_steps", "optimizer steps done; set when a checkpoint is loaded"),
+    Internal("zero_optimization_stage", "the stage in force; ZeRO-3 keeps no parameter in fp32", ()),
+    Internal("gradient_clipping", "the norm to clip to; read by our own clipping", ()),
+    Internal("_global_grad_norm", "what get_global_grad_norm reports; set where DeepSpeed computes none"),
+    Internal(
+        "_cast_module_mixed_precision",
+        "casts the model to bf16; overridden to leave merge coefficients out",
+        ("param_dtype", "buffer_dtype", "is_zero_init_model", "keep_pattern"),
+    ),
+    Internal("_take_model_step", "clips and steps; overridden to find the norm first", ("lr_kwargs",)),
+    Internal("clip_fp32_gradients", "clips without ZeRO; overridden to clip by the whole model's norm", ()),
+)
+"""Of every engine."""
+
+PIPELINE_ENGINE = (
+    Internal(
+        "reset_activation_shape", "forgets the size of what stages hand on; called before it changes", ()
+    ),
+)
+PIPELINE_MODULE = (
+    Internal("forward_funcs", "the layers of this stage; there is one, and our forward calls it"),
+    Internal("get_tied_weights_and_groups", "which gradients stages share; overridden to say so", ()),
+    Internal("mpu", "the grid of its topology; handed to the engine", ()),
+)
+
+PARAMETER_MARKS = (
+    Internal("ds_pipe_replicated", "our mark of a tied copy, which DeepSpeed's norm leaves out"),
+    Internal("tensor_model_parallel", "our mark of a shard, which DeepSpeed's norm counts on every rank"),
+)
+OPS = (Internal("__compatible_ops__", "what may be compiled; the shared-memory collective is taken out"),)
+
+FRAGMENT_ADDRESS = (
+    Internal("start", "where an interval starts"),
+    Internal("numel", "how long it is"),
+)
+FRAGMENT = (
+    Internal("lp_fragment_address", "which elements of the parameter this rank has the master of"),
+    Internal("hp_fragment_address", "where they are in the flat master"),
+    Internal("param_group_index", "in which flat master they are"),
+)
+FLAT_PARAMETER = (Internal("_hp_mapping", "where this rank has the master; None if it has nothing of it"),)
+
+CUT_TENSOR = (Internal("ds_numel", "elements in one rank's part of a parameter, padding included"),)
+CUT_PARAMETER = (
+    Internal("ds_tensor", "this rank's part of the parameter"),
+    Internal("ds_numel", "elements of the whole parameter"),
+    Internal("ds_shape", "shape of the whole parameter"),
+    Internal("all_gather", "makes parameters whole; called for those that stay whole between steps"),
+)
+
+_UPDATE = Internal("update_lp_params", "copies masters into working copies; called after a load", ())
+
+
+@dataclass(frozen=True)
+class OptimizerKind:
+    """One of the ways in which DeepSpeed wraps an optimizer: where masters and gradients are."""
+
+    wrapper: str
+    """Class of ``engine.optimizer``; "" if that is the optimizer itself."""
+    words: str
+    """Which runs have it, in messages."""
+    internals: tuple[Internal, ...] = ()
+    """Of ``engine.optimizer``, besides the next two."""
+    parameter: tuple[Internal, ...] = ()
+    """Of every trained parameter."""
+    masters: Internal | None = None
+    """List of flat fp32 masters; None if the parameters are their own. Under ZeRO each has a gradient between
+    steps if the optimizer is offloaded, and none otherwise."""
+    gradients: Internal | None = None
+    """Tensor, or list of tensors, that holds gradients between steps."""
+
+
+PLAIN = OptimizerKind("", "without ZeRO")
+BF16 = OptimizerKind(
+    "BF16_Optimizer",
+    "in bf16 with fp32 gradients (ZeRO-1, or a pipeline without ZeRO)",
+    (_UPDATE,),
+    FLAT_PARAMETER,
+    Internal("fp32_groups_flat_partition", "this rank's part of the masters; read and filled"),
+    Internal("fp32_groups_gradients_flat", "sums of gradients; zeroed when iterations change"),
+)
+ZERO_1_2 = OptimizerKind(
+    "DeepSpeedZeroOptimizer",
+    "under ZeRO-1 and ZeRO-2",
+    (_UPDATE,),
+    FLAT_PARAMETER,
+    Internal("single_partition_of_fp32_groups", "this rank's part of the masters; read and filled"),
+)
+ZERO_3 = OptimizerKind(
+    "DeepSpeedZeroOptimizer_Stage3",
+    "under ZeRO-3",
+    (
+        Internal("get_param_id", "key of a parameter in grad_position", ("param",)),
+        Internal("grad_position", "flat master, offset and length of a parameter's part"),
+        Internal("_get_param_partition_rank", "which part of a parameter is this rank's", ("param",)),
+        Internal(
+            "_partition_all_parameters", "lets go of parameters that are whole; called after a load", ()
+        ),
+        Internal(
+            "_reassign_or_swap_out_partitioned_parameters",
+            "copies a flat master into working copies; called after a load",
+            ("sub_group_id",),
+        ),
+        Internal("persistent_parameters", "small ones, whole between steps; gathered anew after a load"),
+    ),
+    CUT_PARAMETER,
+    Internal("fp32_partitioned_groups_flat", "this rank's part of the masters; read and filled"),
+    Internal("grad_partitions_flat_buffer", "sums of gradients; zeroed when iterations change"),
+)
+KINDS = (PLAIN, BF16, ZERO_1_2, ZERO_3)
+
+
+def forbid_shared_memory_collective() -> None:
+    """On CPUs DeepSpeed would compile it at first use (45 s, and a stale lock file hangs it). It serves
+    inference only."""
+    try:
+        known = "deepspeed_shm_comm" in deepspeed.ops.__compatible_ops__
+    except AttributeError:
+        known = False
+    if not known:
+        refuse(f"has no deepspeed.ops.{OPS[0].name}['deepspeed_shm_comm'] ({OPS[0].use})")
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def kind_of(engine: DeepSpeedEngine) -> OptimizerKind:
+    """How DeepSpeed wrapped the optimizer of an engine.
+
+    Raises:
+        ConfigError: in a way that is not known here.
+    """
+    wrapper = engine.optimizer
+    if wrapper is engine.basic_optimizer:
+        return PLAIN
+    for kind in KINDS:
+        if type(wrapper).__name__ == kind.wrapper:
+            return kind
+    refuse(
+        f"wraps the optimizer under ZeRO-{engine.zero_optimization_stage()} in {type(wrapper).__name__}, and "
+        "where that has its masters is not known here"
+    )
+
+
+def masters(engine: DeepSpeedEngine) -> list[Tensor]:
+    """What the optimizer steps, of this rank: flat fp32 masters, or the parameters themselves."""
+    kind = kind_of(engine)
+    if kind.masters is None:
+        return [p for group in engine.basic_optimizer.param_groups for p in group["params"]]
+    return list(getattr(engine.optimizer, kind.masters.name))
+
+
+def lasting_gradients(engine: DeepSpeedEngine, *, offloaded: bool) -> list[Tensor]:
+    """Buffers of gradients that outlive a step: the next one reads them where no new gradient was written.
+
+    Raises:
+        ConfigError: they are not where this kind of optimizer has them.
+    """
+    kind = kind_of(engine)
+    buffers: list[Tensor] = []
+    if kind.gradients is not None:
+        held = getattr(engine.optimizer, kind.gradients.name)
+        buffers = [held] if isinstance(held, Tensor) else held
+        if not (isinstance(buffers, list) and buffers and all(isinstance(b, Tensor) for b in buffers)):
+            refuse(f"has no gradients in {kind.wrapper}.{kind.gradients.name} ({kind.gradients.use})")
+    if kind in (ZERO_1_2, ZERO_3):
+        for flat in masters(engine):
+            if (flat.grad is not None) is not offloaded:
+                found = "has no gradient" if offloaded else "keeps a gradient"
+                where = f"{kind.wrapper}.{kind.masters.name if kind.masters else ''}"
+                refuse(f"{found} in {where} between steps {'with' if offloaded else 'without'} offloading")
+            buffers = buffers if flat.grad is None else [*buffers, flat.grad]
+    return buffers
+
+
+def check_classes() -> None:
+    """Before an engine is built: the methods overridden or called exist and take what they are given.
+
+    Raises:
+        ConfigError: one does not.
+    """
+    for internal in ENGINE:
+        if internal.takes is not None:
+            _check(DeepSpeedEngine, "DeepSpeedEngine", internal, "every engine")
+
+
+def check_engine(engine: DeepSpeedEngine, trained: nn.Module) -> None:
+    """Everything is there that this engine and its ZeRO stage need; ``trained``: what has the parameters.
+
+    Raises:
+        ConfigError: something is not.
+    """
+    for internal in ENGINE:
+        _check(engine, "DeepSpeedEngine", internal, "every engine")
+    if isinstance(engine.module, PipelineModule):
+        for internal in PIPELINE_ENGINE:
+            _check(engine, "PipelineEngine", internal, "a pipeline")
+        for internal in PIPELINE_MODULE:
+            _check(engine.module, "PipelineModule", internal, "a pipeline")
+    _check_marks()
+    kind = kind_of(engine)
+    needed = (*kind.internals, *filter(None, (kind.masters, kind.gradients)))
+    for internal in needed:
+        _check(engine.optimizer, kind.wrapper, internal, f"a run {kind.words}")
+    for parameter in trained.parameters():
+        if parameter.requires_grad:
+            _check_parameter(parameter, kind)
+
+
+def _check_parameter(parameter: Any, kind: OptimizerKind) -> None:
+    for internal in kind.parameter:
+        _check(parameter, "Parameter", internal, f"a run {kind.words}")
+    if kind is ZERO_3:
+        _check(parameter.ds_tensor, "Parameter.ds_tensor", CUT_TENSOR[0], f"a run {kind.words}")
+    elif getattr(parameter, "keep_fp32", False) and parameter.dtype != torch.float32:
+        refuse("cast a merge coefficient: DeepSpeedEngine._cast_module_mixed_precision is not what casts now")
+    mapping = parameter._hp_mapping if kind.parameter is FLAT_PARAMETER else None
+    if mapping is not None:
+        for internal in FRAGMENT:
+            _check(mapping, "Parameter._hp_mapping", internal, f"a run {kind.words}")
+        for internal in FRAGMENT_ADDRESS:
+            for name in ("lp_fragment_address", "hp_fragment_address"):
+                _check(getattr(mapping, name), name, internal, f"a run {kind.words}")
+
+
+def _check_marks() -> None:
+    marked = nn.Parameter(torch.empty(0))
+    marked.tensor_model_parallel = True  # type: ignore[attr-defined]
+    pipe, tensor = PARAMETER_MARKS
+    if pipe.name != PIPE_REPLICATED:
+        refuse(f"reads no Parameter.{pipe.name} ({pipe.use})")
+    if not is_model_parallel_parameter(marked):
+        refuse(f"reads no Parameter.{tensor.name} ({tensor.use})")
+
+
+def _check(owner: Any, words: str, internal: Internal, needed_by: str) -> None:
+    """An attribute of ``owner`` itself or of one of DeepSpeed's classes that it is of, not of ours."""
+    kind = owner if isinstance(owner, type) else type(owner)
+    theirs = [cls for cls in kind.__mro__ if not cls.__module__.startswith("megatron_iiet")]
+    definitions: list[Any] = [vars(cls)[internal.name] for cls in theirs if internal.name in vars(cls)]
+    if not definitions and (isinstance(owner, type) or internal.name not in vars(owner)):
+        refuse(f"has no {words}.{internal.name} ({internal.use}), which {needed_by} needs here")
+    if internal.takes is None:
+        return
+    try:
+        inspect.signature(definitions[0]).bind(None, **dict.fromkeys(internal.takes))
+    except TypeError:
+        wanted = ", ".join(internal.takes) or "nothing"
+        refuse(f"has a {words}.{internal.name} ({internal.use}) that {needed_by} cannot call with {wanted}")
