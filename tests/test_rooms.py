@@ -18,7 +18,7 @@ PACKAGE = "megatron_iiet"
 ROOT = Path(__file__).parents[1]
 
 ROOMS = (
-    ("__init__", "durable"),
+    ("__init__", "durable", "installed"),
     ("config", "ops"),
     ("doctor", "parallel"),
     ("data", "models"),

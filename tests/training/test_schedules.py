@@ -10,6 +10,7 @@ import torch
 
 from megatron_iiet.config import RunConfig, config_from_dict
 from megatron_iiet.config.schema import OptimizerConfig
+from megatron_iiet.config.solvers import Euler, Iterating
 from megatron_iiet.models.iterations import iterations_at, mean_evaluations
 from megatron_iiet.storage import checkpoint
 from megatron_iiet.storage.checkpoint_model import export_run
@@ -198,7 +199,11 @@ def test_export_in_each_stage(data: dict[str, str], tmp_path: Path) -> None:
     for step in range(1, 9):
         exported = export_run(tmp_path / "run", step)
         solver = exported.config.solver
-        assert solver.schedule is None
-        assert any(".solver." in name for name in exported.state) == (solver.kind == "iiet")
-        found.append(solver.iterations if solver.kind == "iiet" else solver.kind)
+        assert any(".solver." in name for name in exported.state) == isinstance(solver, Iterating)
+        if isinstance(solver, Iterating):
+            assert solver.schedule is None
+            found.append(solver.iterations)
+        else:
+            assert solver == Euler()  # and no key of the other kind
+            found.append(solver.kind)
     assert found == ["euler"] * 3 + [[0, 2, 1]] * 3 + [[1, 0, 2]] * 2
