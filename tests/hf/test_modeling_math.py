@@ -26,6 +26,7 @@ from tests.hf.solvers_under_test import (
     our_model,
     tokens,
 )
+from tests.processes import own_mark
 
 
 @pytest.mark.parametrize("name", EVERY_SOLVER)
@@ -230,7 +231,7 @@ def test_folder_loads_without_our_package(tmp_path: Path) -> None:
     ids = tokens(1, 10)
     hf.save_pretrained(tmp_path / "folder")
     script = [sys.executable, "-c", _WITHOUT_PACKAGE, str(tmp_path / "folder"), json.dumps(ids.tolist())]
-    environment = {"HF_HOME": str(tmp_path / "home"), "PATH": "/usr/bin:/bin"}
+    environment = {"HF_HOME": str(tmp_path / "home"), "PATH": "/usr/bin:/bin", **own_mark()}
     subprocess.run([*script, str(tmp_path / "logits")], check=True, cwd=tmp_path, env=environment)
     with torch.no_grad():
         assert torch.equal(torch.load(tmp_path / "logits", weights_only=True), hf(ids).logits)
