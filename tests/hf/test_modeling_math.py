@@ -90,6 +90,17 @@ def test_bf16_stream_with_fp32_coefficients_stays_near_fp32(name: str) -> None:
         assert (found.float() - exact).pow(2).mean().sqrt() < 0.03 * scale
 
 
+@pytest.mark.parametrize("scale", [0.5, 1.0, 3.0])
+def test_embedding_scale_on_either_side_of_1(scale: float) -> None:
+    ours = our_model("iiet-plan", embedding_scale=scale)
+    hf = hf_model(ours)
+    ids = tokens(2, 12)
+    with torch.no_grad():
+        assert (hf(ids).logits - ours(ids)).abs().max() < 1e-5
+        unscaled = hf_model(ours, embedding_scale=1.0)
+        assert ((unscaled(ids).logits - ours(ids)).abs().max() > 1e-3) == (scale != 1)
+
+
 def test_euler_without_scale_is_transformers_llama() -> None:
     _, hf = model_pair("euler", embedding_scale=1.0)
     llama = LlamaForCausalLM(LlamaConfig(**_llama_fields(hf.config))).eval()
