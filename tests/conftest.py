@@ -1,8 +1,13 @@
 """Settings of every test."""
 
+import os
 import signal
+from collections.abc import Iterator
 
 import hypothesis
+import pytest
+
+from tests.processes import Session, die_with_parent
 
 # How long an example takes is the machine's affair.
 hypothesis.settings.register_profile("untimed", deadline=None)
@@ -11,3 +16,16 @@ hypothesis.settings.load_profile("untimed")
 # A shell starts background jobs with SIGINT ignored; so would be every process that a test interrupts.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    die_with_parent()
+
+# Before any test module is imported, since some take a copy of the environment.
+_processes = Session()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call() -> Iterator[None]:
+    """No process that a test started outlives it."""
+    with _processes.end_of_test():
+        return (yield)

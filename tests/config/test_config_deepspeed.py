@@ -134,6 +134,10 @@ RECONCILE_ERRORS: list[tuple[dict[str, Any], str]] = [
         f"gradient_clipping is 0.5 in ds.json, but optimizer.gradient_clipping is 1.0 {EQUAL}",
     ),
     (
+        {**Z1, "gradient_clipping": 1.001},
+        f"gradient_clipping is 1.001 in ds.json, but optimizer.gradient_clipping is 1.0 {EQUAL}",
+    ),
+    (
         {**Z1, "gradient_clipping": "1.0"},
         f'gradient_clipping is "1.0" in ds.json, but optimizer.gradient_clipping is 1.0 {EQUAL}',
     ),
@@ -152,6 +156,11 @@ RECONCILE_ERRORS: list[tuple[dict[str, Any], str]] = [
     (
         {**Z1, "optimizer": {"params": {"betas": [0.9, 0.999]}}},
         "optimizer.params.betas is [0.9, 0.999] in ds.json, but [optimizer.beta1, optimizer.beta2] is "
+        f"[0.9, 0.95] {EQUAL}",
+    ),
+    (
+        {**Z1, "optimizer": {"params": {"betas": [0.9]}}},
+        "optimizer.params.betas is [0.9] in ds.json, but [optimizer.beta1, optimizer.beta2] is "
         f"[0.9, 0.95] {EQUAL}",
     ),
     (

@@ -116,6 +116,10 @@ COMBINATION_ERRORS: list[tuple[dict[str, Any], str]] = [
         "data.split is [1.1, -0.1, 0.0], but its shares must lie between 0 and 1, the first (train) above 0",
     ),
     (
+        {"data__split": [0.0, 0.5, 0.5]},
+        "data.split is [0.0, 0.5, 0.5], but its shares must lie between 0 and 1, the first (train) above 0",
+    ),
+    (
         {"data__split": [0.9, 0.05, 0.01]},
         "data.split is [0.9, 0.05, 0.01], which sums to 0.96; the shares must sum to 1",
     ),

@@ -6,6 +6,8 @@ import os
 import sys
 from collections.abc import Callable
 
+from tests.processes import die_with_parent
+
 _KILLED = 9
 _STEPS = ("open", "os.", "shutil.")  # audit events of everything that changes names in a file system
 
@@ -15,8 +17,10 @@ def run_until_killed(work: Callable[[], object], step: int) -> bool:
 
     Returns whether the work was finished before that.
     """
+    parent = os.getpid()
     child = os.fork()
     if child == 0:
+        die_with_parent(parent)
         left = step
 
         def count(event: str, _: object) -> None:

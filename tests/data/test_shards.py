@@ -27,6 +27,7 @@ from megatron_iiet.data.corpora.indexed import (
 )
 from megatron_iiet.data.corpora.shards import Shard, ShardedDataset, ShardList, open_corpus, write_shards
 from tests.data.crash import run_until_killed
+from tests.processes import die_with_parent
 
 WriteCorpus = Callable[..., Path]
 
@@ -432,8 +433,10 @@ def test_concurrent_writers_of_one_list(tmp_path: Path) -> None:
     write_shards(tmp_path / "a", shards, np.dtype("<u2"), {})
     children = []
     for _ in range(2):
+        parent = os.getpid()
         child = os.fork()
         if child == 0:
+            die_with_parent(parent)
             for _ in range(30):
                 write_shards(tmp_path / "a", shards, np.dtype("<u2"), {})
             os._exit(0)

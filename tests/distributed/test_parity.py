@@ -41,6 +41,7 @@ EXTREMES = [
 SMOKE = [
     Case(tensor=2, sequence=True, stage=3, solver="released", recompute="layer"),
     Case(tensor=2, stage=1, solver="iiet-3", accumulation=3),
+    Case(tensor=2, stage=0, solver="iiet-1", accumulation=3),
     Case(pipeline=2, stage=1, solver="mixed", accumulation=3),
     Case(pipeline=2, stage=0, solver="iiet-1", tied=False, accumulation=3, recompute="evaluation"),
     Case(tensor=2, sequence=True, stage=1, solver="rk2-gated"),

@@ -8,6 +8,8 @@ import subprocess
 import time
 from pathlib import Path
 
+from tests.processes import own_mark
+
 ROOT = Path(__file__).resolve().parents[2]
 SRUN = """#!/bin/bash
 trap 'sleep 1; echo saved >>"$NOTES"; exit 0' USR1
@@ -25,6 +27,7 @@ def test_before_the_time_limit_training_saves_and_then_the_job_is_requeued(tmp_p
         path.write_text(text)
         path.chmod(0o755)
     environment = {
+        **own_mark(),
         "PATH": f"{tmp_path}:{os.environ['PATH']}",
         "NOTES": str(notes),
         "VENV": str(tmp_path / "venv"),

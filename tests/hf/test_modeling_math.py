@@ -26,6 +26,7 @@ from tests.hf.solvers_under_test import (
     our_model,
     tokens,
 )
+from tests.processes import own_mark
 
 
 @pytest.mark.parametrize("name", EVERY_SOLVER)
@@ -87,6 +88,17 @@ def test_bf16_stream_with_fp32_coefficients_stays_near_fp32(name: str) -> None:
     scale = exact.pow(2).mean().sqrt()
     for found in (merged_at_once, one_by_one):
         assert (found.float() - exact).pow(2).mean().sqrt() < 0.03 * scale
+
+
+@pytest.mark.parametrize("scale", [0.5, 1.0, 3.0])
+def test_embedding_scale_on_either_side_of_1(scale: float) -> None:
+    ours = our_model("iiet-plan", embedding_scale=scale)
+    hf = hf_model(ours)
+    ids = tokens(2, 12)
+    with torch.no_grad():
+        assert (hf(ids).logits - ours(ids)).abs().max() < 1e-5
+        unscaled = hf_model(ours, embedding_scale=1.0)
+        assert ((unscaled(ids).logits - ours(ids)).abs().max() > 1e-3) == (scale != 1)
 
 
 def test_euler_without_scale_is_transformers_llama() -> None:
@@ -236,7 +248,7 @@ def test_folder_loads_without_our_package(tmp_path: Path) -> None:
     ids = tokens(1, 10)
     hf.save_pretrained(tmp_path / "folder")
     script = [sys.executable, "-c", _WITHOUT_PACKAGE, str(tmp_path / "folder"), json.dumps(ids.tolist())]
-    environment = {"HF_HOME": str(tmp_path / "home"), "PATH": "/usr/bin:/bin"}
+    environment = {"HF_HOME": str(tmp_path / "home"), "PATH": "/usr/bin:/bin", **own_mark()}
     subprocess.run([*script, str(tmp_path / "logits")], check=True, cwd=tmp_path, env=environment)
     with torch.no_grad():
         assert torch.equal(torch.load(tmp_path / "logits", weights_only=True), hf(ids).logits)

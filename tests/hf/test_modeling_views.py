@@ -76,6 +76,17 @@ def test_view_shares_every_parameter_and_buffer_and_no_memory_is_added() -> None
     assert (hf.config.num_cache_sets, view.config.num_cache_sets) == (15, 5)
 
 
+def test_view_has_generation_settings_of_its_own() -> None:
+    hf = hf_model(our_model("iiet"))
+    hf.generation_config.max_new_tokens = 7
+    view = hf.with_iterations(0)
+    assert view.generation_config.max_new_tokens == 7
+    view.generation_config.max_new_tokens = 3
+    view.generation_config.num_assistant_tokens = 11
+    assert hf.generation_config.max_new_tokens == 7
+    assert hf.generation_config.num_assistant_tokens != 11
+
+
 def test_view_follows_the_weights() -> None:
     hf = hf_model(our_model("iiet"))
     view = hf.with_iterations(1)

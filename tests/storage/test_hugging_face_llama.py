@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from megatron_iiet import models
-from megatron_iiet.storage.hugging_face import import_llama, tokenizer_files
+from megatron_iiet.storage.hugging_face import import_llama, tokenizer_files, weights
 
 torch.set_num_threads(1)
 
@@ -269,7 +269,9 @@ def test_stored_rotary_tables_are_ignored(tmp_path: Path, llama_folder: Path) ->
     import_llama(with_tensors(llama_folder, tmp_path / "x", change))
 
 
-def test_tied_checkpoint_that_stores_a_head(tmp_path: Path, llama_folder: Path) -> None:
+def test_tied_checkpoint_that_stores_a_head(
+    tmp_path: Path, llama_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     embedding = load_file(llama_folder / "model.safetensors")["model.embed_tokens.weight"]
     same = with_tensors(
         llama_folder, tmp_path / "a", {"lm_head.weight": embedding.clone()}, tie_word_embeddings=True
@@ -277,6 +279,15 @@ def test_tied_checkpoint_that_stores_a_head(tmp_path: Path, llama_folder: Path) 
     assert "head.weight" not in import_llama(same)[1]
     other = with_tensors(
         llama_folder, tmp_path / "b", {"lm_head.weight": embedding + 1}, tie_word_embeddings=True
+    )
+    with pytest.raises(ValueError, match=r"tie_word_embeddings is true, but lm_head\.weight differs"):
+        import_llama(other)
+    monkeypatch.setattr(weights, "_COMPARED_ROWS", 10)
+    assert import_llama(same)[1]
+    in_the_end = embedding.clone()
+    in_the_end[-1, -1] += 1
+    other = with_tensors(
+        llama_folder, tmp_path / "c", {"lm_head.weight": in_the_end}, tie_word_embeddings=True
     )
     with pytest.raises(ValueError, match=r"tie_word_embeddings is true, but lm_head\.weight differs"):
         import_llama(other)

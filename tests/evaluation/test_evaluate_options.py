@@ -1,0 +1,102 @@
+"""Options of an evaluation that change what is read or where results go: step, length and first token."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_iiet.config.schema import ParallelConfig
+from megatron_iiet.data.tokenizers.loading import load_tokenizer
+from megatron_iiet.evaluation.evaluate import Options, evaluate_model
+from megatron_iiet.evaluation.models import ModelOptions, prepare_model
+from megatron_iiet.models import Transformer
+from megatron_iiet.parallel import ParallelContext
+from megatron_iiet.storage import portable
+from tests.distributed.harness import run_ranks
+from tests.distributed.runs import as_data, ds_json, pretrain_rank
+from tests.evaluation.ranks import evaluate_all
+from tests.evaluation.task_data import write_task_data
+from tests.tiny import make_data, tiny_config
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_task_data(tmp_path_factory.mktemp("tasks"))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A portable folder of a model that reads 32 tokens."""
+    folder = tmp_path_factory.mktemp("model")
+    config = tiny_config(make_data(folder), folder / "run", model={"init_std": 0.2})
+    transformer = Transformer(config)
+    transformer.initialise(3)
+    config.data.tokenizer = "tokenizer.model"
+    state = dict(transformer.named_parameters())
+    portable.save(config, state, folder / "model", extra_files=[folder / "tokenizer.model"])
+    return folder / "model"
+
+
+@pytest.mark.slow
+def test_results_of_two_steps_are_kept_apart(tasks: Path, tmp_path: Path) -> None:
+    """And are those of the step that was asked for; the newest's are in a folder of their own as well."""
+    run = tmp_path / "run"
+    config = tiny_config(
+        make_data(tmp_path), run, training={"steps": 4}, checkpoint={"interval": 2, "keep": 0}
+    )
+    run_ranks(pretrain_rank, 1, as_data(config), ds_json(tmp_path, 1))
+    perplexities = {}
+    for step, folder in ((2, "step_00000002"), (4, "step_00000004"), (None, ".")):
+        options = Options(ModelOptions(str(run), step=step), ("wikitext",), str(tasks), limit=2)
+        expected = evaluate_model(options).metrics["wikitext"]
+        written = json.loads((run / "evaluation" / folder / "results.json").read_text())
+        assert f"step_{step or 4:08d}" in written["model"]
+        assert written["tasks"]["wikitext"]["metrics"] == expected
+        perplexities[step] = expected["word_perplexity"]
+    assert perplexities[None] == perplexities[4] != perplexities[2]
+    assert sorted(p.name for p in (run / "evaluation").iterdir() if p.is_dir()) == [
+        "step_00000002",
+        "step_00000004",
+    ]
+
+
+@pytest.mark.slow
+def test_a_length_that_two_ranks_cannot_share_is_shortened(model: Path, tasks: Path) -> None:
+    """15 tokens under sequence parallelism are 14; without it they are 15."""
+    cut = ModelOptions(str(model), max_length=15, parallel=ParallelConfig(tensor=2, sequence=True))
+    whole = ModelOptions(str(model), max_length=15, parallel=ParallelConfig(tensor=2))
+    found = run_ranks(evaluate_all, 2, [cut, whole], tasks, ("wikitext",))
+    for length, results in zip((14, 15), found[0], strict=True):
+        (expected,) = evaluate_all([ModelOptions(str(model), max_length=length)], tasks, ("wikitext",))
+        assert results.metrics["wikitext"]["word_perplexity"] == pytest.approx(
+            expected.metrics["wikitext"]["word_perplexity"], rel=1e-4
+        )
+    assert found[0] == found[1]
+    one, other = (results.metrics["wikitext"]["word_perplexity"] for results in found[0])
+    assert one != pytest.approx(other, rel=1e-3)
+
+
+def test_the_length_of_one_process_is_what_was_asked_for(model: Path) -> None:
+    with ParallelContext.start() as context:
+        assert prepare_model(ModelOptions(str(model), max_length=15), 1).load(context).max_length == 15
+        assert prepare_model(ModelOptions(str(model)), 1).load(context).max_length == 32
+
+
+def test_what_a_text_without_context_follows(model: Path) -> None:
+    tokenizer = load_tokenizer(str(model / "tokenizer.model"))
+    assert tokenizer.bos_id not in (None, tokenizer.eod_id)
+    starts = {
+        start: prepare_model(ModelOptions(str(model), start=start), 1).codec  # type: ignore[arg-type]
+        for start in ("auto", "bos", "eos")
+    }
+    assert {start: codec.start_id for start, codec in starts.items()} == {
+        "auto": tokenizer.eod_id,
+        "bos": tokenizer.bos_id,
+        "eos": tokenizer.eod_id,
+    }
+    assert {codec.end_id for codec in starts.values()} == {tokenizer.eod_id}

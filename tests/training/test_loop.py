@@ -1,0 +1,69 @@
+"""The loop and the callbacks around a step: when they act, and what ends a run."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+
+from megatron_iiet.training.callbacks import Checkpointing, Validation
+from megatron_iiet.training.engine import StepResult
+from megatron_iiet.training.loop import train
+from megatron_iiet.training.metrics import read_log
+from tests.training.bare_run import bare_run
+
+
+@pytest.mark.parametrize(("loss", "norm"), [(math.nan, 1.0), (2.0, math.inf), (math.inf, math.nan)])
+def test_a_step_that_is_not_finite_ends_the_run(loss: float, norm: float, tmp_path: Path) -> None:
+    """Either of them is enough; nothing of the step is recorded."""
+    run = bare_run(
+        tmp_path / "run",
+        lambda step, lr: StepResult(loss if step == 3 else 5.0, norm if step == 3 else 1.0, lr),
+    )
+    with pytest.raises(FloatingPointError, match=r"^step 3 has loss .*optimizer\.lr \(now 0\.01\)"):
+        train(run, [])
+    run.close()
+    assert len(run.engine.lrs) == 3  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("interval", "first", "stop", "saved"),
+    [
+        (3, 0, None, [3, 6, 8]),
+        (4, 0, None, [4, 8]),
+        (0, 0, None, [8]),
+        (0, 0, 5, [5]),
+        (3, 6, None, [8]),
+        (3, 8, None, []),
+    ],
+)
+def test_saves_at_the_interval_and_in_the_end_once(
+    interval: int,
+    first: int,
+    stop: int | None,
+    saved: list[int],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run = bare_run(tmp_path / "run", step=first, training={"stop_after": stop})
+    steps: list[int] = []
+    monkeypatch.setattr(run, "save", lambda: steps.append(run.step))
+    train(run, [Checkpointing(interval)])
+    run.close()
+    assert steps == saved
+
+
+@pytest.mark.parametrize(
+    ("interval", "first", "validated"),
+    [(3, 0, [0, 3, 6, 8]), (4, 0, [0, 4, 8]), (0, 0, [0, 8]), (3, 4, [6, 8])],
+)
+def test_validates_before_the_first_step_at_the_interval_and_in_the_end(
+    interval: int, first: int, validated: list[int], tmp_path: Path
+) -> None:
+    run = bare_run(tmp_path / "run", step=first)
+    train(run, [Validation([], interval)])  # type: ignore[arg-type]
+    run.close()
+    log = read_log(tmp_path / "run")
+    assert list(log) == validated
+    assert {values["validation_perplexity"] for values in log.values()} == {math.exp(3.0)}

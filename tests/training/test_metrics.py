@@ -1,0 +1,231 @@
+"""What a run reports of itself: learning rate, throughput, FLOPs and utilisation, to the digit."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from megatron_iiet.training import loop, utilisation
+from megatron_iiet.training.callbacks import MetricLogger
+from megatron_iiet.training.engine import StepResult
+from megatron_iiet.training.metrics import MetricWriter, read_log
+from megatron_iiet.training.utilisation import peak_flops
+from tests.distributed.harness import run_ranks
+from tests.distributed.runs import as_data, ds_json, pretrain_rank
+from tests.tiny import make_data, tiny_config
+from tests.training.bare_run import Clock, bare_run
+
+STEPS, BATCH, LENGTH, LAYERS, WIDTH, FFN, VOCABULARY = 8, 8, 16, 3, 32, 48, 384
+"""Of :func:`tests.tiny.tiny_config`."""
+PEAK = 0.1e12
+SECONDS = [60.0, 30.0, 120.0, 40.0, 10.0, 50.0, 70.0, 90.0]
+"""Of each step."""
+TWO_STAGE = {"kind": "iiet", "iterations": 1, "schedule": [[0.5, 0], [0.5, 1]]}
+"""One evaluation a layer in steps 1 to 4, two in 5 to 8: it changes inside an interval of three steps."""
+
+
+def layer_flops(evaluations: int) -> int:
+    """Of the forward pass of one sequence: every product of a matrix is 2 FLOPs a weight and token."""
+    matrices = WIDTH * 3 * WIDTH + WIDTH * WIDTH + 3 * WIDTH * FFN  # qkv, output; gate, up and down
+    scores = 2 * LENGTH * WIDTH  # q kᵀ and its product with v
+    return LAYERS * evaluations * LENGTH * 2 * (matrices + scores)
+
+
+HEAD_FLOPS = LENGTH * 2 * WIDTH * VOCABULARY
+
+
+def step_flops(evaluations: int) -> int:
+    """Model FLOPs of a step: a backward pass has two products where the forward pass has one."""
+    return BATCH * 3 * (layer_flops(evaluations) + HEAD_FLOPS)
+
+
+def evaluations_of(step: int) -> int:
+    return 1 if step <= 4 else 2
+
+
+@pytest.fixture
+def timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps take :data:`SECONDS`."""
+    monkeypatch.setattr(loop, "time", Clock(SECONDS))
+
+
+def test_learning_rate_of_every_step(tmp_path: Path) -> None:
+    """What is logged, and what the engine is given: a warm-up of 3 of 12 steps, then a cosine to a tenth."""
+    optimizer = {"lr": 2e-3, "min_lr_ratio": 0.1, "warmup_fraction": 0.25}
+    run = bare_run(tmp_path / "run", optimizer=optimizer, training={"steps": 12})
+    loop.train(run, [MetricLogger()])
+    run.close()
+    expected = [2e-3 * part for part in (1 / 3, 2 / 3, 1.0)]
+    for ninth in range(1, 10):
+        expected.append(2e-4 + 1.8e-3 * math.cos(math.pi * ninth / 18) ** 2)  # (1 + cos 2x) / 2
+    log = read_log(tmp_path / "run")
+    assert [log[step]["lr"] for step in range(1, 13)] == pytest.approx(expected, rel=1e-12)
+    assert run.engine.lrs == [log[step]["lr"] for step in range(1, 13)]  # type: ignore[attr-defined]
+    assert expected[-1] == pytest.approx(2e-4)
+
+
+def test_learning_rate_goes_on_after_a_resume(tmp_path: Path) -> None:
+    optimizer = {"lr": 2e-3, "schedule": "constant", "warmup_fraction": 0.5}
+    run = bare_run(tmp_path / "run", step=2, optimizer=optimizer)
+    loop.train(run, [MetricLogger()])
+    run.close()
+    assert run.engine.lrs == [1.5e-3, 2e-3, 2e-3, 2e-3, 2e-3, 2e-3]  # type: ignore[attr-defined]
+
+
+@pytest.mark.usefixtures("timed")
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("recompute", ["off", "layer", "evaluation"])
+def test_throughput_and_utilisation(
+    world_size: int, recompute: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of each interval alone, its steps' iterations counted one by one, and the last one shorter."""
+    run = bare_run(
+        tmp_path / "run",
+        world_size=world_size,
+        solver=TWO_STAGE,
+        training={"recompute": recompute},
+        logging={"interval": 3},
+    )
+    loop.train(run, [MetricLogger()])
+    run.close()
+    log = read_log(tmp_path / "run")
+    for step in range(1, STEPS + 1):
+        assert log[step]["flops"] == step_flops(evaluations_of(step))
+        assert log[step]["step_seconds"] == SECONDS[step - 1]
+    intervals = {3: (1, 2, 3), 6: (4, 5, 6), 8: (7, 8)}
+    assert [step for step in log if "mfu" in log[step]] == list(intervals)
+    for end, steps in intervals.items():
+        seconds = sum(SECONDS[step - 1] for step in steps)
+        needed = sum(step_flops(evaluations_of(step)) for step in steps)
+        again = sum(BATCH * layer_flops(evaluations_of(step)) for step in steps)
+        base = seconds * PEAK * world_size
+        assert log[end]["tokens_per_second"] == len(steps) * BATCH * LENGTH / seconds
+        assert log[end]["mfu"] == pytest.approx(needed / base, rel=1e-12)
+        done = needed + (0 if recompute == "off" else again)
+        assert log[end]["hfu"] == pytest.approx(done / base, rel=1e-12)
+        assert log[end]["epoch/shard"] == 0.25
+        assert log[end]["coefficient_norm/layers.0.solver.coefficients"] == 2.0
+    said = capsys.readouterr().out.splitlines()
+    assert "utilisation is a share of 0.1 TFLOP/s a device (logging.peak_tflops)" in said
+    # 5 steps of 70 s on average, 2 of 33.3 s, none.
+    assert [line.rpartition(" | ")[2] for line in said if "MFU" in line] == [
+        "5:50 left",
+        "1:07 left",
+        "0:00 left",
+    ]
+
+
+def test_a_teachers_flops_are_done_and_not_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "time", Clock(SECONDS))
+    parts = {"cross_entropy": 4.0, "hidden_mse": 0.5, "kl_divergence": 0.25}
+    run = bare_run(
+        tmp_path / "run",
+        lambda step, lr: StepResult(5.0, 1.0, lr, parts),
+        teacher={"kind": "iiet", "iterations": 3},
+        solver={"kind": "iiet", "iterations": 1},
+    )
+    loop.train(run, [MetricLogger()])
+    run.close()
+    log = read_log(tmp_path / "run")
+    taught = BATCH * (layer_flops(4) + HEAD_FLOPS)
+    assert {log[step]["teacher_flops"] for step in range(1, 9)} == {taught}
+    assert log[8]["flops"] == step_flops(2)
+    assert log[8]["hfu"] - log[8]["mfu"] == pytest.approx(2 * taught / (160.0 * PEAK), rel=1e-9)
+    assert [log[8][f"distillation/{name}"] for name in parts] == list(parts.values())
+
+
+def pretrain_timed(config: dict[str, Any], ds_path: Path) -> None:
+    """Train with steps that take :data:`SECONDS`."""
+    loop.time = Clock(SECONDS)  # type: ignore[attr-defined]
+    pretrain_rank(config, ds_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("ranks", "parallel"), [(1, {}), (2, {}), (2, {"tensor": 2}), (2, {"pipeline": 2})], ids=str
+)
+def test_real_runs_report_the_same_work(ranks: int, parallel: dict[str, int], tmp_path: Path) -> None:
+    """However it is shared out: tokens and FLOPs are the global batch's, the peak is all ranks'."""
+    sections = {"parallel": parallel, "solver": TWO_STAGE, "training": {"recompute": "layer"}}
+    config = tiny_config(make_data(tmp_path), tmp_path / "run", **sections, logging={"solver_interval": 0})
+    run_ranks(pretrain_timed, ranks, as_data(config), ds_json(tmp_path, 1))
+    log = read_log(tmp_path / "run")
+    base = 160.0 * PEAK * ranks
+    assert log[8]["tokens_per_second"] == 2 * BATCH * LENGTH / 160.0
+    assert log[8]["mfu"] == pytest.approx(2 * step_flops(2) / base, rel=1e-12)
+    again = 2 * BATCH * layer_flops(2)
+    assert log[8]["hfu"] - log[8]["mfu"] == pytest.approx(again / base, rel=1e-9)
+
+
+def test_the_peak_of_a_cpu_is_its_best_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = iter([0.0, 3.0, 10.0, 10.5] + [20.0, 22.0] * 8)
+    monkeypatch.setattr(utilisation, "time", SimpleNamespace(perf_counter=lambda: next(times)))
+    monkeypatch.setattr(utilisation, "matmul", lambda a, b: None)
+    peak, source = peak_flops(torch.device("cpu"), "fp32")
+    assert peak == 2 * 1024**3 / 0.5
+    assert "1024³" in source
+
+
+@pytest.mark.parametrize(
+    ("name", "precision", "tera_flops"),
+    [
+        ("NVIDIA H100 80GB HBM3", "bf16", 989.0),
+        ("NVIDIA H100 PCIe", "bf16", 756.0),
+        ("NVIDIA H200", "bf16", 989.0),
+        ("NVIDIA A100-SXM4-80GB", "bf16", 312.0),
+        ("NVIDIA A10", "bf16", 125.0),
+        ("NVIDIA H100 80GB HBM3", "fp32", 0.0),
+        ("Unheard-of 3000", "bf16", 0.0),
+    ],
+)
+def test_peaks_of_known_devices(
+    name: str, precision: str, tera_flops: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    peak, source = peak_flops(torch.device("cuda", 0), precision)
+    assert peak == tera_flops * 1e12
+    assert name in source
+    assert ("logging.peak_tflops" in source) == (not peak)
+
+
+def test_without_a_peak_utilisation_is_no_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "megatron_iiet.training.callbacks.logging.peak_flops", lambda device, precision: (0.0, "unknown")
+    )
+    run = bare_run(tmp_path / "run", training={"steps": 2}, logging={"peak_tflops": None})
+    loop.train(run, [MetricLogger()])
+    run.close()
+    log = read_log(tmp_path / "run")
+    assert math.isnan(log[2]["mfu"])
+    assert log[2]["tokens_per_second"] > 0
+
+
+def test_events_of_repeated_steps_are_replaced(tmp_path: Path) -> None:
+    """Eight steps; then a start from a checkpoint of step 5, whose steps 6 to 8 have other losses."""
+    for first, loss in ((0, 5.0), (5, 4.0)):
+        run = bare_run(tmp_path / "run", lambda step, lr, loss=loss: StepResult(loss, 1.0, lr), step=first)  # type: ignore[misc]
+        loop.train(run, [MetricLogger()])
+        run.close()
+    events = EventAccumulator(str(tmp_path / "run/tensorboard"), purge_orphaned_data=True).Reload()
+    found = [(event.step, event.value) for event in events.Scalars("loss")]
+    assert found == [(step, 5.0 if step <= 5 else 4.0) for step in range(1, 9)]
+    assert {step: values["loss"] for step, values in read_log(tmp_path / "run").items()} == dict(found)
+
+
+def test_a_log_is_a_line_a_step_and_of_a_repeated_step_the_last_counts(tmp_path: Path) -> None:
+    for loss in (5.0, 4.0):
+        writer = MetricWriter(tmp_path, tensorboard=False, first_step=0)
+        writer.write(1, {})
+        writer.write(2, {"loss": loss})
+        writer.close()
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["loss"]) for line in lines] == [(2, 5.0), (2, 4.0)]
+    assert read_log(tmp_path)[2]["loss"] == 4.0
+    assert not (tmp_path / "tensorboard").exists()
