@@ -133,8 +133,12 @@ class OptimizerConfig:
     """Final learning rate as a share of the peak."""
     warmup_fraction: float = key(0.05, COURSE, BELOW_ONE)
     """Share of the steps with linear warm-up."""
-    schedule: Literal["cosine", "constant"] = key("cosine", COURSE)
-    """Shape after warm-up."""
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = key("cosine", COURSE)
+    """Shape after warm-up: down to the final rate along a cosine or a line, constant, or wsd: stable, then
+    down a line over the last decay_fraction of the steps. A run resumed in its stable phase may be given more
+    training.steps: its rate stays what it was."""
+    decay_fraction: float = key(0.1, COURSE, BELOW_ONE)
+    """Share of the steps, the last ones, in which the rate of schedule wsd falls."""
     beta1: float = key(0.9, COURSE, BELOW_ONE)
     """First-moment decay."""
     beta2: float = key(0.95, COURSE, BELOW_ONE)

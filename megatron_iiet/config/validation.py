@@ -30,6 +30,7 @@ def validate(config: RunConfig) -> None:
     _check_attention(config)
     _check_data(config)
     config.solver.check(config.model.num_layers)
+    _check_schedule(config)
     _check_batch(config)
     _check_guidance(config)
     _check_tasks(config)
@@ -128,6 +129,15 @@ def _check_blend(config: RunConfig) -> None:
         raise ConfigError(
             f"data.validation_prefix is {data.validation_prefix}, which is trained on; name another corpus, "
             "or give validation a share in data.split"
+        )
+
+
+def _check_schedule(config: RunConfig) -> None:
+    optimizer = config.optimizer
+    if optimizer.schedule == "wsd" and optimizer.warmup_fraction + optimizer.decay_fraction > 1:
+        raise ConfigError(
+            f"optimizer.decay_fraction is {optimizer.decay_fraction}, which with optimizer.warmup_fraction "
+            f"{optimizer.warmup_fraction} is more than all steps; lower one of them"
         )
 
 

@@ -231,7 +231,7 @@ FILE_ERRORS = [
     ("data:\n  prefix:\n", "data.prefix is null in run.yaml (line 2), but must be a text"),
     (
         "optimizer:\n  schedule: cosin\n",
-        "optimizer.schedule is 'cosin' in run.yaml (line 2), but must be 'cosine' or 'constant'; did you mean 'cosine'?",
+        "optimizer.schedule is 'cosin' in run.yaml (line 2), but must be 'cosine', 'linear', 'constant' or 'wsd'; did you mean 'cosine'?",
     ),
 ]  # fmt: skip
 

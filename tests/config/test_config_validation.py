@@ -160,6 +160,15 @@ COMBINATION_ERRORS: list[tuple[dict[str, Any], str]] = [
         "data.split",
     ),
     (
+        {
+            "optimizer__schedule": "wsd",
+            "optimizer__warmup_fraction": 0.3,
+            "optimizer__decay_fraction": 0.8,
+        },
+        "optimizer.decay_fraction is 0.8, which with optimizer.warmup_fraction 0.3 is more than all steps; lower "
+        "one of them",
+    ),
+    (
         {"solver__iterations": [1, 2]},
         "solver.iterations lists 2 numbers, but model.num_layers is 12; give one number per layer, or a single "
         "number for all",

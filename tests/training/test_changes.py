@@ -77,6 +77,7 @@ OTHER: dict[str, Any] = {
     "optimizer.min_lr_ratio": 0.5,
     "optimizer.warmup_fraction": 0.5,
     "optimizer.schedule": "constant",
+    "optimizer.decay_fraction": 0.5,
     "optimizer.beta1": 0.5,
     "optimizer.beta2": 0.5,
     "optimizer.eps": 1e-4,

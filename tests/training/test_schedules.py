@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,34 @@ def test_cosine_with_warm_up() -> None:
     assert rates[99] == pytest.approx(0.1)
     assert rates[:10] == sorted(rates[:10])
     assert rates[9:] == sorted(rates[9:], reverse=True)
+
+
+def test_cosine_is_what_it_was() -> None:
+    """To the bit: resumed runs go on with the same rates."""
+    config = OptimizerConfig(lr=3e-4, min_lr_ratio=0.1, warmup_fraction=0.05)
+    for step in range(50, 1000):
+        progress = (step - 50 + 1) / 950
+        low = 3e-4 * 0.1
+        expected = low + (3e-4 - low) * 0.5 * (1 + math.cos(math.pi * progress))
+        assert learning_rate(config, step, 1000) == expected
+
+
+def test_linear_after_warm_up() -> None:
+    config = OptimizerConfig(lr=1.0, min_lr_ratio=0.2, warmup_fraction=0.2, schedule="linear")
+    rates = [learning_rate(config, step, 10) for step in range(10)]
+    assert rates == pytest.approx([0.5, 1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2])
+
+
+def test_warm_up_stable_decay() -> None:
+    config = OptimizerConfig(
+        lr=1.0, min_lr_ratio=0.0, warmup_fraction=0.2, schedule="wsd", decay_fraction=0.4
+    )
+    rates = [learning_rate(config, step, 10) for step in range(10)]
+    assert rates == pytest.approx([0.5, 1.0, 1.0, 1.0, 1.0, 1.0, 0.75, 0.5, 0.25, 0.0])
+    extended = [learning_rate(config, step, 20) for step in range(20)]
+    assert extended[4:12] == [1.0] * 8  # from step 6 of the first on: as if there had always been 20
+    without = OptimizerConfig(lr=1.0, warmup_fraction=0.0, schedule="wsd", decay_fraction=0.0)
+    assert {learning_rate(without, step, 10) for step in range(10)} == {1.0}
 
 
 def test_constant_after_warm_up() -> None:
