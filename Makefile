@@ -120,8 +120,8 @@ test-kills: setup
 	$(BIN)/python -m pytest -m kills tests/faults
 
 # Other releases of torch than the locked one, each in an environment of its own, 7 GB that go again:
-#   make test-versions TORCH=2.14.1
-TORCH ?= 2.13.0 2.14.1
+#   make test-versions TORCH="2.11.0 2.14.1"
+TORCH ?= 2.11.0 2.13.0 2.14.1
 test-versions: setup
 	$(BIN)/python tests/versions/check.py $(TORCH)
 

@@ -74,11 +74,11 @@ def test_versions_outside_the_bounds_are_named(monkeypatch: pytest.MonkeyPatch) 
     asked = [*PROJECT["project"]["dependencies"], "lm-eval==0.4.13; extra == 'eval'"]
     monkeypatch.setattr(installed.metadata, "requires", lambda name: asked)
     monkeypatch.setattr(installed, "version", lambda name: found.get(name, ""))
-    assert installed.outside_bounds() == ["torch 2.15.0+cu130 (tested: <2.15,>=2.13)"]
+    assert installed.outside_bounds() == ["torch 2.15.0+cu130 (tested: <2.15,>=2.11)"]
     found["torch"] = "2.14.1+cpu"
     assert installed.outside_bounds() == []
-    found["torch"] = "2.13.0rc1"
-    assert installed.outside_bounds() == ["torch 2.13.0rc1 (tested: <2.15,>=2.13)"]
+    found["torch"] = "2.11.0rc1"
+    assert installed.outside_bounds() == ["torch 2.11.0rc1 (tested: <2.15,>=2.11)"]
     found[installed.PACKAGE] = ""
     assert installed.bounds() == {}
 
@@ -114,7 +114,7 @@ def test_without_the_extension_any_torch_will_do(tmp_path: Path) -> None:
 def start_with_another_torch(config: dict[str, Any]) -> str:
     """What the start of a run says where torch is one that was not tried."""
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as said:
-        patch.setattr(installed.metadata, "requires", lambda name: ["torch<2.15,>=2.13"])
+        patch.setattr(installed.metadata, "requires", lambda name: ["torch<2.15,>=2.11"])
         patch.setattr(installed, "version", lambda name: "2.16.0")
         pretrain_rank(config, None)
     return said.getvalue()
@@ -124,4 +124,4 @@ def start_with_another_torch(config: dict[str, Any]) -> str:
 def test_a_start_names_what_was_not_tried(tmp_path: Path) -> None:
     config = tiny_config(make_data(tmp_path), tmp_path / "run", training={"steps": 1})
     [said] = run_ranks(start_with_another_torch, 1, as_data(config))
-    assert "\nwarning: torch 2.16.0 (tested: <2.15,>=2.13)\n" in said
+    assert "\nwarning: torch 2.16.0 (tested: <2.15,>=2.11)\n" in said

@@ -10,6 +10,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+# torch 2.11 has these two under other names, of which 2.13 warns.
+_all_gather = dist.all_gather_single if hasattr(dist, "all_gather_single") else dist.all_gather_into_tensor
+_reduce_scatter = (
+    dist.reduce_scatter_single if hasattr(dist, "reduce_scatter_single") else dist.reduce_scatter_tensor
+)
+
 
 class Group:
     """Ranks of one line of the process grid. Every collective is counted in :attr:`calls`.
@@ -41,7 +47,7 @@ class Group:
         if self.size == 1:
             return out.copy_(x.unsqueeze(0))
         self._count("all_gather", out)
-        dist.all_gather_single(out.flatten(), x.contiguous().flatten(), group=self.handle)
+        _all_gather(out.flatten(), x.contiguous().flatten(), group=self.handle)
         return out
 
     def reduce_scatter(self, x: Tensor, *, asynchronous: bool = False) -> tuple[Tensor, Any]:
@@ -50,7 +56,7 @@ class Group:
         if self.size == 1:
             return out.copy_(x[0]), None
         self._count("reduce_scatter", x)
-        work = dist.reduce_scatter_single(
+        work = _reduce_scatter(
             out.flatten(), x.contiguous().flatten(), group=self.handle, async_op=asynchronous
         )
         return out, work

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from megatron_iiet.installed import version
+
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed"),
@@ -27,6 +29,10 @@ def python(*arguments: str, cache: Path) -> str:
     return done.stdout
 
 
+@pytest.mark.skipif(
+    version("triton").startswith("3.6."),
+    reason="Triton 3.6's interpreter makes scalars of arrays with one number, which NumPy 2.4 refuses",
+)
 def test_cases(tmp_path: Path) -> None:
     python("-m", "pytest", "-p", "no:cacheprovider", "tests/ops/triton_cases.py", cache=tmp_path)
 
