@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import subprocess
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests.mutants import run
 from tests.mutants.faults import Fault, StaleFaultError, read_faults
+from tests.processes import marked
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -105,6 +109,36 @@ def test_nothing_is_tried_where_the_tests_fail_anyway(
     (project / "tests/test_room.py").write_text("def test_it():\n    assert False\n")
     assert run.main(["a"], project) == 2
     assert "error: these tests do not pass as the tree is; nothing was tried" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_kill_leaves_neither_copy_nor_process_behind(project: Path) -> None:
+    """While a test runs that would never end."""
+    test = "import time\n\n\ndef test_it():\n    time.sleep(600)\n"
+    (project / "tests/test_room.py").write_text(test)
+    code = f"""
+from pathlib import Path
+from tests.mutants.run import Bench
+bench = Bench(Path({str(project)!r}), 600.0)
+print(bench.folder, bench.mark, flush=True)
+bench.run(["tests/test_room.py"])
+"""
+    tool = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert tool.stdout is not None
+    folder, mark = tool.stdout.readline().split()
+    wait_until(lambda: (Path(folder) / "log").exists() and len(marked(mark)) > 0)
+    assert (Path(folder) / "tree/megatron_iiet/room.py").is_file()
+    tool.kill()
+    tool.wait()
+    wait_until(lambda: not Path(folder).exists())
+    assert marked(mark) == {}
+
+
+def wait_until(fulfilled: Callable[[], bool], seconds: float = 120.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not fulfilled():
+        assert time.monotonic() < deadline, "it did not come to pass in time"
+        time.sleep(0.05)
 
 
 def test_an_unknown_place(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
