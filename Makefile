@@ -1,4 +1,4 @@
-# make demo | demo-compare | demo-distill | setup | test | test-long | test-layouts | test-kills | test-versions | check | cuda-check | format | clean    (see README.md and CONTRIBUTING.md)
+# make demo | demo-compare | demo-distill | setup | test | test-long | test-layouts | test-kills | test-versions | check | mutants | cuda-check | format | clean    (see README.md and CONTRIBUTING.md)
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
@@ -9,7 +9,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 unexport PYTHONDONTWRITEBYTECODE
 CSRC := $(shell find csrc -type f \( -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.inl' -o -name '*.cuh' \) 2>/dev/null)
 
-.PHONY: setup demo demo-compare demo-distill test test-long test-layouts test-kills test-versions check cuda-check format clean
+.PHONY: setup demo demo-compare demo-distill test test-long test-layouts test-kills test-versions check mutants cuda-check format clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.package
@@ -130,6 +130,12 @@ check: setup
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not long and not layouts and not kills"
+
+# Do the tests fail where they should? Single-line faults are seeded one at a time, in a copy; all rooms, or some:
+#   make mutants PLACES="config hf"      make mutants PLACES=schedules.py
+PLACES ?=
+mutants: setup
+	$(BIN)/python -m tests.mutants.run $(PLACES)
 
 # Everything that can be known of the CUDA kernels without a GPU; says what it skips where nvcc is missing.
 cuda-check: setup

@@ -2,7 +2,9 @@
 
 import os
 import signal
+import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 
 import hypothesis
 import pytest
@@ -17,15 +19,15 @@ hypothesis.settings.load_profile("untimed")
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-if "PYTEST_XDIST_WORKER" in os.environ:
+if "PYTEST_XDIST_WORKER" in os.environ and sys.platform == "linux":
     die_with_parent()
 
 # Before any test module is imported, since some take a copy of the environment.
-_processes = Session()
+_processes = Session() if sys.platform == "linux" else None
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call() -> Iterator[None]:
     """No process that a test started outlives it."""
-    with _processes.end_of_test():
+    with _processes.end_of_test() if _processes is not None else nullcontext():
         return (yield)

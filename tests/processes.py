@@ -7,6 +7,8 @@ launchers. So pytest puts a mark into its environment, and whatever bears it is 
 * once pytest is gone, by a guardian that waits for that in a session of its own: a SIGKILL to pytest leaves
   nothing behind.
 
+All of it needs Linux, 5.3 or newer; elsewhere pytest runs without.
+
 A process that forks without an exec keeps the environment of its parent's start in /proc, which is pytest's
 own: there :func:`die_with_parent` is to be called in the child.
 """
@@ -73,7 +75,7 @@ def guard(*folders: str) -> str:
 
 def own_mark() -> dict[str, str]:
     """For the environment of a process that does not inherit all of this one's."""
-    return {MARK: os.environ[MARK]}
+    return {MARK: os.environ.get(MARK, "")}
 
 
 def die_with_parent(parent: int | None = None) -> None:

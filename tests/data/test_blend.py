@@ -125,6 +125,7 @@ def test_scale_does_not_matter() -> None:
 def test_order_is_frozen() -> None:
     """A checkpoint stores a place in this order: changing it silently changes resumed runs."""
     assert Blend([0.5, 0.3, 0.2])(np.arange(10))[0].tolist() == [0, 1, 0, 2, 0, 1, 0, 1, 0, 2]
+    assert Blend([1, 2, 5])(np.arange(8))[0].tolist() == [2, 1, 2, 2, 2, 0, 1, 2]
     assert Blend([522_123_007, 267_001_311, 52_211_900]).counts(10**12 + 12345) == [
         620587824790,
         317353881342,

@@ -90,6 +90,18 @@ def test_estimated_rate(options: PreprocessOptions, tokenizer: Tokenizer) -> Non
     assert run(replace(options, num_jobs=2, job=1)).rate == report.rate
 
 
+@pytest.mark.parametrize("append_eod", [True, False])
+def test_an_estimate_counts_ends_of_documents(
+    append_eod: bool, options: PreprocessOptions, tokenizer: Tokenizer
+) -> None:
+    """All of these small files are looked at, so what was counted is exact."""
+    lines: list[str] = []
+    preprocess(replace(options, sample_tokens=4000, append_eod=append_eod), log=lines.append)
+    (line,) = (line for line in lines if line.startswith("sample: "))
+    counted = int(line.split("by ")[1].split()[0].replace(",", ""))
+    assert counted == sum(map(len, encoded(tokenizer, TEXTS))) + append_eod * len(TEXTS)
+
+
 @pytest.mark.slow
 def test_estimate_of_larger_files(options: PreprocessOptions, tmp_path: Path, tokenizer: Tokenizer) -> None:
     """Only the start of each is looked at, and stored bytes are put in proportion."""
