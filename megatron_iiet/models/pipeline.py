@@ -58,8 +58,8 @@ def entries_crossing(whole: Transformer, layer: int) -> range:
     """History entries that a stage that starts at ``layer`` must be given: from the first that any layer from
     there on merges to the newest there is. ``whole``: the whole model, with the iterations in force."""
     solvers = whole.solvers.values()
-    rooted = any(s.merges_embedding and s.merging for s in solvers)
-    kept = rooted + sum(s.keeps_increment for n, s in whole.solvers.items() if n < layer)
+    merges_embedding = any(s.merges_embedding and s.merging for s in solvers)
+    kept = merges_embedding + sum(s.keeps_increment for n, s in whole.solvers.items() if n < layer)
     reads = [s.history_reads for n, s in whole.solvers.items() if n >= layer and s.history_reads]
     return range(min([kept, *(read.start for read in reads)]), kept)
 

@@ -152,8 +152,8 @@ class Transformer(nn.Module):
         """y_0, [B, T, D] (T: this rank's part of the sequence), and the history it starts."""
         assert self.embedding is not None
         y_BTD = self.embedding(tokens_BT) * self.embedding_scale
-        rooted = any(s.merges_embedding and s.merging for s in self.solvers.values())
-        return y_BTD, self.start_history([y_BTD] if rooted else [])
+        merges_embedding = any(s.merges_embedding and s.merging for s in self.solvers.values())
+        return y_BTD, self.start_history([y_BTD] if merges_embedding else [])
 
     def start_history(self, entries: Iterable[Tensor], first: int = 0) -> History:
         """The history of one forward pass, with the entries there are before the first layer held here;
@@ -235,24 +235,24 @@ class Transformer(nn.Module):
     def initialise(
         self,
         seed: int,
-        whole: Callable[[nn.Parameter], AbstractContextManager[Any]] = nullcontext,
-        besides: frozenset[str] = frozenset(),
+        writable: Callable[[nn.Parameter], AbstractContextManager[Any]] = nullcontext,
+        keep: frozenset[str] = frozenset(),
     ) -> None:
         """Draw every weight matrix from normal(0, init_std).
 
         Each matrix has a generator keyed by the seed and its own name and is drawn whole: initial weights
         depend neither on the solver nor on how the model is spread over processes. Rows of the vocabulary's
-        padding are zero. Inside ``whole(parameter)`` a parameter must be there to write to, for engines that
-        keep them in parts. Those named in ``besides`` are left as they are.
+        padding are zero. Inside ``writable(parameter)`` a parameter must be there to write to, for engines
+        that keep them in parts. Those named in ``keep`` are left as they are.
         """
         model = self.config.model
         for name, parameter in self.named_parameters():
             shard = shard_of(parameter)
-            if shard is None or name in besides:
+            if shard is None or name in keep:
                 continue
             digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-            with whole(parameter):
+            with writable(parameter):
                 shape = list(parameter.shape)
                 shape[shard.dim] = sum(shard.blocks)
                 values = torch.zeros(shape)

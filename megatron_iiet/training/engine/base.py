@@ -89,7 +89,7 @@ class Engine(ABC):
                     teacher.source.fill_parameter(name, parameter, context.tensor)
         if initialise:
             taken = warm.taken if warm is not None else frozenset()
-            self.model.initialise(config.training.seed, whole=self._writable, besides=taken)
+            self.model.initialise(config.training.seed, writable=self._writable, keep=taken)
         self._names = {parameter: name for name, parameter in self.model.named_parameters()}
         self._engine = self._start(config, ds_config)
         if warm is not None:

@@ -30,14 +30,14 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)
-class _Held:
+class _MasterPart:
     """What this rank holds of one parameter."""
 
     parameter: Any
     shape: tuple[int, ...]
     """Of the whole tensor-parallel shard."""
     start: int
-    """First element of the flattened shard that is held."""
+    """First element of the flattened shard that is this rank's."""
     flat: Tensor
     """The optimizer's own tensor, which has the moments in its state."""
     offset: int
@@ -62,17 +62,17 @@ def own_fragments(
     replicated = kind_of(engine) is PLAIN and context.data.rank > 0
     return [
         Fragment(
-            name=names[held.parameter],
-            shape=_global_shape(held),
-            shard=shard_of(held.parameter),
-            tensor_size=context.tensor.size if shard_of(held.parameter) else 1,
-            tensor_rank=context.tensor.rank if shard_of(held.parameter) else 0,
-            start=held.start,
-            numel=held.numel,
-            tensors=held.tensors(optimizer),
+            name=names[part.parameter],
+            shape=_global_shape(part),
+            shard=shard_of(part.parameter),
+            tensor_size=context.tensor.size if shard_of(part.parameter) else 1,
+            tensor_rank=context.tensor.rank if shard_of(part.parameter) else 0,
+            start=part.start,
+            numel=part.numel,
+            tensors=part.tensors(optimizer),
         )
-        for held in _held(engine, names)
-        if not replicated and is_owner(held.parameter, context.tensor)
+        for part in _master_parts(engine, names)
+        if not replicated and is_owner(part.parameter, context.tensor)
     ]
 
 
@@ -89,18 +89,18 @@ def load_fragments(
     ``steps``: optimizer steps done, for AdamW's bias correction.
     """
     optimizer = _prepared(engine)
-    for held in _held(engine, names):
-        shard = shard_of(held.parameter)
-        for kind, tensor in held.tensors(optimizer).items():
+    for part in _master_parts(engine, names):
+        shard = shard_of(part.parameter)
+        for kind, tensor in part.tensors(optimizer).items():
             reader.read(
-                names[held.parameter],
+                names[part.parameter],
                 kind,
                 shard=shard,
                 tensor_size=context.tensor.size if shard else 1,
                 tensor_rank=context.tensor.rank if shard else 0,
-                start=held.start,
-                numel=held.numel,
-                shape=_global_shape(held),
+                start=part.start,
+                numel=part.numel,
+                shape=_global_shape(part),
                 out=tensor,
             )
     _set_steps(optimizer, steps)
@@ -112,51 +112,51 @@ def start_from(
     engine: DeepSpeedEngine, names: Mapping[Any, str], context: ParallelContext, warm: WarmStart
 ) -> None:
     """Fill the masters of the parameters that are taken over, then the working copies from the masters."""
-    for held in _held(engine, names):
-        name, shard = names[held.parameter], shard_of(held.parameter)
+    for part in _master_parts(engine, names):
+        name, shard = names[part.parameter], shard_of(part.parameter)
         if name in warm.taken:
             warm.source.fill(
                 name,
-                held.flat.detach().view(-1).narrow(0, held.offset, held.numel),
-                shape=_global_shape(held),
+                part.flat.detach().view(-1).narrow(0, part.offset, part.numel),
+                shape=_global_shape(part),
                 shard=shard,
                 tensor_size=context.tensor.size if shard else 1,
                 tensor_rank=context.tensor.rank if shard else 0,
-                start=held.start,
+                start=part.start,
             )
     _refresh_working_copies(engine)
 
 
-def _global_shape(held: _Held) -> tuple[int, ...]:
-    shard = shard_of(held.parameter)
+def _global_shape(part: _MasterPart) -> tuple[int, ...]:
+    shard = shard_of(part.parameter)
     if shard is None:
-        return held.shape
-    shape = list(held.shape)
+        return part.shape
+    shape = list(part.shape)
     shape[shard.dim] = sum(shard.blocks)
     return tuple(shape)
 
 
-def _held(engine: DeepSpeedEngine, names: Iterable[Any]) -> Iterable[_Held]:
+def _master_parts(engine: DeepSpeedEngine, names: Iterable[Any]) -> Iterable[_MasterPart]:
     wrapper, kind, flats = engine.optimizer, kind_of(engine), masters(engine)
     for p in names:
         if not p.requires_grad:
             continue
         if kind is PLAIN:
-            yield _Held(p, tuple(p.shape), 0, p, 0, p.numel())
+            yield _MasterPart(p, tuple(p.shape), 0, p, 0, p.numel())
         elif kind is ZERO_3:  # every parameter is cut into equal parts
             group, offset, size = wrapper.grad_position[wrapper.get_param_id(p)]
             start = wrapper._get_param_partition_rank(p) * p.ds_tensor.ds_numel
             numel = max(0, min(size, p.ds_numel - start))
-            yield _Held(p, tuple(p.ds_shape), min(start, p.ds_numel), flats[group], offset, numel)
+            yield _MasterPart(p, tuple(p.ds_shape), min(start, p.ds_numel), flats[group], offset, numel)
         elif p._hp_mapping is not None:  # a group of parameters is one flat tensor, cut
-            held = p._hp_mapping
-            yield _Held(
+            mapping = p._hp_mapping
+            yield _MasterPart(
                 p,
                 tuple(p.shape),
-                held.lp_fragment_address.start,
-                flats[held.param_group_index],
-                held.hp_fragment_address.start,
-                held.hp_fragment_address.numel,
+                mapping.lp_fragment_address.start,
+                flats[mapping.param_group_index],
+                mapping.hp_fragment_address.start,
+                mapping.hp_fragment_address.numel,
             )
 
 
