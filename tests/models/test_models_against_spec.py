@@ -194,7 +194,7 @@ def test_section_3(
         assert (wanted - plain).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("damping", [1.0, 0.5])
+@pytest.mark.parametrize("damping", [1.0, 0.3])
 @pytest.mark.parametrize("iterations", [0, 1, 3, [0, 3, 1, 2, 1]])
 @torch.no_grad()
 def test_implicit_euler_without_the_merge(
