@@ -3,7 +3,7 @@
 Every process inherits the environment of the one that started it, also across sessions, process groups and
 launchers. So pytest puts a mark into its environment, and whatever bears it is ended
 
-* after each test, if the test started it (:func:`end_of_test`);
+* after each test, if the test started it (:class:`Session`);
 * once pytest is gone, by a guardian that waits for that in a session of its own: a SIGKILL to pytest leaves
   nothing behind.
 
