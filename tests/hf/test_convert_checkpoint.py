@@ -296,7 +296,7 @@ def test_from_run(
         assert f"solver {kind}, tokenizer.model" in result.out
         model = models.load(tmp_path / f"m{step}")
         assert model.config.solver.kind == kind
-        assert model.config.solver.schedule is None
+        assert getattr(model.config.solver, "schedule", None) is None
         assert validation_loss(model) == pytest.approx(
             logged[step], abs=1e-5 if precision == "fp32" else 5e-3
         )
