@@ -62,13 +62,20 @@ class Bench:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def run(self, tests: Sequence[str], seconds: float | None = None) -> int | None:
-        """pytest's exit status, None if it took too long."""
+        """pytest's exit status, None if it took too long.
+
+        Raises:
+            RuntimeError: the process that runs the tests has ended.
+        """
         asked = {"arguments": [*PYTEST, *tests], "log": str(self._log), "seconds": seconds or self.seconds}
         assert self._server.stdin is not None
         assert self._server.stdout is not None
         self._server.stdin.write(json.dumps(asked) + "\n")
         self._server.stdin.flush()
-        answer = json.loads(self._server.stdout.readline())
+        line = self._server.stdout.readline()
+        if not line:
+            raise RuntimeError("the process that runs the tests is gone; was it killed, or short of memory?")
+        answer = json.loads(line)
         end(self.mark, frozenset({self._server.pid}))
         return answer if answer is None else int(answer)
 
@@ -171,6 +178,9 @@ def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
             print("error: these tests do not pass as the tree is; nothing was tried", file=sys.stderr)
             return 2
         verdicts = try_all(faults, bench)
+    except RuntimeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     finally:
         bench.close()
     found = verdicts[FOUND] + verdicts[LATE]
