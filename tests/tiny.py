@@ -9,13 +9,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from megatron_iiet.config import RunConfig, config_from_dict
+from megatron_iiet.config import RunConfig, config_from_dict, config_to_yaml
 from megatron_iiet.data.corpora.indexed import IndexedDatasetWriter
 from megatron_iiet.data.loader.batches import ValidationBatches
 from megatron_iiet.data.loader.inputs import inputs_of
 from megatron_iiet.data.loader.samples import build_splits
 from megatron_iiet.data.tokenizers.training import train_tokenizer
 from megatron_iiet.models import Transformer
+from megatron_iiet.storage.checkpoint import TrainState
+from megatron_iiet.storage.integrity import SaveIdentity
 
 _SUBJECTS = [
     "the solver",
@@ -93,6 +95,11 @@ def tiny_config(paths: dict[str, str], output_dir: Path, **sections: dict[str, A
     for name, values in sections.items():
         base[name] = {**base[name], **values} if name in base else values
     return config_from_dict(base)
+
+
+def save_of(config: RunConfig, state: TrainState) -> SaveIdentity:
+    """A save of a run that did not take place."""
+    return SaveIdentity.draw(state.step, config_to_yaml(config))
 
 
 def validation_loss(model: Transformer) -> float:

@@ -14,11 +14,13 @@
 ``latest`` is replaced atomically after every rank's shards are on disk: a kill at any moment leaves the
 previous checkpoint in force. Weights and moments are stored under the parameters' names with their place in
 the whole (:mod:`megatron_iiet.storage.fragments`), so that any layout reads what any other wrote.
+
+A checkpoint knows itself: every file of it says which save it is of, ``state.json`` and ``index.json`` hold
+digests of themselves, ``state.json`` one of ``config.yaml``, the index one of every block of the rest.
 """
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from dataclasses import asdict, dataclass
@@ -28,11 +30,14 @@ from typing import Any
 from megatron_iiet import durable
 from megatron_iiet.config import ConfigError, RunConfig, config_from_file, config_to_yaml
 from megatron_iiet.config.iteration_plan import IterationPlan
-from megatron_iiet.storage.fragments import INDEX
+from megatron_iiet.storage.fragments import FORMAT, INDEX, FragmentReader
+from megatron_iiet.storage.integrity import SaveIdentity, check_seal, digest_of, read_json, write_sealed
 
-FORMAT = 4
-# 3 had no iteration plan; 2 had a place in the data of another form, which the reader of samples understands.
-_READABLE = (2, 3, 4)
+_WITHOUT_SAVES = (2, 3, 4)
+# 4 had no digests; 3 had no iteration plan; 2 had a place in the data of another form, which the reader of
+# samples understands.
+
+CONFIG, STATE = "config.yaml", "state.json"
 
 # What a checkpoint holds, temporary names of a save that was killed included, and what NFS leaves of a file
 # that a reader has open.
@@ -76,7 +81,7 @@ def latest_tag(output_dir: str | Path) -> str | None:
     if not marker.is_file():
         return None
     tag = marker.read_text().strip()
-    if not (folder / tag / "state.json").is_file():
+    if not (folder / tag / STATE).is_file():
         raise ConfigError(
             f"{marker} names '{tag}', but {folder / tag} is not a complete checkpoint; "
             "write the name of one that is into 'latest', or remove the file to start anew"
@@ -88,12 +93,29 @@ def read_state(folder: Path) -> TrainState:
     """The training state stored in a checkpoint folder.
 
     Raises:
-        ConfigError: it is of another format.
+        ConfigError: it is missing, damaged or of another format.
     """
-    data = json.loads((folder / "state.json").read_text())
-    if data.pop("format", None) not in _READABLE:
-        raise ConfigError(f"{folder / 'state.json'} is not of format {FORMAT}; use the version that wrote it")
-    return TrainState(**data)
+    return _read_state(folder)[0]
+
+
+def read_config(folder: Path) -> RunConfig:
+    """The configuration that a checkpoint was made with.
+
+    Raises:
+        ConfigError: it is missing, or not the one that was written.
+    """
+    path = folder / CONFIG
+    if not path.is_file():
+        raise ConfigError(
+            f"{folder} has no {CONFIG}, so it is not a complete checkpoint; choose another step"
+        )
+    save = _read_state(folder)[1]
+    if save is not None and digest_of(path.read_bytes()) != save.config:
+        raise ConfigError(
+            f"{path} was edited or damaged: its digest is not the one in {STATE} beside it; copy the whole "
+            "checkpoint again, or use another one"
+        )
+    return config_from_file(path)
 
 
 def read_plan(folder: Path) -> IterationPlan | None:
@@ -105,23 +127,57 @@ def read_plan(folder: Path) -> IterationPlan | None:
     plan = read_state(folder).plan
     if plan is None:
         return None
-    layers = config_from_file(folder / "config.yaml").model.num_layers
-    return IterationPlan.from_data(plan, layers=layers, source=f"'plan' in {folder / 'state.json'}")
+    layers = read_config(folder).model.num_layers
+    return IterationPlan.from_data(plan, layers=layers, source=f"'plan' in {folder / STATE}")
 
 
-def write_metadata(folder: Path, config: RunConfig, state: TrainState) -> None:
-    """Write ``config.yaml`` and ``state.json`` into a checkpoint folder."""
-    durable.write_text(folder / "config.yaml", config_to_yaml(config))
-    durable.write_text(
-        folder / "state.json", json.dumps({"format": FORMAT, **asdict(state)}, indent=2) + "\n"
-    )
+def open_weights(folder: Path) -> FragmentReader:
+    """The weights and moments of a checkpoint.
+
+    Raises:
+        ValueError: files are missing, damaged, or of different saves.
+    """
+    return FragmentReader(folder, _read_state(folder)[1])
+
+
+def describe_lacks(folder: Path) -> str:
+    """A sentence about what a checkpoint of an older format does not have; "" for the present one."""
+    if _read_state(folder)[1] is not None:
+        return ""
+    return f"{folder} is of a format without digests: damage to its files is not noticed"
+
+
+def write_metadata(folder: Path, config: RunConfig, state: TrainState, save: SaveIdentity) -> None:
+    """Write ``config.yaml`` and ``state.json`` into a checkpoint folder; with the latter it is complete."""
+    durable.write_text(folder / CONFIG, config_to_yaml(config))
+    content = {"format": FORMAT, "save": save.save, "config": save.config, **asdict(state)}
+    write_sealed(folder / STATE, content, indent=2)
+
+
+def _read_state(folder: Path) -> tuple[TrainState, SaveIdentity | None]:
+    path = folder / STATE
+    try:
+        content = read_json(path)
+        found = content.get("format")
+        if found not in (*_WITHOUT_SAVES, FORMAT):
+            raise ValueError(f"{path} is of format {found!r}, not {FORMAT}; use the version that wrote it")
+        save = None
+        if found == FORMAT:
+            content = check_seal(path, content)
+            save = SaveIdentity(content.pop("save"), content["step"], content.pop("config"))
+        del content["format"]
+        return TrainState(**content), save
+    except (KeyError, TypeError) as error:
+        raise ConfigError(f"{path} is damaged ({error!r}); use another checkpoint") from None
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
 
 
 def invalidate(folder: Path) -> None:
     """Make an older checkpoint of the same step incomplete, before its files are replaced one by one.
 
     A kill in between must not leave a mixture that looks whole."""
-    for name in ("state.json", INDEX):
+    for name in (STATE, INDEX):
         (folder / name).unlink(missing_ok=True)
 
 

@@ -9,12 +9,12 @@ from pathlib import Path
 
 from torch import Tensor
 
-from megatron_iiet.config import ConfigError, RunConfig, config_from_file
+from megatron_iiet.config import ConfigError, RunConfig
 from megatron_iiet.config.schema import GuidanceConfig
 from megatron_iiet.config.solvers import Euler, Iterating
 from megatron_iiet.models.iterations import iterations_at
 from megatron_iiet.storage import checkpoint
-from megatron_iiet.storage.fragments import FragmentReader
+from megatron_iiet.storage.fragments import MASTER
 from megatron_iiet.storage.hugging_face.llama import files_of_tokenizer
 
 
@@ -56,7 +56,7 @@ def model_of_checkpoint(folder: Path) -> tuple[RunConfig, StoredWeights]:
     Raises:
         ValueError: (and its subclass ConfigError) it is damaged or incomplete.
     """
-    config = _read_config(folder)
+    config = checkpoint.read_config(folder)
     state = StoredWeights(folder)
     _settle_guidance(config, folder)
     _settle_schedule(config, state, checkpoint.read_state(folder).step)
@@ -83,15 +83,6 @@ def find_checkpoint(run_folder: str | Path, step: int | None) -> Path:
     return folder / tag
 
 
-def _read_config(folder: Path) -> RunConfig:
-    path = folder / "config.yaml"
-    if not path.is_file():
-        raise ConfigError(
-            f"{folder} has no config.yaml, so it is not a complete checkpoint; choose another --step"
-        )
-    return config_from_file(path)
-
-
 class StoredWeights(Mapping[str, Tensor]):
     """The fp32 weights of a checkpoint by parameter name; one tensor is read at a time.
 
@@ -100,7 +91,7 @@ class StoredWeights(Mapping[str, Tensor]):
     """
 
     def __init__(self, folder: Path) -> None:
-        self._reader = FragmentReader(folder)
+        self._reader = checkpoint.open_weights(folder)
         self._names = list(self._reader.parameters)
 
     def __getitem__(self, name: str) -> Tensor:
@@ -118,7 +109,7 @@ class StoredWeights(Mapping[str, Tensor]):
         width = prod(entry.shape[1:])
         flat = self._reader.read(
             name,
-            "fp32",
+            MASTER,
             shard=entry.shard,
             tensor_size=1,
             tensor_rank=0,

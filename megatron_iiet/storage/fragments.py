@@ -1,12 +1,18 @@
 """The checkpoint store: what every rank holds of every parameter, readable under any other layout.
 
 A rank holds of a parameter a *fragment*: an interval of its flattened tensor-parallel shard (ZeRO cuts flat
-buffers anywhere), as master weight and AdamW moments. A checkpoint folder has one safetensors file for each
-rank that wrote, with tensors ``kind/name``, and ``index.json``, which says where everything is::
+buffers anywhere), as master weight and the moments that the parameter's optimizer keeps. A checkpoint folder
+has one safetensors file for each rank that wrote, with tensors ``kind/name``, and ``index.json``, which says
+where everything is::
 
-    {"format": 1, "kinds": [...], "files": {file: {"bytes": n}},
+    {"format": 5, "save": {"save": id, "step": n, "config": digest}, "block_bytes": n,
+     "files": {file: {"bytes": n, "digests": {"kind/name": digests of its blocks}}},
      "parameters": {name: {"shape": [...], "shard": null | {"dim": d, "blocks": [...]}, "tensor_size": k,
-                           "pieces": [[file, tensor_rank, start, numel], ...]}}}
+                           "kinds": [...], "pieces": [[file, tensor_rank, start, numel], ...]}},
+     "digest": of all that}
+
+Every file says in its header which save it is of, and every block that is read is compared with its digest.
+(Format 1, of older checkpoints, had neither, and one list of kinds for all parameters.)
 
 Nothing in it depends on pipeline, data parallelism or ZeRO. Numbers are fp32 and are moved, never computed
 with. Offsets and lengths count elements unless they say bytes; memory is little-endian, as is the format.
@@ -14,10 +20,9 @@ with. Offsets and lengths count elements unless they say bytes; memory is little
 
 from __future__ import annotations
 
-import json
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -26,17 +31,28 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from megatron_iiet import durable
 from megatron_iiet.parallel.shard import Shard
+from megatron_iiet.storage.integrity import (
+    BLOCK_BYTES,
+    Blocks,
+    SaveIdentity,
+    check_seal,
+    read_json,
+    write_sealed,
+)
 from megatron_iiet.storage.safetensors_stream import SafetensorsFile, TensorToWrite, write_safetensors
 
-KINDS = ("fp32", "exp_avg", "exp_avg_sq")
-"""Master weight, first and second moment."""
-FORMAT = 1
+MASTER = "fp32"
+"""The kind that every parameter has: its master weight. Moments go by the names of their optimizer."""
+FORMAT = 5
+"""That of checkpoints, see :mod:`megatron_iiet.storage.checkpoint`; indexes had one of their own before."""
+_BARE_FORMAT = 1
+"""Of an index without digests: of checkpoints of format 2 to 4."""
 INDEX = "index.json"
 SCRATCH_BYTES = 64 << 20
 """Bound of the temporary of one read, which is never less than a row of a stored shard."""
 OPEN_FILES = 64
+_REMEDY = "copy the whole checkpoint again, or use another one"
 
 
 @dataclass(frozen=True)
@@ -54,7 +70,7 @@ class Fragment:
     numel: int
     """The interval [start, start + numel) of the flattened local shard; may be empty."""
     tensors: Mapping[str, Tensor]
-    """Kind → [numel] fp32 on any device; a checkpoint has the same kinds of every parameter."""
+    """Kind → [numel] fp32 on any device: :data:`MASTER`, and the moments that the parameter has."""
 
 
 class Piece(NamedTuple):
@@ -75,6 +91,8 @@ class ParameterEntry:
     shard: Shard | None
     tensor_size: int
     """Tensor-parallel ranks it is stored for; 1 if replicated."""
+    kinds: tuple[str, ...]
+    """What there is of it: :data:`MASTER` and moments."""
     pieces: tuple[Piece, ...]
     """By tensor rank, then start; none is empty."""
 
@@ -83,10 +101,17 @@ class ParameterEntry:
         return prod(self.shard.local_shape(self.shape, tensor_size) if self.shard else self.shape)
 
 
-def write_fragments(path: Path, fragments: Sequence[Fragment]) -> list[dict[str, Any]]:
-    """Write one rank's fragments to ``path``, whole and on disk or not at all; one tensor at a time.
+class WrittenFile(NamedTuple):
+    """What one rank wrote, plain JSON data for :func:`write_index`."""
 
-    Returns their index entries, plain JSON data for :func:`write_index`.
+    entries: list[dict[str, Any]]
+    """A fragment each."""
+    digests: dict[str, str]
+    """Of the blocks of every tensor."""
+
+
+def write_fragments(path: Path, fragments: Sequence[Fragment], save: SaveIdentity) -> WrittenFile:
+    """Write one rank's fragments to ``path``, whole and on disk or not at all; one tensor at a time.
 
     Raises:
         ValueError: a name comes twice, or a fragment's tensors do not fit its interval.
@@ -97,79 +122,80 @@ def write_fragments(path: Path, fragments: Sequence[Fragment]) -> list[dict[str,
         _check_tensors(path, f)
         if f.name in entries:
             raise ValueError(f"cannot write {path}: {f.name} comes twice; give one fragment a parameter")
-        kinds = [kind for kind in KINDS if kind in f.tensors]
-        for kind in kinds if f.numel else ():
+        for kind in f.tensors if f.numel else ():
             make = partial(f.tensors.__getitem__, kind)
             tensors[f"{kind}/{f.name}"] = TensorToWrite.whole((f.numel,), make)
         parameter = {
             "shape": list(f.shape),
             "shard": f.shard and {"dim": f.shard.dim, "blocks": list(f.shard.blocks)},
             "tensor_size": f.tensor_size if f.shard else 1,
+            "kinds": list(f.tensors),
         }
         piece = [f.tensor_rank, f.start, f.numel]
-        entries[f.name] = {"name": f.name, "parameter": parameter, "kinds": kinds, "piece": piece}
-    write_safetensors(path, tensors, {"format": f"megatron_iiet.fragments.{FORMAT}"})
-    return list(entries.values())
+        entries[f.name] = {"name": f.name, "parameter": parameter, "piece": piece}
+    digests = write_safetensors(path, tensors, _header_of(save))
+    return WrittenFile(list(entries.values()), digests)
 
 
-def write_index(folder: Path, entries_by_file: Mapping[str, list[dict[str, Any]]]) -> None:
-    """Write ``index.json`` of a folder from what every :func:`write_fragments` into it returned.
+def write_index(folder: Path, written: Mapping[str, WrittenFile], save: SaveIdentity) -> None:
+    """Write ``index.json`` of a folder from what every :func:`write_fragments` into it returned, by file.
 
     Raises:
         ValueError: the fragments contradict each other or do not cover every parameter exactly once, or a
             file is not there.
     """
     parameters: dict[str, dict[str, Any]] = {}
-    kinds: list[str] = next((e["kinds"] for entries in entries_by_file.values() for e in entries), [])
-    for file, entries in entries_by_file.items():
+    for file, (entries, _) in written.items():
         for e in entries:
             name, (rank, start, numel) = e["name"], e["piece"]
             known = parameters.setdefault(name, e["parameter"] | {"pieces": []})
-            old = known | {"kinds": kinds}
-            for key, value in (e["parameter"] | {"kinds": e["kinds"]}).items():
-                if value != old[key]:
+            for key, value in e["parameter"].items():
+                if value != known[key]:
                     raise ValueError(
-                        f"{folder / file} has {name} with {key} {value}, another file or parameter of the "
-                        f"checkpoint has {old[key]}; write all of a checkpoint from one model and layout"
+                        f"{folder / file} has {name} with {key} {value}, another file of the checkpoint has "
+                        f"{known[key]}; write all of a checkpoint from one model and layout"
                     )
             if numel:
                 known["pieces"].append(Piece(file, rank, start, numel))
     for name, parameter in parameters.items():
         parameter["pieces"].sort(key=lambda piece: piece[1:])
         _check_coverage(folder, name, _entry_from_json(parameter))
-    files = {file: {"bytes": _size_of(folder / file)} for file in sorted(entries_by_file)}
-    index = {"format": FORMAT, "kinds": kinds, "files": files, "parameters": parameters}
-    durable.write_text(folder / INDEX, json.dumps(index, separators=(",", ":")) + "\n")
+    files = {
+        file: {"bytes": _size_of(folder / file), "digests": written[file].digests} for file in sorted(written)
+    }
+    index = {
+        "format": FORMAT,
+        "save": asdict(save),
+        "block_bytes": BLOCK_BYTES,
+        "files": files,
+        "parameters": parameters,
+    }
+    write_sealed(folder / INDEX, index)
 
 
 class FragmentReader:
-    """Reads a checkpoint folder under any layout; from disk comes what is asked for and little more.
+    """Reads a checkpoint folder under any layout; from disk comes what is asked for and little more. What is
+    read is compared with its digests.
+
+    ``save``: what the rest of the checkpoint says it is of; None for one of before there were saves.
 
     Raises:
-        ValueError: the index or a file is missing, damaged or of an unknown format.
+        ValueError: the index or a file is missing, damaged, of another save or of an unknown format.
     """
 
     parameters: Mapping[str, ParameterEntry]
-    kinds: tuple[str, ...]
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, save: SaveIdentity | None) -> None:
         self.folder = folder
         self._files: dict[str, SafetensorsFile] = {}  # the open ones, longest unused first
-        path = folder / INDEX
-        _size_of(path)
-        try:
-            index = json.loads(path.read_bytes())
-            if index["format"] != FORMAT:
-                raise ValueError(f"its format is {index['format']!r}")
-            self.kinds = tuple(index["kinds"])
-            self.parameters = {name: _entry_from_json(p) for name, p in index["parameters"].items()}
-            sizes = {file: entry["bytes"] for file, entry in index["files"].items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        index = _read_index(folder / INDEX)
+        if index.save != save:
             raise ValueError(
-                f"cannot read {path} as an index of format {FORMAT}: {error!r}; use another checkpoint, "
-                "or the version of this program that wrote it"
-            ) from None
-        for file, size in sizes.items():
+                f"{folder / INDEX} is {_of(index.save)}, but the checkpoint {_of(save)}; {_REMEDY}"
+            )
+        self.parameters, self._blocks = index.parameters, index.blocks
+        self._header = _header_of(save) if save else None
+        for file, size in index.sizes.items():
             if (found := _size_of(folder / file)) != size:
                 raise ValueError(
                     f"{folder / file} has {found} bytes, but {INDEX} says {size}: it is truncated or of "
@@ -228,7 +254,7 @@ class FragmentReader:
             out.detach().copy_(target)
         return out
 
-    def read_full(self, name: str, kind: str = "fp32") -> Tensor:
+    def read_full(self, name: str, kind: str = MASTER) -> Tensor:
         """The whole parameter, fp32 in its global shape; errors as of :meth:`read`."""
         entry = self._entry(name, kind)
         whole = prod(entry.shape)
@@ -249,11 +275,12 @@ class FragmentReader:
     def _entry(self, name: str, kind: str) -> ParameterEntry:
         if name not in self.parameters:
             raise ValueError(f"{self.folder} has no parameter {name}; use a checkpoint of this model")
-        if kind not in self.kinds:
+        entry = self.parameters[name]
+        if kind not in entry.kinds:
             raise ValueError(
-                f"{self.folder} has no {kind} of {name}, only {', '.join(self.kinds)}; read one of these"
+                f"{self.folder} has no {kind} of {name}, only {', '.join(entry.kinds)}; read one of these"
             )
-        return self.parameters[name]
+        return entry
 
     def _read_resharded(self, name: str, kind: str, held: list[slice], start: int, target: Tensor) -> None:
         """Fill ``target`` from element ``start`` on of the flattened local shard made of the slices ``held``.
@@ -297,15 +324,78 @@ class FragmentReader:
             part, target = target[: stop - start], target[stop - start :]
             file, key = self._open(piece.file), f"{kind}/{name}"
             file.require(key, "F32", (piece.numel,))
-            file.read(key, start - piece.start, part)
+            if self._header is None:
+                file.read(key, start - piece.start, part)
+            else:
+                file.read_verified(key, start - piece.start, part, self._blocks[piece.file, key])
             start, i = stop, i + 1
 
     def _open(self, file: str) -> SafetensorsFile:
         stored = self._files.pop(file, None) or SafetensorsFile(self.folder / file)
+        if self._header is not None and stored.metadata != self._header:
+            stored.close()
+            raise ValueError(
+                f"{self.folder / file} is of another save than {INDEX} beside it: its header says "
+                f"{dict(stored.metadata)}, not {self._header}; {_REMEDY}"
+            )
         self._files[file] = stored
         if len(self._files) > OPEN_FILES:
             self._files.pop(next(iter(self._files))).close()
         return stored
+
+
+class _Index(NamedTuple):
+    """What ``index.json`` says."""
+
+    save: SaveIdentity | None
+    parameters: dict[str, ParameterEntry]
+    sizes: dict[str, int]
+    """Bytes of every file."""
+    blocks: dict[tuple[str, str], Blocks]
+    """Of every tensor, by file and name there."""
+
+
+def _read_index(path: Path) -> _Index:
+    index = read_json(path)
+    try:
+        bare = index["format"] == _BARE_FORMAT
+        if not bare and index["format"] != FORMAT:
+            raise ValueError(f"its format is {index['format']!r}")
+    except (ValueError, KeyError) as error:
+        raise _unreadable(path, error) from None
+    if not bare:
+        index = check_seal(path, index)
+    try:
+        if bare:  # one list of kinds for all
+            for parameter in index["parameters"].values():
+                parameter["kinds"] = index["kinds"]
+        return _Index(
+            None if bare else SaveIdentity(**index["save"]),
+            {name: _entry_from_json(p) for name, p in index["parameters"].items()},
+            {file: entry["bytes"] for file, entry in index["files"].items()},
+            {
+                (file, key): Blocks(index["block_bytes"], digests)
+                for file, entry in index["files"].items()
+                for key, digests in entry.get("digests", {}).items()
+            },
+        )
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _unreadable(path, error) from None
+
+
+def _unreadable(path: Path, error: Exception) -> ValueError:
+    return ValueError(
+        f"cannot read {path} as an index of format {FORMAT}: {error!r}; use another checkpoint, or the "
+        "version of this program that wrote it"
+    )
+
+
+def _header_of(save: SaveIdentity) -> dict[str, str]:
+    return {"format": f"megatron_iiet.fragments.{FORMAT}", **save.as_metadata()}
+
+
+def _of(save: SaveIdentity | None) -> str:
+    return "of a format without saves" if save is None else f"of {save}"
 
 
 def _shared(held: list[slice], stored: list[slice], inner: int) -> Iterator[tuple[int, int, int]]:
@@ -337,10 +427,10 @@ def _rectangles(start: int, numel: int, width: int, most: int) -> Iterator[tuple
 
 def _check_tensors(path: Path, fragment: Fragment) -> None:
     for kind, tensor in fragment.tensors.items():
-        if kind not in KINDS or tensor.shape != (fragment.numel,) or tensor.dtype != torch.float32:
+        if tensor.shape != (fragment.numel,) or tensor.dtype != torch.float32:
             raise ValueError(
                 f"cannot write {kind} of {fragment.name} to {path}: it is {tensor.dtype} of "
-                f"{list(tensor.shape)}; give {', '.join(KINDS)} as torch.float32 of [{fragment.numel}]"
+                f"{list(tensor.shape)}; give torch.float32 of [{fragment.numel}]"
             )
 
 
@@ -365,11 +455,11 @@ def _check_coverage(folder: Path, name: str, entry: ParameterEntry) -> None:
 def _entry_from_json(data: Mapping[str, Any]) -> ParameterEntry:
     shard = data["shard"] and Shard(data["shard"]["dim"], tuple(data["shard"]["blocks"]))
     pieces = tuple(Piece(*piece) for piece in data["pieces"])
-    return ParameterEntry(tuple(data["shape"]), shard, data["tensor_size"], pieces)
+    return ParameterEntry(tuple(data["shape"]), shard, data["tensor_size"], tuple(data["kinds"]), pieces)
 
 
 def _size_of(path: Path) -> int:
     try:
         return path.stat().st_size
     except FileNotFoundError:
-        raise ValueError(f"{path} is missing; copy the whole checkpoint again, or use another one") from None
+        raise ValueError(f"{path} is missing; {_REMEDY}") from None

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from megatron_iiet.durable import replacing
+from megatron_iiet.storage.integrity import BlockDigests, Blocks
 
 CHUNK_BYTES = 16 << 20
 """About as much fp32 as is made or converted at a time."""
@@ -66,10 +67,15 @@ class TensorToWrite:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def write_safetensors(path: Path, tensors: Mapping[str, TensorToWrite], metadata: Mapping[str, str]) -> None:
+def write_safetensors(
+    path: Path, tensors: Mapping[str, TensorToWrite], metadata: Mapping[str, str]
+) -> dict[str, str]:
     """Write tensors to ``path``, whole and on disk or not at all.
 
     One part of one tensor at a time is made, moved to CPU memory and written.
+
+    Returns:
+        the digests of every tensor's blocks, see :class:`Blocks`.
 
     Raises:
         ValueError: a tensor has not the shape announced for it, or a value has no place in the type that it
@@ -83,19 +89,24 @@ def write_safetensors(path: Path, tensors: Mapping[str, TensorToWrite], metadata
         header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
+    digests = {}
     with replacing(path) as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name, tensor in tensors.items():
-            written = 0
+            written, blocks = 0, BlockDigests()
             for part in tensor.parts():
                 found = (written + len(part), *part.shape[1:]) if part.ndim else ()
                 fits = len(found) == len(tensor.shape) and found[1:] == tensor.shape[1:]
                 if not fits or found[:1] > tensor.shape[:1]:
                     raise _misshapen(path, name, found, tensor)
-                file.write(_memory(_cast(part, tensor.dtype, name)))
+                memory = _memory(_cast(part, tensor.dtype, name))
+                file.write(memory)
+                blocks.update(memory)
                 written += len(part) if part.ndim else 1
             if written != prod(tensor.shape[:1]):
                 raise _misshapen(path, name, (written, *tensor.shape[1:]), tensor)
+            digests[name] = blocks.finish()
+    return digests
 
 
 class StoredTensor(NamedTuple):
@@ -116,6 +127,8 @@ class SafetensorsFile:
 
     tensors: Mapping[str, StoredTensor]
     """By name."""
+    metadata: Mapping[str, str]
+    """What its writer said of it."""
 
     def __init__(self, path: Path, remedy: str = "copy it again, or use another checkpoint") -> None:
         """``remedy``: what to do about a damaged file."""
@@ -126,7 +139,7 @@ class SafetensorsFile:
         try:
             length = int.from_bytes(self._file.read(8), "little")
             header = json.loads(self._file.read(min(length, path.stat().st_size)))
-            header.pop("__metadata__", None)
+            self.metadata = dict(header.pop("__metadata__", None) or {})
             self.tensors = {name: _stored(entry, 8 + length) for name, entry in header.items()}
         except (ValueError, KeyError, IndexError, TypeError, AttributeError):
             self.close()
@@ -160,6 +173,28 @@ class SafetensorsFile:
             self._fill(_memory(raw), stored.offset + (start + first) * dtype.itemsize, name)
             if raw is not part:
                 part.copy_(raw)
+
+    def read_verified(self, name: str, start: int, out: Tensor, blocks: Blocks) -> None:
+        """As :meth:`read`, of one stored as fp32; the blocks touched are read to their ends and compared.
+
+        Raises:
+            ValueError: a block is not as it was written, or the file ends before.
+        """
+        stored, wanted = self.tensors[name], _memory(out.detach())
+        size, end = 4 * prod(stored.shape), 4 * start + len(wanted)
+        for number in range(4 * start // blocks.size, -(-end // blocks.size)):
+            first, last = number * blocks.size, min((number + 1) * blocks.size, size)
+            low, high = max(first, 4 * start), min(last, end)
+            part = wanted[low - 4 * start : high - 4 * start]
+            block = part if (low, high) == (first, last) else memoryview(bytearray(last - first))
+            self._fill(block, stored.offset + first, name)
+            if not blocks.holds(number, block):
+                raise self._damaged(
+                    f"bytes {stored.offset + first} to {stored.offset + last}, of {name}, are not what was "
+                    "written there"
+                )
+            if block is not part:
+                part[:] = block[low - first : high - first]
 
     def _fill(self, view: memoryview, offset: int, name: str) -> None:
         while view:

@@ -20,7 +20,7 @@ from megatron_iiet.installed import outside_bounds
 from megatron_iiet.ops import resolve_backend
 from megatron_iiet.parallel import ParallelContext
 from megatron_iiet.parallel.launch import launch_environment
-from megatron_iiet.storage.fragments import FragmentReader
+from megatron_iiet.storage import checkpoint
 from megatron_iiet.training import callbacks
 from megatron_iiet.training.corpora import Corpora, contents_of, describe_corpora, open_corpora
 from megatron_iiet.training.engine import Engine, build_engine
@@ -240,6 +240,6 @@ def describe_other_layout(found: Resumption, here: dict[str, int]) -> list[str]:
 
 def describe_left_out(found: Resumption, engine: Engine) -> list[str]:
     """What is told of weights in the checkpoint that have no place in the model as it was changed."""
-    with FragmentReader(found.folder) as reader:
+    with checkpoint.open_weights(found.folder) as reader:
         names = sorted(set(reader.parameters) - {name for name, _ in engine.whole.named_parameters()})
     return [f"  left out, without a place here: {len(names)} parameters, {names[0]} first"] if names else []

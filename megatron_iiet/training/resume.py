@@ -12,7 +12,6 @@ from typing import Any
 from megatron_iiet.config import (
     ConfigError,
     RunConfig,
-    config_from_file,
     config_to_dict,
     iterations_per_layer,
 )
@@ -115,9 +114,9 @@ def check_resumable(
         ConfigError: naming every difference that is refused.
     """
     state = checkpoint.read_state(folder)
-    before = config_from_file(folder / "config.yaml")
+    before = checkpoint.read_config(folder)
     found = differences(before, config, state.step)
-    notes = []
+    notes = [lacks] if (lacks := checkpoint.describe_lacks(folder)) else []
     if CONTENTS in state.data:
         found += content_differences(state.data[CONTENTS], contents, before, config)
     else:

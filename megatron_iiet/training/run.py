@@ -7,13 +7,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from megatron_iiet.config import RunConfig, iterations_per_layer
+from megatron_iiet.config import RunConfig, config_to_yaml, iterations_per_layer
 from megatron_iiet.config.iteration_plan import IterationPlan
 from megatron_iiet.config.solvers import Euler
 from megatron_iiet.data.loader.batches import TrainBatches
 from megatron_iiet.models.iterations import iterations_at
 from megatron_iiet.parallel import ParallelContext
 from megatron_iiet.storage import checkpoint
+from megatron_iiet.storage.integrity import SaveIdentity
 from megatron_iiet.training.engine import Engine
 from megatron_iiet.training.layout import layout_of
 from megatron_iiet.training.metrics import MetricWriter
@@ -109,11 +110,11 @@ class Run:
         folder = checkpoint.checkpoints_folder(output_dir)
         if self.context.is_main:
             checkpoint.invalidate(folder / tag)
-        self.context.barrier()
-        self.engine.save(folder / tag)
+        save = self._new_save()  # nobody has it before the main rank has come so far
+        self.engine.save(folder / tag, save)
         if self.context.is_main:
             copy_starts(output_dir, folder / tag)
-            checkpoint.write_metadata(folder / tag, self.config, self._state())
+            checkpoint.write_metadata(folder / tag, self.config, self._state(), save)
             warnings = checkpoint.commit(output_dir, self.step, self.config.checkpoint.keep)
             write_configurations(self.config, self.ds_config)
             for warning in warnings:
@@ -128,7 +129,8 @@ class Run:
             ValueError: it does not fit this run.
         """
         state = checkpoint.read_state(folder)
-        self.engine.load(folder, state.step)
+        with checkpoint.open_weights(folder) as reader:
+            self.engine.load(reader, state.step)
         self.batches.load_state_dict(state.data)
         self.step = state.step
         plan, guidance = checkpoint.read_plan(folder), self.config.guidance
@@ -157,6 +159,11 @@ class Run:
         used, full = sum(r + 1 for r in counts), sum(r + 1 for r in iterations_per_layer(self.config))
         source = "even until the first plan" if self.plan is None else f"planned after step {self.plan.step}"
         return f", {used} of {full} evaluations ({used / full:.0%}), {source}"
+
+    def _new_save(self) -> SaveIdentity:
+        """The main rank's draw, on every rank."""
+        drawn = SaveIdentity.draw(self.step, config_to_yaml(self.config))
+        return self.context.world.gather_objects(drawn)[0]
 
     def _state(self) -> checkpoint.TrainState:
         return checkpoint.TrainState(

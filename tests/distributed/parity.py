@@ -24,11 +24,14 @@ from megatron_iiet.models.iterations import iterations_at
 from megatron_iiet.parallel import ParallelContext
 from megatron_iiet.storage import portable
 from megatron_iiet.storage.fragments import FragmentReader
+from megatron_iiet.storage.integrity import SaveIdentity
 from megatron_iiet.training.engine import Engine, StepResult, build_engine
 from megatron_iiet.training.schedules import learning_rate
 from megatron_iiet.training.warm_start import open_teacher
 
 STEPS = 3
+SAVE = SaveIdentity("5a" * 8, STEPS, "")
+"""Of every checkpoint that an engine writes here without a run."""
 SOLVERS: dict[str, dict[str, Any]] = {
     "euler": {"kind": "euler"},
     "dlcl": {"kind": "dlcl", "coefficient_init": "average"},
@@ -330,7 +333,7 @@ def train_cases(
                 losses.append(result.loss)
                 norms.append(result.grad_norm)
                 if step in (0, STEPS - 1):
-                    engine.save(folder / str(case) / str(step))
+                    engine.save(folder / str(case) / str(step), SAVE)
             results.append((losses, norms))
     return results
 
@@ -365,8 +368,9 @@ def continue_case(
     Its loss and gradient norm, and the working weights before it."""
     with ParallelContext.start(case.config(paths).parallel) as world:
         config, engine, own = open_engine(case, paths, world, STEPS + 1)
-        engine.load(stored, STEPS)
-        engine.save(again)
+        with FragmentReader(stored, SAVE) as reader:
+            engine.load(reader, STEPS)
+        engine.save(again, SAVE)
         weights = dict(engine.gathered_parameters())
         for _ in range(STEPS * own.micro_steps):
             next(own)
@@ -380,7 +384,7 @@ def train_and_save(case: Case, paths: dict[str, str], folder: Path) -> tuple[flo
         config, engine, own = open_engine(case, paths, world, STEPS + 1)
         for step in range(STEPS):
             step_once(config, engine, own, step)
-        engine.save(folder)
+        engine.save(folder, SAVE)
         result = step_once(config, engine, own, STEPS)
         return result.loss, result.grad_norm
 
@@ -571,7 +575,7 @@ def differences(
     yield from compare("gradient norms", torch.tensor(norms), torch.tensor(expected.norms), for_norms)
     # The first moment after one step is (1 - beta1) times the clipped gradient: what the optimizer saw.
     factor = (1 - config.optimizer.beta1) * min(1.0, config.optimizer.gradient_clipping / expected.norms[0])
-    with FragmentReader(folder / "0") as first, FragmentReader(folder / str(STEPS - 1)) as last:
+    with FragmentReader(folder / "0", SAVE) as first, FragmentReader(folder / str(STEPS - 1), SAVE) as last:
         assert set(first.parameters) == set(expected.gradients)
         for name, gradient in expected.gradients.items():
             yield from compare(name, last.read_full(name), expected.weights[name], for_tensors)

@@ -13,6 +13,7 @@ import torch
 from megatron_iiet.storage.fragments import FragmentReader
 from tests.distributed.harness import run_ranks
 from tests.distributed.parity import (
+    SAVE,
     STEPS,
     Case,
     Reference,
@@ -176,6 +177,6 @@ def test_readings(cases: list[Case], paths: dict[str, str], tmp_path: Path) -> N
 def test_bf16(cases: list[Case], paths: dict[str, str], tmp_path: Path) -> None:
     """bf16 rounds at other places in other layouts; what it must not do is train something else."""
     check(cases, paths, tmp_path)
-    with FragmentReader(tmp_path / str(cases[0]) / str(STEPS - 1)) as reader:
+    with FragmentReader(tmp_path / str(cases[0]) / str(STEPS - 1), SAVE) as reader:
         coefficients = reader.read_full("layers.2.solver.coefficients")
     assert not torch.equal(coefficients, coefficients.bfloat16().float()), "coefficients learn in bf16 steps"

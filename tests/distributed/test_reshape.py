@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_iiet.storage.fragments import KINDS, FragmentReader
+from megatron_iiet.storage.fragments import FragmentReader
 from tests.distributed.harness import run_ranks
-from tests.distributed.parity import TOLERANCES, Case, continue_case, train_and_save
+from tests.distributed.parity import SAVE, TOLERANCES, Case, continue_case, train_and_save
 from tests.tiny import write_shard
 
 LAYOUTS = {
@@ -52,12 +52,13 @@ def paths(tmp_path: Path) -> dict[str, str]:
 
 def same_values(one: Path, other: Path) -> bool:
     """Whether masters and moments of all parameters are bit-equal."""
-    with FragmentReader(one) as a, FragmentReader(other) as b:
+    with FragmentReader(one, SAVE) as a, FragmentReader(other, SAVE) as b:
         assert set(a.parameters) == set(b.parameters)
+        assert {entry.kinds for entry in a.parameters.values()} == {("fp32", "exp_avg", "exp_avg_sq")}
         return all(
             torch.equal(a.read_full(name, kind), b.read_full(name, kind))
             for name in a.parameters
-            for kind in KINDS
+            for kind in a.parameters[name].kinds
         )
 
 

@@ -29,7 +29,7 @@ from megatron_iiet.training.resume import (
     check_unfinished,
     differences,
 )
-from tests.tiny import tiny_config
+from tests.tiny import save_of, tiny_config
 
 OTHER: dict[str, Any] = {
     "output_dir": "elsewhere",
@@ -259,7 +259,8 @@ def saved(tmp_path: Path) -> Path:
     folder.mkdir(parents=True)
     layout = {"tensor": 1, "pipeline": 1, "data": 1, "zero_stage": 1}
     state = checkpoint.TrainState(4, {"samples": 32, "windows": [9], CONTENTS: CONTENT}, layout)
-    checkpoint.write_metadata(folder, tiny_config({"prefix": "a"}, tmp_path), state)
+    config = tiny_config({"prefix": "a"}, tmp_path)
+    checkpoint.write_metadata(folder, config, state, save_of(config, state))
     return folder
 
 
@@ -334,7 +335,7 @@ def test_a_checkpoint_that_does_not_say_what_its_corpora_held(saved: Path, tmp_p
     state = checkpoint.read_state(saved)
     config = config_from_dict(config_to_dict(tiny_config({"prefix": "b"}, tmp_path)))
     del state.data[CONTENTS]
-    checkpoint.write_metadata(saved, config, state)
+    checkpoint.write_metadata(saved, config, state, save_of(config, state))
     assert check_resumable(saved, config, CONTENT).describe() == (
         f"resuming from {saved}\n"
         "  the checkpoint does not say what its corpora held; they are taken to be the same"

@@ -26,6 +26,7 @@ from megatron_iiet.models.iterations import even_iterations, iterations_at, mean
 from megatron_iiet.parallel import ParallelContext
 from megatron_iiet.storage import checkpoint
 from megatron_iiet.storage.checkpoint_model import export_run
+from megatron_iiet.storage.integrity import check_seal, read_json, write_sealed
 from megatron_iiet.training.callbacks.guidance import favouring, running_mean
 from megatron_iiet.training.metrics import read_log
 from megatron_iiet.training.pretrain import prepare, reconciled_ds_config
@@ -389,9 +390,9 @@ def test_inertia_keeps_a_plan_in_force(
     run = tmp_path / "run"
     train(data, run, training={"stop_after": 4})
     path = checkpoint.checkpoints_folder(run) / checkpoint.tag_of(4) / "state.json"
-    state = json.loads(path.read_text())
+    state = check_seal(path, read_json(path))
     state["plan"]["iterations"] = [2, 0, 0]
-    path.write_text(json.dumps(state))
+    write_sealed(path, state)
     accept = ("guidance.inertia",)
     log = train(data, run, accept=accept, guidance={"inertia": inertia}, training={"stop_after": 8})
     assert ([log[8][f"guidance/layer_{n}"] for n in range(3)] == [2, 0, 0]) is kept

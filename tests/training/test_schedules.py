@@ -15,7 +15,6 @@ from megatron_iiet.config.solvers import Euler, Iterating
 from megatron_iiet.models.iterations import iterations_at, mean_evaluations
 from megatron_iiet.storage import checkpoint
 from megatron_iiet.storage.checkpoint_model import export_run
-from megatron_iiet.storage.fragments import FragmentReader
 from megatron_iiet.training.metrics import read_log
 from megatron_iiet.training.schedules import learning_rate
 from tests.distributed.harness import run_ranks
@@ -139,7 +138,7 @@ def test_unused_coefficients_rest(stage: int, data: dict[str, str], tmp_path: Pa
     config = tiny_config(data, tmp_path / "run", solver=STAGES, optimizer=DECAY, training={"stop_after": 3})
     run_ranks(pretrain_rank, 1, as_data(config), ds_json(tmp_path, stage))
     folder = checkpoint.checkpoints_folder(tmp_path / "run") / "step_00000003"
-    with FragmentReader(folder) as reader:
+    with checkpoint.open_weights(folder) as reader:
         for n in range(3):
             name = f"layers.{n}.solver.coefficients"
             assert torch.equal(reader.read_full(name), torch.full((n + 1,), 1 / (n + 1)))

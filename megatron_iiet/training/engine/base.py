@@ -25,6 +25,7 @@ from megatron_iiet.models.pipeline import stage_plan
 from megatron_iiet.models.transformer import Transformer
 from megatron_iiet.parallel import ParallelContext
 from megatron_iiet.storage.fragments import FragmentReader, write_fragments, write_index
+from megatron_iiet.storage.integrity import SaveIdentity
 from megatron_iiet.training.engine.corrected import CorrectedEngine
 from megatron_iiet.training.engine.grid import model_parallel_unit
 from megatron_iiet.training.engine.optimizer_state import load_fragments, own_fragments, start_from
@@ -152,25 +153,24 @@ class Engine(ABC):
         parts = self.context.pipeline.gather_objects(own)
         return {name: norm for part in parts for name, norm in part.items()}
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, save: SaveIdentity) -> None:
         """Write this rank's part of a checkpoint; returns when every rank has, and the index is there."""
         folder.mkdir(parents=True, exist_ok=True)
         file = f"rank_{self.context.rank:05d}.safetensors"
         fragments = own_fragments(self._engine, self._names, self.context)
-        entries = write_fragments(folder / file, fragments) if fragments else []
-        parts = self.context.world.gather_objects((file, entries))
+        written = write_fragments(folder / file, fragments, save) if fragments else None
+        parts = self.context.world.gather_objects((file, written))
         if self.context.is_main:
-            write_index(folder, {file: entries for file, entries in parts if entries})
+            write_index(folder, {file: part for file, part in parts if part is not None}, save)
         self.context.barrier()
 
-    def load(self, folder: Path, optimizer_steps: int) -> None:
+    def load(self, reader: FragmentReader, optimizer_steps: int) -> None:
         """Restore weights and optimizer from a checkpoint of any layout.
 
         Raises:
             ValueError: files are missing, damaged, or of another model.
         """
-        with FragmentReader(folder) as reader:
-            load_fragments(self._engine, self._names, self.context, reader, optimizer_steps)
+        load_fragments(self._engine, self._names, self.context, reader, optimizer_steps)
         self._engine.global_steps = optimizer_steps
         self.context.barrier()
 

@@ -1,0 +1,145 @@
+"""How a checkpoint knows itself: which save each of its files belongs to, and a digest of everything in it.
+
+Digests are XXH3, of 64 bits for a block of a tensor and 128 for a document. They find what a disk, a copy or
+an editor has spoilt; whoever wants to forge one can.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import xxhash
+
+from megatron_iiet import durable
+
+BLOCK_BYTES = 1 << 20
+"""What one digest is of: so much of a tensor from its start on, the last block less. A read of an interval
+reads the blocks it touches to their ends."""
+_DIGITS = 16  # of a block's digest
+_DIGEST = "digest"
+
+
+@dataclass(frozen=True)
+class SaveIdentity:
+    """One save of one run; in every file of a checkpoint."""
+
+    save: str
+    """Drawn at random for each save."""
+    step: int
+    """Optimizer steps taken."""
+    config: str
+    """Digest of the checkpoint's ``config.yaml``."""
+
+    @classmethod
+    def draw(cls, step: int, config_yaml: str) -> SaveIdentity:
+        """The identity of a new save."""
+        return cls(secrets.token_hex(8), step, digest_of(config_yaml.encode()))
+
+    def as_metadata(self) -> dict[str, str]:
+        """For the header of a safetensors file, which holds texts."""
+        return {name: str(value) for name, value in asdict(self).items()}
+
+    def __str__(self) -> str:
+        return f"save {self.save} of step {self.step}"
+
+
+class Blocks(NamedTuple):
+    """The digests of a stored tensor's blocks."""
+
+    size: int
+    """Bytes in each but the last."""
+    digests: str
+    """One behind the other, in hexadecimal digits."""
+
+    def holds(self, number: int, data: memoryview) -> bool:
+        """Whether ``data`` is what was block ``number`` when it was written."""
+        return block_digest(data) == self.digests[_DIGITS * number : _DIGITS * (number + 1)]
+
+
+class BlockDigests:
+    """Digests of the blocks of a tensor that comes in parts of any size."""
+
+    def __init__(self) -> None:
+        self._hash = xxhash.xxh3_64()
+        self._filled = 0
+        self._found = ""
+
+    def update(self, part: memoryview) -> None:
+        """Add the next bytes."""
+        while part:
+            taken, part = part[: BLOCK_BYTES - self._filled], part[BLOCK_BYTES - self._filled :]
+            self._hash.update(taken)
+            self._filled += len(taken)
+            if self._filled == BLOCK_BYTES:
+                self._end_block()
+
+    def finish(self) -> str:
+        """Of all blocks, the last one perhaps shorter; see :attr:`Blocks.digests`."""
+        if self._filled:
+            self._end_block()
+        return self._found
+
+    def _end_block(self) -> None:
+        self._found += self._hash.hexdigest()
+        self._hash.reset()
+        self._filled = 0
+
+
+def block_digest(data: memoryview) -> str:
+    """Of one block."""
+    return xxhash.xxh3_64_hexdigest(data)
+
+
+def digest_of(document: bytes) -> str:
+    """Of a document."""
+    return xxhash.xxh3_128_hexdigest(document)
+
+
+def write_sealed(path: Path, content: Mapping[str, Any], indent: int | None = None) -> None:
+    """Replace a JSON file by one that holds ``content`` and its digest."""
+    sealed = {**content, _DIGEST: digest_of(_canonical(content))}
+    separators = (",", ":") if indent is None else None
+    durable.write_text(path, json.dumps(sealed, indent=indent, separators=separators) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        ValueError: it is missing, or holds no object.
+    """
+    try:
+        content = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing; copy the whole checkpoint again, or use another one") from None
+    except ValueError as error:
+        raise ValueError(
+            f"{path} is damaged ({error}); copy the whole checkpoint again, or use another one"
+        ) from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is damaged: it holds no object; use another checkpoint")
+    return content
+
+
+def check_seal(path: Path, content: dict[str, Any]) -> dict[str, Any]:
+    """What :func:`write_sealed` wrote, without its digest.
+
+    Raises:
+        ValueError: the digest is another one.
+    """
+    bare = {key: value for key, value in content.items() if key != _DIGEST}
+    if content.get(_DIGEST) != digest_of(_canonical(bare)):
+        raise ValueError(
+            f"{path} is damaged or was edited: its digest is not that of what it holds; copy it again, or "
+            "use another checkpoint"
+        )
+    return bare
+
+
+def _canonical(content: Mapping[str, Any]) -> bytes:
+    return json.dumps(content, separators=(",", ":")).encode()

@@ -1,0 +1,190 @@
+"""Whatever happens to a file of a checkpoint, nobody trains on from it or exports it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from megatron_iiet.storage import checkpoint
+from megatron_iiet.training.resume import check_resumable
+from tests.distributed.harness import run_ranks
+from tests.distributed.runs import as_data, ds_json, pretrain_rank
+from tests.tiny import make_data, tiny_config
+
+Damage = Callable[[Path, Path], object]
+"""Given a checkpoint and an older one of the same run."""
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Runs of two processes, checkpoints after 2 and 4 steps."""
+    folder = tmp_path_factory.mktemp("runs")
+    data = make_data(folder)
+    layouts = {"ZeRO-1": (1, {}), "pipeline": (0, {"pipeline": 2})}
+    for name, (stage, parallel) in layouts.items():
+        sections = {"training": {"stop_after": 4}, "checkpoint": {"interval": 2}, "parallel": parallel}
+        config = tiny_config(data, folder / name, **sections)
+        run_ranks(pretrain_rank, 2, as_data(config), ds_json(folder, stage))
+    return {name: checkpoint.checkpoints_folder(folder / name) for name in layouts}
+
+
+def read_all(folder: Path) -> int:
+    """Everything that a resumed run reads; how many tensors that is."""
+    config, state = checkpoint.read_config(folder), checkpoint.read_state(folder)
+    check_resumable(folder, config, state.data["contents"])
+    with checkpoint.open_weights(folder) as reader:
+        kinds = [(name, kind) for name, entry in reader.parameters.items() for kind in entry.kinds]
+        for name, kind in kinds:
+            reader.read_full(name, kind)
+    return len(kinds)
+
+
+def edit(path: Path, old: str, new: str) -> None:
+    text = path.read_text()
+    assert text.count(old) == 1, (path, old)
+    path.write_text(text.replace(old, new))
+
+
+def flip(path: Path, place: float) -> None:
+    """One bit, so far into what follows the header."""
+    content = bytearray(path.read_bytes())
+    start = 8 + int.from_bytes(content[:8], "little")
+    content[start + int(place * (len(content) - start - 1))] ^= 4
+    path.write_bytes(content)
+
+
+def zero(path: Path, where: int) -> None:
+    """A page, as file systems leave it after a crash."""
+    content = bytearray(path.read_bytes())
+    content[where : where + 4096] = bytes(len(content[where : where + 4096]))
+    path.write_bytes(content)
+
+
+def swap_offsets(path: Path) -> None:
+    """Of two tensors of one size in a header."""
+    content = path.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    a, b = "exp_avg/norm.weight", "exp_avg_sq/norm.weight"
+    assert header[a]["shape"] == header[b]["shape"]
+    header[a]["data_offsets"], header[b]["data_offsets"] = (
+        header[b]["data_offsets"],
+        header[a]["data_offsets"],
+    )
+    text = json.dumps(header, separators=(",", ":")).encode().ljust(length)
+    assert len(text) == length
+    path.write_bytes(content[:8] + text + content[8 + length :])
+
+
+def holding(folder: Path, name: str) -> Path:
+    """The file that has something of a parameter."""
+    index = json.loads((folder / "index.json").read_text())
+    return folder / str(index["parameters"][name]["pieces"][0][0])
+
+
+def swap_files(one: Path, other: Path) -> None:
+    between = one.with_suffix(".between")
+    one.rename(between)
+    other.rename(one)
+    between.rename(other)
+
+
+RANKS = ("rank_00000.safetensors", "rank_00001.safetensors")
+DAMAGES: dict[str, tuple[Damage, str]] = {
+    **{
+        f"a bit at {place} of {rank}": (
+            lambda new, old, rank=rank, place=place: flip(new / rank, place),
+            rf"{rank} is damaged: bytes \d+ to \d+, of .*, are not what was written there",
+        )
+        for rank in RANKS
+        for place in (0.0, 0.37, 1.0)
+    },
+    "a page of zeros": (lambda new, old: zero(new / RANKS[1], 8192), "are not what was written there"),
+    "a header of zeros": (lambda new, old: zero(new / RANKS[0], 0), "its header cannot be read"),
+    "swapped offsets": (
+        lambda new, old: swap_offsets(holding(new, "norm.weight")),
+        "of exp_avg(_sq)?/norm.weight, are not what was written there",
+    ),
+    "a rank's file of an older step": (
+        lambda new, old: shutil.copy(old / RANKS[1], new / RANKS[1]),
+        r"rank_00001\.safetensors (is of another save than index\.json beside it|has \d+ bytes)",
+    ),
+    "the index of an older step": (
+        lambda new, old: shutil.copy(old / "index.json", new / "index.json"),
+        "index.json is of save .* of step 2, but the checkpoint of save .* of step 4",
+    ),
+    "the state of an older step": (
+        lambda new, old: shutil.copy(old / "state.json", new / "state.json"),
+        "index.json is of save .* of step 4, but the checkpoint of save .* of step 2",
+    ),
+    "files that changed their names": (
+        lambda new, old: swap_files(*(new / rank for rank in RANKS)),
+        "damaged|has .* bytes",
+    ),
+    "another step": (
+        lambda new, old: edit(new / "state.json", '"step": 4', '"step": 3'),
+        r"state\.json is damaged or was edited: its digest is not that of what it holds",
+    ),
+    "another place in the data": (
+        lambda new, old: edit(new / "state.json", '"samples": 32', '"samples": 24'),
+        r"state\.json is damaged or was edited",
+    ),
+    "a state without its digest": (
+        lambda new, old: edit(new / "state.json", '"digest"', '"digits"'),
+        r"state\.json is damaged or was edited",
+    ),
+    "half a state": (
+        lambda new, old: (new / "state.json").write_bytes((new / "state.json").read_bytes()[:99]),
+        r"state\.json is damaged \(",
+    ),
+    "a state of before there were saves": (
+        lambda new, old: edit(new / "state.json", '"format": 5', '"format": 4'),
+        "state.json is damaged",
+    ),
+    "an edited index": (
+        lambda new, old: edit(
+            new / "index.json", '"norm.weight":{"shape":[32]', '"norm.weight":{"shape":[31]'
+        ),
+        r"index\.json is damaged or was edited",
+    ),
+    "an edited configuration": (
+        lambda new, old: edit(new / "config.yaml", "rotary_base: 10000.0", "rotary_base: 20000.0"),
+        r"config\.yaml was edited or damaged: its digest is not the one in state\.json beside it",
+    ),
+    "the configuration of another run": (
+        lambda new, old: (new / "config.yaml").write_text("model: {}\n"),
+        r"config\.yaml was edited or damaged",
+    ),
+    "no configuration": (lambda new, old: (new / "config.yaml").unlink(), "has no config.yaml, so it is not"),
+    "no index": (lambda new, old: (new / "index.json").unlink(), r"index\.json is missing; copy the whole"),
+    "no file of a rank": (lambda new, old: (new / RANKS[1]).unlink(), r"rank_00001\.safetensors is missing"),
+    "no state": (lambda new, old: (new / "state.json").unlink(), r"state\.json is missing"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["ZeRO-1", "pipeline"])
+def test_every_damage_is_named(layout: str, runs: dict[str, Path], tmp_path: Path) -> None:
+    old, new = (runs[layout] / f"step_0000000{step}" for step in (2, 4))
+    assert read_all(new) == read_all(old) >= 3 * 20
+    for number, (what, (damage, message)) in enumerate(DAMAGES.items()):
+        copy = tmp_path / f"{number}" / new.name
+        shutil.copytree(new, copy)
+        damage(copy, old)
+        with pytest.raises(ValueError, match=message) as caught:
+            pytest.fail(f"{what}: {read_all(copy)} tensors were read")
+        assert str(copy) in str(caught.value), what
+
+
+@pytest.mark.slow
+def test_a_save_is_another_one_each_time(runs: dict[str, Path]) -> None:
+    saves = {
+        json.loads((folder / step / "index.json").read_text())["save"]["save"]
+        for folder in runs.values()
+        for step in ("step_00000002", "step_00000004")
+    }
+    assert len(saves) == 4
