@@ -248,6 +248,8 @@ def _fill_own_defaults(ds: dict[str, Any], config: RunConfig) -> None:
             ds.setdefault("communication_data_type", "fp32")
     if config.parallel.pipeline > 1:
         ds["pipeline"] = _PIPELINE | ds.get("pipeline", {})
+    if "optimizer" not in ds:  # ours, of whatever kind, which DeepSpeed's authors may not have tested
+        ds.setdefault("zero_allow_untested_optimizer", True)
     if offloads_optimizer(ds) and "optimizer" not in ds:
         # torch's fused AdamW steps on CPUs too; DeepSpeed's would be compiled at first use.
         ds.setdefault("zero_force_ds_cpu_optimizer", False)

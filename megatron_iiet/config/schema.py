@@ -127,6 +127,8 @@ class DataConfig:
 class OptimizerConfig:
     """AdamW and its learning-rate schedule."""
 
+    kind: Literal["adamw"] = key("adamw", FUNCTION)
+    """Which optimizer."""
     lr: float = key(3.0e-4, COURSE, POSITIVE)
     """Peak learning rate."""
     min_lr_ratio: float = key(0.1, COURSE, FRACTION)

@@ -11,7 +11,7 @@ from torch import nn
 
 from megatron_iiet.models import Transformer
 from megatron_iiet.models.history import History
-from megatron_iiet.training.optimizer import parameter_groups
+from megatron_iiet.training.optimizers import prepare_optimizer
 from tests.models.conftest import Build, randomise_solvers
 
 PAPER = {"kind": "iiet", "predictor": "merged"}
@@ -182,7 +182,7 @@ def test_gate_is_a_weight_for_every_token(build: Build, tokens: torch.Tensor) ->
         for solver in gated.solvers.values():
             solver.gate_bias.fill_(30.0)
     torch.testing.assert_close(gated(tokens), build()(tokens), rtol=1e-5, atol=1e-6)
-    groups = parameter_groups(gated, gated.config.optimizer)
+    groups = prepare_optimizer(gated, gated.config.optimizer).groups
     gates = [p for n, p in gated.named_parameters() if ".solver." in n]
     assert len(gates) == 8
     for gate in gates:

@@ -8,7 +8,7 @@ import pytest
 
 from megatron_iiet.config import config_from_dict
 from megatron_iiet.models import Transformer
-from megatron_iiet.training.optimizer import build_optimizer
+from megatron_iiet.training.optimizers import prepare_optimizer
 
 MATRICES = ("embedding.weight", "head.weight", "qkv.weight", "output.weight", "gate_up.weight", "down.weight")
 
@@ -34,7 +34,9 @@ def test_matrices_decay_and_nothing_else(solver: dict[str, Any], tied: bool) -> 
         }
     )
     model = Transformer(config)
-    optimizer = build_optimizer(model, config.optimizer)
+    prepared = prepare_optimizer(model, config.optimizer)
+    assert set(prepared.moments) == set(model.parameters())
+    optimizer = prepared.build(prepared.groups)
     names = {parameter: name for name, parameter in model.named_parameters()}
     decay = {names[p]: group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     assert decay == {name: 0.25 if name.endswith(MATRICES) else 0.0 for name in names.values()}

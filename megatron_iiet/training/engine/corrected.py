@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Mapping
 from contextlib import redirect_stdout
 from typing import Any, Self
 
@@ -22,7 +23,7 @@ from megatron_iiet.training.engine.deepspeed_internals import (
     kind_of,
     lasting_gradients,
 )
-from megatron_iiet.training.optimizer import build_optimizer, parameter_groups
+from megatron_iiet.training.optimizers import prepare_optimizer
 
 
 class CorrectedEngine(DeepSpeedEngine):
@@ -39,6 +40,8 @@ class CorrectedEngine(DeepSpeedEngine):
     context: ParallelContext
     offloaded: bool
     """Whether the optimizer is in another memory than the model."""
+    moments: Mapping[nn.Parameter, tuple[str, ...]]
+    """What the optimizer keeps of each parameter."""
 
     @classmethod
     def start(
@@ -50,20 +53,21 @@ class CorrectedEngine(DeepSpeedEngine):
         context: ParallelContext,
         mpu: Any,
     ) -> Self:
-        """Wrap ``module``, of which the part ``trained`` is; with our AdamW unless the DeepSpeed JSON has an
-        optimizer of its own. ``mpu`` is the grid in DeepSpeed's words.
+        """Wrap ``module``, of which the part ``trained`` is; with our optimizer unless the DeepSpeed JSON has
+        one of its own. ``mpu`` is the grid in DeepSpeed's words.
 
         Raises:
             ConfigError: this DeepSpeed lacks something that we rely on.
         """
         check_classes()
-        own_optimizer = "optimizer" not in ds_config
+        prepared = prepare_optimizer(trained, config.optimizer)
+        ours = "optimizer" not in ds_config
         with redirect_stdout(io.StringIO()):  # it prints a memory report a parameter group
             engine = cls(
                 args=None,
                 model=module,
-                optimizer=build_optimizer(trained, config.optimizer) if own_optimizer else None,
-                model_parameters=None if own_optimizer else parameter_groups(trained, config.optimizer),
+                optimizer=prepared.build(prepared.groups) if ours else None,
+                model_parameters=None if ours else prepared.groups,
                 mpu=mpu,
                 config=ds_config,
                 config_class=DeepSpeedConfig(ds_config, mpu),
@@ -72,6 +76,7 @@ class CorrectedEngine(DeepSpeedEngine):
         check_engine(engine, trained)
         engine.context = context
         engine.offloaded = offloads_optimizer(ds_config)
+        engine.moments = prepared.moments
         return engine
 
     def forget_gradients(self) -> None:

@@ -1,4 +1,4 @@
-"""Where DeepSpeed keeps the fp32 masters and AdamW moments of a parameter, for every ZeRO stage.
+"""Where DeepSpeed keeps the fp32 master and the optimizer's moments of a parameter, for every ZeRO stage.
 
 Every stage cuts its flat buffers differently; what they have in common is that a rank holds, of a parameter's
 flattened values, one interval. That interval is the unit of a checkpoint.
@@ -15,18 +15,15 @@ from torch import Tensor
 
 from megatron_iiet.parallel import ParallelContext
 from megatron_iiet.parallel.tensor import shard_of
-from megatron_iiet.storage.fragments import Fragment, FragmentReader
-from megatron_iiet.training.engine.corrected import is_owner
+from megatron_iiet.storage.fragments import MASTER, Fragment, FragmentReader
+from megatron_iiet.training.engine.corrected import CorrectedEngine, is_owner
 from megatron_iiet.training.engine.deepspeed_internals import (
     PLAIN,
     ZERO_3,
-    DeepSpeedEngine,
     kind_of,
     masters,
 )
 from megatron_iiet.training.warm_start import WarmStart
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)
@@ -44,21 +41,20 @@ class _MasterPart:
     """Where the interval starts in ``flat``."""
     numel: int
 
-    def tensors(self, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-        """fp32 master and moments of the interval, as views."""
-        state = optimizer.state[self.flat]
-        whole = {"fp32": self.flat, **{kind: state[kind] for kind in MOMENTS}}
+    def tensors(self, engine: CorrectedEngine) -> dict[str, Tensor]:
+        """fp32 master and moments of the interval, as views; the optimizer is prepared."""
+        state = engine.basic_optimizer.state[self.flat]
+        held = {MASTER: self.flat, **{kind: state[kind] for kind in engine.moments[self.parameter]}}
         return {
-            kind: tensor.detach().view(-1).narrow(0, self.offset, self.numel)
-            for kind, tensor in whole.items()
+            kind: tensor.detach().view(-1).narrow(0, self.offset, self.numel) for kind, tensor in held.items()
         }
 
 
 def own_fragments(
-    engine: DeepSpeedEngine, names: Mapping[Any, str], context: ParallelContext
+    engine: CorrectedEngine, names: Mapping[Any, str], context: ParallelContext
 ) -> list[Fragment]:
     """The fragments that this rank writes; of what several ranks hold, one writes."""
-    optimizer = _prepared(engine)
+    parts = _prepared_parts(engine, names)
     replicated = kind_of(engine) is PLAIN and context.data.rank > 0
     return [
         Fragment(
@@ -69,16 +65,16 @@ def own_fragments(
             tensor_rank=context.tensor.rank if shard_of(part.parameter) else 0,
             start=part.start,
             numel=part.numel,
-            tensors=part.tensors(optimizer),
+            tensors=part.tensors(engine),
         )
-        for part in _master_parts(engine, names)
+        for part in parts
         if not replicated and is_owner(part.parameter, context.tensor)
     ]
 
 
 @torch.no_grad()
 def load_fragments(
-    engine: DeepSpeedEngine,
+    engine: CorrectedEngine,
     names: Mapping[Any, str],
     context: ParallelContext,
     reader: FragmentReader,
@@ -86,12 +82,11 @@ def load_fragments(
 ) -> None:
     """Fill masters and moments from a checkpoint of any layout, then the working copies from the masters.
 
-    ``steps``: optimizer steps done, for AdamW's bias correction.
+    ``steps``: optimizer steps done, for the bias correction of moments.
     """
-    optimizer = _prepared(engine)
-    for part in _master_parts(engine, names):
+    for part in _prepared_parts(engine, names):
         shard = shard_of(part.parameter)
-        for kind, tensor in part.tensors(optimizer).items():
+        for kind, tensor in part.tensors(engine).items():
             reader.read(
                 names[part.parameter],
                 kind,
@@ -103,13 +98,13 @@ def load_fragments(
                 shape=_global_shape(part),
                 out=tensor,
             )
-    _set_steps(optimizer, steps)
+    _set_steps(engine.basic_optimizer, steps)
     _refresh_working_copies(engine)
 
 
 @torch.no_grad()
 def start_from(
-    engine: DeepSpeedEngine, names: Mapping[Any, str], context: ParallelContext, warm: WarmStart
+    engine: CorrectedEngine, names: Mapping[Any, str], context: ParallelContext, warm: WarmStart
 ) -> None:
     """Fill the masters of the parameters that are taken over, then the working copies from the masters."""
     for part in _master_parts(engine, names):
@@ -136,7 +131,7 @@ def _global_shape(part: _MasterPart) -> tuple[int, ...]:
     return tuple(shape)
 
 
-def _master_parts(engine: DeepSpeedEngine, names: Iterable[Any]) -> Iterable[_MasterPart]:
+def _master_parts(engine: CorrectedEngine, names: Iterable[Any]) -> Iterable[_MasterPart]:
     wrapper, kind, flats = engine.optimizer, kind_of(engine), masters(engine)
     for p in names:
         if not p.requires_grad:
@@ -160,15 +155,16 @@ def _master_parts(engine: DeepSpeedEngine, names: Iterable[Any]) -> Iterable[_Ma
             )
 
 
-def _prepared(engine: DeepSpeedEngine) -> torch.optim.Optimizer:
-    """The optimizer inside DeepSpeed's, with moments: optimizers make them in their first step only."""
-    optimizer = engine.basic_optimizer
-    for flat in masters(engine):
-        state = optimizer.state[flat]
-        if "exp_avg" not in state:
-            state["step"] = _first_step(optimizer, flat)
-            state.update({kind: torch.zeros_like(flat.detach()) for kind in MOMENTS})
-    return optimizer
+def _prepared_parts(engine: CorrectedEngine, names: Iterable[Any]) -> list[_MasterPart]:
+    """The parts of all parameters, with moments: optimizers make them in their first step only."""
+    optimizer, parts = engine.basic_optimizer, list(_master_parts(engine, names))
+    for part in parts:
+        state = optimizer.state[part.flat]
+        state.setdefault("step", _first_step(optimizer, part.flat))
+        for kind in engine.moments[part.parameter]:
+            if kind not in state:
+                state[kind] = torch.zeros_like(part.flat.detach())
+    return parts
 
 
 def _first_step(optimizer: torch.optim.Optimizer, flat: Tensor) -> Tensor | int:
@@ -187,7 +183,7 @@ def _set_steps(optimizer: torch.optim.Optimizer, steps: int) -> None:
             state["step"] = steps
 
 
-def _refresh_working_copies(engine: DeepSpeedEngine) -> None:
+def _refresh_working_copies(engine: CorrectedEngine) -> None:
     wrapper, kind = engine.optimizer, kind_of(engine)
     if kind is ZERO_3:
         wrapper._partition_all_parameters()
