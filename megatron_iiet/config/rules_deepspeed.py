@@ -21,9 +21,9 @@ def _number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def _one_of(*choices: Any, words: str | None = None) -> Value:
-    words = join_or([str(choice) for choice in choices]) if words is None else words
-    return Value(words, lambda value: type(value) is not bool and value in choices)
+def _one_of(*choices: Any, description: str | None = None) -> Value:
+    description = join_or([str(choice) for choice in choices]) if description is None else description
+    return Value(description, lambda value: type(value) is not bool and value in choices)
 
 
 _FP32 = ("fp32", "float32", "float", "torch.float32")
@@ -45,10 +45,10 @@ TENSOR_AND_PIPELINE = With(
 )
 
 
-def _precision(bf16: bool, words: str = "", holds: Callable[[Any], bool] = lambda setup: True) -> With:
+def _precision(bf16: bool, description: str = "", holds: Callable[[Any], bool] = lambda setup: True) -> With:
     name = "bf16" if bf16 else "fp32"
     return With(
-        f"`training.precision: {name}`{words}",
+        f"`training.precision: {name}`{description}",
         lambda setup: setup.bf16 is bf16 and holds(setup),
         lambda setup: f"training.precision = '{name}'",
     )
@@ -133,7 +133,7 @@ _PRECISION = (
     ),
     refuse(
         "data_types.grad_accum_dtype",
-        _one_of(*_FP32, words="fp32"),
+        _one_of(*_FP32, description="fp32"),
         _BF16_PIPELINE_WITHOUT_ZERO,
         why="DeepSpeed accumulates in bf16 there",
         instead="set zero_optimization.stage to 1",
@@ -146,7 +146,7 @@ _PRECISION = (
     ),
     refuse(
         "data_types.grad_accum_dtype",
-        _one_of(*_BF16, words="bf16"),
+        _one_of(*_BF16, description="bf16"),
         _precision(False),
         why="gradients are fp32 then",
         instead="remove it",
