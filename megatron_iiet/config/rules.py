@@ -95,7 +95,12 @@ ALWAYS = With("", lambda setup: True, lambda setup: "")
 
 
 def refuse(
-    keys: str | tuple[str, ...], value: Value, together: With = ALWAYS, *, why: str, instead: str
+    keys: str | tuple[str, ...],
+    value: Value,
+    together: With = ALWAYS,
+    *,
+    why: str,
+    instead: str = "remove it",
 ) -> Rule:
     """The rule against a value of one DeepSpeed setting, or of any of several."""
     names = (keys,) if isinstance(keys, str) else keys
