@@ -217,8 +217,8 @@ def main(arguments: list[str] | None = None) -> int:
     broken = [check["subject"] for checks in report.values() for check in checks if check["mark"] == "!!"]
     auto = "ops.backend {subject} is {finding}".format(**report["merge_norm"][-1]).partition(" (")[0]
     verdict = f"Not ready; see to {', '.join(broken)}." if broken else f"Ready to train; {auto}."
-    whole = {"ok": not broken, "verdict": verdict, "groups": report}
-    print(json.dumps(whole, indent=2) if as_json else verdict)
+    result = {"ok": not broken, "verdict": verdict, "groups": report}
+    print(json.dumps(result, indent=2) if as_json else verdict)
     return 1 if broken else 0
 
 

@@ -108,7 +108,7 @@ class Weights(Protocol):
 class Source:
     """A model to convert."""
 
-    words: str
+    description: str
     config: RunConfig
     state: Mapping[str, Tensor]
     weights: Weights
@@ -155,7 +155,9 @@ def convert(arguments: argparse.Namespace) -> str:
     target = arguments.to or arguments.to_hf
     check_new(target)
     source = open_source(arguments)
-    parameters = f"{Transformer.on_meta(source.config).num_parameters():,} parameters from {source.words}"
+    parameters = (
+        f"{Transformer.on_meta(source.config).num_parameters():,} parameters from {source.description}"
+    )
     solver = f"solver {source.config.solver.kind}"
     if arguments.to:
         save(source.config, source.state, target, extra_files=source.tokenizer_files)
@@ -187,8 +189,8 @@ def to_hf(source: Source, arguments: argparse.Namespace, solver: str) -> str:
     kind = "a plain LLaMA" if arguments.as_llama else solver
     count = len(written.weight_files)
     files = "1 file" if count == 1 else f"{count} files"
-    words = ", ".join([kind, f"{dtype} in {files}", *written.files])
-    return "".join([words, *(f"\nnote: {note}" for note in written.notes)])
+    description = ", ".join([kind, f"{dtype} in {files}", *written.files])
+    return "".join([description, *(f"\nnote: {note}" for note in written.notes)])
 
 
 def main() -> None:

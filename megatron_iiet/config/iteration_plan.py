@@ -166,7 +166,7 @@ def _triples(values: Influence | None) -> list[list[float]] | None:
     return None if values is None else [[*key, value] for key, value in values.items()]
 
 
-def _whole(value: Any) -> int:
+def _integer(value: Any) -> int:
     if not isinstance(value, int) or isinstance(value, bool):
         raise ValueError(f"{value!r} stands where a whole number must be")
     return value
@@ -194,7 +194,7 @@ def _values(value: Any, key: str) -> dict[tuple[int, int], float]:
     rows = [_list(row) for row in _list(value)]
     if any(len(row) != 3 for row in rows):
         raise ValueError(f"{key} must list [layer, iterate, value] triples")
-    return {(_whole(layer), _whole(iterate)): _number(number) for layer, iterate, number in rows}
+    return {(_integer(layer), _integer(iterate)): _number(number) for layer, iterate, number in rows}
 
 
 def _ranking(value: Any) -> Ranking:
@@ -206,14 +206,14 @@ def _ranking(value: Any) -> Ranking:
 def _facts(value: Any) -> dict[str, str | int]:
     if not isinstance(value, dict):
         raise ValueError(f"{value!r} stands where a mapping must be")
-    return {key: _whole(fact) if not isinstance(fact, str) else fact for key, fact in value.items()}
+    return {key: _integer(fact) if not isinstance(fact, str) else fact for key, fact in value.items()}
 
 
 _READERS: dict[str, Callable[[Any], Any]] = {
-    "iterations": lambda value: tuple(map(_whole, _list(value))),
-    "full": _whole,
+    "iterations": lambda value: tuple(map(_integer, _list(value))),
+    "full": _integer,
     "method": _text,
-    "step": _whole,
+    "step": _integer,
     "budget": _number,
     "influence": lambda value: _values(value, "influence"),
     "threshold": _number,

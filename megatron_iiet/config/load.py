@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -101,7 +102,8 @@ def load_config_or_exit(
 
 
 def config_from_file(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Load a YAML file; ``overrides`` are words of a command line, e.g. ``["--training.steps", "20"]``.
+    """Load a YAML file; ``overrides`` are words of a command line, e.g. ``["--training.steps", "20"]``. What
+    has no effect is a warning.
 
     Raises:
         ConfigError: as :func:`load_config`.
@@ -109,9 +111,7 @@ def config_from_file(path: str | Path, overrides: Sequence[str] = ()) -> RunConf
     files, settings = _read_arguments(overrides)
     if files:
         raise ConfigError("overrides of a configuration file may only set keys of it")
-    config, _ = build_config(_settings_of_file(path) + settings)
-    validate(config)
-    return config
+    return _built(_settings_of_file(path) + settings, str(path))
 
 
 def config_from_dict(data: Mapping[str, Any], source: str = "the given dictionary") -> RunConfig:
@@ -120,8 +120,15 @@ def config_from_dict(data: Mapping[str, Any], source: str = "the given dictionar
     Raises:
         ConfigError: as :func:`load_config`; ``source`` is named in the message.
     """
-    config, _ = build_config(_flatten(data, source, {}))
+    return _built(_flatten(data, source, {}), source)
+
+
+def _built(settings: Sequence[Setting], source: str) -> RunConfig:
+    """The configuration; there is no start of a run to tell its notes, so they are warnings."""
+    config, notes = build_config(settings)
     validate(config)
+    for note in notes if is_first_rank() else ():
+        warnings.warn(f"{source}: {note}", stacklevel=3)
     return config
 
 

@@ -75,7 +75,7 @@ class Rule:
 class Value:
     """Values of a setting that a rule refuses."""
 
-    words: str
+    description: str
     """Markdown behind the setting's name: ": true", "> 0"."""
     matches: Callable[[Any], bool]
 
@@ -84,7 +84,7 @@ class Value:
 class With:
     """Under which other circumstances a rule refuses a value."""
 
-    words: str
+    description: str
     """Markdown."""
     holds: Callable[[Setup], bool]
     shown: Callable[[Setup], str]
@@ -95,7 +95,12 @@ ALWAYS = With("", lambda setup: True, lambda setup: "")
 
 
 def refuse(
-    keys: str | tuple[str, ...], value: Value, together: With = ALWAYS, *, why: str, instead: str
+    keys: str | tuple[str, ...],
+    value: Value,
+    together: With = ALWAYS,
+    *,
+    why: str,
+    instead: str = "remove it",
 ) -> Rule:
     """The rule against a value of one DeepSpeed setting, or of any of several."""
     names = (keys,) if isinstance(keys, str) else keys
@@ -108,13 +113,13 @@ def refuse(
         assert key is not None
         written = _written(setup, key)
         shown = "set" if isinstance(written, (dict, list)) else json.dumps(written)
-        circumstances = f" with {together.shown(setup)}" if together.words else ""
+        circumstances = f" with {together.shown(setup)}" if together.description else ""
         return f"{key} is {shown} in {setup.source}{circumstances}, but {why}; {instead}"
 
     return Rule(
         ", ".join(f"`{name}`" for name in names)
-        + (f" {value.words}" if value.words else "")
-        + (f" with {together.words}" if together.words else ""),
+        + (f" {value.description}" if value.description else "")
+        + (f" with {together.description}" if together.description else ""),
         why,
         instead,
         lambda setup: together.holds(setup) and culprit(setup) is not None,

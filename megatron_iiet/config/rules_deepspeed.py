@@ -21,9 +21,9 @@ def _number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def _one_of(*choices: Any, words: str | None = None) -> Value:
-    words = join_or([str(choice) for choice in choices]) if words is None else words
-    return Value(words, lambda value: type(value) is not bool and value in choices)
+def _one_of(*choices: Any, description: str | None = None) -> Value:
+    description = join_or([str(choice) for choice in choices]) if description is None else description
+    return Value(description, lambda value: type(value) is not bool and value in choices)
 
 
 _FP32 = ("fp32", "float32", "float", "torch.float32")
@@ -45,10 +45,10 @@ TENSOR_AND_PIPELINE = With(
 )
 
 
-def _precision(bf16: bool, words: str = "", holds: Callable[[Any], bool] = lambda setup: True) -> With:
+def _precision(bf16: bool, description: str = "", holds: Callable[[Any], bool] = lambda setup: True) -> With:
     name = "bf16" if bf16 else "fp32"
     return With(
-        f"`training.precision: {name}`{words}",
+        f"`training.precision: {name}`{description}",
         lambda setup: setup.bf16 is bf16 and holds(setup),
         lambda setup: f"training.precision = '{name}'",
     )
@@ -133,7 +133,7 @@ _PRECISION = (
     ),
     refuse(
         "data_types.grad_accum_dtype",
-        _one_of(*_FP32, words="fp32"),
+        _one_of(*_FP32, description="fp32"),
         _BF16_PIPELINE_WITHOUT_ZERO,
         why="DeepSpeed accumulates in bf16 there",
         instead="set zero_optimization.stage to 1",
@@ -142,27 +142,19 @@ _PRECISION = (
         "data_types.grad_accum_dtype",
         Value("other than fp32 and bf16", lambda value: value is not None and value not in _FP32 + _BF16),
         why="gradients are summed in fp32 or bf16",
-        instead="remove it",
     ),
     refuse(
         "data_types.grad_accum_dtype",
-        _one_of(*_BF16, words="bf16"),
+        _one_of(*_BF16, description="bf16"),
         _precision(False),
         why="gradients are fp32 then",
-        instead="remove it",
     ),
     refuse(
         ("bf16.bf16_master_weights_and_grads", "bf16.bf16_optimizer_states"),
         TRUE,
         why="master weights and moments are fp32 here",
-        instead="remove it",
     ),
-    refuse(
-        "torch_autocast.enabled",
-        TRUE,
-        why="it would change the arithmetic behind training.precision",
-        instead="remove it",
-    ),
+    refuse("torch_autocast.enabled", TRUE, why="it would change the arithmetic behind training.precision"),
     refuse(
         "communication_data_type",
         _one_of("fp16"),
@@ -211,16 +203,12 @@ _OFFLOAD = (
         instead="remove it, or add an optimizer section to get DeepSpeed's (compiled at first use)",
     ),
     refuse(
-        "zero_optimization.offload_optimizer.ratio",
-        BELOW_ONE,
-        why="it needs DeepSpeed's own CPU optimizer",
-        instead="remove it",
+        "zero_optimization.offload_optimizer.ratio", BELOW_ONE, why="it needs DeepSpeed's own CPU optimizer"
     ),
     refuse(
         ("zero_optimization.offload_optimizer.super_offload", "zero_optimization.zenflow"),
         Value("", lambda value: value not in (None, False)),
         why="checkpoints do not know its optimizer",
-        instead="remove it",
     ),
     refuse(
         ("zero_optimization.cpu_offload", "zero_optimization.cpu_offload_param"),
@@ -231,59 +219,25 @@ _OFFLOAD = (
 )
 
 _TRAINING = (
+    refuse("gradient_allreduce_op", _one_of("sum"), why="the gradient is the mean over data-parallel ranks"),
+    refuse("managed_gradient_accumulation", FALSE, why="the optimizer would step after every micro-batch"),
+    refuse("prescale_gradients", TRUE, why="ZeRO with reduce_scatter does not scale before it sums"),
     refuse(
-        "gradient_allreduce_op",
-        _one_of("sum"),
-        why="the gradient is the mean over data-parallel ranks",
-        instead="remove it",
+        "gradient_predivide_factor", NOT_ONE, why="ZeRO with reduce_scatter does not divide before it sums"
     ),
-    refuse(
-        "managed_gradient_accumulation",
-        FALSE,
-        why="the optimizer would step after every micro-batch",
-        instead="remove it",
-    ),
-    refuse(
-        "prescale_gradients",
-        TRUE,
-        why="ZeRO with reduce_scatter does not scale before it sums",
-        instead="remove it",
-    ),
-    refuse(
-        "gradient_predivide_factor",
-        NOT_ONE,
-        why="ZeRO with reduce_scatter does not divide before it sums",
-        instead="remove it",
-    ),
-    refuse(
-        "zero_optimization.compute_grad_norm",
-        FALSE,
-        why="the gradient norm is clipped and logged",
-        instead="remove it",
-    ),
+    refuse("zero_optimization.compute_grad_norm", FALSE, why="the gradient norm is clipped and logged"),
     refuse(
         ("activation_checkpointing.partition_activations", "activation_checkpointing.cpu_checkpointing"),
         TRUE,
         why="DeepSpeed's activation checkpointing is not used",
         instead="remove it and set training.recompute",
     ),
-    refuse(
-        "data_efficiency.enabled",
-        TRUE,
-        why="the order of the data is this trainer's",
-        instead="remove it",
-    ),
-    refuse(
-        "compile.deepcompile",
-        TRUE,
-        why="the engine is not compiled here",
-        instead="remove it",
-    ),
+    refuse("data_efficiency.enabled", TRUE, why="the order of the data is this trainer's"),
+    refuse("compile.deepcompile", TRUE, why="the engine is not compiled here"),
     refuse(
         ("elasticity", "amp", "sparse_gradients", "curriculum_learning", "progressive_layer_drop"),
         PRESENT,
         why="DeepSpeed 0.19 does not have it any more",
-        instead="remove it",
     ),
 )
 

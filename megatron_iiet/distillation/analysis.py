@@ -125,7 +125,7 @@ def run(options: Options, prepared: Prepared, context: ParallelContext) -> Resul
     model = ForwardModel(
         source, prepared.config, context, chosen_backend(context.device, tell=context.is_main)
     )
-    return _measure(options, model, batches, {"model": source.words, "data": text.words})
+    return _measure(options, model, batches, {"model": source.description, "data": text.description})
 
 
 def full_iterations(source: Source, path: str) -> int:
@@ -198,7 +198,7 @@ def _measure(
         ablation = ablate(model, batches, full, measured.loss, say)
     facts: dict[str, str | int] = {**what, "sequences": measured.sequences, "tokens": measured.tokens}
     facts["sequence_length"] = config.data.sequence_length
-    plan = request.plan(measured, ablation, model.whole, config.data.sequence_length, facts)
+    plan = request.plan(measured, ablation, model.meta_model, config.data.sequence_length, facts)
     if context.is_main:
         _report(options.output, measured, ablation, plan, config.training.precision, say)
     context.barrier()

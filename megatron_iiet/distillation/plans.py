@@ -87,13 +87,13 @@ class PlanRequest:
         self,
         measured: Measurement,
         ablation: Ablation | None,
-        whole: Transformer,
+        meta_model: Transformer,
         length: int,
         measured_on: dict[str, str | int],
     ) -> IterationPlan:
         """The plan that the rule makes of what was measured.
 
-        ``whole``: the whole model with full iterations, on the meta device; ``length``: of a sequence.
+        ``meta_model``: the whole model with full iterations, on the meta device; ``length``: of a sequence.
         """
         layers, full = len(measured.block_influence), max(i for _, i in measured.influence)
         ranked, threshold, share = measured.influence, None, None
@@ -107,7 +107,7 @@ class PlanRequest:
             share = (layers + self.budget) / (layers * (full + 1))
         elif self.flops_ratio is not None:
             share = self.flops_ratio
-            counts = within_flops(ranked, whole, length, share)
+            counts = within_flops(ranked, meta_model, length, share)
         else:
             assert self.threshold is not None
             threshold = auto_threshold(ranked) if self.threshold == "auto" else self.threshold
@@ -130,21 +130,21 @@ _ROUNDING = 1e-9
 
 
 def within_flops(
-    ranked: Mapping[tuple[int, int], float], whole: Transformer, length: int, ratio: float
+    ranked: Mapping[tuple[int, int], float], meta_model: Transformer, length: int, ratio: float
 ) -> list[int]:
     """The most iterations, the most influential first, whose layers take at most ``ratio`` of the FLOPs of
-    those of ``whole``, which has its iterations again afterwards."""
-    layers = len(whole.solvers)
-    full = [solver.iterations for solver in whole.solvers.values()]
-    most = ratio * (1 + _ROUNDING) * whole.layer_flops(length)
+    those of ``meta_model``, which has its iterations again afterwards."""
+    layers = len(meta_model.solvers)
+    full = [solver.iterations for solver in meta_model.solvers.values()]
+    most = ratio * (1 + _ROUNDING) * meta_model.layer_flops(length)
     best = [0] * layers
     for evaluations in range(layers, layers + sum(full) + 1):
         counts = most_influential(ranked, layers, evaluations)
-        whole.set_iterations(counts)
-        if whole.layer_flops(length) > most:
+        meta_model.set_iterations(counts)
+        if meta_model.layer_flops(length) > most:
             break
         best = counts
-    whole.set_iterations(full)
+    meta_model.set_iterations(full)
     return best
 
 

@@ -29,7 +29,7 @@ TEXT_SUFFIXES = (*SUFFIXES, *PLAIN_SUFFIXES)
 class TextSet:
     """Sequences to measure on."""
 
-    words: str
+    description: str
     """What they are."""
     sources: list[Samples]
     weights: list[float]

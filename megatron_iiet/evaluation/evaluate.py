@@ -62,7 +62,7 @@ def evaluate_model(options: Options) -> TaskResults:
                 print(line, file=out, flush=True)
 
         tasks = _load_in_turn(names, options.data_dir, context)
-        say(f"model: {prepared.words}: {prepared.system}, {options.model.precision}")
+        say(f"model: {prepared.description}: {prepared.system}, {options.model.precision}")
         scorer = prepared.load(context)
         started = time.perf_counter()
         results = run_tasks(HarnessModel(scorer, prepared.codec, say), tasks, limit=options.limit)
@@ -122,7 +122,7 @@ def _as_data(
     mean = mean_accuracy(results.metrics)
     return {
         "version": VERSION,
-        "model": prepared.words,
+        "model": prepared.description,
         "system": prepared.system,
         "precision": options.model.precision,
         "max_length": max_length,

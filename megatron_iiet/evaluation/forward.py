@@ -66,8 +66,8 @@ class ForwardModel:
         self.config = config
         self.context = context
         self.dtype = DTYPES[config.training.precision]
-        self.whole = Transformer.on_meta(config)
-        stages = stage_plan(config, self.whole).stages
+        self.meta_model = Transformer.on_meta(config)
+        stages = stage_plan(config, self.meta_model).stages
         with context.device:
             self.model = Transformer(
                 config,
@@ -80,13 +80,13 @@ class ForwardModel:
             if not getattr(parameter, "keep_fp32", False):
                 parameter.data = parameter.data.to(self.dtype)
         self._stage = PipelineStage(self.model, config.data.sequence_length)
-        self._stage.resize(self.whole)
+        self._stage.resize(self.meta_model)
 
     def set_iterations(self, iterations: list[int]) -> None:
         """Change the corrector iterations of all layers, see :meth:`Transformer.set_iterations`."""
-        for model in (self.model, self.whole):
+        for model in (self.model, self.meta_model):
             model.set_iterations(iterations)
-        self._stage.resize(self.whole)
+        self._stage.resize(self.meta_model)
 
     @torch.no_grad()
     def run(self, inputs: Inputs, *, with_loss: bool) -> Tensor | None:

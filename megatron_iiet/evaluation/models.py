@@ -58,7 +58,7 @@ class ModelOptions:
 class PreparedModel:
     """A model whose description is read and checked, not yet its weights."""
 
-    words: str
+    description: str
     """What and where it is."""
     system: str
     """Its solver, for a table."""
@@ -141,7 +141,7 @@ def _prepare_own(options: ModelOptions, source: Source, world_size: int) -> Prep
         codec = _own_codec(config.data.tokenizer, config.model.vocab_size, options)
     model = config.model
     return PreparedModel(
-        source.words,
+        source.description,
         source.config.solver.label,
         model.hidden_size,
         model.num_layers,

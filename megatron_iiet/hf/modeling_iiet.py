@@ -23,6 +23,7 @@ Shapes: B batch, T new tokens, D hidden size, H query heads, G key/value heads, 
 import copy
 import json
 import os
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
@@ -135,8 +136,8 @@ _KNOWN_KEYS = ("kind", "variant", *dict.fromkeys(key for keys in _SOLVER_KEYS.va
 
 def resolve_solver(solver: Mapping[str, Any] | None, num_layers: int) -> dict[str, Any]:
     """The ``solver`` object of a configuration, checked and complete: the keys of its kind and no others.
-    ``iterations`` becomes a list with a number for each layer. A key of another kind is left out if it says
-    nothing, because it has the value that it has unless somebody sets it.
+    ``iterations`` becomes a list with a number for each layer. A key of the kind's other variant that has its
+    default, as older versions wrote it, is left out with a warning.
 
     Raises:
         ValueError: an unknown key, or a key or value that no solver or not this kind has.
@@ -154,10 +155,11 @@ def resolve_solver(solver: Mapping[str, Any] | None, num_layers: int) -> dict[st
         _check_choice("variant", variant, _VARIANTS[kind])
         names["variant"], described, keys = variant, f"solver.variant {variant!r}", _SOLVER_KEYS[variant]
     for name in [name for name in given if name not in keys]:
-        if not _says_nothing(name, given.pop(name)):
-            raise ValueError(
-                f"solver.{name} is {cast(Any, solver)[name]!r}, which {described} does not have; remove it"
-            )
+        value = given.pop(name)
+        what = f"solver.{name} is {value!r}, which {described} does not have"
+        if all(_SOLVER_KEYS[variant].get(name) != value for variant in _VARIANTS.get(kind, ())):
+            raise ValueError(f"{what}; remove it")
+        warnings.warn(f"{what}; it is left out", stacklevel=2)
     resolved = {**names, **keys, **given}
     for name, value in resolved.items():
         if name in _CHOICES:
@@ -173,16 +175,6 @@ def _check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
     if value not in choices or isinstance(value, bool) != isinstance(choices[0], bool):
         shown = ", ".join(repr(choice) for choice in choices)
         raise ValueError(f"solver.{name} is {value!r}; supported are {shown}")
-
-
-def _says_nothing(name: str, value: Any) -> bool:
-    """Whether a key of another kind has a default, or no iterations."""
-    if name == "variant":
-        return value == "paper"
-    if name == "iterations":
-        value = 0 if isinstance(value, list | tuple) and not any(value) else value
-        return value in (0, _ITERATING["iterations"])
-    return any(keys.get(name) == value for keys in _SOLVER_KEYS.values())
 
 
 def _check_numbers(solver: Mapping[str, Any]) -> None:

@@ -31,13 +31,13 @@ class DistilledStage(nn.Module):
     """As :class:`PipelineStage`, in training mode with the teacher."""
 
     def __init__(
-        self, student: PipelineStage, teacher: Transformer, whole_teacher: Transformer, accumulation: int
+        self, student: PipelineStage, teacher: Transformer, meta_teacher: Transformer, accumulation: int
     ) -> None:
         """``accumulation``: micro-batches a step, over which the loss is averaged."""
         super().__init__()
         self.student = student
         self.teacher = PipelineStage(teacher, student.sequence_length)
-        self.teacher.resize(whole_teacher)
+        self.teacher.resize(meta_teacher)
         self.pair = Distilled(student.model, teacher)
         self.accumulation = accumulation
 

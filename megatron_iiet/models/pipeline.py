@@ -30,11 +30,11 @@ class PipelineStage(nn.Module):
         self.entries_received = self.entries_handed_on = range(0)
         """History entries that come from the stage before and go to the next; see :meth:`resize`."""
 
-    def resize(self, whole: Transformer) -> None:
-        """Receive and hand on what :func:`entries_crossing` says of ``whole``."""
+    def resize(self, full_model: Transformer) -> None:
+        """Receive and hand on what :func:`entries_crossing` says of ``full_model``."""
         layers = self.model.solvers
-        self.entries_received = entries_crossing(whole, min(layers))
-        self.entries_handed_on = entries_crossing(whole, max(layers) + 1)
+        self.entries_received = entries_crossing(full_model, min(layers))
+        self.entries_handed_on = entries_crossing(full_model, max(layers) + 1)
 
     def forward(self, x: Tensor, positions_BT: Tensor | None = None) -> Tensor:
         """``positions_BT``: of the micro-batch's tokens, see :meth:`Transformer.forward`."""
@@ -54,26 +54,26 @@ class PipelineStage(nn.Module):
         return torch.stack([y_BTD, *history.read(self.entries_handed_on)])
 
 
-def entries_crossing(whole: Transformer, layer: int) -> range:
+def entries_crossing(full_model: Transformer, layer: int) -> range:
     """History entries that a stage that starts at ``layer`` must be given: from the first that any layer from
-    there on merges to the newest there is. ``whole``: the whole model, with the iterations in force."""
-    solvers = whole.solvers.values()
+    there on merges to the newest there is. ``full_model``: all layers, with the iterations in force."""
+    solvers = full_model.solvers.values()
     merges_embedding = any(s.merges_embedding and s.merging for s in solvers)
-    kept = merges_embedding + sum(s.keeps_increment for n, s in whole.solvers.items() if n < layer)
-    reads = [s.history_reads for n, s in whole.solvers.items() if n >= layer and s.history_reads]
+    kept = merges_embedding + sum(s.keeps_increment for n, s in full_model.solvers.items() if n < layer)
+    reads = [s.history_reads for n, s in full_model.solvers.items() if n >= layer and s.history_reads]
     return range(min([kept, *(read.start for read in reads)]), kept)
 
 
-def stage_plan(config: RunConfig, whole: Transformer) -> StagePlan:
+def stage_plan(config: RunConfig, full_model: Transformer) -> StagePlan:
     """The cut of the layers of the whole model into pipeline stages, by FLOPs; the embedding has none.
 
     Raises:
         ValueError: more stages than layers.
     """
     length = config.data.sequence_length
-    layers = [cast(IntegratedLayer, layer) for layer in whole.layers.values()]
+    layers = [cast(IntegratedLayer, layer) for layer in full_model.layers.values()]
     costs = [
         layer.increment.forward_flops(length, count)
         for count, layer in zip(mean_evaluations(config), layers, strict=True)
     ]
-    return plan_stages(costs, 0.0, whole.head_flops(length), config.parallel.pipeline)
+    return plan_stages(costs, 0.0, full_model.head_flops(length), config.parallel.pipeline)

@@ -42,7 +42,7 @@ class Weights(Protocol):
 class Source:
     """A model to take weights from."""
 
-    words: str
+    description: str
     """What and where it is."""
     config: RunConfig
     weights: Weights

@@ -61,7 +61,7 @@ def payloads(config: RunConfig, engine: Engine) -> str:
     )
     said = []
     for number, stage in enumerate(stages[1:], start=1):
-        entries = len(entries_crossing(engine.whole, stage.start))
+        entries = len(entries_crossing(engine.meta_model, stage.start))
         buffers = max(2, min(len(stages) - number, engine.accumulation))
         mib = (1 + entries) * tensor / 2**20
         said.append(

@@ -93,7 +93,7 @@ def prepare(
     if (
         engine.zero_stage == 3
         and config.training.precision == "bf16"
-        and engine.whole.num_solver_parameters()
+        and engine.meta_model.num_solver_parameters()
     ):
         run.say("merge coefficients: bf16 working copy, fp32 master copy (ZeRO-3 keeps one type)")
     if warm is not None:
@@ -199,7 +199,7 @@ def validation_batches(
 
 def describe_start(run: Run) -> str:
     """The opening lines of a run."""
-    config, whole = run.config, run.engine.whole
+    config, model = run.config, run.engine.meta_model
     m, length = config.model, config.data.sequence_length
     batch = config.training.global_batch_size
     accumulation = gradient_accumulation_steps(config, run.context.data.size)
@@ -207,7 +207,7 @@ def describe_start(run: Run) -> str:
         (
             f"model: {m.num_layers} layers, d {m.hidden_size}, ffn {m.ffn_hidden_size}, "
             f"{m.num_attention_heads} heads, vocabulary {m.vocab_size}: "
-            f"{whole.num_parameters():,} parameters, {whole.num_solver_parameters():,} of them the solver's",
+            f"{model.num_parameters():,} parameters, {model.num_solver_parameters():,} of them the solver's",
             f"training: {config.training.steps} steps of {batch * length:,} tokens in {accumulation} "
             f"micro-batches of {config.training.micro_batch_size} x {length}, {config.training.precision}, "
             f"on {run.context.world_size} {run.context.device.type} process(es)",
@@ -217,23 +217,23 @@ def describe_start(run: Run) -> str:
 
 def describe_teacher(run: Run, teacher: WarmStart) -> str:
     """The line of a distillation's start."""
-    config, whole = run.config, run.engine.whole_teacher
-    assert whole is not None
+    config, model = run.config, run.engine.meta_teacher
+    assert model is not None
     length = config.data.sequence_length
-    share = whole.forward_flops(length) / run.engine.whole.forward_flops(length)
+    share = model.forward_flops(length) / run.engine.meta_model.forward_flops(length)
     weights = config.distillation
     return (
-        f"teacher: {teacher.source.words}, solver {whole.config.solver.kind}, a forward pass of {share:.2f} "
-        f"x the student's FLOPs; loss CE + {weights.alpha:g} MSE + {weights.beta:g} KL at temperature "
-        f"{weights.temperature:g}"
+        f"teacher: {teacher.source.description}, solver {model.config.solver.kind}, a forward pass of "
+        f"{share:.2f} x the student's FLOPs; loss CE + {weights.alpha:g} MSE + {weights.beta:g} KL at "
+        f"temperature {weights.temperature:g}"
     )
 
 
 def describe_other_layout(found: Resumption, here: dict[str, int]) -> list[str]:
     """What is told of a layout that differs from the checkpoint's beyond what the configuration says."""
     return [
-        f"  changed since then: {words}: {found.state.layout[key]} → {here[key]}"
-        for key, words in (("data", "data-parallel ranks"), ("zero_stage", "ZeRO stage"))
+        f"  changed since then: {name}: {found.state.layout[key]} → {here[key]}"
+        for key, name in (("data", "data-parallel ranks"), ("zero_stage", "ZeRO stage"))
         if here[key] != found.state.layout[key]
     ]
 
@@ -241,5 +241,5 @@ def describe_other_layout(found: Resumption, here: dict[str, int]) -> list[str]:
 def describe_left_out(found: Resumption, engine: Engine) -> list[str]:
     """What is told of weights in the checkpoint that have no place in the model as it was changed."""
     with checkpoint.open_weights(found.folder) as reader:
-        names = sorted(set(reader.parameters) - {name for name, _ in engine.whole.named_parameters()})
+        names = sorted(set(reader.parameters) - {name for name, _ in engine.meta_model.named_parameters()})
     return [f"  left out, without a place here: {len(names)} parameters, {names[0]} first"] if names else []

@@ -89,17 +89,17 @@ def git_state(folder: Path) -> tuple[str | None, bool | None]:
     if _git(folder, "ls-files", "--error-unmatch", ".") is None:
         return None, None
     commit, status = (
-        _git(folder, *words) for words in (("rev-parse", "HEAD"), ("status", "--porcelain", "-uno"))
+        _git(folder, *arguments) for arguments in (("rev-parse", "HEAD"), ("status", "--porcelain", "-uno"))
     )
     return (commit.strip() if commit else None), (None if status is None else bool(status.strip()))
 
 
-def _git(folder: Path, *words: str) -> str | None:
+def _git(folder: Path, *arguments: str) -> str | None:
     """What git says; None if it fails."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
     try:
         done = subprocess.run(
-            ["git", "-C", str(folder), *words],
+            ["git", "-C", str(folder), *arguments],
             capture_output=True,
             text=True,
             timeout=_GIT_SECONDS,

@@ -136,13 +136,13 @@ def check_resumable(
 
 def _refusal(folder: Path, config: RunConfig, refused: Sequence[Difference]) -> str:
     reasons = []
-    for change, words in _DIFFERS.items():
+    for change, description in _DIFFERS.items():
         of_it = [
             f"{one.key} is {one.old} there and {one.new} here{one.note}"
             for one in refused
             if one.change is change
         ]
-        reasons += [f"{words} ({'; '.join(of_it)})"] if of_it else []
+        reasons += [f"{description} ({'; '.join(of_it)})"] if of_it else []
     keys = ",".join(dict.fromkeys(difference.key for difference in refused))
     return (
         f"checkpoint {folder} does not fit: {', and '.join(reasons)}; restore what it was made with, start "

@@ -147,7 +147,7 @@ class Run:
 
     def describe_solver(self) -> str:
         """The solver in force, in a few words."""
-        solver, layers = self.config.solver, self.engine.whole.solvers
+        solver, layers = self.config.solver, self.engine.meta_model.solvers
         if not layers[0].merging:
             return f"solver {Euler().describe(())}"
         counts = [layer.iterations for layer in layers.values()]

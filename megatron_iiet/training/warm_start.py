@@ -50,8 +50,8 @@ class WarmStart:
         kind = self.source.config.solver.kind
         lost = f"; {left_out:,} of its solver ({kind}) have no place here and are left out"
         return (
-            f"initial weights: {self.source.words}: {taken:,} parameters taken over, {fresh:,} start at "
-            f"their initial values{lost if left_out else ''}"
+            f"initial weights: {self.source.description}: {taken:,} parameters taken over, {fresh:,} start "
+            f"at their initial values{lost if left_out else ''}"
         )
 
 
@@ -127,7 +127,7 @@ def _check_complete(source: Source, there: Transformer) -> None:
     missing = sorted(set(_names(there)) - set(source.weights))
     if missing:
         raise ConfigError(
-            f"{source.words} has no {missing[0]}, which its configuration asks for; convert it again"
+            f"{source.description} has no {missing[0]}, which its configuration asks for; convert it again"
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import warnings
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
@@ -167,6 +168,16 @@ def test_a_note_is_printed_by_scripts(tmp_path: Path, capsys: pytest.CaptureFixt
     assert capsys.readouterr().out == "without effect for kind euler: solver.iterations\n"
 
 
+def test_a_note_is_a_warning_where_no_script_prints_it(tmp_path: Path) -> None:
+    path = write(tmp_path / "base.yaml", {"kind": "iiet", "iterations": 2})
+    with pytest.warns(UserWarning, match="without effect") as told:
+        assert config_from_file(path, ["--solver.kind", "euler"]).solver == Euler()
+    assert [str(one.message) for one in told] == [f"{path}: without effect for kind euler: solver.iterations"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        config_from_file(path)
+
+
 def test_a_choice_that_only_another_kind_has() -> None:
     with pytest.raises(ConfigError) as caught:
         load_config(words({"kind": "rk4", "stage_coefficients": "gated"}))
@@ -199,14 +210,18 @@ FLAT = {
 def test_resolved_configurations_of_earlier_versions_are_read(
     solver: type[SolverConfig], tmp_path: Path
 ) -> None:
-    config = config_from_file(write(tmp_path / "config.yaml", FLAT | name_fields(solver)))
+    path = write(tmp_path / "config.yaml", FLAT | name_fields(solver))
+    with pytest.warns(UserWarning, match=rf"{path}: without effect for {solver().system}: solver\."):
+        config = config_from_file(path)
     assert config.solver == solver()
 
 
 def test_before_there_was_a_choice_increments_were_as_they_are(tmp_path: Path) -> None:
     first = {key: FLAT[key] for key in ("variant", "iterations", "predictor", "coefficient_init", "schedule")}
     for kind in ("iiet", "dlcl"):
-        config = config_from_file(write(tmp_path / "config.yaml", first | {"kind": kind}))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of keys that kind dlcl does not have
+            config = config_from_file(write(tmp_path / "config.yaml", first | {"kind": kind}))
         assert config.solver.history_norm == "none"  # type: ignore[attr-defined]
 
 

@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, Ll
 
 from megatron_iiet import models
 from megatron_iiet.config import RunConfig, config_from_dict
+from megatron_iiet.config.solvers import IIET
 from megatron_iiet.hf.export import Extras, Written, export_folder, extras_of_tokenizer, modeling_code
 from megatron_iiet.models import Transformer
 from megatron_iiet.storage import portable
@@ -331,12 +332,26 @@ class TestRefusals:
                 "DIR/config.json: solver has the unknown key 'order'; known are kind, variant, output_norm,",
             ),
             ({"damping": "much"}, "solver.damping is 'much' in DIR/config.json, but must be"),
+            (
+                {"repeats": 4},
+                "solver.repeats is 4 in DIR/config.json, but the solver is of kind iiet, variant paper",
+            ),
+            ({"readout": "shared"}, "solver.readout is 'shared' in DIR/config.json, but the solver is of"),
         ],
         ids=str,
     )
     def test_solver(self, folder: Path, solver: dict[str, Any], message: str) -> None:
         self.edit(folder, solver)
         assert self.message(folder).startswith(message)
+
+    def test_a_key_of_the_other_variant_is_told(self, folder: Path) -> None:
+        """transformers wrote it when the file that travels had one table for both variants."""
+        self.edit(folder, {"readout": "separate"})
+        with pytest.warns(
+            UserWarning, match=r"solver\.readout is 'separate', which kind iiet, variant paper"
+        ):
+            config, _ = import_llama(folder)
+        assert config.solver == IIET(iterations=[1, 0, 2, 3])
 
     @pytest.mark.parametrize(
         ("fields", "message"),

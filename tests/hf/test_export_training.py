@@ -172,7 +172,7 @@ def test_influence_is_measured_on_it(data: dict[str, str], tmp_path: Path) -> No
         ),
         world_size=1,
     )
-    assert prepared.source.words == f"IIET {tmp_path / 'hf'}"
+    assert prepared.source.description == f"IIET {tmp_path / 'hf'}"
     assert prepared.config.data.tokenizer == str(tmp_path / "hf" / "tokenizer.model")
 
 

@@ -158,6 +158,10 @@ def test_iiet_without_iterations_starts_as_euler_bit_for_bit() -> None:
         ),
         ({"kind": "pcformer", "predictor_order": 3}, "solver.predictor_order is 3; supported are 2, 4"),
         ({"kind": "weight-sharing", "repeats": 0}, "solver.repeats is 0"),
+        ({"kind": "euler", "iterations": 3}, "solver.iterations is 3, which solver.kind 'euler' does not"),
+        ({"kind": "euler", "iterations": [0] * 5}, "solver.iterations is [0, 0, 0, 0, 0], which solver.kind"),
+        ({"kind": "dlcl", "variant": "paper"}, "solver.variant is 'paper', which solver.kind 'dlcl' does"),
+        ({"kind": "iiet", "repeats": 4}, "solver.repeats is 4, which solver.variant 'paper' does not have"),
     ],
 )
 def test_config_refuses_what_no_solver_has(solver: dict[str, Any], words: str) -> None:
@@ -177,6 +181,14 @@ def test_config_refuses_what_no_solver_has(solver: dict[str, Any], words: str) -
 def test_config_refuses_other_fields(fields: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         IIETConfig(num_hidden_layers=2, **fields)
+
+
+def test_config_tells_of_a_key_that_the_other_variant_has() -> None:
+    with pytest.warns(
+        UserWarning, match=r"solver\.damping is 1\.0, which solver\.variant 'released' does not"
+    ):
+        config = IIETConfig(num_hidden_layers=2, solver={"variant": "released", "damping": 1.0})
+    assert config.solver == IIETConfig(num_hidden_layers=2, solver={"variant": "released"}).solver
 
 
 def test_config_survives_json(tmp_path: Path) -> None:

@@ -48,14 +48,14 @@ class BareEngine:
         teacher: RunConfig | None = None,
     ) -> None:
         """``result``: of step number (from 1) and learning rate."""
-        self.whole = Transformer.on_meta(config)
-        self.whole_teacher = None if teacher is None else Transformer.on_meta(teacher)
+        self.meta_model = Transformer.on_meta(config)
+        self.meta_teacher = None if teacher is None else Transformer.on_meta(teacher)
         self.zero_stage = 1
         self.lrs: list[float] = []
         self._result = result
 
     def set_iterations(self, iterations: list[int], *, merging: bool) -> None:
-        self.whole.set_iterations(iterations, merging=merging)
+        self.meta_model.set_iterations(iterations, merging=merging)
 
     def train_step(self, batches: object, lr: float) -> StepResult:
         self.lrs.append(lr)

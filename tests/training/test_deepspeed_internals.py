@@ -220,7 +220,7 @@ def without_each(engine: Any) -> dict[str, str]:
     elif mapped is not None:
         table.append((mapped, internals.FRAGMENT))
         table += [(mapped.hp_fragment_address, internals.FRAGMENT_ADDRESS)]
-    said = {"whole": sentence(engine), "kind": kind.words}
+    said = {"whole": sentence(engine), "kind": kind.description}
     for owner, names in table:
         for internal in names:
             with pytest.MonkeyPatch.context() as patch:
@@ -249,7 +249,7 @@ def test_an_engine_passes_and_every_missing_name_is_told(
     path = ds_json(tmp_path, stage, zero_optimization={"stage": stage} | zero)
     said = run_ranks(on_engine, ranks, as_data(config), path, without_each)[0]
     assert said.pop("whole") == ""
-    assert said.pop("kind") == kind.words
+    assert said.pop("kind") == kind.description
     assert len(said) >= len(internals.ENGINE)
     for removed, told in said.items():
         attribute = removed.partition(".")[2]

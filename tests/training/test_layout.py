@@ -76,9 +76,9 @@ def test_stages_weigh_evaluations() -> None:
 )
 def test_the_solver_in_words(solver: dict[str, Any], words: str) -> None:
     config = config_of(**solver)
-    whole = Transformer.on_meta(config)
+    meta_model = Transformer.on_meta(config)
     nothing: Any = None
-    run = Run(config, {}, nothing, cast(Any, SimpleNamespace(whole=whole)), nothing, [], {})
+    run = Run(config, {}, nothing, cast(Any, SimpleNamespace(meta_model=meta_model)), nothing, [], {})
     assert run.describe_solver() == words
-    whole.set_iterations([0] * 8, merging=False)
+    meta_model.set_iterations([0] * 8, merging=False)
     assert run.describe_solver() == "solver euler (plain Transformer++)"

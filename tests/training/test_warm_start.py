@@ -248,7 +248,7 @@ def test_a_checkpoint_of_the_first_stage_has_no_coefficients_to_give(
         warm = open_warm_start(config)
         assert warm is not None
         assert warm.counts == (DECODER, 6, 0)
-        assert warm.source.words.endswith("run/checkpoints/step_00000002")
+        assert warm.source.description.endswith("run/checkpoints/step_00000002")
 
 
 # --- what is refused ---

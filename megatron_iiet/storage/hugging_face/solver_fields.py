@@ -3,6 +3,7 @@ trained model, with nothing left to resolve."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import fields as fields_of
 from dataclasses import replace
@@ -16,7 +17,6 @@ from megatron_iiet.config.solvers import (
     Merging,
     SolverConfig,
     find_solver,
-    name_fields,
     own_keys,
     section_types,
 )
@@ -38,19 +38,11 @@ def solver_to_fields(config: RunConfig) -> dict[str, Any]:
     return {name: getattr(solver, name) for name in exported_fields(type(solver))}
 
 
-def _says_nothing(key: str, value: Any) -> bool:
-    """Whether a key of another kind has the value it has unless somebody sets it."""
-    if key == "iterations" and not any(value if isinstance(value, list) else [value]):
-        return True
-    defaults = [exported_fields(solver).get(key) for solver in SOLVERS]
-    return value in defaults or (key == "coefficient_init" and value in ("identity", "average"))
-
-
 def solver_from_fields(fields: Any, layers: int, path: Path) -> dict[str, Any]:
     """The solver section that :func:`solver_to_fields` wrote to ``path`` for a model of ``layers`` layers.
 
-    What is as it would be anyway is left to its default; so is a key of another kind, which older versions
-    wrote with its default.
+    What is as it would be anyway is left to its default. A key of the kind's other variant that has its
+    default, as older versions wrote it, is left out with a warning.
 
     Raises:
         ValueError: it is no such object; values are left to the configuration's own checks.
@@ -68,9 +60,11 @@ def solver_from_fields(fields: Any, layers: int, path: Path) -> dict[str, Any]:
         return section  # for the configuration's own checks to name
     if "iterations" in own_keys(declared) and "iterations" not in section:
         raise ValueError(f"{path}: solver has no 'iterations'; export the model again")
-    for key in set(section) - set(own_keys(declared)) - set(name_fields(declared)):
-        if _says_nothing(key, section[key]):
-            del section[key]
+    variants = [exported_fields(solver) for solver in SOLVERS if solver().kind == section["kind"]]
+    for key in [key for key in section if key not in exported_fields(declared)]:
+        if any(defaults.get(key) == section[key] for defaults in variants):
+            what = f"{path}: solver.{key} is {section.pop(key)!r}"
+            warnings.warn(f"{what}, which {declared().system} does not have; it is left out", stacklevel=2)
     iterations = section.get("iterations")
     if isinstance(iterations, list) and iterations == iterations[:1] * layers:
         section["iterations"] = iterations[0]

@@ -36,7 +36,9 @@ class MetricLogger(Callback):
 
     def on_step(self, run: Run, result: StepResult) -> None:
         config = run.config
-        needed, done = step_flops(run.engine.whole, config.data.sequence_length, config.training.recompute)
+        needed, done = step_flops(
+            run.engine.meta_model, config.data.sequence_length, config.training.recompute
+        )
         # Iterations may change from step to step, so FLOPs are added up.
         self.needed_flops += needed * config.training.global_batch_size
         self.done_flops += done * config.training.global_batch_size
@@ -45,8 +47,8 @@ class MetricLogger(Callback):
         run.record({"loss": result.loss, "grad_norm": result.grad_norm, "lr": result.lr})
         # Of this step alone, so that sums over a resumed run's log are right.
         run.record({"flops": needed * config.training.global_batch_size, "step_seconds": run.step_seconds})
-        if run.engine.whole_teacher is not None:
-            taught = run.engine.whole_teacher.forward_flops(config.data.sequence_length)
+        if run.engine.meta_teacher is not None:
+            taught = run.engine.meta_teacher.forward_flops(config.data.sequence_length)
             self.done_flops += taught * config.training.global_batch_size
             run.record({"teacher_flops": taught * config.training.global_batch_size})
             run.record({f"distillation/{name}": value for name, value in result.parts.items()})

@@ -52,12 +52,12 @@ class Engine(ABC):
 
     model: Transformer
     """This rank's part of the model."""
-    whole: Transformer
+    meta_model: Transformer
     """The whole model on the meta device: its counts, FLOPs and iterations."""
     teacher: Transformer | None
     """This rank's part of the model that is learned from."""
-    whole_teacher: Transformer | None
-    """As :attr:`whole`."""
+    meta_teacher: Transformer | None
+    """As :attr:`meta_model`."""
     _engine: CorrectedEngine
 
     def __init__(
@@ -77,13 +77,13 @@ class Engine(ABC):
         self.context = context
         self.zero_stage = zero_stage(ds_config)
         self.accumulation: int = ds_config["gradient_accumulation_steps"]
-        self.whole = Transformer.on_meta(config)
-        self.plan = stage_plan(config, self.whole)
+        self.meta_model = Transformer.on_meta(config)
+        self.plan = stage_plan(config, self.meta_model)
         self.model = self._part_of(config, ds_config, backend)
-        self.teacher = self.whole_teacher = None
+        self.teacher = self.meta_teacher = None
         if teacher is not None:
             taught_by = teacher_config(config, teacher.source.config)
-            self.whole_teacher = Transformer.on_meta(taught_by)
+            self.meta_teacher = Transformer.on_meta(taught_by)
             self.teacher = self._part_of(taught_by, ds_config, backend)
             for name, parameter in self.teacher.named_parameters():
                 with self._writable(parameter):
@@ -127,7 +127,7 @@ class Engine(ABC):
 
     def set_iterations(self, iterations: list[int], *, merging: bool) -> None:
         """Change the corrector iterations of all layers, see :meth:`Transformer.set_iterations`."""
-        for model in (self.model, self.whole):
+        for model in (self.model, self.meta_model):
             model.set_iterations(iterations, merging=merging)
         self._engine.forget_gradients()
 

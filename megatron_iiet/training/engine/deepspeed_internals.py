@@ -131,7 +131,7 @@ class OptimizerKind:
 
     wrapper: str
     """Class of ``engine.optimizer``; "" if that is the optimizer itself."""
-    words: str
+    description: str
     """Which runs have it, in messages."""
     internals: tuple[Internal, ...] = ()
     """Of ``engine.optimizer``, besides the next two."""
@@ -273,7 +273,7 @@ def check_engine(engine: DeepSpeedEngine, trained: nn.Module) -> None:
     kind = kind_of(engine)
     needed = (*kind.internals, *filter(None, (kind.masters, kind.gradients)))
     for internal in needed:
-        _check(engine.optimizer, kind.wrapper, internal, f"a run {kind.words}")
+        _check(engine.optimizer, kind.wrapper, internal, f"a run {kind.description}")
     for parameter in trained.parameters():
         if parameter.requires_grad:
             _check_parameter(parameter, kind)
@@ -281,18 +281,18 @@ def check_engine(engine: DeepSpeedEngine, trained: nn.Module) -> None:
 
 def _check_parameter(parameter: Any, kind: OptimizerKind) -> None:
     for internal in kind.parameter:
-        _check(parameter, "Parameter", internal, f"a run {kind.words}")
+        _check(parameter, "Parameter", internal, f"a run {kind.description}")
     if kind is ZERO_3:
-        _check(parameter.ds_tensor, "Parameter.ds_tensor", CUT_TENSOR[0], f"a run {kind.words}")
+        _check(parameter.ds_tensor, "Parameter.ds_tensor", CUT_TENSOR[0], f"a run {kind.description}")
     elif getattr(parameter, "keep_fp32", False) and parameter.dtype != torch.float32:
         refuse("cast a merge coefficient: DeepSpeedEngine._cast_module_mixed_precision is not what casts now")
     mapping = parameter._hp_mapping if kind.parameter is FLAT_PARAMETER else None
     if mapping is not None:
         for internal in FRAGMENT:
-            _check(mapping, "Parameter._hp_mapping", internal, f"a run {kind.words}")
+            _check(mapping, "Parameter._hp_mapping", internal, f"a run {kind.description}")
         for internal in FRAGMENT_ADDRESS:
             for name in ("lp_fragment_address", "hp_fragment_address"):
-                _check(getattr(mapping, name), name, internal, f"a run {kind.words}")
+                _check(getattr(mapping, name), name, internal, f"a run {kind.description}")
 
 
 def _check_marks() -> None:

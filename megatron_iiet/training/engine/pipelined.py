@@ -38,8 +38,8 @@ class PipelinedEngine(Engine):
         self.stage = PipelineStage(self.model, config.data.sequence_length)
         self.distilled = None
         if self.teacher is not None:
-            assert self.whole_teacher is not None
-            self.distilled = DistilledStage(self.stage, self.teacher, self.whole_teacher, self.accumulation)
+            assert self.meta_teacher is not None
+            self.distilled = DistilledStage(self.stage, self.teacher, self.meta_teacher, self.accumulation)
         self._module = _StageModule(self.stage, self.distilled, self.context)
         return _CorrectedPipelineEngine.start(
             self._module, self.model, config, ds_config, self.context, self._module.mpu()
@@ -80,7 +80,7 @@ class PipelinedEngine(Engine):
 
     def set_iterations(self, iterations: list[int], *, merging: bool) -> None:
         super().set_iterations(iterations, merging=merging)
-        self.stage.resize(self.whole)
+        self.stage.resize(self.meta_model)
         self._engine.reset_activation_shape()
 
     def _let_payload_change(self) -> None:
