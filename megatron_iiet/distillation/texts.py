@@ -16,7 +16,8 @@ from megatron_iiet.data.loader.samples import KINDS, Samples, build_splits
 from megatron_iiet.data.reading.compression import decompressed_blocks
 from megatron_iiet.data.reading.sources import SUFFIXES, list_inputs
 from megatron_iiet.data.reading.text import iter_documents
-from megatron_iiet.data.tokenizers.loading import Tokenizer, load_tokenizer
+from megatron_iiet.data.tokenizers.base import Tokenizer
+from megatron_iiet.data.tokenizers.loading import load_tokenizer
 from megatron_iiet.parallel import ParallelContext
 from megatron_iiet.training.corpora import check_tokenizers, open_corpora
 
@@ -144,10 +145,11 @@ def read_text(path: str, tokenizer: Tokenizer, enough: int) -> TokenStream:
     """
     parts, lengths, total = [], [], 0
     for text in _documents(path):
-        tokens, length = tokenizer.encode_packed([text], append_eod=True)
+        tokens = tokenizer.encode(text)
         if len(tokens):
+            tokens = np.append(tokens, np.int32(tokenizer.eod_id))
             parts.append(tokens)
-            lengths.append(int(length[0]))
+            lengths.append(len(tokens))
         total += len(tokens)
         if total >= enough:
             break

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from megatron_iiet.data.corpora.indexed import IndexedDataset, TokenStream
 from megatron_iiet.data.corpora.mmididx import DocumentIndex
 from megatron_iiet.data.corpora.shards import ShardedDataset, open_corpus
-from megatron_iiet.data.tokenizers.loading import Tokenizer
+from megatron_iiet.data.tokenizers.base import Tokenizer
 
 PERCENTILES = (1, 5, 25, 50, 75, 95, 99)
 _SAMPLE_TOKENS = 100

@@ -13,7 +13,8 @@ import numpy.typing as npt
 from megatron_iiet.data.corpora.indexed import TokenStream
 from megatron_iiet.data.corpora.mmididx import DocumentIndex, Shard, TokenFile, file_digest, new_digest
 from megatron_iiet.data.corpora.shards import OpenShard, ShardedDataset, open_corpus
-from megatron_iiet.data.tokenizers.loading import Tokenizer, load_tokenizer, tokenizer_digest
+from megatron_iiet.data.tokenizers.base import Tokenizer
+from megatron_iiet.data.tokenizers.loading import load_tokenizer, tokenizer_digest
 
 MAX_DEFECTS = 20  # told of one corpus; the rest is counted
 

@@ -16,7 +16,7 @@ from megatron_iiet.data.preprocess.layout import Layout, output_name
 from megatron_iiet.data.preprocess.records import Counts
 from megatron_iiet.data.reading.long_text import LongText
 from megatron_iiet.data.reading.text import Chunk, Row, parse_rows, raise_first
-from megatron_iiet.data.tokenizers.loading import Tokenizer
+from megatron_iiet.data.tokenizers.base import Tokenizer
 
 _SOURCE = re.compile(r"\w[\w.+ -]{0,99}")
 

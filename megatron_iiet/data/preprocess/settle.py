@@ -20,7 +20,7 @@ from megatron_iiet.data.preprocess.plan import Plan, deciding_options, differenc
 from megatron_iiet.data.preprocess.records import JobRecords, UnitRecord
 from megatron_iiet.data.preprocess.sampling import sampling
 from megatron_iiet.data.reading.sources import InputFile
-from megatron_iiet.data.tokenizers.loading import Tokenizer
+from megatron_iiet.data.tokenizers.base import Tokenizer
 from megatron_iiet.durable import replacing
 
 
