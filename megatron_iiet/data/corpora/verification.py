@@ -71,10 +71,9 @@ def verify(prefix: str | os.PathLike[str], tokenizer: str | os.PathLike[str] | N
     except (ValueError, OSError) as error:
         result.add(error)
         return result
-    info = corpus.info if isinstance(corpus, ShardedDataset) else {}
-    ids = _expected_ids(info, loaded)
+    ids = _expected_ids(corpus.info, loaded)
     if tokenizer is not None and loaded is not None:
-        _compare_tokenizer(info, Path(tokenizer), loaded, result)
+        _compare_tokenizer(corpus.info, Path(tokenizer), loaded, result)
     if isinstance(corpus, ShardedDataset):
         _verify_list(corpus, ids, result)
     else:
@@ -116,7 +115,7 @@ def _verify_list(corpus: ShardedDataset, ids: _Ids, result: Verification) -> Non
         except (ValueError, OSError) as error:
             result.add(error)
             continue
-        _verify_pair(shard.tokens, _index(shard, result), shard.shard, ids, result)
+        _verify_pair(shard.tokens, _index(shard, result), shard.listed, ids, result)
     result.checked.append(f"digests of the list and of the files of its {len(corpus.shards):,} shard(s)")
 
 

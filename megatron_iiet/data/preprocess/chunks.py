@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from megatron_iiet.data.corpora.indexed import token_dtype
 from megatron_iiet.data.corpora.indexed_writer import TokenArray
+from megatron_iiet.data.corpora.mmididx import token_dtype
 from megatron_iiet.data.preprocess.filters import DIGEST_BYTES, Filters, text_digest
 from megatron_iiet.data.preprocess.layout import Layout, output_name
 from megatron_iiet.data.preprocess.records import Counts

@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
-from megatron_iiet.data.corpora.indexed import shards_path
+from megatron_iiet.data.corpora.mmididx import shards_path
 from megatron_iiet.data.preprocess.dedup import DigestFiles, duplicates_path
 from megatron_iiet.data.preprocess.layout import Layout, output_name
 from megatron_iiet.data.preprocess.lists import shards_exist
