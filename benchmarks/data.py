@@ -237,7 +237,8 @@ def memory(arguments: argparse.Namespace, work: Path) -> dict[str, object]:
 
 def opening(arguments: argparse.Namespace, work: Path) -> dict[str, object]:
     """Seconds until a training process holds its first batch, by size of the corpus."""
-    from megatron_iiet.data.corpora.shards import Shard, write_shards
+    from megatron_iiet.data.corpora.mmididx import Shard
+    from megatron_iiet.data.corpora.shard_list import write_shards
 
     small = work / "small_text_document"
     with IndexedDatasetWriter(small, 32000) as writer:

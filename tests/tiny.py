@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from megatron_iiet.config import RunConfig, config_from_dict, config_to_yaml
-from megatron_iiet.data.corpora.indexed import IndexedDatasetWriter
+from megatron_iiet.data.corpora.indexed_writer import IndexedDatasetWriter
 from megatron_iiet.data.loader.batches import ValidationBatches
 from megatron_iiet.data.loader.inputs import inputs_of
 from megatron_iiet.data.loader.samples import build_splits

@@ -6,11 +6,11 @@ from __future__ import annotations
 import argparse
 import sys
 
-from megatron_iiet.data.corpora.merge import MergeOptions, merge
+from megatron_iiet.data.corpora.merge import merge
 from megatron_iiet.durable import leave_cleanly_on_sigterm
 
 
-def parse_arguments() -> MergeOptions:
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
         "--inputs",
@@ -26,20 +26,14 @@ def parse_arguments() -> MergeOptions:
         help="write only OUTPUT_PREFIX.shards, which names the inputs' pairs where they are",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace a corpus of that prefix")
-    arguments = parser.parse_args()
-    return MergeOptions(
-        inputs=arguments.inputs,
-        output_prefix=arguments.output_prefix,
-        by_reference=arguments.by_reference,
-        overwrite=arguments.overwrite,
-    )
+    return parser.parse_args()
 
 
 def main() -> int:
-    options = parse_arguments()
+    arguments = parse_arguments()
     leave_cleanly_on_sigterm()
     try:
-        print(merge(options))
+        print(merge(**vars(arguments)))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -10,13 +10,15 @@ from typing import Any
 import numpy as np
 
 from megatron_iiet.config.schema import DataConfig
-from megatron_iiet.data.corpora.indexed import Int64Array, TokenStream
+from megatron_iiet.data.corpora.indexed import TokenStream
+from megatron_iiet.data.corpora.mmididx import Int64Array
 from megatron_iiet.data.loader.batches import ValidationBatches
 from megatron_iiet.data.loader.samples import KINDS, Samples, build_splits
 from megatron_iiet.data.reading.compression import decompressed_blocks
 from megatron_iiet.data.reading.sources import SUFFIXES, list_inputs
 from megatron_iiet.data.reading.text import iter_documents
-from megatron_iiet.data.tokenizers.loading import Tokenizer, load_tokenizer
+from megatron_iiet.data.tokenizers.base import Tokenizer
+from megatron_iiet.data.tokenizers.loading import load_tokenizer
 from megatron_iiet.parallel import ParallelContext
 from megatron_iiet.training.corpora import check_tokenizers, open_corpora
 
@@ -99,8 +101,8 @@ def _tokenizer_of(data: DataConfig) -> str:
     return data.tokenizer
 
 
-class TokensInMemory:
-    """Documents as a :class:`TokenStream`."""
+class TokensInMemory(TokenStream):
+    """Documents as a stream."""
 
     dtype: np.dtype[Any] = np.dtype(np.int32)
 
@@ -109,14 +111,7 @@ class TokensInMemory:
         self.prefix = prefix
         self._tokens = tokens
         self._starts = np.concatenate(([0], np.cumsum(lengths, dtype=np.int64)))
-
-    @property
-    def num_tokens(self) -> int:
-        return len(self._tokens)
-
-    @property
-    def num_documents(self) -> int:
-        return len(self._starts) - 1
+        self.num_tokens, self.num_documents = len(tokens), len(lengths)
 
     def document_start(self, document: int) -> int:
         return int(self._starts[document])
@@ -125,14 +120,8 @@ class TokensInMemory:
         first, last = np.searchsorted(self._starts[:-1], (start, stop))
         return self._starts[first:last]
 
-    def read(self, start: int, stop: int) -> Int64Array:
-        return self._tokens[start:stop].astype(np.int64)
-
     def read_into(self, start: int, out: Int64Array) -> None:
         out[:] = self._tokens[start : start + len(out)]
-
-    def document(self, index: int) -> Int64Array:
-        return self.read(self.document_start(index), self.document_start(index + 1))
 
 
 def read_text(path: str, tokenizer: Tokenizer, enough: int) -> TokenStream:
@@ -144,10 +133,11 @@ def read_text(path: str, tokenizer: Tokenizer, enough: int) -> TokenStream:
     """
     parts, lengths, total = [], [], 0
     for text in _documents(path):
-        tokens, length = tokenizer.encode_packed([text], append_eod=True)
+        tokens = tokenizer.encode(text)
         if len(tokens):
+            tokens = np.append(tokens, np.int32(tokenizer.eod_id))
             parts.append(tokens)
-            lengths.append(int(length[0]))
+            lengths.append(len(tokens))
         total += len(tokens)
         if total >= enough:
             break

@@ -18,7 +18,8 @@ from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
 from megatron_iiet.config import RunConfig
-from megatron_iiet.data.tokenizers.loading import Tokenizer, load_tokenizer
+from megatron_iiet.data.tokenizers.base import Tokenizer
+from megatron_iiet.data.tokenizers.loading import load_tokenizer
 from megatron_iiet.hf import folders
 from megatron_iiet.hf.export import DTYPES, TOKEN_FIELDS, config_fields
 from megatron_iiet.hf.modeling_iiet import IIETConfig, IIETForCausalLM

@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from megatron_iiet.data.tokenizers.base import NotSupportedError, TextTokenizer
+from megatron_iiet.data.tokenizers.base import NotSupportedError, Tokenizer
 from megatron_iiet.data.tokenizers.hard_texts import hard_texts
 from megatron_iiet.data.tokenizers.hugging_face import HuggingFaceTokenizer, declared_tokens
 from megatron_iiet.data.tokenizers.loading import load_tokenizer
-from megatron_iiet.data.tokenizers.sentencepiece import PieceType, SentencePieceModel, SentencePieceTokenizer
+from megatron_iiet.data.tokenizers.sentencepiece import SentencePieceTokenizer, read_model, texts_of
 from megatron_iiet.data.tokenizers.tiktoken import TiktokenTokenizer
 
 SENTENCEPIECE_FILE = "tokenizer.model"
@@ -56,7 +56,6 @@ def export_tokenizer(path: str | Path) -> ExportedTokenizer:
     """
     path = Path(path)
     exact = load_tokenizer(path)
-    assert isinstance(exact, TextTokenizer)
     beside = path.with_name(CONFIG_FILE)
     if isinstance(exact, SentencePieceTokenizer):
         declared = declared_tokens(beside)
@@ -71,11 +70,10 @@ def export_tokenizer(path: str | Path) -> ExportedTokenizer:
 
 def _export_sentencepiece(exact: SentencePieceTokenizer, with_bos: bool) -> ExportedTokenizer:
     content = exact.path.read_bytes()
-    pieces = SentencePieceModel.parse(content).pieces
-    special = {PieceType.CONTROL, PieceType.UNKNOWN}
-    names = {number: text for number, (text, _, kind) in enumerate(pieces) if kind in special}
+    model = read_model(content)
+    names = texts_of(model, "CONTROL", "UNKNOWN")
     # No text yields the unknown piece of a model with bytes; padding with eos would mask eos in fine-tuning.
-    unknown = [number for number, (_, _, kind) in enumerate(pieces) if kind is PieceType.UNKNOWN]
+    unknown = list(texts_of(model, "UNKNOWN"))
     ids = _Ids.choose(exact, names, with_bos, otherwise=unknown)
     config = ids.config(names) | {"unk_token": names[unknown[0]]}
     note = ""
@@ -115,7 +113,7 @@ def _definition_of(exact: SentencePieceTokenizer, content: bytes, names: dict[in
     ]
     spaces = {"type": "Replace", "pattern": {"String": _SPACE}, "content": " "}
     strip = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
-    adds_space = SentencePieceModel.parse(content).adds_space
+    adds_space = read_model(content).normalizer_spec.add_dummy_prefix
     decoders = [spaces, {"type": "ByteFallback"}, {"type": "Fuse"}, *([strip] if adds_space else [])]
     definition["decoder"] = {"type": "Sequence", "decoders": decoders}
     return json.dumps(definition, ensure_ascii=False).encode()
@@ -160,7 +158,7 @@ class _Ids:
 
     @classmethod
     def choose(
-        cls, exact: TextTokenizer, names: dict[int, str], with_bos: bool, otherwise: Sequence[int]
+        cls, exact: Tokenizer, names: dict[int, str], with_bos: bool, otherwise: Sequence[int]
     ) -> _Ids:
         """``names``: control ids and what they are called; ``otherwise``: to pad with if none is for that."""
         pads = [number for name in _PAD_NAMES for number, text in names.items() if text == name]
@@ -182,15 +180,15 @@ class _Ids:
         return ExportedTokenizer(files, self.bos, self.eos, self.pad, note)
 
 
-def _compare(exact: TextTokenizer, definition: bytes) -> None:
+def _compare(exact: Tokenizer, definition: bytes) -> None:
     """Refuse a ``tokenizer.json`` that encodes or decodes a hard text in another way.
 
     Raises:
         NotSupportedError: it does; the message names the text.
     """
-    from tokenizers import Tokenizer
+    import tokenizers
 
-    model: Any = Tokenizer.from_buffer(definition)
+    model: Any = tokenizers.Tokenizer.from_buffer(definition)
     model.encode_special_tokens = True  # what split_special_tokens sets
     texts = list(hard_texts(exact))
     encodings = model.encode_batch(texts, add_special_tokens=False)

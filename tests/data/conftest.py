@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_iiet.data.corpora.indexed import IndexedDatasetWriter
+from megatron_iiet.data.corpora.indexed_writer import IndexedDatasetWriter
 from megatron_iiet.data.tokenizers.training import train_tokenizer
 from tests.data.inputs import jsonl, make_texts
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import zstandard
 
-from megatron_iiet.data.corpora.indexed import MAGIC, bin_path, idx_path
+from megatron_iiet.data.corpora.mmididx import MAGIC, bin_path, idx_path
 
 _SYLLABLES = [c + v for c in "bcdfghjklmnprstvwxz" for v in "aeiou"]
 

@@ -17,7 +17,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_iiet.data.corpora.indexed import IndexedDatasetWriter
+from megatron_iiet.data.corpora.indexed_writer import IndexedDatasetWriter
 from megatron_iiet.data.loader.batches import Batch, TrainBatches, ValidationBatches
 from megatron_iiet.data.loader.order import SampleOrder
 from megatron_iiet.data.loader.samples import KINDS, Samples, TokenWindows, build_splits

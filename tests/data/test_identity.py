@@ -13,7 +13,8 @@ from megatron_iiet.data.corpora import identity
 from megatron_iiet.data.corpora.identity import corpus_identity, identity_difference
 from megatron_iiet.data.corpora.indexed import IndexedDataset
 from megatron_iiet.data.corpora.mmididx import Shard, bin_path, file_digest, idx_path
-from megatron_iiet.data.corpora.shards import open_corpus, write_shards
+from megatron_iiet.data.corpora.shard_list import write_shards
+from megatron_iiet.data.corpora.shards import open_corpus
 from tests.tiny import write_shard
 
 
@@ -68,7 +69,7 @@ def test_a_token_changed_in_place(position: int, by_list: bool, tmp_path: Path) 
 
 def test_a_border_of_documents_moved(tmp_path: Path) -> None:
     """Tokens, sizes and number of documents stay."""
-    from megatron_iiet.data.corpora.indexed import IndexedDatasetWriter
+    from megatron_iiet.data.corpora.indexed_writer import IndexedDatasetWriter
 
     for name, cut in (("a", 30), ("b", 31)):
         with IndexedDatasetWriter(tmp_path / name, 96) as writer:

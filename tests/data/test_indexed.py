@@ -16,15 +16,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from megatron_iiet.data.corpora import mmididx
-from megatron_iiet.data.corpora.indexed import (
-    MAGIC,
-    IndexedDataset,
-    IndexedDatasetWriter,
-    bin_path,
-    idx_path,
-)
-from megatron_iiet.data.corpora.indexed_writer import DigestedFile, write_index
-from megatron_iiet.data.corpora.mmididx import DocumentIndex, Shard
+from megatron_iiet.data.corpora.indexed import IndexedDataset
+from megatron_iiet.data.corpora.indexed_writer import DigestedFile, IndexedDatasetWriter, write_index
+from megatron_iiet.data.corpora.mmididx import MAGIC, DocumentIndex, Shard, bin_path, idx_path
 from tests.data.inputs import write_pair
 
 MakeShard = Callable[..., Path]
@@ -42,16 +36,13 @@ def digest(path: Path) -> bytes:
 @given(
     documents=st.lists(st.lists(st.integers(0, 65498), min_size=1, max_size=30), min_size=1, max_size=12),
     vocab_size=st.sampled_from([65499, 65500, 300000]),
-    packed=st.booleans(),
     data=st.data(),
 )
-def test_round_trip(
-    tmp_path: Path, documents: list[list[int]], vocab_size: int, packed: bool, data: st.DataObject
-) -> None:
+def test_round_trip(tmp_path: Path, documents: list[list[int]], vocab_size: int, data: st.DataObject) -> None:
     with IndexedDatasetWriter(tmp_path / "shard", vocab_size) as writer:
         for document in documents:
             ids = np.array(document, dtype=writer.dtype)
-            writer.add_document(ids.tobytes() if packed else ids)
+            writer.add_document(ids)
     shard = IndexedDataset(tmp_path / "shard")
     stream = np.concatenate([np.array(document) for document in documents])
     assert shard.dtype == ("uint16" if vocab_size < 65500 else "int32")

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from megatron_iiet.data.reading.long_text import LongText, parse_long_line
 from megatron_iiet.data.reading.text import LONG_LINE_BYTES, Chunk, parse_rows
-from megatron_iiet.data.tokenizers.loading import MAX_PART_CHARACTERS, split_text
+from megatron_iiet.data.tokenizers.base import MAX_PART_CHARACTERS, split_text
 
 HALVES = st.sampled_from([chr(code) for code in (0xD800, 0xDBFF, 0xDC00, 0xDFFF)])
 PROPER = st.text(

@@ -15,17 +15,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from megatron_iiet.data.corpora.indexed import (
-    IndexedDataset,
-    IndexedDatasetWriter,
-    bin_path,
-    idx_path,
-    shards_path,
-)
-from megatron_iiet.data.corpora.indexed_writer import DigestedFile, write_index
-from megatron_iiet.data.corpora.merge import MergeOptions, expand_corpora, merge, shifted
-from megatron_iiet.data.corpora.mmididx import DocumentIndex
-from megatron_iiet.data.corpora.shards import ShardedDataset, open_corpus, write_shards
+from megatron_iiet.data.corpora.indexed import IndexedDataset
+from megatron_iiet.data.corpora.indexed_writer import DigestedFile, IndexedDatasetWriter, write_index
+from megatron_iiet.data.corpora.merge import expand_corpora, merge, shifted
+from megatron_iiet.data.corpora.mmididx import DocumentIndex, bin_path, idx_path, shards_path
+from megatron_iiet.data.corpora.shard_list import write_shards
+from megatron_iiet.data.corpora.shards import ShardedDataset, open_corpus
 from megatron_iiet.data.corpora.verification import verify
 from tests.data.crash import run_until_killed
 from tests.data.inputs import listing, write_pair
@@ -44,7 +39,7 @@ def write(prefix: Path, lengths: list[int], start: int = 0, listed: bool = True,
 
 
 def join(inputs: list[Path], output: Path, **options: Any) -> str:
-    return str(merge(MergeOptions([str(path) for path in inputs], str(output), progress=False, **options)))
+    return str(merge([str(path) for path in inputs], str(output), **options))
 
 
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -15,7 +15,8 @@ from megatron_iiet.data.preprocess import PreprocessOptions, PreprocessReport, d
 from megatron_iiet.data.preprocess.dedup import DigestFiles, Duplicates, find_duplicates
 from megatron_iiet.data.preprocess.filters import Filters, text_digest
 from megatron_iiet.data.reading.sources import InputFile
-from megatron_iiet.data.tokenizers.loading import Tokenizer, load_tokenizer
+from megatron_iiet.data.tokenizers.base import Tokenizer
+from megatron_iiet.data.tokenizers.loading import load_tokenizer
 from tests.data.inputs import make_texts
 from tests.data.preprocess_runs import documents, write_rows
 

@@ -23,7 +23,7 @@ from megatron_iiet import models
 from megatron_iiet.config import RunConfig, config_from_file, load_config
 from megatron_iiet.config.iteration_plan import IterationPlan
 from megatron_iiet.config.schema import DataConfig, ParallelConfig
-from megatron_iiet.data.corpora.indexed import IndexedDatasetWriter
+from megatron_iiet.data.corpora.indexed_writer import IndexedDatasetWriter
 from megatron_iiet.data.loader.batches import ValidationBatches
 from megatron_iiet.data.loader.inputs import Inputs, inputs_of
 from megatron_iiet.data.loader.samples import KINDS, build_splits

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from megatron_iiet.data.tokenizers.base import TextTokenizer
+from megatron_iiet.data.tokenizers.base import Tokenizer
 from megatron_iiet.data.tokenizers.hard_texts import hard_texts
 from megatron_iiet.data.tokenizers.loading import load_tokenizer
 from megatron_iiet.hf.tokenizer import ExportedTokenizer, export_tokenizer
@@ -60,7 +60,7 @@ def write(exported: ExportedTokenizer, folder: Path) -> Any:
     return AutoTokenizer.from_pretrained(folder)
 
 
-def assert_equal(loaded: Any, exact: TextTokenizer, texts: Any) -> None:
+def assert_equal(loaded: Any, exact: Tokenizer, texts: Any) -> None:
     for text in texts:
         ids = exact.encode(text).tolist()
         assert loaded(text)["input_ids"] == ids, repr(text[:80])
@@ -68,20 +68,20 @@ def assert_equal(loaded: Any, exact: TextTokenizer, texts: Any) -> None:
         assert loaded.decode(ids) == exact.decode(ids), repr(text[:80])
 
 
-def load(path: Path) -> TextTokenizer:
+def load(path: Path) -> Tokenizer:
     exact = load_tokenizer(path)
-    assert isinstance(exact, TextTokenizer)
+    assert isinstance(exact, Tokenizer)
     return exact
 
 
 @pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, TextTokenizer]:
+def llama(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Tokenizer]:
     return write(export_tokenizer(llama_model()), tmp_path_factory.mktemp("t") / "hf"), load(llama_model())
 
 
 class TestSentencePiece:
     @pytest.mark.slow
-    def test_llama_s(self, llama: tuple[Any, TextTokenizer]) -> None:
+    def test_llama_s(self, llama: tuple[Any, Tokenizer]) -> None:
         loaded, exact = llama
         assert (len(loaded), exact.vocab_size) == (32000, 32000)
         assert (loaded.bos_token_id, loaded.eos_token_id, loaded.pad_token_id) == (2, 2, 0)
@@ -98,10 +98,10 @@ class TestSentencePiece:
             "".join
         )
     )
-    def test_any_text(self, llama: tuple[Any, TextTokenizer], text: str) -> None:
+    def test_any_text(self, llama: tuple[Any, Tokenizer], text: str) -> None:
         assert_equal(*llama, [text])
 
-    def test_batches_are_padded(self, llama: tuple[Any, TextTokenizer]) -> None:
+    def test_batches_are_padded(self, llama: tuple[Any, Tokenizer]) -> None:
         loaded, exact = llama
         batch = loaded(["a", "a longer text"], padding=True, padding_side="left")
         ids = exact.encode("a").tolist()

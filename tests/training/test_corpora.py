@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from megatron_iiet.config import ConfigError, LoadedConfig, RunConfig, config_from_dict
-from megatron_iiet.data.corpora.indexed import IndexedDatasetWriter
+from megatron_iiet.data.corpora.indexed_writer import IndexedDatasetWriter
 from megatron_iiet.data.corpora.shard_list import write_shards
 from megatron_iiet.data.tokenizers.loading import tokenizer_digest
 from megatron_iiet.parallel import ParallelContext

@@ -1,77 +1,76 @@
 """A corpus as a stream of tokens cut into documents, and the pair ``.bin``/``.idx`` as such a corpus.
 
-The format is described in :mod:`mmididx`, corpora of many pairs in
-:mod:`shards`.
+The format is described in :mod:`mmididx`, corpora of many pairs in :mod:`shards`.
 """
 
 from __future__ import annotations
 
 import os
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
-from megatron_iiet.data.corpora.indexed_writer import IndexedDatasetWriter
-from megatron_iiet.data.corpora.mmididx import (
-    MAGIC,
-    DocumentIndex,
-    Int64Array,
-    TokenFile,
-    bin_path,
-    idx_path,
-    shards_path,
-    token_dtype,
-)
-
-__all__ = [
-    "MAGIC",
-    "IndexedDataset",
-    "IndexedDatasetWriter",
-    "Int64Array",
-    "TokenStream",
-    "bin_path",
-    "idx_path",
-    "shards_path",
-    "token_dtype",
-]
+from megatron_iiet.data.corpora.mmididx import DocumentIndex, Int64Array, TokenFile, bin_path, idx_path
 
 
-class TokenStream(Protocol):
+class TokenStream(ABC):
     """What training reads: one long row of tokens, cut into documents. Safe to read from many threads.
 
     Reads raise IndexError outside the corpus and ValueError where a file turns out to be damaged.
+
+    Attributes:
+        prefix: names the corpus.
+        dtype: type of the stored tokens.
+        num_tokens, num_documents: counts; tokens are those of all documents.
     """
 
     prefix: str
     dtype: np.dtype[Any]
+    num_tokens: int
+    num_documents: int
 
-    @property
-    def num_tokens(self) -> int:
-        """Number of tokens over all documents."""
-
-    @property
-    def num_documents(self) -> int:
-        """Number of documents."""
-
+    @abstractmethod
     def document_start(self, document: int) -> int:
         """Position in the stream of the first token of ``document``; ``num_documents`` gives the end."""
 
+    @abstractmethod
     def document_starts(self, start: int, stop: int) -> Int64Array:
         """Positions p, start <= p < stop, where a document starts: int64, ascending, each once."""
 
-    def read(self, start: int, stop: int) -> Int64Array:
-        """Tokens [start, stop) of the stream, int64 [stop - start]."""
-
+    @abstractmethod
     def read_into(self, start: int, out: Int64Array) -> None:
         """Fill ``out``, int64 [n], with tokens [start, start + n) of the stream."""
 
+    def read(self, start: int, stop: int) -> Int64Array:
+        """Tokens [start, stop) of the stream, int64 [stop - start]."""
+        self.check_range(start, stop)
+        out = np.empty(stop - start, dtype=np.int64)
+        self.read_into(start, out)
+        return out
+
     def document(self, index: int) -> Int64Array:
         """Tokens of one document, int64 [tokens]."""
+        if not 0 <= index < self.num_documents:
+            raise IndexError(f"document {index} of {self.num_documents} in {self.prefix}")
+        start, stop = self.document_start(index), self.document_start(index + 1)
+        if start > stop:
+            raise ValueError(
+                f"{self.prefix} is damaged: document {index} starts at token {start} and ends at {stop}; "
+                "restore its .idx or make it again."
+            )
+        return self.read(start, stop)
+
+    def check_range(self, start: int, stop: int) -> None:
+        """Refuse a range of tokens that leaves the stream (IndexError)."""
+        if not 0 <= start <= stop <= self.num_tokens:
+            raise IndexError(f"range [{start}, {stop}) leaves the {self.num_tokens} tokens of {self.prefix}")
 
 
-class IndexedDataset:
-    """The pair ``prefix`` as a :class:`TokenStream`. Opening takes the same time for 1 MB and 1 TB.
+class IndexedDataset(TokenStream):
+    """The pair ``prefix``. Opening takes the same time for 1 MB and 1 TB.
 
     Raises:
         ValueError: a file is missing, empty, of another format, or the two do not belong together.
@@ -91,65 +90,35 @@ class IndexedDataset:
                 f"bytes of tokens, the file holds {self.tokens.num_bytes}; make the pair again with "
                 "tools/preprocess_data.py."
             )
-        self._num_tokens = self.index.num_tokens
+        self.num_tokens, self.num_documents = self.index.num_tokens, self.index.num_documents
 
     @property
-    def num_documents(self) -> int:
-        """Number of documents."""
-        return self.index.num_documents
+    def info(self) -> dict[str, Any]:
+        """What the maker wrote of the corpus: nothing, there is no list to hold it."""
+        return {}
 
     @property
-    def num_tokens(self) -> int:
-        """Number of tokens over all documents."""
-        return self._num_tokens
+    def listed(self) -> None:
+        """The entry of the pair in a list: there is none."""
+
+    def pairs(self) -> Iterator[IndexedDataset]:
+        """The one pair of this corpus."""
+        yield self
 
     def document_start(self, document: int) -> int:
-        """Position in the stream of the first token of ``document``; ``num_documents`` gives the end."""
         return self.index.document_start(document)
 
     def document_starts(self, start: int, stop: int) -> Int64Array:
-        """Positions p, start <= p < stop, where a document starts: int64, ascending, each once."""
-        check_range(self, start, stop)
+        self.check_range(start, stop)
         return self.index.document_starts(start, stop)
 
-    def read(self, start: int, stop: int) -> Int64Array:
-        """Tokens [start, stop) of the stream, int64 [stop - start]."""
-        check_range(self, start, stop)
-        out = np.empty(stop - start, dtype=np.int64)
-        self.tokens.read_into(start, out)
-        return out
-
     def read_into(self, start: int, out: Int64Array) -> None:
-        """Fill ``out``, int64 [n], with tokens [start, start + n) of the stream."""
-        if not 0 <= start <= self._num_tokens - len(out):
-            check_range(self, start, start + len(out))
+        if not 0 <= start <= self.num_tokens - len(out):
+            self.check_range(start, start + len(out))
         self.tokens.read_into(start, out)
-
-    def document(self, index: int) -> Int64Array:
-        """Tokens of one document, int64 [tokens]."""
-        return self.read(*document_range(self, index))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return IndexedDataset, (self.prefix,)  # other processes open the files anew
-
-
-def check_range(stream: TokenStream, start: int, stop: int) -> None:
-    """Refuse a range of tokens that leaves the stream (IndexError)."""
-    if not 0 <= start <= stop <= stream.num_tokens:
-        raise IndexError(f"range [{start}, {stop}) leaves the {stream.num_tokens} tokens of {stream.prefix}")
-
-
-def document_range(stream: TokenStream, index: int) -> tuple[int, int]:
-    """Positions of the first token of a document and of the one behind its last."""
-    if not 0 <= index < stream.num_documents:
-        raise IndexError(f"document {index} of {stream.num_documents} in {stream.prefix}")
-    start, stop = stream.document_start(index), stream.document_start(index + 1)
-    if start > stop:
-        raise ValueError(
-            f"{stream.prefix} is damaged: document {index} starts at token {start} and ends at {stop}; "
-            "restore its .idx or make it again."
-        )
-    return start, stop
 
 
 def _require_file(path: Path, partner: Path) -> None:

@@ -22,6 +22,7 @@ from megatron_iiet.data.corpora.mmididx import (
     VERSION,
     Shard,
     bin_path,
+    check_prefix,
     idx_path,
     new_digest,
     shards_path,
@@ -71,8 +72,7 @@ class PairOutput:
     def __init__(self, prefix: str | os.PathLike[str], dtype: np.dtype[Any]) -> None:
         self.prefix = os.fspath(prefix)
         self.dtype = dtype
-        if not os.path.basename(self.prefix):
-            raise ValueError(f"The output prefix {self.prefix} ends in a slash; add a name for the files.")
+        check_prefix(self.prefix)
         self._targets = [bin_path(prefix), idx_path(prefix)]
         self._partials = [path.with_name(path.name + ".partial") for path in self._targets]
         make_parent(self._targets[0])
@@ -147,7 +147,7 @@ def write_index(
 class IndexedDatasetWriter:
     """Writes a pair, document by document, in constant memory; its files appear only when complete.
 
-    Use it as a context manager: leaving normally publishes the pair and sets :attr:`shard`, leaving by an
+    Use it as a context manager: leaving normally publishes the pair and sets ``shard``, leaving by an
     exception removes every trace.
 
     Raises:
@@ -161,26 +161,18 @@ class IndexedDatasetWriter:
         self.dtype = token_dtype(vocab_size)
         self.num_tokens = 0
         self.num_documents = 0
-        self._shard: Shard | None = None
+        self.shard: Shard | None = None  # once it is published, by the file name of the prefix
         self._output = PairOutput(prefix, self.dtype)
         folder = os.path.dirname(self.prefix) or "."
         self._lengths = SpooledTemporaryFile(max_size=_SPOOL_BYTES, dir=folder)  # noqa: SIM115 closed with the pair
 
-    @property
-    def shard(self) -> Shard:
-        """The published pair, named by the file name of the prefix."""
-        if self._shard is None:
-            raise RuntimeError(f"{self.prefix} is not published yet: call close() first.")
-        return self._shard
+    def add_document(self, tokens: TokenArray) -> None:
+        """Append one document: ids [tokens]."""
+        self.add_documents(tokens, [len(tokens)])
 
-    def add_document(self, tokens: bytes | TokenArray) -> None:
-        """Append one document: ids [tokens], as an array or packed in this writer's ``dtype``."""
-        length = len(tokens) // self.dtype.itemsize if isinstance(tokens, bytes) else len(tokens)
-        self.add_documents(tokens, np.array([length], dtype=np.int64))
-
-    def add_documents(self, tokens: bytes | TokenArray, lengths: npt.ArrayLike) -> None:
+    def add_documents(self, tokens: TokenArray, lengths: npt.ArrayLike) -> None:
         """Append consecutive documents: ids [sum(lengths)] and their lengths in tokens, int [documents]."""
-        ids = np.frombuffer(tokens, dtype=self.dtype) if isinstance(tokens, bytes) else np.asarray(tokens)
+        ids = np.asarray(tokens)
         lengths = np.asarray(lengths, dtype=np.int64)
         if lengths.size and (lengths.min() < 1 or lengths.max() >= 2**31):
             raise ValueError(
@@ -200,8 +192,8 @@ class IndexedDatasetWriter:
         self.num_documents += lengths.size
 
     def close(self) -> Shard:
-        """Publish the pair. The caller writes its ``.shards`` (:func:`shards.write_shards`) last."""
-        if self._shard is None:
+        """Publish the pair. The caller writes its ``.shards`` (:func:`shard_list.write_shards`) last."""
+        if self.shard is None:
             if not self.num_documents:
                 raise ValueError(f"No documents for {self.prefix}: there is nothing to write.")
             write_index(
@@ -210,11 +202,11 @@ class IndexedDatasetWriter:
                 self.num_documents,
                 self.num_documents,
                 self._length_blocks,
-                ranges(self.num_documents),
+                _counting(self.num_documents),
             )
-            self._shard = self._output.publish(self.num_documents)
+            self.shard = self._output.publish(self.num_documents)
             self._lengths.close()
-        return self._shard
+        return self.shard
 
     def discard(self) -> None:
         """Remove everything written so far; published pairs stay."""
@@ -239,11 +231,10 @@ class IndexedDatasetWriter:
             self.discard()
 
 
-def ranges(count: int, start: int = 0) -> Iterator[npt.NDArray[np.int64]]:
-    """start, start + 1, ... start + count - 1 in blocks."""
-    stop = start + count
-    for at in range(start, stop, BLOCK_ENTRIES):
-        yield np.arange(at, min(at + BLOCK_ENTRIES, stop), dtype=np.int64)
+def _counting(count: int) -> Iterator[npt.NDArray[np.int64]]:
+    """0, 1, ... count - 1 in blocks."""
+    for at in range(0, count, BLOCK_ENTRIES):
+        yield np.arange(at, min(at + BLOCK_ENTRIES, count), dtype=np.int64)
 
 
 def _open_locked(path: Path) -> IO[bytes]:

@@ -11,10 +11,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from megatron_iiet.data.corpora.indexed import IndexedDataset, TokenStream
-from megatron_iiet.data.corpora.mmididx import DocumentIndex
+from megatron_iiet.data.corpora.indexed import TokenStream
 from megatron_iiet.data.corpora.shards import ShardedDataset, open_corpus
-from megatron_iiet.data.tokenizers.loading import Tokenizer
+from megatron_iiet.data.tokenizers.base import Tokenizer
 
 PERCENTILES = (1, 5, 25, 50, 75, 95, 99)
 _SAMPLE_TOKENS = 100
@@ -160,30 +159,21 @@ def summarize(
     """
     corpus = open_corpus(prefix)
     lengths = LengthCounts()
-    for index in _indexes(corpus):
-        for block in index.document_lengths():
+    for pair in corpus.pairs():
+        for block in pair.index.document_lengths():
             lengths.add(block)
-    listed = isinstance(corpus, ShardedDataset)
     return Summary(
         prefix=os.fspath(prefix),
         dtype=corpus.dtype.name,
         shards=len(corpus.shards) if isinstance(corpus, ShardedDataset) else 1,
-        listed=listed,
+        listed=isinstance(corpus, ShardedDataset),
         tokens=corpus.num_tokens,
         documents=corpus.num_documents,
         num_bytes=corpus.num_tokens * corpus.dtype.itemsize,
-        info=corpus.info if isinstance(corpus, ShardedDataset) else {},
+        info=corpus.info,
         lengths=lengths,
         samples=list(_samples(corpus, tokenizer, samples)) if tokenizer is not None else [],
     )
-
-
-def _indexes(corpus: ShardedDataset | IndexedDataset) -> Iterator[DocumentIndex]:
-    if isinstance(corpus, IndexedDataset):
-        yield corpus.index
-    else:
-        for i in range(len(corpus.shards)):
-            yield corpus.open_shard(i).index
 
 
 def _samples(corpus: TokenStream, tokenizer: Tokenizer, count: int) -> Iterator[Sample]:

@@ -21,39 +21,20 @@ from tqdm import tqdm
 from megatron_iiet.data.corpora.indexed import IndexedDataset
 from megatron_iiet.data.corpora.indexed_writer import PairOutput, write_index
 from megatron_iiet.data.corpora.mmididx import (
-    DocumentIndex,
     Shard,
-    TokenFile,
     bin_path,
+    check_prefix,
     file_digest,
     idx_path,
     new_digest,
     shards_path,
 )
-from megatron_iiet.data.corpora.shards import ShardedDataset, open_corpus, write_shards
+from megatron_iiet.data.corpora.shard_list import write_shards
+from megatron_iiet.data.corpora.shards import OpenShard, open_corpus
 from megatron_iiet.durable import check_output, make_parent
 
 _MADE_BY = "tools/merge_datasets.py"
 _SUFFIXES = (".shards", ".idx", ".bin")
-
-
-@dataclass(frozen=True)
-class MergeOptions:
-    """What ``tools/merge_datasets.py`` is asked to do.
-
-    Attributes:
-        inputs: prefixes of corpora (pairs or shard lists) or globs of prefixes; joined in this order.
-        output_prefix: prefix of the joined corpus.
-        by_reference: write a list of the inputs' pairs and copy no token.
-        overwrite: replace a corpus of that prefix.
-        progress: show a bar on a terminal.
-    """
-
-    inputs: Sequence[str]
-    output_prefix: str
-    by_reference: bool = False
-    overwrite: bool = False
-    progress: bool = True
 
 
 @dataclass
@@ -75,32 +56,42 @@ class MergeReport:
         return "\n".join([made, *(f"note: {note}" for note in self.notes)])
 
 
-@dataclass(frozen=True)
-class _Pair:
-    """One pair of an input, open."""
+def merge(
+    inputs: Sequence[str], output_prefix: str, by_reference: bool = False, overwrite: bool = False
+) -> MergeReport:
+    """Join corpora into one; a bar on a terminal shows how far the copying is.
 
-    prefix: str
-    tokens: TokenFile
-    index: DocumentIndex
-    listed: Shard | None  # None: a pair without a list
-
-
-def merge(options: MergeOptions) -> MergeReport:
-    """Join corpora into ``options.output_prefix``.
+    Args:
+        inputs: prefixes of corpora (pairs or shard lists) or globs of prefixes; joined in this order.
+        output_prefix: prefix of the joined corpus.
+        by_reference: write a list of the inputs' pairs and copy no token.
+        overwrite: replace a corpus of that prefix.
 
     Raises:
         ValueError: an input is missing or damaged, inputs have different token types or tokenizers, one is
             given twice, or the output is there already. Nothing is left behind.
         OSError: the disk is full, or the like. Nothing is left behind.
     """
-    prefixes = expand_corpora(options.inputs)
-    _check_output(options, prefixes)
+    prefixes = expand_corpora(inputs)
+    _check_output(output_prefix, overwrite, prefixes)
     common = _Common(prefixes)
-    counts = _check_pairs(options, prefixes)
-    make_parent(Path(options.output_prefix))
-    join = _refer if options.by_reference else _copy
-    shards = join(options, prefixes, common.dtype, counts)
-    path = _write_list(options, shards, common)
+    counts = _check_pairs(output_prefix, prefixes)
+    make_parent(Path(output_prefix))
+    if by_reference:
+        shards = _refer(output_prefix, prefixes)
+    else:
+        shards = [_copy(output_prefix, prefixes, common.dtype, counts)]
+    pair = [idx_path(output_prefix), bin_path(output_prefix)]
+    try:
+        path = write_shards(output_prefix, shards, common.dtype, common.info)
+    except BaseException:
+        if not by_reference:  # without its list the pair does not stay
+            for file in pair:
+                file.unlink(missing_ok=True)
+        raise
+    if by_reference and overwrite:  # the pair of that name is no part of the new corpus
+        for file in pair:
+            file.unlink(missing_ok=True)
     return MergeReport(path, len(prefixes), counts.pairs, counts.tokens, counts.documents, common.notes)
 
 
@@ -135,15 +126,13 @@ def _expand(pattern: str) -> list[str]:
     return sorted(found)
 
 
-def _check_output(options: MergeOptions, prefixes: Sequence[str]) -> None:
-    output = options.output_prefix
-    if not os.path.basename(output):
-        raise ValueError(f"The output prefix {output} ends in a slash; add a name for the files.")
+def _check_output(output: str, overwrite: bool, prefixes: Sequence[str]) -> None:
+    check_prefix(output)
     check_output(Path(output))
     if os.path.abspath(output) in map(os.path.abspath, prefixes):
         raise ValueError(f"The output prefix {output} is one of the inputs; choose another.")
     there = [path for path in (shards_path(output), bin_path(output), idx_path(output)) if path.exists()]
-    if there and not options.overwrite:
+    if there and not overwrite:
         raise ValueError(
             f"{there[0]} exists; choose another --output-prefix, or give --overwrite to replace it."
         )
@@ -158,7 +147,7 @@ class _Common:
         silent: list[str] = []
         for i, prefix in enumerate(prefixes):
             corpus = open_corpus(prefix)
-            info = corpus.info if isinstance(corpus, ShardedDataset) else {}
+            info = corpus.info
             if i == 0:
                 self.dtype, self.info = corpus.dtype, dict(info)
             if corpus.dtype != self.dtype:
@@ -199,13 +188,12 @@ class _Counts:
     sequences: int = 0
 
 
-def _check_pairs(options: MergeOptions, prefixes: Sequence[str]) -> _Counts:
+def _check_pairs(output: str, prefixes: Sequence[str]) -> _Counts:
     """Read every index and count; no token is read."""
     counts, seen = _Counts(), set()
-    output = os.path.abspath(options.output_prefix)
     for pair in _open_pairs(prefixes):
         place = os.path.abspath(pair.prefix)
-        if place == output:
+        if place == os.path.abspath(output):
             raise ValueError(f"The inputs read {pair.prefix}, the output prefix; choose another.")
         if place in seen:
             raise ValueError(f"The inputs hold the pair {pair.prefix} twice; leave out one that lists it.")
@@ -221,32 +209,19 @@ def _check_pairs(options: MergeOptions, prefixes: Sequence[str]) -> _Counts:
     return counts
 
 
-def _open_pairs(prefixes: Iterable[str]) -> Iterator[_Pair]:
+def _open_pairs(prefixes: Iterable[str]) -> Iterator[IndexedDataset | OpenShard]:
     """All pairs of all corpora in order, one open at a time."""
     for prefix in prefixes:
-        corpus = open_corpus(prefix)
-        if isinstance(corpus, IndexedDataset):
-            yield _Pair(prefix, corpus.tokens, corpus.index, None)
-            continue
-        for i in range(len(corpus.shards)):
-            shard = corpus.open_shard(i)
-            yield _Pair(shard.prefix, shard.tokens, shard.index, shard.shard)
+        yield from open_corpus(prefix).pairs()
 
 
-def _copy(
-    options: MergeOptions, prefixes: Sequence[str], dtype: np.dtype[Any], counts: _Counts
-) -> list[Shard]:
-    output = PairOutput(options.output_prefix, dtype)
+def _copy(output_prefix: str, prefixes: Sequence[str], dtype: np.dtype[Any], counts: _Counts) -> Shard:
+    output = PairOutput(output_prefix, dtype)
+    total = counts.tokens * dtype.itemsize
     with ExitStack() as stack:
         stack.callback(output.discard)
         bar = stack.enter_context(
-            tqdm(
-                total=counts.tokens * dtype.itemsize,
-                unit="B",
-                unit_scale=True,
-                desc="merging",
-                disable=None if options.progress else True,
-            )
+            tqdm(total=total, unit="B", unit_scale=True, desc="merging", disable=None)  # on a terminal only
         )
         for pair in _open_pairs(prefixes):
             digest = new_digest()
@@ -256,7 +231,7 @@ def _copy(
                 bar.update(block.nbytes)
             if pair.listed is not None:
                 _require_digest(pair.tokens.path, digest.digest(), pair.listed.bin_digest)
-        if output.bin.num_bytes != counts.tokens * dtype.itemsize:
+        if output.bin.num_bytes != total:
             raise ValueError("An input changed while it was read; start again when nothing writes to it.")
         write_index(
             output.idx,
@@ -266,7 +241,7 @@ def _copy(
             lambda: (block for pair in _open_pairs(prefixes) for block in pair.index.length_blocks()),
             shifted(_open_pairs(prefixes)),
         )
-        return [output.publish(counts.documents)]
+        return output.publish(counts.documents)
 
 
 def shifted(pairs: Iterable[Any]) -> Iterator[npt.NDArray[np.int64]]:
@@ -278,10 +253,8 @@ def shifted(pairs: Iterable[Any]) -> Iterator[npt.NDArray[np.int64]]:
         before += pair.index.num_sequences
 
 
-def _refer(
-    options: MergeOptions, prefixes: Sequence[str], dtype: np.dtype[Any], counts: _Counts
-) -> list[Shard]:
-    folder = os.path.join(os.path.abspath(os.path.dirname(options.output_prefix)), "")
+def _refer(output_prefix: str, prefixes: Sequence[str]) -> list[Shard]:
+    folder = os.path.join(os.path.abspath(os.path.dirname(output_prefix)), "")
     shards = []
     for pair in _open_pairs(prefixes):
         digests = (
@@ -289,27 +262,9 @@ def _refer(
             if pair.listed is not None
             else (file_digest(pair.tokens.path), file_digest(pair.index.path))
         )
-        place = os.path.abspath(pair.prefix)
-        name = place.removeprefix(folder)
+        name = os.path.abspath(pair.prefix).removeprefix(folder)
         shards.append(Shard(name, pair.index.num_tokens, pair.index.num_documents, *digests))
     return shards
-
-
-def _write_list(options: MergeOptions, shards: Sequence[Shard], common: _Common) -> Path:
-    """The list last; without it nothing stays."""
-    output = options.output_prefix
-    pair = [idx_path(output), bin_path(output)]
-    try:
-        path = write_shards(output, shards, common.dtype, common.info)
-    except BaseException:
-        if not options.by_reference:
-            for file in pair:
-                file.unlink(missing_ok=True)
-        raise
-    if options.by_reference and options.overwrite:  # the pair of that name is no part of the new corpus
-        for file in pair:
-            file.unlink(missing_ok=True)
-    return path
 
 
 def _require_digest(path: Path, found: bytes, listed: bytes) -> None:

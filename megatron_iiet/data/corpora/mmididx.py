@@ -71,6 +71,12 @@ def shards_path(prefix: str | os.PathLike[str]) -> Path:
     return Path(f"{os.fspath(prefix)}.shards")
 
 
+def check_prefix(prefix: str | os.PathLike[str]) -> None:
+    """Refuse an output prefix that is a folder's name (ValueError)."""
+    if not os.path.basename(prefix):
+        raise ValueError(f"The output prefix {prefix} ends in a slash; add a name for the files.")
+
+
 def file_digest(path: Path) -> bytes:
     """blake2b (16 bytes) of a whole file, as shard lists hold it."""
     with path.open("rb") as file:

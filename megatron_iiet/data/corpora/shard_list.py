@@ -18,10 +18,10 @@ import json
 import mmap
 import os
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 
@@ -30,7 +30,6 @@ from megatron_iiet.data.corpora.mmididx import (
     BLOCK_BYTES,
     CODES,
     DIGEST_BYTES,
-    Int64Array,
     Shard,
     new_digest,
     shards_path,
@@ -45,7 +44,7 @@ _SMALL_LIST = 1 << 16  # bytes; lists up to this size are checked whole when ope
 _DTYPES = {dtype.name: dtype for dtype in CODES}
 
 
-class ShardList(Sequence[Shard]):
+class ShardList:
     """The file ``PREFIX.shards``; its entries are read when asked for.
 
     Attributes:
@@ -141,21 +140,9 @@ class ShardList(Sequence[Shard]):
     def __len__(self) -> int:
         return self._num_shards
 
-    @overload
-    def __getitem__(self, index: int) -> Shard: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Shard]: ...
-    def __getitem__(self, index: int | slice) -> Shard | list[Shard]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        if not -len(self) <= index < len(self):
+    def __getitem__(self, index: int) -> Shard:
+        if not 0 <= index < len(self):
             raise IndexError(f"shard {index} of {len(self)} in {self.path}")
-        return self._entry(index % len(self))
-
-    def __iter__(self) -> Iterator[Shard]:
-        return map(self._entry, range(len(self)))
-
-    def _entry(self, index: int) -> Shard:
         tokens = self.token_ends[index + 1] - self.token_ends[index]
         documents = self.document_ends[index + 1] - self.document_ends[index]
         if tokens <= 0 or documents <= 0:
@@ -205,10 +192,9 @@ def write_shards(
         raise ValueError(f"No shards for {path}: a corpus has at least one.")
     for shard in shards:
         _check_shard(shard)
-    names = [len(shard.name.encode()) for shard in shards]
-    ends = [
-        _ends(values) for values in ((s.tokens for s in shards), (s.documents for s in shards), iter(names))
-    ]
+    names = [shard.name.encode() for shard in shards]
+    counts = ((shard.tokens for shard in shards), (shard.documents for shard in shards), map(len, names))
+    ends = [np.cumsum(np.fromiter(chain([0], values), dtype=np.int64)) for values in counts]
     head = {
         "dtype": np.dtype(dtype).name,
         "shards": len(shards),
@@ -226,18 +212,11 @@ def write_shards(
         out.write(bytes(_padded(out.num_bytes) - out.num_bytes))
         for array in ends:
             out.write(array.astype("<i8"))
-        for data in chain(
-            (shard.bin_digest for shard in shards),
-            (shard.idx_digest for shard in shards),
-            (shard.name.encode() for shard in shards),
-        ):
-            out.write(data)
+        for digests in ([shard.bin_digest for shard in shards], [shard.idx_digest for shard in shards]):
+            out.write(b"".join(digests))
+        out.write(b"".join(names))
         out.write(out.digest)
     return path
-
-
-def _ends(values: Iterator[int]) -> Int64Array:
-    return np.cumsum(np.fromiter(chain([0], values), dtype=np.int64))
 
 
 def _padded(size: int) -> int:

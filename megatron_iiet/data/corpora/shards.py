@@ -18,19 +18,16 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from megatron_iiet.data.corpora.indexed import IndexedDataset, check_range, document_range
+from megatron_iiet.data.corpora.indexed import IndexedDataset, TokenStream
 from megatron_iiet.data.corpora.mmididx import (
     DocumentIndex,
     Int64Array,
-    Shard,
     TokenFile,
     bin_path,
     idx_path,
     shards_path,
 )
-from megatron_iiet.data.corpora.shard_list import ShardList, write_shards
-
-__all__ = ["Shard", "ShardList", "ShardedDataset", "corpus_prefix", "open_corpus", "write_shards"]
+from megatron_iiet.data.corpora.shard_list import ShardList
 
 MAX_OPEN_SHARDS = 256  # a shard costs up to two file descriptors, and 1024 is a common limit
 
@@ -60,21 +57,20 @@ class OpenShard:
 
     def __init__(self, shards: ShardList, index: int) -> None:
         self._list = shards
-        self.shard = shards[index]
-        self.prefix = shards.prefix_of(self.shard)
+        self.listed = shards[index]
+        self.prefix = shards.prefix_of(self.listed)
         self._index: DocumentIndex | None = None
         self.tokens = self._open(bin_path, lambda path: TokenFile(path, shards.dtype))
-        self._require(
-            "bytes", self.tokens.path, self.tokens.num_bytes, self.shard.tokens * shards.dtype.itemsize
-        )
+        num_bytes = self.listed.tokens * shards.dtype.itemsize
+        self._require("bytes", self.tokens.path, self.tokens.num_bytes, num_bytes)
 
     @property
     def index(self) -> DocumentIndex:
         """The pair's index, opened at the first call."""
         if self._index is None:
             index = self._open(idx_path, DocumentIndex)
-            self._require("documents", index.path, index.num_documents, self.shard.documents)
-            self._require("tokens", index.path, index.num_tokens, self.shard.tokens)
+            self._require("documents", index.path, index.num_documents, self.listed.documents)
+            self._require("tokens", index.path, index.num_tokens, self.listed.tokens)
             self._require("token type", index.path, index.dtype, self._list.dtype)
             self._index = index
         return self._index
@@ -96,8 +92,8 @@ class OpenShard:
             )
 
 
-class ShardedDataset:
-    """All pairs of a list as one :class:`TokenStream`, in the order of the list.
+class ShardedDataset(TokenStream):
+    """All pairs of a list in its order.
 
     At most ``max_open_shards`` pairs are held open, the ones read last. Safe to read from many threads.
 
@@ -110,36 +106,27 @@ class ShardedDataset:
         self.shards = ShardList(shards_path(self.prefix))
         self.dtype = self.shards.dtype
         self.info = self.shards.info
-        self._num_tokens = self.shards.num_tokens
+        self.num_tokens, self.num_documents = self.shards.num_tokens, self.shards.num_documents
         self._max_open = max_open_shards
         self._open: OrderedDict[int, OpenShard] = OrderedDict()
         self._lock = Lock()
 
-    @property
-    def num_tokens(self) -> int:
-        """Number of tokens over all documents."""
-        return self._num_tokens
-
-    @property
-    def num_documents(self) -> int:
-        """Number of documents."""
-        return self.shards.num_documents
+    def pairs(self) -> Iterator[OpenShard]:
+        """All pairs in order, opened one by one."""
+        return map(self.open_shard, range(len(self.shards)))
 
     def document_start(self, document: int) -> int:
-        """Position in the stream of the first token of ``document``; ``num_documents`` gives the end."""
         if not 0 <= document <= self.num_documents:
             raise IndexError(f"document {document} of {self.num_documents} in {self.prefix}")
         if document == self.num_documents:
-            return self._num_tokens
+            return self.num_tokens
         shard = bisect_right(self.shards.document_ends, document) - 1
         index = self._index(shard)
-        return self.shards.token_ends[shard] + index.document_start(
-            document - self.shards.document_ends[shard]
-        )
+        first = self.shards.document_ends[shard]
+        return self.shards.token_ends[shard] + index.document_start(document - first)
 
     def document_starts(self, start: int, stop: int) -> Int64Array:
-        """Positions p, start <= p < stop, where a document starts: int64, ascending, each once."""
-        check_range(self, start, stop)
+        self.check_range(start, stop)
         found = []
         for shard, first, begin, end in self._parts(start, stop):
             starts = self._index(shard).document_starts(begin - first, end - first)
@@ -147,24 +134,12 @@ class ShardedDataset:
             found.append(starts)
         return found[0] if len(found) == 1 else np.concatenate([np.empty(0, dtype=np.int64), *found])
 
-    def read(self, start: int, stop: int) -> Int64Array:
-        """Tokens [start, stop) of the stream, int64 [stop - start]."""
-        check_range(self, start, stop)
-        out = np.empty(stop - start, dtype=np.int64)
-        self.read_into(start, out)
-        return out
-
     def read_into(self, start: int, out: Int64Array) -> None:
-        """Fill ``out``, int64 [n], with tokens [start, start + n) of the stream."""
         stop = start + len(out)
-        if not 0 <= start <= stop <= self._num_tokens:
-            check_range(self, start, stop)
+        if not 0 <= start <= stop <= self.num_tokens:
+            self.check_range(start, stop)
         for shard, first, begin, end in self._parts(start, stop):
             self._shard(shard).tokens.read_into(begin - first, out[begin - start : end - start])
-
-    def document(self, index: int) -> Int64Array:
-        """Tokens of one document, int64 [tokens]."""
-        return self.read(*document_range(self, index))
 
     def _parts(self, start: int, stop: int) -> Iterator[tuple[int, int, int, int]]:
         """The range [start, stop) by shards: (shard, its first position, begin and end of the part in it)."""

@@ -13,7 +13,8 @@ import numpy.typing as npt
 from megatron_iiet.data.corpora.indexed import TokenStream
 from megatron_iiet.data.corpora.mmididx import DocumentIndex, Shard, TokenFile, file_digest, new_digest
 from megatron_iiet.data.corpora.shards import OpenShard, ShardedDataset, open_corpus
-from megatron_iiet.data.tokenizers.loading import Tokenizer, load_tokenizer, tokenizer_digest
+from megatron_iiet.data.tokenizers.base import Tokenizer
+from megatron_iiet.data.tokenizers.loading import load_tokenizer, tokenizer_digest
 
 MAX_DEFECTS = 20  # told of one corpus; the rest is counted
 
@@ -70,10 +71,9 @@ def verify(prefix: str | os.PathLike[str], tokenizer: str | os.PathLike[str] | N
     except (ValueError, OSError) as error:
         result.add(error)
         return result
-    info = corpus.info if isinstance(corpus, ShardedDataset) else {}
-    ids = _expected_ids(info, loaded)
+    ids = _expected_ids(corpus.info, loaded)
     if tokenizer is not None and loaded is not None:
-        _compare_tokenizer(info, Path(tokenizer), loaded, result)
+        _compare_tokenizer(corpus.info, Path(tokenizer), loaded, result)
     if isinstance(corpus, ShardedDataset):
         _verify_list(corpus, ids, result)
     else:
@@ -115,7 +115,7 @@ def _verify_list(corpus: ShardedDataset, ids: _Ids, result: Verification) -> Non
         except (ValueError, OSError) as error:
             result.add(error)
             continue
-        _verify_pair(shard.tokens, _index(shard, result), shard.shard, ids, result)
+        _verify_pair(shard.tokens, _index(shard, result), shard.listed, ids, result)
     result.checked.append(f"digests of the list and of the files of its {len(corpus.shards):,} shard(s)")
 
 

@@ -1,2 +1,2 @@
-"""Corpora to batches: :mod:`samples` (what a sample is, with :mod:`packing`), :mod:`order` (which comes when:
-:mod:`blend`, :mod:`permutation`), :mod:`batches` (who reads what, with :mod:`read_ahead`)."""
+"""Corpora to batches: :mod:`samples` (what a sample is, with :mod:`packing`), :mod:`order` (which comes when,
+with :mod:`blend`), :mod:`batches` (who reads what, with :mod:`read_ahead`)."""

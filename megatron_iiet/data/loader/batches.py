@@ -17,15 +17,14 @@ from itertools import count
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
+from megatron_iiet.data.corpora.mmididx import Int64Array
 from megatron_iiet.data.loader.blend import Blend
 from megatron_iiet.data.loader.order import SampleOrder
 from megatron_iiet.data.loader.read_ahead import ReadAhead
 from megatron_iiet.data.loader.samples import Samples, UnknownTokenError
 
-Int64Array = npt.NDArray[np.int64]
 _ORDERED_AT_ONCE = 16384  # samples: so many that the order costs a fraction of a microsecond each
 
 

@@ -39,10 +39,10 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from megatron_iiet.data.corpora.mmididx import Int64Array
+
 BLOCK = 100_000
 """Most slots of a block; the smallest possible weight is one slot in so many."""
-
-Int64Array = npt.NDArray[np.int64]
 
 
 class Blend:

@@ -10,9 +10,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
-Int64Array = npt.NDArray[np.int64]
+from megatron_iiet.data.corpora.mmididx import Int64Array
 
 
 class Packing(NamedTuple):

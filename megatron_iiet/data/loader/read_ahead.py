@@ -7,8 +7,9 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future, wait
 from queue import SimpleQueue
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 T = TypeVar("T", covariant=True)
 R = TypeVar("R")
@@ -41,8 +42,8 @@ class ReadAhead(Generic[R]):
         self._jobs = jobs
         self._timeout = timeout
         self._ahead = threads * _AHEAD
-        self._queue: SimpleQueue[_Task[R] | None] = SimpleQueue()
-        self._pending: deque[_Task[R]] = deque()
+        self._queue: SimpleQueue[tuple[Job[R], Future[R]] | None] = SimpleQueue()
+        self._pending: deque[tuple[Job[R], Future[R]]] = deque()
         # The threads know the queue only: they must not keep this object alive.
         workers = [
             threading.Thread(target=_serve, args=(self._queue,), name=f"data-reader-{i}", daemon=True)
@@ -58,42 +59,29 @@ class ReadAhead(Generic[R]):
 
     def __next__(self) -> R:
         while len(self._pending) < self._ahead:
-            task = _Task(next(self._jobs))
+            task: tuple[Job[R], Future[R]] = next(self._jobs), Future()
             self._pending.append(task)
             self._queue.put(task)
-        task = self._pending.popleft()
-        if not task.done.wait(self._timeout):
+        job, future = self._pending.popleft()
+        if not wait([future], self._timeout).done:
             raise RuntimeError(
-                f"Reading {task.job} takes longer than {self._timeout:g} s; look after the file system, or "
+                f"Reading {job} takes longer than {self._timeout:g} s; look after the file system, or "
                 "raise data.timeout."
             )
-        if task.error is not None:
-            raise task.error
-        return task.result
+        return future.result()
 
 
-class _Task(Generic[R]):
-    """A job and what became of it."""
-
-    result: R
-
-    def __init__(self, job: Job[R]) -> None:
-        self.job = job
-        self.done = threading.Event()
-        self.error: BaseException | None = None
-
-
-def _serve(queue: SimpleQueue[_Task[R] | None]) -> None:
+def _serve(queue: SimpleQueue[tuple[Job[R], Future[R]] | None]) -> None:
     while (task := queue.get()) is not None:
+        job, future = task
         try:
-            task.result = task.job.run()
+            future.set_result(job.run())
         except BaseException as error:  # whatever it is, the thread that waits must hear of it
-            task.error = error
-        task.done.set()
-        del task  # a waiting thread must not hold on to its last result
+            future.set_exception(error)
+        del task, job, future  # a waiting thread must not hold on to its last result
 
 
-def _stop(queue: SimpleQueue[_Task[R] | None], workers: list[threading.Thread]) -> None:
+def _stop(queue: SimpleQueue[Any], workers: list[threading.Thread]) -> None:
     while not queue.empty():
         queue.get()
     for _ in workers:

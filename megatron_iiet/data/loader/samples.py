@@ -23,48 +23,37 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
+from typing import ClassVar, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from megatron_iiet.data.corpora.indexed import TokenStream
+from megatron_iiet.data.corpora.mmididx import Int64Array
 from megatron_iiet.data.corpora.shards import open_corpus
 from megatron_iiet.data.loader.packing import Packing, cut, pack
-
-Int64Array = npt.NDArray[np.int64]
-_SPLIT_NAMES = ("train", "validation", "test")
 
 
 class UnknownTokenError(ValueError):
     """A corpus holds an id that the model has no embedding row for."""
 
 
+@dataclass(eq=False)
 class Samples(ABC):
-    """Samples from tokens [start, stop) of a stream, read by number from any thread.
+    """Samples from tokens [start, stop) of a stream, read by number from any thread."""
 
-    Args:
-        stream: the corpus.
-        start, stop: token range of the split, at borders of documents.
-        sequence_length: T.
-        vocab_size: ids that the model knows, 0 to vocab_size - 1. None: the ids are known to be its own.
-    """
+    stream: TokenStream
+    """The corpus."""
+    start: int
+    """First token of the split, the start of a document."""
+    stop: int
+    """End of the split, the end of a document."""
+    sequence_length: int
+    """T."""
+    vocab_size: int | None = None
+    """Ids that the model knows: 0 to vocab_size - 1. None: the ids are known to be its own."""
 
-    has_positions: bool
+    has_positions: ClassVar[bool]
     """Whether tokens come with positions."""
-
-    def __init__(
-        self,
-        stream: TokenStream,
-        start: int,
-        stop: int,
-        sequence_length: int,
-        vocab_size: int | None = None,
-    ) -> None:
-        self.stream = stream
-        self.start = start
-        self.stop = stop
-        self.sequence_length = sequence_length
-        self.vocab_size = vocab_size
 
     @property
     def num_tokens(self) -> int:
@@ -153,6 +142,7 @@ class DocumentWindows(TokenWindows):
         return self.stream.document_starts(first + 1, first + self.sequence_length + 1)
 
 
+@dataclass(eq=False)
 class PackedSamples(Samples):
     """Pieces of documents, packed into samples without crossing them.
 
@@ -169,16 +159,8 @@ class PackedSamples(Samples):
     samples_per_block = block + 1
     _KEPT = 4096  # packed blocks, a few kilobytes each: a global batch is counted before its samples are read
 
-    def __init__(
-        self,
-        stream: TokenStream,
-        start: int,
-        stop: int,
-        sequence_length: int,
-        vocab_size: int | None = None,
-    ) -> None:
-        super().__init__(stream, start, stop, sequence_length, vocab_size)
-        self._block_tokens = self.block * (sequence_length + 1)
+    def __post_init__(self) -> None:
+        self._block_tokens = self.block * (self.sequence_length + 1)
         self._packing = lru_cache(self._KEPT)(self._pack)
 
     def __len__(self) -> int:
@@ -233,8 +215,7 @@ KINDS: dict[str, type[Samples]] = {"ignore": TokenWindows, "reset": DocumentWind
 """By ``data.documents``."""
 
 
-@dataclass(frozen=True)
-class Splits:
+class Splits(NamedTuple):
     """The three parts of a corpus, in document order."""
 
     train: Samples
@@ -273,8 +254,8 @@ def build_splits(
     stream = open_corpus(prefix)
     bounds = np.rint(np.append(0.0, np.cumsum(shares)) * stream.num_documents).astype(np.int64)
     starts = [stream.document_start(int(document)) for document in bounds]
-    parts = {}
-    for i, name in enumerate(_SPLIT_NAMES):
+    parts = []
+    for i, name in enumerate(Splits._fields):
         part = KINDS[documents](stream, starts[i], starts[i + 1], sequence_length, vocab_size)
         if shares[i] > 0 and len(part) == 0:
             raise ValueError(
@@ -282,5 +263,5 @@ def build_splits(
                 f"{part.num_tokens} tokens, too few for a window of {sequence_length + 1}; give it a larger "
                 "share in data.split (or 0), shorten data.sequence_length, or use more text."
             )
-        parts[name] = part
-    return Splits(**parts)
+        parts.append(part)
+    return Splits(*parts)

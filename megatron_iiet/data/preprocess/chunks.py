@@ -9,14 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from megatron_iiet.data.corpora.indexed import token_dtype
 from megatron_iiet.data.corpora.indexed_writer import TokenArray
+from megatron_iiet.data.corpora.mmididx import token_dtype
 from megatron_iiet.data.preprocess.filters import DIGEST_BYTES, Filters, text_digest
 from megatron_iiet.data.preprocess.layout import Layout, output_name
 from megatron_iiet.data.preprocess.records import Counts
 from megatron_iiet.data.reading.long_text import LongText
 from megatron_iiet.data.reading.text import Chunk, Row, parse_rows, raise_first
-from megatron_iiet.data.tokenizers.loading import Tokenizer
+from megatron_iiet.data.tokenizers.base import Tokenizer
 
 _SOURCE = re.compile(r"\w[\w.+ -]{0,99}")
 

@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_iiet.data.corpora.mmididx import check_prefix
 from megatron_iiet.data.preprocess.options import PreprocessOptions
 from megatron_iiet.durable import check_output
 
@@ -46,10 +47,7 @@ class Layout:
     def check(self) -> None:
         """Raise a ValueError where the place cannot be written to."""
         if self.prefix is not None:
-            if not os.path.basename(self.prefix):
-                raise ValueError(
-                    f"The output prefix {self.prefix} ends in a slash; add a name for the files."
-                )
+            check_prefix(self.prefix)
             check_output(Path(self.prefix))
         elif self.folder is not None and os.path.exists(self.folder) and not os.path.isdir(self.folder):
             raise ValueError(f"The output folder {self.folder} is a file; choose another name.")

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from megatron_iiet.data.corpora.indexed import bin_path, idx_path, shards_path, token_dtype
-from megatron_iiet.data.corpora.shards import Shard, write_shards
+from megatron_iiet.data.corpora.mmididx import Shard, bin_path, idx_path, shards_path, token_dtype
+from megatron_iiet.data.corpora.shard_list import write_shards
 from megatron_iiet.data.preprocess.layout import Layout, output_name
 from megatron_iiet.data.preprocess.plan import Plan
 from megatron_iiet.data.preprocess.records import Counts, OutputRecord, UnitRecord, read_records

@@ -27,7 +27,8 @@ from megatron_iiet.data.preprocess.unit import DigestUnit, EncodeUnit
 from megatron_iiet.data.preprocess.workshop import Failure, Workshop
 from megatron_iiet.data.reading.sources import InputFile, list_dataset, list_inputs
 from megatron_iiet.data.reading.text import parse_rows, read_chunks
-from megatron_iiet.data.tokenizers.loading import Tokenizer, load_encoder, tokenizer_digest
+from megatron_iiet.data.tokenizers.base import Tokenizer
+from megatron_iiet.data.tokenizers.loading import load_encoder, tokenizer_digest
 
 _SAMPLE_INPUTS = 16
 _SAMPLE_CHUNKS = 8  # of each, as long as more text is asked for

@@ -11,7 +11,7 @@ from megatron_iiet.data.preprocess.options import PreprocessOptions
 from megatron_iiet.data.reading.compression import decompressed_blocks
 from megatron_iiet.data.reading.sources import InputFile, open_input
 from megatron_iiet.data.reading.text import parse_rows, read_chunks
-from megatron_iiet.data.tokenizers.loading import Tokenizer
+from megatron_iiet.data.tokenizers.base import Tokenizer
 
 _INPUTS = 16
 _TEXT_BYTES = 2 << 20

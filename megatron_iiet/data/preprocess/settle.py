@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
-from megatron_iiet.data.corpora.indexed import shards_path
+from megatron_iiet.data.corpora.mmididx import shards_path
 from megatron_iiet.data.preprocess.dedup import DigestFiles, duplicates_path
 from megatron_iiet.data.preprocess.layout import Layout, output_name
 from megatron_iiet.data.preprocess.lists import shards_exist
@@ -20,7 +20,7 @@ from megatron_iiet.data.preprocess.plan import Plan, deciding_options, differenc
 from megatron_iiet.data.preprocess.records import JobRecords, UnitRecord
 from megatron_iiet.data.preprocess.sampling import sampling
 from megatron_iiet.data.reading.sources import InputFile
-from megatron_iiet.data.tokenizers.loading import Tokenizer
+from megatron_iiet.data.tokenizers.base import Tokenizer
 from megatron_iiet.durable import replacing
 
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from megatron_iiet.data.corpora.indexed import IndexedDatasetWriter, bin_path, idx_path
-from megatron_iiet.data.corpora.shards import Shard
+from megatron_iiet.data.corpora.indexed_writer import IndexedDatasetWriter
+from megatron_iiet.data.corpora.mmididx import Shard, bin_path, idx_path
 from megatron_iiet.data.preprocess.chunks import DigestChunk, EncodeChunk, EncodedChunk, Recipe, Report
 from megatron_iiet.data.preprocess.dedup import DigestFiles, Duplicates
 from megatron_iiet.data.preprocess.records import Counts, OutputRecord, UnitRecord

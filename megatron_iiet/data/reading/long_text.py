@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from megatron_iiet.data.tokenizers.loading import MAX_PART_CHARACTERS, split_text
+from megatron_iiet.data.tokenizers.base import MAX_PART_CHARACTERS, split_text
 
 LONG_LITERAL_BYTES = 1 << 20
 _PIECE_BYTES = 1 << 18

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
@@ -25,17 +24,21 @@ class NotSupportedError(Exception):
     """Why gigatoken cannot stand in for a tokenizer, as the end of a sentence."""
 
 
-class TextTokenizer(ABC):
+class Tokenizer(ABC):
     """A tokenizer of text alone: control ids are added by callers, never by anything written in a text.
 
-    Subclasses say how short texts are encoded and how the parts of a long one are joined.
+    Subclasses say how short texts are encoded.
     """
 
     path: Path
     name: str
+    """How it works, for people: "sentencepiece", "gigatoken (checked against sentencepiece)", ..."""
     vocab_size: int
+    """One more than the largest id."""
     eod_id: int
+    """Id put behind every document."""
     bos_id: int | None
+    """Id put in front of a prompt; None where the tokenizer has none."""
     control_ids: frozenset[int]
     """Ids that no text may yield, ``eod_id`` among them."""
     prefix_id: int | None = None
@@ -63,34 +66,22 @@ class TextTokenizer(ABC):
         raise NotSupportedError("it has no such form")
 
     def encode(self, text: str) -> TokenIds:
+        """Ids of ``text``, int32 [tokens], without control ids.
+
+        Raises:
+            ValueError: the text holds a lone surrogate.
+            RuntimeError: a control id came of it, against all precautions.
+        """
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[TokenIds]:
-        return [ids.view(np.int32) for ids in self._encode(texts)]
+        """:meth:`encode` of every text, in the calling thread."""
+        if any(len(text) > MAX_PART_CHARACTERS for text in texts):
+            return [self.encode_parts(split_text(text)) for text in texts]
+        return [ids.view(np.int32) for ids in self._encode_checked(list(texts))]
 
     def encode_parts(self, parts: Iterable[str]) -> TokenIds:
-        return self._encode_parts(parts).view(np.int32)
-
-    def encode_packed(
-        self, texts: Sequence[str], append_eod: bool = False, dtype: npt.DTypeLike = np.int32
-    ) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64]]:
-        documents = self._encode(texts)
-        lengths = np.fromiter((ids.size for ids in documents), np.int64, len(documents))
-        if append_eod:
-            eod = np.array([self.eod_id], dtype=np.int32)
-            documents = [part for ids in documents if ids.size for part in (ids, eod)]
-            lengths += lengths > 0
-        if not documents:
-            return np.empty(0, dtype), lengths
-        # All ids are known to be within the vocabulary: one pass joins and narrows them.
-        return np.concatenate(documents, dtype=dtype, casting="unsafe"), lengths
-
-    def _encode(self, texts: Sequence[str]) -> list[npt.NDArray[Any]]:
-        if any(len(text) > MAX_PART_CHARACTERS for text in texts):
-            return [self._encode_parts(split_text(text)) for text in texts]
-        return self._encode_checked(list(texts))
-
-    def _encode_parts(self, parts: Iterable[str]) -> npt.NDArray[Any]:
+        """:meth:`encode` of one text given in the parts that :func:`split_text` cuts it into."""
         joined = bytearray()  # grows in place: a giant text's ids are never held twice
         for part in parts:
             ids = self._encode_checked([part])[0]
@@ -150,32 +141,20 @@ def split_text(text: str, limit: int = MAX_PART_CHARACTERS) -> Iterator[str]:
     yield text[start:] if start else text
 
 
-def file_digest(*contents: bytes) -> str:
-    """blake2b-128 of contents, each preceded by its length where there are several."""
-    digest = hashlib.blake2b(digest_size=16)
-    for content in contents:
-        if len(contents) > 1:
-            digest.update(len(content).to_bytes(8, "little"))
-        digest.update(content)
-    return digest.hexdigest()
-
-
-def is_unicode(text: str) -> bool:
-    """False for a text with a lone surrogate, which has no UTF-8 form."""
+def lone_surrogate(text: str) -> int | None:
+    """Place of the first half of a surrogate pair without its other half; such a text has no UTF-8 form."""
     try:
         text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+    except UnicodeEncodeError as error:
+        return error.start
+    return None
 
 
 def _refuse_surrogates(texts: Sequence[str]) -> None:
     for text in texts:
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
+        if (at := lone_surrogate(text)) is not None:
             raise ValueError(
-                f"A text has the lone surrogate {text[error.start]!r} at character {error.start} "
-                f"({text[max(0, error.start - 20) : error.start + 20]!r}), which stands for nothing; "
+                f"A text has the lone surrogate {text[at]!r} at character {at} "
+                f"({text[max(0, at - 20) : at + 20]!r}), which stands for nothing; "
                 "repair or leave out that document."
-            ) from None
+            )

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from megatron_iiet.data.tokenizers.base import NotSupportedError, TextTokenizer, is_unicode
+from megatron_iiet.data.tokenizers.base import NotSupportedError, Tokenizer, lone_surrogate
 from megatron_iiet.data.tokenizers.hard_texts import hard_texts
 
 # Of the documents given for comparison so much is used: it costs about a quarter of a second.
@@ -29,7 +29,7 @@ _CHARACTERS_UNSEEN = 8 << 20  # where memory cannot be measured
 _MOST_SYMBOLS = 32
 
 
-def fast_encoder(exact: TextTokenizer, sample: Iterable[str]) -> FastEncoder:
+def fast_encoder(exact: Tokenizer, sample: Iterable[str]) -> FastEncoder:
     """``exact`` done by gigatoken, compared on hard texts and on the first documents of ``sample``.
 
     Raises:
@@ -60,31 +60,31 @@ def _first(sample: Iterable[str]) -> Iterator[str]:
     """The first :data:`SAMPLE_CHARACTERS` characters, but for texts that no tokenizer takes."""
     left = SAMPLE_CHARACTERS
     for text in sample:
-        if is_unicode(text):
+        if lone_surrogate(text) is None:
             yield text[:left]
         left -= len(text)
         if left <= 0:
             return
 
 
-class FastEncoder(TextTokenizer):
+class FastEncoder(Tokenizer):
     """gigatoken with the ids of another tokenizer, made by :func:`fast_encoder`.
 
     It pickles as what gigatoken loads: worker processes neither convert nor compare anything.
     """
 
-    def __init__(self, exact: TextTokenizer, definition: bytes, symbols: Sequence[str]) -> None:
+    def __init__(self, exact: Tokenizer, definition: bytes, symbols: Sequence[str]) -> None:
         self.path = exact.path
         self.name = f"gigatoken (checked against {exact.name})"
         self.vocab_size, self.eod_id, self.bos_id = exact.vocab_size, exact.eod_id, exact.bos_id
         self.control_ids, self.prefix_id = exact.control_ids, exact.prefix_id
         self._symbols = tuple(symbols)
         self._fast = BoundedEncoder(definition)
-        self._exact: TextTokenizer | None = exact
-        self._load_exact: Callable[[], TextTokenizer] = partial(exact.__class__, exact.path)  # type: ignore[call-arg]
+        self._exact: Tokenizer | None = exact
+        self._load_exact: Callable[[], Tokenizer] = partial(exact.__class__, exact.path)  # type: ignore[call-arg]
 
     @property
-    def exact(self) -> TextTokenizer:
+    def exact(self) -> Tokenizer:
         """The tokenizer that defines the ids, loaded when first asked for."""
         if self._exact is None:
             self._exact = self._load_exact()
@@ -146,9 +146,9 @@ class BoundedEncoder:
             self.unload()
 
     def _load(self) -> None:
-        from gigatoken import Tokenizer
+        import gigatoken
 
-        self._encode = Tokenizer.from_json(self.definition).backend.encode
+        self._encode = gigatoken.Tokenizer.from_json(self.definition).backend.encode
         self._base = _private_memory()
         self._characters = 0
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from megatron_iiet.data.tokenizers.base import TextTokenizer
+from megatron_iiet.data.tokenizers.base import Tokenizer
 
 HARD_TEXTS = (
     "",
@@ -50,7 +50,7 @@ _RUN_CHARACTERS = " \t\n-=_.*#~/\\0a▁é世🙂"
 _VOCABULARY_SAMPLE = 8_000
 
 
-def hard_texts(tokenizer: TextTokenizer) -> Iterator[str]:
+def hard_texts(tokenizer: Tokenizer) -> Iterator[str]:
     """The fixed texts, runs of characters, every control piece spelled out, and the vocabulary, shuffled.
 
     For 32,000 ids about 120,000 characters.

@@ -10,15 +10,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from megatron_iiet.data.tokenizers.base import (
-    BOS_NAMES,
-    EOD_NAMES,
-    NotSupportedError,
-    TextTokenizer,
-)
+from megatron_iiet.data.tokenizers.base import BOS_NAMES, EOD_NAMES, NotSupportedError, Tokenizer
 
 
-class HuggingFaceTokenizer(TextTokenizer):
+class HuggingFaceTokenizer(Tokenizer):
     """A fast tokenizer file.
 
     Which token ends documents: ``eos_token`` of a ``tokenizer_config.json`` in the same folder, else the
@@ -36,11 +31,11 @@ class HuggingFaceTokenizer(TextTokenizer):
     def _set_up(
         self, path: Path, definition: str, eod_names: Sequence[str], bos_names: Sequence[str]
     ) -> None:
-        from tokenizers import Tokenizer  # only where it is used: workers start faster
+        import tokenizers  # only where it is used: workers start faster
 
         self.path = path
         try:
-            self._model: Any = Tokenizer.from_str(definition)
+            self._model: Any = tokenizers.Tokenizer.from_str(definition)
         except Exception as error:  # the library raises bare Exception for every parse failure
             raise ValueError(
                 f"{path} is not a Hugging Face tokenizer file ({error}); give the tokenizer.json itself."

@@ -1,4 +1,4 @@
-"""Tokenizers behind one small protocol: SentencePiece, Hugging Face ``tokenizer.json``, tiktoken ranks.
+"""Tokenizers by their files: SentencePiece, Hugging Face ``tokenizer.json``, tiktoken ranks.
 
 All encode text only: whatever is written in a document, also a literal ``</s>``, becomes ordinary tokens.
 Control ids (begin and end of document) are added by callers.
@@ -6,84 +6,17 @@ Control ids (begin and end of document) are added by callers.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Protocol
 
-import numpy as np
-import numpy.typing as npt
-
-from megatron_iiet.data.tokenizers.base import (
-    MAX_PART_CHARACTERS,
-    NotSupportedError,
-    TextTokenizer,
-    TokenIds,
-    file_digest,
-    split_text,
-)
+from megatron_iiet.data.tokenizers.base import NotSupportedError, Tokenizer
 from megatron_iiet.data.tokenizers.fast import fast_encoder
 from megatron_iiet.data.tokenizers.hugging_face import HuggingFaceTokenizer, declared_tokens
 from megatron_iiet.data.tokenizers.sentencepiece import SentencePieceTokenizer
 from megatron_iiet.data.tokenizers.tiktoken import TiktokenTokenizer, looks_like_ranks, ranks_side_file
-
-__all__ = [
-    "MAX_PART_CHARACTERS",
-    "TokenIds",
-    "Tokenizer",
-    "load_encoder",
-    "load_tokenizer",
-    "split_text",
-    "tokenizer_digest",
-]
-
-
-class Tokenizer(Protocol):
-    """What the rest of the package needs of a tokenizer."""
-
-    @property
-    def name(self) -> str:
-        """How it works, for people: "sentencepiece", "gigatoken (checked against sentencepiece)", ..."""
-
-    @property
-    def vocab_size(self) -> int:
-        """One more than the largest id."""
-
-    @property
-    def eod_id(self) -> int:
-        """Id put behind every document."""
-
-    @property
-    def bos_id(self) -> int | None:
-        """Id put in front of a prompt; None where the tokenizer has none."""
-
-    def encode(self, text: str) -> TokenIds:
-        """Ids of ``text``, int32 [tokens], without control ids.
-
-        Raises:
-            ValueError: the text holds a lone surrogate.
-            RuntimeError: a control id came of it, against all precautions.
-        """
-
-    def encode_batch(self, texts: Sequence[str]) -> list[TokenIds]:
-        """:meth:`encode` of every text, in the calling thread."""
-
-    def encode_parts(self, parts: Iterable[str]) -> TokenIds:
-        """:meth:`encode` of one text given in the parts that :func:`split_text` cuts it into."""
-
-    def encode_packed(
-        self, texts: Sequence[str], append_eod: bool = False, dtype: npt.DTypeLike = np.int32
-    ) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64]]:
-        """:meth:`encode` of all texts, joined: ids [all tokens] and lengths [texts].
-
-        Args:
-            append_eod: ``eod_id`` behind every text that gives tokens, counted in its length.
-            dtype: of the ids; wide enough for ``vocab_size``.
-        """
-
-    def decode(self, ids: npt.ArrayLike) -> str:
-        """Text of ids [tokens]; control ids give nothing."""
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
@@ -92,7 +25,8 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     Raises:
         ValueError: the file is missing, unreadable, of no such kind, or has no end-of-document token.
     """
-    return _load(Path(path))
+    file = Path(path)
+    return _kind(file, _read(file))(file)
 
 
 def load_encoder(path: str | os.PathLike[str], sample: Iterable[str] = ()) -> Tokenizer:
@@ -104,7 +38,7 @@ def load_encoder(path: str | os.PathLike[str], sample: Iterable[str] = ()) -> To
     Raises:
         ValueError: as :func:`load_tokenizer`.
     """
-    exact = _load(Path(path))
+    exact = load_tokenizer(path)
     try:
         return fast_encoder(exact, sample)
     except NotSupportedError as reason:
@@ -119,18 +53,19 @@ def tokenizer_digest(path: str | os.PathLike[str]) -> str:
         ValueError: the file is missing or unreadable.
     """
     file = Path(path)
-    content = _read(file)
-    kind = _kind(file, content)
+    contents = [_read(file)]
+    kind = _kind(file, contents[0])
     if kind is HuggingFaceTokenizer:
-        declared = declared_tokens(file.with_name("tokenizer_config.json"))
-        return file_digest(content, *([json.dumps(declared, sort_keys=True).encode()] if declared else []))
-    if kind is TiktokenTokenizer and ranks_side_file(file).is_file():
-        return file_digest(content, _read(ranks_side_file(file)))
-    return file_digest(content)
-
-
-def _load(path: Path) -> TextTokenizer:
-    return _kind(path, _read(path))(path)
+        if declared := declared_tokens(file.with_name("tokenizer_config.json")):
+            contents.append(json.dumps(declared, sort_keys=True).encode())
+    elif kind is TiktokenTokenizer and ranks_side_file(file).is_file():
+        contents.append(_read(ranks_side_file(file)))
+    digest = hashlib.blake2b(digest_size=16)
+    for content in contents:
+        if len(contents) > 1:
+            digest.update(len(content).to_bytes(8, "little"))
+        digest.update(content)
+    return digest.hexdigest()
 
 
 def _kind(path: Path, content: bytes) -> type[SentencePieceTokenizer | HuggingFaceTokenizer]:

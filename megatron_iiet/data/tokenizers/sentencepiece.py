@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import struct
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from enum import IntEnum
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,12 +11,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from megatron_iiet.data.tokenizers.base import NotSupportedError, TextTokenizer
+from megatron_iiet.data.tokenizers.base import NotSupportedError, Tokenizer
 
 _SPACE = "▁"
 
 
-class SentencePieceTokenizer(TextTokenizer):
+class SentencePieceTokenizer(Tokenizer):
     """A SentencePiece model; its eos ends documents."""
 
     name = "sentencepiece"
@@ -49,9 +46,8 @@ class SentencePieceTokenizer(TextTokenizer):
 
     @cached_property
     def spelled_out(self) -> tuple[str, ...]:
-        pieces = SentencePieceModel.parse(self.path.read_bytes()).pieces
-        special = (PieceType.CONTROL, PieceType.UNKNOWN, PieceType.USER_DEFINED)
-        return tuple(text for text, _, kind in pieces if kind in special)
+        model = read_model(self.path.read_bytes())
+        return tuple(texts_of(model, "CONTROL", "UNKNOWN", "USER_DEFINED").values())
 
     def _encode_short(self, texts: list[str]) -> list[npt.NDArray[Any]]:
         return [np.array(ids, dtype=np.int32) for ids in self._model.encode(texts, num_threads=1)]
@@ -66,56 +62,19 @@ class SentencePieceTokenizer(TextTokenizer):
         return SentencePieceTokenizer, (self.path,), {"name": self.name}
 
 
-class PieceType(IntEnum):
-    """``SentencePiece.Type`` of sentencepiece_model.proto."""
+def read_model(content: bytes) -> Any:
+    """The ``ModelProto`` of a ``.model`` file, of sentencepiece_model.proto: all that decides how text is
+    encoded. A piece's id is its number; a higher score is merged first."""
+    from sentencepiece import sentencepiece_model_pb2 as definitions
 
-    NORMAL = 1
-    UNKNOWN = 2
-    CONTROL = 3
-    USER_DEFINED = 4
-    UNUSED = 5
-    BYTE = 6
+    model: Any = definitions.ModelProto.FromString(content)  # type: ignore[attr-defined]  # made at import
+    return model
 
 
-@dataclass
-class SentencePieceModel:
-    """The parts of a ``.model`` file that decide how text is encoded (sentencepiece_model.proto)."""
-
-    pieces: list[tuple[str, float, PieceType]] = field(default_factory=list)
-    """(text, score, type) of every id; a higher score is merged first."""
-    model_type: int = 1
-    byte_fallback: bool = False
-    space_as_suffix: bool = False
-    normalization: bytes = b""
-    """Compiled character map; empty for ``identity``."""
-    adds_space: bool = True
-    removes_spaces: bool = True
-    escapes_spaces: bool = True
-
-    @property
-    def symbols(self) -> tuple[str, ...]:
-        return tuple(text for text, _, kind in self.pieces if kind is PieceType.USER_DEFINED)
-
-    @classmethod
-    def parse(cls, content: bytes) -> SentencePieceModel:
-        model = cls()
-        for number, value in _fields(content):
-            if number == 1:
-                piece = dict(_fields(value))
-                (score,) = struct.unpack("<f", piece.get(2, bytes(4)))
-                model.pieces.append((piece.get(1, b"").decode(), score, PieceType(piece.get(3, 1))))
-            elif number == 2:
-                trainer = dict(_fields(value))
-                model.model_type = trainer.get(3, 1)
-                model.space_as_suffix = bool(trainer.get(24, 0))
-                model.byte_fallback = bool(trainer.get(35, 0))
-            elif number == 3:
-                normalizer = dict(_fields(value))
-                model.normalization = normalizer.get(2, b"")
-                model.adds_space = bool(normalizer.get(3, 1))
-                model.removes_spaces = bool(normalizer.get(4, 1))
-                model.escapes_spaces = bool(normalizer.get(5, 1))
-        return model
+def texts_of(model: Any, *kinds: str) -> dict[int, str]:
+    """Pieces of some kinds (NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE) by their ids."""
+    types = {model.SentencePiece.Type.Value(kind) for kind in kinds}
+    return {number: piece.piece for number, piece in enumerate(model.pieces) if piece.type in types}
 
 
 def gigatoken_definition(content: bytes) -> tuple[bytes, tuple[str, ...]]:
@@ -128,16 +87,14 @@ def gigatoken_definition(content: bytes) -> tuple[bytes, tuple[str, ...]]:
     Raises:
         NotSupportedError: the model does something that this form cannot express.
     """
-    model = SentencePieceModel.parse(content)
-    _refuse_unsupported(model)
+    model = read_model(content)
+    symbols = tuple(texts_of(model, "USER_DEFINED").values())
+    _refuse_unsupported(model, symbols)
     # A name that no merge and no character can reach keeps the id of a piece that text never yields.
-    names = {PieceType.NORMAL, PieceType.BYTE}
-    vocabulary = {
-        text if kind in names else f"\0{number}": number
-        for number, (text, _, kind) in enumerate(model.pieces)
-    }
-    unknown = next(f"\0{i}" for i, (_, _, kind) in enumerate(model.pieces) if kind is PieceType.UNKNOWN)
-    prefix = [{"type": "Prepend", "prepend": _SPACE}] if model.adds_space else []
+    reached = texts_of(model, "NORMAL", "BYTE")
+    vocabulary = {reached.get(number, f"\0{number}"): number for number in range(len(model.pieces))}
+    unknown = f"\0{next(iter(texts_of(model, 'UNKNOWN')))}"
+    prefix = [{"type": "Prepend", "prepend": _SPACE}] if model.normalizer_spec.add_dummy_prefix else []
     spaces = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
     definition = {
         "version": "1.0",
@@ -152,21 +109,21 @@ def gigatoken_definition(content: bytes) -> tuple[bytes, tuple[str, ...]]:
             "merges": _merges(model),
         },
     }
-    return json.dumps(definition, ensure_ascii=False).encode(), model.symbols
+    return json.dumps(definition, ensure_ascii=False).encode(), symbols
 
 
-def _refuse_unsupported(model: SentencePieceModel) -> None:
-    normal = {text for text, _, kind in model.pieces if kind is PieceType.NORMAL}
-    types = [kind for _, _, kind in model.pieces]
+def _refuse_unsupported(model: Any, symbols: Sequence[str]) -> None:
+    trainer, normalizer = model.trainer_spec, model.normalizer_spec
+    normal = set(texts_of(model, "NORMAL").values())
     complaints = {
-        "it is not a BPE model": model.model_type != 2,
-        "it has no byte fallback": not model.byte_fallback or types.count(PieceType.BYTE) != 256,
-        "it normalizes text": bool(model.normalization),
-        "it removes extra spaces": model.removes_spaces,
-        "it does not write spaces as ▁": not model.escapes_spaces,
-        "it writes spaces behind words": model.space_as_suffix,
-        "a user-defined symbol has a space": any({_SPACE, " "} & set(symbol) for symbol in model.symbols),
-        "it has unused pieces": PieceType.UNUSED in types,
+        "it is not a BPE model": trainer.model_type != trainer.BPE,
+        "it has no byte fallback": not trainer.byte_fallback or len(texts_of(model, "BYTE")) != 256,
+        "it normalizes text": bool(normalizer.precompiled_charsmap),
+        "it removes extra spaces": normalizer.remove_extra_whitespaces,
+        "it does not write spaces as ▁": not normalizer.escape_whitespaces,
+        "it writes spaces behind words": trainer.treat_whitespace_as_suffix,
+        "a user-defined symbol has a space": any({_SPACE, " "} & set(symbol) for symbol in symbols),
+        "it has unused pieces": bool(texts_of(model, "UNUSED")),
         "a piece has a character without a piece of its own": not set("".join(normal)) <= normal,
     }
     for complaint, applies in complaints.items():
@@ -174,9 +131,9 @@ def _refuse_unsupported(model: SentencePieceModel) -> None:
             raise NotSupportedError(complaint)
 
 
-def _merges(model: SentencePieceModel) -> list[tuple[str, str]]:
+def _merges(model: Any) -> list[tuple[str, str]]:
     """Every way to put a piece together from two, in the order in which SentencePiece would merge them."""
-    scores = {text: score for text, score, kind in model.pieces if kind is PieceType.NORMAL}
+    scores = {text: model.pieces[number].score for number, text in texts_of(model, "NORMAL").items()}
     merges = [
         (-score, -cut, cut - len(text), text)
         for text, score in scores.items()
@@ -185,28 +142,3 @@ def _merges(model: SentencePieceModel) -> list[tuple[str, str]]:
     ]
     merges.sort()
     return [(text[:-cut], text[-cut:]) for _, cut, _, text in merges]
-
-
-def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
-    """(number, value) of a protobuf message's fields: int, or bytes for everything longer."""
-    at = 0
-
-    def varint() -> int:
-        nonlocal at
-        value = shift = 0
-        while True:
-            byte = message[at]
-            at += 1
-            value |= (byte & 0x7F) << shift
-            if byte < 0x80:
-                return value
-            shift += 7
-
-    while at < len(message):
-        key = varint()
-        if key & 7 == 0:
-            yield key >> 3, varint()
-            continue
-        length = {1: 8, 5: 4}.get(key & 7) or varint()
-        yield key >> 3, message[at : at + length]
-        at += length

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_iiet.data.reading.sources import list_inputs
 from megatron_iiet.data.reading.text import iter_documents
-from megatron_iiet.durable import check_output, make_parent
+from megatron_iiet.durable import check_output, make_parent, replacing
 
 
 @dataclass(frozen=True)
@@ -45,11 +45,25 @@ def train_tokenizer(
 
     target = Path(f"{os.fspath(output_prefix)}.model")
     check_output(target)
-    counted = _Counted(iter_documents(list_inputs(inputs), key), max_characters)
+    documents = iter_documents(list_inputs(inputs), key)
+    characters = 0
+
+    def lines() -> Iterator[str]:
+        nonlocal characters
+        for document in documents:
+            for line in document.split("\n"):
+                if characters >= max_characters:
+                    return
+                # The trainer takes NUL for the end of a string and leaves out lines over 4192 bytes.
+                line = line.replace("\0", " ")
+                for start in range(0, len(line), 1000):
+                    yield line[start : start + 1000]
+                characters += len(line)
+
     model = io.BytesIO()
     try:
         SentencePieceTrainer.train(
-            sentence_iterator=counted.lines(),
+            sentence_iterator=lines(),
             model_writer=model,
             model_type="bpe",
             vocab_size=vocab_size,
@@ -65,31 +79,10 @@ def train_tokenizer(
         )
     except (RuntimeError, OSError) as error:
         raise ValueError(
-            f"Training {vocab_size} pieces on {counted.characters:,} characters failed ({error}); "
+            f"Training {vocab_size} pieces on {characters:,} characters failed ({error}); "
             "give more text or a --vocab-size that fits it (at least 259 plus the alphabet)."
         ) from None
     make_parent(target)
-    partial = target.with_name(target.name + ".partial")
-    partial.write_bytes(model.getvalue())
-    partial.rename(target)
-    return TrainedTokenizer(target, vocab_size, counted.characters)
-
-
-class _Counted:
-    """Lines of documents until a number of characters is reached."""
-
-    def __init__(self, documents: Iterable[str], limit: int) -> None:
-        self._documents = documents
-        self._limit = limit
-        self.characters = 0
-
-    def lines(self) -> Iterator[str]:
-        for document in self._documents:
-            for line in document.split("\n"):
-                if self.characters >= self._limit:
-                    return
-                # The trainer takes NUL for the end of a string and leaves out lines over 4192 bytes.
-                line = line.replace("\0", " ")
-                for start in range(0, len(line), 1000):
-                    yield line[start : start + 1000]
-                self.characters += len(line)
+    with replacing(target) as file:
+        file.write(model.getvalue())
+    return TrainedTokenizer(target, vocab_size, characters)
