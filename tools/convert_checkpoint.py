@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from megatron_iiet.config import ArgumentParser, RunConfig, exit_with_error
-from megatron_iiet.config.solvers import section_types
+from megatron_iiet.config.solvers import SOLVERS
 from megatron_iiet.config.strict_yaml import parse_value
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-SOLVER_OPTIONS = [name for name in section_types() if name != "schedule"]
+SOLVER_OPTIONS = [name for name in SOLVERS.types if name != "schedule"]
 DTYPES = ("fp32", "bf16", "fp16")
 
 

@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache, partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from megatron_iiet.config.errors import ConfigError
 from megatron_iiet.config.iteration_plan import SUFFIX, IterationPlan, depth_sentence
-from megatron_iiet.config.keys import allows_null, key_types, solver_key_types
-from megatron_iiet.config.schema import RunConfig, iterations_per_layer
-from megatron_iiet.config.solver_section import SECTION, Setting, settle_solver, type_error
-from megatron_iiet.config.solvers import SOLVERS, SolverConfig, own_keys
+from megatron_iiet.config.keys import allows_null, key_types
+from megatron_iiet.config.kind_section import Setting, settle, type_error
+from megatron_iiet.config.kinds import Declaration, own_keys
+from megatron_iiet.config.schema import KINDS, RunConfig, iterations_per_layer
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -35,14 +35,20 @@ def build_config(settings: Sequence[Setting]) -> tuple[RunConfig, list[str]]:
         ConfigError: a value has the wrong type or is none of the allowed choices, or a key was given for a
             solver that does not have it.
     """
-    section = settle_solver(settings)
-    plan, of_solver = _with_plan(section.settings)
-    others = list({s.key: s for s in settings if not s.key.startswith(SECTION)}.values())
-    solver = _build(of_solver, solver_key_types(section.solver), partial(_solver_of, section.solver))
-    config = _build(others, key_types(), partial(_run_of, solver))
+    sections: dict[str, Declaration] = {}
+    notes, plan = [], None
+    for name, kinds in KINDS.items():
+        section = settle(kinds, settings)
+        named, of_kind = _with_plan(section.settings)
+        plan = named or plan
+        types = {f"{name}.{leaf}": hint for leaf, hint in own_keys(section.declared).items()}
+        sections[name] = _build(of_kind, types, partial(_section_of, section.declared))
+        notes += section.notes
+    others = list({s.key: s for s in settings if s.key.split(".")[0] not in KINDS}.values())
+    config = _build(others, key_types(), partial(_run_of, sections))
     if plan is not None:
         _check_plan(config, plan)
-    return config, section.notes
+    return config, notes
 
 
 def _build(
@@ -63,13 +69,12 @@ def _build(
         raise ConfigError(f"cannot build the configuration: {' '.join(str(error).split())}") from None
 
 
-def _solver_of(solver: type[SolverConfig], settings: Sequence[Setting]) -> SolverConfig:
-    parser = _solver_parsers()[solver]
-    built = parser.parse_object({s.key.removeprefix(SECTION): s.value for s in settings})
-    return solver(**{name: built[name] for name in own_keys(solver)})
+def _section_of(declared: type[Declaration], settings: Sequence[Setting]) -> Declaration:
+    built = _kind_parsers()[declared].parse_object({s.key.split(".")[1]: s.value for s in settings})
+    return declared(**{name: built[name] for name in own_keys(declared)})
 
 
-def _run_of(solver: SolverConfig, settings: Sequence[Setting]) -> RunConfig:
+def _run_of(sections: Mapping[str, Declaration], settings: Sequence[Setting]) -> RunConfig:
     nested: dict[str, Any] = {}
     for setting in settings:
         *section, leaf = setting.key.split(".")
@@ -77,8 +82,8 @@ def _run_of(solver: SolverConfig, settings: Sequence[Setting]) -> RunConfig:
         target[leaf] = setting.value
     parser = _run_parser()
     built = parser.instantiate(parser.parse_object(nested))
-    names = [name for name in RunConfig.__dataclass_fields__ if name != "solver"]
-    return RunConfig(**{name: built[name] for name in names}, solver=solver)
+    names = [name for name in RunConfig.__dataclass_fields__ if name not in sections]
+    return RunConfig(**{name: built[name] for name in names}, **cast(dict[str, Any], sections))
 
 
 def _with_plan(settings: list[Setting]) -> tuple[Setting | None, list[Setting]]:
@@ -111,20 +116,21 @@ def _parse_errors() -> tuple[type[Exception], ...]:
 
 @cache
 def _run_parser() -> ArgumentParser:
-    """The types of all keys but the solver's."""
+    """The types of all keys but those that depend on a kind."""
     from jsonargparse import ArgumentParser
 
     parser = ArgumentParser(exit_on_error=False, default_env=False)
-    parser.add_class_arguments(RunConfig, skip={"solver"})
+    parser.add_class_arguments(RunConfig, skip=set(KINDS))
     return parser
 
 
 @cache
-def _solver_parsers() -> dict[type[SolverConfig], ArgumentParser]:
+def _kind_parsers() -> dict[type[Declaration], ArgumentParser]:
     """The types of each declaration's keys."""
     from jsonargparse import ArgumentParser
 
-    parsers = {solver: ArgumentParser(exit_on_error=False, default_env=False) for solver in SOLVERS}
-    for solver, parser in parsers.items():
-        parser.add_class_arguments(solver)
+    declared = [each for kinds in KINDS.values() for each in kinds]
+    parsers = {each: ArgumentParser(exit_on_error=False, default_env=False) for each in declared}
+    for each, parser in parsers.items():
+        parser.add_class_arguments(each)
     return parsers

@@ -83,7 +83,7 @@ def reconcile(
 ) -> dict[str, Any]:
     """The DeepSpeed configuration of this run: ``ds_json`` with every shared value filled in.
 
-    An absent ``optimizer`` section stays absent (the trainer then brings its own AdamW); a present one is
+    An absent ``optimizer`` section stays absent (the trainer then brings its own); a present one is
     completed. Any other ``"auto"`` is dropped, which leaves DeepSpeed's default or, for a few settings, ours.
     ``ds_json`` is not changed; ``source`` is how messages name it, best the file's path. Whether the settings
     go together is :func:`~megatron_iiet.config.combinations.check_combination`'s business, before this.
@@ -106,18 +106,13 @@ def reconcile(
         ("bf16.enabled", "training.precision == 'bf16'", config.training.precision == "bf16"),
     ]
     if "optimizer" in ds:
-        optimizer = config.optimizer
-        shared += [
-            ("optimizer.type", "the run's optimizer", "AdamW"),
-            ("optimizer.params.lr", "optimizer.lr", optimizer.lr),
-            (
-                "optimizer.params.betas",
-                "[optimizer.beta1, optimizer.beta2]",
-                [optimizer.beta1, optimizer.beta2],
-            ),
-            ("optimizer.params.eps", "optimizer.eps", optimizer.eps),
-            ("optimizer.params.weight_decay", "optimizer.weight_decay", optimizer.weight_decay),
-        ]
+        of_optimizer = config.optimizer.in_deepspeed()
+        if of_optimizer is None:
+            raise ConfigError(
+                f"{source} has an 'optimizer' section, but DeepSpeed has no optimizer of kind "
+                f"{config.optimizer.kind}; remove the section"
+            )
+        shared += [(f"optimizer.{ds_key}", our_key, value) for ds_key, our_key, value in of_optimizer]
     for ds_key, our_key, our_value in shared:
         _fill(ds, ds_key, our_key, our_value, source)
     if "fp16" in ds:

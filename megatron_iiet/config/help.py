@@ -1,4 +1,4 @@
-"""The ``--help`` text: every key with its explanation, type and default; those of the solvers by kind."""
+"""The ``--help`` text: every key with its explanation, type and default; those of a kind by kind."""
 
 from __future__ import annotations
 
@@ -6,19 +6,12 @@ import inspect
 from collections.abc import Mapping
 from dataclasses import fields
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from megatron_iiet.config.changes import ACCEPT_CHANGES
 from megatron_iiet.config.keys import section_names
-from megatron_iiet.config.schema import RunConfig
-from megatron_iiet.config.solvers import (
-    DEFAULT_SOLVER,
-    SOLVERS,
-    SolverConfig,
-    name_fields,
-    own_keys,
-    section_types,
-)
+from megatron_iiet.config.kinds import Declaration, Kinds, name_fields, own_keys
+from megatron_iiet.config.schema import KINDS, RunConfig
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -69,55 +62,52 @@ def _make_parser(short: tuple[tuple[str, str], ...] = ()) -> ArgumentParser:
         parser.add_argument(
             flag, metavar=stands_for.rsplit(".", 1)[-1].upper(), help=f"Short for {stands_for}."
         )
-    parser.add_class_arguments(RunConfig, skip={"solver"})
+    parser.add_class_arguments(RunConfig, skip=set(KINDS))
     for action in parser._actions:
         if action.dest in section_names():
             action.help = argparse.SUPPRESS  # jsonargparse offers `--model FILE`; one way is enough
-    _add_solvers(parser)
+    for kinds in KINDS.values():
+        _add_kinds(parser, kinds)
     for action in parser._actions:
         # jsonargparse offers `--data.split+ VALUE`, which appends to a list; one way is enough
         action.option_strings = [flag for flag in action.option_strings if not flag.endswith("+")]
     return parser
 
 
-def _add_solvers(parser: ArgumentParser) -> None:
-    """A group of keys for each solver; a key of several stands with the first of them."""
-    types, defaults = section_types(), name_fields(DEFAULT_SOLVER)
-    naming = parser.add_argument_group("How its layers are integrated; the keys depend on the kind")
-    summaries = {solver().system: _summary(solver) for solver in SOLVERS}
+def _add_kinds(parser: ArgumentParser, kinds: Kinds[Any]) -> None:
+    """A group of keys for each kind of a section; a key of several stands with the first of them."""
+    section, types, defaults = kinds.section, kinds.types, name_fields(kinds.default)
+    naming = parser.add_argument_group(attribute_docs(RunConfig)[section].rstrip("."))
+    summaries = {declared().system: _summary(declared) for declared in kinds}
     listed = "; ".join(f"{system.removeprefix('kind ')}: {summary}" for system, summary in summaries.items())
-    naming.add_argument("--solver.kind", type=types["kind"], default=defaults["kind"], help=f"{listed}.")
-    naming.add_argument(
-        "--solver.variant",
-        type=types["variant"],
-        default=defaults["variant"],
-        help="Which reading of the kind, where it has several.",
-    )
+    texts = {"kind": f"{listed}.", "variant": "Which reading of the kind, where it has several."}
+    for name in (name for name in texts if name in types):
+        naming.add_argument(f"--{section}.{name}", type=types[name], default=defaults[name], help=texts[name])
     shown: dict[str, str] = {}
-    for solver in SOLVERS:
-        system, keys, texts = solver().system, own_keys(solver), attribute_docs(solver)
-        elsewhere = [f"--solver.{name} (see {shown[name]})" for name in keys if name in shown]
+    for declared in kinds:
+        system, keys, texts = declared().system, own_keys(declared), attribute_docs(declared)
+        elsewhere = [f"--{section}.{name} (see {shown[name]})" for name in keys if name in shown]
         group = parser.add_argument_group(
-            f"Solver of {system}",
-            f"{_summary(solver)}. Also: {', '.join(elsewhere)}" if elsewhere else _summary(solver),
+            f"{section.capitalize()} of {system}",
+            f"{_summary(declared)}. Also: {', '.join(elsewhere)}" if elsewhere else _summary(declared),
         )
-        for name, default in ((f.name, f.default) for f in fields(solver) if f.name in keys):
+        for name, default in ((f.name, f.default) for f in fields(declared) if f.name in keys):
             if name not in shown:
-                group.add_argument(f"--solver.{name}", type=types[name], default=default, help=texts[name])
+                group.add_argument(f"--{section}.{name}", type=types[name], default=default, help=texts[name])
                 shown[name] = system
 
 
-def _summary(solver: type[SolverConfig]) -> str:
+def _summary(declared: type[Declaration]) -> str:
     """A declaration's docstring, a sentence without its stop."""
-    return " ".join((solver.__doc__ or "").split()).rstrip(".")
+    return " ".join((declared.__doc__ or "").split()).rstrip(".")
 
 
-def attribute_docs(solver: type[SolverConfig]) -> dict[str, str]:
-    """The docstring under each key of a declaration, also of an inherited one."""
+def attribute_docs(declared: type) -> dict[str, str]:
+    """The docstring under each field of a dataclass, also of an inherited one."""
     from docstring_parser import parse_from_object
 
     found: dict[str, str] = {}
-    for cls in reversed(inspect.getmro(solver)[:-1]):
+    for cls in reversed(inspect.getmro(declared)[:-1]):
         parsed = parse_from_object(cls)
         found |= {
             part.arg_name: " ".join(part.description.split()) for part in parsed.params if part.description

@@ -11,8 +11,7 @@ from functools import cache
 from typing import Any, Literal, Union, get_args, get_origin
 
 from megatron_iiet.config.changes import Change, change_of_field
-from megatron_iiet.config.schema import RunConfig
-from megatron_iiet.config.solvers import SolverConfig, own_keys, section_changes, section_types
+from megatron_iiet.config.schema import KINDS, RunConfig
 
 SIMILARITY_CUTOFF = 0.6
 """difflib ratio below which a suggestion would puzzle more than it helps."""
@@ -26,18 +25,13 @@ def key_types() -> dict[str, Any]:
     """Type of every leaf key, by dotted name, in the order of the schema."""
     found: dict[str, Any] = {}
     for name, hint in typing.get_type_hints(RunConfig).items():
-        if hint is SolverConfig:  # its keys depend on its kind
-            found.update({f"{name}.{leaf}": kind for leaf, kind in section_types().items()})
+        if name in KINDS:
+            found.update({f"{name}.{leaf}": kind for leaf, kind in KINDS[name].types.items()})
         elif is_dataclass(hint):
             found.update({f"{name}.{leaf}": kind for leaf, kind in typing.get_type_hints(hint).items()})
         else:
             found[name] = hint
     return found
-
-
-def solver_key_types(solver: type[SolverConfig]) -> dict[str, Any]:
-    """:func:`key_types` of a solver's own keys."""
-    return {f"solver.{name}": hint for name, hint in own_keys(solver).items()}
 
 
 @cache
@@ -56,8 +50,8 @@ def key_changes() -> dict[str, Change]:
     sections = {name: typing.get_type_hints(RunConfig)[name] for name in section_names()}
     found = {leaf.name: change_of_field(leaf) for leaf in fields(RunConfig) if leaf.name not in sections}
     for name, section in sections.items():
-        if section is SolverConfig:
-            found |= {f"{name}.{leaf}": change for leaf, change in section_changes().items()}
+        if name in KINDS:
+            found |= {f"{name}.{leaf}": change for leaf, change in KINDS[name].changes.items()}
             continue
         found |= {f"{name}.{leaf.name}": change_of_field(leaf) for leaf in fields(section)}
     return found

@@ -22,8 +22,8 @@ from megatron_iiet.config.changes import ACCEPT_CHANGES
 from megatron_iiet.config.errors import ConfigError, exit_with_error, is_first_rank
 from megatron_iiet.config.help import format_help
 from megatron_iiet.config.keys import describe_type, did_you_mean, key_types, section_names
+from megatron_iiet.config.kind_section import Setting
 from megatron_iiet.config.schema import RunConfig
-from megatron_iiet.config.solver_section import Setting
 from megatron_iiet.config.validation import validate
 
 COMMAND_LINE = "on the command line"

@@ -1,5 +1,5 @@
-"""Every field of a run, as typed nested dataclasses; those of the solvers are in
-:mod:`megatron_iiet.config.solvers`.
+"""Every field of a run, as typed nested dataclasses; those of solvers and optimizers are in
+:mod:`megatron_iiet.config.solvers` and :mod:`megatron_iiet.config.optimizers`.
 
 The docstring under a field is its ``--help`` text; :func:`~megatron_iiet.config.changes.key` says what a
 change of it means to a run that has checkpoints. Cross-field checks live in
@@ -10,11 +10,13 @@ change of it means to a run that has checkpoints. Cross-field checks live in
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from megatron_iiet.config.changes import Change, key
-from megatron_iiet.config.ranges import BELOW_ONE, FRACTION, NOT_NEGATIVE, POSITIVE
-from megatron_iiet.config.solvers import DEFAULT_SOLVER, Iterating, SolverConfig
+from megatron_iiet.config.kinds import Kinds
+from megatron_iiet.config.optimizers import OPTIMIZERS, OptimizerConfig
+from megatron_iiet.config.ranges import BELOW_ONE, NOT_NEGATIVE, POSITIVE
+from megatron_iiet.config.solvers import SOLVERS, Iterating, SolverConfig
 
 FUNCTION, ORDER, COURSE, FREE = Change
 
@@ -121,36 +123,6 @@ class DataConfig:
     def weights(self) -> dict[str, float]:
         """Weight of each corpus, by prefix; data.prefix alone is a blend of one."""
         return self.blend or {self.prefix: 1.0}
-
-
-@dataclass
-class OptimizerConfig:
-    """AdamW and its learning-rate schedule."""
-
-    kind: Literal["adamw"] = key("adamw", FUNCTION)
-    """Which optimizer."""
-    lr: float = key(3.0e-4, COURSE, POSITIVE)
-    """Peak learning rate."""
-    min_lr_ratio: float = key(0.1, COURSE, FRACTION)
-    """Final learning rate as a share of the peak."""
-    warmup_fraction: float = key(0.05, COURSE, BELOW_ONE)
-    """Share of the steps with linear warm-up."""
-    schedule: Literal["cosine", "linear", "constant", "wsd"] = key("cosine", COURSE)
-    """Shape after warm-up: down to the final rate along a cosine or a line, constant, or wsd: stable, then
-    down a line over the last decay_fraction of the steps. A run resumed in its stable phase may be given more
-    training.steps: its rate stays what it was."""
-    decay_fraction: float = key(0.1, COURSE, BELOW_ONE)
-    """Share of the steps, the last ones, in which the rate of schedule wsd falls."""
-    beta1: float = key(0.9, COURSE, BELOW_ONE)
-    """First-moment decay."""
-    beta2: float = key(0.95, COURSE, BELOW_ONE)
-    """Second-moment decay."""
-    eps: float = key(1.0e-8, COURSE, POSITIVE)
-    """Denominator epsilon."""
-    weight_decay: float = key(0.01, COURSE, NOT_NEGATIVE)
-    """Decoupled weight decay; never applied to norms, biases and merge coefficients."""
-    gradient_clipping: float = key(1.0, COURSE, NOT_NEGATIVE)
-    """Largest global gradient norm; 0 turns clipping off."""
 
 
 @dataclass
@@ -288,14 +260,14 @@ class RunConfig:
     """Folder of checkpoints, TensorBoard events and the resolved configuration."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """Shape of the Transformer."""
-    solver: SolverConfig = field(default_factory=DEFAULT_SOLVER)
+    solver: SolverConfig = field(default_factory=SOLVERS.default)
     """How its layers are integrated; its keys depend on its kind."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     """How processes share the work."""
     data: DataConfig = field(default_factory=DataConfig)
     """Token shards and samples."""
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    """AdamW and learning rate."""
+    optimizer: OptimizerConfig = field(default_factory=OPTIMIZERS.default)
+    """How parameters move; its keys depend on its kind."""
     training: TrainingConfig = field(default_factory=TrainingConfig)
     """Steps, batches, precision."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
@@ -310,6 +282,10 @@ class RunConfig:
     """Influence-guided iteration counts."""
     distillation: DistillationConfig = field(default_factory=DistillationConfig)
     """Learning from a teacher."""
+
+
+KINDS: dict[str, Kinds[Any]] = {kinds.section: kinds for kinds in (SOLVERS, OPTIMIZERS)}
+"""The sections whose keys depend on their kind, by name."""
 
 
 def iterations_per_layer(config: RunConfig) -> list[int]:

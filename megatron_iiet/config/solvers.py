@@ -13,14 +13,13 @@ A new solver is a class here and its module there.
 from __future__ import annotations
 
 import math
-import typing
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
-from functools import cache
-from typing import Any, ClassVar, Literal, Union
+from dataclasses import dataclass
+from typing import ClassVar, Literal
 
-from megatron_iiet.config.changes import Change, change_of_field, key
+from megatron_iiet.config.changes import Change, key
 from megatron_iiet.config.errors import ConfigError
+from megatron_iiet.config.kinds import Declaration, Kinds, name_of_kind
 from megatron_iiet.config.ranges import FRACTION, POSITIVE
 
 FUNCTION, COURSE = Change.FUNCTION, Change.COURSE
@@ -29,17 +28,9 @@ SUM_TOLERANCE = 1e-6
 """How far shares that must sum to 1 may be off."""
 
 
-def name_of_kind(kind: str) -> Any:
-    """The field that names a declaration; nobody sets it."""
-    return field(default=kind, init=False, metadata=key(kind, FUNCTION).metadata)
-
-
 @dataclass
-class SolverConfig:
+class SolverConfig(Declaration):
     """How a decoder layer is integrated from y_n to y_{n+1}."""
-
-    kind: str = name_of_kind("")
-    """What YAML files and exports call it."""
 
     corrects: ClassVar[bool] = False
     """Whether its iterates approach something: a predictor, then corrections."""
@@ -53,11 +44,6 @@ class SolverConfig:
     def label(self) -> str:
         """What tables call it."""
         return self.kind
-
-    @property
-    def system(self) -> str:
-        """What tells one declaration from another, in the words of the keys."""
-        return f"kind {self.kind}"
 
     def iterations_per_layer(self, layers: int) -> list[int]:
         """Corrector iterations r_n of every layer at the end of training; zeros where there are none."""
@@ -323,77 +309,14 @@ class ReleasedIIET(_IterativeImplicitEuler):
 
 _OF_THE_MERGE = ("predictor", "coefficient_init", "history_norm")
 
-SOLVERS: tuple[type[SolverConfig], ...] = (
-    Euler,
-    DLCL,
-    WeightSharing,
-    RungeKutta2,
-    RungeKutta4,
-    PCformer,
-    IIET,
-    ReleasedIIET,
+SOLVERS: Kinds[SolverConfig] = Kinds(
+    "solver",
+    "a solver",
+    (Euler, DLCL, WeightSharing, RungeKutta2, RungeKutta4, PCformer, IIET, ReleasedIIET),
+    default=IIET,
+    flat=frozenset({"kind", "variant", "iterations", "predictor", "coefficient_init", "schedule"}),
+    before={"history_norm": "none"},  # increments were merged as they are
 )
-"""All declarations, in the order of --help. Of two of a kind the first is meant where no variant is named."""
-DEFAULT_SOLVER = IIET
-
-
-def name_fields(solver: type[SolverConfig]) -> dict[str, str]:
-    """What names a declaration: ``kind``, and ``variant`` where a kind has several."""
-    return {f.name: str(f.default) for f in fields(solver) if not f.init}
-
-
-def own_keys(solver: type[SolverConfig]) -> dict[str, Any]:
-    """The keys of a declaration, each with its type."""
-    hints = typing.get_type_hints(solver)
-    return {f.name: hints[f.name] for f in fields(solver) if f.init}
-
-
-@cache
-def section_changes() -> dict[str, Change]:
-    """What a change of every key of the section means to a run that has checkpoints."""
-    of_fields = {f.name: change_of_field(f) for solver in SOLVERS for f in fields(solver)}
-    return {name: of_fields[name] for name in section_types()}
-
-
-@cache
-def section_types() -> dict[str, Any]:
-    """The type of every key of the section, of all declarations; ``kind`` and ``variant`` come first."""
-    found: dict[str, list[Any]] = {}
-    for solver in SOLVERS:
-        for name, value in name_fields(solver).items():
-            found.setdefault(name, []).append(Literal[value])
-    for solver in SOLVERS:
-        for name, hint in own_keys(solver).items():
-            found.setdefault(name, []).append(hint)
-    return {name: _union(hints) for name, hints in found.items()}
-
-
-def _union(hints: Sequence[Any]) -> Any:
-    if all(typing.get_origin(hint) is Literal for hint in hints):
-        return Literal[tuple(dict.fromkeys(choice for hint in hints for choice in typing.get_args(hint)))]
-    return Union[tuple(hints)]  # noqa: UP007
-
-
-def find_solver(kind: str, variant: str | None = None) -> type[SolverConfig] | None:
-    """The declaration of a kind, and of a variant of it where it has several (None: the first of them)."""
-    named = [name_fields(solver) | {"itself": solver} for solver in SOLVERS]
-    found: list[Any] = [
-        names["itself"]
-        for names in named
-        if names["kind"] == kind and (variant is None or names.get("variant", variant) == variant)
-    ]
-    return found[0] if found else None
-
-
-def systems_with(key: str) -> list[str]:
-    """What has a key, in the words of the keys: ``kind rk2``, or ``kind iiet, variant paper`` where another
-    variant of the kind has not."""
-    found = []
-    for kind in dict.fromkeys(name_fields(solver)["kind"] for solver in SOLVERS):
-        of_kind = [solver for solver in SOLVERS if name_fields(solver)["kind"] == kind]
-        having = [solver for solver in of_kind if key in (*own_keys(solver), *name_fields(solver))]
-        found += [f"kind {kind}"] if having == of_kind else [solver().system for solver in having]
-    return found
 
 
 def one_per_layer(iterations: int | list[int], layers: int) -> list[int]:

@@ -17,6 +17,7 @@ from megatron_iiet.config import (
 )
 from megatron_iiet.config.changes import ACCEPT_CHANGES, Change
 from megatron_iiet.config.keys import change_of, section_names
+from megatron_iiet.config.schema import KINDS
 from megatron_iiet.config.solvers import Iterating, Merging, one_per_layer
 from megatron_iiet.data.corpora.identity import identity_difference
 from megatron_iiet.data.loader.blend import Blend
@@ -182,8 +183,10 @@ def differences(before: RunConfig, config: RunConfig, step: int) -> list[Differe
         for key in old
         if key in new and old[key] != new[key] and change_of(key) is not Change.FREE
     ]
-    if any(difference.key == "solver.kind" for difference in found):  # the others mean something else then
-        found = [one for one in found if one.key == "solver.kind" or not one.key.startswith("solver.")]
+    for section in KINDS:
+        kind = f"{section}.kind"
+        if any(one.key == kind for one in found):  # the other keys there mean something else then
+            found = [one for one in found if one.key == kind or not one.key.startswith(f"{section}.")]
     return [
         _refused_if_another_stage(one, before, config, step) if one.key == "training.steps" else one
         for one in found

@@ -26,11 +26,13 @@ from megatron_iiet.config import (
     config_to_yaml,
     load_config,
     load_config_or_exit,
+    optimizers,
     schema,
     solvers,
 )
 from megatron_iiet.config.help import format_help
 from megatron_iiet.config.keys import describe_type, key_types
+from megatron_iiet.config.kinds import own_keys
 
 YAML = """\
 solver:
@@ -275,7 +277,7 @@ def test_config_from_dict_names_its_source() -> None:
 def test_help_explains_every_field() -> None:
     text = "".join(format_help().split())  # argparse breaks lines anywhere, also at hyphens
     docstrings = field_docstrings()
-    assert {"solver.kind", "solver.variant", *docstrings} == set(key_types())
+    assert {"solver.kind", "solver.variant", "optimizer.kind", *docstrings} == set(key_types())
     for key, docstring in docstrings.items():
         assert f"--{key}" in text
         assert "".join(docstring.split()) in text, key
@@ -285,21 +287,23 @@ def test_help_explains_every_field() -> None:
 
 
 def field_docstrings() -> dict[str, str]:
-    """Docstring of every leaf field, by dotted key, read from the sources of the schema and the solvers."""
+    """Docstring of every leaf field, by dotted key, read from the sources of the declarations."""
     by_class: dict[str, dict[str, str]] = {}
-    for node in [node for module in (schema, solvers) for node in ast.parse(inspect.getsource(module)).body]:
+    modules = (schema, solvers, optimizers)
+    for node in [node for module in modules for node in ast.parse(inspect.getsource(module)).body]:
         if isinstance(node, ast.ClassDef):
             for field, following in pairwise(node.body):
                 if isinstance(field, ast.AnnAssign) and isinstance(following, ast.Expr):
                     docstring = ast.literal_eval(following.value)
                     by_class.setdefault(node.name, {})[ast.unparse(field.target)] = docstring
     found = {}
-    for solver in solvers.SOLVERS:
-        of_base = [by_class.get(cls.__name__, {}) for cls in inspect.getmro(solver)]
-        for name in solvers.own_keys(solver):
-            found[f"solver.{name}"] = next(leaves[name] for leaves in of_base if name in leaves)
+    for kinds in schema.KINDS.values():
+        for declared in kinds:
+            of_base = [by_class.get(cls.__name__, {}) for cls in inspect.getmro(declared)]
+            for name in own_keys(declared):
+                found[f"{kinds.section}.{name}"] = next(leaves[name] for leaves in of_base if name in leaves)
     for name, docstring in by_class["RunConfig"].items():
-        if name == "solver":
+        if name in schema.KINDS:
             continue
         leaves = by_class.get(type(getattr(RunConfig(), name)).__name__)
         found.update(
@@ -421,7 +425,7 @@ def test_round_trip_through_yaml(config: RunConfig, tmp_path_factory: pytest.Tem
 
 def test_written_yaml_is_readable() -> None:
     text = config_to_yaml(RunConfig())
-    assert "optimizer:\n  lr: 0.0003\n" in text
+    assert "optimizer:\n  kind: adamw\n  lr: 0.0003\n" in text
     assert "  split: [0.98, 0.01, 0.01]\n" in text
     assert "recompute: 'off'" in text  # quoted, so that YAML 1.1 readers agree
 

@@ -16,14 +16,14 @@ from megatron_iiet.config import (
     iterations_per_layer,
     validate,
 )
-from megatron_iiet.config.solvers import Merging, find_solver
+from megatron_iiet.config.solvers import SOLVERS, Merging
 
 
 def config_with(**changes: Any) -> RunConfig:
     """The default configuration with ``section__key`` set to a value; the solver's names choose one."""
     config = RunConfig()
     kind, variant = changes.pop("solver__kind", "iiet"), changes.pop("solver__variant", None)
-    config.solver = find_solver(kind, variant)()  # type: ignore[misc]
+    config.solver = SOLVERS.find(kind, variant)()  # type: ignore[misc]
     for name, value in changes.items():
         section, _, key = name.rpartition("__")
         setattr(getattr(config, section) if section else config, key, value)

@@ -13,6 +13,7 @@ import yaml
 
 import megatron_iiet
 from megatron_iiet.config import ConfigError, config_from_file, config_to_yaml, load_config
+from megatron_iiet.config.kinds import name_fields, own_keys
 from megatron_iiet.config.solvers import (
     IIET,
     SOLVERS,
@@ -22,9 +23,6 @@ from megatron_iiet.config.solvers import (
     PCformer,
     ReleasedIIET,
     SolverConfig,
-    name_fields,
-    own_keys,
-    section_types,
 )
 from megatron_iiet.hf import modeling_iiet
 from megatron_iiet.models import Transformer
@@ -68,7 +66,7 @@ def foreign_keys(solver: type[SolverConfig]) -> list[str]:
 
 
 def test_the_table_of_this_test_is_complete() -> None:
-    assert OTHER.keys() == section_types().keys() - {"kind", "variant"}
+    assert OTHER.keys() == SOLVERS.types.keys() - {"kind", "variant"}
     assert _MODULES.keys() == set(SOLVERS)
 
 
@@ -139,7 +137,7 @@ def test_a_key_that_was_inherited_is_told(solver: type[SolverConfig], tmp_path: 
     ):
         loaded = load_config(arguments)
         assert loaded.config.solver == solver()
-        listed = ", ".join(f"solver.{key}" for key in section_types() if key in every)
+        listed = ", ".join(f"solver.{key}" for key in SOLVERS.types if key in every)
         assert loaded.notes == (f"without effect for {solver().system}: {listed}",)
 
 
@@ -265,7 +263,7 @@ def test_the_file_that_travels_knows_no_others() -> None:
     assert set(modeling_iiet._KINDS) == kinds
     assert variants == modeling_iiet._VARIANTS
     assert set(modeling_iiet._SOLVER_KEYS) == kinds - {"iiet"} | set(variants["iiet"])
-    assert set(modeling_iiet._KNOWN_KEYS) == section_types().keys() - {"schedule"}
+    assert set(modeling_iiet._KNOWN_KEYS) == SOLVERS.types.keys() - {"schedule"}
 
 
 @pytest.mark.parametrize("solver", SYSTEMS)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from megatron_iiet.config.schema import OptimizerConfig
+from megatron_iiet.config.optimizers import AdamW
 from megatron_iiet.storage.fragments import FragmentReader
 from megatron_iiet.training.optimizers import Prepared, adamw
 from megatron_iiet.training.optimizers.groups import decay_groups
@@ -53,7 +53,7 @@ class TwoRules(torch.optim.Optimizer):
                 )
 
 
-def prepare(model: nn.Module, config: OptimizerConfig) -> Prepared:
+def prepare(model: nn.Module, config: AdamW) -> Prepared:
     groups = decay_groups(model, 0.1)
     moments = {p: MOMENTUM if g["weight_decay"] else SQUARES for g in groups for p in g["params"]}
     return Prepared(groups, partial(TwoRules, lr=config.lr), moments)

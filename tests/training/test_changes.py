@@ -12,15 +12,9 @@ import pytest
 from megatron_iiet.config import ConfigError, RunConfig, config_from_dict, config_to_dict
 from megatron_iiet.config.changes import Change, change_of_field, key
 from megatron_iiet.config.keys import change_of, key_changes, key_types
+from megatron_iiet.config.kinds import own_keys
 from megatron_iiet.config.resume_table import with_table
-from megatron_iiet.config.solvers import (
-    IIET,
-    SOLVERS,
-    PCformer,
-    ReleasedIIET,
-    SolverConfig,
-    own_keys,
-)
+from megatron_iiet.config.solvers import IIET, SOLVERS, PCformer, ReleasedIIET, SolverConfig
 from megatron_iiet.storage import checkpoint
 from megatron_iiet.training.resume import (
     CONTENTS,
@@ -73,6 +67,7 @@ OTHER: dict[str, Any] = {
     "data.split": [0.9, 0.1, 0.0],
     "data.num_workers": 3,
     "data.timeout": 1.0,
+    "optimizer.kind": "momentum",
     "optimizer.lr": 1.0,
     "optimizer.min_lr_ratio": 0.5,
     "optimizer.warmup_fraction": 0.5,
@@ -141,7 +136,7 @@ def everything_in_force(name: str = "solver.iterations") -> RunConfig:
 def with_value(config: RunConfig, name: str, value: Any) -> RunConfig:
     changed = copy.deepcopy(config)
     *section, leaf = name.split(".")
-    if leaf in ("kind", "variant"):  # with what null means held
+    if name in ("solver.kind", "solver.variant"):  # with what null means held
         changed.solver = (
             PCformer() if leaf == "kind" else ReleasedIIET(coefficient_init="identity", iterations=1)
         )

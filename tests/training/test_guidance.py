@@ -17,7 +17,7 @@ from megatron_iiet import models
 from megatron_iiet.config import ConfigError, LoadedConfig, RunConfig, config_from_dict, validate
 from megatron_iiet.config.iteration_plan import IterationPlan
 from megatron_iiet.config.schema import GuidanceConfig
-from megatron_iiet.config.solvers import find_solver
+from megatron_iiet.config.solvers import SOLVERS
 from megatron_iiet.data.loader.batches import ValidationBatches
 from megatron_iiet.data.loader.inputs import inputs_of
 from megatron_iiet.data.loader.samples import build_splits
@@ -197,7 +197,7 @@ def test_not_a_plan_at_all(data: Any) -> None:
 def guided(**changes: Any) -> RunConfig:
     """12 layers, r = 3, guided within half of 48 evaluations; ``section__key`` changes."""
     config = RunConfig()
-    config.solver = find_solver(changes.pop("solver__kind", "iiet"))()  # type: ignore[misc]
+    config.solver = SOLVERS.find(changes.pop("solver__kind", "iiet"))()  # type: ignore[misc]
     for name, value in {"guidance__interval": 100, **changes}.items():
         section, _, key = name.partition("__")
         setattr(getattr(config, section), key, value)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from megatron_iiet.config import RunConfig, config_from_dict
-from megatron_iiet.config.schema import OptimizerConfig
+from megatron_iiet.config.optimizers import OptimizerConfig
 from megatron_iiet.config.solvers import Euler, Iterating
 from megatron_iiet.models.iterations import iterations_at, mean_evaluations
 from megatron_iiet.storage import checkpoint

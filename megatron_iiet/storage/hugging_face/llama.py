@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_iiet.config import RunConfig, config_from_dict, config_to_dict
+from megatron_iiet.config.kinds import own_keys
 from megatron_iiet.config.schema import ModelConfig
-from megatron_iiet.config.solvers import find_solver, own_keys
+from megatron_iiet.config.solvers import SOLVERS
 from megatron_iiet.storage.hugging_face.shards import read_json
 from megatron_iiet.storage.hugging_face.solver_fields import solver_from_fields
 from megatron_iiet.storage.hugging_face.weights import CONFIG_FILE, HFWeights, WithInitialSolvers
@@ -106,7 +107,7 @@ def read_config(folder: Path, solver: Mapping[str, Any] | None = None) -> RunCon
         raise ValueError(f"{path}: the model has a solver of its own; leave out solver.{next(iter(solver))}")
     else:
         section = solver_from_fields(fields.get("solver"), model.num_layers, path)
-        declared = find_solver(section["kind"], section.get("variant"))
+        declared = SOLVERS.find(section["kind"], section.get("variant"))
         if fields.get("kv_cache") == "first" and declared and "key_values" in own_keys(declared):
             section["key_values"] = "first"  # the one cache that makes the model another function
         source = str(path)

@@ -11,15 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_iiet.config import RunConfig, iterations_per_layer
-from megatron_iiet.config.solvers import (
-    SOLVERS,
-    Iterating,
-    Merging,
-    SolverConfig,
-    find_solver,
-    own_keys,
-    section_types,
-)
+from megatron_iiet.config.kinds import own_keys
+from megatron_iiet.config.solvers import SOLVERS, Iterating, Merging, SolverConfig
 
 
 def exported_fields(solver: type[SolverConfig]) -> dict[str, Any]:
@@ -49,13 +42,13 @@ def solver_from_fields(fields: Any, layers: int, path: Path) -> dict[str, Any]:
     """
     if not isinstance(fields, Mapping):
         raise ValueError(f'{path}: solver is {fields!r}, but must be an object such as {{"kind": "euler"}}')
-    known = [name for name in section_types() if name != "schedule"]
+    known = [name for name in SOLVERS.types if name != "schedule"]
     if unknown := sorted(set(fields) - set(known)):
         raise ValueError(f"{path}: solver has the unknown key '{unknown[0]}'; known are {', '.join(known)}")
     section = {key: value for key, value in fields.items() if value is not None}
     if "kind" not in section:
         raise ValueError(f"{path}: solver has no 'kind'; export the model again")
-    declared = find_solver(section["kind"], section.get("variant"))
+    declared = SOLVERS.find(section["kind"], section.get("variant"))
     if declared is None:
         return section  # for the configuration's own checks to name
     if "iterations" in own_keys(declared) and "iterations" not in section:

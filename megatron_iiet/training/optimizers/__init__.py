@@ -1,7 +1,7 @@
 """The optimizers, a module for each kind that :mod:`megatron_iiet.config.optimizers` declares, of its name.
 
-A module has one function, ``prepare(model, config)``, see :class:`Prepare`. What an optimizer keeps of a
-parameter, its moments, is named by ``prepare`` for every parameter: checkpoints store them by these names.
+A module has one function, ``prepare(model, declared)``, which returns a :class:`Prepared`. It names what the
+optimizer keeps of every parameter, its moments: checkpoints store them by these names.
 """
 
 from __future__ import annotations
@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
 
-from megatron_iiet.config.schema import OptimizerConfig
+from megatron_iiet.config.optimizers import OptimizerConfig
 
 
 @dataclass(frozen=True)
@@ -30,13 +30,7 @@ class Prepared:
     The same for all parameters of a group, of which DeepSpeed makes one tensor."""
 
 
-class Prepare(Protocol):
-    """What a module of this package defines."""
-
-    def __call__(self, model: nn.Module, config: OptimizerConfig) -> Prepared: ...
-
-
 def prepare_optimizer(model: nn.Module, config: OptimizerConfig) -> Prepared:
     """The optimizer of the kind that a configuration names."""
-    prepare: Prepare = import_module(f"{__name__}.{config.kind}").prepare
-    return prepare(model, config)
+    prepared: Prepared = import_module(f"{__name__}.{config.kind}").prepare(model, config)
+    return prepared

@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from megatron_iiet.config.schema import OptimizerConfig
+from megatron_iiet.config.optimizers import AdamW
 from megatron_iiet.training.optimizers import Prepared
 from megatron_iiet.training.optimizers.groups import decay_groups
 
@@ -15,7 +15,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 """Running means of the gradient and of its square; DeepSpeed's AdamW has them by the same names."""
 
 
-def prepare(model: nn.Module, config: OptimizerConfig) -> Prepared:
+def prepare(model: nn.Module, config: AdamW) -> Prepared:
     """AdamW for a model's parameters."""
     groups = decay_groups(model, config.weight_decay)
     build = partial(

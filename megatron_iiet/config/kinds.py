@@ -1,0 +1,121 @@
+"""Sections whose keys depend on their kind: a dataclass declares each kind, and all of a section together are
+a :class:`Kinds`. Loading, validation, ``--help`` and what a resumed run may not change are derived from it.
+"""
+
+from __future__ import annotations
+
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from functools import cached_property
+from types import MappingProxyType
+from typing import Any, Generic, Literal, TypeVar, Union
+
+from megatron_iiet.config.changes import Change, change_of_field, key
+
+
+def name_of_kind(kind: str) -> Any:
+    """The field that names a declaration; nobody sets it."""
+    return field(default=kind, init=False, metadata=key(kind, Change.FUNCTION).metadata)
+
+
+@dataclass
+class Declaration:
+    """One kind: its keys are its fields, its docstring says what it is."""
+
+    kind: str = name_of_kind("")
+    """What YAML files and exports call it."""
+
+    @property
+    def system(self) -> str:
+        """What tells one declaration from another, in the words of the keys."""
+        return f"kind {self.kind}"
+
+
+D = TypeVar("D", bound=Declaration)
+
+
+class Kinds(Generic[D]):
+    """The declarations of a section, in the order of --help. Of two of a kind the first is meant where no
+    variant is named.
+
+    Args:
+        section: its name.
+        noun: what a declaration is one of, in messages: ``a solver``.
+        default: the one in force where a run names none.
+        flat: the keys that every kind had in the configurations which older versions wrote; those of other
+            kinds there are nobody's mistake. Empty: there are no such files.
+        before: what stood for a key there, before there was one.
+    """
+
+    def __init__(
+        self,
+        section: str,
+        noun: str,
+        declarations: Sequence[type[D]],
+        *,
+        default: type[D],
+        flat: frozenset[str] = frozenset(),
+        before: Mapping[str, Any] = MappingProxyType({}),
+    ) -> None:
+        self.section, self.noun = section, noun
+        self.declarations, self.default = tuple(declarations), default
+        self.flat, self.before = flat, before
+
+    def __iter__(self) -> Iterator[type[D]]:
+        return iter(self.declarations)
+
+    @cached_property
+    def types(self) -> dict[str, Any]:
+        """The type of every key of the section, of all declarations; those that name one come first."""
+        found: dict[str, list[Any]] = {}
+        for declared in self:
+            for name, value in name_fields(declared).items():
+                found.setdefault(name, []).append(Literal[value])
+        for declared in self:
+            for name, hint in own_keys(declared).items():
+                found.setdefault(name, []).append(hint)
+        return {name: _union(hints) for name, hints in found.items()}
+
+    @cached_property
+    def changes(self) -> dict[str, Change]:
+        """What a change of every key of the section means to a run that has checkpoints."""
+        of_fields = {f.name: change_of_field(f) for declared in self for f in fields(declared)}
+        return {name: of_fields[name] for name in self.types}
+
+    def find(self, kind: str, variant: str | None = None) -> type[D] | None:
+        """The declaration of a kind, and of a variant of it where it has several (None: the first)."""
+        for declared in self:
+            names = name_fields(declared)
+            if names["kind"] == kind and (variant is None or names.get("variant", variant) == variant):
+                return declared
+        return None
+
+    def systems_with(self, name: str) -> list[str]:
+        """What has a key, in the words of the keys: ``kind rk2``, or ``kind iiet, variant paper`` where
+        another variant of the kind has not."""
+        found = []
+        for kind in dict.fromkeys(name_fields(declared)["kind"] for declared in self):
+            of_kind = [declared for declared in self if name_fields(declared)["kind"] == kind]
+            having = [
+                declared for declared in of_kind if name in (*own_keys(declared), *name_fields(declared))
+            ]
+            found += [f"kind {kind}"] if having == of_kind else [declared().system for declared in having]
+        return found
+
+
+def name_fields(declared: type[Declaration]) -> dict[str, str]:
+    """What names a declaration: ``kind``, and ``variant`` where a kind has several."""
+    return {f.name: str(f.default) for f in fields(declared) if not f.init}
+
+
+def own_keys(declared: type[Declaration]) -> dict[str, Any]:
+    """The keys of a declaration, each with its type."""
+    hints = typing.get_type_hints(declared)
+    return {f.name: hints[f.name] for f in fields(declared) if f.init}
+
+
+def _union(hints: Sequence[Any]) -> Any:
+    if all(typing.get_origin(hint) is Literal for hint in hints):
+        return Literal[tuple(dict.fromkeys(choice for hint in hints for choice in typing.get_args(hint)))]
+    return Union[tuple(hints)]  # noqa: UP007
