@@ -21,6 +21,7 @@ from megatron_iiet.storage import portable
 from megatron_iiet.storage.checkpoint_model import find_checkpoint, model_of_checkpoint
 from megatron_iiet.storage.fragments import SCRATCH_BYTES
 from megatron_iiet.storage.hugging_face import llama
+from megatron_iiet.storage.integrity import digest_of
 
 KINDS = (
     "a model folder of tools/convert_checkpoint.py (config.yaml, model.safetensors), a training run's "
@@ -46,6 +47,11 @@ class Source:
     """What and where it is."""
     config: RunConfig
     weights: Weights
+
+    def digest(self) -> str:
+        """Of the first row of every parameter: tells models apart, not two that share those rows."""
+        rows = [name.encode() + self._rows(name, 0, 1).numpy().tobytes() for name in sorted(self.weights)]
+        return digest_of(b"".join(rows))
 
     def fill_parameter(self, name: str, parameter: Tensor, tensor: Group) -> None:
         """Fill a rank's part of a parameter, which must be there to write to."""

@@ -74,10 +74,10 @@ def prepare(
     backend, reason = resolve_backend(config.ops.backend, context.device)
     check_tokenizer(config)
     corpora = open_corpora(config.data, config.model.vocab_size)
-    contents = contents_of(config.data, corpora)
+    teacher = open_teacher(config)
+    contents = contents_of(config.data, corpora, teacher.source if teacher else None)
     found = find_resumption(config, contents, accept)
     warm = open_warm_start(config) if found is None else None
-    teacher = open_teacher(config)
 
     engine = build_engine(
         config, ds_config, context, backend, initialise=found is None, warm=warm, teacher=teacher

@@ -119,7 +119,10 @@ def check_resumable(
     found = differences(before, config, state.step)
     notes = [lacks] if (lacks := checkpoint.describe_lacks(folder)) else []
     if CONTENTS in state.data:
-        found += content_differences(state.data[CONTENTS], contents, before, config)
+        there = state.data[CONTENTS]
+        if there.get("teacher") and contents.get("teacher"):  # which then say more than paths
+            found = [one for one in found if one.key != "distillation.teacher"]
+        found += content_differences(there, contents, before, config)
     else:
         notes.append("the checkpoint does not say what its corpora held; they are taken to be the same")
     critical = [difference for difference in found if difference.change.refused]
@@ -208,7 +211,7 @@ def _refused_if_another_stage(
 def content_differences(
     there: Mapping[str, Any], here: Mapping[str, Any], before: RunConfig, config: RunConfig
 ) -> list[Difference]:
-    """What corpora and tokenizer of a run hold that they did not when the checkpoint was written."""
+    """What corpora, tokenizer and teacher of a run hold that they did not when the checkpoint was written."""
     pairs = [
         ("data.blend" if config.data.blend else "data.prefix", *paths, *held)
         for paths, held in zip(
@@ -225,11 +228,15 @@ def content_differences(
         if differing := identity_difference(held_there, held_here):
             old, new = differing
             found.append(Difference(key, f"{path_there} with {old}", f"{path_here} with {new}", Change.ORDER))
-    if there["tokenizer"] != here["tokenizer"]:
-        old, new = (
-            f"{c.data.tokenizer} of digest {t['tokenizer']:.8}" for c, t in ((before, there), (config, here))
-        )
-        found.append(Difference("data.tokenizer", old, new, Change.FUNCTION))
+    for key in ("data.tokenizer", "distillation.teacher"):
+        section, name = key.split(".")
+        digests = there.get(name), here.get(name)
+        if all(digests) and digests[0] != digests[1]:
+            old, new = (
+                f"{getattr(getattr(c, section), name)} of digest {digest:.8}"
+                for c, digest in zip((before, config), digests, strict=True)
+            )
+            found.append(Difference(key, old, new, Change.FUNCTION))
     return found
 
 

@@ -244,7 +244,7 @@ def test_steps_that_move_the_present_one_into_another_stage(step: int, steps: in
 # --- what is refused, accepted and left to do ---
 
 HELD = {"tokens": 1000, "documents": 10, "sampled": "ab" * 16}
-CONTENT = {"train": [HELD], "validation": None, "tokenizer": "cd" * 16}
+CONTENT = {"train": [HELD], "validation": None, "tokenizer": "cd" * 16, "teacher": None}
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,9 +15,10 @@ from megatron_iiet.config import ConfigError, RunConfig, config_from_dict
 from megatron_iiet.models import Transformer
 from megatron_iiet.storage.checkpoint import checkpoints_folder
 from megatron_iiet.storage.checkpoint_model import export_run
+from megatron_iiet.storage.source import open_model
 from megatron_iiet.training.metrics import read_log
 from megatron_iiet.training.warm_start import open_teacher
-from tests.distributed.harness import run_ranks
+from tests.distributed.harness import RanksFailedError, run_ranks
 from tests.distributed.runs import as_data, ds_json, pretrain_rank
 from tests.tiny import make_data, tiny_config
 
@@ -63,10 +65,10 @@ def test_a_run_and_its_resumption(data: dict[str, str], teacher: Path, tmp_path:
             forward_flops(FULL, data) / forward_flops(REDUCED, data) / 3
         )
 
-    for stop in (4, 8):
-        again = student(
-            data, teacher, tmp_path / "parts", distillation=weights, training={"stop_after": stop}
-        )
+    moved = tmp_path / "moved"
+    shutil.copytree(teacher, moved)
+    for place, stop in ((teacher, 4), (moved, 8)):  # the same teacher, wherever it is
+        again = student(data, place, tmp_path / "parts", distillation=weights, training={"stop_after": stop})
         train(again, tmp_path)
     uninterrupted, resumed = (export_run(tmp_path / name / "run", None) for name in ("whole", "parts"))
     assert set(uninterrupted.state) == set(export_run(teacher, None).state)
@@ -74,6 +76,20 @@ def test_a_run_and_its_resumption(data: dict[str, str], teacher: Path, tmp_path:
         assert torch.equal(uninterrupted.state[name], resumed.state[name]), name
     for written in (checkpoints_folder(tmp_path / "whole" / "run") / "step_00000008").iterdir():
         assert b"teacher." not in written.read_bytes()[:100_000], written
+
+
+@pytest.mark.slow
+def test_a_teacher_that_has_gone_on_is_another_one(
+    data: dict[str, str], teacher: Path, tmp_path: Path
+) -> None:
+    there = tmp_path / "teacher"
+    shutil.copytree(teacher, there)
+    train(student(data, there, tmp_path, training={"stop_after": 2}), tmp_path)
+    digest = open_model(there, "teacher").digest()
+    train(tiny_config(data, there, solver=FULL, training={"steps": 9}), tmp_path)
+    message = rf"\(distillation\.teacher is {there} of digest {digest:.8} there and {there} of digest"
+    with pytest.raises(RanksFailedError, match=message):
+        train(student(data, there, tmp_path, training={"stop_after": 3}), tmp_path)
 
 
 def forward_flops(solver: dict[str, Any], data: dict[str, str]) -> int:
