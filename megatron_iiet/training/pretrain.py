@@ -26,7 +26,7 @@ from megatron_iiet.training.corpora import Corpora, contents_of, describe_corpor
 from megatron_iiet.training.engine import Engine, build_engine
 from megatron_iiet.training.layout import describe_layout, layout_of
 from megatron_iiet.training.loop import train
-from megatron_iiet.training.record import append_start, start_of, write_configurations
+from megatron_iiet.training.record import append_start, restore_configuration, start_of, write_configurations
 from megatron_iiet.training.resume import NothingToDo, Resumption, find_resumption
 from megatron_iiet.training.run import Run
 from megatron_iiet.training.warm_start import WarmStart, open_teacher, open_warm_start
@@ -109,8 +109,10 @@ def prepare(
         run.say(f"--{ACCEPT_CHANGES} names {', '.join(accept)}, but there is no checkpoint to differ from")
     start = start_of(context, layout, found)
     if context.is_main:
-        if found is None:  # else they say what the weights there were made with, until there are newer ones
+        if found is None:
             write_configurations(config, ds_config)
+        else:  # it says what the weights there were made with, until there are newer ones
+            restore_configuration(config.output_dir, found.folder)
         append_start(config.output_dir, start)
     return run, build_callbacks(config, corpora, context)
 

@@ -33,6 +33,14 @@ def write_configurations(config: RunConfig, ds_config: dict[str, Any]) -> None:
     durable.write_text(folder / "ds_config.json", json.dumps(ds_config, indent=2) + "\n")
 
 
+def restore_configuration(output_dir: str | Path, folder: Path) -> None:
+    """Make a run's ``config.yaml`` that of the checkpoint in ``folder``: a kill after a save, before it was
+    written, or a person may have left another."""
+    there, here = folder / "config.yaml", Path(output_dir) / "config.yaml"
+    if not here.is_file() or here.read_bytes() != there.read_bytes():
+        durable.write_text(here, there.read_text())
+
+
 def start_of(context: ParallelContext, layout: dict[str, int], found: Resumption | None) -> dict[str, Any]:
     """The record of a start. Every rank calls it: each says on which host it is."""
     hosts = context.world.gather_objects(socket.gethostname())

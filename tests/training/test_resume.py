@@ -247,6 +247,7 @@ def test_an_accepted_change_holds_for_one_start(data: dict[str, str], half: Path
     the next start need not accept it again."""
     shutil.copytree(half, tmp_path / "run")
     before = (tmp_path / "run" / "config.yaml").read_text()
+    (tmp_path / "run" / "config.yaml").write_text("of a save that was killed before it wrote this file")
     solver = {"iterations": 0}
     config = tiny_config(data, tmp_path / "run", solver=solver, training={"stop_after": 4})
     seen = run_ranks(config_at_every_step, 1, as_data(config), ds_json(tmp_path, 1), ["solver.iterations"])[0]
