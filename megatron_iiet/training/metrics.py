@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from pathlib import Path
 
@@ -25,10 +26,12 @@ class MetricWriter:
         )
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """Write the values of one step; nothing if there are none."""
+        """Write the values of one step; nothing if there are none. What is no number is null in the log."""
         if not values:
             return
-        self._log.write(json.dumps({"step": step, "time": round(time.time(), 3), **values}) + "\n")
+        numbers = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        record = {"step": step, "time": round(time.time(), 3), **numbers}
+        self._log.write(json.dumps(record, allow_nan=False) + "\n")
         self._log.flush()
         if self._events is not None:
             for name, value in values.items():
@@ -42,7 +45,8 @@ class MetricWriter:
 
 
 def read_log(output_dir: str | Path) -> dict[int, dict[str, float]]:
-    """``log.jsonl`` as step → values; of a repeated step the last line counts.
+    """``log.jsonl`` as step → values, those apart that were no numbers; of a repeated step the last line
+    counts.
 
     Raises:
         ValueError: the run has no log.
@@ -53,5 +57,6 @@ def read_log(output_dir: str | Path) -> dict[int, dict[str, float]]:
     steps: dict[int, dict[str, float]] = {}
     for line in path.read_text().splitlines():
         values = json.loads(line)
-        steps[values.pop("step")] = values
+        step = values.pop("step")
+        steps[step] = {name: value for name, value in values.items() if value is not None}
     return dict(sorted(steps.items()))

@@ -20,6 +20,7 @@ from megatron_iiet.training.layout import layout_of
 from megatron_iiet.training.metrics import MetricWriter
 from megatron_iiet.training.record import copy_starts, write_configurations
 from megatron_iiet.training.resume import CONTENTS
+from megatron_iiet.training.utilisation import memory_bytes
 
 
 class Run:
@@ -139,6 +140,10 @@ class Run:
             full = iterations_per_layer(self.config)
             valid = ([plan.full] * len(full), plan.budget) == (full, guidance.budget)
             self.plan = plan if valid else None
+
+    def memory_of_ranks(self) -> list[tuple[int, int]]:
+        """Bytes that each rank holds of its device's memory, and the most it held; every rank asks."""
+        return self.context.world.gather_objects(memory_bytes(self.context.device))
 
     def epochs(self) -> dict[str, float]:
         """How many times each corpus has been read, by name."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import resource
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +17,7 @@ from megatron_iiet.training import loop, utilisation
 from megatron_iiet.training.callbacks import MetricLogger
 from megatron_iiet.training.engine import StepResult
 from megatron_iiet.training.metrics import MetricWriter, read_log
-from megatron_iiet.training.utilisation import peak_flops
+from megatron_iiet.training.utilisation import memory_bytes, peak_flops
 from tests.distributed.harness import run_ranks
 from tests.distributed.runs import as_data, ds_json, pretrain_rank
 from tests.tiny import make_data, tiny_config
@@ -177,34 +178,98 @@ def test_the_peak_of_a_cpu_is_its_best_product(monkeypatch: pytest.MonkeyPatch) 
     ("name", "precision", "tera_flops"),
     [
         ("NVIDIA H100 80GB HBM3", "bf16", 989.0),
+        ("NVIDIA H100 80GB HBM3", "fp32", 67.0),
+        ("NVIDIA H100 80GB HBM3", "tf32", 494.0),
         ("NVIDIA H100 PCIe", "bf16", 756.0),
+        ("NVIDIA H100 NVL", "bf16", 835.0),
         ("NVIDIA H200", "bf16", 989.0),
+        ("NVIDIA H20", "bf16", 148.0),
+        ("NVIDIA H800", "bf16", 989.0),
+        ("NVIDIA GH200 480GB", "bf16", 989.0),
         ("NVIDIA A100-SXM4-80GB", "bf16", 312.0),
+        ("NVIDIA A100 80GB PCIe", "fp32", 19.5),
+        ("NVIDIA A800-SXM4-80GB", "bf16", 312.0),
         ("NVIDIA A10", "bf16", 125.0),
-        ("NVIDIA H100 80GB HBM3", "fp32", 0.0),
-        ("Unheard-of 3000", "bf16", 0.0),
+        ("NVIDIA A10G", "bf16", 70.0),
+        ("NVIDIA B300 SXM6 AC", "bf16", 2250.0),
+        ("NVIDIA L4", "bf16", 121.0),
+        ("NVIDIA L40S", "bf16", 362.0),
+        ("NVIDIA GeForce RTX 4090", "bf16", 165.2),
+        ("NVIDIA RTX A6000", "bf16", 154.8),
+        ("NVIDIA RTX 6000 Ada Generation", "bf16", 364.2),
+        ("Tesla V100-SXM2-32GB", "fp32", 15.7),
+        ("AMD Instinct MI300X", "bf16", 1307.4),
+        ("Tesla V100-SXM2-32GB", "bf16", None),
+        ("NVIDIA A1000", "bf16", None),
+        ("Unheard-of 3000", "bf16", None),
     ],
 )
 def test_peaks_of_known_devices(
-    name: str, precision: str, tera_flops: float, monkeypatch: pytest.MonkeyPatch
+    name: str, precision: str, tera_flops: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Of the very device: a name that only begins or ends like a known one is another."""
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
-    peak, source = peak_flops(torch.device("cuda", 0), precision)
-    assert peak == tera_flops * 1e12
+    if precision == "tf32":
+        monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
+    peak, source = peak_flops(torch.device("cuda", 0), "fp32" if precision == "tf32" else precision)
+    assert peak == (None if tera_flops is None else pytest.approx(tera_flops * 1e12))
     assert name in source
-    assert ("logging.peak_tflops" in source) == (not peak)
+    assert ("logging.peak_tflops" in source) == (peak is None)
+    assert f" {precision}" in source
 
 
-def test_without_a_peak_utilisation_is_no_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_peak_there_is_no_utilisation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(
-        "megatron_iiet.training.callbacks.logging.peak_flops", lambda device, precision: (0.0, "unknown")
+        "megatron_iiet.training.callbacks.logging.peak_flops", lambda device, precision: (None, "why")
     )
     run = bare_run(tmp_path / "run", training={"steps": 2}, logging={"peak_tflops": None})
     loop.train(run, [MetricLogger()])
     run.close()
     log = read_log(tmp_path / "run")
-    assert math.isnan(log[2]["mfu"])
+    assert not {"mfu", "hfu"} & set(log[2])
     assert log[2]["tokens_per_second"] > 0
+    said = capsys.readouterr().out
+    assert "utilisation is unknown: why" in said
+    assert " | MFU unknown | " in said
+
+
+def test_memory_is_that_of_the_rank_with_most(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = bare_run(tmp_path / "run", training={"steps": 2})
+    monkeypatch.setattr(run, "memory_of_ranks", lambda: [(2**30, 3 * 2**30), (2**31, 2**31)])
+    loop.train(run, [MetricLogger()])
+    run.close()
+    log = read_log(tmp_path / "run")[2]
+    assert (log["memory_bytes"], log["peak_memory_bytes"]) == (2**31, 3 * 2**30)
+    assert " | 2.00 GiB, peak 3.00 | " in capsys.readouterr().out
+
+
+def test_memory_of_a_cpu_is_resident() -> None:
+    before = memory_bytes(torch.device("cpu"))
+    held = torch.ones(64 << 20, dtype=torch.uint8)
+    now, most = memory_bytes(torch.device("cpu"))
+    assert now - before[0] > 0.9 * held.nbytes
+    assert most >= now
+    resident = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    assert abs(now - resident) < 16 << 20
+
+
+def test_the_log_is_json_whatever_happens(tmp_path: Path) -> None:
+    """NaN and Infinity are none; readers see such values as missing."""
+    writer = MetricWriter(tmp_path, tensorboard=True, first_step=0)
+    writer.write(1, {"loss": math.nan, "grad_norm": math.inf, "lr": 0.5})
+    writer.close()
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON")
+
+    line = json.loads((tmp_path / "log.jsonl").read_text(), parse_constant=refuse)
+    assert (line["loss"], line["grad_norm"], line["lr"]) == (None, None, 0.5)
+    values = read_log(tmp_path)[1]
+    assert values.keys() == {"time", "lr"}
 
 
 def test_events_of_repeated_steps_are_replaced(tmp_path: Path) -> None:

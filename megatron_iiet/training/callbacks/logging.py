@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING
 
 from megatron_iiet.training.callbacks.base import Callback, is_due
@@ -20,7 +19,7 @@ class MetricLogger(Callback):
     """
 
     def __init__(self) -> None:
-        self.peak = 0.0
+        self.peak: float | None = None
         self._reset()
 
     def _reset(self) -> None:
@@ -32,7 +31,10 @@ class MetricLogger(Callback):
             self.peak, reason = given * 1e12, "logging.peak_tflops"
         else:
             self.peak, reason = peak_flops(run.context.device, run.config.training.precision)
-        run.say(f"utilisation is a share of {self.peak / 1e12:.3g} TFLOP/s a device ({reason})")
+        if self.peak is None:
+            run.say(f"utilisation is unknown: {reason}")
+        else:
+            run.say(f"utilisation is a share of {self.peak / 1e12:.3g} TFLOP/s a device ({reason})")
 
     def on_step(self, run: Run, result: StepResult) -> None:
         config = run.config
@@ -59,9 +61,15 @@ class MetricLogger(Callback):
     def _report(self, run: Run, result: StepResult) -> None:
         config = run.config
         tokens = self.steps * config.training.global_batch_size * config.data.sequence_length
-        base = self.seconds * self.peak * run.context.world_size
-        mfu, hfu = (flops / base if base else math.nan for flops in (self.needed_flops, self.done_flops))
-        run.record({"tokens_per_second": tokens / self.seconds, "mfu": mfu, "hfu": hfu})
+        run.record({"tokens_per_second": tokens / self.seconds})
+        utilisation = "MFU unknown"
+        if self.peak is not None:
+            base = self.seconds * self.peak * run.context.world_size
+            mfu, hfu = self.needed_flops / base, self.done_flops / base
+            run.record({"mfu": mfu, "hfu": hfu})
+            utilisation = f"MFU {mfu:.1%} HFU {hfu:.1%}"
+        now, most = (max(each) for each in zip(*run.memory_of_ranks(), strict=True))
+        run.record({"memory_bytes": now, "peak_memory_bytes": most})
         run.record(
             {f"coefficient_norm/{name}": norm for name, norm in run.engine.coefficient_norms().items()}
         )
@@ -71,7 +79,7 @@ class MetricLogger(Callback):
             f"step {run.step:>6}/{config.training.steps} | loss {result.loss:.4f}{_parts(result)} | "
             f"lr {result.lr:.2e} | "
             f"grad norm {result.grad_norm:.3f} | {tokens / self.seconds:,.0f} tok/s | "
-            f"MFU {mfu:.1%} HFU {hfu:.1%} | {left} left"
+            f"{utilisation} | {now / 2**30:.2f} GiB, peak {most / 2**30:.2f} | {left} left"
         )
 
 
