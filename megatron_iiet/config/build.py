@@ -6,6 +6,7 @@ way Python does and cannot say in which file and line a value stood.
 
 from __future__ import annotations
 
+from argparse import ArgumentError
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache, partial
@@ -21,6 +22,7 @@ from megatron_iiet.config.solvers import SOLVERS, SolverConfig, own_keys
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
+_PARSE_ERRORS = (ArgumentError, TypeError, ValueError)
 ITERATIONS = "solver.iterations"
 """The key that may name the file of an iteration plan instead of its numbers."""
 
@@ -54,18 +56,17 @@ def _build(
             raise type_error(setting, types[setting.key])
     try:
         return make(settings)
-    except _parse_errors() as error:
+    except _PARSE_ERRORS as error:
         for setting in settings:  # all at once is fast; one by one finds the culprit
             try:
                 make([setting])
-            except _parse_errors():
+            except _PARSE_ERRORS:
                 raise type_error(setting, types[setting.key]) from None
         raise ConfigError(f"cannot build the configuration: {' '.join(str(error).split())}") from None
 
 
 def _solver_of(solver: type[SolverConfig], settings: Sequence[Setting]) -> SolverConfig:
-    parser = _solver_parsers()[solver]
-    built = parser.parse_object({s.key.removeprefix(SECTION): s.value for s in settings})
+    built = _parsers()[solver].parse_object({s.key.removeprefix(SECTION): s.value for s in settings})
     return solver(**{name: built[name] for name in own_keys(solver)})
 
 
@@ -75,7 +76,7 @@ def _run_of(solver: SolverConfig, settings: Sequence[Setting]) -> RunConfig:
         *section, leaf = setting.key.split(".")
         target = nested.setdefault(section[0], {}) if section else nested
         target[leaf] = setting.value
-    parser = _run_parser()
+    parser = _parsers()[RunConfig]
     built = parser.instantiate(parser.parse_object(nested))
     names = [name for name in RunConfig.__dataclass_fields__ if name != "solver"]
     return RunConfig(**{name: built[name] for name in names}, solver=solver)
@@ -103,28 +104,13 @@ def _check_plan(config: RunConfig, named: Setting) -> None:
         )
 
 
-def _parse_errors() -> tuple[type[Exception], ...]:
-    from argparse import ArgumentError
-
-    return (ArgumentError, TypeError, ValueError)
-
-
 @cache
-def _run_parser() -> ArgumentParser:
-    """The types of all keys but the solver's."""
+def _parsers() -> dict[type, ArgumentParser]:
+    """The types of all keys of a run but the solver's, and of each declaration's."""
     from jsonargparse import ArgumentParser
 
-    parser = ArgumentParser(exit_on_error=False, default_env=False)
-    parser.add_class_arguments(RunConfig, skip={"solver"})
-    return parser
-
-
-@cache
-def _solver_parsers() -> dict[type[SolverConfig], ArgumentParser]:
-    """The types of each declaration's keys."""
-    from jsonargparse import ArgumentParser
-
-    parsers = {solver: ArgumentParser(exit_on_error=False, default_env=False) for solver in SOLVERS}
-    for solver, parser in parsers.items():
-        parser.add_class_arguments(solver)
+    classes: tuple[type, ...] = (RunConfig, *SOLVERS)
+    parsers = {cls: ArgumentParser(exit_on_error=False, default_env=False) for cls in classes}
+    for cls, parser in parsers.items():
+        parser.add_class_arguments(cls, skip={"solver"} if cls is RunConfig else set())
     return parsers
