@@ -2,7 +2,6 @@
 
 from megatron_iiet.config.combinations import (
     check_combination,
-    check_world_size,
     gradient_accumulation_steps,
 )
 from megatron_iiet.config.errors import ArgumentParser, ConfigError, exit_with_error
@@ -24,7 +23,6 @@ __all__ = [
     "LoadedConfig",
     "RunConfig",
     "check_combination",
-    "check_world_size",
     "config_from_dict",
     "config_from_file",
     "config_to_dict",

@@ -6,6 +6,7 @@ way Python does and cannot say in which file and line a value stood.
 
 from __future__ import annotations
 
+from argparse import ArgumentError
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache, partial
@@ -21,6 +22,7 @@ from megatron_iiet.config.schema import KINDS, RunConfig, iterations_per_layer
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
+_PARSE_ERRORS = (ArgumentError, TypeError, ValueError)
 ITERATIONS = "solver.iterations"
 """The key that may name the file of an iteration plan instead of its numbers."""
 
@@ -60,17 +62,17 @@ def _build(
             raise type_error(setting, types[setting.key])
     try:
         return make(settings)
-    except _parse_errors() as error:
+    except _PARSE_ERRORS as error:
         for setting in settings:  # all at once is fast; one by one finds the culprit
             try:
                 make([setting])
-            except _parse_errors():
+            except _PARSE_ERRORS:
                 raise type_error(setting, types[setting.key]) from None
         raise ConfigError(f"cannot build the configuration: {' '.join(str(error).split())}") from None
 
 
 def _section_of(declared: type[Declaration], settings: Sequence[Setting]) -> Declaration:
-    built = _kind_parsers()[declared].parse_object({s.key.split(".")[1]: s.value for s in settings})
+    built = _parsers()[declared].parse_object({s.key.split(".")[1]: s.value for s in settings})
     return declared(**{name: built[name] for name in own_keys(declared)})
 
 
@@ -80,7 +82,7 @@ def _run_of(sections: Mapping[str, Declaration], settings: Sequence[Setting]) ->
         *section, leaf = setting.key.split(".")
         target = nested.setdefault(section[0], {}) if section else nested
         target[leaf] = setting.value
-    parser = _run_parser()
+    parser = _parsers()[RunConfig]
     built = parser.instantiate(parser.parse_object(nested))
     names = [name for name in RunConfig.__dataclass_fields__ if name not in sections]
     return RunConfig(**{name: built[name] for name in names}, **cast(dict[str, Any], sections))
@@ -108,29 +110,13 @@ def _check_plan(config: RunConfig, named: Setting) -> None:
         )
 
 
-def _parse_errors() -> tuple[type[Exception], ...]:
-    from argparse import ArgumentError
-
-    return (ArgumentError, TypeError, ValueError)
-
-
 @cache
-def _run_parser() -> ArgumentParser:
-    """The types of all keys but those that depend on a kind."""
+def _parsers() -> dict[type, ArgumentParser]:
+    """The types of all keys of a run but those that depend on a kind, and of each declaration's."""
     from jsonargparse import ArgumentParser
 
-    parser = ArgumentParser(exit_on_error=False, default_env=False)
-    parser.add_class_arguments(RunConfig, skip=set(KINDS))
-    return parser
-
-
-@cache
-def _kind_parsers() -> dict[type[Declaration], ArgumentParser]:
-    """The types of each declaration's keys."""
-    from jsonargparse import ArgumentParser
-
-    declared = [each for kinds in KINDS.values() for each in kinds]
-    parsers = {each: ArgumentParser(exit_on_error=False, default_env=False) for each in declared}
-    for each, parser in parsers.items():
-        parser.add_class_arguments(each)
+    classes: tuple[type, ...] = (RunConfig, *(declared for kinds in KINDS.values() for declared in kinds))
+    parsers = {cls: ArgumentParser(exit_on_error=False, default_env=False) for cls in classes}
+    for cls, parser in parsers.items():
+        parser.add_class_arguments(cls, skip=set(KINDS) if cls is RunConfig else set())
     return parsers

@@ -1,8 +1,8 @@
 """What cannot be combined: layouts, run settings and DeepSpeed settings, in one table.
 
-:func:`check_combination` reads the table before any process waits for another, :func:`table_markdown` prints
-it for the documentation. The DeepSpeed rows are about version 0.19.8, which runs these combinations wrongly
-without a word, or stops with an assertion that helps nobody.
+:func:`check_combination` reads the table before any process waits for another; a test compares it with the
+documentation's. The DeepSpeed rows are about version 0.19.8, which runs these combinations wrongly without a
+word, or stops with an assertion that helps nobody.
 """
 
 from __future__ import annotations
@@ -40,37 +40,25 @@ def check_layout(config: RunConfig) -> None:
     _raise_first(LAYOUT_RULES, Setup(config, {}, 0, ""))
 
 
-def check_world_size(config: RunConfig, data_parallel_size: int) -> None:
-    """Check that the global batch divides evenly over ``data_parallel_size`` replicas of the model.
-
-    Raises:
-        ConfigError: names the numbers, the nearest global batch sizes and the nearest numbers of ranks.
-    """
-    if config.training.global_batch_size % (config.training.micro_batch_size * data_parallel_size):
-        raise ConfigError(_batch_sentence(config, data_parallel_size))
-
-
 def gradient_accumulation_steps(config: RunConfig, data_parallel_size: int) -> int:
     """Forward passes per optimizer step on each of ``data_parallel_size`` ranks.
 
     Raises:
-        ConfigError: as :func:`check_world_size`.
+        ConfigError: the global batch does not divide evenly over the replicas of the model; names the
+            numbers, the nearest global batch sizes and the nearest numbers of ranks.
     """
-    check_world_size(config, data_parallel_size)
-    return config.training.global_batch_size // (config.training.micro_batch_size * data_parallel_size)
+    steps, rest = divmod(
+        config.training.global_batch_size, config.training.micro_batch_size * data_parallel_size
+    )
+    if rest:
+        raise ConfigError(_batch_sentence(config, data_parallel_size))
+    return steps
 
 
 def tensor_sizes(config: RunConfig) -> list[int]:
     """Every legal parallel.tensor of this model, smallest first."""
     widths = _split_widths(config).values()
     return [size for size in range(1, min(widths) + 1) if not any(width % size for width in widths)]
-
-
-def table_markdown() -> str:
-    """The table as Markdown, for the documentation."""
-    lines = ["| not together | because | instead |", "|---|---|---|"]
-    lines += [f"| {rule.combination} | {rule.why} | {rule.instead} |" for rule in COMBINATIONS]
-    return "\n".join(lines) + "\n"
 
 
 def _raise_first(rules: Iterable[Rule], setup: Setup) -> None:

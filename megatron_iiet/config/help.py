@@ -16,25 +16,10 @@ from megatron_iiet.config.schema import KINDS, RunConfig
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
-USAGE = "%(prog)s --config FILE.yaml --ds-config FILE.json [--section.key VALUE ...]"
-
 
 def format_help(short: Mapping[str, str] = MappingProxyType({})) -> str:
-    """The text; ``short``: a script's own flags, and those they stand for."""
-    parser = _make_parser(tuple(short.items()))
-    parser.add_argument(
-        f"--{ACCEPT_CHANGES}",
-        metavar="KEY[,KEY...]",
-        help="Go on from the checkpoint although these keys have changed, which is refused otherwise "
-        "(docs/resume.md). Holds for this start and is recorded; no key of a YAML file.",
-    )
-    text: str = parser.format_help()
-    return text
-
-
-def _make_parser(short: tuple[tuple[str, str], ...] = ()) -> ArgumentParser:
-    """The jsonargparse parser of all keys, with the docstrings of the fields as help; ``short``: a script's
-    own flags, and those they stand for."""
+    """The text, made by jsonargparse with the docstrings of the fields as help; ``short``: a script's own
+    flags, and those they stand for."""
     import argparse
 
     # Imported late: most of the package needs the schema only, not a parser.
@@ -42,7 +27,7 @@ def _make_parser(short: tuple[tuple[str, str], ...] = ()) -> ArgumentParser:
 
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = ArgumentParser(
-        usage=USAGE,
+        usage="%(prog)s --config FILE.yaml --ds-config FILE.json [--section.key VALUE ...]",
         description=f"{RunConfig.__doc__} Flags win over the YAML file, wherever they stand.",
         exit_on_error=False,
         default_env=False,
@@ -58,7 +43,7 @@ def _make_parser(short: tuple[tuple[str, str], ...] = ()) -> ArgumentParser:
         metavar="FILE.json",
         help="DeepSpeed configuration (also --deepspeed_config); shared values may be left out or 'auto'.",
     )
-    for flag, stands_for in short:
+    for flag, stands_for in short.items():
         parser.add_argument(
             flag, metavar=stands_for.rsplit(".", 1)[-1].upper(), help=f"Short for {stands_for}."
         )
@@ -71,7 +56,13 @@ def _make_parser(short: tuple[tuple[str, str], ...] = ()) -> ArgumentParser:
     for action in parser._actions:
         # jsonargparse offers `--data.split+ VALUE`, which appends to a list; one way is enough
         action.option_strings = [flag for flag in action.option_strings if not flag.endswith("+")]
-    return parser
+    parser.add_argument(
+        f"--{ACCEPT_CHANGES}",
+        metavar="KEY[,KEY...]",
+        help="Go on from the checkpoint although these keys have changed, which is refused otherwise "
+        "(docs/resume.md). Holds for this start and is recorded; no key of a YAML file.",
+    )
+    return str(parser.format_help())
 
 
 def _add_kinds(parser: ArgumentParser, kinds: Kinds[Any]) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
@@ -166,28 +167,23 @@ def _triples(values: Influence | None) -> list[list[float]] | None:
     return None if values is None else [[*key, value] for key, value in values.items()]
 
 
-def _integer(value: Any) -> int:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise ValueError(f"{value!r} stands where a whole number must be")
+def _of_type(value: Any, kind: type | tuple[type, ...], described: str) -> Any:
+    """``value``, if it is of this type; a bool is no number, an empty text no text."""
+    if not isinstance(value, kind) or isinstance(value, bool) or value == "":
+        raise ValueError(f"{value!r} stands where {described} must be")
     return value
 
 
 def _number(value: Any) -> float:
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
+    number = float(_of_type(value, (int, float), "a number"))
+    if not math.isfinite(number):
         raise ValueError(f"{value!r} stands where a number must be")
-    return float(value)
+    return number
 
 
-def _list(value: Any) -> Sequence[Any]:
-    if not isinstance(value, list):
-        raise ValueError(f"{value!r} stands where a list must be")
-    return value
-
-
-def _text(value: Any) -> str:
-    if not (isinstance(value, str) and value):
-        raise ValueError(f"{value!r} stands where a text must be")
-    return value
+_integer = partial(_of_type, kind=int, described="a whole number")
+_list = partial(_of_type, kind=list, described="a list")
+_text = partial(_of_type, kind=str, described="a text")
 
 
 def _values(value: Any, key: str) -> dict[tuple[int, int], float]:
@@ -204,9 +200,8 @@ def _ranking(value: Any) -> Ranking:
 
 
 def _facts(value: Any) -> dict[str, str | int]:
-    if not isinstance(value, dict):
-        raise ValueError(f"{value!r} stands where a mapping must be")
-    return {key: _integer(fact) if not isinstance(fact, str) else fact for key, fact in value.items()}
+    facts = _of_type(value, dict, "a mapping")
+    return {key: fact if isinstance(fact, str) else _integer(fact) for key, fact in facts.items()}
 
 
 _READERS: dict[str, Callable[[Any], Any]] = {

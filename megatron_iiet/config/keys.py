@@ -62,16 +62,6 @@ def change_of(key: str) -> Change:
     return key_changes()[key]
 
 
-def closest(word: str, candidates: Iterable[str], cutoff: float = SIMILARITY_CUTOFF) -> list[str]:
-    """Up to three candidates that like ``word``, best first; dotted names also match by their last part."""
-    scores = {candidate: _similarity(word, candidate) for candidate in candidates}
-    best = max(scores.values(), default=0.0)
-    if best < cutoff:
-        return []
-    near = [candidate for candidate, score in scores.items() if score >= best - TIE_MARGIN]
-    return sorted(near, key=lambda candidate: -scores[candidate])[:MAX_SUGGESTIONS]
-
-
 def _similarity(word: str, candidate: str) -> float:
     full = difflib.SequenceMatcher(None, word, candidate).ratio()
     # A right key in the wrong section (or in none) must be found too: compare the last parts, at a
@@ -83,9 +73,15 @@ def _similarity(word: str, candidate: str) -> float:
 def did_you_mean(
     word: str, candidates: Iterable[str], prefix: str = "", cutoff: float = SIMILARITY_CUTOFF
 ) -> str:
-    """The tail of an error message: ``; did you mean 'a' or 'b'?``, or empty when nothing is close."""
-    near = [f"'{prefix}{candidate}'" for candidate in closest(word, candidates, cutoff)]
-    return f"; did you mean {join_or(near)}?" if near else ""
+    """The tail of an error message: ``; did you mean 'a' or 'b'?``, of up to three candidates that are like
+    ``word``, the best first, or empty when nothing is; dotted names also match by their last part."""
+    scores = {candidate: _similarity(word, candidate) for candidate in candidates}
+    best = max(scores.values(), default=0.0)
+    if best < cutoff:
+        return ""
+    near = [candidate for candidate, score in scores.items() if score >= best - TIE_MARGIN]
+    near = sorted(near, key=lambda candidate: -scores[candidate])[:MAX_SUGGESTIONS]
+    return f"; did you mean {join_or([repr(prefix + name) for name in near])}?"
 
 
 def join_or(words: list[str]) -> str:

@@ -7,7 +7,6 @@ all answers: for the harness there is one process.
 from __future__ import annotations
 
 import io
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
@@ -21,6 +20,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
 
 from megatron_iiet.evaluation.scoring import Scorer, TokenScores
+from megatron_iiet.parallel.launch import variables_set
 
 MAX_ROWS = 256
 """Most sequences of one batch, however short."""
@@ -212,13 +212,6 @@ def run_tasks(
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Without the harness's bars and prints, and without its pool of processes for standard errors."""
-    before = os.environ.get("DISABLE_MULTIPROC")
-    os.environ["DISABLE_MULTIPROC"] = "1"
-    try:
-        with redirect_stderr(io.StringIO()), redirect_stdout(io.StringIO()):
-            yield
-    finally:
-        if before is None:
-            del os.environ["DISABLE_MULTIPROC"]
-        else:
-            os.environ["DISABLE_MULTIPROC"] = before
+    silence = io.StringIO()
+    with variables_set(DISABLE_MULTIPROC="1"), redirect_stderr(silence), redirect_stdout(silence):
+        yield

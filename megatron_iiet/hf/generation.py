@@ -7,10 +7,11 @@ Shapes: T tokens so far.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -62,22 +63,18 @@ class Generated:
     """From the prompt's encoding to the last token."""
 
 
-class Codec(Protocol):
+@dataclass(frozen=True)
+class Codec:
     """Text to ids and back."""
 
-    @property
-    def eos_id(self) -> int | None:
-        """The token that ends a document."""
-
-    @property
-    def vocab_size(self) -> int:
-        """One more than the largest id."""
-
-    def encode(self, prompt: str) -> list[int]:
-        """Ids of a prompt with the token that a document begins behind; never empty."""
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """Text of ids; control ids give nothing."""
+    eos_id: int | None
+    """The token that ends a document."""
+    vocab_size: int
+    """One more than the largest id."""
+    encode: Callable[[str], list[int]]
+    """Ids of a prompt with the token that a document begins behind; never empty."""
+    decode: Callable[[list[int]], str]
+    """Text of ids; control ids give nothing."""
 
 
 class TextGenerator:
@@ -199,59 +196,32 @@ class _Pieces(BaseStreamer):
         self._text = text
 
 
-@dataclass(frozen=True)
-class OwnCodec:
-    """A tokenizer of the data room: documents follow an end-of-document token."""
+def own_codec(tokenizer: Tokenizer) -> Codec:
+    """Of a tokenizer of the data room: documents follow an end-of-document token."""
 
-    tokenizer: Tokenizer
+    def encode(prompt: str) -> list[int]:
+        return [tokenizer.eod_id, *tokenizer.encode(prompt).tolist()]
 
-    @property
-    def eos_id(self) -> int:
-        return self.tokenizer.eod_id
-
-    @property
-    def vocab_size(self) -> int:
-        return self.tokenizer.vocab_size
-
-    def encode(self, prompt: str) -> list[int]:
-        return [self.tokenizer.eod_id, *self.tokenizer.encode(prompt).tolist()]
-
-    def decode(self, ids: Sequence[int]) -> str:
-        return self.tokenizer.decode(list(ids))
+    return Codec(tokenizer.eod_id, tokenizer.vocab_size, encode, tokenizer.decode)
 
 
-@dataclass(frozen=True)
-class HuggingFaceCodec:
-    """A tokenizer of transformers."""
+def hugging_face_codec(tokenizer: Any, follows_eos: bool) -> Codec:
+    """Of a tokenizer of transformers; ``follows_eos``: whether documents follow an end-of-document token, as
+    in models trained here."""
+    eos = tokenizer.eos_token_id
 
-    tokenizer: Any
-    follows_eos: bool
-    """Whether documents follow an end-of-document token, as in models trained here."""
-
-    @property
-    def eos_id(self) -> int | None:
-        found: int | None = self.tokenizer.eos_token_id
-        return found
-
-    @property
-    def vocab_size(self) -> int:
-        return len(self.tokenizer)
-
-    def encode(self, prompt: str) -> list[int]:
-        ids = list(self.tokenizer.encode(prompt, add_special_tokens=not self.follows_eos))
-        if self.eos_id is not None and (self.follows_eos or not ids):
-            ids.insert(0, self.eos_id)
+    def encode(prompt: str) -> list[int]:
+        ids = list(tokenizer.encode(prompt, add_special_tokens=not follows_eos))
+        if eos is not None and (follows_eos or not ids):
+            ids.insert(0, eos)
         if not ids:
             raise ValueError(
                 "the prompt is empty and the tokenizer has no token to begin with; give a prompt"
             )
         return ids
 
-    def decode(self, ids: Sequence[int]) -> str:
-        text: str = self.tokenizer.decode(
-            list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
-        return text
+    decode = partial(tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return Codec(eos, len(tokenizer), encode, decode)
 
 
 def open_generator(
@@ -281,7 +251,7 @@ def open_generator(
     name = tokenizer or portable.tokenizer_path(source.config.data.tokenizer, folder)
     if not name:
         raise ValueError(f"{path} names no tokenizer; give one with --tokenizer")
-    codec = OwnCodec(load_tokenizer(name))
+    codec = own_codec(load_tokenizer(name))
     model = own_model(source.config, source.weights, precision, kv_cache)
     return TextGenerator(model, codec, draft)
 
@@ -314,6 +284,6 @@ def _open_hugging_face(
         raise ValueError(f"--kv-cache is given, but {folder} is no IIET; leave it out")
     model = folders.load_model(folder, DTYPES[precision], trust_remote_code, **keys)
     if tokenizer is not None:
-        return model, OwnCodec(load_tokenizer(tokenizer))
+        return model, own_codec(load_tokenizer(tokenizer))
     found = folders.load_tokenizer(folder, trust_remote_code)
-    return model, HuggingFaceCodec(found, follows_eos=own)
+    return model, hugging_face_codec(found, follows_eos=own)

@@ -60,17 +60,17 @@ from transformers.cache_utils import Cache, DynamicCache  # noqa: E402
 from transformers.generation import GenerateDecoderOnlyOutput, GenerationMixin  # noqa: E402
 from transformers.masking_utils import create_causal_mask  # noqa: E402
 from transformers.modeling_layers import GradientCheckpointingLayer  # noqa: E402
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast  # noqa: E402
+from transformers.modeling_outputs import BaseModelOutputWithPast  # noqa: E402
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel  # noqa: E402
 from transformers.models.llama.configuration_llama import LlamaConfig  # noqa: E402
 from transformers.models.llama.modeling_llama import (  # noqa: E402
     LlamaAttention,
+    LlamaForCausalLM,
     LlamaMLP,
     LlamaRMSNorm,
     LlamaRotaryEmbedding,
     eager_attention_forward,
 )
-from transformers.utils import can_return_tuple  # noqa: E402
 from transformers.utils.generic import merge_with_config_defaults  # noqa: E402
 from transformers.utils.output_capturing import capture_outputs  # noqa: E402
 
@@ -948,8 +948,14 @@ class IIETModel(IIETPreTrainedModel):
 
 
 class IIETForCausalLM(IIETPreTrainedModel, GenerationMixin):
-    """:class:`IIETModel` with a language-model head."""
+    """:class:`IIETModel` with a language-model head.
 
+    ``forward`` is LLaMA's: logits [B, T, V] (``logits_to_keep``: of the last tokens, or of these places), and
+    with ``labels`` [B, T] (ids, or -100 to leave a token out; shifted there) the mean cross-entropy in nats.
+    It raises what :meth:`IIETModel.forward` does.
+    """
+
+    forward = LlamaForCausalLM.forward
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
 
     def __init__(self, config: IIETConfig) -> None:
@@ -1003,50 +1009,6 @@ class IIETForCausalLM(IIETPreTrainedModel, GenerationMixin):
                 break
         made: dict[str, Any] = {"sequences": input_ids, "scores": tuple(scores), "past_key_values": cache}
         return GenerateDecoderOnlyOutput(**made)
-
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Any = None,
-        position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None,
-        use_cache: bool | None = None,
-        logits_to_keep: int | Tensor = 0,
-        **kwargs: Any,
-    ) -> CausalLMOutputWithPast:
-        """Logits [B, T, V] (``logits_to_keep``: of the last tokens, or of these places), and with ``labels``
-        [B, T] (ids, or -100 to leave a token out; shifted here) the mean cross-entropy in nats.
-
-        Raises:
-            ValueError: as :meth:`IIETModel.forward`.
-        """
-        outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            **kwargs,
-        )
-        hidden_BTD = outputs.last_hidden_state
-        places = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits_BTV = self.lm_head(hidden_BTD[:, places])
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(
-                logits=logits_BTV, labels=labels, vocab_size=self.config.vocab_size, **kwargs
-            )
-        return CausalLMOutputWithPast(
-            loss=loss,
-            logits=logits_BTV,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
 
 
 __all__ = ["IIETConfig", "IIETForCausalLM", "IIETModel", "IIETPreTrainedModel"]

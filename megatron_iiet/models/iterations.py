@@ -67,11 +67,10 @@ def most_influential(influence: Influence, layers: int, evaluations: int) -> lis
     return _counts(ranked[: evaluations - layers], layers)
 
 
-def above_threshold(influence: Influence, layers: int, threshold: float | None = None) -> list[int]:
-    """The number of iterations (iterates from 1 on) of every layer whose influence is at least ``threshold``;
-    None: the smallest influence of any layer's iterate 0 (E-IIET, IIET paper, section 4)."""
-    least = auto_threshold(influence) if threshold is None else threshold
-    return _counts([key for key, value in influence.items() if key[1] >= 1 and value >= least], layers)
+def above_threshold(influence: Influence, layers: int, threshold: float) -> list[int]:
+    """The number of iterations (iterates from 1 on) of every layer whose influence is at least ``threshold``
+    (E-IIET, IIET paper, section 4)."""
+    return _counts([key for key, value in influence.items() if key[1] >= 1 and value >= threshold], layers)
 
 
 def auto_threshold(influence: Influence) -> float:

@@ -76,4 +76,4 @@ def stage_plan(config: RunConfig, full_model: Transformer) -> StagePlan:
         layer.increment.forward_flops(length, count)
         for count, layer in zip(mean_evaluations(config), layers, strict=True)
     ]
-    return plan_stages(costs, 0.0, full_model.head_flops(length), config.parallel.pipeline)
+    return plan_stages(costs, full_model.head_flops(length), config.parallel.pipeline)

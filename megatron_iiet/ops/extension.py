@@ -15,8 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_iiet.ops.formula import gradients_of_merge_norm, save_for_backward
-
 REBUILD = "pip install --no-build-isolation -e . builds it"
 _PACKAGE = Path(__file__).parents[1]
 
@@ -56,17 +54,19 @@ def load_extension() -> ExtensionStatus:
 
 
 def _describe_operators() -> None:
-    """Shapes and derivatives, for torch.compile, meta tensors and autograd."""
+    """Shapes, for torch.compile and meta tensors; and that a derivative is asked for in vain, not zero."""
     torch.library.register_fake("megatron_iiet::merge_norm", _fake_merge_norm)
     torch.library.register_fake("megatron_iiet::merge_norm_backward", _fake_merge_norm_backward)
     torch.library.register_fake("megatron_iiet::transposed_merge", _fake_transposed_merge)
-    torch.library.register_autograd("megatron_iiet::merge_norm", _backward, setup_context=_setup_context)
-    for name in ("merge_norm_backward", "transposed_merge"):
-        torch.library.register_autograd(f"megatron_iiet::{name}", _no_second_derivative)
+    for name in ("merge_norm", "merge_norm_backward", "transposed_merge"):
+        torch.library.register_autograd(f"megatron_iiet::{name}", _no_derivative)
 
 
-def _no_second_derivative(*_: Any) -> None:
-    raise RuntimeError("merge_norm has no second derivatives (create_graph=True); use the reference backend")
+def _no_derivative(*_: Any) -> None:
+    raise RuntimeError(
+        "the extension's operators have no derivatives; megatron_iiet.ops.merge_norm has, and with the "
+        "reference backend second ones too (create_graph=True)"
+    )
 
 
 def _check_devices(like: Tensor, **tensors: Tensor | Sequence[Tensor] | None) -> None:
@@ -135,29 +135,3 @@ def _fake_transposed_merge(
     _check_devices(increment, direct=direct, gradients=gradients, coefficients=coefficients)
     wanted = len(gradients) if want_coefficients else 0
     return increment.new_empty(increment.shape), increment.new_empty(wanted, dtype=torch.float32)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    residual, increments, coefficients, norm_weight, _ = inputs
-    merged, _, rstd = output
-    save_for_backward(ctx, residual, increments, coefficients, norm_weight, merged, rstd)
-    ctx.has_norm = norm_weight is not None
-
-
-def _backward(ctx: Any, grad_merged: Tensor, grad_normed: Tensor, _: Tensor) -> tuple[Any, ...]:
-    for_residual, for_increments, for_coefficients, for_weight, _ = ctx.needs_input_grad
-    residual, increments, coefficients, weight = gradients_of_merge_norm(
-        torch.ops.megatron_iiet.merge_norm_backward,
-        grad_merged if ctx.increments else None,  # what is no result has an empty gradient here
-        grad_normed if ctx.has_norm else None,
-        ctx,
-        for_increments=any(for_increments),
-        for_coefficients=for_coefficients,
-    )
-    return (
-        residual if for_residual else None,
-        list(increments),
-        coefficients,
-        weight if for_weight else None,
-        None,
-    )

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping, MutableMapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
 _FIRST_PORT = 10_000
@@ -30,30 +30,34 @@ class LaunchEnvironment:
     master_port: int
     """Where rank 0 listens; a world of one does not."""
 
-    @contextmanager
-    def published(self, environ: MutableMapping[str, str] = os.environ) -> Iterator[None]:
+    def published(self) -> AbstractContextManager[None]:
         """Tell torch.distributed and DeepSpeed, which look for it in environment variables.
 
         At the end they are again what they were: libraries that find RANK set (accelerate does) start a
         process group of their own.
         """
-        variables = {
-            "RANK": str(self.rank),
-            "WORLD_SIZE": str(self.world_size),
-            "LOCAL_RANK": str(self.local_rank),
-            "MASTER_ADDR": self.master_address,
-            "MASTER_PORT": str(self.master_port),
-        }
-        before = {name: environ.get(name) for name in variables}
-        environ.update(variables)
-        try:
-            yield
-        finally:
-            for name, value in before.items():
-                if value is None:
-                    environ.pop(name, None)
-                else:
-                    environ[name] = value
+        return variables_set(
+            RANK=str(self.rank),
+            WORLD_SIZE=str(self.world_size),
+            LOCAL_RANK=str(self.local_rank),
+            MASTER_ADDR=self.master_address,
+            MASTER_PORT=str(self.master_port),
+        )
+
+
+@contextmanager
+def variables_set(**variables: str) -> Iterator[None]:
+    """Environment variables with these values inside the block, and what they were afterwards."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 def launch_environment(environ: Mapping[str, str] = os.environ) -> LaunchEnvironment:

@@ -25,11 +25,11 @@ class StagePlan:
         return 1.0 - micro_batches / ((micro_batches + p - 1) * p * max(self.costs))
 
 
-def plan_stages(layers: Sequence[float], embedding: float, head: float, stages: int) -> StagePlan:
+def plan_stages(layers: Sequence[float], head: float, stages: int) -> StagePlan:
     """Cut layers of the given costs into ``stages`` so that the slowest stage is as fast as possible.
 
-    The embedding's cost belongs to the first stage, the head's to the last; every stage holds at least one
-    layer. Among the cuts with the same slowest stage, the one with the least sum of squares is taken.
+    The head's cost belongs to the last stage; every stage holds at least one layer. Among the cuts with the
+    same slowest stage, the one with the least sum of squares is taken.
 
     Raises:
         ValueError: more stages than layers.
@@ -37,11 +37,10 @@ def plan_stages(layers: Sequence[float], embedding: float, head: float, stages: 
     n = len(layers)
     if not 1 <= stages <= n:
         raise ValueError(f"{n} layers cannot be cut into {stages} pipeline stages; use 1 to {n}")
-    total = embedding + sum(layers) + head
+    total = sum(layers) + head
 
     def cost(first: int, stop: int) -> float:
-        extra = (embedding if first == 0 else 0.0) + (head if stop == n else 0.0)
-        return (sum(layers[first:stop]) + extra) / total
+        return (sum(layers[first:stop]) + (head if stop == n else 0.0)) / total
 
     @cache
     def best(first: int, left: int) -> tuple[float, float, tuple[int, ...]]:

@@ -14,7 +14,6 @@ from megatron_iiet.config.combinations import (
     COMBINATIONS,
     LAYOUT_RULES,
     gradient_accumulation_steps,
-    table_markdown,
     tensor_sizes,
 )
 from megatron_iiet.config.rules import Setup
@@ -369,6 +368,13 @@ def test_padded_vocabulary() -> None:
     assert config_with(model__vocab_size=97, model__vocab_multiple=1).model.padded_vocab_size == 97
 
 
+def table_markdown() -> str:
+    """The table as Markdown, for the documentation."""
+    lines = ["| not together | because | instead |", "|---|---|---|"]
+    lines += [f"| {rule.combination} | {rule.why} | {rule.instead} |" for rule in COMBINATIONS]
+    return "\n".join(lines) + "\n"
+
+
 def test_table_has_every_row() -> None:
     table = table_markdown().splitlines()
     assert table[0] == "| not together | because | instead |"
@@ -382,6 +388,6 @@ def test_table_has_every_row() -> None:
 
 
 def test_the_documentation_has_the_table() -> None:
-    """After a change of the table: paste what ``table_markdown()`` returns."""
+    """After a change of the table: paste what :func:`table_markdown` returns."""
     docs = Path(__file__).resolve().parents[2] / "docs" / "parallelism.md"
     assert table_markdown() in docs.read_text()

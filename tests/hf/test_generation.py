@@ -8,6 +8,7 @@ import runpy
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 
 from megatron_iiet.data.tokenizers.loading import load_tokenizer
 from megatron_iiet.hf.export import export_folder, extras_of_tokenizer
-from megatron_iiet.hf.generation import OwnCodec, Sampling, TextGenerator, open_generator
+from megatron_iiet.hf.generation import Sampling, TextGenerator, open_generator, own_codec
 from megatron_iiet.models import Transformer
 from megatron_iiet.storage import portable
 from tests.tiny import make_data, tiny_config
@@ -100,10 +101,7 @@ def test_it_ends_at_the_end_of_the_document_and_of_the_window(
     made = written_out(model, prompt, 10)[len(prompt) :]
     last = made[4]
 
-    class EndsEarlier(OwnCodec):
-        eos_id = last
-
-    ended = TextGenerator(generator.model, EndsEarlier(tokenizer))
+    ended = TextGenerator(generator.model, replace(own_codec(tokenizer), eos_id=last))
     assert ended.generate("the", GREEDY, max_new_tokens=10).tokens == made.index(last) + 1
     assert generator.generate("the", GREEDY, max_new_tokens=10**6).tokens == generator.window - len(prompt)
     with pytest.raises(ValueError, match=r"the prompt has \d+ tokens, but the model knows 32 positions"):

@@ -124,12 +124,18 @@ def test_a_terminal_alone_does_not_hide_a_step(monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.parametrize("environ", [SRUN_TASK, {"RANK": "7", "KEPT": "x"}, {}], ids=["srun", "set", "empty"])
-def test_published_for_others_as_long_as_it_is_asked_for(environ: dict[str, str]) -> None:
-    seen = dict(environ)
+def test_published_for_others_as_long_as_it_is_asked_for(
+    environ: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    before = dict(os.environ)
     found = launch_environment(SRUN_TASK)
-    with found.published(seen):
-        assert launch_environment(seen) == replace(found, launcher="deepspeed or torchrun")
-    assert seen == environ
+    with found.published():
+        assert launch_environment() == replace(found, launcher="deepspeed or torchrun")
+    assert dict(os.environ) == before
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,6 @@ from megatron_iiet.config import ConfigError, RunConfig, config_from_dict, confi
 from megatron_iiet.config.changes import Change, change_of_field, key
 from megatron_iiet.config.keys import change_of, key_changes, key_types
 from megatron_iiet.config.kinds import own_keys
-from megatron_iiet.config.resume_table import with_table
 from megatron_iiet.config.solvers import IIET, SOLVERS, PCformer, ReleasedIIET, SolverConfig
 from megatron_iiet.storage import checkpoint
 from megatron_iiet.training.resume import (
@@ -23,6 +22,7 @@ from megatron_iiet.training.resume import (
     check_unfinished,
     differences,
 )
+from tests.config.resume_table import with_table
 from tests.tiny import save_of, tiny_config
 
 OTHER: dict[str, Any] = {
@@ -171,7 +171,7 @@ def test_a_key_without_a_class_cannot_be_declared() -> None:
 def test_the_table_of_the_documentation_is_that_of_the_classes() -> None:
     document = Path(__file__).resolve().parents[2] / "docs" / "resume.md"
     text = document.read_text()
-    refresh = "python -m megatron_iiet.config.resume_table docs/resume.md"
+    refresh = "python -m tests.config.resume_table docs/resume.md"
     assert refresh in text
     assert text == with_table(text), f"the classes of keys have changed; run `{refresh}`"
 

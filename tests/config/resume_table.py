@@ -1,6 +1,6 @@
 """The table of docs/resume.md: all keys by what a change of them means to a run that has checkpoints.
 
-python -m megatron_iiet.config.resume_table docs/resume.md    # writes it anew
+python -m tests.config.resume_table docs/resume.md    # writes it anew
 """
 
 from __future__ import annotations
