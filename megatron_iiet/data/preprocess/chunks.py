@@ -13,9 +13,10 @@ from megatron_iiet.data.corpora.indexed_writer import TokenArray
 from megatron_iiet.data.corpora.mmididx import token_dtype
 from megatron_iiet.data.preprocess.filters import DIGEST_BYTES, Filters, text_digest
 from megatron_iiet.data.preprocess.layout import Layout, output_name
+from megatron_iiet.data.preprocess.options import PreprocessOptions
 from megatron_iiet.data.preprocess.records import Counts
 from megatron_iiet.data.reading.long_text import LongText
-from megatron_iiet.data.reading.text import Chunk, Row, parse_rows, raise_first
+from megatron_iiet.data.reading.text import Chunk, Reject, Row, parse_rows, raise_first
 from megatron_iiet.data.tokenizers.base import Tokenizer
 
 _SOURCE = re.compile(r"\w[\w.+ -]{0,99}")
@@ -28,14 +29,10 @@ Report = Callable[[int], None]
 class Recipe:
     """What every worker needs to know; the start-up argument of worker processes."""
 
+    options: PreprocessOptions
     encoder: Tokenizer
     layout: Layout
-    keys: tuple[str, ...]
-    split_by: str | None
-    append_eod: bool
-    skip_bad_rows: bool
     filters: Filters
-    chunk_bytes: int
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -63,7 +60,7 @@ class Packed:
         length = (len(self.tokens) - start) // recipe.dtype.itemsize
         if not length:
             return False
-        if recipe.append_eod:
+        if recipe.options.append_eod:
             self.tokens += np.array([recipe.encoder.eod_id], dtype=recipe.dtype).data
             length += 1
         self.lengths.append(length)
@@ -114,7 +111,7 @@ class EncodeChunk:
         result = EncodedChunk()
         counts = result.counts
         rows = list(self._selected(recipe, counts))
-        for column, key in enumerate(recipe.keys):
+        for column, key in enumerate(recipe.options.json_keys):
             texts = [row.texts[column] for row, _ in rows]
             encoded = iter(recipe.encoder.encode_batch([text for text in texts if isinstance(text, str)]))
             for (row, split), text in zip(rows, texts, strict=True):
@@ -175,26 +172,21 @@ def proper_rows(recipe: Recipe, chunk: Chunk, counts: Counts) -> list[Row]:
     Raises:
         ValueError: a row is defective, and such rows are not to be skipped.
     """
-    rows, rejects = parse_rows(chunk, recipe.keys, recipe.split_by)
-    if not recipe.skip_bad_rows:
+    options, split_by = recipe.options, recipe.options.split_by
+    rows, rejects = parse_rows(chunk, options.json_keys, split_by)
+    for row in rows if split_by is not None else ():
+        if not (row.source and _SOURCE.fullmatch(row.source)):
+            message = (
+                f"{chunk.path}, line {row.line}: {split_by!r} is {row.source!r}, which cannot be part of "
+                "a file name; use letters, digits and . _ + - only."
+            )
+            rejects.append(Reject(row.line, "bad source name", message))
+    if options.bad_rows == "error":
         raise_first(rejects)
     for reject in rejects:
         counts.reject(reject.reason, reject.message)
-    if recipe.split_by is None:
-        return rows
-    proper = []
-    for row in rows:
-        if row.source and _SOURCE.fullmatch(row.source):
-            proper.append(row)
-            continue
-        message = (
-            f"{chunk.path}, line {row.line}: {recipe.split_by!r} is {row.source!r}, which cannot be part of "
-            "a file name; use letters, digits and . _ + - only."
-        )
-        if not recipe.skip_bad_rows:
-            raise ValueError(message)
-        counts.reject("bad source name", message)
-    return proper
+    defective = {reject.line for reject in rejects}
+    return [row for row in rows if row.line not in defective]
 
 
 def identity(row: Row) -> Text:

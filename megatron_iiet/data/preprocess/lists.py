@@ -20,14 +20,12 @@ class Total:
     documents: int = 0
     tokens: int = 0
     bin_bytes: int = 0
-    idx_bytes: int = 0
 
     def add(self, other: Total | OutputRecord) -> None:
         """Add a shard's numbers."""
         self.documents += other.documents
         self.tokens += other.tokens
         self.bin_bytes += other.bin_bytes
-        self.idx_bytes += other.idx_bytes
 
 
 @dataclass
@@ -59,11 +57,7 @@ def shards_exist(layout: Layout, record: UnitRecord) -> bool:
     for output, shard in record.outputs.items():
         prefix = layout.shard_prefix(output, record.unit)
         for path, size in ((bin_path(prefix), shard.bin_bytes), (idx_path(prefix), shard.idx_bytes)):
-            try:
-                found = path.stat().st_size
-            except FileNotFoundError:
-                return False
-            if found != size:
+            if not path.exists() or path.stat().st_size != size:
                 return False
     return True
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import fcntl
 import heapq
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,10 +42,8 @@ class Plan:
         """Content of plan.json."""
         content = {
             "format": _FORMAT,
-            "options": self.options,
-            "tokenizer": self.tokenizer,
-            "sampling": self.sampling,
-            "inputs": [[file.path, file.size, file.stamp] for file in self.inputs],
+            **vars(self),
+            "inputs": [file.identity for file in self.inputs],
         }
         return json.dumps(content, indent=0, ensure_ascii=True).encode()
 
@@ -118,12 +114,3 @@ def share(units: Sequence[Sequence[InputFile]], num_jobs: int, job: int) -> list
             mine.append(unit)
         heapq.heappush(loads, (load + sizes[unit], number))
     return mine
-
-
-@contextmanager
-def settling(folder: Path) -> Iterator[None]:
-    """One process at a time takes its place in a run or changes its plan."""
-    with (folder / "lock").open("ab") as file:
-        with suppress(OSError):  # file systems without locks
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield

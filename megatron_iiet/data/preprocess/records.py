@@ -11,7 +11,7 @@ import fcntl
 import json
 import os
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ class Counts:
 
     def reject(self, reason: str, message: str) -> None:
         """Count a defective row."""
-        self._add_rejected(reason, 1, [message])
+        self.add(Counts(rejected={reason: 1}, offenders={reason: [message]}))
 
     def add(self, other: Counts) -> None:
         """Add the counts of text that follows."""
@@ -50,12 +50,9 @@ class Counts:
         self.sampled_out += other.sampled_out
         self.duplicates += other.duplicates
         for reason, count in other.rejected.items():
-            self._add_rejected(reason, count, other.offenders[reason])
-
-    def _add_rejected(self, reason: str, count: int, offenders: list[str]) -> None:
-        self.rejected[reason] = self.rejected.get(reason, 0) + count
-        kept = self.offenders.setdefault(reason, [])
-        kept += offenders[: _OFFENDERS - len(kept)]
+            self.rejected[reason] = self.rejected.get(reason, 0) + count
+            kept = self.offenders.setdefault(reason, [])
+            kept += other.offenders[reason][: _OFFENDERS - len(kept)]
 
 
 @dataclass
@@ -83,7 +80,7 @@ class UnitRecord:
 
     def to_json(self) -> str:
         """One line."""
-        content = asdict(self) | {"inputs": [[file.path, file.size, file.stamp] for file in self.inputs]}
+        content = asdict(self) | {"inputs": [file.identity for file in self.inputs]}
         return json.dumps(content, ensure_ascii=True, separators=(",", ":"))
 
     @classmethod
@@ -123,9 +120,9 @@ class JobRecords:
 
     def _cut_torn_line(self) -> None:
         with self.path.open("rb") as file:
-            whole = sum(len(line) for line in file if line.endswith(b"\n"))
-        if whole < self.path.stat().st_size:
-            self._file.truncate(whole)
+            intact = sum(len(line) for line in file if line.endswith(b"\n"))
+        if intact < self.path.stat().st_size:
+            self._file.truncate(intact)
 
     def append(self, record: UnitRecord) -> None:
         """Put a finished unit on disk. Where that fails, the file stays as it was."""
@@ -139,10 +136,6 @@ class JobRecords:
             with suppress(OSError):
                 self._file.truncate(size)
             raise
-
-    def __iter__(self) -> Iterator[UnitRecord]:
-        """Finished units in the records of all jobs, in no order; a unit may come twice."""
-        return read_records(self.folder)
 
     def others_running(self) -> bool:
         """Whether a process holds the record file of another job."""
@@ -165,12 +158,6 @@ class JobRecords:
         """Let other processes have it."""
         self._file.close()
 
-    def __enter__(self) -> JobRecords:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
 
 def read_records(folder: Path) -> Iterator[UnitRecord]:
     """Finished units in the records of all jobs, in no order; a unit may come twice.
@@ -181,21 +168,29 @@ def read_records(folder: Path) -> Iterator[UnitRecord]:
     for path in _record_files(folder):
         with path.open("rb") as file:
             for number, line in enumerate(file, start=1):
-                if line.endswith(b"\n"):
-                    yield _parse(path, number, line)
-
-
-def _parse(path: Path, number: int, line: bytes) -> UnitRecord:
-    try:
-        return UnitRecord.from_json(line)
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{path}, line {number} is damaged ({error}); remove the line: its unit will be made again."
-        ) from None
+                if not line.endswith(b"\n"):
+                    continue
+                try:
+                    record = UnitRecord.from_json(line)
+                except (ValueError, KeyError, TypeError) as error:
+                    raise ValueError(
+                        f"{path}, line {number} is damaged ({error}); remove the line: its unit will be made "
+                        "again."
+                    ) from None
+                yield record
 
 
 def _record_files(folder: Path) -> list[Path]:
     return sorted(folder.glob("job-*-of-*.jsonl"))
+
+
+@contextmanager
+def exclusive(path: Path) -> Iterator[None]:
+    """One process at a time gets past the lock file ``path``."""
+    with path.open("ab") as file:
+        with suppress(OSError):  # file systems without locks
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def lock(descriptor: int) -> bool:

@@ -17,7 +17,7 @@ from megatron_iiet.data.preprocess.layout import Layout, output_name
 from megatron_iiet.data.preprocess.lists import shards_exist
 from megatron_iiet.data.preprocess.options import PreprocessOptions
 from megatron_iiet.data.preprocess.plan import Plan, deciding_options, differences
-from megatron_iiet.data.preprocess.records import JobRecords, UnitRecord
+from megatron_iiet.data.preprocess.records import JobRecords, UnitRecord, read_records
 from megatron_iiet.data.preprocess.sampling import sampling
 from megatron_iiet.data.reading.sources import InputFile
 from megatron_iiet.data.tokenizers.base import Tokenizer
@@ -36,6 +36,11 @@ class Wanted:
     encoder: Callable[[], Tokenizer]
     """Loads it; called only for a new plan."""
 
+    @property
+    def deciding(self) -> dict[str, Any]:
+        """The options that decide the bytes of the outputs."""
+        return deciding_options(self.options, self.tokenizer_digest)
+
 
 def settle(wanted: Wanted, records: JobRecords) -> tuple[Plan, set[int]]:
     """The plan, and the units that are finished: the plan that is there if it fits, else a new one.
@@ -53,12 +58,12 @@ def settle(wanted: Wanted, records: JobRecords) -> tuple[Plan, set[int]]:
         return _new_plan(wanted), set()
     plan = Plan.read(path)
     finished: set[int] = set()
-    found = differences(plan, _deciding(wanted), wanted.inputs)
-    if found and next(iter(records), None) is None and not records.others_running():
+    found = differences(plan, wanted.deciding, wanted.inputs)
+    if found and next(read_records(wanted.layout.records), None) is None and not records.others_running():
         remove_everything(wanted, records)
         return _new_plan(wanted), finished
     if not found:
-        found = _look_at_records(wanted, plan, records, finished)
+        found = _look_at_records(wanted, plan, finished)
     if found:
         raise ValueError(
             f"{path} was made with other settings: {'; '.join(found)}; use another output or --overwrite."
@@ -75,12 +80,12 @@ def remove_everything(wanted: Wanted, records: JobRecords) -> None:
     layout = wanted.layout
     if records.others_running():
         raise ValueError(f"Other jobs of {layout.records} are running; stop them before --overwrite.")
-    outputs = set(_expected_outputs(_deciding(wanted)))
+    outputs = set(_expected_outputs(wanted.deciding))
     is_ours = layout.plan.exists()
     if is_ours:
         with suppress(ValueError):  # a damaged plan is no reason not to replace it
             outputs.update(_expected_outputs(Plan.read(layout.plan).options))
-    for record in records:
+    for record in read_records(layout.records):
         outputs.update(record.outputs)
     files = layout.files(outputs, discover=is_ours)
     lists = {shards_path(layout.list_prefix(output)) for output in outputs | {output for output, _ in files}}
@@ -96,7 +101,7 @@ def remove_everything(wanted: Wanted, records: JobRecords) -> None:
 def _new_plan(wanted: Wanted) -> Plan:
     encoder = wanted.encoder()
     plan = Plan(
-        options=_deciding(wanted),
+        options=wanted.deciding,
         tokenizer={
             "file": os.path.basename(wanted.options.tokenizer_model),
             "digest": wanted.tokenizer_digest,
@@ -114,7 +119,7 @@ def _new_plan(wanted: Wanted) -> Plan:
 def _refuse_foreign_outputs(wanted: Wanted) -> None:
     """An output without a plan was made by something else, which may still need it."""
     endings = (".shards",) if wanted.options.output_dir is not None else (".shards", ".idx", ".bin")
-    for output in _expected_outputs(_deciding(wanted)):
+    for output in _expected_outputs(wanted.deciding):
         prefix = wanted.layout.list_prefix(output)
         for path in (prefix + ending for ending in endings):
             if os.path.exists(path):
@@ -122,10 +127,6 @@ def _refuse_foreign_outputs(wanted: Wanted) -> None:
                     f"{path} is there already, but no {wanted.layout.plan}; use another output or "
                     "--overwrite."
                 )
-
-
-def _deciding(wanted: Wanted) -> dict[str, Any]:
-    return deciding_options(wanted.options, wanted.tokenizer_digest)
 
 
 def _expected_outputs(options: Mapping[str, Any]) -> list[str]:
@@ -137,11 +138,11 @@ def _expected_outputs(options: Mapping[str, Any]) -> list[str]:
     return [output_name(None, split, key) for split in splits for key in options["json_keys"]]
 
 
-def _look_at_records(wanted: Wanted, plan: Plan, records: JobRecords, finished: set[int]) -> list[str]:
+def _look_at_records(wanted: Wanted, plan: Plan, finished: set[int]) -> list[str]:
     """Add the finished units; returns what changed of their inputs since, as phrases."""
     units = replace(plan, inputs=list(wanted.inputs)).units()
     changed: list[str] = []
-    for record in records:
+    for record in read_records(wanted.layout.records):
         if record.unit not in finished and shards_exist(wanted.layout, record):
             finished.add(record.unit)
             changed += _changes(record, units[record.unit])
