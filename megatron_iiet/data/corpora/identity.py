@@ -37,15 +37,15 @@ def identity_difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> tu
 
     What only one of them has (a list of shards that was made or lost since) tells nothing.
     """
-    names = {
+    descriptions = {
         "tokens": "{:,} tokens",
         "documents": "{:,} documents",
         "listed": "shards of digest {:.8}",
         "sampled": "tokens of digest {:.8}",
     }
-    for name, words in names.items():
+    for name, description in descriptions.items():
         if name in before and name in now and before[name] != now[name]:
-            return words.format(before[name]), words.format(now[name])
+            return description.format(before[name]), description.format(now[name])
     return None
 
 

@@ -7,6 +7,7 @@ however it went, leaves at once.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import traceback
@@ -22,7 +23,6 @@ from threading import Thread
 from typing import Any, ParamSpec, TypeVar, cast
 
 from megatron_iiet import durable
-from megatron_iiet.data.preprocess.memory import give_back_large_blocks
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -30,6 +30,8 @@ Report = Callable[[int], None]
 
 TASKS_PER_WORKER = 2  # one at work, one that waits: the worker never waits for the parent
 _SECONDS_TO_LEAVE = 5.0
+_M_MMAP_THRESHOLD = -3
+_LARGE_BLOCK = 4 << 20
 
 
 @dataclass(frozen=True)
@@ -214,6 +216,17 @@ def _manner_of_death(exitcode: int | None) -> str:
     name = signal.Signals(-exitcode).name
     hint = ", most likely for want of memory: lower --workers" if name == "SIGKILL" else ""
     return f"killed by {name}{hint}"
+
+
+def give_back_large_blocks() -> None:
+    """Keep large blocks out of this process's heap, from which freed ones seldom return.
+
+    glibc does so until the first one is freed, then takes that size for usual: while a document of 50 MB is
+    read, twice its bytes can be lost in the heap.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:  # other C libraries
+        mallopt(_M_MMAP_THRESHOLD, _LARGE_BLOCK)
 
 
 def _serve(connection: Connection, recipe: Any) -> None:

@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megatron_iiet.data.corpora.indexed_writer import lock
 from megatron_iiet.data.reading.sources import InputFile
 from megatron_iiet.durable import sync_folder
 
@@ -107,7 +108,7 @@ class JobRecords:
         self.path = folder / f"job-{job:05d}-of-{num_jobs:05d}.jsonl"
         self._file = self.path.open("ab", buffering=0)
         try:
-            if not lock(self._file.fileno()):
+            if not lock(self._file):
                 raise ValueError(
                     f"{self.path} is in use: the same job is running; wait for it, stop it, or choose "
                     "another output."
@@ -142,7 +143,7 @@ class JobRecords:
         for path in _record_files(self.folder):
             if path != self.path:
                 with path.open("rb") as file:
-                    if not lock(file.fileno()):
+                    if not lock(file):
                         return True
         return False
 
@@ -191,14 +192,3 @@ def exclusive(path: Path) -> Iterator[None]:
         with suppress(OSError):  # file systems without locks
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
-
-
-def lock(descriptor: int) -> bool:
-    """Take an open file for this process alone; whether that worked. Let go when the file is closed."""
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        pass  # file systems without locks: keeping others out is a courtesy
-    return True

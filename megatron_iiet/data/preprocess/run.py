@@ -11,18 +11,15 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import islice
 
-from megatron_iiet.data.preprocess.chunks import Recipe
+from megatron_iiet.data.preprocess.chunks import Filters, Recipe
 from megatron_iiet.data.preprocess.dedup import DigestFiles, duplicates_path, find_duplicates
-from megatron_iiet.data.preprocess.filters import Filters
 from megatron_iiet.data.preprocess.layout import Layout
-from megatron_iiet.data.preprocess.lists import Summary, write_lists
+from megatron_iiet.data.preprocess.lists import PreprocessReport, Summary, write_lists
 from megatron_iiet.data.preprocess.options import PreprocessOptions
-from megatron_iiet.data.preprocess.plan import Plan, share
+from megatron_iiet.data.preprocess.plan import Plan, Wanted, remove_everything, settle, share
 from megatron_iiet.data.preprocess.pool import in_a_process_of_its_own
 from megatron_iiet.data.preprocess.progress import Progress
 from megatron_iiet.data.preprocess.records import JobRecords, UnitRecord, exclusive
-from megatron_iiet.data.preprocess.report import PreprocessReport
-from megatron_iiet.data.preprocess.settle import Wanted, remove_everything, settle
 from megatron_iiet.data.preprocess.unit import DigestUnit, EncodeUnit
 from megatron_iiet.data.preprocess.workshop import Failure, Workshop
 from megatron_iiet.data.reading.sources import InputFile, list_dataset, list_inputs

@@ -37,7 +37,6 @@ class Failure:
 
     task: UnitTask
     message: str
-    errno: int | None = None
 
     def __str__(self) -> str:
         path, more = self.task.inputs[0].path, len(self.task.inputs) - 1
@@ -87,7 +86,7 @@ class Workshop:
                 finish(outcome.value)
                 progress.unit_done()
                 continue
-            failures.append(Failure(task, outcome.message, outcome.errno))
+            failures.append(Failure(task, outcome.message))
             if outcome.errno in _FULL_DISK:
                 waiting.clear()
         return failures

@@ -21,6 +21,7 @@ from typing import Any
 from megatron_iiet.data.reading.compression import decompressed_blocks
 from megatron_iiet.data.reading.long_text import LongText, parse_long_line
 from megatron_iiet.data.reading.sources import InputFile, open_input
+from megatron_iiet.data.tokenizers.base import lone_surrogate
 
 LONG_LINE_BYTES = 8 << 20
 """Longer lines are chunks of their own, and their texts are :class:`LongText`."""
@@ -274,10 +275,12 @@ def _source(row: dict[str, Any], key: str) -> str:
 def _string(row: dict[str, Any], key: str, option: str) -> str | LongText:
     """The text under a key; ``option`` is where the user gave the key."""
     text = row[key] if key in row else _nested(row, key, option)
-    if isinstance(text, str):
-        half = None if text.isascii() else _lone_surrogate(text)
-    elif isinstance(text, LongText):
+    half = None
+    if isinstance(text, LongText):
         half = text.lone_surrogate
+    elif isinstance(text, str):
+        if not text.isascii() and (at := lone_surrogate(text)) is not None:
+            half = text[at]
     else:
         found = "null" if text is None else f"{_json_excerpt(text)} ({type(text).__name__})"
         raise _BadLineError("not a string", f"{key!r} is {found}, not a string; repair or remove the line.")
@@ -297,15 +300,6 @@ def _nested(row: dict[str, Any], key: str, option: str) -> Any:
             raise _BadLineError("missing key", f"no key {key!r}, only {found}; check {option}.")
         value = value[name]
     return value
-
-
-def _lone_surrogate(text: str) -> str | None:
-    """The first half of a surrogate pair without its other half."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        return text[error.start]
-    return None
 
 
 def _json_excerpt(value: Any) -> str:
