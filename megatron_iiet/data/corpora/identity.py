@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_iiet.data.corpora.indexed import TokenStream
 from megatron_iiet.data.corpora.mmididx import new_digest
-from megatron_iiet.data.corpora.shards import ShardedDataset
+from megatron_iiet.data.corpora.streams import ShardedDataset, TokenStream
 
 BLOCKS = 32
 """Places of a corpus that are looked at."""
