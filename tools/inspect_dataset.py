@@ -9,7 +9,7 @@ import sys
 from typing import Any
 
 from megatron_iiet.data.corpora.inspection import Summary, summarize
-from megatron_iiet.data.corpora.shards import corpus_prefix
+from megatron_iiet.data.corpora.streams import corpus_prefix
 from megatron_iiet.data.corpora.verification import verify
 from megatron_iiet.data.tokenizers.loading import load_tokenizer
 

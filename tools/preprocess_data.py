@@ -8,8 +8,8 @@ import os
 import sys
 
 from megatron_iiet.data.preprocess import PreprocessOptions, preprocess
-from megatron_iiet.data.preprocess.memory import give_back_large_blocks
 from megatron_iiet.data.preprocess.options import parse_count, share_of_work
+from megatron_iiet.data.preprocess.pool import give_back_large_blocks
 from megatron_iiet.durable import leave_cleanly_on_sigterm
 
 

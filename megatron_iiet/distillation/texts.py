@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from megatron_iiet.config.schema import DataConfig
-from megatron_iiet.data.corpora.indexed import TokenStream
 from megatron_iiet.data.corpora.mmididx import Int64Array
+from megatron_iiet.data.corpora.streams import TokenStream
 from megatron_iiet.data.loader.batches import ValidationBatches
 from megatron_iiet.data.loader.samples import KINDS, Samples, build_splits
 from megatron_iiet.data.reading.compression import decompressed_blocks

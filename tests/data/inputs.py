@@ -183,7 +183,7 @@ INPUT_CASES = [
     InputCase("flipped.jsonl.zst", _flip(_LONG_ZSTD, len(_LONG_ZSTD) // 2), error="damaged zstd"),
     InputCase("flipped_header.jsonl.zst", _flip(_ZSTD, 4), error="damaged zstd|cut short"),
     InputCase("other.jsonl.zst", GOOD, error="is damaged zstd"),
-    InputCase("rubbish.jsonl.zst", _ZSTD + b"rubbish", error=r"is damaged zstd \(b'rubb' is not the start"),
+    InputCase("rubbish.jsonl.zst", _ZSTD + b"rubbish", error="damaged zstd .*Unknown frame"),
     InputCase("zeros.jsonl.zst", _ZSTD + bytes(512), error="is damaged zstd"),
 ]
 """Files of all kinds of content; none may crash a tool or lose a row that is proper."""

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import zstandard
 
-from megatron_iiet.data.corpora.shards import open_corpus
+from megatron_iiet.data.corpora.streams import open_corpus
 
 ROOT = Path(__file__).parents[2]
 TOOL = ROOT / "tools" / "preprocess_data.py"

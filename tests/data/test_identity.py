@@ -11,10 +11,9 @@ import pytest
 
 from megatron_iiet.data.corpora import identity
 from megatron_iiet.data.corpora.identity import corpus_identity, identity_difference
-from megatron_iiet.data.corpora.indexed import IndexedDataset
 from megatron_iiet.data.corpora.mmididx import Shard, bin_path, file_digest, idx_path
 from megatron_iiet.data.corpora.shard_list import write_shards
-from megatron_iiet.data.corpora.shards import open_corpus
+from megatron_iiet.data.corpora.streams import IndexedDataset, open_corpus
 from tests.tiny import write_shard
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_iiet.data.corpora.indexed import IndexedDataset
 from megatron_iiet.data.corpora.mmididx import MAGIC, bin_path, idx_path
+from megatron_iiet.data.corpora.streams import IndexedDataset
 from tests.data.inputs import write_pair
 
 MakeShard = Callable[..., Path]

@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_iiet.data.corpora.indexed import IndexedDataset
 from megatron_iiet.data.corpora.indexed_writer import IndexedDatasetWriter
 from megatron_iiet.data.corpora.mmididx import idx_path, shards_path
+from megatron_iiet.data.corpora.streams import IndexedDataset
 from tests.data.crash import run_until_killed
 from tests.data.inputs import listing
 

@@ -20,7 +20,7 @@ from megatron_iiet.data.corpora.indexed_writer import IndexedDatasetWriter
 from megatron_iiet.data.corpora.inspection import LengthCounts, summarize
 from megatron_iiet.data.corpora.mmididx import bin_path, idx_path, shards_path
 from megatron_iiet.data.corpora.shard_list import write_shards
-from megatron_iiet.data.corpora.shards import ShardedDataset
+from megatron_iiet.data.corpora.streams import ShardedDataset
 from megatron_iiet.data.corpora.verification import MAX_DEFECTS, Verification, verify
 from megatron_iiet.data.tokenizers.loading import load_tokenizer, tokenizer_digest
 

@@ -15,12 +15,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from megatron_iiet.data.corpora.indexed import IndexedDataset
 from megatron_iiet.data.corpora.indexed_writer import DigestedFile, IndexedDatasetWriter, write_index
 from megatron_iiet.data.corpora.merge import expand_corpora, merge, shifted
 from megatron_iiet.data.corpora.mmididx import DocumentIndex, bin_path, idx_path, shards_path
 from megatron_iiet.data.corpora.shard_list import write_shards
-from megatron_iiet.data.corpora.shards import ShardedDataset, open_corpus
+from megatron_iiet.data.corpora.streams import IndexedDataset, ShardedDataset, open_corpus
 from megatron_iiet.data.corpora.verification import verify
 from tests.data.crash import run_until_killed
 from tests.data.inputs import listing, write_pair

@@ -10,8 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_iiet.data.corpora.indexed import IndexedDataset
-from megatron_iiet.data.corpora.shards import ShardedDataset, open_corpus
+from megatron_iiet.data.corpora.streams import IndexedDataset, ShardedDataset, open_corpus
 from megatron_iiet.data.preprocess import PreprocessOptions, PreprocessReport, preprocess
 from megatron_iiet.data.tokenizers.loading import load_tokenizer, tokenizer_digest
 from tests.data.inputs import make_texts

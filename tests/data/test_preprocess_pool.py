@@ -22,16 +22,13 @@ from tests.data.preprocess_runs import ENVIRONMENT, ROOT, wait_until
 
 @dataclass(frozen=True)
 class Act:
-    """Work of the tests' workers: a task says what to do."""
+    """A task that says what to do."""
 
-    start: str = "well"
+    what: str
+    value: Any
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        if state["start"] == "badly":
-            os._exit(3)
-
-    def __call__(self, task: tuple[str, Any], report: Callable[[int], None]) -> Any:
-        what, value = task
+    def __call__(self, recipe: object, report: Callable[[int], None]) -> Any:
+        what, value = self.what, self.value
         if what == "sleep":
             time.sleep(value)
         elif what == "die":
@@ -41,6 +38,16 @@ class Act:
         elif what == "report":
             report(value)
         return value
+
+
+class BadStart:
+    """A recipe that no worker survives."""
+
+    def __setstate__(self, state: object) -> None:
+        os._exit(3)
+
+    def __getstate__(self) -> object:
+        return True
 
 
 def events_of(pool: Pool, count: int) -> list[Done | Failed]:
@@ -53,36 +60,43 @@ def events_of(pool: Pool, count: int) -> list[Done | Failed]:
 
 @pytest.mark.slow
 def test_results_come_in_order() -> None:
-    with Pool(3, Act()) as pool:
-        tasks = [("sleep", 0.001 * (number * 7 % 11)) for number in range(60)]
-        assert list(_in_order(pool, lambda _: None, tasks)) == [seconds for _, seconds in tasks]
+    with Pool(3, None) as pool:
+        tasks = [Act("sleep", 0.001 * (number * 7 % 11)) for number in range(60)]
+        assert list(_in_order(pool, lambda _: None, tasks)) == [task.value for task in tasks]
 
 
 @pytest.mark.slow
 def test_messages_larger_than_a_pipe_block_nobody() -> None:
-    with Pool(1, Act()) as pool:
+    with Pool(1, None) as pool:
         contents = [bytes([number]) * 5_000_000 for number in range(6)]
-        assert list(_in_order(pool, lambda _: None, (("echo", content) for content in contents))) == contents
+        assert (
+            list(_in_order(pool, lambda _: None, (Act("echo", content) for content in contents))) == contents
+        )
 
 
 @pytest.mark.slow
 def test_reports() -> None:
     numbers: list[int] = []
-    with Pool(2, Act()) as pool:
-        list(_in_order(pool, numbers.append, [("report", number) for number in range(9)]))
+    with Pool(2, None) as pool:
+        list(_in_order(pool, numbers.append, [Act("report", number) for number in range(9)]))
     assert sorted(numbers) == list(range(9))
 
 
 @pytest.mark.slow
 def test_failures_leave_the_pool_usable() -> None:
-    tasks = [("echo", 1), ("raise", ValueError("a sentence")), ("raise", ValueError("another")), ("echo", 2)]
-    with Pool(2, Act()) as pool:
+    tasks = [
+        Act("echo", 1),
+        Act("raise", ValueError("a sentence")),
+        Act("raise", ValueError("another")),
+        Act("echo", 2),
+    ]
+    with Pool(2, None) as pool:
         results = _in_order(pool, lambda _: None, tasks)
         assert next(results) == 1
         with pytest.raises(TaskFailedError, match="a sentence"):
             next(results)
         # Failures that are left over belong to what failed, not to what follows.
-        assert list(_in_order(pool, lambda _: None, [("echo", number) for number in range(20)])) == list(
+        assert list(_in_order(pool, lambda _: None, [Act("echo", number) for number in range(20)])) == list(
             range(20)
         )
 
@@ -98,16 +112,16 @@ def test_failures_leave_the_pool_usable() -> None:
     ],
 )
 def test_what_is_told_of_errors(error: Exception, message: str, number: int | None) -> None:
-    with Pool(1, Act()) as pool:
-        ticket = pool.submit(("raise", error))
+    with Pool(1, None) as pool:
+        ticket = pool.submit(Act("raise", error))
         assert events_of(pool, 1) == [Failed(ticket, message, number)]
 
 
 @pytest.mark.slow
 def test_a_dead_worker_is_replaced() -> None:
-    with Pool(2, Act()) as pool:
-        dying = pool.submit(("die", None))
-        busy = pool.submit(("sleep", 1.0))
+    with Pool(2, None) as pool:
+        dying = pool.submit(Act("die", None))
+        busy = pool.submit(Act("sleep", 1.0))
         first, second = events_of(pool, 2)
         assert first == Failed(
             dying,
@@ -115,15 +129,15 @@ def test_a_dead_worker_is_replaced() -> None:
         )
         assert second == Done(busy, 1.0)
         for _ in range(4):
-            pool.submit(("sleep", 0.2))
+            pool.submit(Act("sleep", 0.2))
         assert len(events_of(pool, 4)) == 4
         assert len(pool) == 2
 
 
 @pytest.mark.slow
 def test_workers_that_cannot_start() -> None:
-    with Pool(2, Act("badly")) as pool:
-        pool.submit(("echo", 1))
+    with Pool(2, BadStart()) as pool:
+        pool.submit(Act("echo", 1))
         with pytest.raises(StartError, match=r"died while starting \(exit code 3\)"):
             pool.wait()
 
@@ -133,9 +147,9 @@ def test_leaving_by_an_exception_ends_busy_workers() -> None:
         return [child for child in psutil.Process().children() if "spawn_main" in " ".join(child.cmdline())]
 
     begin = time.monotonic()
-    with pytest.raises(KeyError), Pool(2, Act()) as pool:  # noqa: PT012
+    with pytest.raises(KeyError), Pool(2, None) as pool:  # noqa: PT012
         assert len(children()) == 2
-        pool.submit(("sleep", 60))
+        pool.submit(Act("sleep", 60))
         raise KeyError
     assert children() == []
     assert time.monotonic() - begin < 30
@@ -146,8 +160,8 @@ import time
 from megatron_iiet.data.preprocess.pool import Pool
 from tests.data.test_preprocess_pool import Act
 if __name__ == "__main__":
-    with Pool(2, Act()) as pool:
-        pool.submit(("echo", 1)); pool.wait()
+    with Pool(2, None) as pool:
+        pool.submit(Act("echo", 1)); pool.wait()
         print("ready", flush=True)
         time.sleep(60)
 """

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from megatron_iiet.data.corpora.indexed import IndexedDataset
 from megatron_iiet.data.corpora.indexed_writer import IndexedDatasetWriter
+from megatron_iiet.data.corpora.streams import IndexedDataset
 from megatron_iiet.data.loader.samples import (
     KINDS,
     DocumentWindows,

@@ -18,11 +18,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from megatron_iiet.data.corpora import shard_list
-from megatron_iiet.data.corpora.indexed import IndexedDataset
 from megatron_iiet.data.corpora.indexed_writer import IndexedDatasetWriter
 from megatron_iiet.data.corpora.mmididx import Shard, bin_path, idx_path, shards_path
 from megatron_iiet.data.corpora.shard_list import ShardList, write_shards
-from megatron_iiet.data.corpora.shards import ShardedDataset, open_corpus
+from megatron_iiet.data.corpora.streams import IndexedDataset, ShardedDataset, open_corpus
 from tests.data.crash import run_until_killed
 from tests.processes import die_with_parent
 

@@ -55,7 +55,7 @@ def parse(line: str | bytes, *keys: str, source: str | None = None) -> Row:
 @pytest.mark.parametrize("block_bytes", [1, 64, 1 << 18])
 def test_bad_rows_can_be_skipped(tmp_path: Path, case: InputCase, block_bytes: int) -> None:
     path = case.write(tmp_path)
-    with patch.object(compression, "READ_BYTES", block_bytes):
+    with patch.multiple(compression, READ_BYTES=block_bytes, _CRUMB_BYTES=block_bytes):
         if case.error:
             with pytest.raises(ValueError, match=case.error) as error:
                 read(path, chunk_bytes=1)
@@ -127,7 +127,7 @@ def test_chunks_lose_nothing(
     content = "".join(lines[:place] + blank_lines + lines[place:]).removesuffix(line_end) + tail
     (tmp_path / name).write_bytes(PACK[name](content.encode()))
     with (
-        patch.object(compression, "READ_BYTES", block_bytes),
+        patch.multiple(compression, READ_BYTES=block_bytes, _CRUMB_BYTES=block_bytes),
         patch("megatron_iiet.data.reading.text.LONG_LINE_BYTES", long_line_bytes),
     ):
         chunks = list(read_chunks(tmp_path / name, chunk_bytes))

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from megatron_iiet.data.corpora.shards import open_corpus
+from megatron_iiet.data.corpora.streams import open_corpus
 from megatron_iiet.data.tokenizers.training import train_tokenizer
 from tests.data.inputs import make_texts
 from tests.data.preprocess_runs import write_rows

@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from megatron_iiet.data.corpora.shards import open_corpus
+from megatron_iiet.data.corpora.streams import open_corpus
 from megatron_iiet.data.tokenizers.training import train_tokenizer
 from tests.data.inputs import make_texts
 from tests.data.preprocess_runs import (

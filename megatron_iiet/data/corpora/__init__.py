@@ -1,3 +1,3 @@
-"""Corpora of tokens on disk: :mod:`mmididx` (Megatron's format), :mod:`indexed` and :mod:`indexed_writer` (a
-pair of files), :mod:`shard_list` and :mod:`shards` (many pairs as one corpus), :mod:`merge`,
-:mod:`inspection`, :mod:`verification`."""
+"""Corpora of tokens on disk: :mod:`mmididx` (Megatron's format) and :mod:`indexed_writer`, :mod:`shard_list`
+(which pairs make up a corpus), :mod:`streams` (reading), :mod:`merge`, :mod:`inspection`,
+:mod:`verification`."""

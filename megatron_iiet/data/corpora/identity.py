@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_iiet.data.corpora.indexed import TokenStream
 from megatron_iiet.data.corpora.mmididx import new_digest
-from megatron_iiet.data.corpora.shards import ShardedDataset
+from megatron_iiet.data.corpora.streams import ShardedDataset, TokenStream
 
 BLOCKS = 32
 """Places of a corpus that are looked at."""
@@ -37,15 +36,15 @@ def identity_difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> tu
 
     What only one of them has (a list of shards that was made or lost since) tells nothing.
     """
-    names = {
+    descriptions = {
         "tokens": "{:,} tokens",
         "documents": "{:,} documents",
         "listed": "shards of digest {:.8}",
         "sampled": "tokens of digest {:.8}",
     }
-    for name, words in names.items():
+    for name, description in descriptions.items():
         if name in before and name in now and before[name] != now[name]:
-            return words.format(before[name]), words.format(now[name])
+            return description.format(before[name]), description.format(now[name])
     return None
 
 

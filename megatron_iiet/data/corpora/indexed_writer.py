@@ -241,17 +241,22 @@ def _open_locked(path: Path) -> IO[bytes]:
     """Open for writing, emptied, unless another process holds it."""
     while True:
         file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), "wb")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not lock(file):
             file.close()
-            raise ValueError(
-                f"{path} is being written by another process; choose another output prefix."
-            ) from None
-        except OSError:
-            pass  # file systems without locks: the check is a courtesy
+            raise ValueError(f"{path} is being written by another process; choose another output prefix.")
         # Between the two calls its writer may have published the file: then it bears another name by now.
         if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
             file.truncate(0)
             return file
         file.close()
+
+
+def lock(file: IO[bytes]) -> bool:
+    """Take an open file for this process alone; whether that worked. Let go when the file is closed."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass  # file systems without locks: keeping others out is a courtesy
+    return True

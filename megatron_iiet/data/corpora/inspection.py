@@ -11,8 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from megatron_iiet.data.corpora.indexed import TokenStream
-from megatron_iiet.data.corpora.shards import ShardedDataset, open_corpus
+from megatron_iiet.data.corpora.streams import ShardedDataset, TokenStream, open_corpus
 from megatron_iiet.data.tokenizers.base import Tokenizer
 
 PERCENTILES = (1, 5, 25, 50, 75, 95, 99)

@@ -18,7 +18,6 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
-from megatron_iiet.data.corpora.indexed import IndexedDataset
 from megatron_iiet.data.corpora.indexed_writer import PairOutput, write_index
 from megatron_iiet.data.corpora.mmididx import (
     Shard,
@@ -30,7 +29,7 @@ from megatron_iiet.data.corpora.mmididx import (
     shards_path,
 )
 from megatron_iiet.data.corpora.shard_list import write_shards
-from megatron_iiet.data.corpora.shards import OpenShard, open_corpus
+from megatron_iiet.data.corpora.streams import IndexedDataset, OpenShard, open_corpus
 from megatron_iiet.durable import check_output, make_parent
 
 _MADE_BY = "tools/merge_datasets.py"

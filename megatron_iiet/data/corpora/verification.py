@@ -10,9 +10,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from megatron_iiet.data.corpora.indexed import TokenStream
 from megatron_iiet.data.corpora.mmididx import DocumentIndex, Shard, TokenFile, file_digest, new_digest
-from megatron_iiet.data.corpora.shards import OpenShard, ShardedDataset, open_corpus
+from megatron_iiet.data.corpora.streams import OpenShard, ShardedDataset, TokenStream, open_corpus
 from megatron_iiet.data.tokenizers.base import Tokenizer
 from megatron_iiet.data.tokenizers.loading import load_tokenizer, tokenizer_digest
 

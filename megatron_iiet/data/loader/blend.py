@@ -34,12 +34,11 @@ from collections.abc import Sequence
 from fractions import Fraction
 from functools import lru_cache
 from itertools import accumulate, pairwise
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from megatron_iiet.data.corpora.mmididx import Int64Array
+from megatron_iiet.data.corpora.mmididx import Int32Array, Int64Array
 
 BLOCK = 100_000
 """Most slots of a block; the smallest possible weight is one slot in so many."""
@@ -78,15 +77,15 @@ class Blend:
             return sources, ranks
         blocks, slots = np.divmod(numbers, self._length)
         if self._length == self._total:  # every block is the same
-            table = _arrange(tuple(self._parts))
-            sources = table.sources[slots].astype(np.int64)
-            return sources, blocks * np.array(self._parts)[sources] + table.ranks[slots]
+            source_of, rank_of = _arrange(tuple(self._parts))
+            sources = source_of[slots].astype(np.int64)
+            return sources, blocks * np.array(self._parts)[sources] + rank_of[slots]
         for block in np.unique(blocks).tolist():
             inside = blocks == block
             before, after = self._border(block), self._border(block + 1)
-            table = _arrange(tuple(b - a for a, b in zip(before, after, strict=True)))
-            sources[inside] = table.sources[slots[inside]]
-            ranks[inside] = np.array(before)[sources[inside]] + table.ranks[slots[inside]]
+            source_of, rank_of = _arrange(tuple(b - a for a, b in zip(before, after, strict=True)))
+            sources[inside] = source_of[slots[inside]]
+            ranks[inside] = np.array(before)[sources[inside]] + rank_of[slots[inside]]
         return sources, ranks
 
     def counts(self, samples: int) -> list[int]:
@@ -107,17 +106,12 @@ class Blend:
         return [after - before for before, after in pairwise(rounded)]
 
 
-class _Table(NamedTuple):
-    """A block: the source of each slot, int32 [L], and its place among the slots of that source, int32
-    [L]."""
-
-    sources: npt.NDArray[np.int32]
-    ranks: npt.NDArray[np.int32]
-
-
 @lru_cache(maxsize=16)  # weights that do not divide the block give a few neighbouring counts in turn
-def _arrange(counts: tuple[int, ...]) -> _Table:
-    """Spread ``counts[i]`` slots of each source evenly over a block of sum(counts) slots."""
+def _arrange(counts: tuple[int, ...]) -> tuple[Int32Array, Int32Array]:
+    """Spread ``counts[i]`` slots of each source evenly over a block of L = sum(counts) slots.
+
+    Returns the source of each slot and its place among the slots of that source, int32 [L] each.
+    """
     length = sum(counts)
     sources, ranks = (np.empty(length, dtype=np.int32) for _ in range(2))
     waiting = [(_deadline(0, count, length), source, 0) for source, count in enumerate(counts) if count]
@@ -134,7 +128,7 @@ def _arrange(counts: tuple[int, ...]) -> _Table:
             release = max(slot + 1, following * length // count)
             unit = (_deadline(following, count, length), source, following)
             released.setdefault(release, []).append(unit)
-    return _Table(sources, ranks)
+    return sources, ranks
 
 
 def _deadline(rank: int, count: int, length: int) -> int:

@@ -27,9 +27,8 @@ from typing import ClassVar, NamedTuple
 
 import numpy as np
 
-from megatron_iiet.data.corpora.indexed import TokenStream
 from megatron_iiet.data.corpora.mmididx import Int64Array
-from megatron_iiet.data.corpora.shards import open_corpus
+from megatron_iiet.data.corpora.streams import TokenStream, open_corpus
 from megatron_iiet.data.loader.packing import Packing, cut, pack
 
 

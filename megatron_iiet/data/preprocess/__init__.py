@@ -2,12 +2,12 @@
 
 In the order of the work: :mod:`options`; :mod:`plan` (what is to be made, compared with what was begun);
 :mod:`run` (the whole); :mod:`workshop` and :mod:`pool` (who does what); :mod:`unit` and :mod:`chunks` (the
-work itself) with :mod:`filters` and :mod:`dedup`; :mod:`records` (what is finished); :mod:`lists` and
-:mod:`report`.
+work itself) with :mod:`dedup`; :mod:`records` (what is finished); :mod:`lists`
+(the end, and what is told).
 """
 
+from megatron_iiet.data.preprocess.lists import PreprocessReport
 from megatron_iiet.data.preprocess.options import PreprocessOptions
-from megatron_iiet.data.preprocess.report import PreprocessReport
 from megatron_iiet.data.preprocess.run import preprocess
 
 __all__ = ["PreprocessOptions", "PreprocessReport", "preprocess"]

@@ -1,41 +1,95 @@
-"""One chunk of lines: rows, filters, tokens. The same code in every process and for every layout."""
+"""One chunk of lines: rows, filters, tokens. The same code in every process and for every layout.
+
+Which documents are kept, and for which split, is decided by keyed hashes of their text alone. A document's
+fate depends neither on its place nor on the number of jobs, and copies share it. The sample and the held-out
+splits use different keys, so they are independent; the split does not depend on the seed of the sample, so a
+new sample never moves a document from a held-out split into training.
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from hashlib import blake2b
 from typing import Any
 
 import numpy as np
 
 from megatron_iiet.data.corpora.indexed_writer import TokenArray
 from megatron_iiet.data.corpora.mmididx import token_dtype
-from megatron_iiet.data.preprocess.filters import DIGEST_BYTES, Filters, text_digest
 from megatron_iiet.data.preprocess.layout import Layout, output_name
+from megatron_iiet.data.preprocess.options import PreprocessOptions
 from megatron_iiet.data.preprocess.records import Counts
 from megatron_iiet.data.reading.long_text import LongText
-from megatron_iiet.data.reading.text import Chunk, Row, parse_rows, raise_first
+from megatron_iiet.data.reading.text import Chunk, Reject, Row, parse_rows, raise_first
 from megatron_iiet.data.tokenizers.base import Tokenizer
 
+DIGEST_BYTES = 16
+_SPLIT_KEY = b"held-out split"
 _SOURCE = re.compile(r"\w[\w.+ -]{0,99}")
 
 Text = str | LongText
 Report = Callable[[int], None]
 
 
+def text_digest(text: Text) -> bytes:
+    """128-bit BLAKE2b of the text's UTF-8 bytes."""
+    if isinstance(text, str):
+        return blake2b(text.encode(), digest_size=DIGEST_BYTES).digest()
+    state = blake2b(digest_size=DIGEST_BYTES)
+    for part in text.parts():
+        state.update(part.encode())
+    return state.digest()
+
+
+@dataclass(frozen=True)
+class Filters:
+    """The random choices over documents."""
+
+    rate: float | None = None
+    """Fraction of documents in the sample; None keeps all."""
+    seed: int = 0
+    validation: float = 0.0
+    test: float = 0.0
+
+    @property
+    def splits(self) -> bool:
+        """Whether outputs are divided into train, validation and test."""
+        return self.validation > 0 or self.test > 0
+
+    @property
+    def need_digest(self) -> bool:
+        """Whether any choice is to be made."""
+        return self.splits or (self.rate is not None and self.rate < 1)
+
+    def sampled(self, digest: bytes) -> bool:
+        """Whether a document is in the sample."""
+        if self.rate is None or self.rate >= 1:
+            return True
+        return _fraction(digest, b"sample %d" % self.seed) < self.rate
+
+    def split(self, digest: bytes) -> str:
+        """train, validation or test."""
+        place = _fraction(digest, _SPLIT_KEY)
+        if place < self.validation:
+            return "validation"
+        return "test" if place < self.validation + self.test else "train"
+
+
+def _fraction(digest: bytes, key: bytes) -> float:
+    """A uniform number in [0, 1) that digest and key determine."""
+    return int.from_bytes(blake2b(digest, digest_size=6, key=key).digest(), "little") / 2**48
+
+
 @dataclass(frozen=True)
 class Recipe:
     """What every worker needs to know; the start-up argument of worker processes."""
 
+    options: PreprocessOptions
     encoder: Tokenizer
     layout: Layout
-    keys: tuple[str, ...]
-    split_by: str | None
-    append_eod: bool
-    skip_bad_rows: bool
     filters: Filters
-    chunk_bytes: int
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -63,7 +117,7 @@ class Packed:
         length = (len(self.tokens) - start) // recipe.dtype.itemsize
         if not length:
             return False
-        if recipe.append_eod:
+        if recipe.options.append_eod:
             self.tokens += np.array([recipe.encoder.eod_id], dtype=recipe.dtype).data
             length += 1
         self.lengths.append(length)
@@ -114,7 +168,7 @@ class EncodeChunk:
         result = EncodedChunk()
         counts = result.counts
         rows = list(self._selected(recipe, counts))
-        for column, key in enumerate(recipe.keys):
+        for column, key in enumerate(recipe.options.json_keys):
             texts = [row.texts[column] for row, _ in rows]
             encoded = iter(recipe.encoder.encode_batch([text for text in texts if isinstance(text, str)]))
             for (row, split), text in zip(rows, texts, strict=True):
@@ -175,26 +229,21 @@ def proper_rows(recipe: Recipe, chunk: Chunk, counts: Counts) -> list[Row]:
     Raises:
         ValueError: a row is defective, and such rows are not to be skipped.
     """
-    rows, rejects = parse_rows(chunk, recipe.keys, recipe.split_by)
-    if not recipe.skip_bad_rows:
+    options, split_by = recipe.options, recipe.options.split_by
+    rows, rejects = parse_rows(chunk, options.json_keys, split_by)
+    for row in rows if split_by is not None else ():
+        if not (row.source and _SOURCE.fullmatch(row.source)):
+            message = (
+                f"{chunk.path}, line {row.line}: {split_by!r} is {row.source!r}, which cannot be part of "
+                "a file name; use letters, digits and . _ + - only."
+            )
+            rejects.append(Reject(row.line, "bad source name", message))
+    if options.bad_rows == "error":
         raise_first(rejects)
     for reject in rejects:
         counts.reject(reject.reason, reject.message)
-    if recipe.split_by is None:
-        return rows
-    proper = []
-    for row in rows:
-        if row.source and _SOURCE.fullmatch(row.source):
-            proper.append(row)
-            continue
-        message = (
-            f"{chunk.path}, line {row.line}: {recipe.split_by!r} is {row.source!r}, which cannot be part of "
-            "a file name; use letters, digits and . _ + - only."
-        )
-        if not recipe.skip_bad_rows:
-            raise ValueError(message)
-        counts.reject("bad source name", message)
-    return proper
+    defective = {reject.line for reject in rejects}
+    return [row for row in rows if row.line not in defective]
 
 
 def identity(row: Row) -> Text:

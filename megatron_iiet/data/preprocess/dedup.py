@@ -12,7 +12,6 @@ itself, which takes about 60 bytes a document of it; besides, one bit a line. 60
 
 from __future__ import annotations
 
-import fcntl
 import json
 import shutil
 import struct
@@ -25,7 +24,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from megatron_iiet.data.preprocess.filters import DIGEST_BYTES
+from megatron_iiet.data.preprocess.chunks import DIGEST_BYTES
+from megatron_iiet.data.preprocess.records import exclusive
 from megatron_iiet.data.reading.sources import InputFile
 from megatron_iiet.durable import replacing
 
@@ -85,7 +85,7 @@ class DigestFiles:
 
 def inputs_digest(inputs: Sequence[InputFile]) -> bytes:
     """16 bytes that tell inputs, as they are, from others."""
-    content = json.dumps([[file.path, file.size, file.stamp] for file in inputs])
+    content = json.dumps([file.identity for file in inputs])
     return blake2b(content.encode(), digest_size=DIGEST_BYTES).digest()
 
 
@@ -100,9 +100,7 @@ def find_duplicates(records: Path, inputs_per_unit: Sequence[int]) -> None:
     The file: magic | u64 inputs | i64 [inputs + 1] first line of each | a bit a line, lowest first.
     """
     target = duplicates_path(records)
-    with (records / "duplicates.lock").open("ab") as lock:
-        with suppress(OSError):  # file systems without locks
-            fcntl.flock(lock, fcntl.LOCK_EX)
+    with exclusive(records / "duplicates.lock"):
         if target.exists():
             return
         for stale in records.glob("partitions-*"):

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_iiet.data.corpora.mmididx import check_prefix
-from megatron_iiet.data.preprocess.options import PreprocessOptions
 from megatron_iiet.durable import check_output
 
 _ENDINGS = (".idx", ".bin", ".idx.partial", ".bin.partial")
@@ -26,11 +25,6 @@ class Layout:
 
     prefix: str | None
     folder: str | None
-
-    @classmethod
-    def of(cls, options: PreprocessOptions) -> Layout:
-        """The layout that the options ask for."""
-        return cls(options.output_prefix, options.output_dir)
 
     @property
     def records(self) -> Path:

@@ -145,8 +145,8 @@ def parse_count(text: str) -> int:
     match = _COUNT.fullmatch(text.strip().replace("_", "").upper())
     if match is None:
         raise ValueError(f"{text!r} is not a count; write 4000, 300M, 16B or 1.5T.")
-    whole, _, fraction = match[1].partition(".")
-    digits, factor = int(whole + fraction), _FACTORS[match[2]]
+    integer, _, fraction = match[1].partition(".")
+    digits, factor = int(integer + fraction), _FACTORS[match[2]]
     count, rest = divmod(digits * factor, 10 ** len(fraction))
     if rest:
         raise ValueError(f"{text!r} is not a whole number; write 4000, 300M, 16B or 1.5T.")

@@ -1,18 +1,29 @@
-"""What a run is made of: options, inputs, units; written to ``plan.json`` and compared ever after."""
+"""What a run is made of: options, inputs, units; written to ``plan.json``, compared ever after, or removed.
+
+What is to be done meets what was begun while the output's lock is held, so jobs that start together agree on
+one plan.
+"""
 
 from __future__ import annotations
 
-import fcntl
 import heapq
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+import os
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from megatron_iiet.data.corpora.mmididx import bin_path, idx_path, shards_path
+from megatron_iiet.data.preprocess.dedup import DigestFiles, duplicates_path
+from megatron_iiet.data.preprocess.layout import Layout, output_name
 from megatron_iiet.data.preprocess.options import PreprocessOptions
+from megatron_iiet.data.preprocess.records import JobRecords, UnitRecord, read_records
+from megatron_iiet.data.preprocess.sampling import sampling
 from megatron_iiet.data.reading.sources import InputFile
+from megatron_iiet.data.tokenizers.base import Tokenizer
+from megatron_iiet.durable import replacing
 
 _FORMAT = 1
 
@@ -44,10 +55,8 @@ class Plan:
         """Content of plan.json."""
         content = {
             "format": _FORMAT,
-            "options": self.options,
-            "tokenizer": self.tokenizer,
-            "sampling": self.sampling,
-            "inputs": [[file.path, file.size, file.stamp] for file in self.inputs],
+            **vars(self),
+            "inputs": [file.identity for file in self.inputs],
         }
         return json.dumps(content, indent=0, ensure_ascii=True).encode()
 
@@ -120,10 +129,154 @@ def share(units: Sequence[Sequence[InputFile]], num_jobs: int, job: int) -> list
     return mine
 
 
-@contextmanager
-def settling(folder: Path) -> Iterator[None]:
-    """One process at a time takes its place in a run or changes its plan."""
-    with (folder / "lock").open("ab") as file:
-        with suppress(OSError):  # file systems without locks
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+@dataclass(frozen=True)
+class Wanted:
+    """What this run was asked for."""
+
+    options: PreprocessOptions
+    layout: Layout
+    inputs: Sequence[InputFile]
+    """As they are now."""
+    tokenizer_digest: str
+    encoder: Callable[[], Tokenizer]
+    """Loads it; called only for a new plan."""
+
+    @property
+    def deciding(self) -> dict[str, Any]:
+        """The options that decide the bytes of the outputs."""
+        return deciding_options(self.options, self.tokenizer_digest)
+
+
+def settle(wanted: Wanted, records: JobRecords) -> tuple[Plan, set[int]]:
+    """The plan, and the units that are finished: the plan that is there if it fits, else a new one.
+
+    While no unit is finished a plan may still change. An input may change until its unit is finished: a
+    truncated file can be fetched again.
+
+    Raises:
+        ValueError: units were made by another plan or from inputs that have changed since.
+    """
+    path = wanted.layout.plan
+    if not path.exists():
+        if not wanted.options.overwrite:
+            _refuse_foreign_outputs(wanted)
+        return _new_plan(wanted), set()
+    plan = Plan.read(path)
+    finished: set[int] = set()
+    found = differences(plan, wanted.deciding, wanted.inputs)
+    if found and next(read_records(wanted.layout.records), None) is None and not records.others_running():
+        remove_everything(wanted, records)
+        return _new_plan(wanted), finished
+    if not found:
+        found = _look_at_records(wanted, plan, finished)
+    if found:
+        raise ValueError(
+            f"{path} was made with other settings: {'; '.join(found)}; use another output or --overwrite."
+        )
+    return plan, finished
+
+
+def remove_everything(wanted: Wanted, records: JobRecords) -> None:
+    """Remove what earlier runs wrote: lists first, so that nothing names what is no longer there.
+
+    Raises:
+        ValueError: other jobs are writing.
+    """
+    layout = wanted.layout
+    if records.others_running():
+        raise ValueError(f"Other jobs of {layout.records} are running; stop them before --overwrite.")
+    outputs = set(_expected_outputs(wanted.deciding))
+    is_ours = layout.plan.exists()
+    if is_ours:
+        with suppress(ValueError):  # a damaged plan is no reason not to replace it
+            outputs.update(_expected_outputs(Plan.read(layout.plan).options))
+    for record in read_records(layout.records):
+        outputs.update(record.outputs)
+    files = layout.files(outputs, discover=is_ours)
+    lists = {shards_path(layout.list_prefix(output)) for output in outputs | {output for output, _ in files}}
+    for path in [*sorted(lists), *(path for _, path in files)]:
+        path.unlink(missing_ok=True)
+    duplicates_path(layout.records).unlink(missing_ok=True)
+    for path in DigestFiles(layout.records).folder.glob("*.bin"):
+        path.unlink(missing_ok=True)
+    records.remove_all()
+    layout.plan.unlink(missing_ok=True)
+
+
+def _new_plan(wanted: Wanted) -> Plan:
+    encoder = wanted.encoder()
+    plan = Plan(
+        options=wanted.deciding,
+        tokenizer={
+            "file": os.path.basename(wanted.options.tokenizer_model),
+            "digest": wanted.tokenizer_digest,
+            "vocab_size": encoder.vocab_size,
+            "eod_id": encoder.eod_id,
+        },
+        sampling=sampling(wanted.options, wanted.inputs, encoder),
+        inputs=list(wanted.inputs),
+    )
+    with replacing(wanted.layout.plan) as file:
+        file.write(plan.to_json())
+    return plan
+
+
+def _refuse_foreign_outputs(wanted: Wanted) -> None:
+    """An output without a plan was made by something else, which may still need it."""
+    endings = (".shards",) if wanted.options.output_dir is not None else (".shards", ".idx", ".bin")
+    for output in _expected_outputs(wanted.deciding):
+        prefix = wanted.layout.list_prefix(output)
+        for path in (prefix + ending for ending in endings):
+            if os.path.exists(path):
+                raise ValueError(
+                    f"{path} is there already, but no {wanted.layout.plan}; use another output or "
+                    "--overwrite."
+                )
+
+
+def _expected_outputs(options: Mapping[str, Any]) -> list[str]:
+    """Names of outputs that are known before any text is read, by a plan's options."""
+    if options["split_by"] is not None:
+        return []
+    held_out = options["holdout_validation"] > 0 or options["holdout_test"] > 0
+    splits = ["train", "validation", "test"] if held_out else [None]
+    return [output_name(None, split, key) for split in splits for key in options["json_keys"]]
+
+
+def _look_at_records(wanted: Wanted, plan: Plan, finished: set[int]) -> list[str]:
+    """Add the finished units; returns what changed of their inputs since, as phrases."""
+    units = replace(plan, inputs=list(wanted.inputs)).units()
+    changed: list[str] = []
+    for record in read_records(wanted.layout.records):
+        if record.unit not in finished and shards_exist(wanted.layout, record):
+            finished.add(record.unit)
+            changed += _changes(record, units[record.unit])
+    if wanted.options.deduplicate and duplicates_path(wanted.layout.records).exists():
+        digests = DigestFiles(wanted.layout.records)
+        changed += [
+            f"{inputs[0].path} or what follows, since the first pass of --deduplicate"
+            for unit, inputs in enumerate(units)
+            if unit not in finished and not digests.has(unit, inputs)
+        ]
+    return [f"inputs: {len(changed)} changed ({changed[0]})"] if changed else []
+
+
+def _changes(record: UnitRecord, inputs: Sequence[InputFile]) -> list[str]:
+    """How inputs differ from what a finished unit was made of."""
+    changes = []
+    for before, now in zip(record.inputs, inputs, strict=True):
+        if before.size != now.size:
+            changes.append(f"{now.path}: {before.size:,} -> {now.size:,} bytes")
+        elif before.stamp != now.stamp:
+            changes.append(f"{now.path}: written to since")
+    return changes
+
+
+def shards_exist(layout: Layout, record: UnitRecord) -> bool:
+    """Whether the shards of a unit are there in full size."""
+    for output, shard in record.outputs.items():
+        prefix = layout.shard_prefix(output, record.unit)
+        for path, size in ((bin_path(prefix), shard.bin_bytes), (idx_path(prefix), shard.idx_bytes)):
+            if not path.exists() or path.stat().st_size != size:
+                return False
+    return True

@@ -1,27 +1,28 @@
 """Worker processes that outlive each other: one that is killed costs its task, not the run.
 
-Each worker is one spawned process with a connection of its own. It is started once and given what it needs
-to work as its start-up argument; after that only tasks and their results travel. A worker whose parent is
-gone, however it went, leaves at once.
+Each worker is one spawned process with a connection of its own. It is started once and given what all tasks
+need as its start-up argument; after that only tasks and their results travel. A worker whose parent is gone,
+however it went, leaves at once.
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from queue import SimpleQueue
 from threading import Thread
-from typing import Any, ParamSpec, Protocol, TypeVar, cast
+from typing import Any, ParamSpec, TypeVar, cast
 
 from megatron_iiet import durable
-from megatron_iiet.data.preprocess.memory import give_back_large_blocks
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -29,12 +30,8 @@ Report = Callable[[int], None]
 
 TASKS_PER_WORKER = 2  # one at work, one that waits: the worker never waits for the parent
 _SECONDS_TO_LEAVE = 5.0
-
-
-class Work(Protocol):
-    """What workers do: task -> result. ``report`` sends numbers to the parent meanwhile."""
-
-    def __call__(self, task: Any, report: Report, /) -> Any: ...
+_M_MMAP_THRESHOLD = -3
+_LARGE_BLOCK = 4 << 20
 
 
 @dataclass(frozen=True)
@@ -80,11 +77,12 @@ class StartError(RuntimeError):
 class Pool:
     """A number of workers; use it as a context manager.
 
+    Tasks are called with ``recipe``, what all of them need, and a function that sends numbers to the parent.
     Leaving normally lets them finish, leaving by an exception stops them after their clean-up.
     """
 
-    def __init__(self, workers: int, work: Work) -> None:
-        self._work = work
+    def __init__(self, workers: int, recipe: Any) -> None:
+        self._recipe = recipe
         self._next_ticket = 0
         self._context = get_context("spawn")  # not forked: the caller may hold threads and locks
         self._workers: list[_Worker] = []
@@ -97,7 +95,7 @@ class Pool:
 
     def _start(self) -> _Worker:
         ours, theirs = self._context.Pipe()
-        process = self._context.Process(target=_serve, args=(theirs, self._work), daemon=True)
+        process = self._context.Process(target=_serve, args=(theirs, self._recipe), daemon=True)
         process.start()
         theirs.close()  # so that the end of the process is the end of the connection
         return _Worker(process, ours)
@@ -188,8 +186,8 @@ def in_a_process_of_its_own(function: Callable[P, R], *args: P.args, **kwargs: P
     Raises:
         ValueError: the function raised something, or the worker died.
     """
-    with Pool(1, _call) as pool:
-        pool.submit((function, args, kwargs))
+    with Pool(1, None) as pool:
+        pool.submit(partial(_call, partial(function, *args, **kwargs)))
         while True:
             for event in pool.wait():
                 if isinstance(event, Failed):
@@ -198,17 +196,14 @@ def in_a_process_of_its_own(function: Callable[P, R], *args: P.args, **kwargs: P
                     return cast(R, event.value)
 
 
-def _call(task: tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]], report: Report) -> Any:
-    function, args, kwargs = task
-    return function(*args, **kwargs)
+def _call(function: Callable[[], R], recipe: None, report: Report) -> R:
+    return function()
 
 
 def failure(ticket: int, error: Exception) -> Failed:
     """What is to be told of an exception in a task."""
-    if isinstance(error, ValueError):
-        return Failed(ticket, str(error))
-    if isinstance(error, OSError):
-        return Failed(ticket, str(error), error.errno)
+    if isinstance(error, ValueError | OSError):
+        return Failed(ticket, str(error), getattr(error, "errno", None))
     if isinstance(error, MemoryError):
         return Failed(ticket, "out of memory; lower --workers.")
     traceback.print_exception(error)  # a defect of this program: the trace is worth seeing
@@ -223,7 +218,18 @@ def _manner_of_death(exitcode: int | None) -> str:
     return f"killed by {name}{hint}"
 
 
-def _serve(connection: Connection, work: Work) -> None:
+def give_back_large_blocks() -> None:
+    """Keep large blocks out of this process's heap, from which freed ones seldom return.
+
+    glibc does so until the first one is freed, then takes that size for usual: while a document of 50 MB is
+    read, twice its bytes can be lost in the heap.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:  # other C libraries
+        mallopt(_M_MMAP_THRESHOLD, _LARGE_BLOCK)
+
+
+def _serve(connection: Connection, recipe: Any) -> None:
     """A worker's life: take tasks, send results."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one thread a worker: the processes are the parallelism
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent cleans up
@@ -236,7 +242,7 @@ def _serve(connection: Connection, work: Work) -> None:
         ticket, task = message
         event: Event
         try:
-            event = Done(ticket, work(task, lambda number: connection.send(Reported(number))))
+            event = Done(ticket, task(recipe, lambda number: connection.send(Reported(number))))
         except Exception as error:
             event = failure(ticket, error)
         connection.send(event)

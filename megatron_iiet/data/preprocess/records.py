@@ -11,11 +11,12 @@ import fcntl
 import json
 import os
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megatron_iiet.data.corpora.indexed_writer import lock
 from megatron_iiet.data.reading.sources import InputFile
 from megatron_iiet.durable import sync_folder
 
@@ -41,7 +42,7 @@ class Counts:
 
     def reject(self, reason: str, message: str) -> None:
         """Count a defective row."""
-        self._add_rejected(reason, 1, [message])
+        self.add(Counts(rejected={reason: 1}, offenders={reason: [message]}))
 
     def add(self, other: Counts) -> None:
         """Add the counts of text that follows."""
@@ -50,12 +51,9 @@ class Counts:
         self.sampled_out += other.sampled_out
         self.duplicates += other.duplicates
         for reason, count in other.rejected.items():
-            self._add_rejected(reason, count, other.offenders[reason])
-
-    def _add_rejected(self, reason: str, count: int, offenders: list[str]) -> None:
-        self.rejected[reason] = self.rejected.get(reason, 0) + count
-        kept = self.offenders.setdefault(reason, [])
-        kept += offenders[: _OFFENDERS - len(kept)]
+            self.rejected[reason] = self.rejected.get(reason, 0) + count
+            kept = self.offenders.setdefault(reason, [])
+            kept += other.offenders[reason][: _OFFENDERS - len(kept)]
 
 
 @dataclass
@@ -83,7 +81,7 @@ class UnitRecord:
 
     def to_json(self) -> str:
         """One line."""
-        content = asdict(self) | {"inputs": [[file.path, file.size, file.stamp] for file in self.inputs]}
+        content = asdict(self) | {"inputs": [file.identity for file in self.inputs]}
         return json.dumps(content, ensure_ascii=True, separators=(",", ":"))
 
     @classmethod
@@ -110,7 +108,7 @@ class JobRecords:
         self.path = folder / f"job-{job:05d}-of-{num_jobs:05d}.jsonl"
         self._file = self.path.open("ab", buffering=0)
         try:
-            if not lock(self._file.fileno()):
+            if not lock(self._file):
                 raise ValueError(
                     f"{self.path} is in use: the same job is running; wait for it, stop it, or choose "
                     "another output."
@@ -123,9 +121,9 @@ class JobRecords:
 
     def _cut_torn_line(self) -> None:
         with self.path.open("rb") as file:
-            whole = sum(len(line) for line in file if line.endswith(b"\n"))
-        if whole < self.path.stat().st_size:
-            self._file.truncate(whole)
+            intact = sum(len(line) for line in file if line.endswith(b"\n"))
+        if intact < self.path.stat().st_size:
+            self._file.truncate(intact)
 
     def append(self, record: UnitRecord) -> None:
         """Put a finished unit on disk. Where that fails, the file stays as it was."""
@@ -140,16 +138,12 @@ class JobRecords:
                 self._file.truncate(size)
             raise
 
-    def __iter__(self) -> Iterator[UnitRecord]:
-        """Finished units in the records of all jobs, in no order; a unit may come twice."""
-        return read_records(self.folder)
-
     def others_running(self) -> bool:
         """Whether a process holds the record file of another job."""
         for path in _record_files(self.folder):
             if path != self.path:
                 with path.open("rb") as file:
-                    if not lock(file.fileno()):
+                    if not lock(file):
                         return True
         return False
 
@@ -165,12 +159,6 @@ class JobRecords:
         """Let other processes have it."""
         self._file.close()
 
-    def __enter__(self) -> JobRecords:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
 
 def read_records(folder: Path) -> Iterator[UnitRecord]:
     """Finished units in the records of all jobs, in no order; a unit may come twice.
@@ -181,29 +169,26 @@ def read_records(folder: Path) -> Iterator[UnitRecord]:
     for path in _record_files(folder):
         with path.open("rb") as file:
             for number, line in enumerate(file, start=1):
-                if line.endswith(b"\n"):
-                    yield _parse(path, number, line)
-
-
-def _parse(path: Path, number: int, line: bytes) -> UnitRecord:
-    try:
-        return UnitRecord.from_json(line)
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{path}, line {number} is damaged ({error}); remove the line: its unit will be made again."
-        ) from None
+                if not line.endswith(b"\n"):
+                    continue
+                try:
+                    record = UnitRecord.from_json(line)
+                except (ValueError, KeyError, TypeError) as error:
+                    raise ValueError(
+                        f"{path}, line {number} is damaged ({error}); remove the line: its unit will be made "
+                        "again."
+                    ) from None
+                yield record
 
 
 def _record_files(folder: Path) -> list[Path]:
     return sorted(folder.glob("job-*-of-*.jsonl"))
 
 
-def lock(descriptor: int) -> bool:
-    """Take an open file for this process alone; whether that worked. Let go when the file is closed."""
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        pass  # file systems without locks: keeping others out is a courtesy
-    return True
+@contextmanager
+def exclusive(path: Path) -> Iterator[None]:
+    """One process at a time gets past the lock file ``path``."""
+    with path.open("ab") as file:
+        with suppress(OSError):  # file systems without locks
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield

@@ -6,23 +6,20 @@ import os
 import resource
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import islice
 
-from megatron_iiet.data.preprocess.chunks import Recipe
+from megatron_iiet.data.preprocess.chunks import Filters, Recipe
 from megatron_iiet.data.preprocess.dedup import DigestFiles, duplicates_path, find_duplicates
-from megatron_iiet.data.preprocess.filters import Filters
 from megatron_iiet.data.preprocess.layout import Layout
-from megatron_iiet.data.preprocess.lists import Summary, write_lists
+from megatron_iiet.data.preprocess.lists import PreprocessReport, Summary, write_lists
 from megatron_iiet.data.preprocess.options import PreprocessOptions
-from megatron_iiet.data.preprocess.plan import Plan, settling, share
+from megatron_iiet.data.preprocess.plan import Plan, Wanted, remove_everything, settle, share
 from megatron_iiet.data.preprocess.pool import in_a_process_of_its_own
 from megatron_iiet.data.preprocess.progress import Progress
-from megatron_iiet.data.preprocess.records import JobRecords, UnitRecord
-from megatron_iiet.data.preprocess.report import PreprocessReport
-from megatron_iiet.data.preprocess.settle import Wanted, remove_everything, settle
+from megatron_iiet.data.preprocess.records import JobRecords, UnitRecord, exclusive
 from megatron_iiet.data.preprocess.unit import DigestUnit, EncodeUnit
 from megatron_iiet.data.preprocess.workshop import Failure, Workshop
 from megatron_iiet.data.reading.sources import InputFile, list_dataset, list_inputs
@@ -50,7 +47,7 @@ def preprocess(options: PreprocessOptions, log: Log = print) -> PreprocessReport
         RuntimeError: worker processes cannot be started.
     """
     start, start_cpu = time.monotonic(), _cpu_seconds()
-    layout = Layout.of(options)
+    layout = Layout(options.output_prefix, options.output_dir)
     layout.check()
     wanted = Wanted(
         options=options,
@@ -63,8 +60,8 @@ def preprocess(options: PreprocessOptions, log: Log = print) -> PreprocessReport
         wanted.encoder()  # a tokenizer that cannot be loaded leaves nothing behind
     layout.records.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
-        with settling(layout.records):
-            records = stack.enter_context(JobRecords(layout.records, options.job, options.num_jobs))
+        with exclusive(layout.records / "lock"):
+            records = stack.enter_context(closing(JobRecords(layout.records, options.job, options.num_jobs)))
             if options.overwrite:
                 remove_everything(wanted, records)
             plan, finished = settle(wanted, records)
@@ -127,21 +124,13 @@ class _Job:
 
     def _recipe(self) -> Recipe:
         options = self.wanted.options
-        return Recipe(
-            encoder=self.wanted.encoder(),
-            layout=self.wanted.layout,
-            keys=tuple(options.json_keys),
-            split_by=options.split_by,
-            append_eod=options.append_eod,
-            skip_bad_rows=options.bad_rows == "skip",
-            filters=Filters(
-                rate=self.plan.rate,
-                seed=options.seed,
-                validation=options.holdout_validation,
-                test=options.holdout_test,
-            ),
-            chunk_bytes=options.chunk_bytes,
+        filters = Filters(
+            rate=self.plan.rate,
+            seed=options.seed,
+            validation=options.holdout_validation,
+            test=options.holdout_test,
         )
+        return Recipe(options, self.wanted.encoder(), self.wanted.layout, filters)
 
     def _find_duplicates(
         self, workshop: Workshop, mine: Sequence[int], units: Sequence[Sequence[InputFile]]

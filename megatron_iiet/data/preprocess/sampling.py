@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Any
 
 from megatron_iiet.data.preprocess.options import PreprocessOptions
@@ -29,31 +28,16 @@ def sampling(
         return None
     corpus_tokens, measured_on = options.corpus_tokens, None
     if corpus_tokens is None:
-        measured = estimate_tokens(inputs, options, encoder)
-        corpus_tokens = measured.corpus_tokens
-        measured_on = f"{measured.tokens:,} tokens of {measured.inputs:,} inputs"
+        corpus_tokens, measured_on = _estimate(options, inputs, encoder)
     rate = options.sample_tokens / corpus_tokens
     return {"rate": rate, "corpus_tokens": corpus_tokens, "measured_on": measured_on}
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """Tokens of a corpus, from a look at some of it."""
-
-    corpus_tokens: int
-    tokens: int
-    """Tokens looked at."""
-    inputs: int
-    """Files they are from."""
-
-
-def estimate_tokens(inputs: Sequence[InputFile], options: PreprocessOptions, encoder: Tokenizer) -> Estimate:
-    """Tokens from the starts of up to 16 inputs spread evenly, scaled by the bytes of all; deterministic.
+def _estimate(options: PreprocessOptions, inputs: Sequence[InputFile], encoder: Tokenizer) -> tuple[int, str]:
+    """Tokens of the corpus, and what was looked at: the starts of up to 16 inputs spread evenly, scaled by
+    the bytes of all; deterministic.
 
     Defective rows are left out, damaged files used as far as they can be read.
-
-    Raises:
-        ValueError: no text was found.
     """
     count = min(_INPUTS, len(inputs))
     tokens = used_inputs = 0
@@ -70,7 +54,8 @@ def estimate_tokens(inputs: Sequence[InputFile], options: PreprocessOptions, enc
             f"No text was found in {count} of the inputs to estimate the corpus by; give --corpus-tokens."
         )
     all_bytes = sum(file.size for file in inputs)
-    return Estimate(max(1, round(tokens * all_bytes / stored_bytes)), tokens, used_inputs)
+    corpus_tokens = max(1, round(tokens * all_bytes / stored_bytes))
+    return corpus_tokens, f"{tokens:,} tokens of {used_inputs:,} inputs"
 
 
 def _look_at(file: InputFile, options: PreprocessOptions, encoder: Tokenizer) -> tuple[int, int]:

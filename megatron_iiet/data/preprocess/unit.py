@@ -50,7 +50,7 @@ class DigestUnit(UnitTask):
 
     def chunks(self, recipe: Recipe) -> Iterator[DigestChunk]:
         for file in self.inputs:
-            for chunk in read_chunks(file, recipe.chunk_bytes):
+            for chunk in read_chunks(file, recipe.options.chunk_bytes):
                 yield DigestChunk(chunk)
 
     def write(self, recipe: Recipe, results: Iterable[tuple[str, int, bytes]]) -> None:
@@ -68,7 +68,7 @@ class EncodeUnit(UnitTask):
     def chunks(self, recipe: Recipe) -> Iterator[EncodeChunk]:
         duplicates = Duplicates(recipe.layout.records) if self.deduplicate else None
         for number, file in enumerate(self.inputs, start=self.first_input):
-            for chunk in read_chunks(file, recipe.chunk_bytes):
+            for chunk in read_chunks(file, recipe.options.chunk_bytes):
                 if duplicates is None:
                     yield EncodeChunk(chunk)
                 else:
@@ -94,7 +94,7 @@ class EncodeUnit(UnitTask):
         if others == _MAX_OUTPUTS:
             raise ValueError(
                 f"{self.inputs[0].path} and what follows have more than {_MAX_OUTPUTS} outputs; does "
-                f"{recipe.split_by!r} name sources?"
+                f"{recipe.options.split_by!r} name sources?"
             )
         prefix = Path(recipe.layout.shard_prefix(output, self.unit))
         if recipe.layout.folder is not None:

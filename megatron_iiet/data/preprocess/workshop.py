@@ -28,6 +28,7 @@ from megatron_iiet.data.reading.text import LONG_LINE_BYTES
 _FULL_DISK = {errno.ENOSPC, errno.EDQUOT}
 
 Finish = Callable[[UnitRecord | None], None]
+_Outcome = tuple[UnitTask, Done | Failed]
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,6 @@ class Failure:
 
     task: UnitTask
     message: str
-    errno: int | None = None
 
     def __str__(self) -> str:
         path, more = self.task.inputs[0].path, len(self.task.inputs) - 1
@@ -51,16 +51,6 @@ class TaskFailedError(Exception):
     def __init__(self, failed: Failed) -> None:
         super().__init__(failed.message)
         self.failed = failed
-
-
-@dataclass(frozen=True)
-class Run:
-    """Work of the pool: every task is called with the recipe."""
-
-    recipe: Recipe
-
-    def __call__(self, task: Any, report: Report) -> Any:
-        return task(self.recipe, report)
 
 
 class Workshop:
@@ -83,60 +73,53 @@ class Workshop:
 
         One that fails stops no other, except for want of disk space.
         """
-        if self._workers == 1 or not tasks:
-            return self._one_by_one(tasks, finish, progress, None)
-        if self._pool is None:
-            self._pool = self._stack.enter_context(Pool(self._workers, Run(self._recipe)))
-        if len(tasks) < self._workers:
-            return self._one_by_one(tasks, finish, progress, self._pool)
-        return self._side_by_side(tasks, finish, progress, self._pool)
-
-    def _one_by_one(
-        self, tasks: Sequence[UnitTask], finish: Finish, progress: Progress, pool: Pool | None
-    ) -> list[Failure]:
         failures: list[Failure] = []
-        for task in tasks:
+        waiting = deque(tasks)
+        if self._workers > 1 and self._pool is None and tasks:
+            self._pool = self._stack.enter_context(Pool(self._workers, self._recipe))
+        if self._pool is not None and len(tasks) >= self._workers:
+            outcomes = self._side_by_side(waiting, progress, self._pool)
+        else:
+            outcomes = self._one_by_one(waiting, progress)
+        for task, outcome in outcomes:
+            if isinstance(outcome, Done):
+                finish(outcome.value)
+                progress.unit_done()
+                continue
+            failures.append(Failure(task, outcome.message))
+            if outcome.errno in _FULL_DISK:
+                waiting.clear()
+        return failures
+
+    def _one_by_one(self, waiting: deque[UnitTask], progress: Progress) -> Iterator[_Outcome]:
+        while waiting:
+            task = waiting.popleft()
+            outcome: Done | Failed
             try:
-                if pool is None:
+                if self._pool is None:
                     result = task(self._recipe, progress.add)
                 else:
-                    result = task.write(self._recipe, self._chunks(task, pool, progress.add))
+                    result = task.write(self._recipe, self._chunks(task, self._pool, progress.add))
+                outcome = Done(0, result)
             except StartError:
                 raise
             except TaskFailedError as error:
-                failures.append(Failure(task, error.failed.message, error.failed.errno))
+                outcome = error.failed
             except Exception as error:
-                failed = failure(0, error)
-                failures.append(Failure(task, failed.message, failed.errno))
-            else:
-                finish(result)
-                progress.unit_done()
-            if failures and failures[-1].errno in _FULL_DISK:
-                break
-        return failures
+                outcome = failure(0, error)
+            yield task, outcome
 
-    def _side_by_side(
-        self, tasks: Sequence[UnitTask], finish: Finish, progress: Progress, pool: Pool
-    ) -> list[Failure]:
-        failures: list[Failure] = []
-        waiting = deque(tasks)
+    def _side_by_side(self, waiting: deque[UnitTask], progress: Progress, pool: Pool) -> Iterator[_Outcome]:
         at_work: dict[int, UnitTask] = {}
         while waiting or at_work:
             while waiting and pool.free(1):
-                at_work[pool.submit(waiting[0])] = waiting[0]
-                waiting.popleft()
+                task = waiting.popleft()
+                at_work[pool.submit(task)] = task
             for event in pool.wait():
                 if isinstance(event, Reported):
                     progress.add(event.number)
-                elif isinstance(event, Done):
-                    del at_work[event.ticket]
-                    finish(event.value)
-                    progress.unit_done()
                 else:
-                    failures.append(Failure(at_work.pop(event.ticket), event.message, event.errno))
-                    if event.errno in _FULL_DISK:
-                        waiting.clear()
-        return failures
+                    yield at_work.pop(event.ticket), event
 
     def _chunks(self, task: UnitTask, pool: Pool, report: Report) -> Iterator[Any]:
         """Results of a unit's chunks, in order, done by the pool."""

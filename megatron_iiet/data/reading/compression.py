@@ -10,9 +10,8 @@ from typing import IO
 READ_BYTES = 1 << 18
 """Read at a time."""
 
-_ZSTD_MAGIC = 0xFD2FB528
-_SKIPPABLE_MAGIC = 0x184D2A50  # of 16 magic numbers, up to ...5F
-_RLE_BLOCK = 1
+_ZSTD_READ_BYTES = 1 << 12  # little: how far a file was read tells what its text takes on disk
+_CRUMB_BYTES = 1 << 8
 
 
 def decompressed_blocks(file: IO[bytes], name: str) -> Iterator[bytes]:
@@ -43,71 +42,24 @@ def _zstd_blocks(file: IO[bytes], name: str) -> Iterator[bytes]:
     """Blocks of all frames.
 
     The library's stream reader stops silently where a file was cut, and its decompression object gives
-    everything its input holds at once, which for 50 MB of repetitive text is a few kilobytes. So the frames
-    are walked here (RFC 8878) and handed over block by block: each is at most 128 KiB decompressed.
+    everything its input holds at once, which for 50 MB of repetitive text is a few kilobytes. So that is fed
+    crumbs: a block, 128 KiB decompressed, takes at least four bytes.
     """
     import zstandard
 
     context = zstandard.ZstdDecompressor(max_window_size=1 << 31)  # files made with --long
-    reader = _ExactReader(file, name)
+    frame = None
     try:
-        while magic := reader.read_or_end(4):
-            number = int.from_bytes(magic, "little")
-            if number & ~0xF == _SKIPPABLE_MAGIC:
-                reader.skip(int.from_bytes(reader.read(4), "little"))
-                continue
-            if number != _ZSTD_MAGIC:
-                raise ValueError(
-                    f"{name} is damaged zstd ({magic!r} is not the start of a frame); fetch the file again."
-                )
-            frame = context.decompressobj()
-            for piece in _frame_pieces(magic, reader):
-                if data := frame.decompress(piece):
-                    yield data
-            assert frame.eof, name  # the library saw the end where the walk did
+        while stored := file.read(_ZSTD_READ_BYTES):
+            for start in range(0, len(stored), _CRUMB_BYTES):
+                crumb = stored[start : start + _CRUMB_BYTES]
+                while crumb:
+                    frame = frame or context.decompressobj()
+                    data = frame.decompress(crumb)
+                    for at in range(0, len(data), READ_BYTES):
+                        yield data[at : at + READ_BYTES]
+                    crumb, frame = (frame.unused_data, None) if frame.eof else (b"", frame)
     except zstandard.ZstdError as error:
         raise ValueError(f"{name} is damaged zstd ({error}); fetch the file again.") from None
-
-
-def _frame_pieces(magic: bytes, reader: _ExactReader) -> Iterator[bytes]:
-    """A frame's header, then each of its blocks, then its checksum if it has one."""
-    descriptor = reader.read(1)
-    flags = descriptor[0]
-    single_segment = flags >> 5 & 1
-    window_bytes = 1 - single_segment
-    dictionary_bytes = (0, 1, 2, 4)[flags & 3]
-    size_bytes = (single_segment, 2, 4, 8)[flags >> 6]
-    yield magic + descriptor + reader.read(window_bytes + dictionary_bytes + size_bytes)
-    last = 0
-    while not last:
-        header = reader.read(3)
-        number = int.from_bytes(header, "little")
-        last, kind, size = number & 1, number >> 1 & 3, number >> 3
-        yield header + reader.read(1 if kind == _RLE_BLOCK else size)
-    if flags & 4:
-        yield reader.read(4)
-
-
-class _ExactReader:
-    """Reads all the bytes asked for or raises."""
-
-    def __init__(self, file: IO[bytes], name: str) -> None:
-        self._file = file
-        self._name = name
-
-    def read(self, size: int) -> bytes:
-        data = self._file.read(size)
-        if len(data) < size:
-            raise ValueError(
-                f"{self._name} is cut short: its last zstd frame has no end; fetch the file again."
-            )
-        return data
-
-    def read_or_end(self, size: int) -> bytes:
-        """``size`` bytes, or none at the end of the file."""
-        first = self._file.read(1)
-        return first and first + self.read(size - 1)
-
-    def skip(self, size: int) -> None:
-        while size:
-            size -= len(self.read(min(size, READ_BYTES)))
+    if frame:
+        raise ValueError(f"{name} is cut short: its last zstd frame has no end; fetch the file again.")

@@ -30,6 +30,11 @@ class InputFile:
     download: bool = False
     """Fetch the whole file to the hub's cache before reading it (hf:// only); else it is read as it comes."""
 
+    @property
+    def identity(self) -> list[str | int]:
+        """What records say of it: its first three fields."""
+        return [self.path, self.size, self.stamp]
+
 
 def list_inputs(patterns: Iterable[str]) -> list[InputFile]:
     """Files behind paths, folders and globs, local or as urls: in the order given, each pattern's sorted.

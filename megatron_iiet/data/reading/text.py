@@ -21,6 +21,7 @@ from typing import Any
 from megatron_iiet.data.reading.compression import decompressed_blocks
 from megatron_iiet.data.reading.long_text import LongText, parse_long_line
 from megatron_iiet.data.reading.sources import InputFile, open_input
+from megatron_iiet.data.tokenizers.base import lone_surrogate
 
 LONG_LINE_BYTES = 8 << 20
 """Longer lines are chunks of their own, and their texts are :class:`LongText`."""
@@ -112,8 +113,8 @@ class _LineBuffer:
     def __init__(self, path: str) -> None:
         self._path = path
         self.first_line = 1  # of what has not been given out
-        self._lines: list[bytes] = []  # whole lines, with their line breaks
-        self._size = 0  # bytes in _lines
+        self._lines: list[bytes] = []  # whole lines, up to the end of the last one with content
+        self._blank = b""  # the line break behind that, and blank lines
         self._open = BytesIO()  # start of a line whose end is to come
 
     def add(self, block: bytes, chunk_bytes: int) -> Iterator[Chunk]:
@@ -123,8 +124,8 @@ class _LineBuffer:
             end = block.find(b"\n")
             self._open.write(block if end < 0 else block[:end])
             is_long = self._open.tell() > LONG_LINE_BYTES
-            if is_long and self._lines:
-                yield self._take_lines()
+            if is_long:
+                yield from self._take_all()
             if end < 0:
                 return
             line = self._take_open()
@@ -137,50 +138,44 @@ class _LineBuffer:
         stop = block.rfind(b"\n") + 1
         self._keep(block[start:stop])
         self._open.write(block[stop:])
-        if self._size >= chunk_bytes:
+        if sum(map(len, self._lines)) >= chunk_bytes:
             yield from self._take_content()
 
     def rest(self) -> Iterator[Chunk]:
         """What is left at the end of the file, without blank lines at its end."""
         line = self._take_open()
         if len(line) > LONG_LINE_BYTES and not line.isspace():
-            if self._lines:
-                yield self._take_lines()
+            yield from self._take_all()
             yield self._chunk(line)
             return
         self._keep(line)
-        content = b"".join(self._lines).rstrip()
-        if content:
-            yield self._chunk(content)
+        yield from self._take_content()
 
     def _keep(self, lines: bytes) -> None:
-        if lines:
-            self._lines.append(lines)
-            self._size += len(lines)
+        if content := lines.rstrip():
+            self._lines += [self._blank, content]
+            self._blank = lines[len(content) :]
+        else:
+            self._blank += lines
 
     def _take_open(self) -> bytes:
         line = self._open.getvalue()  # the buffer itself, not a copy of it
         self._open = BytesIO()
         return line
 
-    def _take_lines(self) -> Chunk:
-        """All whole lines; for when more content follows."""
-        data = b"".join(self._lines)
-        self._lines, self._size = [], 0
-        return self._chunk(data[:-1])
+    def _take_all(self) -> Iterator[Chunk]:
+        """All whole lines, if there are any; for when more content follows."""
+        data = b"".join([*self._lines, self._blank])
+        self._lines, self._blank = [], b""
+        if data:
+            yield self._chunk(data[:-1])
 
     def _take_content(self) -> Iterator[Chunk]:
         """All whole lines but the blank ones at their end, which stay."""
-        lines, self._lines, self._size = self._lines, [], 0
-        blank = b""
-        while lines and not (content := lines[-1].rstrip()):
-            blank = lines.pop() + blank
-        if lines:
-            blank = lines[-1][len(content) :] + blank
-            lines[-1] = content
-            yield self._chunk(b"".join(lines))
-            blank = blank[blank.index(b"\n") + 1 :]
-        self._keep(blank)
+        if self._lines:
+            data = b"".join(self._lines)
+            self._lines, self._blank = [], self._blank.partition(b"\n")[2]
+            yield self._chunk(data)
 
     def _chunk(self, data: bytes) -> Chunk:
         chunk = Chunk(self._path, self.first_line, data)
@@ -274,10 +269,12 @@ def _source(row: dict[str, Any], key: str) -> str:
 def _string(row: dict[str, Any], key: str, option: str) -> str | LongText:
     """The text under a key; ``option`` is where the user gave the key."""
     text = row[key] if key in row else _nested(row, key, option)
-    if isinstance(text, str):
-        half = None if text.isascii() else _lone_surrogate(text)
-    elif isinstance(text, LongText):
+    half = None
+    if isinstance(text, LongText):
         half = text.lone_surrogate
+    elif isinstance(text, str):
+        if not text.isascii() and (at := lone_surrogate(text)) is not None:
+            half = text[at]
     else:
         found = "null" if text is None else f"{_json_excerpt(text)} ({type(text).__name__})"
         raise _BadLineError("not a string", f"{key!r} is {found}, not a string; repair or remove the line.")
@@ -297,15 +294,6 @@ def _nested(row: dict[str, Any], key: str, option: str) -> Any:
             raise _BadLineError("missing key", f"no key {key!r}, only {found}; check {option}.")
         value = value[name]
     return value
-
-
-def _lone_surrogate(text: str) -> str | None:
-    """The first half of a surrogate pair without its other half."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        return text[error.start]
-    return None
 
 
 def _json_excerpt(value: Any) -> str:

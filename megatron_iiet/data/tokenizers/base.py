@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, AnyStr
 
 import numpy as np
 import numpy.typing as npt
@@ -139,6 +139,18 @@ def split_text(text: str, limit: int = MAX_PART_CHARACTERS) -> Iterator[str]:
         yield text[start:cut]
         start = cut
     yield text[start:] if start else text
+
+
+def possible_merges(order: Mapping[AnyStr, float]) -> list[tuple[AnyStr, AnyStr]]:
+    """Every way to put a token together from two others: what is lower in ``order`` first, leftmost first."""
+    merges = [
+        (place, -cut, cut - len(token), token)
+        for token, place in order.items()
+        for cut in range(1, len(token))
+        if token[:cut] in order and token[cut:] in order
+    ]
+    merges.sort()
+    return [(token[:-cut], token[-cut:]) for _, cut, _, token in merges]
 
 
 def lone_surrogate(text: str) -> int | None:

@@ -91,14 +91,12 @@ class FastEncoder(Tokenizer):
         return self._exact
 
     def _encode_short(self, texts: list[str]) -> list[npt.NDArray[Any]]:
-        if not self._symbols:
-            return [self._fast.encode(text) for text in texts]
-        return [self._encode_one(text) for text in texts]
-
-    def _encode_one(self, text: str) -> npt.NDArray[Any]:
-        if any(symbol in text for symbol in self._symbols):
-            return self.exact.encode(text)
-        return self._fast.encode(text)
+        return [
+            self.exact.encode(text)
+            if any(symbol in text for symbol in self._symbols)
+            else self._fast.encode(text)
+            for text in texts
+        ]
 
     def decode(self, ids: npt.ArrayLike) -> str:
         return self.exact.decode(ids)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from megatron_iiet.data.tokenizers.base import NotSupportedError, Tokenizer
+from megatron_iiet.data.tokenizers.base import NotSupportedError, Tokenizer, possible_merges
 
 _SPACE = "▁"
 
@@ -94,6 +94,7 @@ def gigatoken_definition(content: bytes) -> tuple[bytes, tuple[str, ...]]:
     reached = texts_of(model, "NORMAL", "BYTE")
     vocabulary = {reached.get(number, f"\0{number}"): number for number in range(len(model.pieces))}
     unknown = f"\0{next(iter(texts_of(model, 'UNKNOWN')))}"
+    order = {text: -model.pieces[number].score for number, text in texts_of(model, "NORMAL").items()}
     prefix = [{"type": "Prepend", "prepend": _SPACE}] if model.normalizer_spec.add_dummy_prefix else []
     spaces = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
     definition = {
@@ -106,7 +107,7 @@ def gigatoken_definition(content: bytes) -> tuple[bytes, tuple[str, ...]]:
             "fuse_unk": True,
             "byte_fallback": True,
             "vocab": vocabulary,
-            "merges": _merges(model),
+            "merges": possible_merges(order),  # as SentencePiece would merge them
         },
     }
     return json.dumps(definition, ensure_ascii=False).encode(), symbols
@@ -129,16 +130,3 @@ def _refuse_unsupported(model: Any, symbols: Sequence[str]) -> None:
     for complaint, applies in complaints.items():
         if applies:
             raise NotSupportedError(complaint)
-
-
-def _merges(model: Any) -> list[tuple[str, str]]:
-    """Every way to put a piece together from two, in the order in which SentencePiece would merge them."""
-    scores = {text: model.pieces[number].score for number, text in texts_of(model, "NORMAL").items()}
-    merges = [
-        (-score, -cut, cut - len(text), text)
-        for text, score in scores.items()
-        for cut in range(1, len(text))
-        if text[:cut] in scores and text[cut:] in scores
-    ]
-    merges.sort()
-    return [(text[:-cut], text[-cut:]) for _, cut, _, text in merges]

@@ -14,7 +14,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from megatron_iiet.data.tokenizers.base import BOS_NAMES, EOD_NAMES
+from megatron_iiet.data.tokenizers.base import BOS_NAMES, EOD_NAMES, possible_merges
 from megatron_iiet.data.tokenizers.hugging_face import HuggingFaceTokenizer
 
 _LINE = re.compile(rb"[A-Za-z0-9+/]+={0,2} [0-9]+")
@@ -170,13 +170,6 @@ def _read_side_file(path: Path, side_file: Path) -> tuple[str, dict[str, int]]:
 def _definition(ranks: dict[bytes, int], pattern: str, special_tokens: dict[str, int]) -> dict[str, Any]:
     """tokenizer.json of ranks: tiktoken merges whatever gives the token of lowest rank, leftmost first."""
     text = {token: "".join(map(_BYTE_CHARACTERS.__getitem__, token)) for token in ranks}
-    merges = [
-        (rank, -cut, token)
-        for token, rank in ranks.items()
-        for cut in range(1, len(token))
-        if token[:cut] in ranks and token[cut:] in ranks
-    ]
-    merges.sort()
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
     split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
     plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
@@ -192,7 +185,7 @@ def _definition(ranks: dict[bytes, int], pattern: str, special_tokens: dict[str,
             "type": "BPE",
             "ignore_merges": True,  # a word that is a token is that token
             "vocab": {**{text[token]: rank for token, rank in ranks.items()}, **special_tokens},
-            "merges": [(text[token[:-cut]], text[token[-cut:]]) for _, cut, token in merges],
+            "merges": [(text[left], text[right]) for left, right in possible_merges(ranks)],
         },
     }
 
