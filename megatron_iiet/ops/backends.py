@@ -106,13 +106,11 @@ def _fused(name: str, kernels: Any) -> Backend:
         if norm_weight is not None and norm_weight.dtype != torch.float32:
             storage = increments[0].dtype if residual is None else residual.dtype
             norm_weight = norm_weight if norm_weight.dtype == storage else norm_weight.float()
-        merged, normed, _ = FusedMergeNorm.apply(
-            kernels, residual, coefficients if increments else None, norm_weight, eps, *increments
-        )
-        if not increments:
-            assert residual is not None
-            merged = residual
-        return merged, None if norm_weight is None else normed
+        coefficients = coefficients if increments else None
+        results = FusedMergeNorm.apply(kernels, residual, coefficients, norm_weight, eps, *increments)
+        merged = results[0] if increments else residual
+        assert merged is not None
+        return merged, None if norm_weight is None else results[-2]
 
     def merge_gradients(
         gradient: Tensor, increments: Sequence[Tensor], coefficients: Tensor, wanted: bool
@@ -138,6 +136,7 @@ def resolve_backend(requested: str, device: torch.device | str = "cpu") -> tuple
     name = (kind if kind in ("cpu", "cuda") else "reference") if requested == "auto" else requested
     reason = _unsupported_reason(name, kind)
     if reason is None:
+        get_backend(name)  # before anything is compiled, which would be compiled again once it is there
         return name, "asked for" if requested == name else _describe(name)
     if requested == "auto":
         return "reference", f"plain torch; {reason}"

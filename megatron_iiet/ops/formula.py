@@ -13,9 +13,9 @@ from torch.autograd.function import once_differentiable
 class FusedMergeNorm(torch.autograd.Function):
     """``merge_norm`` of a fused backend.
 
-    ``apply(kernels, residual, coefficients, norm_weight, eps, *increments)`` → (merged, normed, rstd),
-    where the merge of no increments is empty. ``kernels`` has ``merge_norm`` and ``merge_norm_backward``
-    with the signatures of csrc/schema.cpp.
+    ``apply(kernels, residual, coefficients, norm_weight, eps, *increments)`` → merged, where there are
+    increments, then normed and rstd, where there is a weight: a compiler has gradients for all of them.
+    ``kernels`` has ``merge_norm`` and ``merge_norm_backward`` with the signatures of csrc/schema.cpp.
     """
 
     @staticmethod
@@ -27,21 +27,22 @@ class FusedMergeNorm(torch.autograd.Function):
         norm_weight: Tensor | None,
         eps: float,
         *increments: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         merged, normed, rstd = kernels.merge_norm(residual, increments, coefficients, norm_weight, eps)
         ctx.kernels = kernels
+        ctx.merges, ctx.norms = bool(increments), norm_weight is not None
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(rstd)
         # No copy of anything: the history is long.
         norm = (None, None) if norm_weight is None else (merged if increments else residual, rstd)
         ctx.save_for_backward(*norm, norm_weight, coefficients, *(() if coefficients is None else increments))
-        return merged, normed, rstd
+        return (merged,) * ctx.merges + (normed, rstd) * ctx.norms
 
     @staticmethod
     @once_differentiable
-    def backward(
-        ctx: Any, grad_merged: Tensor | None, grad_normed: Tensor | None, _: None
-    ) -> tuple[Any, ...]:
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
+        grad_merged = gradients[0] if ctx.merges else None
+        grad_normed = gradients[int(ctx.merges)] if ctx.norms else None
         _, for_residual, for_coefficients, for_weight, _, *for_increments = ctx.needs_input_grad
         if grad_merged is None and grad_normed is None:
             return (None,) * len(ctx.needs_input_grad)
