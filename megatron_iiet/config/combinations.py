@@ -144,10 +144,6 @@ def _batch_sentence(config: RunConfig, data_parallel_size: int) -> str:
     )
 
 
-def _grid(setup: Setup) -> int:
-    return setup.config.parallel.tensor * setup.config.parallel.pipeline
-
-
 def _batch_does_not_divide(setup: Setup) -> bool:
     unit = setup.config.training.micro_batch_size * setup.data_parallel_size
     return setup.config.training.global_batch_size % unit != 0
@@ -189,7 +185,7 @@ WORLD_RULES = (
         "a number of processes that is no multiple of `parallel.tensor` x `parallel.pipeline`",
         "every replica of the model takes that many",
         "a multiple",
-        lambda setup: setup.world_size % _grid(setup) != 0,
+        lambda setup: setup.world_size % (setup.config.parallel.tensor * setup.config.parallel.pipeline) != 0,
         _grid_sentence,
     ),
     Rule(

@@ -57,11 +57,6 @@ def key_changes() -> dict[str, Change]:
     return found
 
 
-def change_of(key: str) -> Change:
-    """What a change of a key, by dotted name, means to a run that has checkpoints."""
-    return key_changes()[key]
-
-
 def _similarity(word: str, candidate: str) -> float:
     full = difflib.SequenceMatcher(None, word, candidate).ratio()
     # A right key in the wrong section (or in none) must be found too: compare the last parts, at a

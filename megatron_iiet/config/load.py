@@ -49,8 +49,6 @@ class LoadedConfig:
 
     config: RunConfig
     """Complete and validated."""
-    config_path: Path | None
-    """The YAML file, if one was given."""
     ds_config_path: Path | None
     """The DeepSpeed JSON, if one was given; for :func:`megatron_iiet.config.deepspeed.load_ds_config`."""
     notes: tuple[str, ...] = ()
@@ -81,9 +79,9 @@ def load_config(
     settings = (_settings_of_file(files["config"]) if "config" in files else []) + overrides
     config, notes = build_config(settings)
     validate(config)
-    paths = {name: Path(files[name]) if name in files else None for name in ("config", "ds_config")}
+    ds_config_path = Path(files["ds_config"]) if "ds_config" in files else None
     accepted = _keys_to_accept(files["accept_changes"]) if "accept_changes" in files else ()
-    return LoadedConfig(config, paths["config"], paths["ds_config"], tuple(notes), accepted)
+    return LoadedConfig(config, ds_config_path, tuple(notes), accepted)
 
 
 def load_config_or_exit(

@@ -97,7 +97,7 @@ class SeveralEvaluations(SolverConfig):
 
 @dataclass
 class Iterating(Merging, SeveralEvaluations):
-    """Predicts, then corrects r times by fixed-point iteration (IIET)."""
+    """Predicts, then corrects r times by fixed-point iteration: what both readings of IIET share."""
 
     iterations: int | list[int] = key(3, FUNCTION)
     """Corrector iterations r: one number, one number per layer, or the file of a plan (.json) that
@@ -107,12 +107,31 @@ class Iterating(Merging, SeveralEvaluations):
     per layer. A stage with r = 0 in all layers is plain Transformer++ (no merge). The last r must equal
     `iterations`. null: one stage."""
 
+    kind: str = name_of_kind("iiet")
+    variant: str = name_of_kind("")
+
     corrects: ClassVar[bool] = True
+
+    @property
+    def system(self) -> str:
+        return f"kind {self.kind}, variant {self.variant}"
+
+    @property
+    def label(self) -> str:
+        counts = self.iterations if isinstance(self.iterations, list) else [self.iterations]
+        r = f"r = {counts[0]}"
+        if len(set(counts)) > 1:
+            r = f"{sum(counts)} iterations in {len(counts)} layers"
+        return f"IIET {self.variant}, {r}"
 
     @property
     def merges_without_iterations(self) -> bool:
         """Whether a layer with r = 0 still merges."""
         return True
+
+    def describe(self, iterations: Sequence[int]) -> str:
+        r = iterations[0] if len(set(iterations)) == 1 else list(iterations)
+        return f"{self.kind}, variant {self.variant}, r = {r}"
 
     def iterations_per_layer(self, layers: int) -> list[int]:
         return one_per_layer(self.iterations, layers)
@@ -243,31 +262,7 @@ class PCformer(Merging, SeveralEvaluations):
 
 
 @dataclass
-class _IterativeImplicitEuler(Iterating):
-    """What both readings of IIET share."""
-
-    kind: str = name_of_kind("iiet")
-    variant: str = name_of_kind("")
-
-    @property
-    def system(self) -> str:
-        return f"kind {self.kind}, variant {self.variant}"
-
-    @property
-    def label(self) -> str:
-        counts = self.iterations if isinstance(self.iterations, list) else [self.iterations]
-        r = f"r = {counts[0]}"
-        if len(set(counts)) > 1:
-            r = f"{sum(counts)} iterations in {len(counts)} layers"
-        return f"IIET {self.variant}, {r}"
-
-    def describe(self, iterations: Sequence[int]) -> str:
-        r = iterations[0] if len(set(iterations)) == 1 else list(iterations)
-        return f"{self.kind}, variant {self.variant}, r = {r}"
-
-
-@dataclass
-class IIET(_IterativeImplicitEuler, MergingAll):
+class IIET(Iterating, MergingAll):
     """Algorithm 1 of the IIET paper: predictor, then r fixed-point corrector iterations that merge the
     increments of earlier layers."""
 
@@ -297,7 +292,7 @@ class IIET(_IterativeImplicitEuler, MergingAll):
 
 
 @dataclass
-class ReleasedIIET(_IterativeImplicitEuler):
+class ReleasedIIET(Iterating):
     """What the IIET authors' released code computes: it merges LayerNorm-ed layer outputs."""
 
     variant: str = name_of_kind("released")

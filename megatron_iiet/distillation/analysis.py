@@ -16,7 +16,6 @@ from megatron_iiet.config.iteration_plan import IterationPlan
 from megatron_iiet.config.keys import join_or
 from megatron_iiet.config.schema import ParallelConfig
 from megatron_iiet.config.solvers import SOLVERS, Iterating
-from megatron_iiet.data.loader.batches import ValidationBatches
 from megatron_iiet.distillation import figures
 from megatron_iiet.distillation.influence import (
     Ablation,
@@ -27,8 +26,7 @@ from megatron_iiet.distillation.influence import (
 )
 from megatron_iiet.distillation.plans import PlanRequest, rank_correlation
 from megatron_iiet.distillation.texts import TextSet, open_text_set
-from megatron_iiet.evaluation import forward
-from megatron_iiet.evaluation.forward import ForwardModel
+from megatron_iiet.evaluation.forward import ForwardModel, forward_config
 from megatron_iiet.ops import chosen_backend
 from megatron_iiet.parallel import ParallelContext
 from megatron_iiet.parallel.launch import launch_environment
@@ -111,21 +109,18 @@ def prepare(options: Options, world_size: int) -> Prepared:
     source = open_model(options.model, "--model")
     full = full_iterations(source, options.model)
     options.request.check(source.config.model.num_layers, full)
-    config = forward_config(source.config, options, world_size)
+    length = options.sequence_length
+    config = forward_config(
+        source.config,
+        options.parallel,
+        options.precision,
+        length=source.config.data.sequence_length if length is None else length,
+        micro_batch_size=options.micro_batch_size,
+        world_size=world_size,
+        tokenizer=options.tokenizer or portable.tokenizer_path(source.config.data.tokenizer, options.model),
+    )
     text = open_text_set(options.data, config.data, config.model.vocab_size, options.sequences)
     return Prepared(source, config, text)
-
-
-def run(options: Options, prepared: Prepared, context: ParallelContext) -> Result:
-    """Do it on this process's place of the grid; every rank calls it."""
-    source, text = prepared.source, prepared.text
-    if context.is_main:
-        options.output.mkdir(parents=True, exist_ok=True)
-    batches = text.batches(options.sequences, options.micro_batch_size, context)
-    model = ForwardModel(
-        source, prepared.config, context, chosen_backend(context.device, tell=context.is_main)
-    )
-    return _measure(options, model, batches, {"model": source.description, "data": text.description})
 
 
 def full_iterations(source: Source, path: str) -> int:
@@ -152,37 +147,21 @@ def full_iterations(source: Source, path: str) -> int:
     return iterations[0]
 
 
-def forward_config(config: RunConfig, options: Options, world_size: int) -> RunConfig:
-    """A model's configuration with the grid, batches and precision of the measurement.
-
-    Raises:
-        ValueError: they do not fit the model or the number of processes.
-    """
-    length = options.sequence_length
-    return forward.forward_config(
-        config,
-        options.parallel,
-        options.precision,
-        length=config.data.sequence_length if length is None else length,
-        micro_batch_size=options.micro_batch_size,
-        world_size=world_size,
-        tokenizer=options.tokenizer or portable.tokenizer_path(config.data.tokenizer, options.model),
-    )
-
-
-def _measure(
-    options: Options, model: ForwardModel, batches: ValidationBatches, what: dict[str, str]
-) -> Result:
-    """The work behind all checks."""
-    config, context, request = model.config, model.context, options.request
+def run(options: Options, prepared: Prepared, context: ParallelContext) -> Result:
+    """The work behind all checks, on this process's place of the grid; every rank calls it."""
+    source, config, text = prepared.source, prepared.config, prepared.text
+    if context.is_main:
+        options.output.mkdir(parents=True, exist_ok=True)
+    batches = text.batches(options.sequences, options.micro_batch_size, context)
+    model = ForwardModel(source, config, context, chosen_backend(context.device, tell=context.is_main))
     layers, full = config.model.num_layers, iterations_per_layer(config)[0]
 
     def say(line: str) -> None:
         if context.is_main:
             print(line, flush=True)
 
-    say(f"model: {what['model']}: {layers} layers of {full} iterations, {config.training.precision}")
-    say(f"data: {what['data']}: {batches.samples} sequences of {config.data.sequence_length} tokens")
+    say(f"model: {source.description}: {layers} layers of {full} iterations, {config.training.precision}")
+    say(f"data: {text.description}: {batches.samples} sequences of {config.data.sequence_length} tokens")
     started = time.perf_counter()
     measured = measure_influence(model, batches, with_loss=options.ablation)
     seconds = time.perf_counter() - started
@@ -196,9 +175,14 @@ def _measure(
             f"iteration of each layer; about {passes * seconds:,.0f} s"
         )
         ablation = ablate(model, batches, full, measured.loss, say)
-    facts: dict[str, str | int] = {**what, "sequences": measured.sequences, "tokens": measured.tokens}
-    facts["sequence_length"] = config.data.sequence_length
-    plan = request.plan(measured, ablation, model.meta_model, config.data.sequence_length, facts)
+    facts: dict[str, str | int] = {
+        "model": source.description,
+        "data": text.description,
+        "sequences": measured.sequences,
+        "tokens": measured.tokens,
+        "sequence_length": config.data.sequence_length,
+    }
+    plan = options.request.plan(measured, ablation, model.meta_model, config.data.sequence_length, facts)
     if context.is_main:
         _report(options.output, measured, ablation, plan, config.training.precision, say)
     context.barrier()

@@ -61,13 +61,7 @@ def _draw_heat_map(rows: list[list[float]], plan: IterationPlan, path: Path) -> 
     for layer, iterate in np.ndindex(layers, iterates):
         color = "white" if scale(values[layer, iterate]) < _DARK else "black"
         axes.text(
-            iterate,
-            layer,
-            f"{values[layer, iterate]:.2g}",
-            ha="center",
-            va="center",
-            color=color,
-            fontsize=7,
+            iterate, layer, f"{values[layer, iterate]:.2g}", ha="center", va="center", color=color, fontsize=7
         )
     axes.set_xticks(range(iterates), ["predictor", *(str(i) for i in range(1, iterates))])
     axes.set_yticks(range(layers))

@@ -10,7 +10,7 @@ import torch
 from megatron_iiet.data.loader.batches import ValidationBatches
 from megatron_iiet.data.loader.inputs import Inputs, inputs_of
 from megatron_iiet.evaluation.forward import ForwardModel
-from megatron_iiet.models.diagnostics import InfluenceSums, add_up
+from megatron_iiet.models.diagnostics import InfluenceSums
 
 Values = dict[tuple[int, int], float]
 """By (layer, iterate)."""
@@ -72,7 +72,10 @@ def measure_influence(
         {key: value.cpu() for key, value in sums.iterates.items()},
         {key: value.cpu() for key, value in sums.layers.items()},
     )
-    influence, block_influence = add_up(model.context.world.gather_objects(on_cpu)).means()
+    total = InfluenceSums()
+    for part in model.context.world.gather_objects(on_cpu):
+        total.add(part)
+    influence, block_influence = total.means()
     return Measurement(
         influence,
         block_influence,

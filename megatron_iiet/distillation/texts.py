@@ -43,8 +43,8 @@ class TextSet:
             self.weights,
             samples=samples,
             micro_batch_size=micro_batch_size,
-            dp_rank=context.data_parallel_rank,
-            dp_size=context.data_parallel_size,
+            dp_rank=context.data.rank,
+            dp_size=context.data.size,
         )
 
 

@@ -84,10 +84,6 @@ class HarnessModel(TemplateLM):
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         return self.codec.encode(string)
 
-    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[Answer]:
-        answers: list[Answer] = super().loglikelihood(requests, disable_tqdm=True)
-        return answers
-
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         before, after = super()._encode_pair(context, continuation)
         if not after:  # one token spans both, and would belong to the context

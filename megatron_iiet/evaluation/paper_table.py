@@ -5,7 +5,6 @@ The paper's perplexity and mean accuracy are kept here; its figures of the singl
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -126,13 +125,9 @@ def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _perplexity(value: float | None) -> str:
-    return (
-        MISSING
-        if value is None
-        else f"{value:.2f}"
-        if math.isfinite(value) and value < 1e6
-        else f"{value:.3g}"
-    )
+    if value is None:
+        return MISSING
+    return f"{value:.2f}" if value < 1e6 else f"{value:.3g}"  # also of what is infinite or no number
 
 
 def _percent(value: float | None) -> str:

@@ -30,25 +30,16 @@ class TokenScores(NamedTuple):
 class Scorer(Protocol):
     """A model as the harness needs it."""
 
-    @property
-    def context(self) -> ParallelContext:
-        """Where this process stands; the replicas share the work."""
-
-    @property
-    def max_length(self) -> int:
-        """The longest input, in tokens."""
-
-    @property
-    def batch_size(self) -> int:
-        """Sequences of ``max_length`` at once."""
-
-    @property
-    def multiple(self) -> int:
-        """What the length of an input must be a multiple of."""
-
-    @property
-    def has_fixed_shape(self) -> bool:
-        """Whether every batch must be [batch_size, max_length + 1]."""
+    context: ParallelContext
+    """Where this process stands; the replicas share the work."""
+    max_length: int
+    """The longest input, in tokens."""
+    batch_size: int
+    """Sequences of ``max_length`` at once."""
+    multiple: int
+    """What the length of an input must be a multiple of."""
+    has_fixed_shape: bool
+    """Whether every batch must be [batch_size, max_length + 1]."""
 
     def score(self, batches: Sequence[Tensor]) -> Iterator[TokenScores]:
         """Scores of the tokens behind the first one: int64 [B, T + 1] → [B, T], for each batch in order;

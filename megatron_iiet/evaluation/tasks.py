@@ -224,10 +224,14 @@ def _load_one(manager: Any, name: str, file: Path) -> dict[str, Any]:
     try:
         return dict(manager.load([name]))
     except Exception as error:  # each reader of the datasets library has exceptions of its own
-        raise ValueError(
-            f"{file} cannot be read as the data of evaluation task '{name}' "
-            f"({_first_line(error.__cause__ or error)}); repair it or leave the task out"
-        ) from error
+        raise _unreadable(name, file, error) from error
+
+
+def _unreadable(name: str, file: Path, error: Exception) -> ValueError:
+    return ValueError(
+        f"{file} cannot be read as the data of evaluation task '{name}' "
+        f"({_first_line(error.__cause__ or error)}); repair it or leave the task out"
+    )
 
 
 def _check_rows(name: str, file: Path) -> None:
@@ -241,19 +245,15 @@ def _check_rows(name: str, file: Path) -> None:
                 kind, data_files={_SPLIT: str(file.resolve())}, cache_dir=cache, keep_in_memory=True
             )[_SPLIT]
         except Exception as error:
-            raise ValueError(
-                f"{file} cannot be read as the data of evaluation task '{name}' "
-                f"({_first_line(error.__cause__ or error)}); repair it or leave the task out"
-            ) from error
+            raise _unreadable(name, file, error) from error
     if not len(data):
         raise ValueError(f"{file}, the data of evaluation task '{name}', has no rows; put some there")
-    missing = [
-        field for field in (_BY_NAME[name].fields if name in _BY_NAME else ()) if field not in data.features
-    ]
+    wanted = _BY_NAME[name].fields if name in _BY_NAME else ()
+    missing = [field for field in wanted if field not in data.features]
     if missing:
         raise ValueError(
             f"{file}: its rows have no '{missing[0]}' but {', '.join(data.column_names)}; evaluation task "
-            f"'{name}' needs {', '.join(_BY_NAME[name].fields)}"
+            f"'{name}' needs {', '.join(wanted)}"
         )
 
 

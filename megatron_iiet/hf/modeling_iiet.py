@@ -337,6 +337,8 @@ def combine(residual_BTD: Tensor, increments: Sequence[Tensor], weights: Sequenc
 
 IncrementFn = Callable[[Tensor, int], Tensor]
 """F as a solver sees it: (y [B, T, D], which evaluation) → F(y) [B, T, D]."""
+Step = tuple[Tensor, Tensor | None]
+"""What a solver makes of a layer: (y_{n+1}, what later layers may merge, or None), [B, T, D]."""
 
 
 def _fp32_parameter(*shape: int) -> nn.Parameter:
@@ -363,7 +365,8 @@ class SolverLayerNorm(nn.LayerNorm):
 
 
 class Solver(nn.Module):
-    """Integrates one layer: ``forward(y, F, history)`` is (y_{n+1}, what later layers may merge, or None)."""
+    """Integrates one layer, by ``forward(y, F, history)``, as ``declared``, the configuration's ``solver``,
+    says."""
 
     keeps = False
     """Whether later layers merge what this one returns."""
@@ -374,6 +377,7 @@ class Solver(nn.Module):
 
     def __init__(self, config: IIETConfig, layer: int) -> None:
         super().__init__()
+        self.declared = cast(dict[str, Any], config.solver)
         self.layer = layer
         self.iterations = 0
 
@@ -387,12 +391,10 @@ class Euler(Solver):
 
     def __init__(self, config: IIETConfig, layer: int) -> None:
         super().__init__(config, layer)
-        normed = cast(dict[str, Any], config.solver)["output_norm"] == "layer"
+        normed = self.declared["output_norm"] == "layer"
         self.output_norm = SolverLayerNorm(config.hidden_size) if normed else None
 
-    def forward(
-        self, y_BTD: Tensor, increment: IncrementFn, history: History
-    ) -> tuple[Tensor, Tensor | None]:
+    def forward(self, y_BTD: Tensor, increment: IncrementFn, history: History) -> Step:
         y_BTD = y_BTD + increment(y_BTD, 0)
         return (y_BTD if self.output_norm is None else self.output_norm(y_BTD)), None
 
@@ -400,14 +402,8 @@ class Euler(Solver):
 class WeightSharing(Solver):
     """``repeats`` Euler steps in a row with the weights of one layer."""
 
-    def __init__(self, config: IIETConfig, layer: int) -> None:
-        super().__init__(config, layer)
-        self.repeats = cast(dict[str, Any], config.solver)["repeats"]
-
-    def forward(
-        self, y_BTD: Tensor, increment: IncrementFn, history: History
-    ) -> tuple[Tensor, Tensor | None]:
-        for i in range(self.repeats):
+    def forward(self, y_BTD: Tensor, increment: IncrementFn, history: History) -> Step:
+        for i in range(self.declared["repeats"]):
             y_BTD = y_BTD + increment(y_BTD, i)
         return y_BTD, None
 
@@ -439,7 +435,7 @@ class RungeKutta(Solver):
 
     def __init__(self, config: IIETConfig, layer: int) -> None:
         super().__init__(config, layer)
-        solver = cast(dict[str, Any], config.solver)
+        solver = self.declared
         self.order = int(solver["kind"][-1])
         self.classic = [0.5, 0.5] if self.order == 2 else [1 / 6, 1 / 3, 1 / 3, 1 / 6]
         self.coefficients = self.inner_coefficients = self.gate_weight = self.gate_bias = None
@@ -452,24 +448,16 @@ class RungeKutta(Solver):
             self.gate_bias = _fp32_parameter(1)
 
     def initial(self) -> dict[str, Tensor]:
+        values = {name: torch.zeros(gate.shape) for name, gate in self.named_parameters()}
         if self.coefficients is not None:
-            outer = {"coefficients": torch.ones(2) if self.order == 2 else torch.tensor(self.classic)}
-            if self.inner_coefficients is None:
-                return outer
-            rows = [
-                F.pad(torch.tensor([length]), (i, 0)) for i, length in enumerate(_STEP_LENGTHS[self.order])
-            ]
-            return {"inner_coefficients": torch.cat(rows), **outer}
-        if self.gate_weight is not None and self.gate_bias is not None:
-            return {
-                "gate_weight": torch.zeros(self.gate_weight.shape),
-                "gate_bias": torch.zeros(self.gate_bias.shape),
-            }
-        return {}
+            values["coefficients"] = torch.ones(2) if self.order == 2 else torch.tensor(self.classic)
+        if self.inner_coefficients is not None:
+            lengths = enumerate(_STEP_LENGTHS[self.order])
+            rows = [F.pad(torch.tensor([length]), (i, 0)) for i, length in lengths]
+            values["inner_coefficients"] = torch.cat(rows)
+        return values
 
-    def forward(
-        self, y_BTD: Tensor, increment: IncrementFn, history: History
-    ) -> tuple[Tensor, Tensor | None]:
+    def forward(self, y_BTD: Tensor, increment: IncrementFn, history: History) -> Step:
         stages = _runge_kutta_stages(self.order, y_BTD, increment, self.inner_coefficients)
         if self.gate_weight is not None and self.gate_bias is not None:
             first, second = stages
@@ -491,7 +479,7 @@ class PCformer(Solver):
 
     def __init__(self, config: IIETConfig, layer: int) -> None:
         super().__init__(config, layer)
-        solver = cast(dict[str, Any], config.solver)
+        solver = self.declared
         self.order = solver["predictor_order"]
         self.coefficient_init = solver["coefficient_init"]
         self.first = max(0, layer - KEPT_MERGED)
@@ -502,9 +490,7 @@ class PCformer(Solver):
         row = _initial_row(len(self.coefficients), self.coefficient_init)
         return {"gamma": torch.full((1,), 0.5), "coefficients": row}
 
-    def forward(
-        self, y_BTD: Tensor, increment: IncrementFn, history: History
-    ) -> tuple[Tensor, Tensor | None]:
+    def forward(self, y_BTD: Tensor, increment: IncrementFn, history: History) -> Step:
         stages = _runge_kutta_stages(self.order, y_BTD, increment)
         gamma, row = self.gamma.float(), self.coefficients.float()
         weights = [gamma * (1 - gamma) ** (self.order - i) for i in range(1, self.order + 1)]
@@ -527,7 +513,7 @@ class ImplicitEuler(Solver):
 
     def __init__(self, config: IIETConfig, layer: int) -> None:
         super().__init__(config, layer)
-        solver = cast(dict[str, Any], config.solver)
+        solver = self.declared
         self.coefficient_init = solver["coefficient_init"]
         self.normed_history = solver["history_norm"] == "rms"
         self.euler_predictor = solver.get("predictor") == "euler"  # dlcl has none
@@ -538,9 +524,7 @@ class ImplicitEuler(Solver):
     def initial(self) -> dict[str, Tensor]:
         return {"coefficients": _initial_row(self.layer + 1, self.coefficient_init)} if self.keeps else {}
 
-    def forward(
-        self, y_BTD: Tensor, increment: IncrementFn, history: History
-    ) -> tuple[Tensor, Tensor | None]:
+    def forward(self, y_BTD: Tensor, increment: IncrementFn, history: History) -> Step:
         f = increment(y_BTD, 0)
         if self.euler_predictor and self.iterations == 0:
             return y_BTD + f, self._kept(f)  # there is no corrector to merge in
@@ -574,7 +558,7 @@ class ReleasedImplicitEuler(Solver):
 
     def __init__(self, config: IIETConfig, layer: int) -> None:
         super().__init__(config, layer + 1)  # the formula counts from 1
-        solver = cast(dict[str, Any], config.solver)
+        solver = self.declared
         self.coefficient_init = solver["coefficient_init"]
         self.shared = solver["readout"] == "shared"
         width = config.num_hidden_layers + 1
@@ -599,9 +583,7 @@ class ReleasedImplicitEuler(Solver):
             values["unused_row_0"] = torch.stack((padded(0), padded(0)))
         return values
 
-    def forward(
-        self, y_BTD: Tensor, increment: IncrementFn, history: History
-    ) -> tuple[Tensor, Tensor | None]:
+    def forward(self, y_BTD: Tensor, increment: IncrementFn, history: History) -> Step:
         n = self.layer
         output = self.predictor_norm(y_BTD + increment(y_BTD, 0))
         row = self.coefficients.float()
@@ -718,8 +700,8 @@ class IIETDecoderLayer(GradientCheckpointingLayer):
 
     def forward(
         self, y_BTD: Tensor, *entries: Tensor, history: History | None = None, **context: Any
-    ) -> tuple[Tensor, Tensor | None]:
-        """``(y_{n+1}, what the layer keeps)``, [B, T, D]. What earlier layers kept comes as ``entries`` or
+    ) -> Step:
+        """Integrate the layer. What earlier layers kept comes as ``entries`` or
         as ``history``."""
         earlier: tuple[Tensor, Tensor] | None = None
         attention, mlp, shared = self.self_attn, self.mlp, self.kv_cache == "first"

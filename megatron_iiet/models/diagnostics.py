@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -52,11 +52,18 @@ def observe_iterates(model: Transformer, weights_B: Tensor | None = None) -> Ite
     ``weights_B``: of the sequences, e.g. those of a validation batch, whose fillers have none.
     """
     statistics = IterateStatistics()
+    with _observing(model, partial(statistics.add, weights_B=weights_B)):
+        yield statistics
+
+
+@contextmanager
+def _observing(model: Transformer, observer: Callable[[int, int, Tensor, Tensor], None]) -> Iterator[None]:
+    """Inside the block ``observer`` is called with the layer and what its solver shows of every iterate."""
     for n, solver in model.solvers.items():
-        solver.observer = partial(statistics.add, n, weights_B=weights_B)
+        solver.observer = partial(observer, n)
     try:
         with torch.no_grad():
-            yield statistics
+            yield
     finally:
         for solver in model.solvers.values():
             solver.observer = None
@@ -108,24 +115,12 @@ def observe_influence(model: Transformer, counted_BT: Tensor) -> Iterator[Influe
     hooks = [
         layer.register_forward_hook(partial(on_layer, int(name))) for name, layer in model.layers.items()
     ]
-    for n, solver in model.solvers.items():
-        solver.observer = partial(on_iterate, n)
     try:
-        with torch.no_grad():
+        with _observing(model, on_iterate):
             yield sums
     finally:
         for hook in hooks:
             hook.remove()
-        for solver in model.solvers.values():
-            solver.observer = None
-
-
-def add_up(parts: Iterable[InfluenceSums]) -> InfluenceSums:
-    """The sum of several parts."""
-    total = InfluenceSums()
-    for part in parts:
-        total.add(part)
-    return total
 
 
 def one_minus_cosine(before: Tensor, after: Tensor) -> Tensor:

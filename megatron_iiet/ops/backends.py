@@ -29,7 +29,6 @@ class Backend:
     """What a backend computes; arguments are already checked. Shapes as in
     :func:`megatron_iiet.ops.merge_norm`."""
 
-    name: str
     merge_norm: Callable[..., tuple[Tensor, Tensor | None]]
     """(residual, increments, coefficients, norm_weight, eps) → (merged, normed); differentiable."""
     merge_gradients: Callable[[Tensor, Sequence[Tensor], Tensor, bool], tuple[Sequence[Tensor], Tensor]]
@@ -81,17 +80,15 @@ def _make_backend(name: str) -> Backend:
     if reason is not None:
         raise ValueError(f"backend '{name}' is not available here: {reason}")
     if name == "reference":
-        return Backend(
-            name, reference.merge_norm_reference, reference.merge_gradients, reference.transposed_merge
-        )
+        return Backend(reference.merge_norm_reference, reference.merge_gradients, reference.transposed_merge)
     if name == "triton":
         from megatron_iiet.ops import triton_kernels
 
-        return _fused(name, triton_kernels)
-    return _fused(name, torch.ops.megatron_iiet)
+        return _fused(triton_kernels)
+    return _fused(torch.ops.megatron_iiet)
 
 
-def _fused(name: str, kernels: Any) -> Backend:
+def _fused(kernels: Any) -> Backend:
     """A backend of kernels with the signatures of csrc/schema.cpp."""
 
     def merge_norm(
@@ -120,7 +117,7 @@ def _fused(name: str, kernels: Any) -> Backend:
         )
         return for_increments, for_coefficients
 
-    return Backend(name, merge_norm, merge_gradients, kernels.transposed_merge)
+    return Backend(merge_norm, merge_gradients, kernels.transposed_merge)
 
 
 def resolve_backend(requested: str, device: torch.device | str = "cpu") -> tuple[str, str]:

@@ -37,23 +37,13 @@ class ParallelContext:
     tensor: Group
     """Ranks that share this rank's matrices."""
     data: Group
-    """Ranks that hold the same parameters and read other samples."""
+    """Ranks that hold the same parameters and read other samples: the replicas that split a global batch."""
     pipeline: Group
     """Ranks that hold the other stages of this rank's model."""
     tied: Group
     """First and last rank of the pipeline, which both hold a tied embedding; alone in between."""
     tensor_parallel: TensorParallel
     """What layers are built with."""
-
-    @property
-    def data_parallel_rank(self) -> int:
-        """Rank among the replicas that split a global batch."""
-        return self.data.rank
-
-    @property
-    def data_parallel_size(self) -> int:
-        """Number of replicas that split a global batch."""
-        return self.data.size
 
     @property
     def is_main(self) -> bool:

@@ -5,12 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from megatron_iiet.config import (
-    ConfigError,
-    LoadedConfig,
-    RunConfig,
-    gradient_accumulation_steps,
-)
+from megatron_iiet.config import ConfigError, LoadedConfig, RunConfig, gradient_accumulation_steps
 from megatron_iiet.config.changes import ACCEPT_CHANGES
 from megatron_iiet.config.combinations import check_combination
 from megatron_iiet.config.deepspeed import load_ds_config, reconcile
@@ -156,8 +151,8 @@ def train_batches(config: RunConfig, corpora: Corpora, context: ParallelContext)
         corpora.weights,
         global_batch_size=config.training.global_batch_size,
         micro_batch_size=config.training.micro_batch_size,
-        data_parallel_rank=context.data_parallel_rank,
-        data_parallel_size=context.data_parallel_size,
+        data_parallel_rank=context.data.rank,
+        data_parallel_size=context.data.size,
         seed=config.training.seed,
         num_workers=config.data.num_workers,
         timeout=config.data.timeout,
@@ -194,8 +189,8 @@ def validation_batches(
         corpora.validation_weights,
         samples=samples,
         micro_batch_size=config.training.micro_batch_size,
-        dp_rank=context.data_parallel_rank,
-        dp_size=context.data_parallel_size,
+        dp_rank=context.data.rank,
+        dp_size=context.data.size,
     )
 
 

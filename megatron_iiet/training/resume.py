@@ -16,7 +16,7 @@ from megatron_iiet.config import (
     iterations_per_layer,
 )
 from megatron_iiet.config.changes import ACCEPT_CHANGES, Change
-from megatron_iiet.config.keys import change_of, section_names
+from megatron_iiet.config.keys import key_changes, section_names
 from megatron_iiet.config.schema import KINDS
 from megatron_iiet.config.solvers import Iterating, Merging, one_per_layer
 from megatron_iiet.data.corpora.identity import identity_difference
@@ -182,9 +182,9 @@ def differences(before: RunConfig, config: RunConfig, step: int) -> list[Differe
     old, new = _in_force(before), _in_force(config)
     shown_old, shown_new = _shown(before), _shown(config)
     found = [
-        Difference(key, shown_old[key], shown_new[key], change_of(key))
+        Difference(key, shown_old[key], shown_new[key], key_changes()[key])
         for key in old
-        if key in new and old[key] != new[key] and change_of(key) is not Change.FREE
+        if key in new and old[key] != new[key] and key_changes()[key] is not Change.FREE
     ]
     for section in KINDS:
         kind = f"{section}.kind"

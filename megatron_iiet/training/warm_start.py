@@ -7,31 +7,25 @@ makes masters from the module's bf16 working copy, so weights put into the modul
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-from torch import nn
+from dataclasses import asdict, dataclass, fields
 
 from megatron_iiet.config import ConfigError, RunConfig, iterations_per_layer
+from megatron_iiet.config.changes import Change, change_of_field
+from megatron_iiet.config.schema import ModelConfig
 from megatron_iiet.config.solvers import Iterating
-from megatron_iiet.models.solvers import Solver
 from megatron_iiet.models.transformer import Transformer
 from megatron_iiet.storage import portable
 from megatron_iiet.storage.source import Source, open_model
 
 INITIAL_WEIGHTS, TEACHER = "training.initial_weights", "distillation.teacher"
-# What a model's parameters are, or are multiplied with; longer rotary tables are the same function.
-_SHAPE = (
-    "hidden_size",
-    "ffn_hidden_size",
-    "num_layers",
-    "num_attention_heads",
-    "num_kv_heads",
-    "vocab_size",
-    "tie_embeddings",
-    "rotary_base",
-    "rms_norm_eps",
-)
-_CONFIG_KEYS = {"num_kv_heads": "num_key_value_heads"}
+# What a model's parameters are, or are multiplied with: not how many rows pad the vocabulary; the embedding's
+# scale has a sentence of its own.
+_SHAPE = [
+    declared.name
+    for declared in fields(ModelConfig)
+    if change_of_field(declared) is Change.FUNCTION
+    and declared.name not in ("vocab_multiple", "embedding_scale")
+]
 
 
 @dataclass(frozen=True)
@@ -138,11 +132,8 @@ def check_fits(source: Source, config: RunConfig, key: str, path: str) -> None:
         ConfigError: naming every difference.
     """
     there, here = source.config.model, config.model
-    differences = [
-        f"model.{_CONFIG_KEYS.get(k, k)} is {getattr(there, k)} there and {getattr(here, k)} here"
-        for k in _SHAPE
-        if getattr(there, k) != getattr(here, k)
-    ]
+    one, other = (asdict(m) | {"num_key_value_heads": m.num_kv_heads} for m in (there, here))
+    differences = [f"model.{k} is {one[k]} there and {other[k]} here" for k in _SHAPE if one[k] != other[k]]
     if differences:
         raise ConfigError(
             f"{key} is {path}, a model of another shape: {'; '.join(differences)}; "
@@ -164,18 +155,13 @@ def _means_the_same(name: str, there: Transformer, here: Transformer) -> bool:
         return True
     layer = int(name.split(".")[1])
     one, other = there.solvers[layer], here.solvers[layer]
-    shapes = [dict(solver.named_parameters()).get(name.split(".solver.")[1]) for solver in (one, other)]
-    related = isinstance(one, type(other)) or isinstance(other, type(one))
-    return related and _scale_of_history(one) == _scale_of_history(other) and _same_shape(*shapes)
-
-
-def _scale_of_history(solver: Solver) -> object:
-    """In what unit a solver's merge coefficients are, if it has a choice."""
-    return getattr(solver, "history_norm", None)
-
-
-def _same_shape(one: nn.Parameter | None, other: nn.Parameter | None) -> bool:
-    return one is not None and other is not None and one.shape == other.shape
+    if not (isinstance(one, type(other)) or isinstance(other, type(one))):
+        return False
+    # In what unit merge coefficients are, where there is a choice.
+    norms = [getattr(solver, "history_norm", None) for solver in (one, other)]
+    parameters = [dict(solver.named_parameters()).get(name.split(".solver.")[1]) for solver in (one, other)]
+    shapes = [None if parameter is None else parameter.shape for parameter in parameters]
+    return norms[0] == norms[1] and None not in shapes and shapes[0] == shapes[1]
 
 
 def _number(value: float) -> str:

@@ -66,7 +66,6 @@ def message_of(*arguments: str) -> str:
 def test_defaults_without_arguments() -> None:
     loaded = load_config([])
     assert loaded.config == RunConfig()
-    assert loaded.config_path is None
     assert loaded.ds_config_path is None
 
 
@@ -84,7 +83,6 @@ def test_command_line_wins_in_any_order(run_yaml: str, flags_first: bool) -> Non
     loaded = load_config(flags + file if flags_first else file + flags)
     assert loaded.config.optimizer.lr == 1e-3
     assert loaded.config.model.num_layers == 3
-    assert loaded.config_path == Path(run_yaml)
 
 
 def test_later_flag_wins() -> None:

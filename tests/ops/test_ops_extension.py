@@ -293,7 +293,7 @@ def broken(part: str, value: Callable[[Tensor], Tensor]) -> backends.Backend:
             else (gradient, value(products) if part == "products" else products)
         )
 
-    return backends.Backend("cpu", merge, good.merge_gradients, transposed)
+    return backends.Backend(merge, good.merge_gradients, transposed)
 
 
 class Backwards(torch.autograd.Function):
@@ -347,7 +347,7 @@ def test_a_backend_that_fails_its_self_check_is_not_chosen(monkeypatch: pytest.M
     def fail(*_: Any) -> Any:
         raise RuntimeError("no kernel image")
 
-    backend, real = backends.Backend("cpu", fail, fail, fail), backends.get_backend
+    backend, real = backends.Backend(fail, fail, fail), backends.get_backend
     monkeypatch.setattr(backends, "get_backend", lambda name: backend if name == "cpu" else real(name))
     monkeypatch.setattr(backends, "self_check", functools.cache(backends.self_check.__wrapped__))
     said = "its self-check on this device failed: no kernel image"

@@ -11,7 +11,7 @@ import pytest
 
 from megatron_iiet.config import ConfigError, RunConfig, config_from_dict, config_to_dict
 from megatron_iiet.config.changes import Change, change_of_field, key
-from megatron_iiet.config.keys import change_of, key_changes, key_types
+from megatron_iiet.config.keys import key_changes, key_types
 from megatron_iiet.config.kinds import own_keys
 from megatron_iiet.config.solvers import IIET, SOLVERS, PCformer, ReleasedIIET, SolverConfig
 from megatron_iiet.storage import checkpoint
@@ -154,7 +154,7 @@ def test_a_change_of_one_key(name: str) -> None:
     """Found under its own name alone and of its class, or not at all if it is free."""
     before = everything_in_force(name)
     found = differences(before, with_value(before, name, OTHER[name]), step=4)
-    expected = [] if change_of(name) is Change.FREE else [(name, change_of(name))]
+    expected = [] if key_changes()[name] is Change.FREE else [(name, key_changes()[name])]
     assert [(difference.key, difference.change) for difference in found] == expected
     assert differences(before, before, step=4) == []
 

@@ -291,8 +291,8 @@ def test_refuses_another_shape(tmp_path: Path) -> None:
         "model.ffn_hidden_size is 48 there and 64 here; "
         "model.num_key_value_heads is 2 there and 1 here; "
         "model.tie_embeddings is True there and False here; "
-        "model.rotary_base is 10000.0 there and 500000.0 here; "
         "model.rms_norm_eps is 1e-06 there and 1e-05 here; "
+        "model.rotary_base is 10000.0 there and 500000.0 here; "
         "give this run the same values, or another model"
     )
     for key, value in {

@@ -14,18 +14,7 @@ from megatron_iiet.models.solvers.released import ReleasedImplicitEuler
 from megatron_iiet.models.solvers.runge_kutta import RungeKutta
 from megatron_iiet.models.solvers.weight_sharing import WeightSharing
 
-__all__ = [
-    "DLCL",
-    "Euler",
-    "ImplicitEuler",
-    "IncrementFn",
-    "PCformer",
-    "ReleasedImplicitEuler",
-    "RungeKutta",
-    "Solver",
-    "WeightSharing",
-    "build_solver",
-]
+__all__ = ["IncrementFn", "ReleasedImplicitEuler", "Solver", "build_solver"]
 
 _MODULES: dict[type[solvers.SolverConfig], type[Solver[Any]]] = {
     solvers.Euler: Euler,
