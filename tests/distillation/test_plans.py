@@ -276,6 +276,7 @@ def test_version_1_is_read(folder: Path) -> None:
         ({"version": 3}, "plan.json is an iteration plan of version 3, but versions up to 2 are read here; use the release that wrote it"),
         ({"ranking": "luck"}, "plan.json is not a usable iteration plan: ranking is 'luck', but must be one of cosine, loss"),
         ({"threshold": "x"}, "plan.json is not a usable iteration plan: 'x' stands where a number must be"),
+        ({"threshold": float("nan")}, "plan.json is not a usable iteration plan: nan stands where a number must be"),
         ({"measured_on": [1]}, "plan.json is not a usable iteration plan: [1] stands where a mapping must be"),
         ({"loss_increase": [[0, 1]]}, "plan.json is not a usable iteration plan: loss_increase must list [layer, iterate, value] triples"),
         ({"loss_increase": [[0, 4, 0.1]]}, "plan.json is not a usable iteration plan: loss_increase names iterate 4 of layer 0, but the plan has 3 layers and full = 3"),
