@@ -83,6 +83,17 @@ def test_flops_of_e_iiet() -> None:
     assert model.head_flops(length) == 2 * d * 32000 * length
 
 
+@pytest.mark.parametrize(
+    "solver", [{"kind": "iiet", "iterations": 3}, {"kind": "weight-sharing", "repeats": 4}]
+)
+def test_evaluations_with_the_keys_of_the_first_make_none(solver: dict[str, Any]) -> None:
+    """Two d x d matrices less in each of the three later ones of every layer."""
+    d, length = 1024, 512
+    less = 24 * 3 * 2 * (2 * d * d) * length
+    full = sized("340M", **solver).layer_flops(length)
+    assert sized("340M", **solver, key_values="first").layer_flops(length) == full - less
+
+
 def test_initial_weights_depend_on_seed_and_name_only(build: Build) -> None:
     def weights(model: Transformer) -> dict[str, torch.Tensor]:
         return {n: p.detach().clone() for n, p in model.named_parameters() if ".solver." not in n}

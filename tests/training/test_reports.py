@@ -10,12 +10,14 @@ from typing import Any, cast
 import pytest
 
 from megatron_iiet.config import RunConfig
+from megatron_iiet.evaluation import harness
+from megatron_iiet.evaluation.harness import TaskResults
 from megatron_iiet.models import Transformer
 from megatron_iiet.models.diagnostics import IterateStatistics
 from megatron_iiet.models.pipeline import stage_plan
 from megatron_iiet.parallel.group import Group
 from megatron_iiet.parallel.tensor import TensorParallel
-from megatron_iiet.training.callbacks import SolverDiagnostics
+from megatron_iiet.training.callbacks import SolverDiagnostics, tasks
 from megatron_iiet.training.callbacks.logging import _clock
 from megatron_iiet.training.engine import Engine
 from megatron_iiet.training.layout import describe_layout
@@ -165,3 +167,38 @@ def test_another_layout_in_words() -> None:
         "  changed since then: ZeRO stage: 2 → 3",
     ]
     assert describe_other_layout(found, {**there, "tensor": 2}) == []  # the configuration says that
+
+
+@pytest.mark.parametrize(
+    ("limit", "shown"), [(None, "all rows"), (5, "the first 5 rows of each")], ids=["all", "limited"]
+)
+def test_tasks_are_said_by_the_metric_that_the_paper_reports(
+    limit: int | None,
+    shown: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Of a task that the paper does not have, by its first one; all of them are recorded."""
+    metrics = {"piqa": {"acc": 0.25, "acc_norm": 0.5}, "boolq": {"acc": 0.75, "f1": 0.125}}
+    limits: list[int | None] = []
+
+    def run_tasks(model: object, loaded: object, *, limit: int | None, errors: bool) -> TaskResults:
+        limits.append(limit)
+        return TaskResults(metrics, {"piqa": 1, "boolq": 1})
+
+    monkeypatch.setattr(tasks, "_load", lambda config: {"tasks": dict.fromkeys(metrics)})
+    monkeypatch.setattr(tasks, "load_tokenizer", lambda path: SimpleNamespace(eod_id=0))
+    monkeypatch.setattr(tasks, "EngineScorer", lambda engine, config: None)
+    monkeypatch.setattr(harness, "run_tasks", run_tasks)
+    run = bare_run(tmp_path / "run", evaluation={"tasks_interval": 3, "tasks_limit": limit})
+    train(run, [tasks.TaskEvaluation(run.config)])
+    run.close()
+    assert limits == [limit] * 3
+    log = read_log(tmp_path / "run")
+    assert list(log) == [3, 6, 8]
+    assert log[8]["tasks/piqa/acc"] == 0.25
+    assert log[8]["tasks/boolq/f1"] == 0.125
+    said = capsys.readouterr().out.splitlines()
+    assert f"evaluation tasks: piqa, boolq on {shown}, every 3 steps" in said
+    assert "step      3 | piqa acc_norm 0.5000 | boolq acc 0.7500" in said
