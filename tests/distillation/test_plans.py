@@ -89,6 +89,19 @@ def test_every_rule(request_: PlanRequest, iterations: tuple[int, ...], budget: 
     assert plan.ranking == request_.ranking
 
 
+@pytest.mark.parametrize(
+    "request_",
+    [
+        PlanRequest(budget=0),
+        PlanRequest(budget=9),
+        PlanRequest(flops_ratio=0.25),
+        PlanRequest(flops_ratio=1.0),
+    ],
+)
+def test_the_ends_of_the_ranges_are_allowed(request_: PlanRequest) -> None:
+    request_.check(3, 3)
+
+
 def test_what_an_iteration_is_worth() -> None:
     """The rises of a layer's iterations add up to what it loses with all of them."""
     found = Ablation(2.0, {(0, 1): 2.7, (0, 2): 2.2, (0, 3): 1.9}).increase
