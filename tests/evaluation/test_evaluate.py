@@ -231,6 +231,7 @@ def test_what_is_printed_and_written(model: Path, data: Path, capsys: pytest.Cap
     assert "reports no model of this size" in report
     written = json.loads((folder / "results.json").read_text())
     assert written["tasks"]["piqa"]["metrics"] == results.metrics["piqa"]
+    assert set(results.metrics["piqa"]) == {"acc", "acc_stderr", "acc_norm", "acc_norm_stderr"}
     assert {task["rows"] for task in written["tasks"].values()} == {3}
     assert written["mean_accuracy"] == mean_accuracy(results.metrics)
     assert (written["limit"], written["max_length"], written["precision"]) == (3, 128, "fp32")
