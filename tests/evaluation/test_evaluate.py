@@ -125,6 +125,16 @@ def test_bad_data(name: str, content: str | None, message: str, tmp_path: Path) 
         load_tasks([name], tmp_path)
 
 
+def test_a_file_without_rows(tmp_path: Path) -> None:
+    import pandas as pd
+
+    pd.DataFrame({"text": pd.Series([], dtype="str")}).to_parquet(tmp_path / "lambada_openai.parquet")
+    with pytest.raises(
+        ValueError, match=r"parquet, the data of evaluation task 'lambada_openai', has no rows;"
+    ):
+        load_tasks(["lambada_openai"], tmp_path)
+
+
 def test_no_folder_of_data(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"nowhere does not exist; name one with NAME.jsonl"):
         find_data(["piqa"], tmp_path / "nowhere")
