@@ -125,13 +125,10 @@ def test_bad_data(name: str, content: str | None, message: str, tmp_path: Path) 
         load_tasks([name], tmp_path)
 
 
-def test_a_file_without_rows(tmp_path: Path) -> None:
-    import pandas as pd
-
-    pd.DataFrame({"text": pd.Series([], dtype="str")}).to_parquet(tmp_path / "lambada_openai.parquet")
-    with pytest.raises(
-        ValueError, match=r"parquet, the data of evaluation task 'lambada_openai', has no rows;"
-    ):
+@pytest.mark.parametrize(("suffix", "content"), [("jsonl", ""), ("jsonl", "\n"), ("json", "[]")])
+def test_a_file_without_rows(suffix: str, content: str, tmp_path: Path) -> None:
+    (tmp_path / f"lambada_openai.{suffix}").write_text(content)
+    with pytest.raises(ValueError, match=rf"lambada_openai\.{suffix}.* of evaluation task 'lambada_openai'"):
         load_tasks(["lambada_openai"], tmp_path)
 
 
