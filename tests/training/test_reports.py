@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+import torch
 
 from megatron_iiet.config import RunConfig
 from megatron_iiet.evaluation import harness
@@ -157,6 +159,17 @@ def test_a_teacher_in_words(tmp_path: Path) -> None:
         f"teacher: model here, solver iiet, a forward pass of {(3 * layers + head) / (layers + head):.2f} x "
         "the student's FLOPs; loss CE + 0.5 MSE + 2 KL at temperature 3"
     )
+
+
+def test_coefficient_norms_are_euclidean_and_of_what_is_trained() -> None:
+    named = {
+        "layers.1.solver.coefficients": torch.nn.Parameter(torch.tensor([3.0, -4.0])),
+        "layers.2.solver.coefficients": torch.nn.Parameter(torch.ones(3), requires_grad=False),
+        "norm.weight": torch.nn.Parameter(torch.ones(2)),
+    }
+    names = {parameter: name for name, parameter in named.items()}
+    told = SimpleNamespace(_names=names, _gathered=lambda parameters: nullcontext(), context=alone())
+    assert Engine.coefficient_norms(cast(Engine, told)) == {"layers.1.solver.coefficients": 5.0}
 
 
 def test_another_layout_in_words() -> None:
