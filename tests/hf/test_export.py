@@ -340,6 +340,10 @@ class TestRefusals:
                 "solver.iterations lists 2 numbers, but model.num_layers is 4; give one",
             ),
             (
+                {"iterations": [2, 2]},  # of one number, which must not stand for all layers
+                "solver.iterations lists 2 numbers, but model.num_layers is 4; give one",
+            ),
+            (
                 {"iterations": [1, 2, -1, 0]},
                 "solver.iterations is [1, 2, -1, 0], but iteration counts must be",
             ),
