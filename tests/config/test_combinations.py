@@ -83,6 +83,18 @@ ERRORS: list[tuple[dict[str, Any], dict[str, Any], int, str]] = [
         12,
         "training.global_batch_size is 128, but must be a multiple of training.micro_batch_size times the data-parallel ranks, 8 x 3 = 24; set it to 120 or 144, or start 8 or 16 ranks",
     ),
+    (
+        T2P2,
+        Z1,
+        20,
+        "training.global_batch_size is 128, but must be a multiple of training.micro_batch_size times the data-parallel ranks, 8 x 5 = 40; set it to 120 or 160, or start 16 or 32 ranks",
+    ),
+    (
+        {"parallel__pipeline": 3, "model__num_layers": 4},
+        Z1,
+        4,
+        "the number of processes is 4, but must be a multiple of parallel.tensor x parallel.pipeline, 1 x 3 = 3; start 3 or 6 or set parallel.pipeline to 2 or 4",
+    ),
     # --- DeepSpeed: layout ---
     (
         P2,

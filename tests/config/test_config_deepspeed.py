@@ -194,6 +194,10 @@ RECONCILE_ERRORS: list[tuple[dict[str, Any], str]] = [
         "zero_optimization.stage is 4 in ds.json, but must be 0, 1, 2 or 3",
     ),
     (
+        {"zero_optimization": {"stage": True}},
+        "zero_optimization.stage is true in ds.json, but must be 0, 1, 2 or 3",
+    ),
+    (
         {"zero_optimization": {"stage": "auto"}},
         'zero_optimization.stage is "auto" in ds.json, but must be 0, 1, 2 or 3',
     ),

@@ -123,6 +123,13 @@ def test_launcher_arguments_are_accepted(flag: str) -> None:
     assert loaded.config == RunConfig()
 
 
+def test_a_file_given_twice_under_one_name_is_one() -> None:
+    loaded = load_config(
+        ["--ds-config", "ds.json", "--deepspeed_config", "ds.json"]
+    )  # as a launcher repeats it
+    assert loaded.ds_config_path == Path("ds.json")
+
+
 def test_empty_file_and_empty_section(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text("# nothing\n")

@@ -114,6 +114,16 @@ def test_samples_are_decoded(tmp_path: Path, sentencepiece_model: Path) -> None:
         summarize(foreign, tokenizer)
 
 
+def test_a_sample_that_is_shown_in_part_ends_in_dots(tmp_path: Path, sentencepiece_model: Path) -> None:
+    tokenizer = load_tokenizer(sentencepiece_model)
+    word = int(tokenizer.encode("the the")[-1])
+    prefix = write(tmp_path / "a", [[[word] * 100, [word] * 101]], vocab_size=tokenizer.vocab_size)
+    lines = str(summarize(prefix, tokenizer, samples=2)).splitlines()
+    whole, part = (lines[lines.index(f"  document {n} ({100 + n} tokens):") + 1] for n in (0, 1))
+    assert not whole.endswith(" ...")
+    assert part == f"{whole} ..."
+
+
 def test_verify_tells_what_it_checked(corpus: Path) -> None:
     result = verify(corpus)
     assert (result.num_defects, result.defects, result.unchecked) == (0, [], [])

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from megatron_iiet.data.preprocess import PreprocessOptions, PreprocessReport, dedup, preprocess
 from megatron_iiet.data.preprocess.chunks import Filters, text_digest
 from megatron_iiet.data.preprocess.dedup import DigestFiles, Duplicates, find_duplicates
-from megatron_iiet.data.reading.sources import InputFile
+from megatron_iiet.data.preprocess.sampling import estimate_tokens
+from megatron_iiet.data.reading.sources import InputFile, list_inputs
 from megatron_iiet.data.tokenizers.base import Tokenizer
 from megatron_iiet.data.tokenizers.loading import load_tokenizer
 from tests.data.inputs import make_texts
@@ -101,6 +102,19 @@ def test_an_estimate_counts_ends_of_documents(
     (line,) = (line for line in lines if line.startswith("sample: "))
     counted = int(line.split("by ")[1].split()[0].replace(",", ""))
     assert counted == sum(map(len, encoded(tokenizer, TEXTS))) + append_eod * len(TEXTS)
+
+
+def test_an_estimate_looks_at_inputs_from_the_first_to_the_last(
+    options: PreprocessOptions, tmp_path: Path, tokenizer: Tokenizer
+) -> None:
+    """At every second of 31; file n has n + 1 rows."""
+    names = [tmp_path / f"{number:02}.jsonl" for number in range(31)]
+    for number, name in enumerate(names):
+        write_rows(name, ({"text": text} for text in TEXTS[: number + 1]))
+    found = estimate_tokens(list_inputs([str(name) for name in names]), options, tokenizer)
+    each = [ids.size + options.append_eod for ids in tokenizer.encode_batch(TEXTS[:31])]
+    assert found.inputs == 16
+    assert found.tokens == sum(sum(each[: number + 1]) for number in range(0, 31, 2))
 
 
 @pytest.mark.slow

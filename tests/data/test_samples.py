@@ -179,6 +179,7 @@ def test_kinds(make_shard: MakeShard, documents: str) -> None:
     [
         (3, [0.5, 0.4], r"data\.split is \[0\.5, 0\.4\]; give three shares"),
         (3, [0.5, 0.4, 0.2], "sum 1"),
+        (3, [0.5, 0.3, 0.1], "sum 1"),
         (3, [1.1, -0.1, 0.0], "none negative"),
         (3, [float("nan"), 0.5, 0.5], "give three shares"),
         (0, [1, 0, 0], r"data\.sequence_length is 0"),
@@ -214,6 +215,14 @@ def test_an_id_that_the_model_does_not_know_is_named(make_shard: MakeShard, docu
         _ = [read(train, index) for index in range(len(train))]
     known = build_splits(prefix, 3, [1, 0, 0], documents, vocab_size=43).train
     assert max(max(read(known, index)[0]) for index in range(len(known))) == 42
+
+
+@pytest.mark.parametrize("documents", list(KINDS))
+def test_the_first_id_behind_the_vocabulary_is_refused(make_shard: MakeShard, documents: str) -> None:
+    """Where no larger one is beside it."""
+    train = build_splits(make_shard([18]), 17, [1, 0, 0], documents, vocab_size=17).train
+    with pytest.raises(UnknownTokenError, match=r"holds the id 17 \(document 0, its token 17\)"):
+        read(train, 0)
 
 
 def test_a_negative_id_is_named(tmp_path: Path) -> None:

@@ -24,11 +24,13 @@ from megatron_iiet.config import RunConfig, config_from_file, load_config
 from megatron_iiet.config.iteration_plan import IterationPlan
 from megatron_iiet.config.schema import DataConfig, ParallelConfig
 from megatron_iiet.data.corpora.indexed_writer import IndexedDatasetWriter
+from megatron_iiet.data.corpora.shard_list import write_shards
 from megatron_iiet.data.loader.batches import ValidationBatches
 from megatron_iiet.data.loader.inputs import Inputs, inputs_of
 from megatron_iiet.data.loader.samples import KINDS, build_splits
 from megatron_iiet.data.tokenizers.loading import load_tokenizer
-from megatron_iiet.distillation.analysis import Options, Result, analyse, prepare, run
+from megatron_iiet.distillation.analysis import Options, Result, _report, analyse, prepare, run
+from megatron_iiet.distillation.influence import Ablation, Measurement
 from megatron_iiet.distillation.plans import PlanRequest
 from megatron_iiet.distillation.texts import open_text_set, read_text
 from megatron_iiet.models import Transformer
@@ -301,6 +303,29 @@ def test_plain_text_is_one_document_and_no_more_is_read_than_needed(
     assert read_text(str(files["lines"]), tokenizer, 3).num_documents == 1
 
 
+@pytest.mark.parametrize("documents", KINDS)
+def test_as_much_of_a_text_is_read_as_the_sequences_take(
+    documents: str, data: dict[str, str], tmp_path: Path
+) -> None:
+    """Of documents of a few tokens, which do not make up for one that is missing."""
+    (tmp_path / "short.jsonl").write_text('{"text": "a"}\n' * 100)
+    config = DataConfig(tokenizer=data["tokenizer"], sequence_length=8, documents=documents)  # type: ignore[arg-type]
+    found = open_text_set(str(tmp_path / "short.jsonl"), config, 384, 5).sources[0]
+    assert len(found) >= 5
+    assert found.stream.num_tokens < 60, "all of it was read"
+
+
+def test_a_corpus_of_another_tokenizer_is_refused(data: dict[str, str], tmp_path: Path) -> None:
+    with IndexedDatasetWriter(tmp_path / "corpus", 300) as writer:
+        writer.add_document(np.arange(40))
+    write_shards(tmp_path / "corpus", [writer.shard], writer.dtype, {"tokenizer": {"digest": "0"}})
+    config = DataConfig(tokenizer=data["tokenizer"], sequence_length=8)
+    with pytest.raises(
+        ValueError, match=r"was made with the tokenizer .* \(digest 0\), but data.tokenizer is"
+    ):
+        open_text_set(str(tmp_path / "corpus"), config, 384, 100)
+
+
 @pytest.mark.parametrize(
     ("path", "changes", "message"),
     [
@@ -383,11 +408,19 @@ def test_the_tool(folders: dict[str, Path], data: dict[str, str], tmp_path: Path
     assert found["model"] == f"model {folders['paper']}"
     assert [len(row) for row in found["influence"]] == [3] * 4
     assert len(found["block_influence"]) == 4
-    assert [len(row) for row in found["ablation"]["increase"]] == [2] * 4
+    loss, without, increase = (found["ablation"][key] for key in ("loss", "loss_without", "increase"))
+    assert increase == [[one - two, two - loss] for one, two in without]
+    for layer, (one, two) in enumerate(without):
+        assert f"layer {layer}: loss {two - loss:+.5f} {one - loss:+.5f} with 1 to 0 iterations" in said
     plan = IterationPlan.read(out / "plan.json", layers=4)
     assert plan.influence == {(n, i): found["influence"][n][i] for n in range(4) for i in range(3)}
     assert list(plan.iterations) == found["plan"]
     assert (plan.evaluations, plan.method) == (8, "flops-ratio")  # 0.7 of 12 is 8.4
+    lines = said.splitlines()
+    head = lines.index("    layer  iterate 0  iterate 1  iterate 2      block       kept")
+    for layer, line in enumerate(lines[head + 1 : head + 5]):
+        numbers = [*found["influence"][layer], found["block_influence"][layer]]
+        assert line.split() == [str(layer), *(f"{n:.3g}" for n in numbers), str(found["plan"][layer])]
     for name in ("iteration_influence.png", "block_influence.png", "iterations.png"):
         assert (out / name).read_bytes().startswith(b"\x89PNG\r\n")
     # The cost comes before the work; a line for each layer after it.
@@ -398,6 +431,27 @@ def test_the_tool(folders: dict[str, Path], data: dict[str, str], tmp_path: Path
     assert f"r = {found['plan']}, 8 of 12 evaluations" in said
     argv = ["--config", str(folders["paper"] / "config.yaml"), "--solver.iterations", str(out / "plan.json")]
     assert load_config(argv).config.solver.iterations == found["plan"]
+
+
+def test_a_correlation_that_is_none_and_the_names_of_iterates(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Iterations of one influence cannot be ranked, which JSON says by null."""
+    from matplotlib import pyplot as plt
+
+    influence = {(n, i): 0.5 for n in range(2) for i in range(3)}
+    plan = IterationPlan((1, 2), 2, "budget", influence=influence)
+    measured = Measurement(influence, {0: 0.1, 1: 0.2}, 3, 48, 2.0)
+    ablation = Ablation(2.0, {(n, i): 2.0 + n + i for n in range(2) for i in (1, 2)})
+    figures = []
+    monkeypatch.setattr(plt, "close", figures.append)
+    _report(tmp_path, measured, ablation, plan, "fp32", lambda line: None)
+    monkeypatch.undo()
+    plt.close("all")
+    written = (tmp_path / "influence.json").read_text()
+    assert json.loads(written, parse_constant=pytest.fail)["ablation"]["rank_correlation"] is None
+    (heat_map, *_), *_ = (figure.axes for figure in figures)
+    assert [label.get_text() for label in heat_map.get_xticklabels()] == ["predictor", "1", "2"]
 
 
 @pytest.mark.parametrize(

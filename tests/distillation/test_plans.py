@@ -89,6 +89,19 @@ def test_every_rule(request_: PlanRequest, iterations: tuple[int, ...], budget: 
     assert plan.ranking == request_.ranking
 
 
+@pytest.mark.parametrize(
+    "request_",
+    [
+        PlanRequest(budget=0),
+        PlanRequest(budget=9),
+        PlanRequest(flops_ratio=0.25),
+        PlanRequest(flops_ratio=1.0),
+    ],
+)
+def test_the_ends_of_the_ranges_are_allowed(request_: PlanRequest) -> None:
+    request_.check(3, 3)
+
+
 def test_what_an_iteration_is_worth() -> None:
     """The rises of a layer's iterations add up to what it loses with all of them."""
     found = Ablation(2.0, {(0, 1): 2.7, (0, 2): 2.2, (0, 3): 1.9}).increase
@@ -276,6 +289,7 @@ def test_version_1_is_read(folder: Path) -> None:
         ({"version": 3}, "plan.json is an iteration plan of version 3, but versions up to 2 are read here; use the release that wrote it"),
         ({"ranking": "luck"}, "plan.json is not a usable iteration plan: ranking is 'luck', but must be one of cosine, loss"),
         ({"threshold": "x"}, "plan.json is not a usable iteration plan: 'x' stands where a number must be"),
+        ({"threshold": float("nan")}, "plan.json is not a usable iteration plan: nan stands where a number must be"),
         ({"measured_on": [1]}, "plan.json is not a usable iteration plan: [1] stands where a mapping must be"),
         ({"loss_increase": [[0, 1]]}, "plan.json is not a usable iteration plan: loss_increase must list [layer, iterate, value] triples"),
         ({"loss_increase": [[0, 4, 0.1]]}, "plan.json is not a usable iteration plan: loss_increase names iterate 4 of layer 0, but the plan has 3 layers and full = 3"),

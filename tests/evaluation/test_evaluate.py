@@ -4,19 +4,28 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
 import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
 
 from megatron_iiet.config.schema import ParallelConfig
-from megatron_iiet.evaluation.evaluate import Options, evaluate_model
+from megatron_iiet.evaluation.evaluate import Options, _as_data, evaluate_model
+from megatron_iiet.evaluation.harness import TaskResults
 from megatron_iiet.evaluation.models import ModelOptions, prepare_model
-from megatron_iiet.evaluation.paper_table import PAPER_SIZES, mean_accuracy, paper_size, paper_table
+from megatron_iiet.evaluation.paper_table import (
+    PAPER_SIZES,
+    all_metrics_table,
+    mean_accuracy,
+    paper_size,
+    paper_table,
+)
 from megatron_iiet.evaluation.tasks import PAPER_TASKS, find_data, load_tasks, task_names
 from megatron_iiet.models import Transformer
 from megatron_iiet.storage import portable
@@ -116,6 +125,13 @@ def test_bad_data(name: str, content: str | None, message: str, tmp_path: Path) 
         load_tasks([name], tmp_path)
 
 
+@pytest.mark.parametrize(("suffix", "content"), [("jsonl", ""), ("jsonl", "\n"), ("json", "[]")])
+def test_a_file_without_rows(suffix: str, content: str, tmp_path: Path) -> None:
+    (tmp_path / f"lambada_openai.{suffix}").write_text(content)
+    with pytest.raises(ValueError, match=rf"lambada_openai\.{suffix}.* of evaluation task 'lambada_openai'"):
+        load_tasks(["lambada_openai"], tmp_path)
+
+
 def test_no_folder_of_data(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"nowhere does not exist; name one with NAME.jsonl"):
         find_data(["piqa"], tmp_path / "nowhere")
@@ -184,6 +200,33 @@ def test_paper_sizes() -> None:
     assert sum(gains) / 2 == pytest.approx(2.65, abs=0.051)
 
 
+def test_all_metrics_with_their_standard_errors() -> None:
+    found = {
+        "piqa": {"acc": 0.5, "acc_stderr": 0.25, "acc_norm": 0.75},
+        "wikitext": {"word_perplexity": 2.5e6},
+    }
+    lines = all_metrics_table(found, {"piqa": 7, "wikitext": 3}).splitlines()
+    assert [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]] == [
+        ["piqa", "acc", "0.5000", "0.2500", "7"],
+        ["piqa", "acc_norm", "0.7500", "–", "7"],
+        ["wikitext", "word_perplexity", "2.5e+06", "–", "3"],
+    ]
+
+
+def test_a_metric_that_is_no_number_is_null_in_json() -> None:
+    results = TaskResults({"piqa": {"acc": 0.5, "acc_stderr": math.nan, "ppl": math.inf}}, {"piqa": 7})
+    prepared = cast(Any, SimpleNamespace(words="a model", system="IIET", hidden_size=1024, num_layers=24))
+    written = _as_data(Options(ModelOptions("nowhere")), prepared, results, 64, 1.5)
+    read = json.loads(json.dumps(written), parse_constant=pytest.fail)
+    assert read["tasks"]["piqa"]["metrics"] == {"acc": 0.5, "acc_stderr": None, "ppl": None}
+    assert read["paper"]["systems"]["IIET"] == {"perplexity": 25.0, "mean_accuracy_percent": 48.9}
+
+
+def test_a_limit_of_no_rows_is_refused() -> None:
+    with pytest.raises(ValueError, match="--limit is 0, but must be at least 1"):
+        evaluate_model(Options(ModelOptions("nowhere"), limit=0))
+
+
 def test_what_is_printed_and_written(model: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     results = evaluate_model(Options(ModelOptions(str(model)), ("paper",), data_dir=str(data), limit=3))
     printed = capsys.readouterr()
@@ -195,6 +238,7 @@ def test_what_is_printed_and_written(model: Path, data: Path, capsys: pytest.Cap
     assert "reports no model of this size" in report
     written = json.loads((folder / "results.json").read_text())
     assert written["tasks"]["piqa"]["metrics"] == results.metrics["piqa"]
+    assert set(results.metrics["piqa"]) == {"acc", "acc_stderr", "acc_norm", "acc_norm_stderr"}
     assert {task["rows"] for task in written["tasks"].values()} == {3}
     assert written["mean_accuracy"] == mean_accuracy(results.metrics)
     assert (written["limit"], written["max_length"], written["precision"]) == (3, 128, "fp32")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +13,8 @@ import torch
 from megatron_iiet.config.schema import ParallelConfig
 from megatron_iiet.data.tokenizers.loading import load_tokenizer
 from megatron_iiet.evaluation.evaluate import Options, evaluate_model
-from megatron_iiet.evaluation.models import ModelOptions, prepare_model
+from megatron_iiet.evaluation.models import ModelOptions, _hugging_face_codec, _own_codec, prepare_model
+from megatron_iiet.hf import folders
 from megatron_iiet.models import Transformer
 from megatron_iiet.parallel import ParallelContext
 from megatron_iiet.storage import portable
@@ -84,7 +87,10 @@ def test_a_length_that_two_ranks_cannot_share_is_shortened(model: Path, tasks: P
 def test_the_length_of_one_process_is_what_was_asked_for(model: Path) -> None:
     with ParallelContext.start() as context:
         assert prepare_model(ModelOptions(str(model), max_length=15), 1).load(context).max_length == 15
-        assert prepare_model(ModelOptions(str(model)), 1).load(context).max_length == 32
+        for length in (None, 32):
+            assert (
+                prepare_model(ModelOptions(str(model), max_length=length), 1).load(context).max_length == 32
+            )
 
 
 def test_what_a_text_without_context_follows(model: Path) -> None:
@@ -100,3 +106,47 @@ def test_what_a_text_without_context_follows(model: Path) -> None:
         "eos": tokenizer.eod_id,
     }
     assert {codec.end_id for codec in starts.values()} == {tokenizer.eod_id}
+
+
+def test_a_tokenizer_may_have_no_more_ids_than_the_model(model: Path) -> None:
+    path = str(model / "tokenizer.model")
+    size = load_tokenizer(path).vocab_size
+    assert _own_codec(path, size, ModelOptions("m")).end_id < size
+    with pytest.raises(
+        ValueError, match=rf"has {size} ids, but the model m knows {size - 1}; give the token"
+    ):
+        _own_codec(path, size - 1, ModelOptions("m"))
+
+
+def test_a_model_folder_has_no_steps(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(ValueError, match=f"--step is given, but --model {tmp_path} is a model folder, which"):
+        prepare_model(ModelOptions(str(tmp_path), step=3), 1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "start", "bos", "eos", "expected"),
+    [
+        ("llama", "auto", 1, 2, (1, 2)),
+        ("llama", "auto", None, 2, (2, 2)),
+        ("llama", "eos", 1, 2, (2, 2)),
+        ("llama", "auto", 1, None, (1, 1)),
+        ("iiet", "auto", 1, 2, (2, 2)),  # trained here, where documents follow an end-of-document token
+        ("iiet", "bos", 1, 2, (1, 2)),
+        ("iiet", "auto", 1, None, "has no eos token to condition a text without context on"),
+        ("llama", "bos", None, 2, "has no bos token"),
+    ],
+)
+def test_what_a_text_follows_in_a_hugging_face_folder(
+    kind: str, start: Any, bos: int | None, eos: int | None, expected: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = SimpleNamespace(bos_token_id=bos, eos_token_id=eos, encode=list)
+    monkeypatch.setattr(folders, "load_tokenizer", lambda path, trusted: tokenizer)
+    monkeypatch.setattr(folders, "read_fields", lambda path: {"model_type": kind})
+    options = ModelOptions("a folder", start=start)
+    if isinstance(expected, str):
+        with pytest.raises(ValueError, match=f"the tokenizer of a folder {expected}"):
+            _hugging_face_codec(options)
+        return
+    codec = _hugging_face_codec(options)
+    assert (codec.start_id, codec.end_id) == expected

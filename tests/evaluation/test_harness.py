@@ -22,7 +22,7 @@ from transformers import (
 from megatron_iiet import models
 from megatron_iiet.config import RunConfig, config_from_dict
 from megatron_iiet.config.schema import ParallelConfig
-from megatron_iiet.evaluation.harness import HarnessModel, TaskResults
+from megatron_iiet.evaluation.harness import HarnessModel, TaskResults, TextCodec
 from megatron_iiet.evaluation.models import ModelOptions, prepare_model
 from megatron_iiet.evaluation.scoring import noting_scores, score_tokens
 from megatron_iiet.evaluation.tasks import load_tasks, task_names
@@ -279,6 +279,15 @@ def test_scores_equal_a_loop_without_batches(harness_model: HarnessModel, iiet: 
     assert expected[3][1]
     assert not expected[0][1]
     assert [a[0] for a in found] == pytest.approx([a[0] for a in expected], rel=1e-4)
+
+
+def test_a_context_of_spaces_is_the_token_before_a_text() -> None:
+    """The spaces are the continuation's; what ends a document is another token."""
+    codec = TextCodec(lambda text: [ord(letter) for letter in text], start_id=1, end_id=2)
+    model = HarnessModel(SimpleNamespace(max_length=8), codec)  # type: ignore[arg-type]
+    assert model._encode_pair("  ", "b") == ([1], [32, 32, 98])
+    assert model._encode_pair("a", "b") == ([97], [98])
+    assert (model.prefix_token_id, model.eot_token_id) == (1, 2)
 
 
 def test_rolling_windows_score_each_token_once(harness_model: HarnessModel, iiet: Path) -> None:

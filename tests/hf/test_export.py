@@ -28,7 +28,8 @@ from megatron_iiet.hf.export import Extras, Written, export_folder, extras_of_to
 from megatron_iiet.models import Transformer
 from megatron_iiet.storage import portable
 from megatron_iiet.storage.hugging_face import import_llama
-from megatron_iiet.storage.hugging_face.shards import parse_bytes
+from megatron_iiet.storage.hugging_face.shards import parse_bytes, write_shards
+from megatron_iiet.storage.safetensors_stream import TensorToWrite
 
 torch.set_num_threads(1)
 
@@ -190,6 +191,24 @@ def test_shards_are_what_transformers_reads(tmp_path: Path) -> None:
     assert all(sizes[one] + sizes[two] > 5_000 for one, two in zip(sizes, list(sizes)[1:], strict=False))
 
 
+@pytest.mark.parametrize(("most", "files"), [(79, ["a", "b", "c"]), (80, ["ab", "c"]), (119, ["ab", "c"])])
+def test_a_file_is_as_full_as_it_may_be(most: int, files: list[str], tmp_path: Path) -> None:
+    tensors = {name: TensorToWrite.whole((10,), lambda: torch.zeros(10)) for name in "abc"}
+    names = write_shards(tmp_path, tensors, most)
+    where = json.loads((tmp_path / "model.safetensors.index.json").read_text())["weight_map"]
+    assert ["".join(name for name in "abc" if where[name] == file) for file in names] == files
+    assert write_shards(tmp_path, tensors, 120) == ["model.safetensors"]
+
+
+@pytest.mark.parametrize(("cache", "key_values"), [("all", "every"), ("last", "every"), ("first", "first")])
+def test_the_cache_that_makes_another_function_is_read(cache: str, key_values: str, tmp_path: Path) -> None:
+    """Of a folder whose configuration somebody has changed: attention sees the keys that are cached."""
+    export(build({"kind": "iiet", "iterations": 2}), tmp_path / "hf")
+    path = tmp_path / "hf" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "kv_cache": cache}))
+    assert import_llama(tmp_path / "hf")[0].solver.key_values == key_values  # type: ignore[attr-defined]
+
+
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_half_precision_keeps_the_solver_in_fp32(tmp_path: Path, dtype: str) -> None:
     model = build({"kind": "iiet", "variant": "released", "iterations": 1}, init_std=0.05)
@@ -319,6 +338,10 @@ class TestRefusals:
             ({"kind": "heun"}, "solver.kind is 'heun' in DIR/config.json, but must be 'euler', 'dlcl'"),
             (
                 {"iterations": [1, 2]},
+                "solver.iterations lists 2 numbers, but model.num_layers is 4; give one",
+            ),
+            (
+                {"iterations": [2, 2]},  # of one number, which must not stand for all layers
                 "solver.iterations lists 2 numbers, but model.num_layers is 4; give one",
             ),
             (

@@ -17,7 +17,14 @@ import torch
 
 from megatron_iiet.data.tokenizers.loading import load_tokenizer
 from megatron_iiet.hf.export import export_folder, extras_of_tokenizer
-from megatron_iiet.hf.generation import Sampling, TextGenerator, open_generator, own_codec
+from megatron_iiet.hf.generation import (
+    Sampling,
+    TextGenerator,
+    _Pieces,
+    hugging_face_codec,
+    open_generator,
+    own_codec,
+)
 from megatron_iiet.models import Transformer
 from megatron_iiet.storage import portable
 from tests.tiny import make_data, tiny_config
@@ -103,9 +110,63 @@ def test_it_ends_at_the_end_of_the_document_and_of_the_window(
 
     ended = TextGenerator(generator.model, replace(own_codec(tokenizer), eos_id=last))
     assert ended.generate("the", GREEDY, max_new_tokens=10).tokens == made.index(last) + 1
-    assert generator.generate("the", GREEDY, max_new_tokens=10**6).tokens == generator.window - len(prompt)
+    room = generator.window - len(prompt)
+    assert generator.generate("the", GREEDY, max_new_tokens=room + 1).tokens == room
     with pytest.raises(ValueError, match=r"the prompt has \d+ tokens, but the model knows 32 positions"):
         generator.generate("the " * generator.window, GREEDY)
+
+
+def test_a_prompt_that_just_fills_the_window_is_refused(
+    data: dict[str, str], generator: TextGenerator
+) -> None:
+    codec = replace(own_codec(load_tokenizer(data["tokenizer"])), encode=lambda prompt: [5] * int(prompt))
+    long = TextGenerator(generator.model, codec)
+    with pytest.raises(ValueError, match="the prompt has 32 tokens, but the model knows 32 positions"):
+        long.generate("32", GREEDY)
+    assert long.generate("31", GREEDY).tokens == 1
+
+
+class Bytes:
+    """Ids are bytes of UTF-8; 1 begins a text where it is asked to, and 0 ends one or nothing does."""
+
+    def __init__(self, eos: int | None, begins: bool) -> None:
+        self.eos_token_id, self._begins = eos, begins
+
+    def __len__(self) -> int:
+        return 256
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        return [1] * (self._begins and add_special_tokens) + list(text.encode())
+
+    def decode(self, ids: list[int], **_: bool) -> str:
+        return bytes(number for number in ids if number > 1).decode(errors="replace")
+
+
+def test_prompts_of_foreign_models_begin_as_their_tokenizers_say() -> None:
+    """Of ours behind the end of a document. Nothing can be continued that has no token at all."""
+    prompts = {
+        (eos, begins, ours): [hugging_face_codec(Bytes(eos, begins), ours).encode(text) for text in ("a", "")]
+        for eos, begins, ours in ((0, True, False), (0, False, False), (None, True, False), (0, True, True))
+    }
+    assert prompts == {
+        (0, True, False): [[1, 97], [1]],
+        (0, False, False): [[97], [0]],
+        (None, True, False): [[1, 97], [1]],
+        (0, True, True): [[0, 97], [0]],
+    }
+    with pytest.raises(ValueError, match="the prompt is empty and the tokenizer has no token to begin with"):
+        hugging_face_codec(Bytes(None, False), False).encode("")
+
+
+def test_half_a_character_is_not_written() -> None:
+    """é and € come byte by byte; what is cut off in the end is shown as such."""
+    pieces: list[str] = []
+    streamer = _Pieces(hugging_face_codec(Bytes(None, False), False), list(b"the "), pieces.append)
+    streamer.put(torch.tensor([list(b"the ")]))
+    for byte in "é €\N{EURO SIGN}".encode()[:-1]:
+        streamer.put(torch.tensor([byte]))
+    assert "".join(pieces) == "é €"
+    assert streamer.finish() == "".join(pieces) == "é €\N{REPLACEMENT CHARACTER}"
 
 
 @pytest.fixture
@@ -159,6 +220,13 @@ def test_refusals(folder: Path, tool: Callable[..., str], flags: list[str], sent
     shown = tool("--model", str(folder), *flags)
     assert shown.splitlines()[-1].startswith("error: ")
     assert sentence in shown
+
+
+def test_the_cache_of_a_foreign_model_is_its_own(tmp_path: Path, tool: Callable[..., str]) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    assert tool("--model", str(tmp_path), "--kv-cache", "last").strip() == (
+        f"error: --kv-cache is given, but {tmp_path} is no IIET; leave it out"
+    )
 
 
 def test_folders_that_are_refused(

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from megatron_iiet.config import config_from_dict
 from megatron_iiet.models import Transformer
-from megatron_iiet.models.diagnostics import observe_iterates
+from megatron_iiet.models.diagnostics import IterateStatistics, observe_iterates
 from megatron_iiet.parallel.vocabulary import IGNORED
 from megatron_iiet.storage.portable import without_padding
 from tests.models.conftest import Build, randomise_solvers
@@ -81,6 +81,17 @@ def test_flops_of_e_iiet() -> None:
     d, ffn, length = 1536, 4224, 512
     assert one == (2 * (4 * d * d + 3 * d * ffn) + 4 * d * length) * length
     assert model.head_flops(length) == 2 * d * 32000 * length
+
+
+@pytest.mark.parametrize(
+    "solver", [{"kind": "iiet", "iterations": 3}, {"kind": "weight-sharing", "repeats": 4}]
+)
+def test_evaluations_with_the_keys_of_the_first_make_none(solver: dict[str, Any]) -> None:
+    """Two d x d matrices less in each of the three later ones of every layer."""
+    d, length = 1024, 512
+    less = 24 * 3 * 2 * (2 * d * d) * length
+    full = sized("340M", **solver).layer_flops(length)
+    assert sized("340M", **solver, key_values="first").layer_flops(length) == full - less
 
 
 def test_initial_weights_depend_on_seed_and_name_only(build: Build) -> None:
@@ -184,6 +195,19 @@ def test_iterates_are_observed(build: Build, tokens: torch.Tensor) -> None:
     seen = dict(statistics.influence)
     model(tokens.flip(1))
     assert statistics.influence == seen
+
+
+def test_observed_means_are_of_the_sequences_that_count() -> None:
+    """Of three, one of which is a filler; zeros where all are."""
+    before, after = torch.randn(2, 3, 5, 8, generator=torch.Generator().manual_seed(0))
+
+    def observed(rows: slice, *weights: float) -> list[float]:
+        found = IterateStatistics()
+        found.add(0, 1, before[rows], after[rows], torch.tensor(weights) if weights else None)
+        return [found.relative_residual[0, 1], found.influence[0, 1]]
+
+    assert observed(slice(3), 1.0, 1.0, 0.0) == pytest.approx(observed(slice(2)))
+    assert observed(slice(3), 0.0, 0.0, 0.0) == [0.0, 0.0]
 
 
 def test_predictor_and_corrector_of_pcformer_are_observed(build: Build, tokens: torch.Tensor) -> None:

@@ -26,6 +26,8 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+import pytest
+
 from tests.mutants.faults import Fault, StaleFaultError, read_faults
 from tests.processes import end, guard
 
@@ -92,7 +94,9 @@ class Bench:
             status = self.run(fault.tests)
         finally:
             self._write(path, text)
-        return LATE if status is None else MISSED if status == 0 else FOUND
+        return (
+            LATE if status is None else MISSED if status in (0, pytest.ExitCode.NO_TESTS_COLLECTED) else FOUND
+        )
 
     def _write(self, path: Path, text: str) -> None:
         """With a time of its own, by which Python knows that its byte code is of another text."""

@@ -70,6 +70,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "megatron_iiet/room.py": "def larger(a, b):\n    return a if a > b else b\n",
         "tests/test_room.py": "from megatron_iiet.room import larger\n\n\ndef test_it():\n"
         "    assert larger(2, 1) == 2\n",
+        "tests/test_none.py": "",
     }
     for name, text in files.items():
         path = tmp_path / "project" / name
@@ -80,6 +81,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         Fault("a", "the smaller one", "a > b", "a < b", ("tests/test_room.py",)),
         Fault("a", "always the first", "else b", "else a", ("tests/test_room.py",)),
         Fault("b", "it hangs", "return a if", "while True: pass\n    return a if", ("tests/test_room.py",)),
+        Fault("b", "no test of it runs", "else b", "else a", ("tests/test_none.py",)),
         Fault("b", "gone", "a >= b", "a < b", ("tests/test_room.py",)),
     ]
     monkeypatch.setattr(run, "read_faults", lambda: kept)
@@ -95,9 +97,10 @@ def test_found_missed_stale(project: Path, capsys: pytest.CaptureFixture[str]) -
         "found",
         "NOT FOUND",
         "found (time limit)",
+        "NOT FOUND",
         "STALE",
     ]
-    assert lines[-1] == "found 2 of 4, not found 1, stale 1"
+    assert lines[-1] == "found 2 of 5, not found 2, stale 1"
     assert {path: path.read_text() for path in project.rglob("*.py")} == before
     assert run.main(["a", "--match", "smaller"], project) == 0
 

@@ -187,6 +187,7 @@ def _without(environ: dict[str, str], *names: str) -> dict[str, str]:
             TORCHRUN | {"MASTER_PORT": "http"},
             "MASTER_PORT is 'http', not a non-negative integer: set it to a free",
         ),
+        (TORCHRUN | {"MASTER_PORT": "0"}, "MASTER_PORT is 0, not in 1 to 65535"),
         (TORCHRUN | {"MASTER_PORT": "70000"}, "MASTER_PORT is 70000, not in 1 to 65535"),
         ({"WORLD_SIZE": "8"}, "WORLD_SIZE is '8' but RANK is not set: .*unset WORLD_SIZE"),
         (_without(SRUN_TASK, "SLURM_PROCID"), "SLURM_PROCID is not set: set by srun"),

@@ -45,6 +45,11 @@ def test_evaluations_of_f_weigh() -> None:
     assert plan_stages([1.0] * 8, 4.0, 2).stages == (range(6), range(6, 8))
 
 
+def test_stages_beside_the_slowest_are_even() -> None:
+    """The head alone makes the last stage the slowest, however the layers before it are cut."""
+    assert plan_stages([1.0] * 5, 0.0, 10.0, 3).stages == (range(2), range(2, 4), range(4, 5))
+
+
 def test_bubble() -> None:
     plan = plan_stages([1.0] * 8, 0.0, 4)
     assert plan.bubble(1) == pytest.approx(3 / 4)

@@ -291,6 +291,12 @@ def test_tied_checkpoint_that_stores_a_head(
     )
     with pytest.raises(ValueError, match=r"tie_word_embeddings is true, but lm_head\.weight differs"):
         import_llama(other)
+    longer = torch.cat((embedding, embedding[:1]))
+    other = with_tensors(llama_folder, tmp_path / "d", {"lm_head.weight": longer}, tie_word_embeddings=True)
+    with pytest.raises(
+        ValueError, match=r"lm_head\.weight is \[98, 40\], but config.json asks for \[97, 40\]"
+    ):
+        import_llama(other)
 
 
 @pytest.mark.parametrize(
@@ -325,6 +331,7 @@ def test_coefficients_start_as_the_solver_asks(llama_folder: Path) -> None:
     _, average = import_llama(llama_folder, {"kind": "dlcl", "coefficient_init": "average"})
     assert identity["layers.2.solver.coefficients"].tolist() == [0, 0, 1]
     assert torch.allclose(average["layers.2.solver.coefficients"], torch.full((3,), 1 / 3))
+    assert identity.rows("layers.2.solver.coefficients", 1, 3).tolist() == [0, 1]
     config, released = import_llama(
         llama_folder, {"kind": "iiet", "variant": "released", "iterations": [0, 1, 2]}
     )

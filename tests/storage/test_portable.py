@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_iiet import models
-from megatron_iiet.storage.portable import without_padding
+from megatron_iiet.storage.portable import tokenizer_path, without_padding
 from tests.models.conftest import Build, randomise_solvers
 
 
@@ -105,3 +105,11 @@ def test_loading_refuses(build: Build, tmp_path: Path) -> None:
     config = tmp_path / "m" / "config.yaml"
     config.write_text(config.read_text().replace("hidden_size: 24", "hidden_size: twenty"))
     assert "model.hidden_size is 'twenty' in TMP/m/config.yaml" in message()
+
+
+def test_a_tokenizer_beside_the_weights_goes_before_the_one_that_is_named(tmp_path: Path) -> None:
+    (tmp_path / "here.model").write_bytes(b"")
+    for name in ("here.model", "elsewhere/here.model"):
+        assert tokenizer_path(name, tmp_path) == str(tmp_path / "here.model")
+    assert tokenizer_path("elsewhere/other.model", tmp_path) == "elsewhere/other.model"
+    assert tokenizer_path("", tmp_path) == ""

@@ -30,6 +30,7 @@ from megatron_iiet.training.run import Run
 from tests.distributed.harness import RanksFailedError, run_ranks
 from tests.distributed.runs import as_data, ds_json, pretrain_rank
 from tests.tiny import make_data, save_of, tiny_config, write_shard
+from tests.training.bare_run import alone
 
 VOCABULARY = 384
 """Of the tiny model."""
@@ -86,6 +87,33 @@ def test_a_blend_is_described(configured: Callable[..., RunConfig]) -> None:
     assert f"shard is read {9600 / large:.1f} times; more than 4 cost quality" in lines[2]
     assert f"/more: {small} samples, {3200 / small:.3g} times (0.25 of the batches)" in lines[3]
     assert "more is read" in lines[4]
+
+
+def test_four_times_is_not_yet_many(configured: Callable[..., RunConfig]) -> None:
+    config = configured()
+    corpora = open_corpora(config.data, VOCABULARY)
+    config.training.global_batch_size = len(corpora.train[0])
+    for steps, lines in ((4, 2), (5, 3)):
+        config.training.steps = steps
+        assert len(describe_corpora(config, corpora).splitlines()) == lines
+
+
+def test_a_tokenizer_may_have_no_more_ids_than_the_model(configured: Callable[..., RunConfig]) -> None:
+    pretrain.check_tokenizer(configured(model={"vocab_size": 300}))
+    with pytest.raises(
+        ConfigError, match=r"has 300 ids, but model.vocab_size is 299; set it to at least 300"
+    ):
+        pretrain.check_tokenizer(configured(model={"vocab_size": 299}))
+
+
+def test_guidance_and_validation_have_samples_of_their_own(configured: Callable[..., RunConfig]) -> None:
+    guidance = {"interval": 4, "samples": 3}
+    config = configured(
+        guidance=guidance, evaluation={"samples": 5}, solver={"kind": "iiet", "iterations": 1}
+    )
+    chosen = pretrain.build_callbacks(config, open_corpora(config.data, VOCABULARY), alone())
+    found = {type(each).__name__: each.batches.samples for each in chosen if hasattr(each, "batches")}
+    assert found == {"Guidance": 3, "Validation": 5}
 
 
 def test_validation_on_a_corpus_of_its_own(configured: Callable[..., RunConfig]) -> None:

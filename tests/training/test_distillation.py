@@ -13,6 +13,7 @@ import torch
 
 from megatron_iiet.config import ConfigError, RunConfig, config_from_dict
 from megatron_iiet.models import Transformer
+from megatron_iiet.models.distilled import teacher_config
 from megatron_iiet.storage.checkpoint import checkpoints_folder
 from megatron_iiet.storage.checkpoint_model import export_run
 from megatron_iiet.storage.source import open_model
@@ -45,6 +46,14 @@ def train(config: RunConfig, folder: Path, ranks: int = 1, stage: int = 1) -> No
 def student(data: dict[str, str], teacher: Path, folder: Path, **sections: dict[str, Any]) -> RunConfig:
     distillation = {"teacher": str(teacher), **sections.pop("distillation", {})}
     return tiny_config(data, folder / "run", **{"solver": REDUCED, "distillation": distillation, **sections})
+
+
+def test_a_teacher_has_its_own_solver_and_all_else_of_the_run(tmp_path: Path) -> None:
+    there = tiny_config({}, tmp_path / "there", solver=FULL, training={"precision": "bf16"})
+    here = tiny_config({}, tmp_path / "here", solver=REDUCED)
+    made = teacher_config(here, there)
+    assert made.solver == there.solver != here.solver
+    assert (made.training, made.output_dir) == (here.training, here.output_dir)
 
 
 @pytest.mark.slow

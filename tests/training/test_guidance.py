@@ -7,9 +7,11 @@ from __future__ import annotations
 import itertools
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -21,18 +23,20 @@ from megatron_iiet.config.solvers import SOLVERS
 from megatron_iiet.data.loader.batches import ValidationBatches
 from megatron_iiet.data.loader.inputs import inputs_of
 from megatron_iiet.data.loader.samples import build_splits
-from megatron_iiet.models.diagnostics import observe_iterates
+from megatron_iiet.models.diagnostics import IterateStatistics, observe_iterates
 from megatron_iiet.models.iterations import even_iterations, iterations_at, mean_evaluations, most_influential
 from megatron_iiet.parallel import ParallelContext
 from megatron_iiet.storage import checkpoint
 from megatron_iiet.storage.checkpoint_model import export_run
 from megatron_iiet.storage.integrity import check_seal, read_json, write_sealed
-from megatron_iiet.training.callbacks.guidance import favouring, running_mean
+from megatron_iiet.training import loop
+from megatron_iiet.training.callbacks.guidance import Guidance, favouring, running_mean
 from megatron_iiet.training.metrics import read_log
 from megatron_iiet.training.pretrain import prepare, reconciled_ds_config
 from tests.distributed.harness import run_ranks
 from tests.distributed.runs import as_data, ds_json, pretrain_rank
 from tests.tiny import make_data, tiny_config, validation_loss
+from tests.training.bare_run import bare_run
 
 # --- the rule ---
 
@@ -292,6 +296,40 @@ def test_before_the_first_plan_the_budget_is_spent_evenly() -> None:
     assert 0.57 * 100 < 57  # in fp64
     config = guided(guidance__budget=0.57, model__num_layers=50, solver__iterations=1)
     assert sum(iterations_at(config, 0)[0]) == 57 - 50
+
+
+def test_plans_are_made_from_the_start_on_but_not_in_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 8 steps from the fourth on, every second; after the eighth there is nothing to plan for."""
+    steps: list[int] = []
+    monkeypatch.setattr(Guidance, "_make_plan", lambda self, run: steps.append(run.step))
+    run = bare_run(tmp_path / "run", guidance={"interval": 2, "start": 0.5})
+    loop.train(run, [Guidance([])])  # type: ignore[arg-type]
+    run.close()
+    assert steps == [4, 6]
+
+
+def test_a_plan_is_recorded_as_it_is_in_force(tmp_path: Path) -> None:
+    """7 of 9 evaluations: 4 iterations of 6. A batch of two rows weighs twice as much as one of one."""
+    seen = {1.0: {(n, i): 0.1 * n + 0.3 for n in range(3) for i in range(3)}, 2.0: {}}
+    seen[2.0] = {key: 2 * value for key, value in seen[1.0].items()}
+    run = bare_run(
+        tmp_path / "run",
+        solver={"kind": "iiet", "iterations": 2},
+        guidance={"interval": 4, "start": 0.0, "budget": 0.8},
+    )
+    run.engine.observe = lambda batch: IterateStatistics({}, seen[float(batch.weights.sum())])  # type: ignore[method-assign]
+    batches = [SimpleNamespace(weights=torch.ones(rows)) for rows in (1, 2)]
+    loop.train(run, [Guidance(batches)])  # type: ignore[arg-type]
+    run.close()
+    log = read_log(tmp_path / "run")[4]
+    assert [log[f"guidance/layer_{n}"] for n in range(3)] == [0, 2, 2]
+    assert log["guidance/evaluations"] == 7
+    for (layer, iterate), value in seen[1.0].items():
+        mean = (value + 2 * 2 * value) / 3
+        assert log[f"guidance/influence_layer_{layer}_iterate_{iterate}"] == pytest.approx(mean)
+    assert run.engine.whole.solvers[0].iterations == 0
 
 
 # --- runs ---

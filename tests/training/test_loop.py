@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -67,3 +69,32 @@ def test_validates_before_the_first_step_at_the_interval_and_in_the_end(
     log = read_log(tmp_path / "run")
     assert list(log) == validated
     assert {values["validation_perplexity"] for values in log.values()} == {math.exp(3.0)}
+
+
+def test_a_loss_whose_perplexity_is_no_number_does_not_end_the_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = bare_run(tmp_path / "run")
+    run.engine.evaluate = lambda batches: 1000.0  # type: ignore[method-assign]
+    train(run, [Validation([], 0)])  # type: ignore[arg-type]
+    run.close()
+    values = read_log(tmp_path / "run")[8]
+    assert (values["validation_loss"], values["validation_perplexity"]) == (1000.0, math.exp(700.0))
+    assert "validation loss 1000.0000 | perplexity 1014232" in capsys.readouterr().out
+
+
+def test_sigusr1_is_again_what_it_was(tmp_path: Path) -> None:
+    before = signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    try:
+        run = bare_run(tmp_path / "run")
+        seen: list[object] = []
+        train(run, [SimpleNamespace(  # type: ignore[list-item]
+            on_start=lambda run: seen.append(signal.getsignal(signal.SIGUSR1)),
+            on_step=lambda run, result: None,
+            on_end=lambda run: None,
+        )])  # fmt: skip
+        run.close()
+        assert seen != [signal.SIG_IGN]
+        assert signal.getsignal(signal.SIGUSR1) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGUSR1, before)

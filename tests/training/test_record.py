@@ -20,6 +20,7 @@ from megatron_iiet.training.summary import summarize_run
 from tests.distributed.harness import run_ranks
 from tests.distributed.runs import as_data, ds_json, pretrain_rank
 from tests.tiny import make_data, tiny_config
+from tests.training.bare_run import alone
 
 
 def test_half_a_line_is_left_out_and_told(tmp_path: Path) -> None:
@@ -65,8 +66,16 @@ def test_the_state_of_a_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert git_state(package) == (commit, False)
     (package / "code.py").write_text("2\n")
     assert git_state(package) == (commit, True)
+    monkeypatch.setenv("GIT_DIR", str(tmp_path / "elsewhere"))  # as in a hook of another repository
+    assert git_state(package) == (commit, True)
     monkeypatch.setenv("PATH", str(tmp_path))
     assert git_state(package) == (None, None)
+
+
+def test_a_host_is_named_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    context = alone()
+    monkeypatch.setattr(context.world, "gather_objects", lambda name: ["b", "b", "a", "b", "a"])
+    assert record.start_of(context, {"tensor": 1}, None)["hosts"] == ["b", "a"]
 
 
 @pytest.mark.slow

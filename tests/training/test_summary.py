@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 from megatron_iiet.config import config_to_yaml
 from megatron_iiet.training.curves import plot_losses
+from megatron_iiet.training.record import append_start
 from megatron_iiet.training.summary import list_files, summarize_run
 from tests.tiny import make_data, tiny_config
 
@@ -22,26 +25,54 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 def run(data: dict[str, str], tmp_path: Path) -> Path:
     folder = tmp_path / "run"
     (folder / "checkpoints/step_00000002").mkdir(parents=True)
-    (folder / "checkpoints/step_00000002/a.pt").write_bytes(bytes(10))
-    (folder / "checkpoints/step_00000002/b.pt").write_bytes(bytes(20))
-    (folder / "config.yaml").write_text(config_to_yaml(tiny_config(data, folder, training={"steps": 2})))
+    (folder / "checkpoints/step_00000002/a.pt").write_bytes(bytes(1_000_000))
+    (folder / "checkpoints/step_00000002/b.pt").write_bytes(bytes(2_000_000))
+    training = {"steps": 4, "global_batch_size": 1000}
+    (folder / "config.yaml").write_text(config_to_yaml(tiny_config(data, folder, training=training)))
     rows = [
         {"step": 0, "validation_loss": 5.0},
-        {"step": 1, "loss": 9.0},
-        {"step": 1, "loss": 4.0},  # repeated after a resume: the last one counts
-        {"step": 2, "loss": 3.0, "tokens_per_second": 100.0, "validation_loss": 2.0},
+        {"step": 1, "loss": 9.0, "tokens_per_second": 10.0},
+        {"step": 1, "loss": 4.0, "tokens_per_second": 3000.0},  # repeated after a resume: the last one counts
+        {"step": 2, "loss": 3.5, "tokens_per_second": 1000.0, "validation_loss": 3.0},
+        {"step": 3, "loss": 3.0, "tokens_per_second": 2000.0, "validation_loss": 2.0},
     ]
     (folder / "log.jsonl").write_text("".join(json.dumps({"time": 0.0, **row}) + "\n" for row in rows))
     return folder
 
 
 def test_summary(run: Path) -> None:
-    text = summarize_run(run)
-    assert "2 of 2 steps" in text
-    assert "validation perplexity 148.4 at step 0 → 7.39 at step 2" in text
-    files = list_files(run)
-    assert sum("step_00000002/" in line for line in files) == 1  # a checkpoint's shards are one line
-    assert any(line.endswith("log.jsonl") for line in files)
+    """16 tokens a sequence, 1000 sequences a step."""
+    assert summarize_run(run).splitlines() == [
+        "3 of 4 steps, 0.05 M tokens, median 2,000 tokens/s",
+        "validation perplexity 148.4 at step 0 → 7.39 at step 3 (loss 2.0000 nats per token)",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("git", "step", "code"),
+    [
+        ({"commit": "0123456789abcdef", "dirty": True}, 40, "from step 40, commit 0123456789 with changes"),
+        ({"commit": "0123456789abcdef", "dirty": False}, 0, "from step 0, commit 0123456789"),
+        ({"commit": None, "dirty": None}, None, "no known commit"),
+    ],
+)
+def test_the_last_start_is_described(run: Path, git: dict[str, Any], step: int | None, code: str) -> None:
+    first = {"time": "early", "git": {"commit": None, "dirty": None}, "resumed_step": None}
+    append_start(run, {**first, "layout": {"world_size": 1}})
+    append_start(run, {"time": "late", "git": git, "resumed_step": step, "layout": {"world_size": 8}})
+    last = summarize_run(run).splitlines()[-1]
+    assert last == f"started 2 x, last late{' ' if step is not None else ', '}{code}, on 8 process(es)"
+
+
+def test_files_are_listed_a_checkpoint_in_one_line(run: Path) -> None:
+    checkpoint = run / "checkpoints/step_00000002"
+    (run / "big").write_bytes(bytes(1_500_000))
+    lines = list_files(run, checkpoint / "a.pt")
+    assert [line for line in lines if "MB" in line and not line.startswith("     0.00 MB")] == [
+        f"     1.50 MB  {run}/big",
+        f"     4.00 MB  {checkpoint}/",  # a.pt counts where it is named, too
+    ]
+    assert any(line.endswith("log.jsonl") for line in lines)
 
 
 def test_summary_of_something_else(tmp_path: Path) -> None:
@@ -52,3 +83,21 @@ def test_summary_of_something_else(tmp_path: Path) -> None:
 def test_plot_is_a_picture(run: Path, tmp_path: Path) -> None:
     plot_losses({"a": run, "b": run}, tmp_path / "new" / "x.png")
     assert (tmp_path / "new" / "x.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_smoothed_loss_is_the_mean_of_the_steps_up_to_each(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from matplotlib import pyplot as plt
+
+    rows = [{"time": 0.0, "step": step, "loss": float(step)} for step in range(1, 31)]
+    (run / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setattr(plt, "close", lambda figure: None)
+    plot_losses({"a": run}, tmp_path / "x.png")
+    every, smooth, _ = plt.gcf().axes[0].lines
+    monkeypatch.undo()
+    plt.close()
+    assert every.get_xydata().tolist() == [[step, step] for step in range(1, 31)]
+    assert smooth.get_xydata().tolist() == pytest.approx(
+        np.array([[step, step - 9.5] for step in range(20, 31)])
+    )

@@ -1,0 +1,93 @@
+"""What a run of preprocessing tells at its end, its exit status, and how jobs share the work."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import pytest
+from megatron_iiet.data.preprocess.report import PreprocessReport
+
+from megatron_iiet.data.preprocess.lists import Summary, Total
+from megatron_iiet.data.preprocess.plan import Plan, differences, share
+from megatron_iiet.data.preprocess.records import Counts
+from megatron_iiet.data.preprocess.workshop import Failure
+from megatron_iiet.data.reading.sources import InputFile
+
+
+def summary(units: int, documents: int, tokens: int, counts: Counts | None = None) -> Summary:
+    total = Total(documents, tokens, 2 * tokens, 0)
+    return Summary(units, {"text_document": total}, counts or Counts())
+
+
+def test_a_finished_run_tells_of_all_runs_and_of_itself() -> None:
+    """What was left out is of all units; speed is of this run."""
+    counts = Counts(empty=1, sampled_out=1234, rejected={"no text": 2}, offenders={"no text": ["a, line 1"]})
+    report = PreprocessReport(
+        all_units=summary(3, 90, 2_500_000, counts),
+        this_run=summary(1, 30, 1000, Counts(empty=1)),
+        missing=0,
+        wanted_tokens=9_999,
+        rate=0.25,
+        seconds=4.0,
+        cpu_seconds=10.0,
+    )
+    assert str(report).splitlines() == [
+        "text_document: 90 documents, 2,500,000 tokens, 5.0 MB",
+        "kept 2.5 M tokens of 9.999 K wanted (rate 0.25)",
+        "left out: 1 empty documents",
+        "left out: 1,234 documents outside the sample",
+        "left out: 2 rows, no text, such as",
+        "    a, line 1",
+        "this run: 1 shards of 30 documents, 1,000 tokens in 4.0 s (250 tokens/s, 100 tokens/CPU-s)",
+    ]
+
+
+def test_an_unfinished_run_tells_of_itself_and_of_the_others() -> None:
+    counts = Counts(duplicates=7)
+    report = PreprocessReport(summary(2, 60, 2000, Counts(empty=9)), summary(1, 30, 1000, counts), missing=4)
+    first, *_, last = str(report).splitlines()
+    assert first == "left out: 7 duplicates"
+    assert last == "4 shards of other jobs are missing; the job that finishes last writes the lists."
+
+
+FAILURES = [Failure(cast(Any, None), "broken")]
+
+
+@pytest.mark.parametrize(
+    ("mine_missing", "failures", "waiting", "status"),
+    [
+        (0, [], "", 0),
+        (1, [], "", 1),
+        (1, [], "for others", 75),
+        (1, FAILURES, "", 1),
+        (0, FAILURES, "", 1),
+        (1, FAILURES, "for others", 1),
+    ],
+)
+def test_exit_status(mine_missing: int, failures: list[Failure], waiting: str, status: int) -> None:
+    nothing = Summary()
+    report = PreprocessReport(nothing, nothing, 3, mine_missing, failures, waiting)
+    assert report.exit_code == status
+
+
+def units_of(*sizes: int) -> list[list[InputFile]]:
+    return [[InputFile(f"{number}", size, "")] for number, size in enumerate(sizes)]
+
+
+def test_jobs_share_by_size_the_largest_first() -> None:
+    """8 to job 0, 5 and 4 to job 1, 3 to job 0, and of the last two one to each."""
+    units = units_of(2, 5, 8, 3, 4, 2)
+    assert [share(units, 2, job) for job in (0, 1)] == [[2, 3, 5], [1, 4, 0]]
+    assert share(units, 1, 0) == [2, 1, 4, 3, 0, 5]
+
+
+def test_changed_inputs_are_told_by_what_was_added_and_removed() -> None:
+    def told(before: str, now: str) -> list[str]:
+        plan = Plan({"seed": 1}, {}, None, [InputFile(name, 1, "then") for name in before])
+        return differences(plan, {"seed": 1}, [InputFile(name, 2, "now") for name in now])
+
+    assert told("abc", "abc") == []
+    assert told("abc", "bcde") == ["inputs: 2 added (first d), 1 removed (first a)"]
+    assert told("abc", "acb") == ["inputs: the same files in another order"]
+    plan = Plan({"seed": 1, "split_by": None}, {}, None, [])
+    assert differences(plan, {"seed": 2, "split_by": "x"}, []) == ["seed: 1 -> 2", 'split_by: null -> "x"']

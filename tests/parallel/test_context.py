@@ -1,0 +1,46 @@
+"""Which ranks meet in which group of a grid; no process is started."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from megatron_iiet.config.schema import ParallelConfig
+from megatron_iiet.parallel import ParallelContext
+from megatron_iiet.parallel import context as context_module
+
+TENSOR, PIPELINE, DATA = 2, 3, 2
+PLACES = {
+    # rank: (tensor, data, pipeline, tied)
+    0: ([0, 1], [0, 2], [0, 4, 8], [0, 8]),
+    3: ([2, 3], [1, 3], [3, 7, 11], [3, 11]),
+    6: ([6, 7], [4, 6], [2, 6, 10], [6]),
+    9: ([8, 9], [9, 11], [1, 5, 9], [1, 9]),
+}
+
+
+@pytest.mark.parametrize("rank", PLACES)
+def test_groups_of_a_grid(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stages are outermost, as DeepSpeed's pipeline counts them, then replicas, then tensor-parallel ranks;
+    a stage between the first and the last has no part of a tied embedding."""
+    made: list[Sequence[int]] = []
+
+    def new_group(ranks: Sequence[int]) -> str:
+        made.append(ranks)
+        return f"handle of {ranks}"
+
+    dist = SimpleNamespace(new_group=new_group, group=SimpleNamespace(WORLD="all"))
+    monkeypatch.setattr(context_module, "dist", dist)
+    context = ParallelContext.on_grid(
+        ParallelConfig(tensor=TENSOR, pipeline=PIPELINE), rank, 12, 0, torch.device("cpu")
+    )
+    groups = (context.tensor, context.data, context.pipeline, context.tied)
+    assert tuple(list(group.ranks) for group in groups) == PLACES[rank]
+    for group in groups:
+        assert group.ranks[group.rank] == rank
+        assert group.size == 1 or group.handle == f"handle of {list(group.ranks)}"
+    assert (context.data_parallel_rank, context.data_parallel_size) == (context.data.rank, DATA)
+    assert len(made) == 6 + 6 + 4 + 4, "every rank makes every group"

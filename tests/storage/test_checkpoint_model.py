@@ -1,0 +1,68 @@
+"""Which model a checkpoint stands for: which of a run's, and the function that it computed at that step."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from megatron_iiet.config import ConfigError, RunConfig
+from megatron_iiet.storage import checkpoint
+from megatron_iiet.storage.checkpoint_model import _settle_guidance, _settle_schedule, find_checkpoint
+from tests.tiny import tiny_config
+
+
+def saved(run: Path, config: RunConfig, step: int) -> Path:
+    """What a checkpoint says of itself, without weights."""
+    folder = checkpoint.checkpoints_folder(run) / checkpoint.tag_of(step)
+    folder.mkdir(parents=True)
+    layout = {"tensor": 1, "pipeline": 1, "data": 1, "zero_stage": 1}
+    checkpoint.write_metadata(folder, config, checkpoint.TrainState(step, {}, layout))
+    return folder
+
+
+def test_a_checkpoint_without_its_state_is_none(tmp_path: Path) -> None:
+    """As a kill leaves it while it is written over."""
+    config = tiny_config({}, tmp_path)
+    torn, whole = saved(tmp_path, config, 2), saved(tmp_path, config, 4)
+    assert find_checkpoint(tmp_path, 2) == torn
+    (torn / "state.json").rename(torn / "other.json")
+    with pytest.raises(ConfigError, match=r"has no checkpoint step_00000002; there are step_00000004$"):
+        find_checkpoint(tmp_path, 2)
+    assert find_checkpoint(tmp_path, 4) == whole
+    with pytest.raises(
+        ConfigError, match=r"latest is missing; name a checkpoint with --step \(step_00000004\)"
+    ):
+        find_checkpoint(tmp_path, None)
+    (whole / "state.json").unlink()
+    with pytest.raises(ConfigError, match="holds no complete checkpoint"):
+        find_checkpoint(tmp_path, 4)
+
+
+@pytest.mark.parametrize(
+    ("step", "kind", "iterations"), [(0, "euler", 0), (4, "euler", 0), (5, "iiet", 2), (8, "iiet", 2)]
+)
+def test_the_function_is_that_of_the_last_step_taken(step: int, kind: str, iterations: int) -> None:
+    """Of 8 steps the first 4 are plain: after the fourth the model is still what they trained."""
+    config = tiny_config(
+        {}, Path("run"), solver={"kind": "iiet", "iterations": 2, "schedule": [[0.5, 0], [0.5, 2]]}
+    )
+    left_out: list[str] = []
+    _settle_schedule(config, cast(Any, SimpleNamespace(leave_out=left_out.append)), step)
+    assert (config.solver.kind, getattr(config.solver, "iterations", 0)) == (kind, iterations)
+    assert left_out == [".solver."] * (kind == "euler")
+
+
+def test_a_guided_model_keeps_its_iterations_and_not_the_guidance(tmp_path: Path) -> None:
+    """Before the first plan the budget, 7 of 9 evaluations, is spent evenly."""
+    config = tiny_config(
+        {},
+        tmp_path,
+        solver={"kind": "iiet", "iterations": 2},
+        guidance={"interval": 4, "budget": 0.8},
+    )
+    _settle_guidance(config, saved(tmp_path, config, 2))
+    assert config.guidance.interval == 0
+    assert config.solver.iterations == [1, 1, 2]  # type: ignore[attr-defined]
