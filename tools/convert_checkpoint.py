@@ -132,10 +132,18 @@ def open_source(arguments: argparse.Namespace) -> Source:
         stored = StoredModel(arguments.from_model)
         files = tokenizer_of_model(Path(arguments.from_model), stored.config)
         return Source(arguments.from_model, stored.config, stored, stored, files)
+    from megatron_iiet.storage.checkpoint import lacks
     from megatron_iiet.storage.checkpoint_model import export_run
 
     run = export_run(arguments.from_run, arguments.step)
-    return Source(str(run.folder), run.config, run.state, run.state, run.tokenizer_files)
+    missing = lacks(run.folder)
+    return Source(
+        f"{run.folder} ({missing})" if missing else str(run.folder),
+        run.config,
+        run.state,
+        run.state,
+        run.tokenizer_files,
+    )
 
 
 def tokenizer_of_model(folder: Path, config: RunConfig) -> list[Path]:

@@ -140,11 +140,10 @@ def open_weights(folder: Path) -> FragmentReader:
     return FragmentReader(folder, _read_state(folder)[1])
 
 
-def describe_lacks(folder: Path) -> str:
-    """A sentence about what a checkpoint of an older format does not have; "" for the present one."""
-    if _read_state(folder)[1] is not None:
-        return ""
-    return f"{folder} is of a format without digests: damage to its files is not noticed"
+def lacks(folder: Path) -> str:
+    """What a checkpoint of an older format does not have; "" of the present one."""
+    digests = _read_state(folder)[1] is not None
+    return "" if digests else "of a format without digests: damage to its files is not noticed"
 
 
 def write_metadata(folder: Path, config: RunConfig, state: TrainState, save: SaveIdentity) -> None:

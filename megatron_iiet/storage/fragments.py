@@ -334,9 +334,13 @@ class FragmentReader:
         stored = self._files.pop(file, None) or SafetensorsFile(self.folder / file)
         if self._header is not None and stored.metadata != self._header:
             stored.close()
+            found, wanted = (
+                f"save {header.get('save')} of step {header.get('step')}"
+                for header in (stored.metadata, self._header)
+            )
             raise ValueError(
-                f"{self.folder / file} is of another save than {INDEX} beside it: its header says "
-                f"{dict(stored.metadata)}, not {self._header}; {_REMEDY}"
+                f"{self.folder / file} is of another save than {INDEX} beside it: of {found}, not of "
+                f"{wanted}; {_REMEDY}"
             )
         self._files[file] = stored
         if len(self._files) > OPEN_FILES:

@@ -17,7 +17,7 @@ from megatron_iiet.models.transformer import VOCABULARY_WEIGHTS
 from megatron_iiet.parallel.group import Group
 from megatron_iiet.parallel.shard import Shard
 from megatron_iiet.parallel.tensor import shard_of
-from megatron_iiet.storage import portable
+from megatron_iiet.storage import checkpoint, portable
 from megatron_iiet.storage.checkpoint_model import find_checkpoint, model_of_checkpoint
 from megatron_iiet.storage.fragments import SCRATCH_BYTES
 from megatron_iiet.storage.hugging_face import llama
@@ -136,7 +136,8 @@ def open_model(path: str | Path, key: str, *, step: int | None = None) -> Source
     if (folder / "checkpoints").is_dir():
         folder = find_checkpoint(folder, None)
     if (folder / "state.json").is_file():
-        return Source(f"checkpoint {folder}", *model_of_checkpoint(folder))
+        lacks = f" ({why})" if (why := checkpoint.lacks(folder)) else ""
+        return Source(f"checkpoint {folder}{lacks}", *model_of_checkpoint(folder))
     if all((folder / file).is_file() for file in (portable.CONFIG_FILE, portable.WEIGHTS_FILE)):
         stored = portable.StoredModel(folder)
         return Source(f"model {folder}", stored.config, stored)

@@ -117,7 +117,7 @@ def check_resumable(
     state = checkpoint.read_state(folder)
     before = checkpoint.read_config(folder)
     found = differences(before, config, state.step)
-    notes = [lacks] if (lacks := checkpoint.describe_lacks(folder)) else []
+    notes = [f"it is {lacks}"] if (lacks := checkpoint.lacks(folder)) else []
     if CONTENTS in state.data:
         there = state.data[CONTENTS]
         if there.get("teacher") and contents.get("teacher"):  # which then say more than paths

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -111,7 +113,8 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     ),
     "a rank's file of an older step": (
         lambda new, old: shutil.copy(old / RANKS[1], new / RANKS[1]),
-        r"rank_00001\.safetensors (is of another save than index\.json beside it|has \d+ bytes)",
+        r"rank_00001\.safetensors (is of another save than index\.json beside it: of save \w+ of step 2, not "
+        r"of save \w+ of step 4|has \d+ bytes)",
     ),
     "the index of an older step": (
         lambda new, old: shutil.copy(old / "index.json", new / "index.json"),
@@ -178,6 +181,28 @@ def test_every_damage_is_named(layout: str, runs: dict[str, Path], tmp_path: Pat
         with pytest.raises(ValueError, match=message) as caught:
             pytest.fail(f"{what}: {read_all(copy)} tensors were read")
         assert str(copy) in str(caught.value), what
+
+
+def refusal(config: dict[str, Any], ds_path: Path) -> str:
+    """What a rank is told that tries to train on."""
+    with pytest.raises(ValueError, match="damaged") as caught:
+        pretrain_rank(config, ds_path)
+    return str(caught.value)
+
+
+@pytest.mark.slow
+def test_all_ranks_are_told_what_one_found(runs: dict[str, Path], tmp_path: Path) -> None:
+    """Under ZeRO-3 of what lies in another's file too."""
+    shutil.copytree(runs["ZeRO-1"].parent, tmp_path / "run")
+    folder = checkpoint.checkpoints_folder(tmp_path / "run") / "step_00000004"
+    flip(folder / RANKS[1], 0.9)
+    config = replace(checkpoint.read_config(folder), output_dir=str(tmp_path / "run"))
+    config.training.stop_after = None
+    for stage in (1, 3):
+        told = run_ranks(refusal, 2, as_data(config), ds_json(tmp_path, stage))
+        assert told[0] == told[1]
+        assert told[0].startswith(f"{folder / RANKS[1]} is damaged: bytes ")
+    assert not (tmp_path / "run" / "checkpoints" / "step_00000008").exists()
 
 
 @pytest.mark.slow

@@ -83,23 +83,44 @@ def load_fragments(
     """Fill masters and moments from a checkpoint of any layout, then the working copies from the masters.
 
     ``steps``: optimizer steps done, for the bias correction of moments.
+
+    Raises:
+        ValueError: on every rank, what one of them found wrong: no rank is left waiting for it.
     """
-    for part in _prepared_parts(engine, names):
-        shard = shard_of(part.parameter)
-        for kind, tensor in part.tensors(engine).items():
-            reader.read(
-                names[part.parameter],
-                kind,
-                shard=shard,
-                tensor_size=context.tensor.size if shard else 1,
-                tensor_rank=context.tensor.rank if shard else 0,
-                start=part.start,
-                numel=part.numel,
-                shape=_global_shape(part),
-                out=tensor,
-            )
+    failure = None
+    try:
+        for part in _prepared_parts(engine, names):
+            _read_part(part, part.tensors(engine), names[part.parameter], context, reader)
+    except ValueError as error:
+        failure = str(error)
+    for told in context.world.gather_objects(failure):
+        if told is not None:
+            raise ValueError(told)
     _set_steps(engine.basic_optimizer, steps)
     _refresh_working_copies(engine)
+
+
+def _read_part(
+    part: _MasterPart,
+    tensors: Mapping[str, Tensor],
+    name: str,
+    context: ParallelContext,
+    reader: FragmentReader,
+) -> None:
+    """Fill what this rank holds of one parameter."""
+    shard = shard_of(part.parameter)
+    for kind, tensor in tensors.items():
+        reader.read(
+            name,
+            kind,
+            shard=shard,
+            tensor_size=context.tensor.size if shard else 1,
+            tensor_rank=context.tensor.rank if shard else 0,
+            start=part.start,
+            numel=part.numel,
+            shape=_global_shape(part),
+            out=tensor,
+        )
 
 
 @torch.no_grad()
