@@ -145,6 +145,11 @@ COMBINATION_ERRORS: list[tuple[dict[str, Any], str]] = [
         "not be read",
     ),
     (
+        {"data__blend": {"a": float("inf")}},
+        "data.blend gives a the weight inf, but weights must be finite and greater than 0; leave out what should "
+        "not be read",
+    ),
+    (
         {"data__blend": {"data/a": 0.5, "./data//a": 1.0}},
         "data.blend names one corpus twice, as data/a and as ./data//a; add up their weights",
     ),
