@@ -268,6 +268,11 @@ def test_combinations(changes: dict[str, Any], message: str) -> None:
         {"data__documents": "pack", "data__num_workers": 0},
         {"model__num_key_value_heads": 2},
         {"optimizer__gradient_clipping": 0.0},
+        {
+            "optimizer__schedule": "wsd",
+            "optimizer__warmup_fraction": 0.25,
+            "optimizer__decay_fraction": 0.75,
+        },
         {"training__stop_after": 5000},
     ],
     ids=str,
