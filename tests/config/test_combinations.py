@@ -338,6 +338,8 @@ def test_layout_is_validated_without_a_number_of_processes(
         ({"training__precision": "fp32"}, {}, 2, 2),
         ({"parallel__sequence": True, "data__sequence_length": 2047}, Z1, 2, 2),  # no effect without tensor
         ({"parallel__tensor": 2, "parallel__sequence": True}, Z1, 2, 1),
+        ({"parallel__tensor": 2, "data__sequence_length": 2047}, Z1, 2, 1),  # nothing cuts it
+        ({"parallel__pipeline": 2}, Z1 | {"pipeline": {"activation_checkpoint_interval": 0}}, 2, 1),
         ({"parallel__tensor": 2}, Z1 | {"pipeline": {"pipe_partitioned": True}}, 2, 1),
         (P2, Z1 | {"pipeline": {"pipe_partitioned": True}}, 2, 1),
         ({}, Z1 | {"wall_clock_breakdown": True, "flops_profiler": {"enabled": True}}, 1, 1),

@@ -145,6 +145,11 @@ COMBINATION_ERRORS: list[tuple[dict[str, Any], str]] = [
         "not be read",
     ),
     (
+        {"data__blend": {"a": float("inf")}},
+        "data.blend gives a the weight inf, but weights must be finite and greater than 0; leave out what should "
+        "not be read",
+    ),
+    (
         {"data__blend": {"data/a": 0.5, "./data//a": 1.0}},
         "data.blend names one corpus twice, as data/a and as ./data//a; add up their weights",
     ),
@@ -263,6 +268,11 @@ def test_combinations(changes: dict[str, Any], message: str) -> None:
         {"data__documents": "pack", "data__num_workers": 0},
         {"model__num_key_value_heads": 2},
         {"optimizer__gradient_clipping": 0.0},
+        {
+            "optimizer__schedule": "wsd",
+            "optimizer__warmup_fraction": 0.25,
+            "optimizer__decay_fraction": 0.75,
+        },
         {"training__stop_after": 5000},
     ],
     ids=str,

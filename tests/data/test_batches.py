@@ -275,8 +275,10 @@ def test_the_order_is_computed_in_blocks(
     assert [batch.count for batch in found] == [batch.count for batch in expected]
 
 
-def test_loading_into_a_running_reader() -> None:
-    reader = batches(37, num_workers=1)
+@pytest.mark.parametrize("micro", [8, 2])
+def test_loading_into_a_running_reader(micro: int) -> None:
+    """Also where that is in the middle of a global batch."""
+    reader = batches(37, micro_batch_size=micro, num_workers=1)
     expected = take(reader, 3)
     reader.load_state_dict({"samples": 0, "windows": [37]})
     assert take(reader, 3) == expected
@@ -292,10 +294,11 @@ def test_closing_loses_nothing() -> None:
 
 def test_places_of_the_first_version() -> None:
     """They were an epoch and a place in it."""
-    reader, other = batches(20), batches(20)
-    reader.load_state_dict({"epoch": 3, "sample": 12})
-    other.load_state_dict({"samples": 72, "windows": [20]})
-    assert take(reader, 4) == take(other, 4)
+    for sample in (12, 19):
+        reader, other = batches(20), batches(20)
+        reader.load_state_dict({"epoch": 3, "sample": sample})
+        other.load_state_dict({"samples": 60 + sample, "windows": [20]})
+        assert take(reader, 4) == take(other, 4)
 
 
 @pytest.mark.parametrize(
@@ -303,6 +306,7 @@ def test_places_of_the_first_version() -> None:
     [
         ({"samples": 8, "windows": [21]}, "21"),
         ({"samples": 8, "windows": [20, 4000]}, r"20 \+ 4,000"),
+        ({"samples": 8, "windows": [12, 8]}, r"12 \+ 8"),
         ({"epoch": 0, "sample": 20}, "more than 20"),
     ],
 )
@@ -392,6 +396,7 @@ class TestFailures:
     [
         ({"n": 0}, "The training split has no windows"),
         ({"n": 9, "micro_batch_size": 3}, "global_batch_size 8 is not a multiple of micro_batch_size 3 x 1"),
+        ({"n": 9, "global_batch_size": 0}, "global_batch_size 0 is not a multiple"),
         ({"n": 9, "ranks": 2}, "micro_batch_size 8 x 2 data-parallel ranks"),
         ({"n": 9, "micro_batch_size": 0}, "micro_batch_size 0"),
         ({"n": 9, "rank": 1}, "data_parallel_rank 1 is not below 1"),

@@ -10,12 +10,21 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import psutil
 import pytest
 
-from megatron_iiet.data.preprocess.pool import Done, Failed, Pool, Reported, StartError
+from megatron_iiet.data.preprocess.pool import (
+    Done,
+    Failed,
+    Pool,
+    Reported,
+    StartError,
+    _manner_of_death,
+    _Worker,
+)
 from megatron_iiet.data.preprocess.workshop import TaskFailedError, _in_order
 from tests.data.preprocess_runs import ENVIRONMENT, ROOT, wait_until
 
@@ -115,6 +124,30 @@ def test_what_is_told_of_errors(error: Exception, message: str, number: int | No
     with Pool(1, None) as pool:
         ticket = pool.submit(Act("raise", error))
         assert events_of(pool, 1) == [Failed(ticket, message, number)]
+
+
+def test_a_task_goes_to_the_worker_with_the_fewest() -> None:
+    sent: list[str] = []
+    pool = Pool(0, None)
+    for name, tickets in (("a", [90, 91]), ("b", [92]), ("c", [93, 94])):
+        connection = SimpleNamespace(send=lambda message, name=name: sent.append(name))
+        pool._workers.append(_Worker(cast(Any, None), cast(Any, connection), tickets=tickets))
+    assert [pool.submit(None) for _ in range(3)] == [0, 1, 2]
+    assert sent == ["b", "a", "b"]
+    assert pool.free(3)
+    assert not pool.free(2)
+
+
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        (3, "exit code 3"),
+        (-15, "killed by SIGTERM"),
+        (-9, "killed by SIGKILL, most likely for want of memory: lower --workers"),
+    ],
+)
+def test_how_a_worker_died(code: int, said: str) -> None:
+    assert _manner_of_death(code) == said
 
 
 @pytest.mark.slow

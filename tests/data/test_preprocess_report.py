@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import Any, cast
 
 import pytest
-from megatron_iiet.data.preprocess.report import PreprocessReport
 
-from megatron_iiet.data.preprocess.lists import Summary, Total
+from megatron_iiet.data.preprocess.lists import PreprocessReport, Summary, Total
 from megatron_iiet.data.preprocess.plan import Plan, differences, share
 from megatron_iiet.data.preprocess.records import Counts
 from megatron_iiet.data.preprocess.workshop import Failure
@@ -15,7 +14,7 @@ from megatron_iiet.data.reading.sources import InputFile
 
 
 def summary(units: int, documents: int, tokens: int, counts: Counts | None = None) -> Summary:
-    total = Total(documents, tokens, 2 * tokens, 0)
+    total = Total(documents, tokens, 2 * tokens)
     return Summary(units, {"text_document": total}, counts or Counts())
 
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 
-from megatron_iiet.config import ConfigError, RunConfig
+from megatron_iiet.config import ConfigError, RunConfig, config_to_yaml
 from megatron_iiet.storage import checkpoint
 from megatron_iiet.storage.checkpoint_model import _settle_guidance, _settle_schedule, find_checkpoint
+from megatron_iiet.storage.integrity import SaveIdentity
 from tests.tiny import tiny_config
 
 
@@ -19,7 +21,8 @@ def saved(run: Path, config: RunConfig, step: int) -> Path:
     folder = checkpoint.checkpoints_folder(run) / checkpoint.tag_of(step)
     folder.mkdir(parents=True)
     layout = {"tensor": 1, "pipeline": 1, "data": 1, "zero_stage": 1}
-    checkpoint.write_metadata(folder, config, checkpoint.TrainState(step, {}, layout))
+    save = SaveIdentity.draw(step, config_to_yaml(config))
+    checkpoint.write_metadata(folder, config, checkpoint.TrainState(step, {}, layout), save)
     return folder
 
 
@@ -39,6 +42,21 @@ def test_a_checkpoint_without_its_state_is_none(tmp_path: Path) -> None:
     (whole / "state.json").unlink()
     with pytest.raises(ConfigError, match="holds no complete checkpoint"):
         find_checkpoint(tmp_path, 4)
+
+
+def test_what_is_written_over_names_no_files_meanwhile(tmp_path: Path) -> None:
+    folder = saved(tmp_path, tiny_config({}, tmp_path), 2)
+    (folder / "index.json").write_text("{}")
+    checkpoint.invalidate(folder)
+    assert [path.name for path in folder.iterdir()] == ["config.yaml"]
+
+
+def test_only_an_older_format_is_said_to_lack_digests(tmp_path: Path) -> None:
+    folder = saved(tmp_path, tiny_config({}, tmp_path), 2)
+    assert checkpoint.describe_lacks(folder) == ""
+    state = {"format": 4, "step": 2, "data": {}, "layout": {}}
+    (folder / "state.json").write_text(json.dumps(state))
+    assert checkpoint.describe_lacks(folder).startswith(f"{folder} is of a format without digests")
 
 
 @pytest.mark.parametrize(

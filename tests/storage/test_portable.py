@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_iiet import models
-from megatron_iiet.storage.portable import tokenizer_path, without_padding
+from megatron_iiet.storage.portable import StoredModel, tokenizer_path, without_padding
 from tests.models.conftest import Build, randomise_solvers
 
 
@@ -59,6 +59,17 @@ def test_loads_in_fp32(build: Build, tmp_path: Path) -> None:
     weights = tmp_path / "m" / "model.safetensors"
     save_file({n: t.bfloat16() for n, t in load_file(weights).items()}, weights)
     assert {p.dtype for p in models.load(tmp_path / "m").parameters()} == {torch.float32}
+
+
+def test_rows_and_settings_of_a_stored_model(build: Build, tmp_path: Path) -> None:
+    """A part of a parameter is read from where it lies; how the model was trained is of no interest."""
+    model = build(kind="iiet")
+    model.config.training.recompute = "layer"
+    models.save(model.config, model.state_dict(), tmp_path / "m")
+    stored = StoredModel(tmp_path / "m")
+    assert stored.config.training.recompute == "off"
+    for name in ("embedding.weight", "norm.weight"):
+        assert torch.equal(stored.rows(name, 2, 5), model.state_dict()[name][2:5])
 
 
 def test_saving_refuses(build: Build, tmp_path: Path) -> None:

@@ -87,3 +87,15 @@ def test_vocabulary_padding_is_zero_whatever_is_stored() -> None:
             start=0,
         )
         assert out.view(8, 3).tolist() == [[value] * 3 for value in expected]
+
+
+def test_a_digest_tells_models_of_one_shape_apart() -> None:
+    """By their first rows, in whatever order they are stored."""
+
+    def digest(**tensors: Tensor) -> str:
+        return Source("here", tiny_config({}, Path("run")), Stored(tensors)).digest()
+
+    one, other = torch.ones(3, 2), torch.ones(3, 2)
+    other[0, 1] = 2.0
+    assert digest(a=one, b=other) == digest(b=other, a=one.clone())
+    assert len({digest(a=one, b=one), digest(a=one, b=other), digest(a=other, b=one)}) == 3

@@ -134,10 +134,10 @@ def test_validation_on_the_blend_and_on_nothing(configured: Callable[..., RunCon
     corpora = open_corpora(configured({"shard": 3, "more": 1}).data, VOCABULARY)
     assert [part.num_tokens > 0 for part in corpora.validation] == [True, True]
     assert corpora.validation_weights == [3, 1]
-    corpora = open_corpora(
-        configured({"shard": 3, "more": 1}, data={"split": [1.0, 0.0, 0.0]}).data, VOCABULARY
-    )
-    assert (corpora.validation, corpora.validation_weights) == ([], [])
+    assert [part.start for part in corpora.validation] == [part.stop for part in corpora.train]
+    for split, validated in (([1.0, 0.0, 0.0], 0), ([0.9, 0.0, 0.1], 0), ([0.9, 0.1, 0.0], 2)):
+        corpora = open_corpora(configured({"shard": 3, "more": 1}, data={"split": split}).data, VOCABULARY)
+        assert len(corpora.validation) == len(corpora.validation_weights) == validated
 
 
 def test_names_that_are_the_same(tmp_path: Path, data: dict[str, str]) -> None:

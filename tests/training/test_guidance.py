@@ -329,7 +329,7 @@ def test_a_plan_is_recorded_as_it_is_in_force(tmp_path: Path) -> None:
     for (layer, iterate), value in seen[1.0].items():
         mean = (value + 2 * 2 * value) / 3
         assert log[f"guidance/influence_layer_{layer}_iterate_{iterate}"] == pytest.approx(mean)
-    assert run.engine.whole.solvers[0].iterations == 0
+    assert run.engine.meta_model.solvers[0].iterations == 0
 
 
 # --- runs ---

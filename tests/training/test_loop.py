@@ -56,6 +56,14 @@ def test_saves_at_the_interval_and_in_the_end_once(
     assert steps == saved
 
 
+@pytest.mark.parametrize(("stop", "last"), [(None, 8), (3, 3), (8, 8), (20, 8)])
+def test_a_run_ends_at_its_steps_at_the_latest(stop: int | None, last: int, tmp_path: Path) -> None:
+    run = bare_run(tmp_path / "run", training={"stop_after": stop})
+    train(run, [])
+    run.close()
+    assert run.step == last
+
+
 @pytest.mark.parametrize(
     ("interval", "first", "validated"),
     [(3, 0, [0, 3, 6, 8]), (4, 0, [0, 4, 8]), (0, 0, [0, 8]), (3, 4, [6, 8])],

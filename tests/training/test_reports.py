@@ -154,7 +154,7 @@ def test_a_teacher_in_words(tmp_path: Path) -> None:
     source = cast(Any, SimpleNamespace(words="model here"))
     said = describe_teacher(run, WarmStart(source, frozenset(), (0, 0, 0)))
     run.close()
-    layers, head = (getattr(run.engine.whole, part)(16) for part in ("layer_flops", "head_flops"))
+    layers, head = (getattr(run.engine.meta_model, part)(16) for part in ("layer_flops", "head_flops"))
     assert said == (
         f"teacher: model here, solver iiet, a forward pass of {(3 * layers + head) / (layers + head):.2f} x "
         "the student's FLOPs; loss CE + 0.5 MSE + 2 KL at temperature 3"
