@@ -70,8 +70,14 @@ def tag_of(step: int) -> str:
     return f"step_{step:08d}"
 
 
+def complete_tags(output_dir: str | Path) -> list[str]:
+    """Names of the complete checkpoints of a run, by step."""
+    return sorted(file.parent.name for file in checkpoints_folder(output_dir).glob("step_*/state.json"))
+
+
 def latest_tag(output_dir: str | Path) -> str | None:
-    """Name of the newest complete checkpoint of a run, or None.
+    """Name of the newest complete checkpoint of a run, or None: what ``latest`` says, and without it, as a
+    kill before it was written or an unfinished copy leaves a run, the one of most steps.
 
     Raises:
         ConfigError: ``latest`` names a checkpoint that is not there.
@@ -79,12 +85,12 @@ def latest_tag(output_dir: str | Path) -> str | None:
     folder = checkpoints_folder(output_dir)
     marker = folder / "latest"
     if not marker.is_file():
-        return None
+        return next(reversed(complete_tags(output_dir)), None)
     tag = marker.read_text().strip()
     if not (folder / tag / STATE).is_file():
         raise ConfigError(
             f"{marker} names '{tag}', but {folder / tag} is not a complete checkpoint; "
-            "write the name of one that is into 'latest', or remove the file to start anew"
+            "write the name of one that is into 'latest', or choose another output_dir"
         )
     return tag
 
@@ -165,7 +171,13 @@ def _read_state(folder: Path) -> tuple[TrainState, SaveIdentity | None]:
             content = check_seal(path, content)
             save = SaveIdentity(content.pop("save"), content["step"], content.pop("config"))
         del content["format"]
-        return TrainState(**content), save
+        state = TrainState(**content)
+        if re.fullmatch(r"step_\d+", folder.name) and folder.name != tag_of(state.step):
+            raise ValueError(
+                f"{folder} holds the checkpoint of step {state.step}, not the one that its name says; give "
+                f"it the name {tag_of(state.step)}"
+            )
+        return state, save
     except (KeyError, TypeError) as error:
         raise ConfigError(f"{path} is damaged ({error!r}); use another checkpoint") from None
     except ValueError as error:
@@ -175,7 +187,10 @@ def _read_state(folder: Path) -> tuple[TrainState, SaveIdentity | None]:
 def invalidate(folder: Path) -> None:
     """Make an older checkpoint of the same step incomplete, before its files are replaced one by one.
 
-    A kill in between must not leave a mixture that looks whole."""
+    A kill in between must not leave a mixture that looks whole. A link of that name goes: what it names is
+    somebody's."""
+    if folder.is_symlink():
+        folder.unlink()
     for name in (STATE, INDEX):
         (folder / name).unlink(missing_ok=True)
 

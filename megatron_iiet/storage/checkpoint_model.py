@@ -69,18 +69,13 @@ def find_checkpoint(run_folder: str | Path, step: int | None) -> Path:
     Raises:
         ValueError: there is none; the message lists those there are.
     """
-    folder = checkpoint.checkpoints_folder(run_folder)
-    there = sorted(file.parent.name for file in folder.glob("step_*/state.json"))
+    there = checkpoint.complete_tags(run_folder)
     if not there:
         raise ConfigError(f"{run_folder} holds no complete checkpoint; give the output_dir of a training run")
     tag = checkpoint.latest_tag(run_folder) if step is None else checkpoint.tag_of(step)
-    if tag is None:
-        raise ConfigError(
-            f"{folder / 'latest'} is missing; name a checkpoint with --step ({', '.join(there)})"
-        )
     if tag not in there:
         raise ConfigError(f"{run_folder} has no checkpoint {tag}; there are {', '.join(there)}")
-    return folder / tag
+    return checkpoint.checkpoints_folder(run_folder) / tag
 
 
 class StoredWeights(Mapping[str, Tensor]):

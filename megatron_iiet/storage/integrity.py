@@ -117,7 +117,7 @@ def read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise ValueError(f"{path} is missing; copy the whole checkpoint again, or use another one") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(
             f"{path} is damaged ({error}); copy the whole checkpoint again, or use another one"
         ) from None

@@ -140,8 +140,9 @@ class SafetensorsFile:
             length = int.from_bytes(self._file.read(8), "little")
             header = json.loads(self._file.read(min(length, path.stat().st_size)))
             self.metadata = dict(header.pop("__metadata__", None) or {})
-            self.tensors = {name: _stored(entry, 8 + length) for name, entry in header.items()}
-        except (ValueError, KeyError, IndexError, TypeError, AttributeError):
+            size = path.stat().st_size
+            self.tensors = {name: _stored(entry, 8 + length, size) for name, entry in header.items()}
+        except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
             self.close()
             raise self._damaged("its header cannot be read") from None
 
@@ -207,8 +208,11 @@ class SafetensorsFile:
         return ValueError(f"{self.path} is damaged: {what}; {self._remedy}")
 
 
-def _stored(entry: Mapping[str, Any], data: int) -> StoredTensor:
-    return StoredTensor(entry["dtype"], tuple(entry["shape"]), data + entry["data_offsets"][0])
+def _stored(entry: Mapping[str, Any], data: int, size: int) -> StoredTensor:
+    start = entry["data_offsets"][0]
+    if type(start) is not int or not 0 <= start <= size - data:
+        raise ValueError(f"a tensor cannot begin at {start!r}")
+    return StoredTensor(entry["dtype"], tuple(entry["shape"]), data + start)
 
 
 def _misshapen(path: Path, name: str, found: Shape, tensor: TensorToWrite) -> ValueError:

@@ -13,7 +13,6 @@ from megatron_iiet.data.corpora.identity import corpus_identity
 from megatron_iiet.data.loader.blend import Blend
 from megatron_iiet.data.loader.samples import Samples, build_splits
 from megatron_iiet.data.tokenizers.loading import tokenizer_digest
-from megatron_iiet.storage.source import Source
 
 MANY_EPOCHS = 4
 """Times a corpus may be read before repetition clearly costs quality (Muennighoff et al. 2023)."""
@@ -71,9 +70,9 @@ def open_corpora(data: DataConfig, vocab_size: int) -> Corpora:
     return Corpora(list(data.weights), weights, train, validation, validation_weights)
 
 
-def contents_of(data: DataConfig, corpora: Corpora, teacher: Source | None = None) -> dict[str, Any]:
+def contents_of(data: DataConfig, corpora: Corpora, teacher: str | None = None) -> dict[str, Any]:
     """What the corpora, the tokenizer and the teacher of a run hold, wherever they lie, as plain data for its
-    checkpoints.
+    checkpoints; ``teacher``: its identity.
 
     Raises:
         ValueError: a file is missing or damaged.
@@ -82,7 +81,7 @@ def contents_of(data: DataConfig, corpora: Corpora, teacher: Source | None = Non
         "train": [corpus_identity(part.stream) for part in corpora.train],
         "validation": corpus_identity(corpora.validation[0].stream) if data.validation_prefix else None,
         "tokenizer": tokenizer_digest(data.tokenizer),
-        "teacher": teacher and teacher.digest(),
+        "teacher": teacher,
     }
 
 

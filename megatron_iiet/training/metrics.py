@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 import time
 from pathlib import Path
 
@@ -18,7 +19,10 @@ class MetricWriter:
 
     def __init__(self, output_dir: str | Path, *, tensorboard: bool, first_step: int) -> None:
         folder = Path(output_dir)
-        self._log = (folder / "log.jsonl").open("a")
+        path = folder / "log.jsonl"
+        torn = path.is_file() and not path.read_bytes().endswith(b"\n") and path.stat().st_size
+        self._log = path.open("a")
+        self._log.write("\n" * bool(torn))  # half a line stays one of its own
         self._events = (
             SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1 if first_step else None)
             if tensorboard
@@ -46,7 +50,7 @@ class MetricWriter:
 
 def read_log(output_dir: str | Path) -> dict[int, dict[str, float]]:
     """``log.jsonl`` as step → values, those apart that were no numbers; of a repeated step the last line
-    counts.
+    counts. A line that is no record, as a crash leaves half of one, is told and left out.
 
     Raises:
         ValueError: the run has no log.
@@ -55,8 +59,12 @@ def read_log(output_dir: str | Path) -> dict[int, dict[str, float]]:
     if not path.is_file():
         raise ValueError(f"{path} does not exist, so {output_dir} is not the folder of a run")
     steps: dict[int, dict[str, float]] = {}
-    for line in path.read_text().splitlines():
-        values = json.loads(line)
-        step = values.pop("step")
+    for number, line in enumerate(path.read_text(errors="replace").splitlines(), start=1):
+        try:
+            values = json.loads(line)
+            step = values.pop("step")
+        except (ValueError, KeyError, AttributeError, TypeError):
+            print(f"warning: {path} (line {number}) is not a whole record; it is left out", file=sys.stderr)
+            continue
         steps[step] = {name: value for name, value in values.items() if value is not None}
     return dict(sorted(steps.items()))

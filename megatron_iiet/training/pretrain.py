@@ -22,7 +22,7 @@ from megatron_iiet.training.engine import Engine, build_engine
 from megatron_iiet.training.layout import describe_layout, layout_of
 from megatron_iiet.training.loop import train
 from megatron_iiet.training.record import append_start, restore_configuration, start_of, write_configurations
-from megatron_iiet.training.resume import NothingToDo, Resumption, find_resumption
+from megatron_iiet.training.resume import NothingToDo, Resumption, find_resumption, teacher_identity
 from megatron_iiet.training.run import Run
 from megatron_iiet.training.warm_start import WarmStart, open_teacher, open_warm_start
 
@@ -70,7 +70,7 @@ def prepare(
     check_tokenizer(config)
     corpora = open_corpora(config.data, config.model.vocab_size)
     teacher = open_teacher(config)
-    contents = contents_of(config.data, corpora, teacher.source if teacher else None)
+    contents = contents_of(config.data, corpora, teacher_identity(teacher.source) if teacher else None)
     found = find_resumption(config, contents, accept)
     warm = open_warm_start(config) if found is None else None
 

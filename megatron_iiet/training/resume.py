@@ -23,6 +23,8 @@ from megatron_iiet.data.corpora.identity import identity_difference
 from megatron_iiet.data.loader.blend import Blend
 from megatron_iiet.models.iterations import iterations_at
 from megatron_iiet.storage import checkpoint
+from megatron_iiet.storage.integrity import digest_of
+from megatron_iiet.storage.source import Source
 
 CONTENTS = "contents"
 """Where the state of the sample reader in a checkpoint has what its corpora and tokenizer hold."""
@@ -118,6 +120,8 @@ def check_resumable(
     before = checkpoint.read_config(folder)
     found = differences(before, config, state.step)
     notes = [f"it is {lacks}"] if (lacks := checkpoint.lacks(folder)) else []
+    if not (folder.parent / "latest").is_file():
+        notes.append("'latest' is missing beside it; of the complete checkpoints it has the most steps")
     if CONTENTS in state.data:
         there = state.data[CONTENTS]
         if there.get("teacher") and contents.get("teacher"):  # which then say more than paths
@@ -238,6 +242,16 @@ def content_differences(
             )
             found.append(Difference(key, old, new, Change.FUNCTION))
     return found
+
+
+def teacher_identity(teacher: Source) -> str:
+    """A digest of what a teacher computes: of the keys that decide it, and of its weights' first rows."""
+    function = {
+        key: value
+        for key, value in _in_force(teacher.config).items()
+        if key.startswith(("model.", "solver.")) and key_changes()[key] is Change.FUNCTION
+    }
+    return digest_of(f"{sorted(function.items())} {teacher.digest()}".encode())
 
 
 def _shown(config: RunConfig) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from megatron_iiet.storage import fragments as store
 from megatron_iiet.storage import integrity
 from megatron_iiet.storage.fragments import Fragment, FragmentReader, write_fragments, write_index
 from megatron_iiet.storage.integrity import SaveIdentity
+from megatron_iiet.storage.safetensors_stream import SafetensorsFile
 
 SIZES = (1, 2, 4)
 LARGEST = max(SIZES)
@@ -396,6 +397,18 @@ def downgrade(index: dict[str, Any]) -> None:
         del file["digests"]
     for parameter in index["parameters"].values():
         del parameter["kinds"]
+
+
+@pytest.mark.parametrize("offset", [2**70, 1.5, -9, "0"])
+def test_offsets_that_are_none(offset: Any, folder: Path) -> None:
+    path = folder / "0_0.safetensors"
+    content = path.read_bytes()
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    header["fp32/gain"]["data_offsets"] = [offset, 0]
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(64))
+    with pytest.raises(ValueError, match=r"0_0\.safetensors is damaged: its header cannot be read"):
+        SafetensorsFile(path)
 
 
 def gain(start: int, numel: int, **changes: Any) -> Fragment:

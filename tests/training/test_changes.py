@@ -256,6 +256,7 @@ def saved(tmp_path: Path) -> Path:
     state = checkpoint.TrainState(4, {"samples": 32, "windows": [9], CONTENTS: CONTENT}, layout)
     config = tiny_config({"prefix": "a"}, tmp_path)
     checkpoint.write_metadata(folder, config, state, save_of(config, state))
+    (folder.parent / "latest").write_text(folder.name)
     return folder
 
 

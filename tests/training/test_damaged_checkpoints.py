@@ -122,7 +122,7 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     ),
     "the state of an older step": (
         lambda new, old: shutil.copy(old / "state.json", new / "state.json"),
-        "index.json is of save .* of step 4, but the checkpoint of save .* of step 2",
+        "step_00000004 holds the checkpoint of step 2, not the one that its name says; give it the name step",
     ),
     "files that changed their names": (
         lambda new, old: swap_files(*(new / rank for rank in RANKS)),
@@ -213,3 +213,27 @@ def test_a_save_is_another_one_each_time(runs: dict[str, Path]) -> None:
         for step in ("step_00000002", "step_00000004")
     }
     assert len(saves) == 4
+
+
+@pytest.mark.slow
+def test_without_latest_a_run_goes_on_from_most_steps(runs: dict[str, Path], tmp_path: Path) -> None:
+    """And never from nothing: a kill between a checkpoint and the name of it leaves a run so."""
+    shutil.copytree(runs["ZeRO-1"].parent, tmp_path / "run")
+    folder = checkpoint.checkpoints_folder(tmp_path / "run")
+    (folder / "latest").unlink()
+    assert checkpoint.latest_tag(tmp_path / "run") == "step_00000004"
+    state = checkpoint.read_state(folder / "step_00000004")
+    config = checkpoint.read_config(folder / "step_00000004")
+    found = check_resumable(folder / "step_00000004", config, state.data["contents"])
+    assert found.notes == ["'latest' is missing beside it; of the complete checkpoints it has the most steps"]
+
+
+@pytest.mark.slow
+def test_a_link_in_the_way_of_a_save_is_replaced(runs: dict[str, Path], tmp_path: Path) -> None:
+    shutil.copytree(runs["ZeRO-1"], tmp_path / "checkpoints")
+    there = tmp_path / "checkpoints" / "step_00000004"
+    link = tmp_path / "step_00000004"
+    link.symlink_to(there)
+    checkpoint.invalidate(link)
+    assert not link.is_symlink()
+    assert read_all(there)

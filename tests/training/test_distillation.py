@@ -16,8 +16,9 @@ from megatron_iiet.models import Transformer
 from megatron_iiet.models.distilled import teacher_config
 from megatron_iiet.storage.checkpoint import checkpoints_folder
 from megatron_iiet.storage.checkpoint_model import export_run
-from megatron_iiet.storage.source import open_model
+from megatron_iiet.storage.source import Source, open_model
 from megatron_iiet.training.metrics import read_log
+from megatron_iiet.training.resume import teacher_identity
 from megatron_iiet.training.warm_start import open_teacher
 from tests.distributed.harness import RanksFailedError, run_ranks
 from tests.distributed.runs import as_data, ds_json, pretrain_rank
@@ -94,11 +95,30 @@ def test_a_teacher_that_has_gone_on_is_another_one(
     there = tmp_path / "teacher"
     shutil.copytree(teacher, there)
     train(student(data, there, tmp_path, training={"stop_after": 2}), tmp_path)
-    digest = open_model(there, "teacher").digest()
+    digest = teacher_identity(open_model(there, "teacher"))
     train(tiny_config(data, there, solver=FULL, training={"steps": 9}), tmp_path)
     message = rf"\(distillation\.teacher is {there} of digest {digest:.8} there and {there} of digest"
     with pytest.raises(RanksFailedError, match=message):
         train(student(data, there, tmp_path, training={"stop_after": 3}), tmp_path)
+
+
+def test_a_teacher_is_its_function_and_its_weights(tmp_path: Path) -> None:
+    """Wherever it is; what only training needs says nothing."""
+
+    def identity(**sections: dict[str, Any]) -> str:
+        config = tiny_config({"prefix": str(tmp_path)}, tmp_path, **{"solver": FULL, **sections})
+        return teacher_identity(Source(str(tmp_path), config, Rows()))
+
+    class Rows(dict[str, torch.Tensor]):
+        def __iter__(self) -> Any:
+            return iter(["norm.weight"])
+
+        def rows(self, name: str, first: int, last: int) -> torch.Tensor:
+            return torch.ones(last - first)
+
+    assert identity() == identity(training={"seed": 3}, solver={**FULL, "coefficient_init": "average"})
+    others = [{"damping": 0.5}, {"key_values": "first"}, {"iterations": 3}, {"history_norm": "none"}]
+    assert len({identity(), *(identity(solver={**FULL, **other}) for other in others)}) == 5
 
 
 def forward_flops(solver: dict[str, Any], data: dict[str, str]) -> int:

@@ -294,3 +294,18 @@ def test_a_log_is_a_line_a_step_and_of_a_repeated_step_the_last_counts(tmp_path:
     assert [(line["step"], line["loss"]) for line in lines] == [(2, 5.0), (2, 4.0)]
     assert read_log(tmp_path)[2]["loss"] == 4.0
     assert not (tmp_path / "tensorboard").exists()
+
+
+def test_half_a_line_is_told_and_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As a crash leaves it; the next start's lines stay whole. So are lines of something else."""
+    for step, damage in ((1, -20), (2, None)):
+        writer = MetricWriter(tmp_path, tensorboard=False, first_step=0)
+        writer.write(step, {"loss": float(step)})
+        writer.write(step + 5, {"loss": 0.5})
+        writer.close()
+        path = tmp_path / "log.jsonl"
+        path.write_bytes(path.read_bytes()[:damage])
+    path.write_text(path.read_text() + '[1]\n{"loss": 1.0}\n\n')
+    assert {step: values["loss"] for step, values in read_log(tmp_path).items()} == {1: 1.0, 2: 2.0, 7: 0.5}
+    told = [f"warning: {path} (line {n}) is not a whole record; it is left out" for n in (2, 5, 6, 7)]
+    assert capsys.readouterr().err.splitlines() == told
