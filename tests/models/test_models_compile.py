@@ -40,4 +40,4 @@ def test_a_decoder_layer(backend: str, compiler: str, build: Build) -> None:
         for found, wanted in zip(results(compiled), results(layer), strict=True):
             torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5 * wanted.abs().max().item())
         graphs = graphs or counter.frame_count
-    assert counter.frame_count == graphs == 1
+    assert counter.frame_count == graphs  # those of the first length
