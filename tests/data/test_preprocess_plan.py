@@ -1,4 +1,4 @@
-"""What decides the bytes of outputs, and which of what earlier runs left is still good; nothing is tokenized."""
+"""What decides the bytes of outputs, and what of earlier runs is still good; nothing is tokenized."""
 
 from __future__ import annotations
 

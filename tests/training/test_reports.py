@@ -45,7 +45,11 @@ def laid_out(config: RunConfig, accumulation: int) -> Engine:
     )
     whole = Transformer.on_meta(config)
     told = SimpleNamespace(
-        context=context, whole=whole, plan=stage_plan(config, whole), accumulation=accumulation, zero_stage=1
+        context=context,
+        meta_model=whole,
+        plan=stage_plan(config, whole),
+        accumulation=accumulation,
+        zero_stage=1,
     )
     return cast(Engine, told)
 
@@ -151,7 +155,7 @@ def test_a_teacher_in_words(tmp_path: Path) -> None:
         solver={"kind": "iiet", "iterations": 0},
         distillation=weights,
     )
-    source = cast(Any, SimpleNamespace(words="model here"))
+    source = cast(Any, SimpleNamespace(description="model here"))
     said = describe_teacher(run, WarmStart(source, frozenset(), (0, 0, 0)))
     run.close()
     layers, head = (getattr(run.engine.meta_model, part)(16) for part in ("layer_flops", "head_flops"))
