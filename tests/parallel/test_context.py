@@ -42,5 +42,5 @@ def test_groups_of_a_grid(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
     for group in groups:
         assert group.ranks[group.rank] == rank
         assert group.size == 1 or group.handle == f"handle of {list(group.ranks)}"
-    assert (context.data_parallel_rank, context.data_parallel_size) == (context.data.rank, DATA)
+    assert context.data.size == DATA
     assert len(made) == 6 + 6 + 4 + 4, "every rank makes every group"

@@ -47,7 +47,7 @@ def test_evaluations_of_f_weigh() -> None:
 
 def test_stages_beside_the_slowest_are_even() -> None:
     """The head alone makes the last stage the slowest, however the layers before it are cut."""
-    assert plan_stages([1.0] * 5, 0.0, 10.0, 3).stages == (range(2), range(2, 4), range(4, 5))
+    assert plan_stages([1.0] * 5, 10.0, 3).stages == (range(2), range(2, 4), range(4, 5))
 
 
 def test_bubble() -> None:
