@@ -232,3 +232,24 @@ def test_observers_leave_after_an_error(build: Build) -> None:
     with pytest.raises(ValueError), observe_iterates(model):
         model(torch.zeros(1, 33, dtype=torch.long))
     assert all(solver.observer is None for solver in model.solvers.values())
+
+
+@pytest.mark.parametrize("count", [3, 5])
+def test_iterations_are_one_a_layer(count: int, build: Build) -> None:
+    model = build(kind="iiet", iterations=1)
+    before = [solver.iterations for solver in model.solvers.values()]
+    assert len(before) == 4
+    with pytest.raises(ValueError, match=f"{count} iteration counts for 4 layers; give one a layer"):
+        model.set_iterations([2] * count)
+    assert [solver.iterations for solver in model.solvers.values()] == before
+
+
+def test_parameters_that_are_kept_are_not_drawn(build: Build) -> None:
+    model = build()
+    names = [name for name, _ in model.named_parameters()]
+    kept = next(name for name in names if name.startswith("layers.1.increment") and "norm" not in name)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    model.initialise(99, keep=frozenset({kept}))
+    same = [name for name, p in model.named_parameters() if torch.equal(p, before[name])]
+    assert kept in same
+    assert "embedding.weight" not in same

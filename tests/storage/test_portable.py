@@ -88,6 +88,13 @@ def test_saving_refuses(build: Build, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_save_that_fails_leaves_nothing(build: Build, tmp_path: Path) -> None:
+    model = build()
+    with pytest.raises(FileNotFoundError):
+        models.save(model.config, model.state_dict(), tmp_path / "m", extra_files=[tmp_path / "gone"])
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_loading_refuses(build: Build, tmp_path: Path) -> None:
     def message() -> str:
         with pytest.raises(ValueError) as caught:

@@ -25,7 +25,7 @@ from megatron_iiet.training.engine import StepResult
 from megatron_iiet.training.loop import train
 from megatron_iiet.training.metrics import read_log
 from megatron_iiet.training.pretrain import prepare, reconciled_ds_config
-from megatron_iiet.training.resume import CONTENTS, check_resumable
+from megatron_iiet.training.resume import CONTENTS, check_resumable, find_resumption
 from megatron_iiet.training.run import Run
 from tests.distributed.harness import RanksFailedError, run_ranks
 from tests.distributed.runs import as_data, ds_json, pretrain_rank
@@ -241,6 +241,32 @@ def test_resuming_in_another_order_of_samples(
         ConfigError, match=rf"samples there are others or in another order \({message}\); restore"
     ):
         check_resumable(tmp_path / "step", config, contents)
+
+
+def test_another_corpus_to_validate_on_is_told_by_its_key(
+    configured: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    (tmp_path / "step").mkdir()
+    before, config = (configured(data={"validation_prefix": name}) for name in ("held_out", "more"))
+    there, here = (contents_of(c.data, open_corpora(c.data, VOCABULARY)) for c in (before, config))
+    state = checkpoint.TrainState(5, {"samples": 40, "windows": [1], CONTENTS: there}, {})
+    checkpoint.write_metadata(tmp_path / "step", before, state, save_of(before, state))
+    assert not check_resumable(tmp_path / "step", before, there).changed
+    found = r"\(data\.validation_prefix is .*/held_out with [\d,]+ tokens there and .*/more with"
+    with pytest.raises(ConfigError, match=found):
+        check_resumable(tmp_path / "step", config, here)
+
+
+def test_a_run_that_must_not_be_resumed(configured: Callable[..., RunConfig]) -> None:
+    """Its checkpoint is not even read."""
+    config = configured(checkpoint={"resume": False})
+    assert find_resumption(config, {}) is None
+    folder = checkpoint.checkpoints_folder(config.output_dir)
+    (folder / "step_00000004").mkdir(parents=True)
+    (folder / "step_00000004" / "state.json").write_text("{}")
+    (folder / "latest").write_text("step_00000004\n")
+    with pytest.raises(ConfigError, match=r"holds checkpoint step_00000004 and checkpoint\.resume is false"):
+        find_resumption(config, {})
 
 
 def test_a_checkpoint_of_the_format_before(configured: Callable[..., RunConfig], tmp_path: Path) -> None:
