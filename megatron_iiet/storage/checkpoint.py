@@ -71,8 +71,9 @@ def tag_of(step: int) -> str:
 
 
 def complete_tags(output_dir: str | Path) -> list[str]:
-    """Names of the complete checkpoints of a run, by step."""
-    return sorted(file.parent.name for file in checkpoints_folder(output_dir).glob("step_*/state.json"))
+    """Names of the complete checkpoints of a run, by step; copies under other names are none."""
+    names = [file.parent.name for file in checkpoints_folder(output_dir).glob("step_*/state.json")]
+    return sorted((name for name in names if re.fullmatch(r"step_\d{8,}", name)), key=lambda n: int(n[5:]))
 
 
 def latest_tag(output_dir: str | Path) -> str | None:

@@ -36,6 +36,11 @@ def test_a_checkpoint_without_its_state_is_none(tmp_path: Path) -> None:
         find_checkpoint(tmp_path, 2)
     assert find_checkpoint(tmp_path, 4) == whole
     assert find_checkpoint(tmp_path, None) == whole  # 'latest' is not there
+    copy = whole.with_name(whole.name + "-good")
+    copy.mkdir()
+    (copy / "state.json").write_text((whole / "state.json").read_text())
+    assert find_checkpoint(tmp_path, None) == whole
+    (copy / "state.json").unlink()
     (whole / "state.json").unlink()
     with pytest.raises(ConfigError, match="holds no complete checkpoint"):
         find_checkpoint(tmp_path, 4)

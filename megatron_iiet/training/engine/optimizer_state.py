@@ -91,7 +91,7 @@ def load_fragments(
     try:
         for part in _prepared_parts(engine, names):
             _read_part(part, part.tensors(engine), names[part.parameter], context, reader)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         failure = str(error)
     for told in context.world.gather_objects(failure):
         if told is not None:
