@@ -7,7 +7,9 @@ An entry names a fragment by its text, so that it is found wherever its file is 
     find = "an exact fragment that occurs once in megatron_iiet/"
     replace = "what stands there instead"
     tests = ["tests/training/test_metrics.py"]      # what should find it; the narrowest that does
-    file = "euler.py"                               # only where several files have the fragment
+    file = "euler.py"                               # only where several files have the fragment; or a path
+
+Outside the package, `file` is a path: "tools/generate.py".
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ class Fault:
     replace: str
     tests: tuple[str, ...]
     file: str = ""
-    """Name of the file, without its folder; empty: any."""
+    """Name of the file, or its path from the root; empty: any of the package."""
 
     def locate(self, root: Path) -> Path:
         """The file that has the fragment, once.
@@ -42,7 +44,10 @@ class Fault:
         Raises:
             StaleFaultError: none has, several have, or one has it twice; or a test file is missing.
         """
-        files = sorted((root / PACKAGE).rglob(self.file or "*.py"))
+        path = root / self.file
+        files = (
+            [path] if self.file and path.is_file() else sorted((root / PACKAGE).rglob(self.file or "*.py"))
+        )
         counts = {file: n for file in files if (n := file.read_text().count(self.find))}
         if list(counts.values()) != [1]:
             places = ", ".join(f"{file.relative_to(root)} ({n})" for file, n in counts.items())
@@ -63,14 +68,14 @@ class Fault:
         return text.replace(self.find, self.replace)
 
 
-def read_faults(folder: Path = LISTS) -> list[Fault]:
-    """All entries, room by room.
+def read_faults(lists: Path = LISTS) -> list[Fault]:
+    """All entries of a folder of lists, room by room, or of one list.
 
     Raises:
         ValueError: an entry lacks a field, has an unknown one, or changes nothing.
     """
     faults = []
-    for path in sorted(folder.glob("*.toml")):
+    for path in sorted(lists.glob("*.toml")) if lists.is_dir() else [lists]:
         for number, entry in enumerate(tomllib.loads(path.read_text()).get("fault", []), 1):
             try:
                 fault = Fault(room=path.stem, **{**entry, "tests": tuple(entry.get("tests", ()))})

@@ -4,6 +4,7 @@
     python -m tests.mutants.run config hf          # rooms
     python -m tests.mutants.run schedules.py       # faults in a file
     python -m tests.mutants.run --match warm-up    # faults whose reason has this text
+    python -m tests.mutants.run --list fresh.toml  # of another list, as fresh.py draws one
 
 It works on a copy of the working tree in a temporary folder: the checkout is never changed, and a kill leaves
 neither a process nor the copy behind. (mutmut and cosmic-ray make up their faults themselves, thousands of
@@ -28,7 +29,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.mutants.faults import Fault, StaleFaultError, read_faults
+from tests.mutants.faults import LISTS, Fault, StaleFaultError, read_faults
 from tests.processes import end, guard
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -166,9 +167,12 @@ def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
     parser.add_argument("places", nargs="*", help="rooms or files; all if none is given")
     parser.add_argument("--match", default="", help="only faults with this text in their reason")
     parser.add_argument("--limit", type=float, default=600.0, help="seconds for the tests of one fault")
+    parser.add_argument(
+        "--list", type=Path, default=LISTS, help="a list, or a folder of lists; default: the kept ones"
+    )
     options = parser.parse_args(arguments)
     try:
-        faults = chosen(read_faults(), options.places, options.match, root)
+        faults = chosen(read_faults(options.list), options.places, options.match, root)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

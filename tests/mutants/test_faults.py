@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.mutants import run
+from tests.mutants import fresh, run
 from tests.mutants.faults import Fault, StaleFaultError, read_faults
 from tests.processes import marked
 
@@ -147,3 +147,58 @@ def wait_until(fulfilled: Callable[[], bool], seconds: float = 120.0) -> None:
 def test_an_unknown_place(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run.main(["c"], project) == 2
     assert capsys.readouterr().err == "error: there are no faults of c; rooms are a, b\n"
+
+
+SOURCE = """
+def pick(rows: list[int] = [1], *, most: int | None = None) -> int:
+    \"\"\"1 < 2 and more.\"\"\"
+    if not rows:
+        raise ValueError(f"{most} is {1 + 1}")
+    rows.sort(reverse=True)
+    total = max(rows[1:]) if most is None or rows[0] < most else -1
+    total += 0.5
+    return total
+"""
+
+
+CONDITION = "most is None or rows[0] < most"
+
+
+def test_fresh_faults_are_of_what_runs() -> None:
+    source = fresh.Source(SOURCE)
+    changed = {
+        (change.what, SOURCE[: change.start].count("\n") + 1, SOURCE[change.start : change.end], change.new)
+        for change in source.changes()
+    }
+    assert changed == {
+        ("1 is 2", 2, "1", "2"),
+        ("not is gone", 4, "not ", ""),
+        ("a statement is gone", 6, "rows.sort(reverse=True)", "pass"),
+        ("argument reverse is gone", 6, "reverse=True", ""),
+        ("True is False", 6, "True", "False"),
+        ("max is min", 7, "max", "min"),
+        ("a condition is turned round", 7, CONDITION, f"not ({CONDITION})"),
+        ("a slice starts at the start", 7, "1", ""),
+        ("1 is 2", 7, "1", "2"),
+        ("'is' is 'is not'", 7, "is", "is not"),
+        ("'or' is 'and'", 7, "or", "and"),
+        ("0 is 1", 7, "0", "1"),
+        ("'<' is '<='", 7, "<", "<="),
+        ("an in-place change is an assignment", 8, " += ", " = "),
+        ("0.5 is 1.0", 8, "0.5", "1.0"),
+        ("nothing is returned", 9, "total", "None"),
+    }
+
+
+def test_fresh_faults_are_a_list_that_can_be_tried(tmp_path: Path) -> None:
+    drawn = [tmp_path / "a.toml", tmp_path / "b.toml"]
+    for path in drawn:
+        assert fresh.main(["--number", "12", "--seed", "3", "--output", str(path), "models", "tools"]) == 0
+    assert drawn[0].read_text() == drawn[1].read_text()
+    faults = read_faults(drawn[0])
+    assert len(faults) == 12
+    for fault in faults:
+        path = fault.locate(ROOT)
+        assert str(path.relative_to(ROOT)) == fault.file
+        compile(fault.apply(path.read_text()), "source with a fault", "exec")
+    assert fresh.main(["--output", str(tmp_path / "c.toml"), "no_room"]) == 2
