@@ -83,9 +83,9 @@ def file_digest(path: Path) -> bytes:
         return hashlib.file_digest(file, new_digest).digest()
 
 
-def new_digest() -> hashlib.blake2b:
-    """A digest of nothing yet."""
-    return hashlib.blake2b(digest_size=DIGEST_BYTES)
+def new_digest(data: bytes | memoryview = b"") -> hashlib.blake2b:
+    """A digest of ``data`` so far."""
+    return hashlib.blake2b(data, digest_size=DIGEST_BYTES)
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:

@@ -1,8 +1,8 @@
 """A corpus as a stream of tokens cut into documents: a pair ``.bin``/``.idx``, or any number of them.
 
 A prefix names what the list ``PREFIX.shards`` holds (:mod:`shard_list`), or, without one, the pair
-``PREFIX.bin``/``.idx`` (:mod:`mmididx`). Opening costs the same for one shard and for 100,000: pairs are
-opened when they are read, and then checked against the list.
+``PREFIX.bin``/``.idx`` (:mod:`mmididx`). Pairs are opened when they are read, and then checked against the
+list.
 """
 
 from __future__ import annotations
