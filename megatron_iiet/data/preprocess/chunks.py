@@ -8,7 +8,6 @@ new sample never moves a document from a held-out split into training.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from hashlib import blake2b
@@ -22,12 +21,11 @@ from megatron_iiet.data.preprocess.layout import Layout, output_name
 from megatron_iiet.data.preprocess.options import PreprocessOptions
 from megatron_iiet.data.preprocess.records import Counts
 from megatron_iiet.data.reading.long_text import LongText
-from megatron_iiet.data.reading.text import Chunk, Reject, Row, parse_rows, raise_first
+from megatron_iiet.data.reading.text import Chunk, Row, parse_rows, raise_first
 from megatron_iiet.data.tokenizers.base import Tokenizer
 
 DIGEST_BYTES = 16
 _SPLIT_KEY = b"held-out split"
-_SOURCE = re.compile(r"\w[\w.+ -]{0,99}")
 
 Text = str | LongText
 Report = Callable[[int], None]
@@ -133,23 +131,6 @@ class EncodedChunk:
 
 
 @dataclass(frozen=True)
-class EncodePart:
-    """Task: tokenize a part of a giant text."""
-
-    part: str
-    is_first: bool
-
-    def __call__(self, recipe: Recipe, report: Report) -> TokenArray:
-        """Ids [tokens] in the recipe's dtype: those that the part has as the first, or behind another."""
-        before = [] if self.is_first else ["."]
-        skipped = recipe.encoder.encode_parts(before).size
-        return recipe.encoder.encode_parts([*before, self.part])[skipped:].astype(recipe.dtype)
-
-
-PartsEncoder = Callable[[Iterable[EncodePart]], Iterable[TokenArray]]
-
-
-@dataclass(frozen=True)
 class EncodeChunk:
     """Task: tokenize a chunk."""
 
@@ -157,10 +138,8 @@ class EncodeChunk:
     duplicates: bytes | None = None
     """Nonzero for every line that repeats an earlier document; None where nobody looked."""
 
-    def __call__(
-        self, recipe: Recipe, report: Report, encode_parts: PartsEncoder | None = None
-    ) -> EncodedChunk:
-        """Run the task; giant texts through ``encode_parts``, by default part after part.
+    def __call__(self, recipe: Recipe, report: Report) -> EncodedChunk:
+        """Run the task.
 
         Raises:
             ValueError: a row is defective, and such rows are not to be skipped.
@@ -172,12 +151,9 @@ class EncodeChunk:
             texts = [row.texts[column] for row, _ in rows]
             encoded = iter(recipe.encoder.encode_batch([text for text in texts if isinstance(text, str)]))
             for (row, split), text in zip(rows, texts, strict=True):
-                pieces: Iterable[TokenArray]
-                if isinstance(text, str):
-                    pieces = [next(encoded)]
-                else:
-                    parts = (EncodePart(part, number == 0) for number, part in enumerate(text.parts()))
-                    pieces = encode_parts(parts) if encode_parts else (part(recipe, report) for part in parts)
+                pieces = (
+                    [next(encoded)] if isinstance(text, str) else recipe.encoder.encode_pieces(text.parts())
+                )
                 output = output_name(row.source, split, key)
                 packed = result.outputs.get(output) or result.outputs.setdefault(output, Packed())
                 # Some normalisers leave nothing of a text of white space: that is an empty document as well.
@@ -229,21 +205,12 @@ def proper_rows(recipe: Recipe, chunk: Chunk, counts: Counts) -> list[Row]:
     Raises:
         ValueError: a row is defective, and such rows are not to be skipped.
     """
-    options, split_by = recipe.options, recipe.options.split_by
-    rows, rejects = parse_rows(chunk, options.json_keys, split_by)
-    for row in rows if split_by is not None else ():
-        if not (row.source and _SOURCE.fullmatch(row.source)):
-            message = (
-                f"{chunk.path}, line {row.line}: {split_by!r} is {row.source!r}, which cannot be part of "
-                "a file name; use letters, digits and . _ + - only."
-            )
-            rejects.append(Reject(row.line, "bad source name", message))
-    if options.bad_rows == "error":
+    rows, rejects = parse_rows(chunk, recipe.options.json_keys, recipe.options.split_by)
+    if recipe.options.bad_rows == "error":
         raise_first(rejects)
     for reject in rejects:
         counts.reject(reject.reason, reject.message)
-    defective = {reject.line for reject in rejects}
-    return [row for row in rows if row.line not in defective]
+    return rows
 
 
 def identity(row: Row) -> Text:

@@ -127,7 +127,7 @@ class Workshop:
         def tasks() -> Iterator[Any]:
             for chunk_task in task.chunks(self._recipe):
                 if isinstance(chunk_task, EncodeChunk) and len(chunk_task.chunk.data) > LONG_LINE_BYTES:
-                    yield partial(chunk_task, self._recipe, report, partial(_in_order, pool, report))
+                    yield partial(chunk_task, self._recipe, report)
                 else:
                     yield chunk_task
 

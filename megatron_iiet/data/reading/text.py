@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from io import BytesIO
@@ -27,6 +28,7 @@ LONG_LINE_BYTES = 8 << 20
 """Longer lines are chunks of their own, and their texts are :class:`LongText`."""
 
 _BOM = b"\xef\xbb\xbf"
+_SOURCE = re.compile(r"\w[\w.+ -]{0,99}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +51,7 @@ class Row:
     texts: tuple[str | LongText, ...]
     """In the order of the keys asked for."""
     source: str | None = None
-    """The string under the source key."""
+    """The string under the source key, fit to be part of a file name."""
 
 
 @dataclass(slots=True)
@@ -60,7 +62,7 @@ class Reject:
     """Number of the line in its file, counted from 1."""
     reason: str
     """One of: blank line, byte-order mark, invalid UTF-8, invalid JSON, not an object, missing key, not a
-    string, lone surrogate."""
+    string, lone surrogate, bad source name."""
     message: str
     """One sentence with file, line, what was found and what to do."""
 
@@ -218,6 +220,12 @@ def _source(row: dict[str, Any], key: str) -> str:
     name = _string(row, key, "--split-by")
     if isinstance(name, LongText):
         raise _BadLineError("not a string", f"{key!r} holds {name.characters:,} characters, not a name.")
+    if not _SOURCE.fullmatch(name):
+        raise _BadLineError(
+            "bad source name",
+            f"{key!r} is {name!r}, which cannot be part of a file name; use letters, digits and . _ + - "
+            "only.",
+        )
     return name
 
 

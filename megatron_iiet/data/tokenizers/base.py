@@ -83,12 +83,19 @@ class Tokenizer(ABC):
     def encode_parts(self, parts: Iterable[str]) -> TokenIds:
         """:meth:`encode` of one text given in the parts that :func:`split_text` cuts it into."""
         joined = bytearray()  # grows in place: a giant text's ids are never held twice
-        for part in parts:
-            ids = self._encode_checked([part])[0]
-            if joined and ids.size and ids[0] == self.prefix_id:
-                ids = ids[1:]  # inside a document that space was not written
+        for ids in self.encode_pieces(parts):
             joined += ids.tobytes()
         return np.frombuffer(joined, np.int32)
+
+    def encode_pieces(self, parts: Iterable[str]) -> Iterator[TokenIds]:
+        """The ids of :meth:`encode_parts` part by part."""
+        is_first = True
+        for part in parts:
+            ids = self._encode_checked([part])[0].view(np.int32)
+            if ids.size:
+                # Inside a document the space that a model puts before every text was not written.
+                yield ids if is_first or ids[0] != self.prefix_id else ids[1:]
+                is_first = False
 
     def _encode_checked(self, texts: list[str]) -> list[npt.NDArray[Any]]:
         try:
