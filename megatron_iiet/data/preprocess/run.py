@@ -6,9 +6,9 @@ import os
 import resource
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, nullcontext
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, partial
 from itertools import islice
 
 from megatron_iiet.data.preprocess.chunks import Filters, Recipe
@@ -17,11 +17,10 @@ from megatron_iiet.data.preprocess.layout import Layout
 from megatron_iiet.data.preprocess.lists import PreprocessReport, Summary, write_lists
 from megatron_iiet.data.preprocess.options import PreprocessOptions
 from megatron_iiet.data.preprocess.plan import Plan, Wanted, remove_everything, settle, share
-from megatron_iiet.data.preprocess.pool import in_a_process_of_its_own
-from megatron_iiet.data.preprocess.progress import Progress
+from megatron_iiet.data.preprocess.pool import Pool, in_a_process_of_its_own
 from megatron_iiet.data.preprocess.records import JobRecords, UnitRecord, exclusive
-from megatron_iiet.data.preprocess.unit import DigestUnit, EncodeUnit
-from megatron_iiet.data.preprocess.workshop import Failure, Workshop
+from megatron_iiet.data.preprocess.unit import DigestUnit, EncodeUnit, UnitTask
+from megatron_iiet.data.preprocess.workshop import Failure, Finish, Progress, run_units
 from megatron_iiet.data.reading.sources import InputFile, list_dataset, list_inputs
 from megatron_iiet.data.reading.text import parse_rows, read_chunks
 from megatron_iiet.data.tokenizers.base import Tokenizer
@@ -32,6 +31,7 @@ _SAMPLE_CHUNKS = 8  # of each, as long as more text is asked for
 _SAMPLE_CHUNK_BYTES = 1 << 18
 
 Log = Callable[[str], None]
+Run = Callable[[Sequence[UnitTask], Finish, Progress], list[Failure]]
 
 
 def preprocess(options: PreprocessOptions, log: Log = print) -> PreprocessReport:
@@ -91,11 +91,15 @@ class _Job:
         failures: list[Failure] = []
         waiting = ""
         if pending:
-            with Workshop(self._recipe(), options.workers) as workshop:
+            recipe = self._recipe()
+            with Pool(options.workers, recipe) if options.workers > 1 else nullcontext() as pool:
+                run = partial(run_units, recipe, pool)
                 if options.deduplicate and not duplicates_path(layout.records).exists():
-                    failures, waiting = self._find_duplicates(workshop, mine, units)
+                    failures, waiting = self._find_duplicates(run, mine, units)
                 if not failures and not waiting:
-                    failures = self._encode(workshop, pending, units)
+                    tasks = [EncodeUnit(unit, units[unit]) for unit in pending]
+                    with Progress("tokenizing", "tokens", len(tasks), options.progress) as progress:
+                        failures = run(tasks, self._finish, progress)
         all_units, missing = write_lists(layout, self.plan, rewrite=self.this_run.units > 0)
         return PreprocessReport(
             all_units=all_units,
@@ -133,17 +137,13 @@ class _Job:
         return Recipe(options, self.wanted.encoder(), self.wanted.layout, filters)
 
     def _find_duplicates(
-        self, workshop: Workshop, mine: Sequence[int], units: Sequence[Sequence[InputFile]]
+        self, run: Run, mine: Sequence[int], units: Sequence[Sequence[InputFile]]
     ) -> tuple[list[Failure], str]:
         """Digests of this job's units and, when all are there, duplicates; failures, what is awaited."""
         digests = DigestFiles(self.wanted.layout.records)
-        tasks = [
-            DigestUnit(unit, _first_input(units, unit), units[unit])
-            for unit in mine
-            if not digests.has(unit, units[unit])
-        ]
+        tasks = [DigestUnit(unit, units[unit]) for unit in mine if not digests.has(unit, units[unit])]
         with Progress("reading", "rows", len(tasks), self.wanted.options.progress) as progress:
-            failures = workshop.run(tasks, lambda _: None, progress)
+            failures = run(tasks, lambda _: None, progress)
         if failures:
             return failures, ""
         missing = sum(not digests.has(unit, inputs) for unit, inputs in enumerate(units))
@@ -155,23 +155,11 @@ class _Job:
         find_duplicates(self.wanted.layout.records, [len(inputs) for inputs in units])
         return [], ""
 
-    def _encode(
-        self, workshop: Workshop, pending: Sequence[int], units: Sequence[Sequence[InputFile]]
-    ) -> list[Failure]:
-        deduplicate = self.wanted.options.deduplicate
-        tasks = [EncodeUnit(unit, _first_input(units, unit), units[unit], deduplicate) for unit in pending]
-        with Progress("tokenizing", "tokens", len(tasks), self.wanted.options.progress) as progress:
-            return workshop.run(tasks, self._finish, progress)
-
     def _finish(self, record: UnitRecord | None) -> None:
         assert record is not None
         self.records.append(record)
         self.finished.add(record.unit)
         self.this_run.add(record)
-
-
-def _first_input(units: Sequence[Sequence[InputFile]], unit: int) -> int:
-    return unit * len(units[0])
 
 
 def _list_inputs(options: PreprocessOptions) -> list[InputFile]:

@@ -27,8 +27,6 @@ class UnitTask(ABC):
     """Task: all of a unit. Its chunks may be done elsewhere, in parallel, as tasks of their own."""
 
     unit: int
-    first_input: int
-    """Number of the unit's first input among all."""
     inputs: Sequence[InputFile]
 
     @abstractmethod
@@ -63,11 +61,9 @@ class DigestUnit(UnitTask):
 class EncodeUnit(UnitTask):
     """Text to shards."""
 
-    deduplicate: bool
-
     def chunks(self, recipe: Recipe) -> Iterator[EncodeChunk]:
-        duplicates = Duplicates(recipe.layout.records) if self.deduplicate else None
-        for number, file in enumerate(self.inputs, start=self.first_input):
+        duplicates = Duplicates(recipe.layout.records) if recipe.options.deduplicate else None
+        for number, file in enumerate(self.inputs, start=self.unit * recipe.options.inputs_per_shard):
             for chunk in read_chunks(file, recipe.options.chunk_bytes):
                 if duplicates is None:
                     yield EncodeChunk(chunk)
