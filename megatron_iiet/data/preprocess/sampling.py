@@ -9,7 +9,7 @@ from typing import Any
 from megatron_iiet.data.preprocess.options import PreprocessOptions
 from megatron_iiet.data.reading.compression import decompressed_blocks
 from megatron_iiet.data.reading.sources import InputFile, open_input
-from megatron_iiet.data.reading.text import parse_rows, read_chunks
+from megatron_iiet.data.reading.text import Chunk, parse_rows
 from megatron_iiet.data.tokenizers.base import Tokenizer
 
 _INPUTS = 16
@@ -40,47 +40,37 @@ def _estimate(options: PreprocessOptions, inputs: Sequence[InputFile], encoder: 
     Defective rows are left out, damaged files used as far as they can be read.
     """
     count = min(_INPUTS, len(inputs))
-    tokens = used_inputs = 0
-    stored_bytes = 0.0
-    for number in range(count):
-        file = inputs[number * (len(inputs) - 1) // max(1, count - 1)]
-        found, text_bytes = _look_at(file, options, encoder)
-        if found:
-            tokens += found
-            used_inputs += 1
-            stored_bytes += text_bytes * _stored_per_text_byte(file)
+    looks = [
+        _look_at(inputs[number * (len(inputs) - 1) // max(1, count - 1)], options, encoder)
+        for number in range(count)
+    ]
+    tokens = sum(found for found, _ in looks)
     if not tokens:
         raise ValueError(
             f"No text was found in {count} of the inputs to estimate the corpus by; give --corpus-tokens."
         )
+    stored_bytes = sum(stored for found, stored in looks if found)
     all_bytes = sum(file.size for file in inputs)
     corpus_tokens = max(1, round(tokens * all_bytes / stored_bytes))
-    return corpus_tokens, f"{tokens:,} tokens of {used_inputs:,} inputs"
+    return corpus_tokens, f"{tokens:,} tokens of {sum(found > 0 for found, _ in looks):,} inputs"
 
 
-def _look_at(file: InputFile, options: PreprocessOptions, encoder: Tokenizer) -> tuple[int, int]:
-    """Tokens at the start of a file, and the decompressed bytes that hold them."""
-    tokens = seen = 0
-    with suppress(ValueError):  # whoever makes the shard will complain
-        for chunk in read_chunks(file, 1 << 18):
-            seen += len(chunk.data) + 1
-            for row in parse_rows(chunk, options.json_keys, options.split_by)[0]:
-                for text in row.texts:
-                    parts = [text] if isinstance(text, str) else text.parts()
-                    ids = encoder.encode_parts(parts)
-                    tokens += ids.size + (options.append_eod and ids.size > 0)
-            if seen >= _TEXT_BYTES:
-                break
-    return tokens, seen
-
-
-def _stored_per_text_byte(file: InputFile) -> float:
-    """How many bytes of the file a byte of its text takes, by its first megabytes."""
-    read = stored = 0
-    with suppress(ValueError), open_input(file) as opened:
+def _look_at(file: InputFile, options: PreprocessOptions, encoder: Tokenizer) -> tuple[int, float]:
+    """Tokens in the first megabytes of a file, and the bytes that these take as stored."""
+    text = bytearray()
+    stored, whole = 0, 0
+    with suppress(ValueError), open_input(file) as opened:  # whoever makes the shard will complain
         for block in decompressed_blocks(opened, file.path):
-            read += len(block)
+            text += block
             stored = opened.tell()
-            if read >= _TEXT_BYTES and stored < file.size:
+            whole = text.rfind(b"\n") + 1
+            if len(text) >= _TEXT_BYTES and whole and stored < file.size:
                 break
-    return stored / read if read else 1.0
+        else:
+            whole = len(text)
+    tokens = 0
+    for row in parse_rows(Chunk(file.path, 1, bytes(text[:whole])), options.json_keys, options.split_by)[0]:
+        for content in row.texts:
+            ids = encoder.encode_parts([content] if isinstance(content, str) else content.parts())
+            tokens += ids.size + (options.append_eod and ids.size > 0)
+    return tokens, stored * whole / max(1, len(text))
