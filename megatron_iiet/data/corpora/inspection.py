@@ -24,9 +24,8 @@ class LengthCounts:
     """How many documents have which length, in memory that does not grow with the corpus."""
 
     def __init__(self) -> None:
-        self.documents = 0
-        self.tokens = 0
-        self.shortest, self.longest = 2**63, 0
+        self.documents = self.tokens = self.longest = 0
+        self.shortest = 2**63
         self._counts: Counter[int] = Counter()
 
     def add(self, lengths: npt.NDArray[np.int64]) -> None:
@@ -176,9 +175,8 @@ def summarize(
 
 
 def _samples(corpus: TokenStream, tokenizer: Tokenizer, count: int) -> Iterator[Sample]:
-    for document in np.unique(
-        np.linspace(0, corpus.num_documents - 1, max(count, 0)).astype(np.int64)
-    ).tolist():
+    spread = np.linspace(0, corpus.num_documents - 1, max(count, 0)).astype(np.int64)
+    for document in np.unique(spread).tolist():
         start, stop = corpus.document_start(document), corpus.document_start(document + 1)
         ids = corpus.read(start, min(stop, start + _SAMPLE_TOKENS))
         if ids.size and not 0 <= ids.min() <= ids.max() < tokenizer.vocab_size:

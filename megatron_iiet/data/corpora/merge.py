@@ -19,11 +19,13 @@ from tqdm import tqdm
 
 from megatron_iiet.data.corpora.indexed_writer import PairWriter, write_index
 from megatron_iiet.data.corpora.mmididx import (
+    BLOCK_ENTRIES,
     Shard,
     bin_path,
     check_prefix,
     file_digest,
     idx_path,
+    int64_block,
     new_digest,
     shards_path,
 )
@@ -235,9 +237,11 @@ def shifted(pairs: Iterable[Any]) -> Iterator[npt.NDArray[np.int64]]:
     """First sequence of every document when the sequences of all ``pairs`` are counted through."""
     before = 0
     for pair in pairs:
-        for block in pair.index.first_sequence_blocks():
-            yield block + before
-        before += pair.index.num_sequences
+        index = pair.index
+        for at in range(0, index.num_documents, BLOCK_ENTRIES):
+            stop = min(at + BLOCK_ENTRIES, index.num_documents)
+            yield int64_block(index.first_sequences, at, stop) + before
+        before += index.num_sequences
 
 
 def _refer(output_prefix: str, prefixes: Sequence[str]) -> list[Shard]:

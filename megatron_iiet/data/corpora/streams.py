@@ -142,8 +142,7 @@ class IndexedDataset(TokenStream):
         return self.index.document_starts(start, stop)
 
     def read_into(self, start: int, out: Int64Array) -> None:
-        if not 0 <= start <= self.num_tokens - len(out):
-            self.check_range(start, start + len(out))
+        self.check_range(start, start + len(out))
         self.tokens.read_into(start, out)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -241,17 +240,15 @@ class ShardedDataset(TokenStream):
 
     def document_starts(self, start: int, stop: int) -> Int64Array:
         self.check_range(start, stop)
-        found = []
-        for shard, first, begin, end in self._parts(start, stop):
-            starts = self._index(shard).document_starts(begin - first, end - first)
-            starts += first
-            found.append(starts)
+        found = [
+            self._index(shard).document_starts(begin - first, end - first) + first
+            for shard, first, begin, end in self._parts(start, stop)
+        ]
         return found[0] if len(found) == 1 else np.concatenate([np.empty(0, dtype=np.int64), *found])
 
     def read_into(self, start: int, out: Int64Array) -> None:
         stop = start + len(out)
-        if not 0 <= start <= stop <= self.num_tokens:
-            self.check_range(start, stop)
+        self.check_range(start, stop)
         for shard, first, begin, end in self._parts(start, stop):
             self._shard(shard).tokens.read_into(begin - first, out[begin - start : end - start])
 

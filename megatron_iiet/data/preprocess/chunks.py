@@ -45,8 +45,7 @@ def text_digest(text: Text) -> bytes:
 class Filters:
     """The random choices over documents."""
 
-    rate: float | None = None
-    """Fraction of documents in the sample; None keeps all."""
+    rate: float | None = None  # fraction of documents in the sample; None keeps all
     seed: int = 0
     validation: float = 0.0
     test: float = 0.0
@@ -99,10 +98,8 @@ class Recipe:
 class Packed:
     """Consecutive documents of one output."""
 
-    tokens: bytearray = field(default_factory=bytearray)
-    """In the recipe's dtype."""
-    lengths: list[int] = field(default_factory=list)
-    """Tokens of each document."""
+    tokens: bytearray = field(default_factory=bytearray)  # in the recipe's dtype
+    lengths: list[int] = field(default_factory=list)  # tokens of each document
 
     def add(self, recipe: Recipe, pieces: Iterable[TokenArray]) -> bool:
         """Append a document given in pieces, ids [tokens] each; False if it has no tokens.

@@ -135,19 +135,13 @@ def _remove_leftovers(layout: Layout, outputs: set[str]) -> None:
 class PreprocessReport:
     """What was done, and what is not."""
 
-    all_units: Summary
-    """All finished units, of this and earlier runs and all jobs."""
-    this_run: Summary
-    """Units finished by this run."""
-    missing: int
-    """Units that nobody has finished; the lists are written when it is 0."""
-    mine_missing: int = 0
-    """Those of them that belong to this job."""
+    all_units: Summary  # all finished units, of this and earlier runs and all jobs
+    this_run: Summary  # units finished by this run
+    missing: int  # units that nobody has finished; the lists are written when it is 0
+    mine_missing: int = 0  # those of them that belong to this job
     failures: Sequence[Failure] = field(default_factory=list)
-    waiting: str = ""
-    """What the other jobs have to do first; empty if nothing."""
-    wanted_tokens: int | None = None
-    """Tokens of the sample that was asked for."""
+    waiting: str = ""  # what the other jobs have to do first; empty if nothing
+    wanted_tokens: int | None = None  # tokens of the sample that was asked for
     rate: float | None = None
     seconds: float = 0.0
     cpu_seconds: float = 0.0

@@ -69,71 +69,65 @@ class PreprocessOptions:
     """Show progress on stderr."""
 
     def __post_init__(self) -> None:
-        _check_inputs(self)
-        _check_outputs(self)
-        _check_filters(self)
+        for problems in (_problems_of_inputs(self), _problems_of_work(self), _problems_of_filters(self)):
+            for problem, applies in problems.items():
+                if applies:
+                    raise ValueError(problem)
 
 
-def _check_inputs(options: PreprocessOptions) -> None:
-    if bool(options.inputs) == (options.dataset is not None):
-        raise ValueError("Give either --input or --dataset.")
-    if (options.dataset is not None) != (options.split is not None):
-        raise ValueError("--dataset and --split go together, as in --dataset NAME --split train.")
-    if options.streaming and options.dataset is None:
-        raise ValueError("--streaming goes with --dataset.")
-    if not options.json_keys or len(set(options.json_keys)) != len(options.json_keys):
-        raise ValueError(f"--json-keys are {list(options.json_keys)}; give one or more, each once.")
-    for key in options.json_keys:
-        if "/" in key or "\0" in key:
-            raise ValueError(f"--json-keys has {key!r}, which cannot be part of a file name; rename the key.")
+def _problems_of_inputs(options: PreprocessOptions) -> dict[str, bool]:
+    unfit = next((key for key in options.json_keys if "/" in key or "\0" in key), None)
+    return {
+        "Give either --input or --dataset.": bool(options.inputs) == (options.dataset is not None),
+        "--dataset and --split go together, as in --dataset NAME --split train.": (
+            (options.dataset is not None) != (options.split is not None)
+        ),
+        "--streaming goes with --dataset.": options.streaming and options.dataset is None,
+        f"--json-keys are {list(options.json_keys)}; give one or more, each once.": (
+            not options.json_keys or len(set(options.json_keys)) != len(options.json_keys)
+        ),
+        f"--json-keys has {unfit!r}, which cannot be part of a file name; rename the key.": unfit is not None,
+    }
 
 
-def _check_outputs(options: PreprocessOptions) -> None:
-    for name in ("workers", "num_jobs", "inputs_per_shard"):
-        if getattr(options, name) < 1:
-            flag = name.replace("_", "-")
-            raise ValueError(f"--{flag} is {getattr(options, name)}; give at least 1.")
-    if not 0 <= options.job < options.num_jobs:
-        raise ValueError(
-            f"--job is {options.job}; with --num-jobs {options.num_jobs} give 0 to {options.num_jobs - 1}."
-        )
-    if (options.output_prefix is None) == (options.output_dir is None):
-        raise ValueError("Give either --output-prefix (one shard) or --output-dir (many).")
-    if options.output_prefix is not None:
-        if options.num_jobs > 1:
-            raise ValueError(
-                f"--output-prefix makes a single shard, which {options.num_jobs} jobs cannot share; "
-                "use --output-dir."
-            )
-        if options.inputs_per_shard != 1:
-            raise ValueError(
-                "--inputs-per-shard goes with --output-dir; --output-prefix puts all in one shard."
-            )
-    if options.overwrite and options.num_jobs > 1:
-        raise ValueError(
-            f"--overwrite would let {options.num_jobs} jobs remove each other's work; remove "
-            f"{options.output_dir} first, then start the jobs without it."
-        )
+def _problems_of_work(options: PreprocessOptions) -> dict[str, bool]:
+    jobs, one_shard = options.num_jobs, options.output_prefix is not None
+    return {
+        f"--workers is {options.workers}; give at least 1.": options.workers < 1,
+        f"--num-jobs is {jobs}; give at least 1.": jobs < 1,
+        f"--inputs-per-shard is {options.inputs_per_shard}; give at least 1.": options.inputs_per_shard < 1,
+        f"--job is {options.job}; with --num-jobs {jobs} give 0 to {jobs - 1}.": (
+            not 0 <= options.job < jobs
+        ),
+        "Give either --output-prefix (one shard) or --output-dir (many).": (
+            one_shard == (options.output_dir is not None)
+        ),
+        f"--output-prefix makes a single shard, which {jobs} jobs cannot share; use --output-dir.": (
+            one_shard and jobs > 1
+        ),
+        "--inputs-per-shard goes with --output-dir; --output-prefix puts all in one shard.": (
+            one_shard and options.inputs_per_shard != 1
+        ),
+        f"--overwrite would let {jobs} jobs remove each other's work; remove {options.output_dir} first, "
+        "then start the jobs without it.": options.overwrite and jobs > 1,
+    }
 
 
-def _check_filters(options: PreprocessOptions) -> None:
-    if options.corpus_tokens is not None and options.sample_tokens is None:
-        raise ValueError("--corpus-tokens goes with --sample-tokens.")
-    for name in ("sample_tokens", "corpus_tokens"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')} is {value}; give at least 1.")
-    for name in ("holdout_validation", "holdout_test"):
-        if not 0 <= getattr(options, name) < 1:
-            flag = name.replace("_", "-")
-            raise ValueError(f"--{flag} is {getattr(options, name)}; give a fraction of at least 0, below 1.")
-    if options.holdout_validation + options.holdout_test >= 1:
-        raise ValueError(
-            f"--holdout-validation {options.holdout_validation} and --holdout-test {options.holdout_test} "
-            "leave nothing to train on; together they must stay below 1."
-        )
-    if options.bad_rows not in ("error", "skip"):
-        raise ValueError(f"--bad-rows is {options.bad_rows!r}; give error or skip.")
+def _problems_of_filters(options: PreprocessOptions) -> dict[str, bool]:
+    sample, corpus = options.sample_tokens, options.corpus_tokens
+    validation, test = options.holdout_validation, options.holdout_test
+    return {
+        "--corpus-tokens goes with --sample-tokens.": corpus is not None and sample is None,
+        f"--sample-tokens is {sample}; give at least 1.": sample is not None and sample < 1,
+        f"--corpus-tokens is {corpus}; give at least 1.": corpus is not None and corpus < 1,
+        f"--holdout-validation is {validation}; give a fraction of at least 0, below 1.": (
+            not 0 <= validation < 1
+        ),
+        f"--holdout-test is {test}; give a fraction of at least 0, below 1.": not 0 <= test < 1,
+        f"--holdout-validation {validation} and --holdout-test {test} leave nothing to train on; together "
+        "they must stay below 1.": validation + test >= 1,
+        f"--bad-rows is {options.bad_rows!r}; give error or skip.": options.bad_rows not in ("error", "skip"),
+    }
 
 
 def parse_count(text: str) -> int:

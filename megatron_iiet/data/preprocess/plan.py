@@ -20,12 +20,15 @@ from megatron_iiet.data.preprocess.dedup import DigestFiles, duplicates_path
 from megatron_iiet.data.preprocess.layout import Layout, output_name
 from megatron_iiet.data.preprocess.options import PreprocessOptions
 from megatron_iiet.data.preprocess.records import JobRecords, UnitRecord, read_records
-from megatron_iiet.data.preprocess.sampling import sampling
-from megatron_iiet.data.reading.sources import InputFile
+from megatron_iiet.data.reading.compression import decompressed_blocks
+from megatron_iiet.data.reading.sources import InputFile, open_input
+from megatron_iiet.data.reading.text import Chunk, parse_rows
 from megatron_iiet.data.tokenizers.base import Tokenizer
 from megatron_iiet.durable import replacing
 
 _FORMAT = 1
+_LOOKED_AT_INPUTS = 16
+_LOOKED_AT_BYTES = 2 << 20  # of the text of each
 
 
 @dataclass(frozen=True)
@@ -135,11 +138,9 @@ class Wanted:
 
     options: PreprocessOptions
     layout: Layout
-    inputs: Sequence[InputFile]
-    """As they are now."""
+    inputs: Sequence[InputFile]  # as they are now
     tokenizer_digest: str
-    encoder: Callable[[], Tokenizer]
-    """Loads it; called only for a new plan."""
+    encoder: Callable[[], Tokenizer]  # loads it; called only for a new plan
 
     @property
     def deciding(self) -> dict[str, Any]:
@@ -213,12 +214,72 @@ def _new_plan(wanted: Wanted) -> Plan:
             "vocab_size": encoder.vocab_size,
             "eod_id": encoder.eod_id,
         },
-        sampling=sampling(wanted.options, wanted.inputs, encoder),
+        sampling=_sampling(wanted.options, wanted.inputs, encoder),
         inputs=list(wanted.inputs),
     )
     with replacing(wanted.layout.plan) as file:
         file.write(plan.to_json())
     return plan
+
+
+def _sampling(
+    options: PreprocessOptions, inputs: Sequence[InputFile], encoder: Tokenizer
+) -> dict[str, Any] | None:
+    """What a plan says about its sample: rate, corpus_tokens, measured_on; None where none is wanted.
+
+    Raises:
+        ValueError: nothing could be measured.
+    """
+    if options.sample_tokens is None:
+        return None
+    corpus_tokens, measured_on = options.corpus_tokens, None
+    if corpus_tokens is None:
+        corpus_tokens, measured_on = _estimate(options, inputs, encoder)
+    rate = options.sample_tokens / corpus_tokens
+    return {"rate": rate, "corpus_tokens": corpus_tokens, "measured_on": measured_on}
+
+
+def _estimate(options: PreprocessOptions, inputs: Sequence[InputFile], encoder: Tokenizer) -> tuple[int, str]:
+    """Tokens of the corpus, and what was looked at: the starts of up to 16 inputs spread evenly, scaled by
+    the bytes of all; deterministic.
+
+    Defective rows are left out, damaged files used as far as they can be read.
+    """
+    count = min(_LOOKED_AT_INPUTS, len(inputs))
+    looks = [
+        _look_at(inputs[number * (len(inputs) - 1) // max(1, count - 1)], options, encoder)
+        for number in range(count)
+    ]
+    tokens = sum(found for found, _ in looks)
+    if not tokens:
+        raise ValueError(
+            f"No text was found in {count} of the inputs to estimate the corpus by; give --corpus-tokens."
+        )
+    stored_bytes = sum(stored for found, stored in looks if found)
+    all_bytes = sum(file.size for file in inputs)
+    corpus_tokens = max(1, round(tokens * all_bytes / stored_bytes))
+    return corpus_tokens, f"{tokens:,} tokens of {sum(found > 0 for found, _ in looks):,} inputs"
+
+
+def _look_at(file: InputFile, options: PreprocessOptions, encoder: Tokenizer) -> tuple[int, float]:
+    """Tokens in the first megabytes of a file, and the bytes that these take as stored."""
+    text = bytearray()
+    stored, whole = 0, 0
+    with suppress(ValueError), open_input(file) as opened:  # whoever makes the shard will complain
+        for block in decompressed_blocks(opened, file.path):
+            text += block
+            stored = opened.tell()
+            whole = text.rfind(b"\n") + 1
+            if len(text) >= _LOOKED_AT_BYTES and whole and stored < file.size:
+                break
+        else:
+            whole = len(text)
+    tokens = 0
+    for row in parse_rows(Chunk(file.path, 1, bytes(text[:whole])), options.json_keys, options.split_by)[0]:
+        for content in row.texts:
+            ids = encoder.encode_parts([content] if isinstance(content, str) else content.parts())
+            tokens += ids.size + (options.append_eod and ids.size > 0)
+    return tokens, stored * whole / max(1, len(text))
 
 
 def _refuse_foreign_outputs(wanted: Wanted) -> None:

@@ -73,10 +73,8 @@ class UnitRecord:
     """A finished unit."""
 
     unit: int
-    inputs: list[InputFile]
-    """As they were when the unit was begun."""
-    outputs: dict[str, OutputRecord]
-    """By output name; outputs without a document are absent."""
+    inputs: list[InputFile]  # as they were when the unit was begun
+    outputs: dict[str, OutputRecord]  # by output name; outputs without a document are absent
     counts: Counts
 
     def to_json(self) -> str:

@@ -36,22 +36,17 @@ class Chunk:
     """Whole lines of one file."""
 
     path: str
-    first_line: int
-    """Number of the first line, counted from 1."""
-    data: bytes
-    """Lines joined by line breaks; one line if it is longer than ``LONG_LINE_BYTES``."""
+    first_line: int  # number of the first line, counted from 1
+    data: bytes  # lines joined by line breaks; one line if it is longer than LONG_LINE_BYTES
 
 
 @dataclass(slots=True)
 class Row:
     """The texts of one line."""
 
-    line: int
-    """Number of the line in its file, counted from 1."""
-    texts: tuple[str | LongText, ...]
-    """In the order of the keys asked for."""
-    source: str | None = None
-    """The string under the source key, fit to be part of a file name."""
+    line: int  # number of the line in its file, counted from 1
+    texts: tuple[str | LongText, ...]  # in the order of the keys asked for
+    source: str | None = None  # the string under the source key, fit to be part of a file name
 
 
 @dataclass(slots=True)
