@@ -49,12 +49,9 @@ class Batch(NamedTuple):
 class ValidationBatch(NamedTuple):
     """One rank's rows of a validation batch."""
 
-    tokens: torch.Tensor
-    """int64 [B, T + 1]."""
-    weights: torch.Tensor
-    """float32 [B]: 1 for a sample, 0 for a filler row."""
-    positions: torch.Tensor | None = None
-    """int64 [B, T + 1] as in :class:`Batch`."""
+    tokens: torch.Tensor  # int64 [B, T + 1]
+    weights: torch.Tensor  # float32 [B]: 1 for a sample, 0 for a filler row
+    positions: torch.Tensor | None = None  # int64 [B, T + 1] as in Batch
 
 
 class TrainBatches:

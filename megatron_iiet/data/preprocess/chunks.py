@@ -132,8 +132,7 @@ class EncodeChunk:
     """Task: tokenize a chunk."""
 
     chunk: Chunk
-    duplicates: bytes | None = None
-    """Nonzero for every line that repeats an earlier document; None where nobody looked."""
+    duplicates: bytes | None = None  # nonzero for lines that repeat an earlier document; None: not looked for
 
     def __call__(self, recipe: Recipe, report: Report) -> EncodedChunk:
         """Run the task.

@@ -19,54 +19,30 @@ class PreprocessOptions:
         ValueError: options that contradict each other or leave their range.
     """
 
-    tokenizer_model: str
-    """SentencePiece .model or Hugging Face tokenizer.json."""
-    inputs: Sequence[str] = ()
-    """Files, folders or globs: .jsonl, .jsonl.gz, .jsonl.zst. Exclusive with ``dataset``."""
-    dataset: str | None = None
-    """A Hugging Face dataset (hub name or local folder) whose data files are the inputs."""
-    split: str | None = None
-    """Split of ``dataset``."""
-    streaming: bool = False
-    """Read the data files of ``dataset`` from where they are instead of downloading them first."""
-    output_prefix: str | None = None
-    """One shard an output: OUTPUT_PREFIX_text_document. Exclusive with ``output_dir``."""
-    output_dir: str | None = None
-    """Many shards an output, listed in OUTPUT_DIR/text_document.shards."""
-    inputs_per_shard: int = 1
-    """Input files that make one shard; with ``output_dir`` only."""
-    json_keys: Sequence[str] = ("text",)
-    """Each key makes its own output."""
-    append_eod: bool = False
-    """Put the tokenizer's end-of-document id behind every document."""
-    split_by: str | None = None
-    """Dotted key whose value names the source of a row; each source makes its own output."""
-    sample_tokens: int | None = None
-    """Keep a uniform sample of documents of about this many tokens."""
-    corpus_tokens: int | None = None
-    """Tokens of the whole corpus, for the rate of the sample; None measures an estimate."""
-    seed: int = 1234
-    """Another seed gives another sample."""
-    holdout_validation: float = 0.0
-    """Fraction of documents that go to the outputs of split ``validation``."""
-    holdout_test: float = 0.0
-    """Fraction of documents that go to the outputs of split ``test``."""
-    deduplicate: bool = False
-    """Drop documents whose text is exactly that of an earlier one."""
-    bad_rows: Literal["error", "skip"] = "error"
-    """A defective row fails its shard, or is counted and left out."""
-    overwrite: bool = False
-    """Remove what an earlier run wrote to this output first."""
-    workers: int = 1
-    """Tokenizing processes; 1 works in this process."""
-    num_jobs: int = 1
-    """Jobs that share the work; all are started with the same options."""
-    job: int = 0
-    """Number of this job, from 0."""
-    chunk_bytes: int = 1 << 20
-    """Text handed to a worker at a time."""
-    progress: bool = True
-    """Show progress on stderr."""
+    tokenizer_model: str  # SentencePiece .model or Hugging Face tokenizer.json
+    inputs: Sequence[str] = ()  # files, folders or globs of .jsonl, .jsonl.gz, .jsonl.zst; or dataset
+    dataset: str | None = None  # a Hugging Face dataset, hub name or local folder, whose data files to read
+    split: str | None = None  # split of dataset
+    streaming: bool = False  # read the dataset's files from where they are, without downloading them first
+    output_prefix: str | None = None  # one shard an output: OUTPUT_PREFIX_text_document; or output_dir
+    output_dir: str | None = None  # many shards an output, listed in OUTPUT_DIR/text_document.shards
+    inputs_per_shard: int = 1  # input files that make one shard; with output_dir only
+    json_keys: Sequence[str] = ("text",)  # each key makes its own output
+    append_eod: bool = False  # put the tokenizer's end-of-document id behind every document
+    split_by: str | None = None  # dotted key of the name of a row's source; each source makes its own output
+    sample_tokens: int | None = None  # keep a uniform sample of documents of about this many tokens
+    corpus_tokens: int | None = None  # tokens of the whole corpus, for the sample's rate; None: estimated
+    seed: int = 1234  # another seed gives another sample
+    holdout_validation: float = 0.0  # fraction of documents for the outputs of split validation
+    holdout_test: float = 0.0  # fraction of documents for the outputs of split test
+    deduplicate: bool = False  # drop documents whose text is exactly that of an earlier one
+    bad_rows: Literal["error", "skip"] = "error"  # a defective row fails its shard, or is left out
+    overwrite: bool = False  # remove what an earlier run wrote to this output first
+    workers: int = 1  # tokenizing processes; 1 works in this process
+    num_jobs: int = 1  # jobs that share the work; all are started with the same options
+    job: int = 0  # number of this job, from 0
+    chunk_bytes: int = 1 << 20  # text handed to a worker at a time
+    progress: bool = True  # show progress on stderr
 
     def __post_init__(self) -> None:
         for problems in (_problems_of_inputs(self), _problems_of_work(self), _problems_of_filters(self)):

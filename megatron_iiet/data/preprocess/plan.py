@@ -35,14 +35,10 @@ _LOOKED_AT_BYTES = 2 << 20  # of the text of each
 class Plan:
     """Everything that decides the bytes of the outputs."""
 
-    options: dict[str, Any]
-    """Options, the tokenizer by its digest."""
-    tokenizer: dict[str, Any]
-    """file, digest, vocab_size, eod_id."""
-    sampling: dict[str, Any] | None
-    """rate, corpus_tokens, and how they are known; None without a sample."""
-    inputs: list[InputFile]
-    """In the order of the documents, as they were when the plan was made."""
+    options: dict[str, Any]  # options, the tokenizer by its digest
+    tokenizer: dict[str, Any]  # file, digest, vocab_size, eod_id
+    sampling: dict[str, Any] | None  # rate, corpus_tokens, and how they are known; None without a sample
+    inputs: list[InputFile]  # in the order of the documents, as they were when the plan was made
 
     @property
     def rate(self) -> float | None:

@@ -27,18 +27,12 @@ _OFFENDERS = 5
 class Counts:
     """What became of the rows of some text."""
 
-    text_bytes: int = 0
-    """UTF-8 bytes of the documents written."""
-    empty: int = 0
-    """Texts that gave no token."""
-    sampled_out: int = 0
-    """Rows outside the sample."""
-    duplicates: int = 0
-    """Rows with the text of an earlier one."""
-    rejected: dict[str, int] = field(default_factory=dict)
-    """Defective rows a reason."""
-    offenders: dict[str, list[str]] = field(default_factory=dict)
-    """The first few of them a reason: sentences with file and line."""
+    text_bytes: int = 0  # UTF-8 bytes of the documents written
+    empty: int = 0  # texts that gave no token
+    sampled_out: int = 0  # rows outside the sample
+    duplicates: int = 0  # rows with the text of an earlier one
+    rejected: dict[str, int] = field(default_factory=dict)  # defective rows a reason
+    offenders: dict[str, list[str]] = field(default_factory=dict)  # the first few, with file and line
 
     def reject(self, reason: str, message: str) -> None:
         """Count a defective row."""

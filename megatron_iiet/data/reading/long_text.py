@@ -29,16 +29,12 @@ _WHOLE_ESCAPES = re.compile(
 class LongText:
     """A text still in the JSON string literal it came in."""
 
-    raw: bytes = field(repr=False)
-    """The whole line."""
-    start: int
-    """Where the literal's content begins in the line, behind its opening quote."""
-    stop: int
-    """Where the content ends, at the closing quote."""
+    raw: bytes = field(repr=False)  # the whole line
+    start: int  # where the literal's content begins in the line, behind its opening quote
+    stop: int  # where the content ends, at the closing quote
     characters: int
     utf8_bytes: int
-    lone_surrogate: str | None
-    """The first half of a surrogate pair without its other half; None in proper text."""
+    lone_surrogate: str | None  # first half of a surrogate pair without its other half; None in proper text
 
     @classmethod
     def scan(cls, raw: bytes, start: int, stop: int, piece_bytes: int = _PIECE_BYTES) -> LongText:

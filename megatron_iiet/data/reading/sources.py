@@ -21,14 +21,10 @@ _HUB_TIMEOUT_S = 20.0
 class InputFile:
     """One file of documents."""
 
-    path: str
-    """Local path, or url of a store that fsspec knows: hf://datasets/NAME@REVISION/train/part.jsonl.zst."""
-    size: int
-    """Bytes, as stored (compressed)."""
-    stamp: str
-    """Changes when the content does: nanoseconds of the last change, or the store's tag of the content."""
-    download: bool = False
-    """Fetch the whole file to the hub's cache before reading it (hf:// only); else it is read as it comes."""
+    path: str  # local, or a url for fsspec: hf://datasets/NAME@REVISION/train/part.jsonl.zst
+    size: int  # bytes, as stored (compressed)
+    stamp: str  # changes with the content: nanoseconds of the last change, or the store's tag
+    download: bool = False  # fetch it whole to the hub's cache before reading it (hf:// only)
 
     @property
     def identity(self) -> list[str | int]:

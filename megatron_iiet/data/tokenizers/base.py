@@ -31,18 +31,12 @@ class Tokenizer(ABC):
     """
 
     path: Path
-    name: str
-    """How it works, for people: "sentencepiece", "gigatoken (checked against sentencepiece)", ..."""
-    vocab_size: int
-    """One more than the largest id."""
-    eod_id: int
-    """Id put behind every document."""
-    bos_id: int | None
-    """Id put in front of a prompt; None where the tokenizer has none."""
-    control_ids: frozenset[int]
-    """Ids that no text may yield, ``eod_id`` among them."""
-    prefix_id: int | None = None
-    """Id of the space that the model puts before every text, where it does."""
+    name: str  # for people: "sentencepiece", "gigatoken (checked against sentencepiece)", ...
+    vocab_size: int  # one more than the largest id
+    eod_id: int  # id put behind every document
+    bos_id: int | None  # id put in front of a prompt; None where the tokenizer has none
+    control_ids: frozenset[int]  # ids that no text may yield, eod_id among them
+    prefix_id: int | None = None  # id of the space that the model puts before every text, where it does
 
     @property
     def spelled_out(self) -> tuple[str, ...]:
