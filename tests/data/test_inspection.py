@@ -238,7 +238,7 @@ def test_the_tokenizer_is_compared(tmp_path: Path, sentencepiece_model: Path, to
 def test_strange_info_is_no_obstacle(tmp_path: Path, info: dict[str, Any]) -> None:
     prefix = write(tmp_path / "a", [[[5, 6]]], **info)
     assert verify(prefix).num_defects == 0
-    assert summarize(prefix).info == info
+    assert summarize(prefix).corpus.info == info
 
 
 def test_stale_combinations_are_noticed(corpus: Path) -> None:

@@ -238,10 +238,10 @@ def _open_locked(path: Path) -> IO[bytes]:
         file.close()
 
 
-def lock(file: IO[bytes]) -> bool:
+def lock(file: IO[bytes], wait: bool = False) -> bool:
     """Take an open file for this process alone; whether that worked. Let go when the file is closed."""
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     except OSError:

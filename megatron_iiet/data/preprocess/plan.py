@@ -21,6 +21,7 @@ from megatron_iiet.data.preprocess.layout import Layout, output_name
 from megatron_iiet.data.preprocess.options import PreprocessOptions
 from megatron_iiet.data.preprocess.records import JobRecords, UnitRecord, read_records
 from megatron_iiet.data.reading.compression import decompressed_blocks
+from megatron_iiet.data.reading.long_text import parts_of
 from megatron_iiet.data.reading.sources import InputFile, open_input
 from megatron_iiet.data.reading.text import Chunk, parse_rows
 from megatron_iiet.data.tokenizers.base import Tokenizer
@@ -273,7 +274,7 @@ def _look_at(file: InputFile, options: PreprocessOptions, encoder: Tokenizer) ->
     tokens = 0
     for row in parse_rows(Chunk(file.path, 1, bytes(text[:whole])), options.json_keys, options.split_by)[0]:
         for content in row.texts:
-            ids = encoder.encode_parts([content] if isinstance(content, str) else content.parts())
+            ids = encoder.encode_parts(parts_of(content))
             tokens += ids.size + (options.append_eod and ids.size > 0)
     return tokens, stored * whole / max(1, len(text))
 
@@ -307,7 +308,11 @@ def _look_at_records(wanted: Wanted, plan: Plan, finished: set[int]) -> list[str
     for record in read_records(wanted.layout.records):
         if record.unit not in finished and shards_exist(wanted.layout, record):
             finished.add(record.unit)
-            changed += _changes(record, units[record.unit])
+            for before, now in zip(record.inputs, units[record.unit], strict=True):
+                if before.size != now.size:
+                    changed.append(f"{now.path}: {before.size:,} -> {now.size:,} bytes")
+                elif before.stamp != now.stamp:
+                    changed.append(f"{now.path}: written to since")
     if wanted.options.deduplicate and duplicates_path(wanted.layout.records).exists():
         digests = DigestFiles(wanted.layout.records)
         changed += [
@@ -316,17 +321,6 @@ def _look_at_records(wanted: Wanted, plan: Plan, finished: set[int]) -> list[str
             if unit not in finished and not digests.has(unit, inputs)
         ]
     return [f"inputs: {len(changed)} changed ({changed[0]})"] if changed else []
-
-
-def _changes(record: UnitRecord, inputs: Sequence[InputFile]) -> list[str]:
-    """How inputs differ from what a finished unit was made of."""
-    changes = []
-    for before, now in zip(record.inputs, inputs, strict=True):
-        if before.size != now.size:
-            changes.append(f"{now.path}: {before.size:,} -> {now.size:,} bytes")
-        elif before.stamp != now.stamp:
-            changes.append(f"{now.path}: written to since")
-    return changes
 
 
 def shards_exist(layout: Layout, record: UnitRecord) -> bool:

@@ -7,7 +7,6 @@ all jobs, so the number of jobs may change between runs.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 from collections.abc import Iterator
@@ -51,12 +50,24 @@ class Counts:
 
 
 @dataclass
-class OutputRecord:
+class Total:
+    """What one shard, an output or all amount to."""
+
+    documents: int = 0
+    tokens: int = 0
+    bin_bytes: int = 0
+
+    def add(self, other: Total) -> None:
+        """Add what follows."""
+        self.documents += other.documents
+        self.tokens += other.tokens
+        self.bin_bytes += other.bin_bytes
+
+
+@dataclass(kw_only=True)
+class OutputRecord(Total):
     """One shard of a finished unit."""
 
-    documents: int
-    tokens: int
-    bin_bytes: int
     idx_bytes: int
     bin_digest: str
     idx_digest: str
@@ -181,6 +192,5 @@ def _record_files(folder: Path) -> list[Path]:
 def exclusive(path: Path) -> Iterator[None]:
     """One process at a time gets past the lock file ``path``."""
     with path.open("ab") as file:
-        with suppress(OSError):  # file systems without locks
-            fcntl.flock(file, fcntl.LOCK_EX)
+        lock(file, wait=True)
         yield

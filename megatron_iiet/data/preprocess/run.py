@@ -11,7 +11,6 @@ from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from itertools import islice
 
-from megatron_iiet.data.preprocess.chunks import Filters, Recipe
 from megatron_iiet.data.preprocess.dedup import DigestFiles, duplicates_path, find_duplicates
 from megatron_iiet.data.preprocess.layout import Layout
 from megatron_iiet.data.preprocess.lists import PreprocessReport, Summary, write_lists
@@ -19,8 +18,9 @@ from megatron_iiet.data.preprocess.options import PreprocessOptions
 from megatron_iiet.data.preprocess.plan import Plan, Wanted, remove_everything, settle, share
 from megatron_iiet.data.preprocess.pool import Pool, in_a_process_of_its_own
 from megatron_iiet.data.preprocess.records import JobRecords, UnitRecord, exclusive
-from megatron_iiet.data.preprocess.unit import DigestUnit, EncodeUnit, UnitTask
+from megatron_iiet.data.preprocess.tasks import DigestUnit, EncodeUnit, Filters, Recipe, UnitTask
 from megatron_iiet.data.preprocess.workshop import Failure, Finish, Progress, run_units
+from megatron_iiet.data.reading.long_text import parts_of
 from megatron_iiet.data.reading.sources import InputFile, list_dataset, list_inputs
 from megatron_iiet.data.reading.text import parse_rows, read_chunks
 from megatron_iiet.data.tokenizers.base import Tokenizer
@@ -91,7 +91,8 @@ class _Job:
         failures: list[Failure] = []
         waiting = ""
         if pending:
-            recipe = self._recipe()
+            filters = Filters(self.plan.rate, options.seed, options.holdout_validation, options.holdout_test)
+            recipe = Recipe(options, self.wanted.encoder(), layout, filters)
             with Pool(options.workers, recipe) if options.workers > 1 else nullcontext() as pool:
                 run = partial(run_units, recipe, pool)
                 if options.deduplicate and not duplicates_path(layout.records).exists():
@@ -125,16 +126,6 @@ class _Job:
                 self.log("warning: the corpus is smaller than the sample wanted: all of it is kept")
         done = f", {mine - pending:,} of {mine:,} are finished" if pending < mine else ""
         self.log(f"{job}{pending:,} shards to make{done}")
-
-    def _recipe(self) -> Recipe:
-        options = self.wanted.options
-        filters = Filters(
-            rate=self.plan.rate,
-            seed=options.seed,
-            validation=options.holdout_validation,
-            test=options.holdout_test,
-        )
-        return Recipe(options, self.wanted.encoder(), self.wanted.layout, filters)
 
     def _find_duplicates(
         self, run: Run, mine: Sequence[int], units: Sequence[Sequence[InputFile]]
@@ -193,7 +184,7 @@ def _first_documents(inputs: Sequence[InputFile], keys: Sequence[str]) -> Iterat
             for chunk in islice(read_chunks(file, _SAMPLE_CHUNK_BYTES), _SAMPLE_CHUNKS):
                 for row in parse_rows(chunk, keys)[0]:
                     for text in row.texts:
-                        yield text if isinstance(text, str) else next(text.parts())
+                        yield next(parts_of(text))
         except (ValueError, OSError):
             continue
 

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from megatron_iiet.data.preprocess.chunks import Recipe, Report
 from megatron_iiet.data.preprocess.pool import (
     TASKS_PER_WORKER,
     Done,
@@ -22,7 +21,7 @@ from megatron_iiet.data.preprocess.pool import (
     failure,
 )
 from megatron_iiet.data.preprocess.records import UnitRecord
-from megatron_iiet.data.preprocess.unit import UnitTask
+from megatron_iiet.data.preprocess.tasks import Recipe, Report, UnitTask
 from megatron_iiet.data.reading.text import LONG_LINE_BYTES
 
 _SECONDS_BETWEEN_LINES = 30.0

@@ -65,6 +65,11 @@ class LongText:
         yield pending
 
 
+def parts_of(text: str | LongText) -> Iterator[str]:
+    """A text in parts that can be held; one that is held already is its only part."""
+    return iter([text]) if isinstance(text, str) else text.parts()
+
+
 def parse_long_line(line: bytes, min_bytes: int = LONG_LITERAL_BYTES) -> Any:
     """``json.loads`` of a line, but with :class:`LongText` for long values of objects.
 

@@ -20,7 +20,7 @@ from io import BytesIO
 from typing import Any
 
 from megatron_iiet.data.reading.compression import decompressed_blocks
-from megatron_iiet.data.reading.long_text import LongText, parse_long_line
+from megatron_iiet.data.reading.long_text import LongText, parse_long_line, parts_of
 from megatron_iiet.data.reading.sources import InputFile, open_input
 from megatron_iiet.data.tokenizers.base import lone_surrogate
 
@@ -73,8 +73,7 @@ def iter_documents(inputs: Iterable[InputFile | str | os.PathLike[str]], key: st
             rows, rejects = parse_rows(chunk, [key])
             raise_first(rejects)
             for row in rows:
-                (text,) = row.texts
-                yield text if isinstance(text, str) else "".join(text.parts())
+                yield "".join(parts_of(row.texts[0]))
 
 
 def raise_first(rejects: Sequence[Reject]) -> None:

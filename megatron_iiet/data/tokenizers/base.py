@@ -25,10 +25,7 @@ class NotSupportedError(Exception):
 
 
 class Tokenizer(ABC):
-    """A tokenizer of text alone: control ids are added by callers, never by anything written in a text.
-
-    Subclasses say how short texts are encoded.
-    """
+    """A tokenizer of text alone: control ids are added by callers; a literal ``</s>`` stays text."""
 
     path: Path
     name: str  # for people: "sentencepiece", "gigatoken (checked against sentencepiece)", ...
