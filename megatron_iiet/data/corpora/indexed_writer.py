@@ -162,7 +162,7 @@ class IndexedDatasetWriter(PairWriter):
         self.num_tokens = 0
         self.num_documents = 0
         self.shard: Shard | None = None  # once it is published, by the file name of the prefix
-        folder = self._targets[0].parent
+        folder = str(self._targets[0].parent)
         self._lengths = SpooledTemporaryFile(max_size=_SPOOL_BYTES, dir=folder)  # noqa: SIM115 closed with the pair
 
     def add_document(self, tokens: TokenArray) -> None:
