@@ -56,16 +56,11 @@ class TokenStream(ABC):
     """What training reads: one long row of tokens, cut into documents. Safe to read from many threads.
 
     Reads raise IndexError outside the corpus and ValueError where a file turns out to be damaged.
-
-    Attributes:
-        prefix: names the corpus.
-        dtype: type of the stored tokens.
-        num_tokens, num_documents: counts; tokens are those of all documents.
     """
 
-    prefix: str
-    dtype: np.dtype[Any]
-    num_tokens: int
+    prefix: str  # names the corpus
+    dtype: np.dtype[Any]  # of the stored tokens
+    num_tokens: int  # of all documents
     num_documents: int
 
     @abstractmethod
