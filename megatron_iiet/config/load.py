@@ -43,13 +43,13 @@ _IGNORED_WITH_VALUE = {"--local_rank", "--local-rank"}
 _IGNORED_ALONE = {"--deepspeed"}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LoadedConfig:
     """What a script was started with."""
 
     config: RunConfig
     """Complete and validated."""
-    ds_config_path: Path | None
+    ds_config_path: Path | None = None
     """The DeepSpeed JSON, if one was given; for :func:`megatron_iiet.config.deepspeed.load_ds_config`."""
     notes: tuple[str, ...] = ()
     """What the user must know of it: sentences for the start of the run."""
@@ -79,9 +79,12 @@ def load_config(
     settings = (_settings_of_file(files["config"]) if "config" in files else []) + overrides
     config, notes = build_config(settings)
     validate(config)
-    ds_config_path = Path(files["ds_config"]) if "ds_config" in files else None
-    accepted = _keys_to_accept(files["accept_changes"]) if "accept_changes" in files else ()
-    return LoadedConfig(config, ds_config_path, tuple(notes), accepted)
+    return LoadedConfig(
+        config=config,
+        ds_config_path=Path(files["ds_config"]) if "ds_config" in files else None,
+        notes=tuple(notes),
+        accept_changes=_keys_to_accept(files["accept_changes"]) if "accept_changes" in files else (),
+    )
 
 
 def load_config_or_exit(
