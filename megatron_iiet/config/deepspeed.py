@@ -15,7 +15,7 @@ from typing import Any
 
 from megatron_iiet.config.combinations import gradient_accumulation_steps
 from megatron_iiet.config.errors import ConfigError
-from megatron_iiet.config.keys import did_you_mean, join_or
+from megatron_iiet.config.keys import did_you_mean, join_words
 from megatron_iiet.config.rules import AUTO
 from megatron_iiet.config.schema import RunConfig
 
@@ -169,7 +169,7 @@ def _check_pipeline_keys(section: dict[str, Any], source: str) -> None:
     # DeepSpeed reads this section without looking for keys it does not know.
     for key in section:
         if key not in (*_PIPELINE, "stages", "partition", "seed_layers"):
-            hint = did_you_mean(key, _PIPELINE) or f"; it has {join_or(list(_PIPELINE))}"
+            hint = did_you_mean(key, _PIPELINE) or f"; it has {join_words(list(_PIPELINE))}"
             raise ConfigError(f"unknown key 'pipeline.{key}' in {source}{hint}")
 
 

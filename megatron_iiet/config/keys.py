@@ -76,19 +76,19 @@ def did_you_mean(
         return ""
     near = [candidate for candidate, score in scores.items() if score >= best - TIE_MARGIN]
     near = sorted(near, key=lambda candidate: -scores[candidate])[:MAX_SUGGESTIONS]
-    return f"; did you mean {join_or([repr(prefix + name) for name in near])}?"
+    return f"; did you mean {join_words([repr(prefix + name) for name in near])}?"
 
 
-def join_or(words: list[str]) -> str:
+def join_words(words: list[str], last: str = "or") -> str:
     """``a``, ``a or b``, ``a, b or c``."""
-    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} {last} {words[-1]}"
 
 
 def describe_type(hint: Any, plural: bool = False) -> str:
     """A type in a user's words: ``an integer or a list of integers``."""
     origin, arguments = get_origin(hint), get_args(hint)
     if origin is Literal or origin in (Union, types.UnionType):
-        return join_or(list(dict.fromkeys(_alternatives(hint, plural))))
+        return join_words(list(dict.fromkeys(_alternatives(hint, plural))))
     if origin is list:
         return f"{'lists' if plural else 'a list'} of {describe_type(arguments[0], plural=True)}"
     if origin is dict:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Generic
 
 from megatron_iiet.config.errors import ConfigError
-from megatron_iiet.config.keys import describe_type, did_you_mean, join_or, literal_choices
+from megatron_iiet.config.keys import describe_type, did_you_mean, join_words, literal_choices
 from megatron_iiet.config.kinds import D, Declaration, Kinds, name_fields, own_keys
 
 
@@ -94,7 +94,7 @@ def _foreign(kinds: Kinds[D], name: str, setting: Setting, declared: type[Declar
     return ConfigError(
         f"{setting.key} is {setting.value!r} {setting.where}, but the {kinds.section} is of "
         f"{declared().system}, which has no such key; leave it out, or take {kinds.noun} of "
-        f"{join_or(kinds.systems_with(name))}"
+        f"{join_words(kinds.systems_with(name))}"
     )
 
 
@@ -110,8 +110,8 @@ def _check_choice(kinds: Kinds[D], name: str, setting: Setting, declared: type[D
     ]
     raise ConfigError(
         f"{setting.key} is '{value}' {setting.where}, which {kinds.noun} of {declared().system} does not "
-        f"have; set it to {join_or([repr(choice) for choice in choices])}, or take {kinds.noun} of "
-        f"{join_or(having)}"
+        f"have; set it to {join_words([repr(choice) for choice in choices])}, or take {kinds.noun} of "
+        f"{join_words(having)}"
     )
 
 

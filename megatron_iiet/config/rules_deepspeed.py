@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
-from megatron_iiet.config.keys import join_or
-from megatron_iiet.config.rules import Rule, Value, With, refuse
+from megatron_iiet.config.keys import join_words
+from megatron_iiet.config.rules import STAGE, Rule, Value, With, refuse
+
+OFFLOAD = "zero_optimization.offload_optimizer.device"
 
 TRUE = Value("true", lambda value: value is True)
 FALSE = Value("false", lambda value: value is False)
@@ -22,7 +23,7 @@ def _number(value: Any) -> bool:
 
 
 def _one_of(*choices: Any, description: str | None = None) -> Value:
-    description = join_or([str(choice) for choice in choices]) if description is None else description
+    description = join_words(list(map(str, choices))) if description is None else description
     return Value(description, lambda value: type(value) is not bool and value in choices)
 
 
@@ -32,57 +33,41 @@ _BF16 = ("bf16", "bfloat16", "torch.bfloat16")
 
 PIPELINE = With(
     "`parallel.pipeline` > 1",
-    lambda setup: setup.pipelined,
-    lambda setup: f"parallel.pipeline = {setup.config.parallel.pipeline}",
+    lambda setup: setup.config.parallel.pipeline > 1,
+    "parallel.pipeline = {config.parallel.pipeline}",
 )
-TENSOR_AND_PIPELINE = With(
-    "`parallel.tensor` > 1 and `parallel.pipeline` > 1",
-    lambda setup: setup.pipelined and setup.config.parallel.tensor > 1,
-    lambda setup: (
-        f"parallel.tensor = {setup.config.parallel.tensor} and "
-        f"parallel.pipeline = {setup.config.parallel.pipeline}"
-    ),
+ONE_STAGE = With("`parallel.pipeline: 1`", lambda setup: setup.config.parallel.pipeline == 1, "")
+TENSOR = With(
+    "`parallel.tensor` > 1",
+    lambda setup: setup.config.parallel.tensor > 1,
+    "parallel.tensor = {config.parallel.tensor}",
 )
-
-
-def _precision(bf16: bool, description: str = "", holds: Callable[[Any], bool] = lambda setup: True) -> With:
-    name = "bf16" if bf16 else "fp32"
-    return With(
-        f"`training.precision: {name}`{description}",
-        lambda setup: setup.bf16 is bf16 and holds(setup),
-        lambda setup: f"training.precision = '{name}'",
+TIED = With(
+    "`model.tie_embeddings`",
+    lambda setup: setup.config.model.tie_embeddings,
+    "model.tie_embeddings = true",
+)
+BF16, FP32 = (
+    With(
+        f"`training.precision: {name}`",
+        lambda setup, name=name: setup.config.training.precision == name,  # type: ignore[misc]
+        f"training.precision = '{name}'",
     )
+    for name in ("bf16", "fp32")
+)
 
 
 def _stage(*stages: int) -> With:
     return With(
-        f"ZeRO stage {join_or([str(stage) for stage in stages])}",
-        lambda setup: setup.stage in stages,
-        lambda setup: f"zero_optimization.stage = {setup.stage}",
+        f"ZeRO stage {join_words(list(map(str, stages)))}",
+        lambda setup: setup.setting(STAGE) in stages,
+        "zero_optimization.stage = {stage}",
     )
 
 
-_BF16_PIPELINE_WITHOUT_ZERO = With(
-    "`training.precision: bf16`, `parallel.pipeline` > 1 and ZeRO stage 0",
-    lambda setup: setup.bf16 and setup.pipelined and setup.stage == 0,
-    lambda setup: (
-        f"training.precision = 'bf16', parallel.pipeline = {setup.config.parallel.pipeline} and "
-        "zero_optimization.stage = 0"
-    ),
-)
-
-_BF16_TIED_PIPELINE = With(
-    "`training.precision: bf16`, `parallel.pipeline` > 1 and `model.tie_embeddings`",
-    lambda setup: setup.bf16 and setup.pipelined and setup.config.model.tie_embeddings,
-    lambda setup: (
-        f"training.precision = 'bf16', parallel.pipeline = {setup.config.parallel.pipeline} and "
-        "model.tie_embeddings = true"
-    ),
-)
-
 _LAYOUT = (
     refuse(
-        "zero_optimization.stage",
+        STAGE,
         _one_of(2, 3),
         PIPELINE,
         why="DeepSpeed's pipeline knows ZeRO stages 0 and 1 only",
@@ -103,7 +88,8 @@ _LAYOUT = (
     refuse(
         ("pipeline.pipe_partitioned", "pipeline.grad_partitioned"),
         TRUE,
-        TENSOR_AND_PIPELINE,
+        TENSOR,
+        PIPELINE,
         why="DeepSpeed would cut what stages hand on as if it were the same on all tensor-parallel ranks",
         instead="set it to false",
     ),
@@ -125,16 +111,19 @@ _LAYOUT = (
 
 _PRECISION = (
     refuse(
-        "zero_optimization.stage",
+        STAGE,
         _one_of(0),
-        _precision(True, " and `parallel.pipeline: 1`", lambda setup: not setup.pipelined),
+        BF16,
+        ONE_STAGE,
         why="DeepSpeed then takes one extra optimizer step",
         instead="set it to 1 (it also works on one rank), or training.precision to 'fp32'",
     ),
     refuse(
         "data_types.grad_accum_dtype",
         _one_of(*_FP32, description="fp32"),
-        _BF16_PIPELINE_WITHOUT_ZERO,
+        BF16,
+        PIPELINE,
+        _stage(0),
         why="DeepSpeed accumulates in bf16 there",
         instead="set zero_optimization.stage to 1",
     ),
@@ -146,7 +135,7 @@ _PRECISION = (
     refuse(
         "data_types.grad_accum_dtype",
         _one_of(*_BF16, description="bf16"),
-        _precision(False),
+        FP32,
         why="gradients are fp32 then",
     ),
     refuse(
@@ -165,13 +154,13 @@ _PRECISION = (
 
 _OFFLOAD = (
     refuse(
-        ("zero_optimization.offload_optimizer.device", "zero_optimization.offload_param.device"),
+        (OFFLOAD, "zero_optimization.offload_param.device"),
         _one_of("nvme"),
         why="checkpoints cannot read what is swapped out to disk",
         instead="set it to 'cpu'",
     ),
     refuse(
-        "zero_optimization.offload_optimizer.device",
+        OFFLOAD,
         _one_of("cpu"),
         _stage(0),
         why="there is nothing to offload without ZeRO",
@@ -185,9 +174,11 @@ _OFFLOAD = (
         instead="set zero_optimization.stage to 3, or remove the section",
     ),
     refuse(
-        "zero_optimization.offload_optimizer.device",
+        OFFLOAD,
         _one_of("cpu"),
-        _BF16_TIED_PIPELINE,
+        BF16,
+        PIPELINE,
+        TIED,
         why="DeepSpeed then does not sum the gradients of the tied embedding's two copies, which drift apart",
         instead="remove the section, or set model.tie_embeddings to false",
     ),
@@ -196,8 +187,8 @@ _OFFLOAD = (
         TRUE,
         With(
             "`offload_optimizer` and no `optimizer` section",
-            lambda setup: setup.offloads_optimizer and setup.setting("optimizer") is None,
-            lambda setup: "zero_optimization.offload_optimizer and no optimizer section",
+            lambda setup: setup.setting(OFFLOAD) == "cpu" and setup.setting("optimizer") is None,
+            "zero_optimization.offload_optimizer and no optimizer section",
         ),
         why="AdamW is then torch's",
         instead="remove it, or add an optimizer section to get DeepSpeed's (compiled at first use)",

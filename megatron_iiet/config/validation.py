@@ -14,7 +14,7 @@ from typing import Any
 
 from megatron_iiet.config.combinations import check_layout
 from megatron_iiet.config.errors import ConfigError
-from megatron_iiet.config.keys import join_or
+from megatron_iiet.config.keys import join_words
 from megatron_iiet.config.ranges import Range
 from megatron_iiet.config.schema import RunConfig, evaluations_in_budget
 from megatron_iiet.config.solvers import SOLVERS, SUM_TOLERANCE, Iterating
@@ -162,7 +162,7 @@ def _check_guidance(config: RunConfig) -> None:
             "planned before it is trained; set guidance.interval to 0"
         )
     if not isinstance(solver, Iterating):
-        kinds = join_or([f"'{kind.removeprefix('kind ')}'" for kind in SOLVERS.systems_with("iterations")])
+        kinds = join_words([f"'{kind.removeprefix('kind ')}'" for kind in SOLVERS.systems_with("iterations")])
         raise ConfigError(
             f"{given} solver.kind is '{solver.kind}', which has no iterations to guide; set "
             f"guidance.interval to 0 or solver.kind to {kinds}"

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from megatron_iiet import durable
 from megatron_iiet.config import RunConfig, iterations_per_layer
 from megatron_iiet.config.iteration_plan import IterationPlan
-from megatron_iiet.config.keys import join_or
+from megatron_iiet.config.keys import join_words
 from megatron_iiet.config.schema import ParallelConfig
 from megatron_iiet.config.solvers import SOLVERS, Iterating
 from megatron_iiet.distillation import figures
@@ -133,7 +133,7 @@ def full_iterations(source: Source, path: str) -> int:
     if not isinstance(solver, Iterating):
         raise ValueError(
             f"--model is {path}, whose solver is '{solver.kind}', which has no iterations; give a model of "
-            f"solver.{join_or(SOLVERS.systems_with('iterations'))}"
+            f"solver.{join_words(SOLVERS.systems_with('iterations'))}"
         )
     iterations = iterations_per_layer(config)
     if why := why_reduced(config):
