@@ -40,12 +40,12 @@ def build_config(settings: Sequence[Setting]) -> tuple[RunConfig, list[str]]:
     sections: dict[str, Declaration] = {}
     notes, plan = [], None
     for name, kinds in KINDS.items():
-        section = settle(kinds, settings)
-        named, of_kind = _with_plan(section.settings)
+        declared, own, dropped = settle(kinds, settings)
+        named, own = _with_plan(own)
         plan = named or plan
-        types = {f"{name}.{leaf}": hint for leaf, hint in own_keys(section.declared).items()}
-        sections[name] = _build(of_kind, types, partial(_section_of, section.declared))
-        notes += section.notes
+        types = {f"{name}.{leaf}": hint for leaf, hint in own_keys(declared).items()}
+        sections[name] = _build(own, types, partial(_section_of, declared))
+        notes += dropped
     others = list({s.key: s for s in settings if s.key.split(".")[0] not in KINDS}.values())
     config = _build(others, key_types(), partial(_run_of, sections))
     if plan is not None:

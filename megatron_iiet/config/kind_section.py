@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Generic
+from typing import Any
 
 from megatron_iiet.config.errors import ConfigError
 from megatron_iiet.config.keys import describe_type, did_you_mean, join_words, literal_choices
@@ -30,19 +30,9 @@ class Setting:
     """The file, or the command line."""
 
 
-@dataclass(frozen=True)
-class KindSection(Generic[D]):
-    """A settled section."""
-
-    declared: type[D]
-    settings: list[Setting]
-    """Of this kind's keys; those that name it are left out."""
-    notes: list[str]
-    """What a user must know of it, a sentence each."""
-
-
-def settle(kinds: Kinds[D], settings: Sequence[Setting]) -> KindSection[D]:
-    """The kind that ``settings`` (of a whole run, the later of two of a key wins) name, and its keys.
+def settle(kinds: Kinds[D], settings: Sequence[Setting]) -> tuple[type[D], list[Setting], list[str]]:
+    """The kind that ``settings`` (of a whole run, the later of two of a key wins) name, the settings of its
+    keys but for those that name it, and what a user must know of them, a sentence each.
 
     Raises:
         ConfigError: there is no such kind, or a key was given for it that it does not have.
@@ -70,7 +60,7 @@ def settle(kinds: Kinds[D], settings: Sequence[Setting]) -> KindSection[D]:
     if dropped:
         listed = ", ".join(prefix + name for name in kinds.types if name in dropped)
         notes.append(f"without effect for {declared().system}: {listed}")
-    return KindSection(declared, own, notes)
+    return declared, own, notes
 
 
 def _named(kinds: Kinds[D], final: Mapping[str, Setting]) -> type[D]:
