@@ -22,8 +22,9 @@ from megatron_iiet.config import RunConfig
 from megatron_iiet.data.tokenizers.base import Tokenizer
 from megatron_iiet.data.tokenizers.loading import load_tokenizer
 from megatron_iiet.hf import folders
-from megatron_iiet.hf.export import DTYPES, TOKEN_FIELDS, config_fields
+from megatron_iiet.hf.export import DTYPES, config_fields
 from megatron_iiet.hf.modeling_iiet import IIETConfig, IIETForCausalLM
+from megatron_iiet.hf.tokenizer import TOKEN_FIELDS
 from megatron_iiet.storage import portable
 from megatron_iiet.storage.hugging_face.weights import RowSource, tensors_to_write
 from megatron_iiet.storage.source import open_model

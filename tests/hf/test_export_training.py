@@ -12,7 +12,8 @@ from megatron_iiet import models
 from megatron_iiet.config import ConfigError
 from megatron_iiet.distillation.analysis import Options, prepare
 from megatron_iiet.distillation.plans import PlanRequest
-from megatron_iiet.hf.export import Extras, export_folder, extras_of_tokenizer
+from megatron_iiet.hf.export import export_folder, extras_of_tokenizer
+from megatron_iiet.hf.tokenizer import Extras
 from megatron_iiet.models import Transformer
 from megatron_iiet.storage.checkpoint_model import export_run
 from megatron_iiet.training.metrics import read_log
