@@ -12,9 +12,7 @@ The contract every backend keeps:
   increment leaves ``merged`` bit-equal, with coefficient 1 it is a plain addition;
 * the result is deterministic.
 
-Four forms appear in the model: the entry merge (residual and all history), the corrector (base + α f,
-normed), the plain add-and-norm inside a layer (coefficients None), and several coefficient rows over one
-history read in one pass (coefficients of shape [R, k]), which are merged without a norm.
+The forms that appear in the model are in docs/kernels.md.
 """
 
 from __future__ import annotations
