@@ -16,14 +16,12 @@ class Euler(Solver[solvers.Euler]):
     :class:`ReleasedImplicitEuler`, which has no stream that is not.
     """
 
+    keeps = False
+
     def __init__(self, declared: solvers.Euler, place: Place) -> None:
         super().__init__(declared, place)
         normed = declared.output_norm == "layer"
         self.output_norm = nn.LayerNorm(place.width, eps=LAYER_NORM_EPS) if normed else None
-
-    @property
-    def keeps_increment(self) -> bool:
-        return False
 
     def step(self, y_BTD: Tensor, increment_fn: IncrementFn, history: History) -> tuple[Tensor, Tensor]:
         y_BTD, f_BTD = euler_step(y_BTD, increment_fn)

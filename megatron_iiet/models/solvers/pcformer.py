@@ -35,19 +35,15 @@ class PCformer(Solver[solvers.PCformer]):
     def __init__(self, declared: solvers.PCformer, place: Place) -> None:
         super().__init__(declared, place)
         self.first_merged = max(0, place.layer - KEPT_MERGED)
-        self._merged_entries = place.layer - self.first_merged
+        self.merged_entries = place.layer - self.first_merged
         self.gamma = fp32_parameter(torch.full((1,), 0.5))
         self.coefficients = fp32_parameter(
-            initial_row(self._merged_entries + 1, declared.resolved_coefficient_init)
+            initial_row(self.merged_entries + 1, declared.resolved_coefficient_init)
         )
 
     @property
     def coefficient_rows(self) -> list[nn.Parameter]:
         return [self.coefficients]
-
-    @property
-    def merged_entries(self) -> int:
-        return self._merged_entries
 
     def step(self, y_BTD: Tensor, increment_fn: IncrementFn, history: History) -> tuple[Tensor, Tensor]:
         norm, order, backend = increment_fn.input_norm, self.declared.predictor_order, self.place.backend

@@ -36,6 +36,8 @@ class RungeKutta(Solver[solvers.RungeKutta2]):
     whole on each tensor-parallel rank and not decayed.
     """
 
+    keeps = False
+
     def __init__(self, declared: solvers.RungeKutta2, place: Place) -> None:
         super().__init__(declared, place)
         order, stage_coefficients, width = declared.order, declared.stage_coefficients, place.width
@@ -49,10 +51,6 @@ class RungeKutta(Solver[solvers.RungeKutta2]):
             # Of the solver itself and no nn.Linear: ZeRO-3 gathers what belongs to the module that runs.
             self.gate_weight = nn.Parameter(torch.zeros(1, 2 * width))
             self.gate_bias = nn.Parameter(torch.zeros(1))
-
-    @property
-    def keeps_increment(self) -> bool:
-        return False
 
     def step(self, y_BTD: Tensor, increment_fn: IncrementFn, history: History) -> tuple[Tensor, Tensor]:
         order, backend = self.declared.order, self.place.backend

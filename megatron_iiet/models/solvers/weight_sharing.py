@@ -17,9 +17,7 @@ class WeightSharing(Solver[solvers.WeightSharing]):
         y^0 = y_n,  y^i = y^{i-1} + F(y^{i-1}) for i = 1..k,  y_{n+1} = y^k
     """
 
-    @property
-    def keeps_increment(self) -> bool:
-        return False
+    keeps = False
 
     def step(self, y_BTD: Tensor, increment_fn: IncrementFn, history: History) -> tuple[Tensor, Tensor]:
         norm = increment_fn.input_norm
