@@ -41,22 +41,18 @@ class _StrictLoader(yaml.SafeLoader):
                 seen.add(key_node.value)
         return super().construct_mapping(node, deep)
 
-    def construct_decimal(self, node: yaml.ScalarNode) -> int:
-        return int(node.value)
-
 
 class _StrictDumper(yaml.SafeDumper):
     """Quotes a text where this module or a YAML 1.1 reader would take it for something else (``'off'``)."""
-
-    def represent_short_list(self, data: list[Any]) -> yaml.Node:
-        return self.represent_sequence("tag:yaml.org,2002:seq", data, flow_style=True)
 
 
 for _tag, _pattern, _first in _SCALARS:
     for _class in (_StrictLoader, _StrictDumper):
         _class.add_implicit_resolver(_tag, re.compile(f"(?:{_pattern})$"), _first)
-_StrictDumper.add_representer(list, _StrictDumper.represent_short_list)
-_StrictLoader.add_constructor("tag:yaml.org,2002:int", _StrictLoader.construct_decimal)
+_StrictDumper.add_representer(
+    list, lambda dumper, data: dumper.represent_sequence("tag:yaml.org,2002:seq", data, flow_style=True)
+)
+_StrictLoader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value))
 
 
 @dataclass(frozen=True)

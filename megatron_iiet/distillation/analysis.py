@@ -17,13 +17,7 @@ from megatron_iiet.config.keys import join_words
 from megatron_iiet.config.schema import ParallelConfig
 from megatron_iiet.config.solvers import SOLVERS, Iterating
 from megatron_iiet.distillation import figures
-from megatron_iiet.distillation.influence import (
-    Ablation,
-    Measurement,
-    ablate,
-    ablation_passes,
-    measure_influence,
-)
+from megatron_iiet.distillation.influence import Ablation, Measurement, ablate, measure_influence
 from megatron_iiet.distillation.plans import PlanRequest, rank_correlation
 from megatron_iiet.distillation.texts import TextSet, open_text_set
 from megatron_iiet.evaluation.forward import ForwardModel, forward_config
@@ -169,7 +163,7 @@ def run(options: Options, prepared: Prepared, context: ParallelContext) -> Resul
     ablation = None
     if options.ablation:
         assert measured.loss is not None
-        passes = ablation_passes(layers, full)
+        passes = layers * full
         say(
             f"ablation: {passes} more forward passes over the {measured.sequences} sequences, one for each "
             f"iteration of each layer; about {passes * seconds:,.0f} s"

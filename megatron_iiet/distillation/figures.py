@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from megatron_iiet.config.iteration_plan import IterationPlan
 from megatron_iiet.distillation.influence import Measurement, Values
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 HEAT_MAP, BLOCKS, KEPT = "iteration_influence.png", "block_influence.png", "iterations.png"
 _DPI = 120
@@ -85,18 +82,14 @@ def _draw_bars(
         axes.axhline(most, color="tab:gray", linestyle="--", linewidth=1)
         axes.set_ylim(0, most + 0.5)
         axes.set_yticks(range(most + 1))
-    _label(axes, label, title, len(heights))
-    figure.savefig(path, dpi=_DPI)
-    plt.close(figure)
-
-
-def _label(axes: Axes, label: str, title: str, layers: int) -> None:
-    axes.set_xticks(range(layers))
+    axes.set_xticks(range(len(heights)))
     axes.tick_params(axis="x", labelsize=8)
     axes.set_xlabel("layer n")
     axes.set_ylabel(label)
     axes.set_title(title, fontsize=10)
     axes.grid(axis="y", alpha=0.3)
+    figure.savefig(path, dpi=_DPI)
+    plt.close(figure)
 
 
 def _pyplot() -> Any:

@@ -85,11 +85,6 @@ def measure_influence(
     )
 
 
-def ablation_passes(layers: int, full: int) -> int:
-    """Forward passes over the text that :func:`ablate` takes."""
-    return layers * full
-
-
 def ablate(
     model: ForwardModel, batches: ValidationBatches, full: int, loss: float, say: Callable[[str], None]
 ) -> Ablation:

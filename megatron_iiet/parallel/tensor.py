@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from megatron_iiet.ops.products import linear, matmul
-from megatron_iiet.parallel.group import Group, sum_in_fp32, wait
+from megatron_iiet.parallel.group import Group, sum_in_fp32
 from megatron_iiet.parallel.shard import Shard
 
 
@@ -138,7 +138,8 @@ class _ColumnLinear(torch.autograd.Function):
                 work = ctx.group.all_reduce(for_x, asynchronous=True)
         if ctx.needs_input_grad[1]:
             for_weight = matmul(gradient_BTW.flatten(0, -2).t(), whole_BTC.flatten(0, -2))
-        wait(work)
+        if work is not None:  # there was something to send
+            work.wait()
         return for_x, for_weight, None, None
 
 
