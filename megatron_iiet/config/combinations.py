@@ -12,8 +12,7 @@ from typing import Any
 
 from megatron_iiet.config.errors import ConfigError
 from megatron_iiet.config.keys import join_words
-from megatron_iiet.config.rules import Rule, Setup
-from megatron_iiet.config.rules_deepspeed import DEEPSPEED_RULES
+from megatron_iiet.config.rules import DEEPSPEED_RULES, Rule, Setup
 from megatron_iiet.config.schema import RunConfig
 
 

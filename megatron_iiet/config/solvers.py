@@ -17,10 +17,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from megatron_iiet.config.changes import Change, key
+from megatron_iiet.config.changes import FRACTION, POSITIVE, Change, key
 from megatron_iiet.config.errors import ConfigError
 from megatron_iiet.config.kinds import Declaration, Kinds, name_of_kind
-from megatron_iiet.config.ranges import FRACTION, POSITIVE
 
 FUNCTION, COURSE = Change.FUNCTION, Change.COURSE
 

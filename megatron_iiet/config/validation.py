@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any
 
+from megatron_iiet.config.changes import Range
 from megatron_iiet.config.combinations import check_layout
 from megatron_iiet.config.errors import ConfigError
 from megatron_iiet.config.keys import join_words
-from megatron_iiet.config.ranges import Range
 from megatron_iiet.config.schema import RunConfig, evaluations_in_budget
 from megatron_iiet.config.solvers import SOLVERS, SUM_TOLERANCE, Iterating
 
