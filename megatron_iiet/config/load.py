@@ -158,14 +158,14 @@ def _settings_of_file(path: str | Path, built_on_it: tuple[str, ...] = (), named
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not a UTF-8 text"
         raise ConfigError(f"cannot read the configuration file {source}{named}: {reason}") from None
-    document = strict_yaml.parse_document(text, source)
-    data: Any = {} if document.data is None else document.data
+    data, lines = strict_yaml.parse_document(text, source)
+    data = {} if data is None else data
     inherited: list[Setting] = []
     if isinstance(data, Mapping) and BASE in data:
-        where = _where(BASE, source, document.lines)
+        where = _where(BASE, source, lines)
         inherited = _settings_of_base(data[BASE], where, (*built_on_it, source))
         data = {name: value for name, value in data.items() if name != BASE}
-    return inherited + _flatten(data, source, document.lines)
+    return inherited + _flatten(data, source, lines)
 
 
 def _settings_of_base(value: Any, where: str, built_on_it: tuple[str, ...]) -> list[Setting]:

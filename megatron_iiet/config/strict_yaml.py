@@ -7,7 +7,6 @@ equal keys silently wins. Each of these has spoilt a training run somewhere.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from typing import Any
 
 import yaml
@@ -55,18 +54,9 @@ _StrictDumper.add_representer(
 _StrictLoader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value))
 
 
-@dataclass(frozen=True)
-class Document:
-    """A parsed YAML text."""
-
-    data: Any
-    """The plain Python value."""
-    lines: dict[str, int]
-    """Line (from 1) of each key of the first two levels, by dotted name."""
-
-
-def parse_document(text: str, source: str) -> Document:
-    """Parse one YAML document.
+def parse_document(text: str, source: str) -> tuple[Any, dict[str, int]]:
+    """Parse one YAML document: the plain Python value, and the line (from 1) of each key of the first two
+    levels, by dotted name.
 
     Raises:
         ConfigError: the text is no YAML or repeats a key; names ``source``, line and column.
@@ -81,7 +71,7 @@ def parse_document(text: str, source: str) -> Document:
         raise ConfigError(f"cannot read {source}{place}: {error.problem or error.context}") from None
     except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"cannot read {source}: {' '.join(str(error).split())}") from None
-    return Document(data, _key_lines(node))
+    return data, _key_lines(node)
 
 
 def _key_lines(node: yaml.Node | None, prefix: str = "", depth: int = 2) -> dict[str, int]:
@@ -97,7 +87,7 @@ def _key_lines(node: yaml.Node | None, prefix: str = "", depth: int = 2) -> dict
 def parse_value(text: str) -> Any:
     """Parse one value as it is written behind a command-line flag; what is no YAML stays a text."""
     try:
-        return parse_document(text, "value").data
+        return parse_document(text, "value")[0]
     except ConfigError:
         return text
 

@@ -199,7 +199,7 @@ def _report(
         "precision": precision,
         "iterations": plan.full,
         "influence": figures.as_rows(measured.influence),
-        "block_influence": [measured.block_influence[n] for n in range(len(plan.iterations))],
+        "block_influence": measured.block_influence,
         "plan": list(plan.iterations),
         "ablation": None,
     }

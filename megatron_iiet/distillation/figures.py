@@ -37,8 +37,7 @@ def table(measured: Measurement, plan: IterationPlan) -> str:
 def draw(measured: Measurement, plan: IterationPlan, folder: Path) -> list[Path]:
     """Draw the three pictures into a folder; their files."""
     _draw_heat_map(as_rows(measured.influence), plan, folder / HEAT_MAP)
-    blocks = [measured.block_influence[layer] for layer in range(len(plan.iterations))]
-    _draw_bars(blocks, "block influence\n$1 - \\cos(y_n, y_{n+1})$", folder / BLOCKS)
+    _draw_bars(measured.block_influence, "block influence\n$1 - \\cos(y_n, y_{n+1})$", folder / BLOCKS)
     title = f"{plan.evaluations} of {plan.full_evaluations} evaluations, by {plan.method}"
     _draw_bars(plan.iterations, "iterations kept", folder / KEPT, most=plan.full, title=title)
     return [folder / name for name in (HEAT_MAP, BLOCKS, KEPT)]

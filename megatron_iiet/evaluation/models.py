@@ -135,11 +135,7 @@ class HuggingFaceScorer:
 
 def _prepare_own(options: ModelOptions, source: Source, world_size: int) -> PreparedModel:
     config = _forward_config(source.config, options, world_size)
-    if folders.is_hugging_face(options.path) and not options.tokenizer:
-        codec = _hugging_face_codec(options)
-    else:
-        codec = _own_codec(config.data.tokenizer, config.model.vocab_size, options)
-    model = config.model
+    codec, model = _codec(options, config.data.tokenizer, config.model.vocab_size), config.model
     return PreparedModel(
         source.description,
         source.config.solver.label,
@@ -172,7 +168,10 @@ def _forward_config(config: RunConfig, options: ModelOptions, world_size: int) -
     )
 
 
-def _own_codec(path: str, vocab_size: int, options: ModelOptions) -> TextCodec:
+def _codec(options: ModelOptions, path: str, vocab_size: int) -> TextCodec:
+    """Of the tokenizer file ``path``; of a Hugging Face folder its own tokenizer's if none is given."""
+    if folders.is_hugging_face(options.path) and not options.tokenizer:
+        return _hugging_face_codec(options)
     if not path:
         raise ValueError(f"the model {options.path} names no tokenizer; give one with --tokenizer")
     tokenizer = load_tokenizer(path)
@@ -193,10 +192,7 @@ def _prepare_hugging_face(options: ModelOptions) -> PreparedModel:
     fields = folders.read_fields(options.path)
     longest = int(fields.get("max_position_embeddings") or fields.get("n_positions") or 2048)
     length = options.max_length or longest
-    if options.tokenizer:
-        codec = _own_codec(options.tokenizer, int(fields.get("vocab_size", 1 << 62)), options)
-    else:
-        codec = _hugging_face_codec(options)
+    codec = _codec(options, options.tokenizer, int(fields.get("vocab_size", 1 << 62)))
 
     def load(context: ParallelContext) -> HuggingFaceScorer:
         model = folders.load_model(options.path, DTYPES[options.precision], options.trust_remote_code)

@@ -1,9 +1,7 @@
 """The backward pass of all merges of one history, transposed: one pass over memory a layer.
 
-Merge m reads consecutive entries F̃_j, most often from F̃_0 on, with coefficients A[m, j]. Plain autograd makes
-each merge write a gradient for every entry and adds those up, entry by entry: traffic that grows with 2.5 N²
-slabs for N layers. Here a merge hands on the gradient G_m of its result only, and what an entry receives is
-computed where it is complete, in one reading of F̃_j and the G_m that read it::
+Merge m reads consecutive entries F̃_j, most often from F̃_0 on, with coefficients A[m, j]. It hands on the
+gradient G_m of its result only, and what an entry receives is computed where it is complete::
 
     dF̃_j = direct_j + Σ_m A[m, j] G_m          dA[m, j] = ⟨F̃_j, G_m⟩
 

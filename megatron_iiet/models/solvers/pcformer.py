@@ -48,9 +48,9 @@ class PCformer(Solver[solvers.PCformer]):
     def step(self, y_BTD: Tensor, increment_fn: IncrementFn, history: History) -> tuple[Tensor, Tensor]:
         norm, order, backend = increment_fn.input_norm, self.declared.predictor_order, self.place.backend
         stages = evaluate_stages(order, y_BTD, increment_fn, backend)
-        predicted, normed = merge_norm(
-            y_BTD, stages, self._stage_weights(), norm.weight, eps=norm.eps, backend=backend
-        )
+        gamma = self.gamma.float()  # ZeRO-3 in bf16 can't keep it fp32
+        weights = torch.cat([gamma * (1 - gamma) ** (order - i) for i in range(1, order + 1)])
+        predicted, normed = merge_norm(y_BTD, stages, weights, norm.weight, eps=norm.eps, backend=backend)
         self.observe(0, y_BTD, predicted)
         f = increment_fn(predicted, normed, order)
         (corrected,) = history.merge(
@@ -58,9 +58,3 @@ class PCformer(Solver[solvers.PCformer]):
         )
         self.observe(1, predicted, corrected)
         return corrected, f
-
-    def _stage_weights(self) -> Tensor:
-        """γ (1-γ)^{o-i} for i = 1..o, fp32 [o]."""
-        gamma = self.gamma.float()  # ZeRO-3 in bf16 can't keep it fp32
-        order = self.declared.predictor_order
-        return torch.cat([gamma * (1 - gamma) ** (order - i) for i in range(1, order + 1)])
