@@ -139,7 +139,10 @@ def load_tasks(names: Sequence[str], data_dir: str | Path = "") -> dict[str, Any
             it, or its data is missing or damaged.
     """
     check_installed()
-    quieten()
+    import datasets
+
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # the console is for our own lines
+    datasets.disable_progress_bars()
     loaded = _load_local(names, data_dir) if data_dir else _load_online(names)
     for name, task in loaded["tasks"].items():
         if task.OUTPUT_TYPE not in ("loglikelihood", "loglikelihood_rolling", "multiple_choice"):
@@ -151,14 +154,6 @@ def load_tasks(names: Sequence[str], data_dir: str | Path = "") -> dict[str, Any
             task.set_config(key="num_fewshot", value=0)
         task.set_fewshot_seed(seed=1234)
     return loaded
-
-
-def quieten() -> None:
-    """Leave the console to our own lines: the harness and the datasets library only speak of errors."""
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    import datasets
-
-    datasets.disable_progress_bars()
 
 
 def _load_online(names: Sequence[str]) -> dict[str, Any]:
