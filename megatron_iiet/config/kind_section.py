@@ -49,7 +49,11 @@ def settle(kinds: Kinds[D], settings: Sequence[Setting]) -> tuple[type[D], list[
             own.append(setting)
         elif name not in name_fields(declared):
             if ranks[setting.source] >= since and not _is_flat(kinds, settings, setting.source):
-                raise _foreign(kinds, name, setting, declared)
+                raise ConfigError(
+                    f"{setting.key} is {setting.value!r} {setting.where}, but the {kinds.section} is of "
+                    f"{declared().system}, which has no such key; leave it out, or take {kinds.noun} of "
+                    f"{join_words(kinds.systems_with(name))}"
+                )
             dropped.append(name)
     for setting in own:
         _check_choice(kinds, setting.key.removeprefix(prefix), setting, declared)
@@ -78,14 +82,6 @@ def _is_flat(kinds: Kinds[D], settings: Sequence[Setting], source: str) -> bool:
     """Whether a file was written by a version that gave every kind all keys."""
     names = {s.key.removeprefix(f"{kinds.section}.") for s in settings if s.source == source}
     return bool(kinds.flat) and names >= kinds.flat
-
-
-def _foreign(kinds: Kinds[D], name: str, setting: Setting, declared: type[Declaration]) -> ConfigError:
-    return ConfigError(
-        f"{setting.key} is {setting.value!r} {setting.where}, but the {kinds.section} is of "
-        f"{declared().system}, which has no such key; leave it out, or take {kinds.noun} of "
-        f"{join_words(kinds.systems_with(name))}"
-    )
 
 
 def _check_choice(kinds: Kinds[D], name: str, setting: Setting, declared: type[Declaration]) -> None:

@@ -16,6 +16,7 @@ from megatron_iiet.config.iteration_plan import IterationPlan
 from megatron_iiet.config.keys import join_words
 from megatron_iiet.config.schema import ParallelConfig
 from megatron_iiet.config.solvers import SOLVERS, Iterating
+from megatron_iiet.data.loader.batches import ValidationBatches
 from megatron_iiet.distillation import figures
 from megatron_iiet.distillation.influence import Ablation, Measurement, ablate, measure_influence
 from megatron_iiet.distillation.plans import PlanRequest, rank_correlation
@@ -146,7 +147,14 @@ def run(options: Options, prepared: Prepared, context: ParallelContext) -> Resul
     source, config, text = prepared.source, prepared.config, prepared.text
     if context.is_main:
         options.output.mkdir(parents=True, exist_ok=True)
-    batches = text.batches(options.sequences, options.micro_batch_size, context)
+    batches = ValidationBatches(
+        text.sources,
+        text.weights,
+        samples=options.sequences,
+        micro_batch_size=options.micro_batch_size,
+        dp_rank=context.data.rank,
+        dp_size=context.data.size,
+    )
     model = ForwardModel(source, config, context, chosen_backend(context.device, tell=context.is_main))
     layers, full = config.model.num_layers, iterations_per_layer(config)[0]
 

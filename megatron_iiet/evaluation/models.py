@@ -20,7 +20,7 @@ from megatron_iiet.data.loader.inputs import Inputs
 from megatron_iiet.data.tokenizers.loading import load_tokenizer
 from megatron_iiet.evaluation.forward import DTYPES, ForwardModel, forward_config
 from megatron_iiet.evaluation.harness import TextCodec
-from megatron_iiet.evaluation.scoring import TokenScores, noting_scores, score_tokens
+from megatron_iiet.evaluation.scoring import Scorer, TokenScores, noting_scores, score_tokens
 from megatron_iiet.hf import folders
 from megatron_iiet.ops import chosen_backend
 from megatron_iiet.parallel import ParallelContext
@@ -88,11 +88,8 @@ def prepare_model(options: ModelOptions, world_size: int) -> PreparedModel:
     return _prepare_hugging_face(options)
 
 
-class OwnScorer:
-    """A model of this package on this process's place of the grid; see
-    :class:`megatron_iiet.evaluation.scoring.Scorer`."""
-
-    has_fixed_shape = False
+class OwnScorer(Scorer):
+    """A model of this package on this process's place of the grid."""
 
     def __init__(self, source: Source, config: RunConfig, context: ParallelContext, batch_size: int) -> None:
         self.context = context
@@ -112,12 +109,8 @@ class OwnScorer:
             yield from found
 
 
-class HuggingFaceScorer:
-    """A whole causal language model of transformers; processes are replicas. See
-    :class:`megatron_iiet.evaluation.scoring.Scorer`."""
-
-    multiple = 1
-    has_fixed_shape = False
+class HuggingFaceScorer(Scorer):
+    """A whole causal language model of transformers; processes are replicas."""
 
     def __init__(self, model: Any, context: ParallelContext, max_length: int, batch_size: int) -> None:
         self.model = model.to(context.device).eval()
@@ -194,25 +187,22 @@ def _prepare_hugging_face(options: ModelOptions) -> PreparedModel:
     length = options.max_length or longest
     codec = _codec(options, options.tokenizer, int(fields.get("vocab_size", 1 << 62)))
 
+    system = "Transformer++" if fields.get("model_type") == "llama" else str(fields.get("model_type"))
+    if system == "iiet":
+        system = read_config(Path(options.path)).solver.label
+
     def load(context: ParallelContext) -> HuggingFaceScorer:
         model = folders.load_model(options.path, DTYPES[options.precision], options.trust_remote_code)
         return HuggingFaceScorer(model, context, length, options.batch_size)
 
     return PreparedModel(
         f"Hugging Face {options.path}",
-        _describe_fields(options.path, fields),
+        system,
         int(fields.get("hidden_size") or 0),
         int(fields.get("num_hidden_layers") or 0),
         codec,
         load,
     )
-
-
-def _describe_fields(folder: str, fields: dict[str, Any]) -> str:
-    """As :attr:`SolverConfig.label`, of a Hugging Face folder."""
-    if fields.get("model_type") == "iiet":
-        return read_config(Path(folder)).solver.label
-    return "Transformer++" if fields.get("model_type") == "llama" else str(fields.get("model_type"))
 
 
 def _hugging_face_codec(options: ModelOptions) -> TextCodec:

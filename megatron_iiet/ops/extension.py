@@ -49,17 +49,12 @@ def load_extension() -> ExtensionStatus:
         torch.ops.load_library(libraries[0])
     except OSError as error:
         return ExtensionStatus(False, f"{libraries[0].name} does not load: {error.__cause__ or error}", build)
-    _describe_operators()
-    return ExtensionStatus(True, "built and loaded", build)
-
-
-def _describe_operators() -> None:
-    """Shapes, for torch.compile and meta tensors; and that a derivative is asked for in vain, not zero."""
-    torch.library.register_fake("megatron_iiet::merge_norm", _fake_merge_norm)
-    torch.library.register_fake("megatron_iiet::merge_norm_backward", _fake_merge_norm_backward)
-    torch.library.register_fake("megatron_iiet::transposed_merge", _fake_transposed_merge)
-    for name in ("merge_norm", "merge_norm_backward", "transposed_merge"):
+    # Shapes, for torch.compile and meta tensors; and a derivative is asked for in vain, it is not zero.
+    for fake in (_fake_merge_norm, _fake_merge_norm_backward, _fake_transposed_merge):
+        name = fake.__name__.removeprefix("_fake_")
+        torch.library.register_fake(f"megatron_iiet::{name}", fake)
         torch.library.register_autograd(f"megatron_iiet::{name}", _no_derivative)
+    return ExtensionStatus(True, "built and loaded", build)
 
 
 def _no_derivative(*_: Any) -> None:
