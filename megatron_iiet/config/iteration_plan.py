@@ -63,14 +63,13 @@ class IterationPlan:
             raise ValueError(
                 f"iterations is {list(self.iterations)}, but must lie between 0 and full = {self.full}"
             )
-        measured = [("influence", key) for key in self.influence or ()]
-        measured += [("loss_increase", key) for key in self.loss_increase or ()]
-        for name, (layer, iterate) in measured:
-            if not (0 <= layer < len(self.iterations) and 0 <= iterate <= self.full):
-                raise ValueError(
-                    f"{name} names iterate {iterate} of layer {layer}, but the plan has "
-                    f"{len(self.iterations)} layers and full = {self.full}"
-                )
+        for name in ("influence", "loss_increase"):
+            for layer, iterate in getattr(self, name) or ():
+                if not (0 <= layer < len(self.iterations) and 0 <= iterate <= self.full):
+                    raise ValueError(
+                        f"{name} names iterate {iterate} of layer {layer}, but the plan has "
+                        f"{len(self.iterations)} layers and full = {self.full}"
+                    )
 
     @property
     def evaluations(self) -> int:

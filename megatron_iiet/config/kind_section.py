@@ -41,8 +41,7 @@ def settle(kinds: Kinds[D], settings: Sequence[Setting]) -> tuple[type[D], list[
     ranks = {source: rank for rank, source in enumerate(dict.fromkeys(s.source for s in settings))}
     final = {s.key.removeprefix(prefix): s for s in settings if s.key.startswith(prefix)}
     declared = _named(kinds, final)
-    naming = [ranks[final[name].source] for name in name_fields(declared) if name in final]
-    since = max(naming, default=-1)
+    since = max((ranks[final[name].source] for name in name_fields(declared) if name in final), default=-1)
     keys, own, dropped = own_keys(declared), [], []
     for name, setting in final.items():
         if name in keys:
@@ -60,11 +59,8 @@ def settle(kinds: Kinds[D], settings: Sequence[Setting]) -> tuple[type[D], list[
     if "kind" in final and _is_flat(kinds, settings, final["kind"].source):
         missing = [name for name in kinds.before if name in keys and name not in final]
         own += [replace(final["kind"], key=prefix + name, value=kinds.before[name]) for name in missing]
-    notes = []
-    if dropped:
-        listed = ", ".join(prefix + name for name in kinds.types if name in dropped)
-        notes.append(f"without effect for {declared().system}: {listed}")
-    return declared, own, notes
+    listed = ", ".join(prefix + name for name in kinds.types if name in dropped)
+    return declared, own, [f"without effect for {declared().system}: {listed}"] if dropped else []
 
 
 def _named(kinds: Kinds[D], final: Mapping[str, Setting]) -> type[D]:

@@ -243,7 +243,10 @@ def _read_arguments(
             continue
         _check_flag(flag, short)
         if not equals:
-            value = _next_value(flag, words)
+            value = next(words, "--")
+            if value.startswith("--"):
+                kind = describe_type(key_types()[flag[2:]]) if flag[2:] in key_types() else "a value"
+                raise ConfigError(f"{flag} has no value {COMMAND_LINE}; write {kind} behind it")
         if flag in _START_FLAGS:
             name = _START_FLAGS[flag]
             if files.get(name, value) != value:
@@ -281,11 +284,3 @@ def _check_flag(flag: str, short: Mapping[str, str]) -> None:
     candidates = [*key_types(), "config", "ds-config", ACCEPT_CHANGES, *(name[2:] for name in short)]
     hint = did_you_mean(flag[2:], candidates, prefix="--") or SEE_HELP
     raise ConfigError(f"unknown key '{flag}' {COMMAND_LINE}{hint}")
-
-
-def _next_value(flag: str, words: Any) -> str:
-    value: str | None = next(words, None)
-    if value is None or value.startswith("--"):
-        kind = describe_type(key_types()[flag[2:]]) if flag[2:] in key_types() else "a value"
-        raise ConfigError(f"{flag} has no value {COMMAND_LINE}; write {kind} behind it")
-    return value

@@ -30,6 +30,7 @@ from megatron_iiet.storage.source import Source, open_model
 from megatron_iiet.training.warm_start import why_reduced
 
 INFLUENCE, PLAN = "influence.json", "plan.json"
+Prepared = tuple[Source, RunConfig, TextSet]
 VERSION = 1
 """Of influence.json."""
 
@@ -57,15 +58,6 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Prepared:
-    """Everything that is checked before processes wait for each other and weights are loaded."""
-
-    source: Source
-    config: RunConfig
-    text: TextSet
-
-
-@dataclass(frozen=True)
 class Result:
     """What was found, the same on every rank."""
 
@@ -86,7 +78,7 @@ def analyse(options: Options) -> Result:
 
 
 def prepare(options: Options, world_size: int) -> Prepared:
-    """Check everything.
+    """Check everything, before processes wait for each other and weights are loaded.
 
     Raises:
         ValueError: (and its subclass ConfigError) an option out of range, a model or a text that cannot be
@@ -115,7 +107,7 @@ def prepare(options: Options, world_size: int) -> Prepared:
         tokenizer=options.tokenizer or portable.tokenizer_path(source.config.data.tokenizer, options.model),
     )
     text = open_text_set(options.data, config.data, config.model.vocab_size, options.sequences)
-    return Prepared(source, config, text)
+    return source, config, text
 
 
 def full_iterations(source: Source, path: str) -> int:
@@ -144,7 +136,7 @@ def full_iterations(source: Source, path: str) -> int:
 
 def run(options: Options, prepared: Prepared, context: ParallelContext) -> Result:
     """The work behind all checks, on this process's place of the grid; every rank calls it."""
-    source, config, text = prepared.source, prepared.config, prepared.text
+    source, config, text = prepared
     if context.is_main:
         options.output.mkdir(parents=True, exist_ok=True)
     batches = ValidationBatches(

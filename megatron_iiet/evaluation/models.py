@@ -79,13 +79,12 @@ def prepare_model(options: ModelOptions, world_size: int) -> PreparedModel:
         value = getattr(options, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} is {value}, but must be at least 1")
-    if not folders.is_hugging_face(options.path):
-        return _prepare_own(options, open_model(options.path, "--model", step=options.step), world_size)
-    if options.step is not None:
+    hugging_face = folders.is_hugging_face(options.path)
+    if hugging_face and options.step is not None:
         raise ValueError(f"--step is given, but --model {options.path} is a model folder, which has no steps")
-    if options.parallel.tensor * options.parallel.pipeline > 1:
-        return _prepare_own(options, open_model(options.path, "--model"), world_size)
-    return _prepare_hugging_face(options)
+    if hugging_face and options.parallel.tensor * options.parallel.pipeline <= 1:
+        return _prepare_hugging_face(options)
+    return _prepare_own(options, open_model(options.path, "--model", step=options.step), world_size)
 
 
 class OwnScorer(Scorer):
@@ -127,21 +126,7 @@ class HuggingFaceScorer(Scorer):
 
 
 def _prepare_own(options: ModelOptions, source: Source, world_size: int) -> PreparedModel:
-    config = _forward_config(source.config, options, world_size)
-    codec, model = _codec(options, config.data.tokenizer, config.model.vocab_size), config.model
-    return PreparedModel(
-        source.description,
-        source.config.solver.label,
-        model.hidden_size,
-        model.num_layers,
-        codec,
-        lambda context: OwnScorer(source, config, context, options.batch_size),
-    )
-
-
-def _forward_config(config: RunConfig, options: ModelOptions, world_size: int) -> RunConfig:
-    """A model's configuration with the grid, length and precision of the evaluation."""
-    parallel, longest = options.parallel, config.model.max_position_embeddings
+    parallel, longest = options.parallel, source.config.model.max_position_embeddings
     if (options.max_length or 0) > longest:
         raise ValueError(
             f"--max-length is {options.max_length}, but the model {options.path} reads {longest} tokens at "
@@ -150,14 +135,23 @@ def _forward_config(config: RunConfig, options: ModelOptions, world_size: int) -
     length = options.max_length or longest
     if parallel.sequence:
         length -= length % parallel.tensor
-    return forward_config(
-        config,
+    config = forward_config(
+        source.config,
         parallel,
         options.precision,
         length=length,
         micro_batch_size=1,
         world_size=world_size,
-        tokenizer=options.tokenizer or portable.tokenizer_path(config.data.tokenizer, options.path),
+        tokenizer=options.tokenizer or portable.tokenizer_path(source.config.data.tokenizer, options.path),
+    )
+    codec, model = _codec(options, config.data.tokenizer, config.model.vocab_size), config.model
+    return PreparedModel(
+        source.description,
+        source.config.solver.label,
+        model.hidden_size,
+        model.num_layers,
+        codec,
+        lambda context: OwnScorer(source, config, context, options.batch_size),
     )
 
 
@@ -186,9 +180,8 @@ def _prepare_hugging_face(options: ModelOptions) -> PreparedModel:
     longest = int(fields.get("max_position_embeddings") or fields.get("n_positions") or 2048)
     length = options.max_length or longest
     codec = _codec(options, options.tokenizer, int(fields.get("vocab_size", 1 << 62)))
-
     system = "Transformer++" if fields.get("model_type") == "llama" else str(fields.get("model_type"))
-    if system == "iiet":
+    if fields.get("model_type") == "iiet":
         system = read_config(Path(options.path)).solver.label
 
     def load(context: ParallelContext) -> HuggingFaceScorer:

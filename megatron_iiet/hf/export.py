@@ -15,7 +15,7 @@ import torch
 from megatron_iiet.config import RunConfig
 from megatron_iiet.config.solvers import Euler
 from megatron_iiet.durable import sync_folder, write_text
-from megatron_iiet.hf.tokenizer import TOKEN_FIELDS, Extras, export_tokenizer, to_json
+from megatron_iiet.hf.tokenizer import TOKEN_FIELDS, Extras, to_json
 from megatron_iiet.storage.hugging_face.llama import ARCHITECTURES, TOKENIZER_FILES
 from megatron_iiet.storage.hugging_face.shards import read_json, write_shards
 from megatron_iiet.storage.hugging_face.solver_fields import solver_to_fields
@@ -39,19 +39,6 @@ class Written:
     files: list[str]
     """The others but the configuration's."""
     notes: list[str]
-
-
-def extras_of_tokenizer(tokenizer: Path | None) -> Extras:
-    """The files for a tokenizer that the data room reads; for none, no ids that begin or end a text.
-
-    Raises:
-        ValueError: it cannot be read.
-    """
-    if tokenizer is None:
-        return Extras(
-            {}, dict.fromkeys(TOKEN_FIELDS), "no tokenizer came with the model, so the folder has none"
-        )
-    return export_tokenizer(tokenizer)
 
 
 def extras_of_folder(folder: Path) -> Extras:

@@ -46,8 +46,9 @@ class Extras:
     """What a user must know of them; empty if the files encode exactly as ours."""
 
 
-def export_tokenizer(path: str | Path) -> Extras:
-    """The files for the tokenizer of ``path``, any that :func:`load_tokenizer` reads.
+def extras_of_tokenizer(path: Path | None) -> Extras:
+    """The files for the tokenizer of ``path``, any that :func:`load_tokenizer` reads; for none, no ids that
+    begin or end a text.
 
     A ``tokenizer.json`` with a ``tokenizer_config.json`` beside it is taken as it is, with that. Otherwise
     nothing is added to a text, and the token that begins a document is the one that ends the document before:
@@ -57,7 +58,9 @@ def export_tokenizer(path: str | Path) -> Extras:
     Raises:
         ValueError: as :func:`load_tokenizer`.
     """
-    path = Path(path)
+    if path is None:
+        note = "no tokenizer came with the model, so the folder has none"
+        return Extras({}, dict.fromkeys(TOKEN_FIELDS), note)
     exact = load_tokenizer(path)
     beside = path.with_name(CONFIG_FILE)
     if isinstance(exact, SentencePieceTokenizer):

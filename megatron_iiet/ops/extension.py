@@ -106,17 +106,13 @@ def _fake_merge_norm_backward(
     assert like is not None
     _check_devices(like, grad_normed=grad_normed, merged=merged, rstd=rstd, norm_weight=norm_weight)
     _check_devices(like, increments=increments, coefficients=coefficients)
-    none32 = like.new_empty(0, dtype=torch.float32)
-    scaled = coefficients is not None
+    weight = (0,) if grad_normed is None or norm_weight is None else norm_weight.shape
+    row = (0,) if coefficients is None or not want_coefficients else coefficients.shape
     return (
-        like.new_empty(0) if grad_normed is None else like.new_empty(like.shape),
-        none32
-        if grad_normed is None or norm_weight is None
-        else like.new_empty(norm_weight.shape, dtype=torch.float32),
-        [t.new_empty(t.shape) for t in increments] if want_increments and scaled else [],
-        coefficients.new_empty(coefficients.shape)
-        if want_coefficients and coefficients is not None
-        else none32.clone(),
+        like.new_empty(0 if grad_normed is None else like.shape),
+        like.new_empty(weight, dtype=torch.float32),
+        [t.new_empty(t.shape) for t in increments] if want_increments and coefficients is not None else [],
+        like.new_empty(row, dtype=torch.float32),
     )
 
 

@@ -88,17 +88,10 @@ class TransposedMerge:
         own: Tensor | None = None,
         first: int = 0,
     ) -> tuple[Tensor, ...]:
-        """``residual + Σ_j rows[r][j] · entries[j] (+ rows[r][k] · own)``.
+        """``residual + Σ_j rows[r][j] · entries[j] (+ rows[r][k] · own)``, [..., d], for each of the rows.
 
-        Args:
-            residual: [..., d] or None.
-            entries: k ≥ 1 published entries, in order.
-            rows: R of this history's rows, each read by one merge only.
-            own: [..., d], an increment that is no entry yet; with one row only.
-            first: number of ``entries[0]``.
-
-        Returns:
-            tuple: a merge [..., d] for each row.
+        ``entries``: k ≥ 1 published ones in order, ``first`` the number of the first; ``rows``: of this
+        history, each read by one merge only; ``own``: an increment that is no entry yet, with one row only.
         """
         indices = [self._index[id(row)] for row in rows]
         k = len(entries)

@@ -8,8 +8,7 @@ residual stream is whole on every rank, or under sequence parallelism cut along 
     with sequence       enter: all-gather      backward: reduce-scatter
                         leave: reduce-scatter  backward: all-gather
 
-Two blocks a layer make 2 collectives forward and 2 backward for one evaluation of F (Shoeybi et al. 2019,
-Korthikanti et al. 2022), hence 2 (r + 1) each for a layer with r corrector iterations.
+Shoeybi et al. 2019, Korthikanti et al. 2022. How often is in docs/parallelism.md.
 
 Shapes: B batch, T sequence, S the rank's part of it, C input columns, W output width of the rank.
 """
