@@ -43,13 +43,13 @@ _IGNORED_WITH_VALUE = {"--local_rank", "--local-rank"}
 _IGNORED_ALONE = {"--deepspeed"}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LoadedConfig:
     """What a script was started with."""
 
     config: RunConfig
     """Complete and validated."""
-    ds_config_path: Path | None
+    ds_config_path: Path | None = None
     """The DeepSpeed JSON, if one was given; for :func:`megatron_iiet.config.deepspeed.load_ds_config`."""
     notes: tuple[str, ...] = ()
     """What the user must know of it: sentences for the start of the run."""
@@ -79,9 +79,12 @@ def load_config(
     settings = (_settings_of_file(files["config"]) if "config" in files else []) + overrides
     config, notes = build_config(settings)
     validate(config)
-    ds_config_path = Path(files["ds_config"]) if "ds_config" in files else None
-    accepted = _keys_to_accept(files["accept_changes"]) if "accept_changes" in files else ()
-    return LoadedConfig(config, ds_config_path, tuple(notes), accepted)
+    return LoadedConfig(
+        config=config,
+        ds_config_path=Path(files["ds_config"]) if "ds_config" in files else None,
+        notes=tuple(notes),
+        accept_changes=_keys_to_accept(files["accept_changes"]) if "accept_changes" in files else (),
+    )
 
 
 def load_config_or_exit(
@@ -155,14 +158,14 @@ def _settings_of_file(path: str | Path, built_on_it: tuple[str, ...] = (), named
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not a UTF-8 text"
         raise ConfigError(f"cannot read the configuration file {source}{named}: {reason}") from None
-    document = strict_yaml.parse_document(text, source)
-    data: Any = {} if document.data is None else document.data
+    data, lines = strict_yaml.parse_document(text, source)
+    data = {} if data is None else data
     inherited: list[Setting] = []
     if isinstance(data, Mapping) and BASE in data:
-        where = _where(BASE, source, document.lines)
+        where = _where(BASE, source, lines)
         inherited = _settings_of_base(data[BASE], where, (*built_on_it, source))
         data = {name: value for name, value in data.items() if name != BASE}
-    return inherited + _flatten(data, source, document.lines)
+    return inherited + _flatten(data, source, lines)
 
 
 def _settings_of_base(value: Any, where: str, built_on_it: tuple[str, ...]) -> list[Setting]:
@@ -240,7 +243,10 @@ def _read_arguments(
             continue
         _check_flag(flag, short)
         if not equals:
-            value = _next_value(flag, words)
+            value = next(words, "--")
+            if value.startswith("--"):
+                kind = describe_type(key_types()[flag[2:]]) if flag[2:] in key_types() else "a value"
+                raise ConfigError(f"{flag} has no value {COMMAND_LINE}; write {kind} behind it")
         if flag in _START_FLAGS:
             name = _START_FLAGS[flag]
             if files.get(name, value) != value:
@@ -278,11 +284,3 @@ def _check_flag(flag: str, short: Mapping[str, str]) -> None:
     candidates = [*key_types(), "config", "ds-config", ACCEPT_CHANGES, *(name[2:] for name in short)]
     hint = did_you_mean(flag[2:], candidates, prefix="--") or SEE_HELP
     raise ConfigError(f"unknown key '{flag}' {COMMAND_LINE}{hint}")
-
-
-def _next_value(flag: str, words: Any) -> str:
-    value: str | None = next(words, None)
-    if value is None or value.startswith("--"):
-        kind = describe_type(key_types()[flag[2:]]) if flag[2:] in key_types() else "a value"
-        raise ConfigError(f"{flag} has no value {COMMAND_LINE}; write {kind} behind it")
-    return value
