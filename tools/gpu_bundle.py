@@ -69,7 +69,7 @@ def wanted(python: str) -> dict[str, str]:
 
 def fetch(name: str, version: str, python: str, folder: Path) -> str:
     """Download the wheel, or build it; an error message, or an empty one."""
-    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
+    pip: list[str | Path] = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
     target = ["--python-version", python, "--implementation", "cp", "--only-binary", ":all:"]
     for each in PLATFORMS:
         target += ["--platform", each]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -67,15 +68,16 @@ def check(setting: Setting) -> list[Figure]:
             weight = torch.ones(width, dtype=dtype, device=setting.device)
             call = (residual, increments, coefficients, weight)
             contenders: dict[str, Callable[[], object]] = {
-                own: lambda c=call: merge_norm(*c, eps=EPS, backend=own),
+                own: partial(merge_norm, *call, eps=EPS, backend=own),
                 "copy": copy_of(n + 4, residual),
-                "eager": lambda c=call: eager(*c),
+                "eager": partial(eager, *call),
             }
-            contenders |= {peer: lambda c=call, b=peer: merge_norm(*c, eps=EPS, backend=b) for peer in peers}
+            contenders |= {peer: partial(merge_norm, *call, eps=EPS, backend=peer) for peer in peers}
             if n in (4, 12) and not setting.toy:
                 torch._dynamo.reset()
-                compiled = torch.compile(eager, dynamic=False, fullgraph=True)
-                contenders["torch.compile"] = lambda c=call, f=compiled: f(*c)
+                contenders["torch.compile"] = partial(
+                    torch.compile(eager, dynamic=False, fullgraph=True), *call
+                )
             contenders = {k: repeated(run, launches) for k, run in contenders.items()}
             times = race(contenders, setting.device, rounds, lambda: setting.left > 5)
             where = f"merge_norm, {name}, n = {n}"

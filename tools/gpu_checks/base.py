@@ -7,7 +7,7 @@ import operator
 import statistics
 import time
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -138,7 +138,7 @@ def synchronize(device: str) -> None:
 
 
 def race(
-    contenders: dict[str, Callable[[], object]],
+    contenders: Mapping[str, Callable[[], object]],
     device: str,
     rounds: int,
     until: Callable[[], bool] = lambda: True,

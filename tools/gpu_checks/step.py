@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -55,7 +56,7 @@ def llama(config: RunConfig, device: str) -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     shape = config.model
-    fields = {
+    fields: dict[str, Any] = {
         "hidden_size": shape.hidden_size, "intermediate_size": shape.ffn_hidden_size,
         "num_hidden_layers": shape.num_layers, "num_attention_heads": shape.num_attention_heads,
         "num_key_value_heads": shape.num_kv_heads, "vocab_size": shape.vocab_size,
@@ -63,8 +64,9 @@ def llama(config: RunConfig, device: str) -> nn.Module:
         "attn_implementation": "sdpa", "use_cache": False,
     }  # fmt: skip
     with torch.device(device):
-        model: nn.Module = LlamaForCausalLM(LlamaConfig(**fields)).to(torch.bfloat16)
-    return model
+        model: Any = LlamaForCausalLM(LlamaConfig(**fields))
+        model.to(torch.bfloat16)
+    return cast(nn.Module, model)
 
 
 def step_of(model: nn.Module, loss: Callable[[Tensor], Tensor], batch: Tensor) -> Callable[[], None]:
@@ -210,7 +212,7 @@ def _memory(setting: Setting) -> list[Figure]:
                 break
             config = preset(name, setting, *options, "--training.recompute", mode)
             batch = batch_of(config, setting, 8)
-            peak = peak_of(lambda c=config, b=batch: our_step(c, setting.device, b), setting.device)
+            peak = peak_of(partial(our_step, config, setting.device, batch), setting.device)
             expected = estimate(config, batch.shape[0])
             bound = setting.judged(MODEL_OF_MEMORY) if mode == "off" else ""
             note = f"{peak / 2**30:.2f} GiB, estimate without recomputation {expected / 2**30:.2f}"
