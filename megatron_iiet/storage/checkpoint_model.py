@@ -113,6 +113,11 @@ class StoredWeights(Mapping[str, Tensor]):
         )
         return flat.view(-1, *entry.shape[1:])
 
+    def holding(self, name: str, row: int) -> str:
+        """In which tensor of which files a row of a parameter is, or may be if ranks split it."""
+        files = sorted({piece.file for piece in self._reader.parameters[name].pieces})
+        return f"tensor {MASTER}/{name} in {self._reader.folder / ', '.join(files)}"
+
     def leave_out(self, part_of_name: str) -> None:
         """Forget the parameters whose name contains ``part_of_name``."""
         self._names = [name for name in self._names if part_of_name not in name]

@@ -135,6 +135,10 @@ class StoredModel(Mapping[str, Tensor]):
         self._file.read(name, first * width, rows)
         return rows
 
+    def holding(self, name: str, row: int) -> str:
+        """In which tensor of which file a row of a parameter is."""
+        return f"tensor {name} in {self._file.path}"
+
 
 def check_new(folder: str | Path) -> None:
     """Refuse a folder that :func:`save` could not create; for callers with long work before it.

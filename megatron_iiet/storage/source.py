@@ -38,6 +38,9 @@ class Weights(Protocol):
     def rows(self, name: str, first: int, last: int) -> Tensor:
         """Rows [first, last) of a parameter, fp32 on the CPU (a scalar is one row)."""
 
+    def holding(self, name: str, row: int) -> str:
+        """In which tensor of which file a row of a parameter is, in words."""
+
 
 @dataclass(frozen=True)
 class Source:
@@ -50,7 +53,9 @@ class Source:
 
     def digest(self) -> str:
         """Of the first row of every parameter: tells models apart, not two that share those rows."""
-        rows = [name.encode() + self._rows(name, 0, 1).numpy().tobytes() for name in sorted(self.weights)]
+        rows = [
+            name.encode() + self.weights.rows(name, 0, 1).numpy().tobytes() for name in sorted(self.weights)
+        ]
         return digest_of(b"".join(rows))
 
     def fill_parameter(self, name: str, parameter: Tensor, tensor: Group) -> None:
@@ -113,12 +118,22 @@ class Source:
         return torch.cat(parts)
 
     def _rows(self, name: str, first: int, last: int) -> Tensor:
-        """Rows of the whole parameter; those of the vocabulary's padding are zero."""
-        if name not in VOCABULARY_WEIGHTS:
-            return self.weights.rows(name, first, last)
+        """Rows of the whole parameter; those of the vocabulary's padding are zero.
+
+        Raises:
+            ValueError: a value is no number.
+        """
         model = self.config.model
-        stored = min(last, model.vocab_size)
+        stored = min(last, model.vocab_size) if name in VOCABULARY_WEIGHTS else last
         found = self.weights.rows(name, min(first, stored), stored)
+        if not found.isfinite().all():
+            row = first + int((~found.isfinite()).nonzero()[0, 0])
+            raise ValueError(
+                f"{self.weights.holding(name, row)} holds NaN or infinity, first in row {row} of {name}; use "
+                "weights that are numbers, such as those of an earlier checkpoint"
+            )
+        if stored == last:
+            return found
         return torch.cat((found, found.new_zeros(last - max(first, stored), model.hidden_size)))
 
 

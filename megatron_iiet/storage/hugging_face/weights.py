@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import Protocol
 
@@ -127,6 +128,12 @@ class HFWeights(Mapping[str, Tensor]):
                 self._reader.read_rows(tensor, low - above, result[low - first : high - first])
             above += shape[0]
         return result
+
+    def holding(self, name: str, row: int) -> str:
+        """In which tensor of which file a row of a parameter is."""
+        ends = accumulate(shape[0] for shape in self._tensors[name].values())
+        tensor = next(t for t, end in zip(self._tensors[name], ends, strict=True) if row < end)
+        return f"tensor {tensor} in {self._reader.path(tensor)}"
 
     def _check_tied_head(self, model: ModelConfig) -> None:
         """Old files store a tied head as well; another one than the embedding would be lost."""
