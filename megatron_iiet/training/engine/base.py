@@ -26,6 +26,7 @@ from megatron_iiet.models.transformer import Transformer
 from megatron_iiet.parallel import ParallelContext
 from megatron_iiet.storage.fragments import FragmentReader, write_fragments, write_index
 from megatron_iiet.storage.integrity import SaveIdentity
+from megatron_iiet.training.agreement import failing_together
 from megatron_iiet.training.engine.corrected import CorrectedEngine
 from megatron_iiet.training.engine.grid import model_parallel_unit
 from megatron_iiet.training.engine.optimizer_state import load_fragments, own_fragments, start_from
@@ -85,9 +86,10 @@ class Engine(ABC):
             taught_by = teacher_config(config, teacher.source.config)
             self.meta_teacher = Transformer.on_meta(taught_by)
             self.teacher = self._part_of(taught_by, ds_config, backend)
-            for name, parameter in self.teacher.named_parameters():
-                with self._writable(parameter):
-                    teacher.source.fill_parameter(name, parameter, context.tensor)
+            with failing_together(context):  # ranks that gather a parameter read the same of it
+                for name, parameter in self.teacher.named_parameters():
+                    with self._writable(parameter):
+                        teacher.source.fill_parameter(name, parameter, context.tensor)
         if initialise:
             taken = warm.taken if warm is not None else frozenset()
             self.model.initialise(config.training.seed, writable=self._writable, keep=taken)

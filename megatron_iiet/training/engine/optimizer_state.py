@@ -16,6 +16,7 @@ from torch import Tensor
 from megatron_iiet.parallel import ParallelContext
 from megatron_iiet.parallel.tensor import shard_of
 from megatron_iiet.storage.fragments import MASTER, Fragment, FragmentReader
+from megatron_iiet.training.agreement import failing_together
 from megatron_iiet.training.engine.corrected import CorrectedEngine, is_owner
 from megatron_iiet.training.engine.deepspeed_internals import (
     PLAIN,
@@ -87,15 +88,9 @@ def load_fragments(
     Raises:
         ValueError: on every rank, what one of them found wrong: no rank is left waiting for it.
     """
-    failure = None
-    try:
+    with failing_together(context):
         for part in _prepared_parts(engine, names):
             _read_part(part, part.tensors(engine), names[part.parameter], context, reader)
-    except (ValueError, OSError) as error:
-        failure = str(error)
-    for told in context.world.gather_objects(failure):
-        if told is not None:
-            raise ValueError(told)
     _set_steps(engine.basic_optimizer, steps)
     _refresh_working_copies(engine)
 
@@ -127,19 +122,24 @@ def _read_part(
 def start_from(
     engine: CorrectedEngine, names: Mapping[Any, str], context: ParallelContext, warm: WarmStart
 ) -> None:
-    """Fill the masters of the parameters that are taken over, then the working copies from the masters."""
-    for part in _master_parts(engine, names):
-        name, shard = names[part.parameter], shard_of(part.parameter)
-        if name in warm.taken:
-            warm.source.fill(
-                name,
-                part.flat.detach().view(-1).narrow(0, part.offset, part.numel),
-                shape=_global_shape(part),
-                shard=shard,
-                tensor_size=context.tensor.size if shard else 1,
-                tensor_rank=context.tensor.rank if shard else 0,
-                start=part.start,
-            )
+    """Fill the masters of the parameters that are taken over, then the working copies from the masters.
+
+    Raises:
+        ValueError: on every rank, what one of them found wrong.
+    """
+    with failing_together(context):
+        for part in _master_parts(engine, names):
+            name, shard = names[part.parameter], shard_of(part.parameter)
+            if name in warm.taken:
+                warm.source.fill(
+                    name,
+                    part.flat.detach().view(-1).narrow(0, part.offset, part.numel),
+                    shape=_global_shape(part),
+                    shard=shard,
+                    tensor_size=context.tensor.size if shard else 1,
+                    tensor_rank=context.tensor.rank if shard else 0,
+                    start=part.start,
+                )
     _refresh_working_copies(engine)
 
 
