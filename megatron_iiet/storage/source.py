@@ -3,11 +3,9 @@ part, whole models are nowhere."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -22,24 +20,13 @@ from megatron_iiet.storage.checkpoint_model import find_checkpoint, model_of_che
 from megatron_iiet.storage.fragments import SCRATCH_BYTES
 from megatron_iiet.storage.hugging_face import llama
 from megatron_iiet.storage.integrity import digest_of
+from megatron_iiet.storage.parameters import RowSource
 
 KINDS = (
     "a model folder of tools/convert_checkpoint.py (config.yaml, model.safetensors), a training run's "
     "output_dir or one of its checkpoints, or a Hugging Face folder (config.json, safetensors) of a LLaMA or "
     "one that tools/convert_checkpoint.py wrote"
 )
-
-
-class Weights(Protocol):
-    """Stored parameters by our names; the vocabulary's padding may be there or not."""
-
-    def __iter__(self) -> Iterator[str]: ...
-
-    def rows(self, name: str, first: int, last: int) -> Tensor:
-        """Rows [first, last) of a parameter, fp32 on the CPU (a scalar is one row)."""
-
-    def holding(self, name: str, row: int) -> str:
-        """In which tensor of which file a row of a parameter is, in words."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +36,7 @@ class Source:
     description: str
     """What and where it is."""
     config: RunConfig
-    weights: Weights
+    weights: RowSource
 
     def digest(self) -> str:
         """Of the first row of every parameter: tells models apart, not two that share those rows."""
