@@ -59,7 +59,7 @@ class Blocks(NamedTuple):
 
     def holds(self, number: int, data: memoryview) -> bool:
         """Whether ``data`` is what was block ``number`` when it was written."""
-        return block_digest(data) == self.digests[_DIGITS * number : _DIGITS * (number + 1)]
+        return xxhash.xxh3_64_hexdigest(data) == self.digests[_DIGITS * number : _DIGITS * (number + 1)]
 
 
 class BlockDigests:
@@ -89,11 +89,6 @@ class BlockDigests:
         self._found += self._hash.hexdigest()
         self._hash.reset()
         self._filled = 0
-
-
-def block_digest(data: memoryview) -> str:
-    """Of one block."""
-    return xxhash.xxh3_64_hexdigest(data)
 
 
 def digest_of(document: bytes) -> str:

@@ -14,16 +14,20 @@ from megatron_iiet.storage.safetensors_stream import Shape
 class RowSource(Protocol):
     """Stored parameters by our names; the vocabulary's padding may be there or not."""
 
-    def __iter__(self) -> Iterator[str]: ...
-
     def rows(self, name: str, first: int, last: int) -> Tensor:
         """Rows [first, last) of a parameter, fp32 on the CPU; a scalar is one row."""
+
+
+class Weights(RowSource, Protocol):
+    """Those of a whole model."""
+
+    def __iter__(self) -> Iterator[str]: ...
 
     def holding(self, name: str, row: int) -> str:
         """In which tensor of which file a row is, in words."""
 
 
-class StoredParameters(RowSource, Mapping[str, Tensor]):
+class StoredParameters(Weights, Mapping[str, Tensor]):
     """Parameter name → fp32 tensor, read when asked for, whole or some rows of one.
 
     Raises:

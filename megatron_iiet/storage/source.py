@@ -20,7 +20,7 @@ from megatron_iiet.storage.checkpoint_model import find_checkpoint, model_of_che
 from megatron_iiet.storage.fragments import SCRATCH_BYTES
 from megatron_iiet.storage.hugging_face import llama
 from megatron_iiet.storage.integrity import digest_of
-from megatron_iiet.storage.parameters import RowSource
+from megatron_iiet.storage.parameters import Weights
 
 KINDS = (
     "a model folder of tools/convert_checkpoint.py (config.yaml, model.safetensors), a training run's "
@@ -36,7 +36,7 @@ class Source:
     description: str
     """What and where it is."""
     config: RunConfig
-    weights: RowSource
+    weights: Weights
 
     def digest(self) -> str:
         """Of the first row of every parameter: tells models apart, not two that share those rows."""

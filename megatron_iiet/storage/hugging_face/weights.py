@@ -102,7 +102,7 @@ class HFWeights(StoredParameters):
             )
 
     @cached_property
-    def shapes(self) -> Mapping[str, Shape]:  # type: ignore[override]
+    def shapes(self) -> Mapping[str, Shape]:
         """Rows of a parameter are those of several tensors below each other."""
         return {
             name: (sum(shape[0] for shape in tensors.values()), *next(iter(tensors.values()))[1:])
