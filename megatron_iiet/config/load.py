@@ -8,6 +8,7 @@ config = config_from_file("run.yaml", ["--training.steps", "20"])
 from __future__ import annotations
 
 import os
+import re
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
@@ -21,8 +22,14 @@ from megatron_iiet.config.build import build_config
 from megatron_iiet.config.changes import ACCEPT_CHANGES
 from megatron_iiet.config.errors import ConfigError, exit_with_error, is_first_rank
 from megatron_iiet.config.help import format_help
-from megatron_iiet.config.keys import describe_type, did_you_mean, key_types, section_names
-from megatron_iiet.config.kind_section import Setting
+from megatron_iiet.config.keys import (
+    describe_type,
+    did_you_mean,
+    key_types,
+    literal_choices,
+    section_names,
+)
+from megatron_iiet.config.kind_section import Setting, type_error
 from megatron_iiet.config.schema import RunConfig
 from megatron_iiet.config.validation import validate
 
@@ -200,6 +207,8 @@ def _flatten(data: Any, source: str, lines: Mapping[str, int]) -> list[Setting]:
         if name not in section_names():
             settings.append(_setting(str(name), value, source, lines))
         elif isinstance(value, Mapping):
+            if not all(f"{name}.{leaf}" in key_types() for leaf in value):
+                _check_kind(name, value.get("kind"), _where(f"{name}.kind", source, lines))
             settings += [_setting(f"{name}.{leaf}", part, source, lines) for leaf, part in value.items()]
         elif value is not None:  # a section whose lines are all commented out is null
             where = _where(str(name), source, lines)
@@ -218,6 +227,13 @@ def _setting(key: str, value: Any, source: str, lines: Mapping[str, int]) -> Set
         candidates = [*key_types(), *section_names()] if "." not in key else list(key_types())
         raise ConfigError(f"unknown key '{key}' {where}{did_you_mean(key, candidates) or SEE_HELP}")
     return Setting(key, value, where, source)
+
+
+def _check_kind(section: str, kind: Any, where: str) -> None:
+    """Refuse a kind that there is not, before a key that no kind has: it may be one of that kind's."""
+    hint = key_types().get(f"{section}.kind")
+    if hint is not None and kind is not None and kind not in literal_choices(hint):
+        raise type_error(Setting(f"{section}.kind", kind, where), hint)
 
 
 def _where(key: str, source: str, lines: Mapping[str, int]) -> str:
@@ -241,7 +257,7 @@ def _read_arguments(
             )
         if flag in _IGNORED_ALONE:
             continue
-        _check_flag(flag, short)
+        _check_flag(flag, short, arguments)
         if not equals:
             value = next(words, "--")
             if value.startswith("--"):
@@ -273,7 +289,7 @@ def _keys_to_accept(value: str) -> tuple[str, ...]:
     return keys
 
 
-def _check_flag(flag: str, short: Mapping[str, str]) -> None:
+def _check_flag(flag: str, short: Mapping[str, str], arguments: Sequence[str]) -> None:
     if flag in _START_FLAGS or flag in _IGNORED_WITH_VALUE or flag[2:] in key_types():
         return
     if flag[2:] == BASE:
@@ -281,6 +297,9 @@ def _check_flag(flag: str, short: Mapping[str, str]) -> None:
             f"{flag} is given {COMMAND_LINE}, but is a key of YAML files only; write '{BASE}: FILE' into "
             "the one that --config names"
         )
+    section = flag[2:].partition(".")[0]
+    for kind in re.findall(rf"--{re.escape(section)}\.kind[= ](\S+)", " ".join(arguments)):
+        _check_kind(section, kind, COMMAND_LINE)
     candidates = [*key_types(), "config", "ds-config", ACCEPT_CHANGES, *(name[2:] for name in short)]
     hint = did_you_mean(flag[2:], candidates, prefix="--") or SEE_HELP
     raise ConfigError(f"unknown key '{flag}' {COMMAND_LINE}{hint}")

@@ -19,7 +19,8 @@ from megatron_iiet.hf.tokenizer import TOKEN_FIELDS, Extras, to_json
 from megatron_iiet.storage.hugging_face.llama import ARCHITECTURES, TOKENIZER_FILES
 from megatron_iiet.storage.hugging_face.shards import read_json, write_shards
 from megatron_iiet.storage.hugging_face.solver_fields import solver_to_fields
-from megatron_iiet.storage.hugging_face.weights import CONFIG_FILE, RowSource, tensors_to_write
+from megatron_iiet.storage.hugging_face.weights import CONFIG_FILE, tensors_to_write
+from megatron_iiet.storage.parameters import RowSource
 from megatron_iiet.storage.portable import check_new
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -26,7 +26,8 @@ from megatron_iiet.hf.export import DTYPES, config_fields
 from megatron_iiet.hf.modeling_iiet import IIETConfig, IIETForCausalLM
 from megatron_iiet.hf.tokenizer import TOKEN_FIELDS
 from megatron_iiet.storage import portable
-from megatron_iiet.storage.hugging_face.weights import RowSource, tensors_to_write
+from megatron_iiet.storage.hugging_face.weights import tensors_to_write
+from megatron_iiet.storage.parameters import RowSource
 from megatron_iiet.storage.source import open_model
 
 KVCache = Literal["all", "last", "first"]
