@@ -15,6 +15,7 @@ import pytest
 import torch
 from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import StaticLayer
+from transformers.generation import GenerationMixin
 
 from megatron_iiet.config.iteration_plan import IterationPlan
 
@@ -64,6 +65,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return SimpleNamespace(status=status, rows=rows, content=content, folder=folder / "out", text=text)
 
 
+@pytest.mark.slow
 def test_every_system_with_every_cache(run: Any) -> None:
     assert run.status == 0
     assert set(run.rows) == {(name, cache) for name in EVALUATIONS for cache in ("dynamic", "static")}
@@ -84,6 +86,7 @@ def test_every_system_with_every_cache(run: Any) -> None:
     assert run.rows["PCformer", "static"]["iterations"] is None
 
 
+@pytest.mark.slow
 def test_flops_by_formula_and_as_counted(run: Any) -> None:
     """The paper's: E (2 (4 d² + 3 d ffn) + 4 d T) T + 2 d V T, at T = 512."""
     length = 512
@@ -95,6 +98,7 @@ def test_flops_by_formula_and_as_counted(run: Any) -> None:
     assert by_name["IIET r = 0 (Lower Bound)"] == by_name["Transformer++"]
 
 
+@pytest.mark.slow
 def test_bytes_of_weights_and_caches(run: Any) -> None:
     for (name, _), row in run.rows.items():
         per_token = 2 * WIDTH * 4 * EVALUATIONS[name]
@@ -109,6 +113,7 @@ def test_bytes_of_weights_and_caches(run: Any) -> None:
     assert "weights + cache, MB (computed)" in run.text
 
 
+@pytest.mark.slow
 def test_static_caches_give_the_text_of_dynamic_ones(run: Any) -> None:
     for (_, cache), row in run.rows.items():
         if cache == "static":
@@ -119,6 +124,7 @@ def test_static_caches_give_the_text_of_dynamic_ones(run: Any) -> None:
             assert row["comparison"] is None
 
 
+@pytest.mark.slow
 def test_what_is_written_and_printed(run: Any) -> None:
     assert run.content["toy"] is True
     assert run.content["device"]["type"] == "cpu"
@@ -215,7 +221,7 @@ def test_nothing_compiled_is_refused(two_systems: None, monkeypatch: pytest.Monk
         return config
 
     monkeypatch.setattr(timing, "_compile_config", on_cuda_only)
-    (found,) = toy_subjects(timing.COMPILED)[:1]
+    (found,) = toy_subjects(timing.COMPILED)
     timing.measure([found], torch.zeros(1, 4, dtype=torch.long), 2, 1)
     assert found.decodings[timing.COMPILED].refused == ("RuntimeError: transformers ran the pass uncompiled")
 
@@ -306,19 +312,30 @@ def toy_subjects(*caches: str) -> list[Any]:
     ]
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_everything_is_made_on_the_models_device(precision: str) -> None:
+def test_everything_is_made_on_the_models_device() -> None:
     """Meta stands for CUDA: torch refuses to compute with a tensor there and one on the CPU."""
     meta, systems = torch.device("meta"), module("inference_systems")
     for system in systems.systems("toy", [3]):
-        model = system.build(precision, meta)
+        model = system.build("bf16", meta)
         assert {tensor.device for tensor in (*model.parameters(), *model.buffers())} == {meta}
-        assert systems.cache_bytes(model) == systems.cache_formula(system.config, precision)
+        assert systems.cache_bytes(model) == systems.cache_formula(system.config, "bf16")
         for cache in (DynamicCache(config=model.config), StaticCache(config=model.config, max_cache_len=12)):
             with torch.no_grad():
                 model(torch.zeros(2, 8, dtype=torch.long, device=meta), past_key_values=cache)
                 out = model(torch.zeros(2, 1, dtype=torch.long, device=meta), past_key_values=cache)
             assert out.logits.device == meta
+
+
+def test_only_what_is_called_compiled_is_compiled_on_cuda() -> None:
+    """transformers compiles a static cache's passes there unless it is told not to."""
+    timing, (subject,) = module("inference_timing"), toy_subjects("dynamic")
+    on_cuda: Any = SimpleNamespace(device=torch.device("cuda"), config=subject.model.config)
+    static = StaticCache(config=subject.model.config, max_cache_len=12)
+    for cache, compiled in (("static", False), (timing.COMPILED, True)):
+        config = timing.settings(cache, 4)
+        decided = GenerationMixin._valid_auto_compile_criteria(on_cuda, {"past_key_values": static}, config)
+        assert decided is compiled
+    assert config.compile_config.mode == "reduce-overhead"
 
 
 def test_counting_flops_leaves_the_model_as_it_is() -> None:
