@@ -261,9 +261,9 @@ def logits(*best: int, by: float = 1.0) -> list[torch.Tensor]:
 
 def test_texts_are_compared_up_to_where_they_part() -> None:
     compared = module("inference_timing").compared
-    one, other = torch.tensor([[1, 2, 3]]), torch.tensor([[1, 3, 0]])
-    near = [logits(1), [torch.tensor([[1.0, 1.0, 2.0, 1.99]])], logits(3)]
-    far = [logits(1), [torch.tensor([[1.0, 1.0, 2.0, 2.01]])], logits(0, by=50.0)]
+    one, other = torch.tensor([[1, 2, 3, 0]]), torch.tensor([[1, 3, 3, 0]])
+    near = [logits(1), [torch.tensor([[1.0, 1.0, 2.0, 1.99]])], logits(3, 0)]
+    far = [logits(1), [torch.tensor([[1.0, 1.0, 2.0, 2.01]])], logits(3, 0, by=50.0)]
     expected, found = ([step for steps in text for step in steps] for text in (near, far))
     result = compared(one, other, expected, found, "bf16")
     assert (result.tokens_equal, result.parts_at, result.passed) == (False, 2, True)
@@ -271,7 +271,7 @@ def test_texts_are_compared_up_to_where_they_part() -> None:
     assert result.verdict.startswith("equal up to rounding: tokens part at 2, logits ")
     assert compared(one, other, expected, found, "fp32").verdict.startswith("UNEQUAL: tokens part at 2")
     assert compared(one, one, expected, expected, "fp32").verdict == "equal"
-    same_text = compared(one, one, logits(1, 2, 3), logits(1, 2, 3, by=2.0), "bf16")
+    same_text = compared(one, one, logits(1, 2, 3, 0), logits(1, 2, 3, 0, by=2.0), "bf16")
     assert same_text.verdict.startswith("UNEQUAL: tokens equal, logits ")
     nothing = [step * float("nan") for step in expected]
     assert not compared(one, one, expected, nothing, "bf16").passed
@@ -318,12 +318,17 @@ def test_everything_is_made_on_the_models_device() -> None:
     for system in systems.systems("toy", [3]):
         model = system.build("bf16", meta)
         assert {tensor.device for tensor in (*model.parameters(), *model.buffers())} == {meta}
+        tokens: set[torch.device] = set()  # an embedding takes those of the CPU
+        model.get_input_embeddings().register_forward_pre_hook(
+            lambda _, given, tokens=tokens: tokens.add(given[0].device)
+        )
         assert systems.cache_bytes(model) == systems.cache_formula(system.config, "bf16")
         for cache in (DynamicCache(config=model.config), StaticCache(config=model.config, max_cache_len=12)):
             with torch.no_grad():
                 model(torch.zeros(2, 8, dtype=torch.long, device=meta), past_key_values=cache)
                 out = model(torch.zeros(2, 1, dtype=torch.long, device=meta), past_key_values=cache)
             assert out.logits.device == meta
+        assert tokens == {meta}
 
 
 def test_only_what_is_called_compiled_is_compiled_on_cuda() -> None:
