@@ -279,6 +279,41 @@ def test_memory_is_that_of_the_rank_with_most(
     assert " | 2.00 GiB, peak 3.00 | " in capsys.readouterr().out
 
 
+def test_memory_of_a_gpu_is_what_torch_gave_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = torch.device("cuda", 3)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", {device: 5}.__getitem__)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", {device: 7}.__getitem__)
+    assert memory_bytes(device) == (5, 7)
+
+
+@pytest.mark.usefixtures("timed")
+@pytest.mark.parametrize(
+    ("parts", "said"), [({}, ""), ({"cross_entropy": 4.0, "kl": 0.25}, " (cross_entropy 4.0000, kl 0.2500)")]
+)
+def test_the_line_of_a_step(
+    parts: dict[str, float],
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Of the last step of an interval; throughput and time left are of the interval's two steps."""
+    run = bare_run(
+        tmp_path / "run",
+        lambda step, lr: StepResult(5.0 / step, 1.5, lr, parts),
+        optimizer={"lr": 2e-3, "warmup_fraction": 0.0, "schedule": "constant"},
+        logging={"peak_tflops": 1e-6},
+    )
+    monkeypatch.setattr(run, "memory_of_ranks", lambda: [(3 * 2**29, 2**31)])
+    loop.train(run, [MetricLogger()])
+    run.close()
+    needed = 2 * step_flops(2) / 90.0 / 1e6
+    assert capsys.readouterr().out.splitlines()[2] == (
+        f"step      2/8 | loss 2.5000{said} | lr 2.00e-03 | grad norm 1.500 | 3 tok/s | MFU {needed:.1%} "
+        f"HFU {needed:.1%} | 1.50 GiB, peak 2.00 | 4:30 left"
+    )
+
+
 def test_memory_of_a_cpu_is_resident() -> None:
     before = memory_bytes(torch.device("cpu"))
     held = torch.ones(64 << 20, dtype=torch.uint8)
