@@ -288,6 +288,14 @@ class TestTiktoken:
         expected = words.replace("é|世", "é世").split("|")
         assert regex.findall(PRESETS[preset]["pattern"], "".join(expected)) == expected
 
+    def test_every_byte_of_a_text_comes_back(self, ranks_file: Path) -> None:
+        """Of all control characters, and of letters of two and three bytes, which have all others in them."""
+        tokens = {rank: token for token, rank in read_ranks(ranks_file).items()}
+        text = "".join(map(chr, [*range(0x800), *range(0x800, 0xD800, 61), *range(0xE000, 0x11000, 997)]))
+        for tokenizer in (load_tokenizer(ranks_file), load_encoder(ranks_file)):
+            ids = tokenizer.encode(text).tolist()
+            assert b"".join(tokens[number] for number in ids) == text.encode()
+
     def test_special_tokens_of_presets(self) -> None:
         """As the files' makers published them: an id off by one is another token."""
         assert {name: preset["special_tokens"] for name, preset in PRESETS.items()} == {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,9 @@ def test_summary_of_something_else(tmp_path: Path) -> None:
 
 def test_plot_is_a_picture(run: Path, tmp_path: Path) -> None:
     plot_losses({"a": run, "b": run}, tmp_path / "new" / "x.png")
-    assert (tmp_path / "new" / "x.png").read_bytes().startswith(b"\x89PNG")
+    picture = (tmp_path / "new" / "x.png").read_bytes()
+    assert picture.startswith(b"\x89PNG")
+    assert struct.unpack(">2I", picture[16:24]) == (960, 540)
 
 
 def test_the_smoothed_loss_is_the_mean_of_the_steps_up_to_each(
