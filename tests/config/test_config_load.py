@@ -32,7 +32,7 @@ from megatron_iiet.config import (
     solvers,
 )
 from megatron_iiet.config.help import format_help
-from megatron_iiet.config.keys import describe_type, key_types
+from megatron_iiet.config.keys import describe_type, did_you_mean, key_types
 from megatron_iiet.config.kinds import own_keys
 
 YAML = """\
@@ -383,6 +383,24 @@ def test_help_exits_with_zero_and_speaks_once(capsys: pytest.CaptureFixture[str]
             load_config(["--model.num_layers", "2", "--help"])
         assert stopped.value.code == 0
         assert bool(capsys.readouterr().out) is printed
+
+
+@pytest.mark.parametrize(
+    ("word", "candidates", "said"),
+    [
+        ("interval", [f"{s}.interval" for s in "abcd"], "'a.interval', 'b.interval' or 'c.interval'"),
+        ("abcdefghij", ["abcdefwxyz"], "'abcdefwxyz'"),  # six of ten letters
+        ("abcdefghij", ["abcdewxyzv"], ""),
+        ("x.hidden", ["model.width", "model.hidden"], "'model.hidden'"),
+        ("hidden", ["model.hidden", "hidden"], "'hidden' or 'model.hidden'"),  # the whole name goes before
+        (20 * "a", [f"{n * 'a':b<20}" for n in (17, 18, 19)], f"'{19 * 'a'}b' or '{18 * 'a'}bb'"),
+        ("lr", [], ""),
+    ],
+    ids=str,
+)
+def test_suggestions_are_the_nearest_few(word: str, candidates: list[str], said: str) -> None:
+    """Up to three, all nearly as near as the nearest, which comes first."""
+    assert did_you_mean(word, candidates) == (f"; did you mean {said}?" if said else "")
 
 
 def test_type_descriptions() -> None:
