@@ -352,6 +352,27 @@ def test_a_plan_is_recorded_as_it_is_in_force(tmp_path: Path) -> None:
     assert run.engine.meta_model.solvers[0].iterations == 0
 
 
+def test_influence_is_the_mean_over_the_rows_of_all_ranks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two rows here, and three on another rank that saw twice as much in each."""
+    seen = {(n, i): 0.1 * n + 0.2 * i + 0.1 for n in range(3) for i in range(2)}
+    run = bare_run(tmp_path / "run", guidance={"interval": 4, "start": 0.0, "budget": 0.8})
+    run.engine.observe = lambda batch: IterateStatistics({}, seen)  # type: ignore[method-assign]
+
+    def of_two_ranks(part: Any) -> list[Any]:
+        assert part == ({key: 2 * value for key, value in seen.items()}, 2.0)
+        return [part, ({key: 6 * value for key, value in seen.items()}, 3.0)]
+
+    monkeypatch.setattr(run.context.world, "gather_objects", of_two_ranks)
+    run.enter_stage()
+    run.step = 4
+    Guidance([SimpleNamespace(weights=torch.ones(2))]).on_step(run, None)  # type: ignore[arg-type, list-item]
+    assert run.plan is not None
+    assert run.plan.influence == pytest.approx({key: 8 / 5 * value for key, value in seen.items()})
+    run.close()
+
+
 # --- runs ---
 
 
