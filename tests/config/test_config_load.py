@@ -9,9 +9,10 @@ import inspect
 import os
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -31,7 +32,7 @@ from megatron_iiet.config import (
     solvers,
 )
 from megatron_iiet.config.help import format_help
-from megatron_iiet.config.keys import describe_type, key_types
+from megatron_iiet.config.keys import describe_type, did_you_mean, key_types
 from megatron_iiet.config.kinds import own_keys
 
 YAML = """\
@@ -67,6 +68,64 @@ def test_defaults_without_arguments() -> None:
     loaded = load_config([])
     assert loaded.config == RunConfig()
     assert loaded.ds_config_path is None
+
+
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "model": {
+        "hidden_size": 512, "ffn_hidden_size": 1408, "num_layers": 12, "num_attention_heads": 4,
+        "num_key_value_heads": None, "vocab_size": 32000, "vocab_multiple": 128,
+        "max_position_embeddings": 2048, "tie_embeddings": True, "embedding_scale": "unit",
+        "rms_norm_eps": 1e-6, "rotary_base": 10000.0, "init_std": 0.02,
+    },
+    "solver": {
+        "kind": "iiet", "variant": "paper", "iterations": 3, "schedule": None, "merge": True,
+        "predictor": "merged", "damping": 1.0, "key_values": "every", "coefficient_init": None,
+        "history_norm": "rms",
+    },
+    "parallel": {"tensor": 1, "pipeline": 1, "sequence": False},
+    "data": {
+        "prefix": "", "blend": {}, "validation_prefix": "", "tokenizer": "", "sequence_length": 2048,
+        "documents": "ignore", "split": [0.98, 0.01, 0.01], "num_workers": 1, "timeout": 300.0,
+    },
+    "optimizer": {
+        "kind": "adamw", "lr": 3e-4, "min_lr_ratio": 0.1, "warmup_fraction": 0.05, "schedule": "cosine",
+        "decay_fraction": 0.1, "weight_decay": 0.01, "gradient_clipping": 1.0, "beta1": 0.9, "beta2": 0.95,
+        "eps": 1e-8,
+    },
+    "training": {
+        "steps": 1000, "global_batch_size": 128, "micro_batch_size": 8, "precision": "bf16",
+        "recompute": "off", "seed": 1234, "initial_weights": "", "stop_after": None,
+    },
+    "evaluation": {
+        "interval": 200, "samples": 256, "tasks": [], "tasks_interval": 1000, "tasks_limit": 100,
+        "tasks_data_dir": "",
+    },
+    "checkpoint": {"interval": 500, "keep": 2, "resume": True},
+    "logging": {"interval": 10, "tensorboard": True, "solver_interval": 200, "peak_tflops": None},
+    "ops": {"backend": "auto", "history_gradient": "transposed"},
+    "guidance": {"interval": 0, "budget": 0.5, "start": 0.1, "samples": 32, "decay": 0.5, "inertia": 0.5},
+    "distillation": {"teacher": "", "alpha": 0.01, "beta": 1.0, "temperature": 1.0},
+}  # fmt: skip
+OF_OTHER_SOLVERS: dict[str, dict[str, Any]] = {
+    "kind euler": {"output_norm": "none"},
+    "kind dlcl": {"coefficient_init": None, "history_norm": "rms"},
+    "kind weight-sharing": {"key_values": "every", "repeats": 4},
+    "kind rk2": {"key_values": "every", "stage_coefficients": "learned"},
+    "kind rk4": {"key_values": "every", "stage_coefficients": "learned"},
+    "kind pcformer": {"key_values": "every", "coefficient_init": None, "predictor_order": 2},
+    "kind iiet, variant released": {
+        "key_values": "every", "coefficient_init": None, "iterations": 3, "schedule": None,
+        "readout": "separate",
+    },
+}  # fmt: skip
+
+
+def test_defaults_are_those_that_runs_rely_on() -> None:
+    """Whoever leaves a key out means its default, today and after an update."""
+    assert asdict(RunConfig()) == {"output_dir": "runs/default", **DEFAULTS}
+    found = {s().system: {name: getattr(s(), name) for name in own_keys(s)} for s in solvers.SOLVERS}
+    del found["kind iiet, variant paper"]
+    assert found == OF_OTHER_SOLVERS
 
 
 def test_yaml_values_have_their_types(run_yaml: str) -> None:
@@ -341,6 +400,24 @@ def test_help_exits_with_zero_and_speaks_once(capsys: pytest.CaptureFixture[str]
             load_config(["--model.num_layers", "2", "--help"])
         assert stopped.value.code == 0
         assert bool(capsys.readouterr().out) is printed
+
+
+@pytest.mark.parametrize(
+    ("word", "candidates", "said"),
+    [
+        ("interval", [f"{s}.interval" for s in "abcd"], "'a.interval', 'b.interval' or 'c.interval'"),
+        ("abcdefghij", ["abcdefwxyz"], "'abcdefwxyz'"),  # six of ten letters
+        ("abcdefghij", ["abcdewxyzv"], ""),
+        ("x.hidden", ["model.width", "model.hidden"], "'model.hidden'"),
+        ("hidden", ["model.hidden", "hidden"], "'hidden' or 'model.hidden'"),  # the whole name goes before
+        (20 * "a", [f"{n * 'a':b<20}" for n in (17, 18, 19)], f"'{19 * 'a'}b' or '{18 * 'a'}bb'"),
+        ("lr", [], ""),
+    ],
+    ids=str,
+)
+def test_suggestions_are_the_nearest_few(word: str, candidates: list[str], said: str) -> None:
+    """Up to three, all nearly as near as the nearest, which comes first."""
+    assert did_you_mean(word, candidates) == (f"; did you mean {said}?" if said else "")
 
 
 def test_type_descriptions() -> None:

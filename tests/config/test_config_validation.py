@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import pytest
@@ -84,6 +85,81 @@ RANGE_ERRORS = [
 @pytest.mark.parametrize(("name", "value", "message"), RANGE_ERRORS)
 def test_ranges(name: str, value: Any, message: str) -> None:
     assert message_of(**{name: value}) == message
+
+
+POSITIVE_KEYS = """
+    model: hidden_size ffn_hidden_size num_layers num_attention_heads num_key_value_heads vocab_size vocab_multiple
+        max_position_embeddings embedding_scale rms_norm_eps rotary_base init_std
+    solver: damping
+    parallel: tensor pipeline
+    data: sequence_length timeout
+    optimizer: lr eps
+    training: steps global_batch_size micro_batch_size stop_after
+    evaluation: samples tasks_limit
+    logging: interval peak_tflops
+    guidance: samples
+    distillation: temperature
+"""
+NOT_NEGATIVE_KEYS = """
+    data: num_workers
+    optimizer: weight_decay gradient_clipping
+    training: seed
+    evaluation: interval tasks_interval
+    checkpoint: interval keep
+    logging: solver_interval
+    guidance: interval inertia
+    distillation: alpha beta
+"""
+BELOW_ONE_KEYS = """
+    optimizer: warmup_fraction decay_fraction beta1 beta2
+    guidance: budget start decay
+"""
+EDGES = [
+    (POSITIVE_KEYS, "be greater than 0", [-1, 0], [1]),
+    (NOT_NEGATIVE_KEYS, "be 0 or greater", [-1], [0, 1]),
+    (BELOW_ONE_KEYS, "be at least 0 and less than 1", [-1e-9, 1.0, 2.0], [0.0, 0.999]),
+    ("optimizer: min_lr_ratio", "lie between 0 and 1", [-1e-9, 1.001], [0.0, 1.0]),
+    ("solver: damping", "lie between 0 and 1", [1.001], [1.0]),
+]
+
+
+def complaint_of(**changes: Any) -> str:
+    try:
+        validate(config_with(**changes))
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+def names_in(listed: str) -> list[str]:
+    found, section = [], ""
+    for word in listed.split():
+        section = word[:-1] if word.endswith(":") else section
+        found += [] if word.endswith(":") else [f"{section}.{word}"]
+    return found
+
+
+@pytest.mark.parametrize(("listed", "must", "outside", "inside"), EDGES, ids=[edge[1] for edge in EDGES])
+def test_edges_of_ranges(listed: str, must: str, outside: list[float], inside: list[float]) -> None:
+    """An allowed number may not fit other keys, which is another message."""
+    for name in names_in(listed):
+        key = name.replace(".", "__")
+        for value in outside:
+            assert message_of(**{key: value}) == f"{name} is {value}, but must {must}"
+        for value in inside:
+            assert f"{name} is {value}, but must {must}" != complaint_of(**{key: value})
+
+
+def test_every_number_has_edges() -> None:
+    listed = {name for edge in EDGES for name in names_in(edge[0])}
+    config = RunConfig()
+    numbers = set()
+    for section in fields(config):
+        values = getattr(config, section.name)
+        for leaf in fields(values) if is_dataclass(values) else ():
+            if {"int", "float"} & set(str(leaf.type).split(" | ")):
+                numbers.add(f"{section.name}.{leaf.name}")
+    assert listed == numbers - {"solver.iterations"}  # it may be a list, and is checked with the layers
 
 
 COMBINATION_ERRORS: list[tuple[dict[str, Any], str]] = [

@@ -170,6 +170,23 @@ def test_modes_are_accepted_and_other_bytes_behind_are_not(make_shard: MakeShard
                 IndexedDataset(prefix)
 
 
+def test_defects_of_one_kind_are_one_sentence(tmp_path: Path) -> None:
+    """The first is named, the others are counted; a single one is alone."""
+    lengths, documents = [4] * 5, [0, 1, 2, 3, 4, 5]
+    shard = IndexedDataset(write_pair(tmp_path / "a", lengths, documents, offsets=[0, 8, 16, 20, 32]))
+    (said,) = shard.index.defects()
+    assert said.endswith("a.idx: sequence 2 does not end where the next one starts (and 1 more).")
+    shard = IndexedDataset(write_pair(tmp_path / "b", lengths, documents, offsets=[0, 4, 16, 20, 32]))
+    (said,) = shard.index.defects()
+    assert said.endswith("b.idx: sequence 0 does not end where the next one starts (and 3 more).")
+    shard = IndexedDataset(write_pair(tmp_path / "c", lengths, [0, 1, 9, 3, 4, 5]))
+    (said,) = shard.index.defects()
+    assert said.endswith("c.idx: document 1 does not end where the next one starts (and 1 more).")
+    shard = IndexedDataset(write_pair(tmp_path / "d", lengths, [0, 1, 2, 3, 2, 5]))
+    (said,) = shard.index.defects()
+    assert said.endswith("d.idx: document 3 does not end where the next one starts.")
+
+
 def test_a_negative_length_is_a_defect_even_where_it_adds_up(tmp_path: Path) -> None:
     prefix = write_pair(tmp_path / "a", [4, -2, 5], [0, 1, 2, 3], offsets=[0, 8, 4])
     (defect,) = IndexedDataset(prefix).index.defects()

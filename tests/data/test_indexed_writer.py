@@ -117,6 +117,16 @@ class TestWriter:
             assert writer.close() is writer.shard
         assert writer.close().tokens == 3
 
+    def test_a_published_pair_leaves_the_next_writer_alone(self, tmp_path: Path) -> None:
+        """Which has temporary files of the same names."""
+        first = IndexedDatasetWriter(tmp_path / "a", 100)
+        first.add_document(np.array([1, 2]))
+        first.close()
+        with IndexedDatasetWriter(tmp_path / "a", 100) as second:
+            second.add_document(np.array([3]))
+            first.discard()
+        assert IndexedDataset(tmp_path / "a").document(0).tolist() == [3]
+
     def test_a_folder_as_prefix(self, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="ends in a slash"):
             IndexedDatasetWriter(f"{tmp_path}/", 100)

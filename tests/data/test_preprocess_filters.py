@@ -247,6 +247,62 @@ def test_find_duplicates(
         marks.marks(0, 1, len(lines[0]) + 1)
 
 
+def test_duplicates_are_looked_for_once(tmp_path: Path) -> None:
+    """What a killed search left goes; the marks of one that ended stay, whatever the digests are by then."""
+    digests, inputs = DigestFiles(tmp_path), [InputFile("a", 1, "")]
+    digests.write(0, inputs, [(0, 1, b"1" * 16 + b"2" * 16 + b"1" * 16 + bytes(32))])
+    (tmp_path / "partitions-killed").mkdir()
+    (tmp_path / "partitions-killed" / "000.bin").write_bytes(b"x")
+    find_duplicates(tmp_path, [1])
+    assert not list(tmp_path.glob("partitions-*"))
+    assert list(Duplicates(tmp_path).marks(0, 1, 5)) == [0, 0, 1, 0, 0]
+    assert [list(Duplicates(tmp_path).marks(0, line, 1)) for line in range(1, 6)] == [[0], [0], [1], [0], [0]]
+    digests.write(0, inputs, [(0, 1, b"1" * 32)])
+    find_duplicates(tmp_path, [1])
+    assert list(Duplicates(tmp_path).marks(0, 1, 5)) == [0, 0, 1, 0, 0]
+    dedup.duplicates_path(tmp_path).unlink()
+    find_duplicates(tmp_path, [1])
+    assert list(Duplicates(tmp_path).marks(0, 1, 2)) == [0, 1]
+    with pytest.raises(ValueError, match="changed between the two passes of --deduplicate"):
+        Duplicates(tmp_path).marks(0, 2, 2)
+
+
+@pytest.mark.parametrize("same", ["high", "low", "both"])
+def test_digests_are_equal_in_both_halves(same: str, tmp_path: Path) -> None:
+    """And documents of several inputs and units are numbered through."""
+    first, second = (
+        struct.pack("<QQ", 1 << 63, 5),
+        {
+            "high": struct.pack("<QQ", 1 << 63, 6),
+            "low": struct.pack("<QQ", 1, 5),
+            "both": struct.pack("<QQ", 1 << 63, 5),
+        }[same],
+    )
+    digests, inputs = DigestFiles(tmp_path), [InputFile(name, 1, "") for name in "ab"]
+    digests.write(0, inputs, [(0, 1, bytes(16) + first), (1, 2, b"x" * 16)])
+    digests.write(1, inputs, [(0, 1, b"y" * 32), (1, 1, second)])
+    find_duplicates(tmp_path, [2, 2])
+    found = [list(Duplicates(tmp_path).marks(number, 1, lines)) for number, lines in enumerate((2, 2, 2, 1))]
+    assert found == [[0, 0], [0, 0], [0, 1], [int(same == "both")]]
+
+
+def test_shares_that_leave_no_choice() -> None:
+    digests = [text_digest(str(number)) for number in range(50)]
+    assert not Filters(rate=1.0).need_digest
+    assert Filters(rate=0.99).need_digest
+    assert Filters(validation=0.1).need_digest
+    assert Filters(test=0.1).splits
+    assert not Filters(rate=0.1).splits
+    for digest in digests:
+        assert Filters().sampled(digest)
+        assert Filters(rate=1.0).sampled(digest)
+        assert Filters(rate=1.5).sampled(digest)
+        assert not Filters(rate=0.0).sampled(digest)
+        assert Filters(validation=1.0).split(digest) == "validation"
+        assert Filters(test=1.0).split(digest) == "test"
+        assert Filters().split(digest) == "train"
+
+
 def test_digest_files_know_their_inputs(tmp_path: Path) -> None:
     digests = DigestFiles(tmp_path)
     inputs = [InputFile("a", 1, "x"), InputFile("b", 2, "y")]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -107,6 +109,52 @@ def test_contradictions(change: dict[str, object], message: str) -> None:
     good: dict[str, object] = {"inputs": ["a.jsonl"], "output_prefix": "p", "tokenizer_model": "t.model"}
     with pytest.raises(ValueError, match=message):
         PreprocessOptions(**{**good, **change})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"num_jobs": 3, "job": 2},
+        {"num_jobs": 3, "job": 0, "inputs_per_shard": 1},
+        {"sample_tokens": 1, "corpus_tokens": 1},
+        {"holdout_validation": 0.5, "holdout_test": 0.499},
+        {"overwrite": True},
+        {"output_dir": None, "output_prefix": "p", "overwrite": True},
+        {"inputs": (), "dataset": "name", "split": "train", "streaming": True},
+    ],
+    ids=str,
+)
+def test_edges_that_are_allowed(change: dict[str, Any]) -> None:
+    good: dict[str, Any] = {"inputs": ["a.jsonl"], "output_dir": "d", "tokenizer_model": "t.model"}
+    PreprocessOptions(**{**good, **change})
+
+
+def test_what_is_made_unless_told_otherwise() -> None:
+    """Another default would make another corpus of the same command."""
+    given: dict[str, Any] = {"inputs": ["a.jsonl"], "output_dir": "d", "tokenizer_model": "t.model"}
+    assert asdict(PreprocessOptions(**given)) == given | {
+        "dataset": None,
+        "split": None,
+        "streaming": False,
+        "output_prefix": None,
+        "inputs_per_shard": 1,
+        "json_keys": ("text",),
+        "append_eod": False,
+        "split_by": None,
+        "sample_tokens": None,
+        "corpus_tokens": None,
+        "seed": 1234,
+        "holdout_validation": 0.0,
+        "holdout_test": 0.0,
+        "deduplicate": False,
+        "bad_rows": "error",
+        "overwrite": False,
+        "workers": 1,
+        "num_jobs": 1,
+        "job": 0,
+        "chunk_bytes": 1 << 20,
+        "progress": True,
+    }
 
 
 @pytest.mark.parametrize("num_jobs", [1, 3, 7, 100])

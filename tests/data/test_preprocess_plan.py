@@ -9,8 +9,10 @@ from typing import Any, cast
 
 import pytest
 
-from megatron_iiet.data.corpora.mmididx import bin_path, idx_path
-from megatron_iiet.data.preprocess.layout import Layout
+from megatron_iiet.data.corpora.mmididx import bin_path, idx_path, shards_path
+from megatron_iiet.data.corpora.shard_list import ShardList
+from megatron_iiet.data.preprocess.layout import Layout, output_name
+from megatron_iiet.data.preprocess.lists import write_lists
 from megatron_iiet.data.preprocess.options import PreprocessOptions
 from megatron_iiet.data.preprocess.plan import Plan, Wanted, deciding_options, settle, shards_exist
 from megatron_iiet.data.preprocess.records import Counts, JobRecords, OutputRecord, UnitRecord, read_records
@@ -53,7 +55,7 @@ def test_an_option_that_decides_none(changes: dict[str, Any]) -> None:
 
 
 def record_of(unit: int, inputs: list[InputFile]) -> UnitRecord:
-    shard = OutputRecord(1, 5, 10, idx_bytes=42, bin_digest="", idx_digest="")
+    shard = OutputRecord(1, 5, 10, idx_bytes=42, bin_digest="ab" * 16, idx_digest="cd" * 16)
     return UnitRecord(unit, inputs, {"text_document": shard}, Counts())
 
 
@@ -127,6 +129,104 @@ def test_a_plan_may_change_while_nothing_is_finished_and_nobody_is_at_it(tmp_pat
     place.finish(0)
     with pytest.raises(ValueError, match="append_eod: true -> false"):
         place.settle(place.inputs)
+
+
+def test_files_of_a_place(tmp_path: Path) -> None:
+    """Finished or not, an index before its tokens; outputs that nobody named only in a folder of its own."""
+    one, many = Layout(str(tmp_path / "p"), None), Layout(None, str(tmp_path / "d"))
+    names = (
+        "p_a_document",
+        "p_b_document",
+        "d/a_document/000001",
+        "d/a_document/000000",
+        "d/c_document/000007",
+    )
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        for ending in (".bin", ".idx", ".bin.partial", ".idx.partial", ".shards", ".txt"):
+            (tmp_path / (name + ending)).write_text("")
+    (tmp_path / "d/a_document/00000.bin").write_text("")
+    (tmp_path / "d/other").mkdir()
+    (tmp_path / "d/other/000000.bin").write_text("")
+
+    def found(layout: Layout, outputs: set[str], discover: bool) -> list[str]:
+        listed = layout.files(outputs, discover)
+        assert all(output in str(path) for output, path in listed)
+        return [str(path.relative_to(tmp_path)) for _, path in listed]
+
+    endings = (".idx", ".bin", ".idx.partial", ".bin.partial")
+    for discover in (True, False):
+        assert found(one, {"a_document"}, discover) == [f"p_a_document{ending}" for ending in endings]
+        assert found(one, {"x_document"}, discover) == []
+    latest_first = (".idx.partial", ".idx", ".bin.partial", ".bin")
+    of_a = [f"d/a_document/00000{unit}{ending}" for unit in (1, 0) for ending in latest_first]
+    of_c = [f"d/c_document/000007{ending}" for ending in latest_first]
+    assert found(many, {"a_document", "x_document"}, False) == of_a
+    assert found(many, {"x_document"}, True) == of_a + of_c
+    assert one.records == tmp_path / "p.preprocess"
+    assert many.records == tmp_path / "d" / "preprocess"
+    assert one.shard_prefix("a_document", 5) == str(tmp_path / "p_a_document")
+    assert many.shard_prefix("a_document", 5) == str(tmp_path / "d/a_document/000005")
+    assert (one.shard_name("a", 5), many.shard_name("a", 5)) == ("p_a", "a/000005")
+
+
+@pytest.mark.parametrize(
+    ("source", "split", "name"),
+    [
+        (None, None, "text_document"),
+        ("C4", None, "C4_text_document"),
+        (None, "test", "test_text_document"),
+        ("C4", "train", "C4_train_text_document"),
+    ],
+)
+def test_names_of_outputs(source: str | None, split: str | None, name: str) -> None:
+    assert output_name(source, split, "text") == name
+
+
+def test_the_last_run_lists_the_shards_and_clears_up(tmp_path: Path) -> None:
+    """Nothing before all units are there; then the list in their order, once, and no temporary file."""
+    place = Place(tmp_path)
+    plan = Plan.read(place.layout.plan)
+    plan.tokenizer.update(vocab_size=96)
+    left = [tmp_path / "text_document/000000.bin.partial", tmp_path / "x_document/000003.idx.partial"]
+    left.append(place.layout.records / "digests" / "000000.bin.tmp")
+    place.finish(1)
+    for path in left:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("")
+    kept = place.layout.records / "digests" / "000000.bin"
+    kept.write_text("")
+    summary, missing = write_lists(place.layout, plan, rewrite=True)
+    assert (summary.units, missing) == (1, 1)
+    assert all(path.exists() for path in left)
+    place.finish(0)
+    records = JobRecords(place.layout.records, 1, 2)  # another job made the same unit again
+    records.append(record_of(0, [place.inputs[0]]))
+    records.close()
+    summary, missing = write_lists(place.layout, plan, rewrite=False)
+    assert (summary.units, missing) == (2, 0)
+    assert (summary.total.documents, summary.total.tokens, summary.total.bin_bytes) == (2, 10, 20)
+    shards = ShardList(shards_path(tmp_path / "text_document"))
+    assert [shards[number].name for number in range(len(shards))] == [
+        "text_document/000000",
+        "text_document/000001",
+    ]
+    assert shards.info["options"] == plan.options
+    assert not any(path.exists() for path in left)
+    assert kept.exists()
+    shards_path(tmp_path / "text_document").write_text("as it was")
+    write_lists(place.layout, plan, rewrite=False)
+    assert shards_path(tmp_path / "text_document").read_text() == "as it was"
+    write_lists(place.layout, plan, rewrite=True)
+    assert shards_path(tmp_path / "text_document").read_bytes()[:4] == b"TOKS"
+
+
+def test_units_are_inputs_in_their_order() -> None:
+    inputs = [InputFile(str(number), 1, "") for number in range(5)]
+    for per_shard, sizes in ((None, [5]), (1, [1] * 5), (2, [2, 2, 1]), (5, [5]), (9, [5])):
+        units = Plan({"inputs_per_shard": per_shard}, {}, None, inputs).units()
+        assert [len(unit) for unit in units] == sizes
+        assert [file for unit in units for file in unit] == inputs
 
 
 def test_a_torn_record_is_cut_off_and_one_that_cannot_be_put_on_disk_is_none(

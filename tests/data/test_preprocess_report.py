@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import sys
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+import tqdm
 
+from megatron_iiet.data.preprocess import workshop
 from megatron_iiet.data.preprocess.lists import PreprocessReport, Summary
 from megatron_iiet.data.preprocess.plan import Plan, differences, share
 from megatron_iiet.data.preprocess.records import Counts, Total
-from megatron_iiet.data.preprocess.workshop import Failure
+from megatron_iiet.data.preprocess.workshop import Failure, Progress
 from megatron_iiet.data.reading.sources import InputFile
 
 
@@ -90,3 +94,40 @@ def test_changed_inputs_are_told_by_what_was_added_and_removed() -> None:
     assert told("abc", "acb") == ["inputs: the same files in another order"]
     plan = Plan({"seed": 1, "split_by": None}, {}, None, [])
     assert differences(plan, {"seed": 2, "split_by": "x"}, []) == ["seed: 1 -> 2", 'split_by: null -> "x"']
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_a_log_file_gets_a_line_of_progress_now_and_then(
+    enabled: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Half a minute after the last one at the earliest; what is counted is of all."""
+    now = [100.0]
+    monkeypatch.setattr(workshop, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    with Progress("tokenizing", "tokens", 7, enabled) as shown:
+        for seconds, count in ((0.0, 1000), (29.9, 1000), (0.1, 1000), (29.0, 100), (31.0, 500)):
+            now[0] += seconds
+            shown.add(count)
+            if count == 1000:
+                shown.unit_done()
+    said = [
+        "tokenizing: 2 of 7 shards, 3,000 tokens, 100 tokens/s",
+        "tokenizing: 3 of 7 shards, 3,600 tokens, 40 tokens/s",
+    ]
+    assert capsys.readouterr().err.splitlines() == (said if enabled else [])
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_a_terminal_gets_a_bar(enabled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[Any] = []
+    bar = SimpleNamespace(
+        update=said.append, set_postfix_str=said.append, close=lambda: said.append("closed")
+    )
+    monkeypatch.setattr(tqdm, "tqdm", lambda **keys: said.append(keys) or bar)
+    monkeypatch.setattr(sys, "stderr", SimpleNamespace(isatty=lambda: True))
+    with Progress("reading", "rows", 2, enabled) as shown:
+        shown.add(30)
+        shown.unit_done()
+        shown.add(12)
+        shown.unit_done()
+    title = {"desc": "reading", "unit": " rows", "unit_scale": True}
+    assert said == ([title, 30, "1/2 shards", 12, "2/2 shards", "closed"] if enabled else [])

@@ -14,7 +14,7 @@ import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from megatron_iiet.data.reading import compression
+from megatron_iiet.data.reading import compression, text
 from megatron_iiet.data.reading.long_text import LongText
 from megatron_iiet.data.reading.sources import list_inputs
 from megatron_iiet.data.reading.text import (
@@ -280,6 +280,41 @@ def test_bad_sources(meta: str, reason: str, message: str) -> None:
     rows, (reject,) = parse_rows(chunk, ["text"], "meta.set")
     assert (rows, reject.reason) == ([], reason)
     assert re.search(message, reject.message)
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("[" + "1" * 58 + "]", "a JSON list instead of an object: '[" + "1" * 58 + "]'."),
+        ("[" + "1" * 59 + "]", "a JSON list instead of an object: '[" + "1" * 56 + "...'."),
+        ('{"text": ' + "1" * 60 + "}", "'text' is '" + "1" * 60 + "' (int), not a string; repair or remove"),
+        ('{"text": ' + "1" * 61 + "}", "'text' is '" + "1" * 57 + "...' (int), not a string"),
+        ("[" + "é" * 300, "(Expecting value: line 1 column 2 (char 1)): '[" + "é" * 56 + "...'; repair or"),
+        ("[" + "é" * 57, "(Expecting value: line 1 column 2 (char 1)): '[" + "é" * 57 + "'; repair or"),
+        (
+            json.dumps({f"k{n}": 0 for n in reversed(range(10))}),
+            "no key 'text', only ['k0', 'k1', 'k2', 'k3', 'k4', 'k5', 'k6', 'k7']; check --json-keys.",
+        ),
+        (json.dumps({"k" * 300: 0}), f"no key 'text', only ['{'k' * 198}; check --json-keys."),
+    ],
+    ids=range(8),
+)
+def test_what_was_found_is_shown_in_a_bearable_length(line: str, said: str) -> None:
+    """60 characters of a value, eight names or 200 characters of them."""
+    _, (reject,) = parse_rows(Chunk("a.jsonl", 7, line.encode()), ["text"])
+    assert said in reject.message
+
+
+def test_the_longest_line_that_is_not_giant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(text, "LONG_LINE_BYTES", 20)
+    monkeypatch.setattr(compression, "READ_BYTES", 6)
+    lines = [b"a" * length for length in (3, 20, 3, 21, 3, 20)]
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines) + b"\n")
+    found = [(chunk.first_line, chunk.data.split(b"\n")) for chunk in read_chunks(tmp_path / "a.jsonl", 1000)]
+    assert found == [(1, lines[:3]), (4, lines[3:4]), (5, lines[4:])]
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines[2:4]))
+    found = [(chunk.first_line, chunk.data.split(b"\n")) for chunk in read_chunks(tmp_path / "a.jsonl", 1000)]
+    assert found == [(1, lines[2:3]), (2, lines[3:4])]
 
 
 def test_a_bad_byte_costs_its_own_line_only() -> None:

@@ -288,6 +288,34 @@ class TestTiktoken:
         expected = words.replace("é|世", "é世").split("|")
         assert regex.findall(PRESETS[preset]["pattern"], "".join(expected)) == expected
 
+    def test_every_byte_of_a_text_comes_back(self, ranks_file: Path) -> None:
+        """Of all control characters, and of letters of two and three bytes, which have all others in them."""
+        tokens = {rank: token for token, rank in read_ranks(ranks_file).items()}
+        text = "".join(map(chr, [*range(0x800), *range(0x800, 0xD800, 61), *range(0xE000, 0x11000, 997)]))
+        for tokenizer in (load_tokenizer(ranks_file), load_encoder(ranks_file)):
+            ids = tokenizer.encode(text).tolist()
+            assert b"".join(tokens[number] for number in ids) == text.encode()
+
+    def test_special_tokens_of_presets(self) -> None:
+        """As the files' makers published them: an id off by one is another token."""
+        assert {name: preset["special_tokens"] for name, preset in PRESETS.items()} == {
+            "cl100k": {
+                "<|endoftext|>": 100257,
+                "<|fim_prefix|>": 100258,
+                "<|fim_middle|>": 100259,
+                "<|fim_suffix|>": 100260,
+                "<|endofprompt|>": 100276,
+            },
+            "o200k": {"<|endoftext|>": 199999, "<|endofprompt|>": 200018},
+            "llama3": {
+                "<|begin_of_text|>": 128000,
+                "<|end_of_text|>": 128001,
+                "<|start_header_id|>": 128006,
+                "<|end_header_id|>": 128007,
+                "<|eot_id|>": 128009,
+            },
+        }
+
     def test_fast(self, ranks_file: Path) -> None:
         name = "gigatoken (checked against tokenizers (tiktoken ranks))"
         assert load_encoder(ranks_file).name == name

@@ -10,12 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_iiet.config import ConfigError
 from megatron_iiet.hf.export import Extras, export_folder
 from megatron_iiet.models import Transformer
 from megatron_iiet.parallel.shard import Shard
-from megatron_iiet.storage import portable, source
-from megatron_iiet.storage.source import Source, open_model
-from tests.tiny import tiny_config
+from megatron_iiet.storage import checkpoint, portable, source
+from megatron_iiet.storage.source import KINDS, Source, open_model
+from tests.tiny import save_of, tiny_config
 
 
 @dataclass
@@ -92,6 +93,45 @@ def test_vocabulary_padding_is_zero_whatever_is_stored() -> None:
             start=0,
         )
         assert out.view(8, 3).tolist() == [[value] * 3 for value in expected]
+
+
+def test_what_a_path_may_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run is its newest checkpoint, or the one of a step; a checkpoint is itself."""
+    monkeypatch.setattr(source, "model_of_checkpoint", lambda folder: (folder.name, None))
+    config, layout = tiny_config({}, tmp_path), {"tensor": 1, "pipeline": 1, "data": 1, "zero_stage": 1}
+    folders = {}
+    for step in (2, 4):
+        folders[step] = checkpoint.checkpoints_folder(tmp_path) / checkpoint.tag_of(step)
+        folders[step].mkdir(parents=True)
+        state = checkpoint.TrainState(step, {}, layout)
+        checkpoint.write_metadata(folders[step], config, state, save_of(config, state))
+    checkpoint.commit(tmp_path, 4, 0)
+    for path, step, meant in (
+        (tmp_path, None, 4),
+        (tmp_path, 2, 2),
+        (tmp_path, 4, 4),
+        (folders[2], None, 2),
+        (folders[4], None, 4),
+    ):
+        found = open_model(path, "--model", step=step)
+        assert (found.description, found.config) == (f"checkpoint {folders[meant]}", folders[meant].name)
+    with pytest.raises(ConfigError, match="has no checkpoint step_00000003; there are step_00000002, step_0"):
+        open_model(tmp_path, "--model", step=3)
+    (folders[2] / "state.json").write_text('{"format": 4, "step": 2, "data": {}, "layout": {}}')
+    assert open_model(folders[2], "--model").description.endswith("damage to its files is not noticed)")
+
+
+def test_what_a_path_may_not_be(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("")
+    for name, said in (
+        ("empty", "is none of what it may be"),
+        ("file", "is no folder"),
+        ("absent", "does not exist"),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            open_model(tmp_path / name, "teacher")
+        assert str(caught.value) == f"teacher is {tmp_path / name}, which {said}; give {KINDS}"
 
 
 def test_a_digest_tells_models_of_one_shape_apart() -> None:

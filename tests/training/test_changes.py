@@ -21,8 +21,10 @@ from megatron_iiet.config.solvers import IIET, SOLVERS, PCformer, ReleasedIIET, 
 from megatron_iiet.storage import checkpoint
 from megatron_iiet.training.resume import (
     CONTENTS,
+    NothingToDo,
     check_resumable,
     differences,
+    find_resumption,
     nothing_to_do,
 )
 from tests.config.resume_table import with_table
@@ -327,6 +329,41 @@ def test_another_tokenizer_is_refused_and_a_moved_one_is_not(saved: Path, tmp_pa
         ConfigError, match=r"data\.tokenizer is  of digest cdcdcdcd there and other\.model of"
     ):
         check_resumable(saved, config, {**CONTENT, "tokenizer": "0"})
+
+
+@pytest.mark.parametrize("name", ["tokenizer", "teacher"])
+@pytest.mark.parametrize(("there", "here"), [(None, "ef" * 16), ("ef" * 16, None), (None, None)])
+def test_what_one_side_does_not_know_is_no_difference(
+    name: str, there: str | None, here: str | None, saved: Path, tmp_path: Path
+) -> None:
+    config = tiny_config({"prefix": "a"}, tmp_path)
+    state = checkpoint.read_state(saved)
+    state.data[CONTENTS] = {**CONTENT, name: there}
+    checkpoint.write_metadata(saved, config, state, save_of(config, state))
+    found = check_resumable(saved, config, {**CONTENT, name: here})
+    assert (found.changed, found.accepted, found.notes) == ([], [], [])
+
+
+def test_a_run_that_must_not_be_resumed_says_so(saved: Path, tmp_path: Path) -> None:
+    """And one without checkpoints starts from scratch, whatever it may."""
+    config = tiny_config({"prefix": "a"}, tmp_path, checkpoint={"resume": False})
+    with pytest.raises(
+        ConfigError, match=r"already holds checkpoint step_00000004 and checkpoint\.resume is"
+    ):
+        find_resumption(config, CONTENT)
+    fresh = tiny_config({"prefix": "a"}, tmp_path / "fresh", checkpoint={"resume": False})
+    assert find_resumption(fresh, CONTENT) is None
+    config.checkpoint.resume = True
+    found = find_resumption(config, CONTENT)
+    assert found is not None
+    assert (found.folder, found.state.step, found.notes) == (saved, 4, [])
+    (saved.parent / "latest").unlink()
+    found = find_resumption(config, CONTENT)
+    assert found is not None
+    assert found.notes == ["'latest' is missing beside it; of the complete checkpoints it has the most steps"]
+    config.training.steps = 4
+    with pytest.raises(NothingToDo, match="complete: 4 of 4 steps"):
+        find_resumption(config, CONTENT)
 
 
 def test_a_checkpoint_that_does_not_say_what_its_corpora_held(saved: Path, tmp_path: Path) -> None:

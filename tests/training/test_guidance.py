@@ -255,6 +255,11 @@ OFF = "guidance.interval is 100, but"
             "not be before the end, training.steps = 1000; lower guidance.interval or guidance.start",
         ),
         (
+            {"guidance__interval": 300, "guidance__start": 0.9006},
+            "guidance.interval is 300, but the first measurement, after step 1200 (guidance.start is 0.9006), "
+            "would not be before the end, training.steps = 1000; lower guidance.interval or guidance.start",
+        ),
+        (
             {"guidance__interval": 1000},
             "guidance.interval is 1000, but the first measurement, after step 1000 (guidance.start is 0.1), would "
             "not be before the end, training.steps = 1000; lower guidance.interval or guidance.start",
@@ -281,6 +286,10 @@ def test_refused(changes: dict[str, Any], message: str) -> None:
         {"guidance__interval": 0, "solver__kind": "dlcl"},
         {"solver__variant": "released"},
         {"data__split": [1.0, 0.0, 0.0], "data__validation_prefix": "held-out"},
+        {"guidance__interval": 999},
+        {"guidance__interval": 300, "guidance__start": 0.9},
+        {"guidance__interval": 300, "guidance__start": 0.9004},  # from step 900
+        {"guidance__interval": 500, "guidance__start": 0.0},
     ],
     ids=str,
 )
@@ -298,16 +307,27 @@ def test_before_the_first_plan_the_budget_is_spent_evenly() -> None:
     assert sum(iterations_at(config, 0)[0]) == 57 - 50
 
 
+@pytest.mark.parametrize(
+    ("interval", "start", "planned"),
+    [
+        (2, 0.5, [4, 6]),
+        (2, 0.3, [2, 4, 6]),  # from step 2.4
+        (2, 0.32, [4, 6]),  # from step 2.56
+        (3, 0.0, [3, 6]),
+        (4, 0.5, [4]),
+        (1, 0.9, [7]),
+    ],
+)
 def test_plans_are_made_from_the_start_on_but_not_in_the_end(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    interval: int, start: float, planned: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of 8 steps from the fourth on, every second; after the eighth there is nothing to plan for."""
+    """Of 8 steps from the one nearest to the start on; after the eighth there is nothing to plan for."""
     steps: list[int] = []
     monkeypatch.setattr(Guidance, "_make_plan", lambda self, run: steps.append(run.step))
-    run = bare_run(tmp_path / "run", guidance={"interval": 2, "start": 0.5})
+    run = bare_run(tmp_path / "run", guidance={"interval": interval, "start": start})
     loop.train(run, [Guidance([])])  # type: ignore[arg-type]
     run.close()
-    assert steps == [4, 6]
+    assert steps == planned
 
 
 def test_a_plan_is_recorded_as_it_is_in_force(tmp_path: Path) -> None:
@@ -330,6 +350,27 @@ def test_a_plan_is_recorded_as_it_is_in_force(tmp_path: Path) -> None:
         mean = (value + 2 * 2 * value) / 3
         assert log[f"guidance/influence_layer_{layer}_iterate_{iterate}"] == pytest.approx(mean)
     assert run.engine.meta_model.solvers[0].iterations == 0
+
+
+def test_influence_is_the_mean_over_the_rows_of_all_ranks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two rows here, and three on another rank that saw twice as much in each."""
+    seen = {(n, i): 0.1 * n + 0.2 * i + 0.1 for n in range(3) for i in range(2)}
+    run = bare_run(tmp_path / "run", guidance={"interval": 4, "start": 0.0, "budget": 0.8})
+    run.engine.observe = lambda batch: IterateStatistics({}, seen)  # type: ignore[method-assign]
+
+    def of_two_ranks(part: Any) -> list[Any]:
+        assert part == ({key: 2 * value for key, value in seen.items()}, 2.0)
+        return [part, ({key: 6 * value for key, value in seen.items()}, 3.0)]
+
+    monkeypatch.setattr(run.context.world, "gather_objects", of_two_ranks)
+    run.enter_stage()
+    run.step = 4
+    Guidance([SimpleNamespace(weights=torch.ones(2))]).on_step(run, None)  # type: ignore[arg-type, list-item]
+    assert run.plan is not None
+    assert run.plan.influence == pytest.approx({key: 8 / 5 * value for key, value in seen.items()})
+    run.close()
 
 
 # --- runs ---

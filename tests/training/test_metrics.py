@@ -17,7 +17,7 @@ from megatron_iiet.training import loop, utilisation
 from megatron_iiet.training.callbacks import MetricLogger
 from megatron_iiet.training.engine import StepResult
 from megatron_iiet.training.metrics import MetricWriter, read_log
-from megatron_iiet.training.utilisation import memory_bytes, peak_flops
+from megatron_iiet.training.utilisation import PEAKS, memory_bytes, peak_flops, peaks_of
 from tests.distributed.harness import run_ranks
 from tests.distributed.runs import as_data, ds_json, pretrain_rank
 from tests.tiny import make_data, tiny_config
@@ -218,6 +218,38 @@ def test_peaks_of_known_devices(
     assert f" {precision}" in source
 
 
+DATA_SHEETS = {
+    "V100": (15.7, None), "A10": (31.2, 125.0), "A10G": (31.5, 70.0), "A30": (10.3, 165.0),
+    "A40": (37.4, 149.7), "A100": (19.5, 312.0), "A800": (19.5, 312.0), "RTX A6000": (38.7, 154.8),
+    "RTX 3090": (35.6, 71.0),
+    "RTX 4090": (82.6, 165.2), "RTX 6000 Ada": (91.1, 364.2), "L4": (30.3, 121.0), "L40": (90.5, 181.0),
+    "L40S": (91.6, 362.0), "H20": (44.0, 148.0), "H100": (67.0, 989.0), "H100 PCIe": (51.0, 756.0),
+    "H100 NVL": (60.0, 835.0), "H800": (67.0, 989.0), "H800 PCIe": (51.0, 756.0), "H200": (67.0, 989.0),
+    "H200 NVL": (60.0, 835.0), "GH200": (67.0, 989.0), "B200": (75.0, 2250.0), "GB200": (80.0, 2500.0),
+    "B300": (75.0, 2250.0), "GB300": (80.0, 2500.0), "MI250X": (47.9, 191.5), "MI300X": (163.4, 1307.4),
+    "MI325X": (163.4, 1307.4),
+}  # fmt: skip
+"""fp32 and bf16 of every device, dense."""
+EQUAL_IN_TF32 = ("RTX 3090", "RTX 4090", "L40")
+"""tf32 is half of bf16 on all devices that have it, which on these is fp32."""
+WITH_FP8 = ("RTX 4090", "RTX 6000 Ada", "L4", "L40", "L40S", "H20", "H100", "H100 PCIe", "H100 NVL", "H800")
+WITH_FP8 += ("H800 PCIe", "H200", "H200 NVL", "GH200", "B200", "GB200", "B300", "GB300", "MI300X", "MI325X")
+
+
+def test_every_peak_is_that_of_the_data_sheet() -> None:
+    """fp8 is twice bf16, and tf32 half of it, as far as the makers' rounding goes."""
+    assert {name: (peaks.fp32, peaks.bf16) for name, peaks in PEAKS.items()} == DATA_SHEETS
+    for name, peaks in PEAKS.items():
+        assert peaks_of(name) is peaks_of(f"Maker {name} 80GB") is peaks
+        assert (peaks.fp8 is not None) == (name in WITH_FP8)
+        assert (peaks.tf32 is None) == (name in ("V100", "MI250X"))
+        if peaks.bf16 and peaks.tf32:
+            assert peaks.tf32 == pytest.approx(peaks.bf16 / 2, rel=0.012)
+            assert (peaks.tf32 == peaks.fp32) == (name in EQUAL_IN_TF32)
+        if peaks.bf16 and peaks.fp8:
+            assert peaks.fp8 == pytest.approx(peaks.bf16 * 2, rel=0.026)
+
+
 def test_without_a_peak_there_is_no_utilisation(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -245,6 +277,41 @@ def test_memory_is_that_of_the_rank_with_most(
     log = read_log(tmp_path / "run")[2]
     assert (log["memory_bytes"], log["peak_memory_bytes"]) == (2**31, 3 * 2**30)
     assert " | 2.00 GiB, peak 3.00 | " in capsys.readouterr().out
+
+
+def test_memory_of_a_gpu_is_what_torch_gave_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = torch.device("cuda", 3)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", {device: 5}.__getitem__)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", {device: 7}.__getitem__)
+    assert memory_bytes(device) == (5, 7)
+
+
+@pytest.mark.usefixtures("timed")
+@pytest.mark.parametrize(
+    ("parts", "said"), [({}, ""), ({"cross_entropy": 4.0, "kl": 0.25}, " (cross_entropy 4.0000, kl 0.2500)")]
+)
+def test_the_line_of_a_step(
+    parts: dict[str, float],
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Of the last step of an interval; throughput and time left are of the interval's two steps."""
+    run = bare_run(
+        tmp_path / "run",
+        lambda step, lr: StepResult(5.0 / step, 1.5, lr, parts),
+        optimizer={"lr": 2e-3, "warmup_fraction": 0.0, "schedule": "constant"},
+        logging={"peak_tflops": 1e-6},
+    )
+    monkeypatch.setattr(run, "memory_of_ranks", lambda: [(3 * 2**29, 2**31)])
+    loop.train(run, [MetricLogger()])
+    run.close()
+    needed = 2 * step_flops(2) / 90.0 / 1e6
+    assert capsys.readouterr().out.splitlines()[2] == (
+        f"step      2/8 | loss 2.5000{said} | lr 2.00e-03 | grad norm 1.500 | 3 tok/s | MFU {needed:.1%} "
+        f"HFU {needed:.1%} | 1.50 GiB, peak 2.00 | 4:30 left"
+    )
 
 
 def test_memory_of_a_cpu_is_resident() -> None:

@@ -9,15 +9,18 @@ import subprocess
 import sys
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
 
 from megatron_iiet import __version__
 from megatron_iiet.config import ConfigError
+from megatron_iiet.config.changes import Change
 from megatron_iiet.training import record
 from megatron_iiet.training.record import STARTS, append_start, check_output_dir, git_state, read_starts
+from megatron_iiet.training.resume import Difference, Resumption
 from megatron_iiet.training.summary import summarize_run
 from tests.distributed.harness import run_ranks
 from tests.distributed.runs import as_data, ds_json, pretrain_rank
@@ -157,6 +160,51 @@ def test_a_host_is_named_once(monkeypatch: pytest.MonkeyPatch) -> None:
     context = alone()
     monkeypatch.setattr(context.world, "gather_objects", lambda name: ["b", "b", "a", "b", "a"])
     assert record.start_of(context, {"tensor": 1}, None)["hosts"] == ["b", "a"]
+
+
+def test_a_start_says_what_it_goes_on_from_and_what_has_changed() -> None:
+    assert [record.start_of(alone(), {}, None)[key] for key in ("resumed_step", "changed", "accepted")] == [
+        None,
+        [],
+        [],
+    ]
+    changed, accepted = (
+        [Difference(key, 1, 2, change)]
+        for key, change in (("optimizer.lr", Change.COURSE), ("training.seed", Change.ORDER))
+    )
+    state = SimpleNamespace(step=7)
+    start = record.start_of(alone(3), {"tensor": 1}, Resumption(Path(), cast(Any, state), changed, accepted))
+    assert start["resumed_step"] == 7
+    assert start["changed"] == [{"key": "optimizer.lr", "old": 1, "new": 2}]
+    assert start["accepted"] == [{"key": "training.seed", "old": 1, "new": 2}]
+    assert start["layout"] == {"world_size": 3, "tensor": 1}
+
+
+def test_the_configuration_of_a_run_is_that_of_its_checkpoint(tmp_path: Path) -> None:
+    """A missing one, and another one, are replaced; the same one is not written again."""
+    run, folder = tmp_path / "run", tmp_path / "checkpoint"
+    run.mkdir()
+    folder.mkdir()
+    (folder / "config.yaml").write_text("as saved")
+    for before in (None, "another"):
+        if before:
+            (run / "config.yaml").write_text(before)
+        record.restore_configuration(run, folder)
+        assert (run / "config.yaml").read_text() == "as saved"
+    written = (run / "config.yaml").stat()
+    record.restore_configuration(run, folder)
+    assert (run / "config.yaml").stat().st_ino == written.st_ino
+
+
+def test_a_checkpoint_has_the_starts_so_far(tmp_path: Path) -> None:
+    run, folder = tmp_path / "run", tmp_path / "checkpoint"
+    run.mkdir()
+    folder.mkdir()
+    record.copy_starts(run, folder)
+    assert not list(folder.iterdir())
+    append_start(run, {"time": "one"})
+    record.copy_starts(run, folder)
+    assert read_starts(folder / STARTS) == ([{"time": "one"}], [])
 
 
 @pytest.mark.slow

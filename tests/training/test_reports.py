@@ -25,7 +25,7 @@ from megatron_iiet.training.engine import Engine
 from megatron_iiet.training.layout import describe_layout
 from megatron_iiet.training.loop import train
 from megatron_iiet.training.metrics import read_log
-from megatron_iiet.training.pretrain import describe_other_layout, describe_teacher
+from megatron_iiet.training.pretrain import describe_other_layout, describe_start, describe_teacher
 from megatron_iiet.training.resume import Resumption
 from tests.tiny import tiny_config
 from tests.training.bare_run import PATHS, alone, bare_run
@@ -143,6 +143,20 @@ def test_diagnostics_of_predictors_alone_are_recorded_in_silence(
 )
 def test_the_time_that_is_left(seconds: float, said: str) -> None:
     assert _clock(seconds) == said
+
+
+def test_the_opening_lines_of_a_run(tmp_path: Path) -> None:
+    """4 micro-batches of 2 in a step of one rank; every matrix counted, and the solver's coefficients."""
+    run = bare_run(tmp_path / "run", training={"precision": "bf16", "steps": 9})
+    matrices = 3 * (32 * 3 * 32 + 32 * 32 + 3 * 32 * 48) + 384 * 32  # embedding and head are one
+    solvers = sum(p.numel() for name, p in run.engine.meta_model.named_parameters() if ".solver." in name)
+    norms = (2 * 3 + 1) * 32
+    assert describe_start(run).splitlines() == [
+        f"model: 3 layers, d 32, ffn 48, 2 heads, vocabulary 384: {matrices + norms + solvers:,} parameters, "
+        f"{solvers} of them the solver's",
+        "training: 9 steps of 128 tokens in 4 micro-batches of 2 x 16, bf16, on 1 cpu process(es)",
+    ]
+    run.close()
 
 
 def test_a_teacher_in_words(tmp_path: Path) -> None:

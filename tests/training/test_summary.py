@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,9 @@ def test_summary_of_something_else(tmp_path: Path) -> None:
 
 def test_plot_is_a_picture(run: Path, tmp_path: Path) -> None:
     plot_losses({"a": run, "b": run}, tmp_path / "new" / "x.png")
-    assert (tmp_path / "new" / "x.png").read_bytes().startswith(b"\x89PNG")
+    picture = (tmp_path / "new" / "x.png").read_bytes()
+    assert picture.startswith(b"\x89PNG")
+    assert struct.unpack(">2I", picture[16:24]) == (960, 540)
 
 
 def test_the_smoothed_loss_is_the_mean_of_the_steps_up_to_each(
@@ -94,10 +97,53 @@ def test_the_smoothed_loss_is_the_mean_of_the_steps_up_to_each(
     (run / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     monkeypatch.setattr(plt, "close", lambda figure: None)
     plot_losses({"a": run}, tmp_path / "x.png")
-    every, smooth, _ = plt.gcf().axes[0].lines
+    axes = plt.gcf().axes[0]
+    every, smooth, _ = axes.lines
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("optimizer step", "loss (nats per token)")
     monkeypatch.undo()
     plt.close()
     assert every.get_xydata().tolist() == [[step, step] for step in range(1, 31)]
     assert smooth.get_xydata().tolist() == pytest.approx(
         np.array([[step, step - 9.5] for step in range(20, 31)])
     )
+
+
+@pytest.mark.parametrize(
+    ("steps", "drawn"), [(20, ["b, validation"]), (21, ["b, training", "b, validation"])]
+)
+def test_a_legend_names_what_is_drawn(
+    steps: int, drawn: list[str], run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The mean from more than 20 steps on, and validation where there was any."""
+    from matplotlib import pyplot as plt
+
+    rows: list[dict[str, float]] = [{"time": 0.0, "step": step, "loss": 3.0} for step in range(1, steps + 1)]
+    rows += [{"time": 0.0, "step": step, "validation_loss": step / 8} for step in (0, 48)]
+    (run / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setattr(plt, "close", lambda figure: None)
+    plot_losses({"b": run}, tmp_path / "x.png")
+    axes = plt.gcf().axes[0]
+    monkeypatch.undo()
+    plt.close()
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == drawn
+    assert axes.lines[-1].get_xydata().tolist() == [[0.0, 0.0], [48.0, 6.0]]
+    assert len({line.get_color() for line in axes.lines}) == 1
+
+
+def test_the_rate_is_the_one_in_the_middle(run: Path) -> None:
+    """Of an even number the higher of both; validation is of the first and the last step that has one."""
+    rows: list[dict[str, float]] = [
+        {"step": step, "loss": 1.0, "tokens_per_second": rate}
+        for step, rate in enumerate((9e3, 1e3, 5e3, 3e3), start=1)
+    ]
+    rows += [{"step": 3, "validation_loss": 0.0, "loss": 1.0, "tokens_per_second": 5e3}]
+    (run / "log.jsonl").write_text("".join(json.dumps({"time": 0.0, **row}) + "\n" for row in rows))
+    assert summarize_run(run).splitlines() == [
+        "4 of 4 steps, 0.06 M tokens, median 5,000 tokens/s",
+        "validation perplexity 1.0 at step 3 → 1.00 at step 3 (loss 0.0000 nats per token)",
+    ]
+    for missing in ("validation_loss", "loss"):
+        kept = [{key: value for key, value in row.items() if key != missing} for row in rows]
+        (run / "log.jsonl").write_text("".join(json.dumps({"time": 0.0, **row}) + "\n" for row in kept))
+        with pytest.raises(ValueError, match="holds no validated steps yet"):
+            summarize_run(run)
