@@ -1,4 +1,4 @@
-"""What the command lines of tools/ accept, what they hand on, and what they print: every option of every tool.
+"""What the command lines of tools/ accept, what they hand on and what they print: every option of each.
 
 The work itself is tested where its room is; here a stand-in does it.
 """
@@ -10,6 +10,7 @@ import importlib.util
 import json
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -25,6 +26,7 @@ import megatron_iiet.evaluation.evaluate
 import megatron_iiet.evaluation.tasks
 import megatron_iiet.hf.generation
 import megatron_iiet.training.curves
+import megatron_iiet.training.pretrain
 import megatron_iiet.training.summary
 from megatron_iiet.config.schema import ParallelConfig
 from megatron_iiet.distillation.plans import PlanRequest
@@ -73,8 +75,7 @@ def start(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -
     return start
 
 
-# An option a line: its names, what stands for its value, its default. "!": must be given; "-": --help names it
-# without a word; several words after a flag: several values.
+# An option: its names, what stands for its value, its default. "!": must be given; "-": without help.
 OPTIONS = {
     "convert_checkpoint": """
         --from-hf DIR | --from-run RUN_DIR | --from-model DIR | --to DIR | --to-hf DIR | --step STEP:int
@@ -144,16 +145,16 @@ def describe(parser: argparse.ArgumentParser, action: argparse.Action) -> str:
 def parser_of(load: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     """The parser that a tool's main makes."""
 
-    class Made(Exception):
+    class MadeError(Exception):
         pass
 
     def stop(parser: argparse.ArgumentParser, *_: object) -> None:
-        raise Made(parser)
+        raise MadeError(parser)
 
     def parser_of(name: str) -> argparse.ArgumentParser:
         module = load(name)
-        with monkeypatch.context() as patched, pytest.raises(Made) as made:
-            patched.setattr(argparse.ArgumentParser, "parse_args", stop)
+        monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stop)
+        with pytest.raises(MadeError) as made:
             module.main()
         parser: argparse.ArgumentParser = made.value.args[0]
         return parser
@@ -174,19 +175,31 @@ def test_options(name: str, parser_of: Callable[..., Any]) -> None:
     ]
     shorts = name in ("cuda_check", "inspect_dataset", "merge_datasets", "train_tokenizer")
     assert parser.allow_abbrev == shorts
-    lines = [line for line in (sys.modules[f"tool_{name}"].__doc__ or "").splitlines() if line.startswith(" ")]
+    lines = [
+        line for line in (sys.modules[f"tool_{name}"].__doc__ or "").splitlines() if line.startswith(" ")
+    ]
     shown = parser.format_help()
-    assert all(f"\n{line}\n" in f"\n{shown}\n" for line in lines), "the examples are shown as they are written"
+    assert all(f"\n{line}\n" in f"\n{shown}\n" for line in lines), (
+        "the examples are shown as they are written"
+    )
 
 
 @pytest.mark.parametrize(
     ("name", "arguments", "sentence"),
     [
-        ("convert_checkpoint", ["--to", "x"], "one of the arguments --from-hf --from-run --from-model is req"),
+        (
+            "convert_checkpoint",
+            ["--to", "x"],
+            "one of the arguments --from-hf --from-run --from-model is req",
+        ),
         ("convert_checkpoint", ["--from-hf", "x"], "one of the arguments --to --to-hf is required"),
         ("convert_checkpoint", ["--from-hf", "x", "--from-run", "x"], "not allowed with argument --from-hf"),
         ("convert_checkpoint", ["--from-hf", "x", "--to", "x", "--to-hf", "x"], "not allowed with arg"),
-        ("iteration_influence", ["--model", "x", "--output", "x", "--threshold", "a"], "'a' is neither a num"),
+        (
+            "iteration_influence",
+            ["--model", "x", "--output", "x", "--threshold", "a"],
+            "'a' is neither a num",
+        ),
     ],
 )
 def test_refused_arguments(
@@ -298,7 +311,7 @@ def test_merge_datasets(
     monkeypatch.setattr(tool, "leave_cleanly_on_sigterm", lambda: called.append("it"))
     monkeypatch.setattr(tool, "merge", lambda **named: named)
     given = {"inputs": ["a", "b"], "output_prefix": "p", "by_reference": True, "overwrite": True}
-    arguments = "--inputs a b --output-prefix p --by-reference --overwrite".split()
+    arguments = ["--inputs", "a", "b", "--output-prefix", "p", "--by-reference", "--overwrite"]
     assert start(tool, *arguments) == (0, f"{given}\n", "")
     assert called == ["it"]
     monkeypatch.setattr(tool, "merge", fail(OSError("the disk is full")))
@@ -393,9 +406,7 @@ def test_summarize_run(
 # --- models ---
 
 
-def test_generate(
-    load: Callable[[str], ModuleType], start: Start, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_generate(load: Callable[[str], ModuleType], start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything that is asked for reaches the model and its generator; the text comes piece by piece."""
     tool, opened, asked = load("generate"), [], []
 
@@ -411,8 +422,8 @@ def test_generate(
 
     monkeypatch.setattr(megatron_iiet.hf.generation, "open_generator", open_generator)
     given = (
-        "--model m --step 3 --tokenizer t --prompt x --prompt y --max-new-tokens 9 --temperature 0.5 --top-k 4 "
-        "--top-p 0.75 --seed 8 --precision bf16 --kv-cache last --draft 2 --trust-remote-code"
+        "--model m --step 3 --tokenizer t --prompt x --prompt y --max-new-tokens 9 --temperature 0.5 "
+        "--top-k 4 --top-p 0.75 --seed 8 --precision bf16 --kv-cache last --draft 2 --trust-remote-code"
     )
     assert start(tool, *given.split()) == (0, "[x]and so on\n\n[y]and so on\n\n", "")
     named = {
@@ -450,9 +461,7 @@ def test_generate(
 GRID = "--parallel.tensor 2 --parallel.pipeline 3 --parallel.sequence --local_rank 1"
 
 
-def test_evaluate(
-    load: Callable[[str], ModuleType], start: Start, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_evaluate(load: Callable[[str], ModuleType], start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     evaluation = megatron_iiet.evaluation
     tool, asked, checked = load("evaluate"), [], []
     offline = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
@@ -471,9 +480,7 @@ def test_evaluate(
     )
     assert start(tool, *given.split()) == (0, "", "")
     assert [os.environ[variable] for variable in offline] == ["1", "1", "1"]
-    model = evaluation.models.ModelOptions(
-        "m", 4, "t", "bos", 6, 5, "bf16", True, ParallelConfig(2, 3, True)
-    )
+    model = evaluation.models.ModelOptions("m", 4, "t", "bos", 6, 5, "bf16", True, ParallelConfig(2, 3, True))
     assert asked == [evaluation.evaluate.Options(model, ("a", "b"), "d", 3, "o")]
     monkeypatch.setattr(evaluation.evaluate, "evaluate_model", fail(OSError("no such task")))
     assert start(tool, "--model", "m") == (2, "", "error: no such task\n")
@@ -523,3 +530,168 @@ def test_influence_is_refused_in_a_sentence(
     assert error.startswith("error: --budget and --lower-bound given for the plan")
     monkeypatch.setattr(megatron_iiet.distillation.analysis, "analyse", fail(OSError("no such run")))
     assert start(tool, "--model", "m", "--output", "o") == (2, "", "error: no such run\n")
+
+
+# --- the scripts at the root ---
+
+
+@pytest.mark.parametrize("script", ["pretrain_iiet", "distill_iiet"])
+def test_scripts(script: str, start: Start, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What is configured is trained; what is wrong is a sentence; distillation alone has short names."""
+    tool = script_module(script)
+    trained: list[Any] = []
+    monkeypatch.setattr("megatron_iiet.training.pretrain.pretrain", trained.append)
+    (tmp_path / "plan.json").write_text(json.dumps({"iterations": [1, 0]}))
+    (tmp_path / "tokenizer.model").touch()
+    distils = script == "distill_iiet"
+    needed = (
+        f"--output_dir {tmp_path}/run --data.prefix {tmp_path}/x --data.tokenizer {tmp_path}/tokenizer.model"
+    )
+    teacher = ["--teacher" if distils else "--distillation.teacher", str(tmp_path)]
+    assert start(tool, *needed.split(), "--optimizer.lr", "0.5", *teacher) == (0, "", "")
+    config = trained.pop().config
+    assert (config.optimizer.lr, config.distillation.teacher) == (0.5, str(tmp_path))
+    status, _, error = start(tool, *needed.split(), "--plan", f"{tmp_path}/none.json", *teacher)
+    assert status == 2
+    assert (f"cannot read the iteration plan {tmp_path}/none.json" in error) == distils
+    status, _, error = start(tool, *needed.split())
+    assert (status, len(trained)) == ((2, 0) if distils else (0, 1))
+    assert error.startswith("error: there is no teacher; give --teacher the folder") == distils
+    for kind in (ValueError, FloatingPointError, OSError):
+        monkeypatch.setattr("megatron_iiet.training.pretrain.pretrain", fail(kind("it went wrong")))
+        assert start(tool, *needed.split(), *teacher) == (2, "", "error: it went wrong\n")
+
+
+def script_module(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, TOOLS.parent / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+# --- cuda_check ---
+
+WIDE = "void merge_norm::forward_kernel<float, 8, 1, (merge_norm::Access)0>(merge_norm::ForwardParams<float>)"
+NARROW = (
+    "void merge_norm::forward_kernel<float, 8, 1, (merge_norm::Access)1>(merge_norm::ForwardParams<float>)"
+)
+PTXAS = f"""
+ptxas info    : Compiling entry function '{WIDE}' for 'sm_90'
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 40 registers, used 1 barriers
+ptxas info    : Compiling entry function '{NARROW}' for 'sm_90'
+    8 bytes stack frame, 16 bytes spill stores, 32 bytes spill loads
+ptxas info    : Used 72 registers, used 1 barriers
+"""
+NOT_WIDE = "accesses that are not 16 bytes wide: "
+MACHINE_CODE = f"""
+        /*0000*/  LDG.E R1, [R2] ;
+.text.{WIDE}:
+        /*0000*/  LDG.E.128.CONSTANT R4, [R2] ;
+        /*0010*/  LDG.E.128.CONSTANT R8, [R2] ;
+        /*0020*/  LDG.E R1, [R2] ;
+        /*0030*/  STG.E.128 [R2], R4 ;
+        /*0040*/  LDS R1, [R2] ;
+.text.{NARROW}:
+        /*0000*/  LDG.E.U16 R1, [R2] ;
+"""
+
+
+def test_what_the_compiler_says_of_kernels(load: Callable[[str], ModuleType]) -> None:
+    tool = load("cuda_check")
+    wide, narrow = (f"forward_kernel<float, 8, 1, (Access){n}>" for n in range(2))
+    kernels = tool.parse_resources(PTXAS)
+    assert kernels == [tool.Kernel(wide, 40, 0), tool.Kernel(narrow, 72, 56)]
+    assert tool.count_accesses(MACHINE_CODE) == {
+        wide: {"LDG.E.128.CONSTANT": 2, "LDG.E": 1, "STG.E.128": 1},
+        narrow: {"LDG.E.U16": 1},
+    }
+
+
+@pytest.mark.parametrize(
+    ("local_bytes", "place", "accesses", "problem"),
+    [
+        (0, 0, {}, None),
+        (8, 0, {}, "spills or uses local memory (8 bytes)"),
+        (0, 0, {"LDG.E.128": 9, "STG.E.128": 9, "LDG.E": 4, "STG.E": 4}, None),
+        (0, 1, {"LDG.E.U16": 99}, None),
+        (0, 0, {"LDG.E.128": 9, "STG.E.128": 9, "LDG.E": 5}, NOT_WIDE + "{'LDG.E': 5}"),
+        (0, 0, {"LDG.E.128": 9, "STG.E.128": 9, "STG.E.64": 1}, NOT_WIDE + "{'STG.E.64': 1}"),
+        (0, 0, {"LDG.E.128": 9, "STG.E": 1}, "no 16-byte loads or stores"),
+        (0, 0, {"STG.E.128": 9, "LDG.E": 1}, "no 16-byte loads or stores"),
+    ],
+)  # fmt: skip
+def test_kernels_with_problems(
+    load: Callable[[str], ModuleType],
+    local_bytes: int,
+    place: int,
+    accesses: dict[str, int],
+    problem: str | None,
+) -> None:
+    tool = load("cuda_check")
+    kernel = tool.Kernel(f"k<(Access){place}>", 40, local_bytes, Counter(accesses))
+    assert kernel.problem == problem
+    told = [] if problem is None else [f"f32 sm_90 k<(Access){place}>: {problem}"]
+    assert tool.Unit("f32", "90", [kernel]).problems() == told
+    assert tool.Unit("f32", "90", [kernel], "no").problems() == ["f32 sm_90 does not compile:\nno"]
+
+
+def test_cuda_check(
+    load: Callable[[str], ModuleType], start: Start, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Every storage type for every target; what fails is told, what was not looked at too."""
+    tool = load("cuda_check")
+    monkeypatch.setattr(tool, "BUILD", tmp_path / "build")
+    monkeypatch.setattr(tool, "demangled", lambda text: text)
+    monkeypatch.setattr(tool.shutil, "which", lambda name: None)
+    told = "cuda-check: skipped, there is no nvcc: kernels, registers, machine code and the torch binding\n"
+    assert start(tool) == (0, told, "")
+    monkeypatch.setattr(tool.shutil, "which", lambda name: f"/bin/{name}")
+    commands: list[list[str]] = []
+    broken: set[str] = set()
+
+    def run(*command: object) -> SimpleNamespace:
+        words = [str(word) for word in command]
+        commands.append(words)
+        wide_only, code = (
+            PTXAS.partition("ptxas info    : Compiling entry function '" + NARROW)[0],
+            MACHINE_CODE,
+        )
+        wrong = any(word in " ".join(words) for word in broken)
+        return SimpleNamespace(
+            returncode=int(wrong), stderr="bad" if wrong else wide_only, stdout="bad" if wrong else code
+        )
+
+    monkeypatch.setattr(tool, "run", run)
+    row = "{}   sm_90          1              40            0  3\n"
+    head = "type  target   kernels  most registers  local bytes  16-byte accesses\n"
+    table = head + "".join(
+        row.format(f"{kind:4}"[:4]).replace("   sm", "  sm") for kind in ("f32", "bf16", "f16")
+    )
+    good = "torch binding: ok\nemulator self-tests: ok\n"
+    assert start(tool, "--targets", "90") == (0, f"{table}{good}cuda-check: ok, 0 checks skipped\n", "")
+    assert sum("-cubin" in words for words in commands) == 3
+    assert sum("-arch=sm_90" in words for words in commands) == 3
+    assert [words[-1] for words in commands if "pytest" in words] == ["selftest"]
+    assert start(tool, "--targets", "90", "--kernels-only") == (
+        0,
+        f"{table}cuda-check: ok, 0 checks skipped\n",
+        "",
+    )
+    broken |= {"torch_cuda.cpp", "selftest", "instantiate_bf16"}
+    status, out, _ = start(tool, "--targets", "90", "100", "--jobs", "1")
+    assert status == 1
+    assert out.count("sm_100") == 2 + 1
+    assert "torch binding: FAILED\nemulator self-tests: FAILED\n" in out
+    assert "bf16 sm_90 does not compile:\nbad\nbf16 sm_100 does not compile:\nbad\n" in out
+    assert "torch_cuda.cpp does not compile:\nbad\nthe emulator's self-tests fail:\nbad\n" in out
+    assert out.endswith("cuda-check: FAILED, 4 problems, 0 checks skipped\n")
+    monkeypatch.setattr(tool, "disassembler", lambda: None)
+    broken.clear()
+    status, out, _ = start(tool, "--targets", "90", "--kernels-only")
+    assert status == 0
+    assert out.count("not disassembled") == 3
+    skipped = "machine code (nvidia-cuda-nvdisasm could not be installed)"
+    assert out.endswith(f"cuda-check: ok, 1 checks skipped: {skipped}\n")
