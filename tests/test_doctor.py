@@ -1,5 +1,7 @@
 """``python -m megatron_iiet.doctor`` on this machine and on simulated ones."""
 
+# ruff: noqa: E501  (a line of the report is easier to compare on one line)
+
 from __future__ import annotations
 
 import json
@@ -15,7 +17,7 @@ import torch
 
 from megatron_iiet import doctor, installed
 from megatron_iiet.ops import backends
-from megatron_iiet.ops.extension import ExtensionStatus
+from megatron_iiet.ops.extension import ExtensionStatus, load_extension
 
 ROOT = Path(__file__).parents[1]
 BUILD: dict[str, Any] = {
@@ -37,6 +39,7 @@ def _no_wishes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def use_extension(monkeypatch: pytest.MonkeyPatch, status: ExtensionStatus, wrong: str | None = None) -> None:
     """Simulate an extension and what its self-check says."""
+    load_extension()  # whatever runs first: its operators are looked up
     monkeypatch.setattr(backends, "load_extension", lambda: status)
     monkeypatch.setattr(backends, "self_check", lambda name, kind: None if name == "reference" else wrong)
 
@@ -314,3 +317,160 @@ def test_a_limited_instruction_set(
         _, lines, _ = diagnose(capsys)
         assert f"this CPU runs avx2, with ATEN_CPU_CAPABILITY={limit}" in lines["instruction sets"]["finding"]
         assert need in lines["instruction sets"]["need"]
+
+
+WITH_NOTHING = """
+packages | python | !! | 3.11 or newer is needed
+packages | torch | ok |
+packages | deepspeed | !! | nothing trains without it; make setup
+packages | other packages | !! | training needs it; make setup
+packages | tested versions | -- | pip install --no-build-isolation -e .
+merge_norm | extension | -- | until then merge_norm runs on plain torch, slower
+merge_norm | instruction sets | -- |
+merge_norm | auto on cpu | -- |
+gpus | GPUs | -- | training takes the CPU
+building | C++ compiler | -- | builds the extension, in C++20; install GCC 10 or newer, or set CXX
+building | ninja | -- | builds the extension; pip install ninja
+building | nvcc | -- | builds CUDA kernels only, with a CUDA build of torch and toolkit 12.9
+building | CUDA_HOME | -- | builds CUDA kernels only, with a CUDA build of torch and toolkit 12.9
+optional | apex | -- | not needed; apex on PyPI is another project, NVIDIA's is built from github.com/NVIDIA/apex
+optional | triton | -- | only ops.backend: triton needs it; pip install triton
+optional | tensorboard | -- | draws the curves of runs; make setup
+optional | numactl | -- | only deepspeed --bind_cores_to_rank needs it; install the system's numactl
+optional | libaio | -- | only NVMe offload needs it, which this version refuses; install libaio-dev
+launching | gloo | !! | CPUs need it
+launching | nccl | -- | GPUs need it
+launching | mpi | -- | no need, nor of mpi4py
+launching | deepspeed | -- | starts the processes, as torchrun does; make setup
+launching | torchrun | -- | starts the processes, as deepspeed does; make setup
+launching | pdsh | -- | deepspeed's way to other machines; or its --no_ssh on each, torchrun, srun
+launching | srun, sbatch | -- | no SLURM, or its module is not loaded; see examples/slurm
+"""
+
+
+def table(capsys: pytest.CaptureFixture[str], field: str) -> list[str]:
+    """Group, subject, mark and a field of every line of a report."""
+    doctor.main(["--json"])
+    groups = json.loads(capsys.readouterr().out)["groups"]
+    rows = [(name, check) for name, checks in groups.items() for check in checks]
+    return [
+        f"{name} | {check['subject']} | {check['mark']} | {check[field]}".rstrip() for name, check in rows
+    ]
+
+
+def test_where_nothing_is_there(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Every line there is, in its order; what each want costs, and how to get it."""
+    use_extension(monkeypatch, ExtensionStatus(False, "the extension is not built (this builds it)"))
+    for variable in ("CUDA_HOME", "CUDA_PATH"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr(sys, "version_info", (3, 10, 14))
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    monkeypatch.setattr(doctor, "DRIVER", tmp_path / "none")
+    monkeypatch.setattr(doctor, "find_spec", lambda name: None)
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
+    monkeypatch.setattr(doctor.ctypes.util, "find_library", lambda name: None)
+    monkeypatch.setattr(doctor, "run", lambda *command: "")
+    monkeypatch.setattr(torch.version, "cuda", "12.9")
+    for name in ("gloo", "nccl", "mpi"):
+        monkeypatch.setattr(torch.distributed, f"is_{name}_available", lambda: False)
+    for module in (doctor, installed):
+        monkeypatch.setattr(module, "version", lambda name: "")
+    assert table(capsys, "need") == WITH_NOTHING.strip().splitlines()
+    torch_is = f"torch {torch.__version__}, built for CUDA 12.9"
+    findings = {line.split(" | ")[1]: line.split(" | ")[3] for line in table(capsys, "finding")}
+    assert findings["GPUs"] == f"none to use: no NVIDIA driver; {torch_is}; CUDA_VISIBLE_DEVICES=''"
+    assert findings["deepspeed"] == "not on PATH", "the launcher, not the package"
+    assert findings["other packages"] == ", ".join(doctor.NEEDED)
+    assert {findings[name] for name in ("apex", "triton", "tensorboard", "libaio", "srun, sbatch")} == {
+        "not found"
+    }
+    assert {findings[name] for name in ("gloo", "nccl", "mpi")} == {"not in this torch"}
+    assert {findings[name] for name in ("ninja", "numactl", "torchrun", "pdsh")} == {"not on PATH"}
+    assert findings["nvcc"] == "not in /usr/local/cuda/bin"
+    assert findings["CUDA_HOME"] == "not set; /usr/local/cuda is taken"
+    assert findings["instruction sets"].startswith("none built; this CPU runs ")
+    for name in ("torchrun", "ninja", "deepspeed"):
+        (tmp_path / name).touch()
+    needs = {
+        line.split(" | ")[1]: line.split(" | ")[3] for line in table(capsys, "need")[16:] if line[-1] != "|"
+    }
+    assert needs["torchrun"] == f"but {tmp_path}/torchrun is there; activate that environment"
+    assert needs["pdsh"].startswith("deepspeed's way")
+
+
+def test_where_everything_is_there(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Nothing is needed, and each line says what was found."""
+    use_extension(monkeypatch, ExtensionStatus(True, "built and loaded", CUDA_BUILD))
+    use_gpu(monkeypatch, 9, 0)
+    printed = {"-dumpfullversion": "10.1.0", "--version": "g++ (GCC) 10.1.0\nrelease 13.1, V13"}
+    asked: list[str] = []
+
+    def run(program: str, flag: str) -> str:
+        asked.append(program)
+        return printed[flag]
+
+    class Ones:
+        def __init__(self, count: int, device: str) -> None:
+            asked.append(f"{count} on {device}")
+
+        def sum(self) -> torch.Tensor:
+            return torch.zeros(())
+
+    (tmp_path / "version").write_text(
+        "NVRM version: NVIDIA UNIX Kernel Module for x86_64  570.86.15  Release"
+    )
+    monkeypatch.delenv("CUDA_HOME", raising=False)
+    monkeypatch.setenv("CUDA_PATH", "/opt/cuda")
+    monkeypatch.setenv("CXX", "clang")
+    monkeypatch.setattr(doctor, "DRIVER", tmp_path / "version")
+    monkeypatch.setattr(doctor, "run", run)
+    monkeypatch.setattr(doctor, "find_spec", lambda name: name)
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: f"/bin/{name}")
+    monkeypatch.setattr(doctor.ctypes.util, "find_library", lambda name: f"lib{name}.so")
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch, "ones", Ones)
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: True)
+    monkeypatch.setattr(torch.distributed, "is_mpi_available", lambda: True)
+    monkeypatch.setattr(doctor, "version", lambda name: f"1.0 of {name}")
+    lines = table(capsys, "need")
+    assert {line.split(" | ", 2)[2] for line in lines if "instruction sets" not in line} == {"ok |"}
+    found = dict(line.split(" | ok | ") for line in table(capsys, "finding") if " | ok | " in line)
+    assert found["packages | deepspeed"] == "1.0 of deepspeed"
+    assert found["packages | other packages"] == "all there"
+    assert found["merge_norm | CUDA targets"] == "8.0 9.0, with CUDA 13.0"
+    assert found["merge_norm | this GPU"] == "compute capability 9.0, among the targets"
+    assert found["merge_norm | auto on cuda"].endswith(", self-check passed")
+    assert found["gpus | GPUs"] == "2 x Fake GPU, 80 GiB, compute capability 9.0"
+    torch_is = f"torch {torch.__version__}, built for CUDA 13.0"
+    assert found["gpus | driver, runtime"] == f"NVIDIA driver 570.86.15; {torch_is}; NCCL 2.27.5"
+    assert found["building | C++ compiler"] == "g++ (GCC) 10.1.0"
+    assert found["building | nvcc"] == "13.1; torch's CUDA is 13.0"
+    assert found["building | CUDA_HOME"] == "/opt/cuda"
+    assert set(asked) == {"clang", "/opt/cuda/bin/nvcc", "2 on cuda"}
+    assert found["optional | apex"] == "found, not used"
+    assert found["optional | triton"] == "1.0 of triton"
+    assert found["optional | libaio"] == "libaio.so"
+    assert found["launching | mpi"] == "available"
+    assert found["launching | torchrun"] == "/bin/torchrun"
+    assert found["launching | srun, sbatch"] == "/bin/srun, /bin/sbatch"
+
+
+def test_long_lines_are_wrapped() -> None:
+    words = " ".join(["word"] * 40)
+    first, *rest = doctor.render(doctor.line("subject", words, "need")).splitlines()
+    assert first.startswith("  ok  subject           word word")
+    assert rest
+    assert all(line.startswith(" " * 24 + "word") for line in rest)
+    assert all(100 < len(line) <= 110 for line in [first, *rest][:-1])
+    assert doctor.render(doctor.line("x", "", "get it")) == "  --  x                 not found; get it"
+
+
+def test_what_a_program_prints(tmp_path: Path) -> None:
+    """Nothing where it is missing, or fails."""
+    assert doctor.run("echo", "a b") == "a b"
+    assert doctor.run("false") == doctor.run(str(tmp_path / "none")) == ""

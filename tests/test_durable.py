@@ -1,12 +1,17 @@
-"""Places of outputs: missing folders are made, what can't be written to is refused before the work."""
+"""Files are there whole or not at all; what can't be written to is refused before the work."""
 
 from __future__ import annotations
 
+import errno
+import os
+import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from megatron_iiet.durable import check_output, make_parent
+from megatron_iiet import durable
+from megatron_iiet.durable import append_line, check_output, make_parent, replacing, write_text
 
 
 def test_missing_folders_are_made(tmp_path: Path) -> None:
@@ -30,3 +35,107 @@ def test_a_relative_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     make_parent(Path("x"))
     make_parent(Path("a/x"))
     assert (tmp_path / "a").is_dir()
+
+
+def test_a_folder_that_may_not_be_written_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither listed nor entered it need be; root, who may do all, runs tests too."""
+    for lacking in (os.W_OK, os.X_OK):
+        monkeypatch.setattr(os, "access", lambda path, mode, lacking=lacking: not mode & lacking)
+        with pytest.raises(ValueError, match=r"b/x cannot be written: .* is not writable; choose another"):
+            make_parent(tmp_path / "a/b/x")
+    assert not (tmp_path / "a").exists()
+
+
+@pytest.fixture
+def synced(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What is put on disk, in order: names of files as they are then, and of folders."""
+    names: list[str] = []
+
+    def fsync(descriptor: int) -> None:
+        names.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    return names
+
+
+def test_a_file_is_replaced_whole_and_on_disk(tmp_path: Path, synced: list[str]) -> None:
+    path = tmp_path / "file"
+    write_text(path, "old é")
+    assert path.read_bytes() == "old é".encode()
+    with replacing(path) as file:
+        file.write(b"new")
+        file.flush()
+        assert path.read_text() == "old é"
+        (temporary,) = set(os.listdir(tmp_path)) - {"file"}
+    assert path.read_text() == "new"
+    assert os.listdir(tmp_path) == ["file"]
+    assert synced[2:] == [temporary, tmp_path.name], "first what it holds, then its name"
+    with pytest.raises(KeyError), replacing(path) as file:  # noqa: PT012  (the block is what breaks off)
+        file.write(b"half")
+        raise KeyError
+    assert path.read_text() == "new"
+    assert os.listdir(tmp_path) == ["file"]
+    assert len(synced) == 4
+
+
+def test_two_who_replace_a_file_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    with replacing(path) as one:
+        with replacing(path) as other:
+            other.write(b"first")
+        one.write(b"last")
+        assert path.read_text() == "first"
+    assert path.read_text() == "last"
+
+
+def test_lines_are_added_each_on_its_own(tmp_path: Path, synced: list[str]) -> None:
+    path = tmp_path / "log"
+    append_line(path, "é")
+    append_line(path, "b")
+    assert path.read_bytes() == "é\nb\n".encode()
+    path.write_bytes(b"a\nhalf")
+    append_line(path, "c")
+    append_line(path, "d")
+    assert path.read_bytes() == b"a\nhalf\nc\nd\n"
+    assert synced == ["log", tmp_path.name] * 4
+
+
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EIO, errno.ENOSPC])
+def test_file_systems_without_fsync(code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That they have none is no error; that a disk fails is one."""
+
+    def fsync(descriptor: int) -> None:
+        raise OSError(code, "no")
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with (tmp_path / "file").open("wb") as file:
+        file.write(b"x")
+        if code in (errno.EIO, errno.ENOSPC):
+            with pytest.raises(OSError, match="no"):
+                durable.sync_file(file)
+        else:
+            durable.sync_file(file)
+        assert (tmp_path / "file").read_bytes() == b"x", "it is handed to the system in any case"
+
+
+def test_no_descriptor_is_left_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    durable.sync_folder(tmp_path)
+    monkeypatch.setattr(os, "fsync", lambda descriptor: [][0])
+    with pytest.raises(IndexError):
+        durable.sync_folder(tmp_path)
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_sigterm_runs_the_clean_up_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And a second one does not cut it short."""
+    handlers: dict[int, Callable[..., object] | signal.Handlers] = {}
+    monkeypatch.setattr(signal, "signal", handlers.__setitem__)
+    durable.leave_cleanly_on_sigterm()
+    assert list(handlers) == [signal.SIGTERM]
+    leave = handlers[signal.SIGTERM]
+    assert callable(leave)
+    with pytest.raises(SystemExit) as left:
+        leave(signal.SIGTERM, None)
+    assert left.value.code == 143
+    assert handlers == {signal.SIGTERM: signal.SIG_IGN}

@@ -29,6 +29,7 @@ from megatron_iiet.data.loader.batches import ValidationBatches
 from megatron_iiet.data.loader.inputs import Inputs, inputs_of
 from megatron_iiet.data.loader.samples import KINDS, build_splits
 from megatron_iiet.data.tokenizers.loading import load_tokenizer
+from megatron_iiet.distillation import figures
 from megatron_iiet.distillation.analysis import Options, Result, _report, analyse, prepare, run
 from megatron_iiet.distillation.influence import Ablation, Measurement
 from megatron_iiet.distillation.plans import PlanRequest
@@ -443,13 +444,74 @@ def test_a_correlation_that_is_none_and_the_names_of_iterates(
     plan = IterationPlan((1, 2), 2, "budget", influence=influence)
     measured = Measurement(influence, [0.1, 0.2], 3, 48, 2.0)
     ablation = Ablation(2.0, {(n, i): 2.0 + n + i for n in range(2) for i in (1, 2)})
-    figures = []
-    monkeypatch.setattr(Figure, "savefig", lambda figure, path, dpi: figures.append(figure))
+    made: list[Any] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path, dpi: made.append(figure))
     _report(tmp_path, measured, ablation, plan, "fp32", lambda line: None)
     written = (tmp_path / "influence.json").read_text()
     assert json.loads(written, parse_constant=pytest.fail)["ablation"]["rank_correlation"] is None
-    (heat_map, *_), *_ = (figure.axes for figure in figures)
+    (heat_map, *_), *_ = (figure.axes for figure in made)
     assert [label.get_text() for label in heat_map.get_xticklabels()] == ["predictor", "1", "2"]
+
+
+def test_what_the_pictures_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every number, label and line; a layer that changes nothing has a colour too."""
+    from matplotlib.figure import Figure
+
+    save = Figure.savefig
+    influence = {(0, 0): 0.5, (0, 1): 0.25, (0, 2): 0.125, (1, 0): 1.0, (1, 1): 0.001, (1, 2): 0.0}
+    plan = IterationPlan((2, 0), 2, "threshold", influence=influence, threshold=0.0625)
+    made: list[Any] = []
+
+    def kept_and_saved(figure: Figure, *arguments: Any, **keys: Any) -> None:
+        made.append(figure)
+        save(figure, *arguments, **keys)
+
+    monkeypatch.setattr(Figure, "savefig", kept_and_saved)
+    files = figures.draw(Measurement(influence, [0.1, 0.2], 3, 48, 2.0), plan, tmp_path)
+    monkeypatch.undo()
+    assert [path.name for path in files] == [
+        "iteration_influence.png",
+        "block_influence.png",
+        "iterations.png",
+    ]
+    assert len(made) == 3
+    (heat_map, bar), (blocks,), (kept,) = (figure.axes for figure in made)
+    texts = [text.get_text() for text in heat_map.texts]
+    assert texts == ["0.5", "0.25", "0.12", "1", "0.001", "0"]
+    assert [text.get_position() for text in heat_map.texts] == [(i, n) for n in range(2) for i in range(3)]
+    colors = [text.get_color() for text in heat_map.texts]
+    assert colors == ["black", "black", "black", "black", "white", "white"]
+    (image,) = heat_map.get_images()
+    assert image.get_array().tolist() == [[0.5, 0.25, 0.125], [1.0, 0.001, 0.001]]
+    assert image.get_clim() == (0.001, 1.0)
+    assert [tick.get_text() for tick in heat_map.get_yticklabels()] == ["0", "1"]
+    names = (heat_map.get_xlabel(), heat_map.get_ylabel(), heat_map.get_title(), bar.get_ylabel())
+    title = "iteration influence, threshold 0.0625"
+    assert names == ("iterate i", "layer n", title, r"$1 - \cos(y^{i-1}, y^i)$")
+    for axes, heights in ((blocks, [0.1, 0.2]), (kept, [2, 0])):
+        assert [patch.get_height() for patch in axes.patches] == heights
+        assert [patch.get_x() + patch.get_width() / 2 for patch in axes.patches] == [0.0, 1.0]
+        assert [tick.get_text() for tick in axes.get_xticklabels()] == ["0", "1"]
+        assert axes.get_xlabel() == "layer n"
+        assert axes.yaxis.get_gridlines()[0].get_visible()
+        assert not axes.xaxis.get_gridlines()[0].get_visible()
+    assert blocks.get_ylabel() == "block influence\n$1 - \\cos(y_n, y_{n+1})$"
+    assert (blocks.get_title(), kept.get_ylabel()) == ("", "iterations kept")
+    assert kept.get_title() == "4 of 6 evaluations, by threshold"
+    (full,) = kept.lines
+    assert (full.get_ydata()[0], full.get_linestyle()) == (2, "--")
+    assert not blocks.lines
+    assert kept.get_ylim() == (0, 2.5)
+    assert [tick.get_text() for tick in kept.get_yticklabels()] == ["0", "1", "2"]
+    assert [tuple(figure.get_size_inches()) for figure in made] == [
+        (pytest.approx(5.2), pytest.approx(2.1)),
+        (4.0, pytest.approx(3.2)),
+        (4.0, pytest.approx(3.2)),
+    ]
+    figures._draw_bars([0.0] * 20, "", tmp_path / "wide.png")
+    assert (tmp_path / "wide.png").read_bytes()[16:20] == (7 * 120 + 60).to_bytes(4), (
+        "7.5 inches, 120 dots each"
+    )
 
 
 @pytest.mark.parametrize(

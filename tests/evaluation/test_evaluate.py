@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gzip
+import importlib.util
 import json
+import logging
 import math
 import os
 import subprocess
@@ -16,7 +18,8 @@ import pytest
 import torch
 
 from megatron_iiet.config.schema import ParallelConfig
-from megatron_iiet.evaluation.evaluate import Options, _as_data, evaluate_model
+from megatron_iiet.evaluation import tasks
+from megatron_iiet.evaluation.evaluate import Options, _as_data, _load_in_turn, _report, evaluate_model
 from megatron_iiet.evaluation.harness import TaskResults
 from megatron_iiet.evaluation.models import ModelOptions, prepare_model
 from megatron_iiet.evaluation.paper_table import (
@@ -198,6 +201,97 @@ def test_paper_sizes() -> None:
         for rows in [{row.system: row for row in size.rows}]
     ]
     assert sum(gains) / 2 == pytest.approx(2.65, abs=0.051)
+
+
+def test_what_the_paper_reports() -> None:
+    """Tables 1 and 2 of arXiv 2509.22463, copied a second time."""
+    assert [(size.name, size.tokens, size.hidden_size, size.num_layers) for size in PAPER_SIZES] == [
+        ("340M", "16 B", 1024, 24), ("740M", "30 B", 1536, 24), ("1.3B", "16 B", 2048, 24),
+    ]  # fmt: skip
+    rows = [
+        [f"{row.system}: {row.perplexity} {row.mean_accuracy}" for row in size.rows] for size in PAPER_SIZES
+    ]
+    assert rows == [
+        [
+            "Transformer++: 28.2 46.5", "Trans WS (4×): None 46.3", "PCformer: 25.7 48.3", "IIET: 25.0 48.9",
+            "Distil PCformer: 27.2 47.6", "Lower Bound: 27.0 48.4", "E-IIET: 25.7 48.9",
+        ],
+        [
+            "Transformer++: 23.3 49.0", "PCformer: 21.2 50.9", "IIET: 20.7 51.9",
+            "Distil PCformer: 22.5 49.6", "Lower Bound: 23.0 50.3", "E-IIET: 21.2 51.3",
+        ],
+        ["Transformer++: None 49.0"],
+    ]  # fmt: skip
+    for size in PAPER_SIZES:
+        assert paper_size(size.hidden_size, size.num_layers) is size
+        assert paper_size(size.hidden_size, size.num_layers + 1) is None
+
+
+SIZED = "The paper's (arXiv 2509.22463) models of 740M saw 30 B tokens."
+UNSIZED = "The paper (arXiv 2509.22463) reports no model of this size."
+LIMITED = "Measured on the first 1 rows of each task: no figures of the whole tasks."
+
+
+@pytest.mark.parametrize(
+    ("found", "shape", "limit", "words"),
+    [
+        ({"piqa": {"acc": 0.5}}, (1536, 24), None, SIZED),
+        ({"piqa": {"acc": 0.5}}, (8, 24), None, UNSIZED),
+        ({"boolq": {"acc": 0.5}}, (1536, 24), None, ""),
+        ({"boolq": {"acc": 0.5}}, (1, 1), 1, LIMITED),
+    ],
+)  # fmt: skip
+def test_what_a_report_says(
+    found: dict[str, dict[str, float]], shape: tuple[int, int], limit: int | None, words: str
+) -> None:
+    """The paper's table where its tasks were measured, one sentence of what is beside it, all metrics."""
+    prepared = cast(Any, SimpleNamespace(system="rk2", hidden_size=shape[0], num_layers=shape[1]))
+    results = TaskResults(found, dict.fromkeys(found, 7))
+    text = _report(Options(ModelOptions("nowhere"), limit=limit), prepared, results)
+    *head, last = text.split("\n\n")
+    assert last == all_metrics_table(results.metrics, results.rows)
+    table = [paper_table("rk2", found, paper_size(*shape))] if "piqa" in found else []
+    assert head == [*table, words] if words else head == []
+
+
+def test_the_console_is_left_to_our_own_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    logger = logging.getLogger("lm_eval")
+    shown, level = datasets.are_progress_bars_disabled(), logger.level
+    monkeypatch.setattr(tasks, "_load_local", lambda names, folder: {"tasks": {}})
+    try:
+        datasets.enable_progress_bars()
+        logger.setLevel(logging.INFO)
+        assert load_tasks([], "somewhere") == {"tasks": {}}
+        assert datasets.are_progress_bars_disabled()
+        assert logger.getEffectiveLevel() == logging.ERROR
+    finally:
+        (datasets.disable_progress_bars if shown else datasets.enable_progress_bars)()
+        logger.setLevel(level)
+
+
+def test_without_the_harness(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    for work in (lambda: load_tasks(["piqa"]), lambda: evaluate_model(Options(ModelOptions("nowhere")))):
+        with pytest.raises(ValueError, match=r"tasks need lm-evaluation-harness, .*'megatron-iiet\[eval\]'"):
+            work()
+
+
+@pytest.mark.parametrize("local_rank", [0, 1])
+def test_one_process_of_a_host_downloads(local_rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+    context = cast(
+        Any, SimpleNamespace(local_rank=local_rank, barrier=lambda: done.append("all wait for each other"))
+    )
+
+    def load(names: list[str], data_dir: str) -> dict[str, Any]:
+        done.append(f"{names} {data_dir}")
+        return {"tasks": names}
+
+    monkeypatch.setattr("megatron_iiet.evaluation.evaluate.load_tasks", load)
+    assert _load_in_turn(["piqa"], "data", context) == {"tasks": ["piqa"]}
+    assert done == (["['piqa'] data", "all wait for each other"][:: 1 if local_rank == 0 else -1])
 
 
 def test_all_metrics_with_their_standard_errors() -> None:

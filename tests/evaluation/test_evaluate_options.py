@@ -13,7 +13,14 @@ import torch
 from megatron_iiet.config.schema import ParallelConfig
 from megatron_iiet.data.tokenizers.loading import load_tokenizer
 from megatron_iiet.evaluation.evaluate import Options, evaluate_model
-from megatron_iiet.evaluation.models import ModelOptions, _codec, _hugging_face_codec, prepare_model
+from megatron_iiet.evaluation.models import (
+    HuggingFaceScorer,
+    ModelOptions,
+    OwnScorer,
+    _codec,
+    _hugging_face_codec,
+    prepare_model,
+)
 from megatron_iiet.hf import folders
 from megatron_iiet.models import Transformer
 from megatron_iiet.parallel import ParallelContext
@@ -150,3 +157,47 @@ def test_what_a_text_follows_in_a_hugging_face_folder(
         return
     codec = _hugging_face_codec(options)
     assert (codec.start_id, codec.end_id) == expected
+
+
+@pytest.mark.parametrize(
+    ("fields", "options", "found"),
+    [
+        (
+            {"model_type": "llama", "hidden_size": 1024, "num_hidden_layers": 24, "n_positions": 64},
+            {},
+            ("Transformer++", 1024, 24, 64),
+        ),
+        ({"model_type": "gpt2", "n_positions": 32}, {}, ("gpt2", 0, 0, 32)),
+        ({"model_type": "mamba"}, {}, ("mamba", 0, 0, 2048)),
+        ({"max_position_embeddings": 64}, {"max_length": 16, "batch_size": 3}, ("None", 0, 0, 16)),
+    ],
+    ids=["llama", "gpt2", "mamba", "nothing"],
+)  # fmt: skip
+def test_what_is_known_of_a_hugging_face_folder(
+    fields: dict[str, Any],
+    options: dict[str, Any],
+    found: tuple[Any, ...],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its name and shape in the table, and the longest input: asked for, said by the folder, or usual."""
+    asked = []
+    model = torch.nn.Linear(1, 1)
+    tokenizer = SimpleNamespace(bos_token_id=1, eos_token_id=2, encode=list)
+    monkeypatch.setattr(folders, "is_hugging_face", lambda path: True)
+    monkeypatch.setattr(folders, "load_tokenizer", lambda path, trusted: tokenizer)
+    monkeypatch.setattr(folders, "read_fields", lambda path: fields)
+    monkeypatch.setattr(folders, "load_model", lambda *given: asked.append(given) or model)
+    prepared = prepare_model(ModelOptions("a folder", precision="bf16", **options), 1)
+    assert prepared.description == "Hugging Face a folder"
+    scorer = prepared.load(SimpleNamespace(device="cpu"))  # type: ignore[arg-type]
+    assert (prepared.system, prepared.hidden_size, prepared.num_layers, scorer.max_length) == found
+    assert asked == [("a folder", torch.bfloat16, False)]
+    assert scorer.batch_size == options.get("batch_size", 8)
+    assert not model.training
+
+
+def test_inputs_have_the_length_they_need() -> None:
+    """Nothing is filled up to the longest input, nor to a multiple."""
+    for kind in (HuggingFaceScorer, OwnScorer):
+        assert not kind.has_fixed_shape
+    assert HuggingFaceScorer.multiple == 1

@@ -497,7 +497,9 @@ def test_no_tokenizer(tmp_path: Path) -> None:
     extras = extras_of_tokenizer(None)
     assert extras.note == "no tokenizer came with the model, so the folder has none"
     model = build({"kind": "euler"})
-    export_folder(model.config, State(model.state_dict()), tmp_path / "hf", extras)
+    export_folder(model.config, State(model.state_dict()), tmp_path / "a/b/hf", extras)
+    assert [path.name for path in (tmp_path / "a/b").iterdir()] == ["hf"], "folders above are made"
+    (tmp_path / "a/b/hf").rename(tmp_path / "hf")
     assert json.loads((tmp_path / "hf" / "generation_config.json").read_text()) == {}
     assert json.loads((tmp_path / "hf" / "config.json").read_text())["eos_token_id"] is None
 

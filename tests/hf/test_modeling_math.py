@@ -101,6 +101,26 @@ def test_embedding_scale_on_either_side_of_1(scale: float) -> None:
         assert ((unscaled(ids).logits - ours(ids)).abs().max() > 1e-3) == (scale != 1)
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"rms_norm_eps": 0.3},
+        {"rotary_base": 20.0},
+        {"num_key_value_heads": 1},
+        {"max_position_embeddings": 40},
+        {"ffn_hidden_size": 20},
+        {"num_layers": 3},
+    ],
+    ids=lambda fields: next(iter(fields)),
+)
+def test_every_field_of_the_model_counts(fields: dict[str, Any]) -> None:
+    """Each away from what all other tests have, and from transformers' default."""
+    ours = our_model("iiet", **fields)
+    ids = tokens(2, 12)
+    with torch.no_grad():
+        assert (hf_model(ours)(ids).logits - ours(ids)).abs().max() < 1e-5
+
+
 def test_euler_without_scale_is_transformers_llama() -> None:
     _, hf = model_pair("euler", embedding_scale=1.0)
     llama = LlamaForCausalLM(LlamaConfig(**_llama_fields(hf.config))).eval()
@@ -168,6 +188,23 @@ def test_config_refuses_what_no_solver_has(solver: dict[str, Any], words: str) -
     with pytest.raises(ValueError, match="solver") as error:
         IIETConfig(num_hidden_layers=5, solver=solver)
     assert words in str(error.value)
+
+
+def test_the_first_of_many_unknown_keys_is_named() -> None:
+    """The same one each time, in the order of the alphabet."""
+    keys = dict.fromkeys("zyxwvutsrqponmlkjihgfedcba", 1)
+    with pytest.raises(ValueError, match=r"solver has the unknown key 'a'; the keys are kind, variant, outp"):
+        IIETConfig(num_hidden_layers=5, solver=keys)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_new_model_is_drawn_and_tied(tied: bool) -> None:
+    """The head as everything else, by the configuration's spread."""
+    fields = {"tie_word_embeddings": tied, "initializer_range": 0.5}
+    hf = IIETForCausalLM(hf_config(our_model("euler").config, **fields))
+    assert (hf.lm_head.weight is hf.model.embed_tokens.weight) == tied
+    assert hf.lm_head.weight[1:].std().item() == pytest.approx(0.5, rel=0.1)
+    assert hf.model.layers[0].mlp.up_proj.weight.std().item() == pytest.approx(0.5, rel=0.1)
 
 
 @pytest.mark.parametrize(

@@ -123,6 +123,26 @@ def test_a_terminal_alone_does_not_hide_a_step(monkeypatch: pytest.MonkeyPatch) 
     assert launch_environment(SRUN_TASK).launcher == "srun"
 
 
+def test_whether_there_is_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is opened, to know, and closed again."""
+    opened, closed = [], []
+
+    def open_it(path: str, flags: int) -> int:
+        opened.append((path, bool(flags & os.O_NOCTTY)))
+        return 77
+
+    monkeypatch.setattr(launch.os, "open", open_it)
+    monkeypatch.setattr(launch.os, "close", closed.append)
+    assert launch._has_terminal()
+    assert (opened, closed) == ([("/dev/tty", True)], [77])
+
+    def refuse(path: str, flags: int) -> int:
+        raise OSError("no such device")
+
+    monkeypatch.setattr(launch.os, "open", refuse)
+    assert not launch._has_terminal()
+
+
 @pytest.mark.parametrize("environ", [SRUN_TASK, {"RANK": "7", "KEPT": "x"}, {}], ids=["srun", "set", "empty"])
 def test_published_for_others_as_long_as_it_is_asked_for(
     environ: dict[str, str], monkeypatch: pytest.MonkeyPatch

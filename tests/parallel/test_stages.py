@@ -48,6 +48,8 @@ def test_evaluations_of_f_weigh() -> None:
 def test_stages_beside_the_slowest_are_even() -> None:
     """The head alone makes the last stage the slowest, however the layers before it are cut."""
     assert plan_stages([1.0] * 5, 10.0, 3).stages == (range(2), range(2, 4), range(4, 5))
+    plan = plan_stages([1.0, 1.0, 1.0, 4.0, 1.0, 1.0], 0.0, 4)  # 1, 2, 4, 2 and not 3, 4, 1, 1
+    assert plan.stages == (range(1), range(1, 3), range(3, 4), range(4, 6))
 
 
 def test_bubble() -> None:
