@@ -1,4 +1,4 @@
-# make demo | demo-compare | demo-distill | setup | test | test-long | test-layouts | test-kills | test-versions | check | mutants | cuda-check | format | clean    (see README.md and CONTRIBUTING.md)
+# make demo | demo-compare | demo-distill | setup | test | test-long | test-layouts | test-kills | test-versions | check | mutants | cuda-check | gpu-check | gpu-bundle | format | clean    (see README.md and CONTRIBUTING.md)
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
@@ -9,7 +9,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 unexport PYTHONDONTWRITEBYTECODE
 CSRC := $(shell find csrc -type f \( -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.inl' -o -name '*.cuh' \) 2>/dev/null)
 
-.PHONY: setup demo demo-compare demo-distill test test-long test-layouts test-kills test-versions check mutants cuda-check format clean
+.PHONY: setup demo demo-compare demo-distill test test-long test-layouts test-kills test-versions check mutants cuda-check gpu-check gpu-bundle format clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.package
@@ -140,6 +140,19 @@ mutants: setup
 # Everything that can be known of the CUDA kernels without a GPU; says what it skips where nvcc is missing.
 cuda-check: setup
 	$(BIN)/python tools/cuda_check.py
+
+# What holds on this machine's GPU, in nine minutes (docs/gpu.md says how without this environment):
+#   make gpu-check GPU_CHECK="--only kernels step"
+GPU_CHECK ?=
+gpu-check: setup
+	$(BIN)/python tools/gpu_acceptance.py --output gpu-report $(GPU_CHECK)
+
+# The wheels that gpu-check wants where only torch is, for a machine without network:
+#   make gpu-bundle GPU_PYTHON=3.12 BUNDLE=gpu-bundle
+GPU_PYTHON ?= 3.12
+BUNDLE ?= gpu-bundle
+gpu-bundle: setup
+	$(BIN)/python tools/gpu_bundle.py --python $(GPU_PYTHON) --output $(BUNDLE)
 
 format: setup
 	$(BIN)/ruff format .

@@ -61,7 +61,7 @@ def problem_of(solver: Solver, y_BTD: Tensor, increment_fn: IncrementFn, history
             f"the model's solver is {type(solver).__name__}, which has no fixed point to study; give a "
             "model of solver.kind iiet, with solver.predictor merged"
         )
-    (base,) = history.merge(y_BTD, (solver.coefficients,), solver.layer)
+    (base,) = history.merge(y_BTD, (solver.coefficients,), solver.merged_entries)
     own = solver.coefficients[-1]
 
     def corrector(y: Tensor) -> Tensor:
@@ -76,7 +76,10 @@ def problem_of(solver: Solver, y_BTD: Tensor, increment_fn: IncrementFn, history
 def _released(
     solver: ReleasedImplicitEuler, y_BTD: Tensor, increment_fn: IncrementFn, history: History
 ) -> Problem:
-    n, readout = solver.layer, solver.coefficients if solver.shares_row else solver.readout_coefficients
+    n, readout = (
+        solver.merged_entries,
+        solver.coefficients if solver.shares_row else solver.readout_coefficients,
+    )
     base, readout_base = history.merge(None, (solver.coefficients, readout), n)
     start = solver.predictor_norm(y_BTD + increment_fn(y_BTD, None, 0))
 

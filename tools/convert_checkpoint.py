@@ -176,7 +176,8 @@ def convert(arguments: argparse.Namespace) -> str:
 
 def to_hf(source: Source, arguments: argparse.Namespace, solver: str) -> str:
     """Write a Hugging Face folder; what is in it."""
-    from megatron_iiet.hf.export import export_folder, extras_of_folder, extras_of_tokenizer
+    from megatron_iiet.hf.export import export_folder, extras_of_folder
+    from megatron_iiet.hf.tokenizer import extras_of_tokenizer
     from megatron_iiet.storage.hugging_face.shards import parse_bytes
 
     size = parse_bytes(arguments.max_shard_size or "5GB")

@@ -1,9 +1,6 @@
 """Typed configuration of a run: schema, strict loading, cross-field checks, the DeepSpeed side."""
 
-from megatron_iiet.config.combinations import (
-    check_combination,
-    gradient_accumulation_steps,
-)
+from megatron_iiet.config.combinations import check_combination, gradient_accumulation_steps
 from megatron_iiet.config.errors import ArgumentParser, ConfigError, exit_with_error
 from megatron_iiet.config.load import (
     LoadedConfig,

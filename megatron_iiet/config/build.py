@@ -40,16 +40,17 @@ def build_config(settings: Sequence[Setting]) -> tuple[RunConfig, list[str]]:
     sections: dict[str, Declaration] = {}
     notes, plan = [], None
     for name, kinds in KINDS.items():
-        section = settle(kinds, settings)
-        named, of_kind = _with_plan(section.settings)
+        declared, own, dropped = settle(kinds, settings)
+        named, own = _with_plan(own)
         plan = named or plan
-        types = {f"{name}.{leaf}": hint for leaf, hint in own_keys(section.declared).items()}
-        sections[name] = _build(of_kind, types, partial(_section_of, section.declared))
-        notes += section.notes
+        types = {f"{name}.{leaf}": hint for leaf, hint in own_keys(declared).items()}
+        sections[name] = _build(own, types, partial(_section_of, declared))
+        notes += dropped
     others = list({s.key: s for s in settings if s.key.split(".")[0] not in KINDS}.values())
     config = _build(others, key_types(), partial(_run_of, sections))
-    if plan is not None:
-        _check_plan(config, plan)
+    iterations, layers = iterations_per_layer(config), config.model.num_layers
+    if plan is not None and len(iterations) != layers:
+        raise ConfigError(f"{ITERATIONS} {plan.where}: {depth_sentence(plan.value, len(iterations), layers)}")
     return config, notes
 
 
@@ -99,15 +100,6 @@ def _with_plan(settings: list[Setting]) -> tuple[Setting | None, list[Setting]]:
     except ValueError as error:
         raise ConfigError(f"{ITERATIONS} {named.where}: {error}") from None
     return named, [replace(s, value=iterations) if s is named else s for s in settings]
-
-
-def _check_plan(config: RunConfig, named: Setting) -> None:
-    """Refuse a plan for another depth; ``named`` is the setting that names it."""
-    iterations, layers = iterations_per_layer(config), config.model.num_layers
-    if len(iterations) != layers:
-        raise ConfigError(
-            f"{ITERATIONS} {named.where}: {depth_sentence(named.value, len(iterations), layers)}"
-        )
 
 
 @cache

@@ -3,12 +3,11 @@ numbers it may have, and what a change of it means to a run that has checkpoints
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from dataclasses import MISSING, Field, field
+from dataclasses import MISSING, Field, dataclass, field
 from enum import Enum
 from typing import Any
-
-from megatron_iiet.config.ranges import Range
 
 ACCEPT_CHANGES = "checkpoint.accept_changes"
 """The flag, no key of a configuration, with which one start accepts changed keys that would be refused."""
@@ -27,6 +26,29 @@ class Change(Enum):
     def refused(self) -> bool:
         """Whether a run is not resumed with another value, unless the start accepts it by name."""
         return self in (Change.FUNCTION, Change.ORDER)
+
+
+@dataclass(frozen=True)
+class Range:
+    """An interval of numbers."""
+
+    must: str
+    """What a number must do: the end of "…, but must …"."""
+    least: float = -math.inf
+    most: float = math.inf
+    least_included: bool = True
+    most_included: bool = True
+
+    def __contains__(self, value: float) -> bool:
+        above = value >= self.least if self.least_included else value > self.least
+        below = value <= self.most if self.most_included else value < self.most
+        return above and below
+
+
+POSITIVE = Range("be greater than 0", least=0, least_included=False)
+NOT_NEGATIVE = Range("be 0 or greater", least=0)
+FRACTION = Range("lie between 0 and 1", least=0, most=1)
+BELOW_ONE = Range("be at least 0 and less than 1", least=0, most=1, most_included=False)
 
 
 def key(

@@ -11,9 +11,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from megatron_iiet.config.errors import ConfigError
-from megatron_iiet.config.keys import join_or
-from megatron_iiet.config.rules import Rule, Setup
-from megatron_iiet.config.rules_deepspeed import DEEPSPEED_RULES
+from megatron_iiet.config.keys import join_words
+from megatron_iiet.config.rules import DEEPSPEED_RULES, Rule, Setup
 from megatron_iiet.config.schema import RunConfig
 
 
@@ -47,12 +46,10 @@ def gradient_accumulation_steps(config: RunConfig, data_parallel_size: int) -> i
         ConfigError: the global batch does not divide evenly over the replicas of the model; names the
             numbers, the nearest global batch sizes and the nearest numbers of ranks.
     """
-    steps, rest = divmod(
-        config.training.global_batch_size, config.training.micro_batch_size * data_parallel_size
-    )
-    if rest:
-        raise ConfigError(_batch_sentence(config, data_parallel_size))
-    return steps
+    problem = _batch_problem(config, data_parallel_size)
+    if problem:
+        raise ConfigError(problem)
+    return config.training.global_batch_size // (config.training.micro_batch_size * data_parallel_size)
 
 
 def tensor_sizes(config: RunConfig) -> list[int]:
@@ -63,8 +60,9 @@ def tensor_sizes(config: RunConfig) -> list[int]:
 
 def _raise_first(rules: Iterable[Rule], setup: Setup) -> None:
     for rule in rules:
-        if rule.applies(setup):
-            raise ConfigError(rule.sentence(setup))
+        problem = rule.problem(setup)
+        if problem:
+            raise ConfigError(problem)
 
 
 def _split_widths(config: RunConfig) -> dict[str, int]:
@@ -82,7 +80,7 @@ def _nearest(value: int, legal: Iterable[int]) -> str:
     """The nearest legal numbers below and above ``value``: "4 or 8"; empty if there is none."""
     legal = list(legal)
     below, above = [n for n in legal if n < value], [n for n in legal if n > value]
-    return join_or([str(n) for n in [*below[-1:], *above[:1]]]) if below or above else ""
+    return join_words([str(n) for n in [*below[-1:], *above[:1]]]) if below or above else ""
 
 
 def _multiples(unit: int, value: int) -> list[int]:
@@ -91,34 +89,42 @@ def _multiples(unit: int, value: int) -> list[int]:
     return [n for n in (below, below + unit) if n > 0]
 
 
-def _tensor_sentence(setup: Setup) -> str:
+def _tensor_problem(setup: Setup) -> str | None:
     size = setup.config.parallel.tensor
     misfits = [f"{name} = {width}" for name, width in _split_widths(setup.config).items() if width % size]
+    if not misfits:
+        return None
     return (
         f"parallel.tensor is {size}, but does not divide {', '.join(misfits)}; set it to "
         f"{_nearest(size, tensor_sizes(setup.config))}"
     )
 
 
-def _pipeline_sentence(setup: Setup) -> str:
-    layers = setup.config.model.num_layers
+def _pipeline_problem(setup: Setup) -> str | None:
+    stages, layers = setup.config.parallel.pipeline, setup.config.model.num_layers
+    if stages <= layers:
+        return None
     return (
-        f"parallel.pipeline is {setup.config.parallel.pipeline}, but model.num_layers is {layers} and every "
-        f"stage needs a layer; set it to {layers} or less"
+        f"parallel.pipeline is {stages}, but model.num_layers is {layers} and every stage needs a layer; set "
+        f"it to {layers} or less"
     )
 
 
-def _sequence_sentence(setup: Setup) -> str:
+def _sequence_problem(setup: Setup) -> str | None:
     length, size = setup.config.data.sequence_length, setup.config.parallel.tensor
+    if not setup.config.parallel.sequence or length % size == 0:
+        return None
     return (
         f"data.sequence_length is {length}, but parallel.sequence cuts it into parallel.tensor = {size} "
         f"equal parts; set it to {_nearest(length, _multiples(size, length))}, or parallel.sequence to false"
     )
 
 
-def _grid_sentence(setup: Setup) -> str:
+def _grid_problem(setup: Setup) -> str | None:
     world, parallel = setup.world_size, setup.config.parallel
     tensor, pipeline = parallel.tensor, parallel.pipeline
+    if world % (tensor * pipeline) == 0:
+        return None
     layers = setup.config.model.num_layers
     tensors = [size for size in tensor_sizes(setup.config) if world % (size * pipeline) == 0]
     pipelines = [size for size in range(1, layers + 1) if world % (size * tensor) == 0]
@@ -128,13 +134,15 @@ def _grid_sentence(setup: Setup) -> str:
             choices.append(f"set parallel.{name} to {_nearest(size, legal)}")
     return (
         f"the number of processes is {world}, but must be a multiple of parallel.tensor x parallel.pipeline, "
-        f"{tensor} x {pipeline} = {tensor * pipeline}; {join_or(choices)}"
+        f"{tensor} x {pipeline} = {tensor * pipeline}; {join_words(choices)}"
     )
 
 
-def _batch_sentence(config: RunConfig, data_parallel_size: int) -> str:
+def _batch_problem(config: RunConfig, data_parallel_size: int) -> str | None:
     batch, micro = config.training.global_batch_size, config.training.micro_batch_size
     unit, replica = micro * data_parallel_size, config.parallel.tensor * config.parallel.pipeline
+    if batch % unit == 0:
+        return None
     legal = [size * replica for size in range(1, batch // micro + 1) if batch % (micro * size) == 0]
     ranks = _nearest(data_parallel_size * replica, legal)
     return (
@@ -144,38 +152,25 @@ def _batch_sentence(config: RunConfig, data_parallel_size: int) -> str:
     )
 
 
-def _batch_does_not_divide(setup: Setup) -> bool:
-    unit = setup.config.training.micro_batch_size * setup.data_parallel_size
-    return setup.config.training.global_batch_size % unit != 0
-
-
 LAYOUT_RULES = (
     Rule(
         "`parallel.tensor` that does not divide query heads, key/value heads, feed-forward width and padded "
         "vocabulary",
         "every rank holds an equal part of each",
         "a common divisor",
-        lambda setup: any(
-            width % setup.config.parallel.tensor for width in _split_widths(setup.config).values()
-        ),
-        _tensor_sentence,
+        _tensor_problem,
     ),
     Rule(
         "`parallel.pipeline` > `model.num_layers`",
         "every stage needs a layer",
         "at most as many stages as layers",
-        lambda setup: setup.config.parallel.pipeline > setup.config.model.num_layers,
-        _pipeline_sentence,
+        _pipeline_problem,
     ),
     Rule(
         "`parallel.sequence` with a `data.sequence_length` that `parallel.tensor` does not divide",
         "every rank holds an equal part of a sequence",
         "a multiple of `parallel.tensor`",
-        lambda setup: (
-            setup.config.parallel.sequence
-            and setup.config.data.sequence_length % setup.config.parallel.tensor != 0
-        ),
-        _sequence_sentence,
+        _sequence_problem,
     ),
 )
 """Rows that the run configuration alone decides."""
@@ -185,16 +180,14 @@ WORLD_RULES = (
         "a number of processes that is no multiple of `parallel.tensor` x `parallel.pipeline`",
         "every replica of the model takes that many",
         "a multiple",
-        lambda setup: setup.world_size % (setup.config.parallel.tensor * setup.config.parallel.pipeline) != 0,
-        _grid_sentence,
+        _grid_problem,
     ),
     Rule(
         "`training.global_batch_size` that is no multiple of `training.micro_batch_size` x data-parallel "
         "ranks",
         "every rank does the same number of equal micro-batches",
         "a multiple",
-        _batch_does_not_divide,
-        lambda setup: _batch_sentence(setup.config, setup.data_parallel_size),
+        lambda setup: _batch_problem(setup.config, setup.data_parallel_size),
     ),
 )
 """Rows about the number of processes; the second counts on the first."""

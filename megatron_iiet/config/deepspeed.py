@@ -15,7 +15,7 @@ from typing import Any
 
 from megatron_iiet.config.combinations import gradient_accumulation_steps
 from megatron_iiet.config.errors import ConfigError
-from megatron_iiet.config.keys import did_you_mean, join_or
+from megatron_iiet.config.keys import did_you_mean, join_words
 from megatron_iiet.config.rules import AUTO
 from megatron_iiet.config.schema import RunConfig
 
@@ -76,10 +76,7 @@ def load_ds_config(path: str | Path) -> dict[str, Any]:
 
 
 def reconcile(
-    ds_json: dict[str, Any],
-    config: RunConfig,
-    data_parallel_size: int,
-    source: str = "the DeepSpeed file",
+    ds_json: dict[str, Any], config: RunConfig, data_parallel_size: int, source: str = "the DeepSpeed file"
 ) -> dict[str, Any]:
     """The DeepSpeed configuration of this run: ``ds_json`` with every shared value filled in.
 
@@ -155,7 +152,10 @@ def _check_keys(ds: dict[str, Any], source: str) -> None:
         _check_section(ds, section, source)
     for section in ("offload_optimizer", "offload_param"):
         _check_section(ds.get("zero_optimization", {}), section, source)
-    _check_pipeline_keys(ds.get("pipeline", {}), source)
+    for key in ds.get("pipeline", {}):  # DeepSpeed reads it without looking for keys it does not know
+        if key not in (*_PIPELINE, "stages", "partition", "seed_layers"):
+            hint = did_you_mean(key, _PIPELINE) or f"; it has {join_words(list(_PIPELINE))}"
+            raise ConfigError(f"unknown key 'pipeline.{key}' in {source}{hint}")
 
 
 def _check_section(parent: dict[str, Any], name: str, source: str) -> None:
@@ -163,14 +163,6 @@ def _check_section(parent: dict[str, Any], name: str, source: str) -> None:
         raise ConfigError(
             f"'{name}' is {json.dumps(parent[name])} in {source}, but must be an object {{...}}"
         )
-
-
-def _check_pipeline_keys(section: dict[str, Any], source: str) -> None:
-    # DeepSpeed reads this section without looking for keys it does not know.
-    for key in section:
-        if key not in (*_PIPELINE, "stages", "partition", "seed_layers"):
-            hint = did_you_mean(key, _PIPELINE) or f"; it has {join_or(list(_PIPELINE))}"
-            raise ConfigError(f"unknown key 'pipeline.{key}' in {source}{hint}")
 
 
 def _check_unsupported(ds: dict[str, Any], source: str) -> None:

@@ -10,8 +10,6 @@ from typing import NoReturn
 
 EXIT_CODE = 2
 """Exit status of a script that was started with a wrong configuration."""
-
-
 _PATIENCE_SECONDS = 10.0
 
 

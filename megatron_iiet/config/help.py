@@ -48,13 +48,12 @@ def format_help(short: Mapping[str, str] = MappingProxyType({})) -> str:
             flag, metavar=stands_for.rsplit(".", 1)[-1].upper(), help=f"Short for {stands_for}."
         )
     parser.add_class_arguments(RunConfig, skip=set(KINDS))
-    for action in parser._actions:
-        if action.dest in section_names():
-            action.help = argparse.SUPPRESS  # jsonargparse offers `--model FILE`; one way is enough
     for kinds in KINDS.values():
         _add_kinds(parser, kinds)
     for action in parser._actions:
-        # jsonargparse offers `--data.split+ VALUE`, which appends to a list; one way is enough
+        # jsonargparse offers `--model FILE`, and `--data.split+ VALUE` to append; one way is enough
+        if action.dest in section_names():
+            action.help = argparse.SUPPRESS
         action.option_strings = [flag for flag in action.option_strings if not flag.endswith("+")]
     parser.add_argument(
         f"--{ACCEPT_CHANGES}",

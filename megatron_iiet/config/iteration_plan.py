@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
@@ -63,14 +63,13 @@ class IterationPlan:
             raise ValueError(
                 f"iterations is {list(self.iterations)}, but must lie between 0 and full = {self.full}"
             )
-        measured = [("influence", key) for key in self.influence or ()]
-        measured += [("loss_increase", key) for key in self.loss_increase or ()]
-        for name, (layer, iterate) in measured:
-            if not (0 <= layer < len(self.iterations) and 0 <= iterate <= self.full):
-                raise ValueError(
-                    f"{name} names iterate {iterate} of layer {layer}, but the plan has "
-                    f"{len(self.iterations)} layers and full = {self.full}"
-                )
+        for name in ("influence", "loss_increase"):
+            for layer, iterate in getattr(self, name) or ():
+                if not (0 <= layer < len(self.iterations) and 0 <= iterate <= self.full):
+                    raise ValueError(
+                        f"{name} names iterate {iterate} of layer {layer}, but the plan has "
+                        f"{len(self.iterations)} layers and full = {self.full}"
+                    )
 
     @property
     def evaluations(self) -> int:
@@ -84,19 +83,9 @@ class IterationPlan:
 
     def to_data(self) -> dict[str, Any]:
         """Plain data that JSON and :meth:`from_data` read back unchanged."""
-        return {
-            "version": VERSION,
-            "iterations": list(self.iterations),
-            "full": self.full,
-            "method": self.method,
-            "step": self.step,
-            "budget": self.budget,
-            "influence": _triples(self.influence),
-            "threshold": self.threshold,
-            "ranking": self.ranking,
-            "loss_increase": _triples(self.loss_increase),
-            "measured_on": self.measured_on,
-        }
+        plain = {"version": VERSION} | {each.name: getattr(self, each.name) for each in fields(self)}
+        triples = {name: _triples(plain[name]) for name in ("influence", "loss_increase")}
+        return {**plain, **triples, "iterations": list(self.iterations)}
 
     @classmethod
     def from_data(cls, data: Any, *, layers: int | None = None, source: str) -> IterationPlan:

@@ -6,7 +6,7 @@ import difflib
 import types
 import typing
 from collections.abc import Iterable
-from dataclasses import fields, is_dataclass
+from dataclasses import Field, fields, is_dataclass
 from functools import cache
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -21,23 +21,26 @@ MAX_SUGGESTIONS = 3
 
 
 @cache
-def key_types() -> dict[str, Any]:
-    """Type of every leaf key, by dotted name, in the order of the schema."""
-    found: dict[str, Any] = {}
-    for name, hint in typing.get_type_hints(RunConfig).items():
+def _leaves() -> dict[str, tuple[Any, Field[Any]]]:
+    """Type and field of every leaf key, by dotted name, in the order of the schema."""
+    found: dict[str, tuple[Any, Field[Any]]] = {}
+    hints = typing.get_type_hints(RunConfig)
+    for name, own in RunConfig.__dataclass_fields__.items():
         if name in KINDS:
-            found.update({f"{name}.{leaf}": kind for leaf, kind in KINDS[name].types.items()})
-        elif is_dataclass(hint):
-            found.update({f"{name}.{leaf}": kind for leaf, kind in typing.get_type_hints(hint).items()})
+            kinds = KINDS[name]
+            found |= {f"{name}.{leaf}": (hint, kinds.fields[leaf]) for leaf, hint in kinds.types.items()}
+        elif name in section_names():
+            types = typing.get_type_hints(hints[name])
+            found |= {f"{name}.{leaf.name}": (types[leaf.name], leaf) for leaf in fields(hints[name])}
         else:
-            found[name] = hint
+            found[name] = hints[name], own
     return found
 
 
 @cache
-def section_names() -> tuple[str, ...]:
-    """Names of the sections: the fields of :class:`RunConfig` that are dataclasses themselves."""
-    return tuple(name for name, hint in typing.get_type_hints(RunConfig).items() if is_dataclass(hint))
+def key_types() -> dict[str, Any]:
+    """Type of every leaf key, by dotted name, in the order of the schema."""
+    return {key: hint for key, (hint, _) in _leaves().items()}
 
 
 @cache
@@ -47,14 +50,13 @@ def key_changes() -> dict[str, Change]:
     Raises:
         TypeError: a key was declared without.
     """
-    sections = {name: typing.get_type_hints(RunConfig)[name] for name in section_names()}
-    found = {leaf.name: change_of_field(leaf) for leaf in fields(RunConfig) if leaf.name not in sections}
-    for name, section in sections.items():
-        if name in KINDS:
-            found |= {f"{name}.{leaf}": change for leaf, change in KINDS[name].changes.items()}
-            continue
-        found |= {f"{name}.{leaf.name}": change_of_field(leaf) for leaf in fields(section)}
-    return found
+    return {key: change_of_field(leaf) for key, (_, leaf) in _leaves().items()}
+
+
+@cache
+def section_names() -> tuple[str, ...]:
+    """Names of the sections: the fields of :class:`RunConfig` that are dataclasses themselves."""
+    return tuple(name for name, hint in typing.get_type_hints(RunConfig).items() if is_dataclass(hint))
 
 
 def _similarity(word: str, candidate: str) -> float:
@@ -76,19 +78,19 @@ def did_you_mean(
         return ""
     near = [candidate for candidate, score in scores.items() if score >= best - TIE_MARGIN]
     near = sorted(near, key=lambda candidate: -scores[candidate])[:MAX_SUGGESTIONS]
-    return f"; did you mean {join_or([repr(prefix + name) for name in near])}?"
+    return f"; did you mean {join_words([repr(prefix + name) for name in near])}?"
 
 
-def join_or(words: list[str]) -> str:
+def join_words(words: list[str], last: str = "or") -> str:
     """``a``, ``a or b``, ``a, b or c``."""
-    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} {last} {words[-1]}"
 
 
 def describe_type(hint: Any, plural: bool = False) -> str:
     """A type in a user's words: ``an integer or a list of integers``."""
     origin, arguments = get_origin(hint), get_args(hint)
     if origin is Literal or origin in (Union, types.UnionType):
-        return join_or(list(dict.fromkeys(_alternatives(hint, plural))))
+        return join_words(list(dict.fromkeys(_alternatives(hint, plural))))
     if origin is list:
         return f"{'lists' if plural else 'a list'} of {describe_type(arguments[0], plural=True)}"
     if origin is dict:

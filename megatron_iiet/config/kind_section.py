@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Generic
+from typing import Any
 
 from megatron_iiet.config.errors import ConfigError
-from megatron_iiet.config.keys import describe_type, did_you_mean, join_or, literal_choices
+from megatron_iiet.config.keys import describe_type, did_you_mean, join_words, literal_choices
 from megatron_iiet.config.kinds import D, Declaration, Kinds, name_fields, own_keys
 
 
@@ -30,19 +30,9 @@ class Setting:
     """The file, or the command line."""
 
 
-@dataclass(frozen=True)
-class KindSection(Generic[D]):
-    """A settled section."""
-
-    declared: type[D]
-    settings: list[Setting]
-    """Of this kind's keys; those that name it are left out."""
-    notes: list[str]
-    """What a user must know of it, a sentence each."""
-
-
-def settle(kinds: Kinds[D], settings: Sequence[Setting]) -> KindSection[D]:
-    """The kind that ``settings`` (of a whole run, the later of two of a key wins) name, and its keys.
+def settle(kinds: Kinds[D], settings: Sequence[Setting]) -> tuple[type[D], list[Setting], list[str]]:
+    """The kind that ``settings`` (of a whole run, the later of two of a key wins) name, the settings of its
+    keys but for those that name it, and what a user must know of them, a sentence each.
 
     Raises:
         ConfigError: there is no such kind, or a key was given for it that it does not have.
@@ -51,26 +41,26 @@ def settle(kinds: Kinds[D], settings: Sequence[Setting]) -> KindSection[D]:
     ranks = {source: rank for rank, source in enumerate(dict.fromkeys(s.source for s in settings))}
     final = {s.key.removeprefix(prefix): s for s in settings if s.key.startswith(prefix)}
     declared = _named(kinds, final)
-    naming = [ranks[final[name].source] for name in name_fields(declared) if name in final]
-    since = max(naming, default=-1)
+    since = max((ranks[final[name].source] for name in name_fields(declared) if name in final), default=-1)
     keys, own, dropped = own_keys(declared), [], []
     for name, setting in final.items():
         if name in keys:
             own.append(setting)
         elif name not in name_fields(declared):
             if ranks[setting.source] >= since and not _is_flat(kinds, settings, setting.source):
-                raise _foreign(kinds, name, setting, declared)
+                raise ConfigError(
+                    f"{setting.key} is {setting.value!r} {setting.where}, but the {kinds.section} is of "
+                    f"{declared().system}, which has no such key; leave it out, or take {kinds.noun} of "
+                    f"{join_words(kinds.systems_with(name))}"
+                )
             dropped.append(name)
     for setting in own:
         _check_choice(kinds, setting.key.removeprefix(prefix), setting, declared)
     if "kind" in final and _is_flat(kinds, settings, final["kind"].source):
         missing = [name for name in kinds.before if name in keys and name not in final]
         own += [replace(final["kind"], key=prefix + name, value=kinds.before[name]) for name in missing]
-    notes = []
-    if dropped:
-        listed = ", ".join(prefix + name for name in kinds.types if name in dropped)
-        notes.append(f"without effect for {declared().system}: {listed}")
-    return KindSection(declared, own, notes)
+    listed = ", ".join(prefix + name for name in kinds.types if name in dropped)
+    return declared, own, [f"without effect for {declared().system}: {listed}"] if dropped else []
 
 
 def _named(kinds: Kinds[D], final: Mapping[str, Setting]) -> type[D]:
@@ -90,14 +80,6 @@ def _is_flat(kinds: Kinds[D], settings: Sequence[Setting], source: str) -> bool:
     return bool(kinds.flat) and names >= kinds.flat
 
 
-def _foreign(kinds: Kinds[D], name: str, setting: Setting, declared: type[Declaration]) -> ConfigError:
-    return ConfigError(
-        f"{setting.key} is {setting.value!r} {setting.where}, but the {kinds.section} is of "
-        f"{declared().system}, which has no such key; leave it out, or take {kinds.noun} of "
-        f"{join_or(kinds.systems_with(name))}"
-    )
-
-
 def _check_choice(kinds: Kinds[D], name: str, setting: Setting, declared: type[Declaration]) -> None:
     """Refuse a value that another kind's key of this name has, but not this one's."""
     choices, value = literal_choices(own_keys(declared)[name]), setting.value
@@ -110,8 +92,8 @@ def _check_choice(kinds: Kinds[D], name: str, setting: Setting, declared: type[D
     ]
     raise ConfigError(
         f"{setting.key} is '{value}' {setting.where}, which {kinds.noun} of {declared().system} does not "
-        f"have; set it to {join_or([repr(choice) for choice in choices])}, or take {kinds.noun} of "
-        f"{join_or(having)}"
+        f"have; set it to {join_words([repr(choice) for choice in choices])}, or take {kinds.noun} of "
+        f"{join_words(having)}"
     )
 
 

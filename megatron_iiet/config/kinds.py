@@ -6,12 +6,11 @@ from __future__ import annotations
 
 import typing
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import Field, dataclass, field, fields
 from functools import cached_property
-from types import MappingProxyType
 from typing import Any, Generic, Literal, TypeVar, Union
 
-from megatron_iiet.config.changes import Change, change_of_field, key
+from megatron_iiet.config.changes import Change, key
 
 
 def name_of_kind(kind: str) -> Any:
@@ -35,32 +34,23 @@ class Declaration:
 D = TypeVar("D", bound=Declaration)
 
 
+@dataclass(frozen=True, eq=False)
 class Kinds(Generic[D]):
     """The declarations of a section, in the order of --help. Of two of a kind the first is meant where no
-    variant is named.
+    variant is named."""
 
-    Args:
-        section: its name.
-        noun: what a declaration is one of, in messages: ``a solver``.
-        default: the one in force where a run names none.
-        flat: the keys that every kind had in the configurations which older versions wrote; those of other
-            kinds there are nobody's mistake. Empty: there are no such files.
-        before: what stood for a key there, before there was one.
-    """
-
-    def __init__(
-        self,
-        section: str,
-        noun: str,
-        declarations: Sequence[type[D]],
-        *,
-        default: type[D],
-        flat: frozenset[str] = frozenset(),
-        before: Mapping[str, Any] = MappingProxyType({}),
-    ) -> None:
-        self.section, self.noun = section, noun
-        self.declarations, self.default = tuple(declarations), default
-        self.flat, self.before = flat, before
+    section: str
+    """Its name."""
+    noun: str
+    """What a declaration is one of, in messages: ``a solver``."""
+    declarations: tuple[type[D], ...]
+    default: type[D]
+    """The one in force where a run names none."""
+    flat: frozenset[str] = frozenset()
+    """The keys that every kind had in the configurations which older versions wrote; those of other kinds
+    there are nobody's mistake. Empty: there are no such files."""
+    before: Mapping[str, Any] = field(default_factory=dict)
+    """What stood for a key there, before there was one."""
 
     def __iter__(self) -> Iterator[type[D]]:
         return iter(self.declarations)
@@ -69,19 +59,17 @@ class Kinds(Generic[D]):
     def types(self) -> dict[str, Any]:
         """The type of every key of the section, of all declarations; those that name one come first."""
         found: dict[str, list[Any]] = {}
-        for declared in self:
-            for name, value in name_fields(declared).items():
-                found.setdefault(name, []).append(Literal[value])
-        for declared in self:
-            for name, hint in own_keys(declared).items():
-                found.setdefault(name, []).append(hint)
+        named = [(name, Literal[value]) for declared in self for name, value in name_fields(declared).items()]
+        own = [pair for declared in self for pair in own_keys(declared).items()]
+        for name, hint in [*named, *own]:
+            found.setdefault(name, []).append(hint)
         return {name: _union(hints) for name, hints in found.items()}
 
     @cached_property
-    def changes(self) -> dict[str, Change]:
-        """What a change of every key of the section means to a run that has checkpoints."""
-        of_fields = {f.name: change_of_field(f) for declared in self for f in fields(declared)}
-        return {name: of_fields[name] for name in self.types}
+    def fields(self) -> dict[str, Field[Any]]:
+        """Every key of the section as one of the declarations has it, in the order of :attr:`types`."""
+        found = {f.name: f for declared in self for f in fields(declared)}
+        return {name: found[name] for name in self.types}
 
     def find(self, kind: str, variant: str | None = None) -> type[D] | None:
         """The declaration of a kind, and of a variant of it where it has several (None: the first)."""

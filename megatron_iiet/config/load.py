@@ -8,6 +8,7 @@ config = config_from_file("run.yaml", ["--training.steps", "20"])
 from __future__ import annotations
 
 import os
+import re
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
@@ -21,8 +22,14 @@ from megatron_iiet.config.build import build_config
 from megatron_iiet.config.changes import ACCEPT_CHANGES
 from megatron_iiet.config.errors import ConfigError, exit_with_error, is_first_rank
 from megatron_iiet.config.help import format_help
-from megatron_iiet.config.keys import describe_type, did_you_mean, key_types, section_names
-from megatron_iiet.config.kind_section import Setting
+from megatron_iiet.config.keys import (
+    describe_type,
+    did_you_mean,
+    key_types,
+    literal_choices,
+    section_names,
+)
+from megatron_iiet.config.kind_section import Setting, type_error
 from megatron_iiet.config.schema import RunConfig
 from megatron_iiet.config.validation import validate
 
@@ -43,13 +50,13 @@ _IGNORED_WITH_VALUE = {"--local_rank", "--local-rank"}
 _IGNORED_ALONE = {"--deepspeed"}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LoadedConfig:
     """What a script was started with."""
 
     config: RunConfig
     """Complete and validated."""
-    ds_config_path: Path | None
+    ds_config_path: Path | None = None
     """The DeepSpeed JSON, if one was given; for :func:`megatron_iiet.config.deepspeed.load_ds_config`."""
     notes: tuple[str, ...] = ()
     """What the user must know of it: sentences for the start of the run."""
@@ -79,9 +86,12 @@ def load_config(
     settings = (_settings_of_file(files["config"]) if "config" in files else []) + overrides
     config, notes = build_config(settings)
     validate(config)
-    ds_config_path = Path(files["ds_config"]) if "ds_config" in files else None
-    accepted = _keys_to_accept(files["accept_changes"]) if "accept_changes" in files else ()
-    return LoadedConfig(config, ds_config_path, tuple(notes), accepted)
+    return LoadedConfig(
+        config=config,
+        ds_config_path=Path(files["ds_config"]) if "ds_config" in files else None,
+        notes=tuple(notes),
+        accept_changes=_keys_to_accept(files["accept_changes"]) if "accept_changes" in files else (),
+    )
 
 
 def load_config_or_exit(
@@ -155,14 +165,14 @@ def _settings_of_file(path: str | Path, built_on_it: tuple[str, ...] = (), named
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not a UTF-8 text"
         raise ConfigError(f"cannot read the configuration file {source}{named}: {reason}") from None
-    document = strict_yaml.parse_document(text, source)
-    data: Any = {} if document.data is None else document.data
+    data, lines = strict_yaml.parse_document(text, source)
+    data = {} if data is None else data
     inherited: list[Setting] = []
     if isinstance(data, Mapping) and BASE in data:
-        where = _where(BASE, source, document.lines)
+        where = _where(BASE, source, lines)
         inherited = _settings_of_base(data[BASE], where, (*built_on_it, source))
         data = {name: value for name, value in data.items() if name != BASE}
-    return inherited + _flatten(data, source, document.lines)
+    return inherited + _flatten(data, source, lines)
 
 
 def _settings_of_base(value: Any, where: str, built_on_it: tuple[str, ...]) -> list[Setting]:
@@ -197,6 +207,8 @@ def _flatten(data: Any, source: str, lines: Mapping[str, int]) -> list[Setting]:
         if name not in section_names():
             settings.append(_setting(str(name), value, source, lines))
         elif isinstance(value, Mapping):
+            if not all(f"{name}.{leaf}" in key_types() for leaf in value):
+                _check_kind(name, value.get("kind"), _where(f"{name}.kind", source, lines))
             settings += [_setting(f"{name}.{leaf}", part, source, lines) for leaf, part in value.items()]
         elif value is not None:  # a section whose lines are all commented out is null
             where = _where(str(name), source, lines)
@@ -215,6 +227,13 @@ def _setting(key: str, value: Any, source: str, lines: Mapping[str, int]) -> Set
         candidates = [*key_types(), *section_names()] if "." not in key else list(key_types())
         raise ConfigError(f"unknown key '{key}' {where}{did_you_mean(key, candidates) or SEE_HELP}")
     return Setting(key, value, where, source)
+
+
+def _check_kind(section: str, kind: Any, where: str) -> None:
+    """Refuse a kind that there is not, before a key that no kind has: it may be one of that kind's."""
+    hint = key_types().get(f"{section}.kind")
+    if hint is not None and kind is not None and kind not in literal_choices(hint):
+        raise type_error(Setting(f"{section}.kind", kind, where), hint)
 
 
 def _where(key: str, source: str, lines: Mapping[str, int]) -> str:
@@ -238,9 +257,12 @@ def _read_arguments(
             )
         if flag in _IGNORED_ALONE:
             continue
-        _check_flag(flag, short)
+        _check_flag(flag, short, arguments)
         if not equals:
-            value = _next_value(flag, words)
+            value = next(words, "--")
+            if value.startswith("--"):
+                kind = describe_type(key_types()[flag[2:]]) if flag[2:] in key_types() else "a value"
+                raise ConfigError(f"{flag} has no value {COMMAND_LINE}; write {kind} behind it")
         if flag in _START_FLAGS:
             name = _START_FLAGS[flag]
             if files.get(name, value) != value:
@@ -267,7 +289,7 @@ def _keys_to_accept(value: str) -> tuple[str, ...]:
     return keys
 
 
-def _check_flag(flag: str, short: Mapping[str, str]) -> None:
+def _check_flag(flag: str, short: Mapping[str, str], arguments: Sequence[str]) -> None:
     if flag in _START_FLAGS or flag in _IGNORED_WITH_VALUE or flag[2:] in key_types():
         return
     if flag[2:] == BASE:
@@ -275,14 +297,9 @@ def _check_flag(flag: str, short: Mapping[str, str]) -> None:
             f"{flag} is given {COMMAND_LINE}, but is a key of YAML files only; write '{BASE}: FILE' into "
             "the one that --config names"
         )
+    section = flag[2:].partition(".")[0]
+    for kind in re.findall(rf"--{re.escape(section)}\.kind[= ](\S+)", " ".join(arguments)):
+        _check_kind(section, kind, COMMAND_LINE)
     candidates = [*key_types(), "config", "ds-config", ACCEPT_CHANGES, *(name[2:] for name in short)]
     hint = did_you_mean(flag[2:], candidates, prefix="--") or SEE_HELP
     raise ConfigError(f"unknown key '{flag}' {COMMAND_LINE}{hint}")
-
-
-def _next_value(flag: str, words: Any) -> str:
-    value: str | None = next(words, None)
-    if value is None or value.startswith("--"):
-        kind = describe_type(key_types()[flag[2:]]) if flag[2:] in key_types() else "a value"
-        raise ConfigError(f"{flag} has no value {COMMAND_LINE}; write {kind} behind it")
-    return value

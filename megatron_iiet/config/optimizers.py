@@ -9,9 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from megatron_iiet.config.changes import Change, key
+from megatron_iiet.config.changes import BELOW_ONE, FRACTION, NOT_NEGATIVE, POSITIVE, Change, key
 from megatron_iiet.config.kinds import Declaration, Kinds, name_of_kind
-from megatron_iiet.config.ranges import BELOW_ONE, FRACTION, NOT_NEGATIVE, POSITIVE
 
 COURSE = Change.COURSE
 

@@ -1,4 +1,5 @@
-"""What a row of the table of illegal combinations (:mod:`megatron_iiet.config.combinations`) is."""
+"""What a row of the table of illegal combinations (:mod:`megatron_iiet.config.combinations`) is, and the rows
+that are about a DeepSpeed setting."""
 
 from __future__ import annotations
 
@@ -7,9 +8,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_iiet.config.keys import join_words
 from megatron_iiet.config.schema import RunConfig
 
 AUTO = "auto"
+STAGE, OFFLOAD = "zero_optimization.stage", "zero_optimization.offload_optimizer.device"
 
 
 @dataclass(frozen=True)
@@ -29,46 +32,25 @@ class Setup:
         """Replicas of the model; meaningful once the number of processes is known to divide."""
         return self.world_size // (self.config.parallel.tensor * self.config.parallel.pipeline)
 
-    @property
-    def pipelined(self) -> bool:
-        """Whether DeepSpeed's pipeline engine runs the model."""
-        return self.config.parallel.pipeline > 1
-
-    @property
-    def bf16(self) -> bool:
-        """Whether layers compute in bf16."""
-        return self.config.training.precision == "bf16"
-
-    @property
-    def offloads_optimizer(self) -> bool:
-        """Whether the optimizer steps on the CPU."""
-        return self.setting("zero_optimization.offload_optimizer.device") == "cpu"
-
-    @property
-    def stage(self) -> Any:
-        """The ZeRO stage as written; DeepSpeed's default is 0."""
-        written = self.setting("zero_optimization.stage")
-        return 0 if written is None else written
-
     def setting(self, key: str) -> Any:
-        """The DeepSpeed setting of a dotted name; None if it is absent or "auto"."""
+        """The DeepSpeed setting of a dotted name; None if it is absent or "auto". The ZeRO stage is then 0,
+        DeepSpeed's default."""
         value: Any = self.ds
         for name in key.split("."):
             value = value.get(name) if isinstance(value, Mapping) else None
-        return None if value == AUTO else value
+        value = None if value == AUTO else value
+        return 0 if key == STAGE and value is None else value
 
 
 @dataclass(frozen=True)
 class Rule:
-    """One row: what must not come together, why, and what to do instead."""
+    """One row: what must not come together, why, and what to do instead, as the documentation has it."""
 
     combination: str
-    """Markdown for the documentation."""
     why: str
     instead: str
-    applies: Callable[[Setup], bool]
-    sentence: Callable[[Setup], str]
-    """The whole message; for a setup to which the rule applies."""
+    problem: Callable[[Setup], str | None]
+    """The whole message for a setup to which the rule applies."""
 
 
 @dataclass(frozen=True)
@@ -82,50 +64,252 @@ class Value:
 
 @dataclass(frozen=True)
 class With:
-    """Under which other circumstances a rule refuses a value."""
+    """Under which other circumstance a rule refuses a value."""
 
     description: str
     """Markdown."""
     holds: Callable[[Setup], bool]
-    shown: Callable[[Setup], str]
-    """The same with this run's numbers, for the message."""
-
-
-ALWAYS = With("", lambda setup: True, lambda setup: "")
+    shown: str
+    """The same with this run's numbers, for the message: a format of ``config`` and ``stage``, or empty."""
 
 
 def refuse(
-    keys: str | tuple[str, ...],
-    value: Value,
-    together: With = ALWAYS,
-    *,
-    why: str,
-    instead: str = "remove it",
+    keys: str | tuple[str, ...], value: Value, *together: With, why: str, instead: str = "remove it"
 ) -> Rule:
-    """The rule against a value of one DeepSpeed setting, or of any of several."""
+    """The rule against a value of one DeepSpeed setting, or of any of several, where ``together`` holds."""
     names = (keys,) if isinstance(keys, str) else keys
 
-    def culprit(setup: Setup) -> str | None:
-        return next((name for name in names if value.matches(_written(setup, name))), None)
+    def problem(setup: Setup) -> str | None:
+        written = {name: setup.setting(name) for name in names}
+        key = next((name for name in names if value.matches(written[name])), None)
+        if key is None or not all(circumstance.holds(setup) for circumstance in together):
+            return None
+        what = "set" if isinstance(written[key], (dict, list)) else json.dumps(written[key])
+        shown = [c.shown.format(config=setup.config, stage=setup.setting(STAGE)) for c in together if c.shown]
+        circumstances = f" with {join_words(shown, 'and')}" if shown else ""
+        return f"{key} is {what} in {setup.source}{circumstances}, but {why}; {instead}"
 
-    def sentence(setup: Setup) -> str:
-        key = culprit(setup)
-        assert key is not None
-        written = _written(setup, key)
-        shown = "set" if isinstance(written, (dict, list)) else json.dumps(written)
-        circumstances = f" with {together.shown(setup)}" if together.description else ""
-        return f"{key} is {shown} in {setup.source}{circumstances}, but {why}; {instead}"
+    combination = ", ".join(f"`{name}`" for name in names)
+    combination += f" {value.description}" if value.description else ""
+    combination += f" with {join_words([c.description for c in together], 'and')}" if together else ""
+    return Rule(combination, why, instead, problem)
 
-    return Rule(
-        ", ".join(f"`{name}`" for name in names)
-        + (f" {value.description}" if value.description else "")
-        + (f" with {together.description}" if together.description else ""),
-        why,
-        instead,
-        lambda setup: together.holds(setup) and culprit(setup) is not None,
-        sentence,
+
+TRUE = Value("true", lambda value: value is True)
+FALSE = Value("false", lambda value: value is False)
+PRESENT = Value("", lambda value: value is not None)
+POSITIVE = Value("> 0", lambda value: _number(value) and value > 0)
+NOT_ONE = Value("other than 1", lambda value: _number(value) and value != 1)
+BELOW_ONE = Value("< 1", lambda value: _number(value) and value < 1)
+SEVERAL = Value("> 1", lambda value: _number(value) and value > 1)
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _one_of(*choices: Any, description: str | None = None) -> Value:
+    description = join_words(list(map(str, choices))) if description is None else description
+    return Value(description, lambda value: type(value) is not bool and value in choices)
+
+
+_FP32 = ("fp32", "float32", "float", "torch.float32")
+_BF16 = ("bf16", "bfloat16", "torch.bfloat16")
+
+
+PIPELINE = With(
+    "`parallel.pipeline` > 1",
+    lambda setup: setup.config.parallel.pipeline > 1,
+    "parallel.pipeline = {config.parallel.pipeline}",
+)
+ONE_STAGE = With("`parallel.pipeline: 1`", lambda setup: setup.config.parallel.pipeline == 1, "")
+TENSOR = With(
+    "`parallel.tensor` > 1",
+    lambda setup: setup.config.parallel.tensor > 1,
+    "parallel.tensor = {config.parallel.tensor}",
+)
+TIED = With(
+    "`model.tie_embeddings`",
+    lambda setup: setup.config.model.tie_embeddings,
+    "model.tie_embeddings = true",
+)
+BF16, FP32 = (
+    With(
+        f"`training.precision: {name}`",
+        lambda setup, name=name: setup.config.training.precision == name,  # type: ignore[misc]
+        f"training.precision = '{name}'",
+    )
+    for name in ("bf16", "fp32")
+)
+
+
+def _stage(*stages: int) -> With:
+    return With(
+        f"ZeRO stage {join_words(list(map(str, stages)))}",
+        lambda setup: setup.setting(STAGE) in stages,
+        "zero_optimization.stage = {stage}",
     )
 
 
-def _written(setup: Setup, key: str) -> Any:
-    return setup.stage if key == "zero_optimization.stage" else setup.setting(key)
+DEEPSPEED_RULES = (
+    # Layout.
+    refuse(
+        STAGE,
+        _one_of(2, 3),
+        PIPELINE,
+        why="DeepSpeed's pipeline knows ZeRO stages 0 and 1 only",
+        instead="set it to 1, or parallel.pipeline to 1",
+    ),
+    refuse(
+        ("tensor_parallel", "expert_parallel", "zero_optimization.mics_shard_size", "pipeline.stages"),
+        PRESENT,
+        why="the layout is this trainer's",
+        instead="remove it and set parallel.tensor and parallel.pipeline",
+    ),
+    refuse(
+        "sequence_parallel_size",
+        SEVERAL,
+        why="the layout is this trainer's",
+        instead="remove it and set parallel.tensor and parallel.sequence",
+    ),
+    refuse(
+        ("pipeline.pipe_partitioned", "pipeline.grad_partitioned"),
+        TRUE,
+        TENSOR,
+        PIPELINE,
+        why="DeepSpeed would cut what stages hand on as if it were the same on all tensor-parallel ranks",
+        instead="set it to false",
+    ),
+    refuse(
+        "pipeline.activation_checkpoint_interval",
+        POSITIVE,
+        PIPELINE,
+        why="a stage is one layer to DeepSpeed",
+        instead="remove it and set training.recompute",
+    ),
+    refuse(
+        ("wall_clock_breakdown", "flops_profiler.enabled"),
+        TRUE,
+        PIPELINE,
+        why="it starts timers that stop all but the last pipeline stage with an AssertionError",
+        instead="set it to false",
+    ),
+    # Precision.
+    refuse(
+        STAGE,
+        _one_of(0),
+        BF16,
+        ONE_STAGE,
+        why="DeepSpeed then takes one extra optimizer step",
+        instead="set it to 1 (it also works on one rank), or training.precision to 'fp32'",
+    ),
+    refuse(
+        "data_types.grad_accum_dtype",
+        _one_of(*_FP32, description="fp32"),
+        BF16,
+        PIPELINE,
+        _stage(0),
+        why="DeepSpeed accumulates in bf16 there",
+        instead="set zero_optimization.stage to 1",
+    ),
+    refuse(
+        "data_types.grad_accum_dtype",
+        Value("other than fp32 and bf16", lambda value: value is not None and value not in _FP32 + _BF16),
+        why="gradients are summed in fp32 or bf16",
+    ),
+    refuse(
+        "data_types.grad_accum_dtype",
+        _one_of(*_BF16, description="bf16"),
+        FP32,
+        why="gradients are fp32 then",
+    ),
+    refuse(
+        ("bf16.bf16_master_weights_and_grads", "bf16.bf16_optimizer_states"),
+        TRUE,
+        why="master weights and moments are fp32 here",
+    ),
+    refuse("torch_autocast.enabled", TRUE, why="it would change the arithmetic behind training.precision"),
+    refuse(
+        "communication_data_type",
+        _one_of("fp16"),
+        why="gradients overflow in fp16",
+        instead="set it to 'fp32' or remove it",
+    ),
+    # Offloading.
+    refuse(
+        (OFFLOAD, "zero_optimization.offload_param.device"),
+        _one_of("nvme"),
+        why="checkpoints cannot read what is swapped out to disk",
+        instead="set it to 'cpu'",
+    ),
+    refuse(
+        OFFLOAD,
+        _one_of("cpu"),
+        _stage(0),
+        why="there is nothing to offload without ZeRO",
+        instead="set zero_optimization.stage to 1, 2 or 3",
+    ),
+    refuse(
+        "zero_optimization.offload_param.device",
+        _one_of("cpu"),
+        _stage(0, 1, 2),
+        why="only stage 3 offloads parameters",
+        instead="set zero_optimization.stage to 3, or remove the section",
+    ),
+    refuse(
+        OFFLOAD,
+        _one_of("cpu"),
+        BF16,
+        PIPELINE,
+        TIED,
+        why="DeepSpeed then does not sum the gradients of the tied embedding's two copies, which drift apart",
+        instead="remove the section, or set model.tie_embeddings to false",
+    ),
+    refuse(
+        "zero_force_ds_cpu_optimizer",
+        TRUE,
+        With(
+            "`offload_optimizer` and no `optimizer` section",
+            lambda setup: setup.setting(OFFLOAD) == "cpu" and setup.setting("optimizer") is None,
+            "zero_optimization.offload_optimizer and no optimizer section",
+        ),
+        why="AdamW is then torch's",
+        instead="remove it, or add an optimizer section to get DeepSpeed's (compiled at first use)",
+    ),
+    refuse(
+        "zero_optimization.offload_optimizer.ratio", BELOW_ONE, why="it needs DeepSpeed's own CPU optimizer"
+    ),
+    refuse(
+        ("zero_optimization.offload_optimizer.super_offload", "zero_optimization.zenflow"),
+        Value("", lambda value: value not in (None, False)),
+        why="checkpoints do not know its optimizer",
+    ),
+    refuse(
+        ("zero_optimization.cpu_offload", "zero_optimization.cpu_offload_param"),
+        TRUE,
+        why="it is an old name",
+        instead='write "offload_optimizer": {"device": "cpu"} or "offload_param": {"device": "cpu"}',
+    ),
+    # Training.
+    refuse("gradient_allreduce_op", _one_of("sum"), why="the gradient is the mean over data-parallel ranks"),
+    refuse("managed_gradient_accumulation", FALSE, why="the optimizer would step after every micro-batch"),
+    refuse("prescale_gradients", TRUE, why="ZeRO with reduce_scatter does not scale before it sums"),
+    refuse(
+        "gradient_predivide_factor", NOT_ONE, why="ZeRO with reduce_scatter does not divide before it sums"
+    ),
+    refuse("zero_optimization.compute_grad_norm", FALSE, why="the gradient norm is clipped and logged"),
+    refuse(
+        ("activation_checkpointing.partition_activations", "activation_checkpointing.cpu_checkpointing"),
+        TRUE,
+        why="DeepSpeed's activation checkpointing is not used",
+        instead="remove it and set training.recompute",
+    ),
+    refuse("data_efficiency.enabled", TRUE, why="the order of the data is this trainer's"),
+    refuse("compile.deepcompile", TRUE, why="the engine is not compiled here"),
+    refuse(
+        ("elasticity", "amp", "sparse_gradients", "curriculum_learning", "progressive_layer_drop"),
+        PRESENT,
+        why="DeepSpeed 0.19 does not have it any more",
+    ),
+)
+"""Those about a DeepSpeed setting (version 0.19.8)."""

@@ -12,10 +12,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from megatron_iiet.config.changes import Change, key
+from megatron_iiet.config.changes import BELOW_ONE, NOT_NEGATIVE, POSITIVE, Change, key
 from megatron_iiet.config.kinds import Kinds
 from megatron_iiet.config.optimizers import OPTIMIZERS, OptimizerConfig
-from megatron_iiet.config.ranges import BELOW_ONE, NOT_NEGATIVE, POSITIVE
 from megatron_iiet.config.solvers import SOLVERS, Iterating, SolverConfig
 
 FUNCTION, ORDER, COURSE, FREE = Change

@@ -1,13 +1,9 @@
 """The solvers, each declared once: its keys with types, ranges and help, whether it iterates and merges, how
 often it evaluates F, and what it is called.
 
-Everything else that knows of solvers is derived from here: loading and validating the section ``solver`` of a
-configuration, ``--help``, what a resumed run may not change, the ``solver`` object of an export,
-descriptions, schedules and FLOPs. The arithmetic is in :mod:`megatron_iiet.models.solvers`, a module for each
-declaration. ``hf/modeling_iiet.py`` travels alone and has a table of its own, which a test compares with this
-one.
-
-A new solver is a class here and its module there.
+Everything else that knows of solvers is derived from here. The arithmetic is in
+:mod:`megatron_iiet.models.solvers`, a module for each declaration. ``hf/modeling_iiet.py`` travels alone and
+has a table of its own, which a test compares with this one.
 """
 
 from __future__ import annotations
@@ -17,10 +13,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from megatron_iiet.config.changes import Change, key
+from megatron_iiet.config.changes import FRACTION, POSITIVE, Change, key
 from megatron_iiet.config.errors import ConfigError
 from megatron_iiet.config.kinds import Declaration, Kinds, name_of_kind
-from megatron_iiet.config.ranges import FRACTION, POSITIVE
 
 FUNCTION, COURSE = Change.FUNCTION, Change.COURSE
 

@@ -7,7 +7,6 @@ equal keys silently wins. Each of these has spoilt a training run somewhere.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from typing import Any
 
 import yaml
@@ -41,36 +40,23 @@ class _StrictLoader(yaml.SafeLoader):
                 seen.add(key_node.value)
         return super().construct_mapping(node, deep)
 
-    def construct_decimal(self, node: yaml.ScalarNode) -> int:
-        return int(node.value)
-
 
 class _StrictDumper(yaml.SafeDumper):
     """Quotes a text where this module or a YAML 1.1 reader would take it for something else (``'off'``)."""
-
-    def represent_short_list(self, data: list[Any]) -> yaml.Node:
-        return self.represent_sequence("tag:yaml.org,2002:seq", data, flow_style=True)
 
 
 for _tag, _pattern, _first in _SCALARS:
     for _class in (_StrictLoader, _StrictDumper):
         _class.add_implicit_resolver(_tag, re.compile(f"(?:{_pattern})$"), _first)
-_StrictDumper.add_representer(list, _StrictDumper.represent_short_list)
-_StrictLoader.add_constructor("tag:yaml.org,2002:int", _StrictLoader.construct_decimal)
+_StrictDumper.add_representer(
+    list, lambda dumper, data: dumper.represent_sequence("tag:yaml.org,2002:seq", data, flow_style=True)
+)
+_StrictLoader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value))
 
 
-@dataclass(frozen=True)
-class Document:
-    """A parsed YAML text."""
-
-    data: Any
-    """The plain Python value."""
-    lines: dict[str, int]
-    """Line (from 1) of each key of the first two levels, by dotted name."""
-
-
-def parse_document(text: str, source: str) -> Document:
-    """Parse one YAML document.
+def parse_document(text: str, source: str) -> tuple[Any, dict[str, int]]:
+    """Parse one YAML document: the plain Python value, and the line (from 1) of each key of the first two
+    levels, by dotted name.
 
     Raises:
         ConfigError: the text is no YAML or repeats a key; names ``source``, line and column.
@@ -85,7 +71,7 @@ def parse_document(text: str, source: str) -> Document:
         raise ConfigError(f"cannot read {source}{place}: {error.problem or error.context}") from None
     except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"cannot read {source}: {' '.join(str(error).split())}") from None
-    return Document(data, _key_lines(node))
+    return data, _key_lines(node)
 
 
 def _key_lines(node: yaml.Node | None, prefix: str = "", depth: int = 2) -> dict[str, int]:
@@ -101,7 +87,7 @@ def _key_lines(node: yaml.Node | None, prefix: str = "", depth: int = 2) -> dict
 def parse_value(text: str) -> Any:
     """Parse one value as it is written behind a command-line flag; what is no YAML stays a text."""
     try:
-        return parse_document(text, "value").data
+        return parse_document(text, "value")[0]
     except ConfigError:
         return text
 

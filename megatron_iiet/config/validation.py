@@ -8,14 +8,11 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
-from typing import Any
 
 from megatron_iiet.config.combinations import check_layout
 from megatron_iiet.config.errors import ConfigError
-from megatron_iiet.config.keys import join_or
-from megatron_iiet.config.ranges import Range
+from megatron_iiet.config.keys import join_words
 from megatron_iiet.config.schema import RunConfig, evaluations_in_budget
 from megatron_iiet.config.solvers import SOLVERS, SUM_TOLERANCE, Iterating
 
@@ -42,19 +39,16 @@ def _check_ranges(config: RunConfig) -> None:
     for section in fields(config):
         values = getattr(config, section.name)
         for leaf in fields(values) if is_dataclass(values) else ():
-            _check_range(f"{section.name}.{leaf.name}", getattr(values, leaf.name), leaf.metadata["ranges"])
+            name, value = f"{section.name}.{leaf.name}", getattr(values, leaf.name)
+            if not isinstance(value, (int, float)) or isinstance(value, bool):
+                continue
+            if not math.isfinite(value):
+                raise ConfigError(f"{name} is {value}, but must be a finite number")
+            for allowed in leaf.metadata["ranges"]:
+                if value not in allowed:
+                    raise ConfigError(f"{name} is {value}, but must {allowed.must}")
     if not config.output_dir:
         raise ConfigError("output_dir is empty; name the folder for checkpoints and logs")
-
-
-def _check_range(name: str, value: Any, ranges: Sequence[Range]) -> None:
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
-        return
-    if not math.isfinite(value):
-        raise ConfigError(f"{name} is {value}, but must be a finite number")
-    for allowed in ranges:
-        if value not in allowed:
-            raise ConfigError(f"{name} is {value}, but must {allowed.must}")
 
 
 def _check_attention(config: RunConfig) -> None:
@@ -162,7 +156,7 @@ def _check_guidance(config: RunConfig) -> None:
             "planned before it is trained; set guidance.interval to 0"
         )
     if not isinstance(solver, Iterating):
-        kinds = join_or([f"'{kind.removeprefix('kind ')}'" for kind in SOLVERS.systems_with("iterations")])
+        kinds = join_words([f"'{kind.removeprefix('kind ')}'" for kind in SOLVERS.systems_with("iterations")])
         raise ConfigError(
             f"{given} solver.kind is '{solver.kind}', which has no iterations to guide; set "
             f"guidance.interval to 0 or solver.kind to {kinds}"

@@ -13,17 +13,12 @@ from typing import Any, Literal
 from megatron_iiet import durable
 from megatron_iiet.config import RunConfig, iterations_per_layer
 from megatron_iiet.config.iteration_plan import IterationPlan
-from megatron_iiet.config.keys import join_or
+from megatron_iiet.config.keys import join_words
 from megatron_iiet.config.schema import ParallelConfig
 from megatron_iiet.config.solvers import SOLVERS, Iterating
+from megatron_iiet.data.loader.batches import ValidationBatches
 from megatron_iiet.distillation import figures
-from megatron_iiet.distillation.influence import (
-    Ablation,
-    Measurement,
-    ablate,
-    ablation_passes,
-    measure_influence,
-)
+from megatron_iiet.distillation.influence import Ablation, Measurement, ablate, measure_influence
 from megatron_iiet.distillation.plans import PlanRequest, rank_correlation
 from megatron_iiet.distillation.texts import TextSet, open_text_set
 from megatron_iiet.evaluation.forward import ForwardModel, forward_config
@@ -35,6 +30,7 @@ from megatron_iiet.storage.source import Source, open_model
 from megatron_iiet.training.warm_start import why_reduced
 
 INFLUENCE, PLAN = "influence.json", "plan.json"
+Prepared = tuple[Source, RunConfig, TextSet]
 VERSION = 1
 """Of influence.json."""
 
@@ -62,15 +58,6 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Prepared:
-    """Everything that is checked before processes wait for each other and weights are loaded."""
-
-    source: Source
-    config: RunConfig
-    text: TextSet
-
-
-@dataclass(frozen=True)
 class Result:
     """What was found, the same on every rank."""
 
@@ -91,7 +78,7 @@ def analyse(options: Options) -> Result:
 
 
 def prepare(options: Options, world_size: int) -> Prepared:
-    """Check everything.
+    """Check everything, before processes wait for each other and weights are loaded.
 
     Raises:
         ValueError: (and its subclass ConfigError) an option out of range, a model or a text that cannot be
@@ -120,7 +107,7 @@ def prepare(options: Options, world_size: int) -> Prepared:
         tokenizer=options.tokenizer or portable.tokenizer_path(source.config.data.tokenizer, options.model),
     )
     text = open_text_set(options.data, config.data, config.model.vocab_size, options.sequences)
-    return Prepared(source, config, text)
+    return source, config, text
 
 
 def full_iterations(source: Source, path: str) -> int:
@@ -133,7 +120,7 @@ def full_iterations(source: Source, path: str) -> int:
     if not isinstance(solver, Iterating):
         raise ValueError(
             f"--model is {path}, whose solver is '{solver.kind}', which has no iterations; give a model of "
-            f"solver.{join_or(SOLVERS.systems_with('iterations'))}"
+            f"solver.{join_words(SOLVERS.systems_with('iterations'))}"
         )
     iterations = iterations_per_layer(config)
     if why := why_reduced(config):
@@ -149,10 +136,17 @@ def full_iterations(source: Source, path: str) -> int:
 
 def run(options: Options, prepared: Prepared, context: ParallelContext) -> Result:
     """The work behind all checks, on this process's place of the grid; every rank calls it."""
-    source, config, text = prepared.source, prepared.config, prepared.text
+    source, config, text = prepared
     if context.is_main:
         options.output.mkdir(parents=True, exist_ok=True)
-    batches = text.batches(options.sequences, options.micro_batch_size, context)
+    batches = ValidationBatches(
+        text.sources,
+        text.weights,
+        samples=options.sequences,
+        micro_batch_size=options.micro_batch_size,
+        dp_rank=context.data.rank,
+        dp_size=context.data.size,
+    )
     model = ForwardModel(source, config, context, chosen_backend(context.device, tell=context.is_main))
     layers, full = config.model.num_layers, iterations_per_layer(config)[0]
 
@@ -169,7 +163,7 @@ def run(options: Options, prepared: Prepared, context: ParallelContext) -> Resul
     ablation = None
     if options.ablation:
         assert measured.loss is not None
-        passes = ablation_passes(layers, full)
+        passes = layers * full
         say(
             f"ablation: {passes} more forward passes over the {measured.sequences} sequences, one for each "
             f"iteration of each layer; about {passes * seconds:,.0f} s"
@@ -205,7 +199,7 @@ def _report(
         "precision": precision,
         "iterations": plan.full,
         "influence": figures.as_rows(measured.influence),
-        "block_influence": [measured.block_influence[n] for n in range(len(plan.iterations))],
+        "block_influence": measured.block_influence,
         "plan": list(plan.iterations),
         "ablation": None,
     }

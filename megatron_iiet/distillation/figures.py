@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
 
 from megatron_iiet.config.iteration_plan import IterationPlan
 from megatron_iiet.distillation.influence import Measurement, Values
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 HEAT_MAP, BLOCKS, KEPT = "iteration_influence.png", "block_influence.png", "iterations.png"
 _DPI = 120
@@ -40,8 +38,7 @@ def table(measured: Measurement, plan: IterationPlan) -> str:
 def draw(measured: Measurement, plan: IterationPlan, folder: Path) -> list[Path]:
     """Draw the three pictures into a folder; their files."""
     _draw_heat_map(as_rows(measured.influence), plan, folder / HEAT_MAP)
-    blocks = [measured.block_influence[layer] for layer in range(len(plan.iterations))]
-    _draw_bars(blocks, "block influence\n$1 - \\cos(y_n, y_{n+1})$", folder / BLOCKS)
+    _draw_bars(measured.block_influence, "block influence\n$1 - \\cos(y_n, y_{n+1})$", folder / BLOCKS)
     title = f"{plan.evaluations} of {plan.full_evaluations} evaluations, by {plan.method}"
     _draw_bars(plan.iterations, "iterations kept", folder / KEPT, most=plan.full, title=title)
     return [folder / name for name in (HEAT_MAP, BLOCKS, KEPT)]
@@ -49,14 +46,12 @@ def draw(measured: Measurement, plan: IterationPlan, folder: Path) -> list[Path]
 
 def _draw_heat_map(rows: list[list[float]], plan: IterationPlan, path: Path) -> None:
     """On a logarithmic scale: the predictor changes the stream ten times as much as an iteration."""
-    plt = _pyplot()
-    from matplotlib.colors import LogNorm
-
     values = np.array(rows)
     layers, iterates = values.shape
     low = float(values[values > 0].min(initial=1.0))
     scale = LogNorm(low, max(float(values.max()), 1.001 * low), clip=True)
-    figure, axes = plt.subplots(figsize=(2.5 + 0.9 * iterates, 1.5 + 0.3 * layers), layout="constrained")
+    figure = Figure(figsize=(2.5 + 0.9 * iterates, 1.5 + 0.3 * layers), layout="constrained")
+    axes = figure.subplots()
     image = axes.imshow(np.maximum(values, low), aspect="auto", cmap="viridis", norm=scale)
     for layer, iterate in np.ndindex(layers, iterates):
         color = "white" if scale(values[layer, iterate]) < _DARK else "black"
@@ -71,38 +66,23 @@ def _draw_heat_map(rows: list[list[float]], plan: IterationPlan, path: Path) -> 
     axes.set_title(f"iteration influence{tau}", fontsize=10)
     figure.colorbar(image, ax=axes, label=r"$1 - \cos(y^{i-1}, y^i)$")
     figure.savefig(path, dpi=_DPI)
-    plt.close(figure)
 
 
 def _draw_bars(
     heights: Sequence[float], label: str, path: Path, *, most: int | None = None, title: str = ""
 ) -> None:
     """A bar for each layer; ``most``: where a dashed line shows what there could be."""
-    plt = _pyplot()
-    figure, axes = plt.subplots(figsize=(max(4.0, 1.5 + 0.3 * len(heights)), 3.2), layout="constrained")
+    figure = Figure(figsize=(max(4.0, 1.5 + 0.3 * len(heights)), 3.2), layout="constrained")
+    axes = figure.subplots()
     axes.bar(range(len(heights)), heights, color="tab:blue")
     if most is not None:
         axes.axhline(most, color="tab:gray", linestyle="--", linewidth=1)
         axes.set_ylim(0, most + 0.5)
         axes.set_yticks(range(most + 1))
-    _label(axes, label, title, len(heights))
-    figure.savefig(path, dpi=_DPI)
-    plt.close(figure)
-
-
-def _label(axes: Axes, label: str, title: str, layers: int) -> None:
-    axes.set_xticks(range(layers))
+    axes.set_xticks(range(len(heights)))
     axes.tick_params(axis="x", labelsize=8)
     axes.set_xlabel("layer n")
     axes.set_ylabel(label)
     axes.set_title(title, fontsize=10)
     axes.grid(axis="y", alpha=0.3)
-
-
-def _pyplot() -> Any:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot
+    figure.savefig(path, dpi=_DPI)

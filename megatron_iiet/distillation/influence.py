@@ -22,8 +22,8 @@ class Measurement:
 
     influence: Values
     """1 − mean cos(y^{i−1}, y^i); iterate 0: 1 − mean cos(y_n, y^0) (IIET paper, section 4)."""
-    block_influence: dict[int, float]
-    """1 − mean cos(y_n, y_{n+1}) by layer (ShortGPT, Men et al. 2024)."""
+    block_influence: list[float]
+    """1 − mean cos(y_n, y_{n+1}) of every layer (ShortGPT, Men et al. 2024)."""
     sequences: int
     tokens: int
     """That count: those with a target."""
@@ -55,12 +55,12 @@ def measure_influence(
     Raises:
         ValueError: no token counts.
     """
-    sums = InfluenceSums()
+    sums: InfluenceSums = {}
     tokens = torch.zeros((), dtype=torch.int64, device=model.context.device)
     losses = torch.zeros(2, dtype=torch.float64, device=model.context.device)
     for inputs in _inputs(model, batches):
         part, loss = model.observe(inputs, with_loss=with_loss)
-        sums.add(part)
+        _add(sums, part)
         tokens += inputs.counted
         if loss is not None:
             losses += torch.stack((loss, inputs.counted))
@@ -68,26 +68,22 @@ def measure_influence(
     if not tokens:
         raise ValueError("no token of the text has another to predict; give longer text")
     # Ranks that see the same tokens count several times, all equally often.
-    on_cpu = InfluenceSums(
-        {key: value.cpu() for key, value in sums.iterates.items()},
-        {key: value.cpu() for key, value in sums.layers.items()},
-    )
-    total = InfluenceSums()
-    for part in model.context.world.gather_objects(on_cpu):
-        total.add(part)
-    influence, block_influence = total.means()
+    total: InfluenceSums = {}
+    for part in model.context.world.gather_objects({key: value.cpu() for key, value in sums.items()}):
+        _add(total, part)
+    means = {key: (value[0] / value[1]).item() for key, value in total.items()}
     return Measurement(
-        influence,
-        block_influence,
+        dict(sorted(((n, i), value) for (n, i), value in means.items() if i is not None)),
+        [means[n, None] for n in range(model.config.model.num_layers)],
         batches.samples,
         int(tokens.item()),
         model.mean_over_ranks(losses) if with_loss else None,
     )
 
 
-def ablation_passes(layers: int, full: int) -> int:
-    """Forward passes over the text that :func:`ablate` takes."""
-    return layers * full
+def _add(sums: InfluenceSums, part: InfluenceSums) -> None:
+    for key, value in part.items():
+        sums[key] = sums.get(key, 0) + value
 
 
 def ablate(

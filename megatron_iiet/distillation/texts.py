@@ -12,14 +12,12 @@ import numpy as np
 from megatron_iiet.config.schema import DataConfig
 from megatron_iiet.data.corpora.mmididx import Int64Array
 from megatron_iiet.data.corpora.streams import TokenStream
-from megatron_iiet.data.loader.batches import ValidationBatches
 from megatron_iiet.data.loader.samples import KINDS, Samples, build_splits
 from megatron_iiet.data.reading.compression import decompressed_blocks
 from megatron_iiet.data.reading.sources import SUFFIXES, list_inputs
 from megatron_iiet.data.reading.text import iter_documents
 from megatron_iiet.data.tokenizers.base import Tokenizer
 from megatron_iiet.data.tokenizers.loading import load_tokenizer
-from megatron_iiet.parallel import ParallelContext
 from megatron_iiet.training.corpora import check_tokenizers, open_corpora
 
 PLAIN_SUFFIXES = tuple(".txt" + packed for packed in ("", ".gz", ".zst"))
@@ -35,17 +33,6 @@ class TextSet:
     """What they are."""
     sources: list[Samples]
     weights: list[float]
-
-    def batches(self, samples: int, micro_batch_size: int, context: ParallelContext) -> ValidationBatches:
-        """This data-parallel rank's part of the first ``samples`` sequences, or of those there are."""
-        return ValidationBatches(
-            self.sources,
-            self.weights,
-            samples=samples,
-            micro_batch_size=micro_batch_size,
-            dp_rank=context.data.rank,
-            dp_size=context.data.size,
-        )
 
 
 def open_text_set(path: str, data: DataConfig, vocab_size: int, samples: int) -> TextSet:

@@ -95,7 +95,9 @@ class ForwardModel:
         y_BTD, history = self._stage.unpack(inputs.tokens if self.model.is_first else self._receive(inputs))
         y_BTD = self.model.integrate(y_BTD, history, inputs.tokens.shape[1], inputs.positions)
         if not self.model.is_last:
-            self._send(self._stage.pack(y_BTD, history))
+            pipeline = self.context.pipeline
+            packed = self._stage.pack(y_BTD, history)
+            dist.send(packed, pipeline.ranks[pipeline.rank + 1], group=pipeline.handle)
         elif with_loss:
             return self.model.loss(self.model.project(y_BTD), inputs.targets, 1.0)
         return None
@@ -138,7 +140,3 @@ class ForwardModel:
         pipeline = self.context.pipeline
         dist.recv(packed, pipeline.ranks[pipeline.rank - 1], group=pipeline.handle)
         return packed
-
-    def _send(self, packed: Tensor) -> None:
-        pipeline = self.context.pipeline
-        dist.send(packed, pipeline.ranks[pipeline.rank + 1], group=pipeline.handle)

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import io
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -191,7 +191,9 @@ def run_tasks(
     Raises:
         ValueError: a row needs a longer input than the model reads.
     """
-    with _quiet():
+    silence = io.StringIO()  # the harness's bars and prints
+    # One process: the pool that it would start for standard errors is no gain.
+    with variables_set(DISABLE_MULTIPROC="1"), redirect_stderr(silence), redirect_stdout(silence):
         found = evaluate(
             model, tasks, limit=limit, bootstrap_iters=BOOTSTRAP if errors else 0, log_samples=False
         )
@@ -203,11 +205,3 @@ def run_tasks(
         metrics[name].pop("sample_len", None)
     rows = {name: int(found["n-samples"][name]["effective"]) for name in tasks["tasks"]}
     return TaskResults(metrics, rows, {name: found["versions"].get(name) for name in tasks["tasks"]})
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the harness's bars and prints, and without its pool of processes for standard errors."""
-    silence = io.StringIO()
-    with variables_set(DISABLE_MULTIPROC="1"), redirect_stderr(silence), redirect_stdout(silence):
-        yield

@@ -20,7 +20,7 @@ from megatron_iiet.data.loader.inputs import Inputs
 from megatron_iiet.data.tokenizers.loading import load_tokenizer
 from megatron_iiet.evaluation.forward import DTYPES, ForwardModel, forward_config
 from megatron_iiet.evaluation.harness import TextCodec
-from megatron_iiet.evaluation.scoring import TokenScores, noting_scores, score_tokens
+from megatron_iiet.evaluation.scoring import Scorer, TokenScores, noting_scores, score_tokens
 from megatron_iiet.hf import folders
 from megatron_iiet.ops import chosen_backend
 from megatron_iiet.parallel import ParallelContext
@@ -79,20 +79,16 @@ def prepare_model(options: ModelOptions, world_size: int) -> PreparedModel:
         value = getattr(options, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} is {value}, but must be at least 1")
-    if not folders.is_hugging_face(options.path):
-        return _prepare_own(options, open_model(options.path, "--model", step=options.step), world_size)
-    if options.step is not None:
+    hugging_face = folders.is_hugging_face(options.path)
+    if hugging_face and options.step is not None:
         raise ValueError(f"--step is given, but --model {options.path} is a model folder, which has no steps")
-    if options.parallel.tensor * options.parallel.pipeline > 1:
-        return _prepare_own(options, open_model(options.path, "--model"), world_size)
-    return _prepare_hugging_face(options)
+    if hugging_face and options.parallel.tensor * options.parallel.pipeline <= 1:
+        return _prepare_hugging_face(options)
+    return _prepare_own(options, open_model(options.path, "--model", step=options.step), world_size)
 
 
-class OwnScorer:
-    """A model of this package on this process's place of the grid; see
-    :class:`megatron_iiet.evaluation.scoring.Scorer`."""
-
-    has_fixed_shape = False
+class OwnScorer(Scorer):
+    """A model of this package on this process's place of the grid."""
 
     def __init__(self, source: Source, config: RunConfig, context: ParallelContext, batch_size: int) -> None:
         self.context = context
@@ -112,12 +108,8 @@ class OwnScorer:
             yield from found
 
 
-class HuggingFaceScorer:
-    """A whole causal language model of transformers; processes are replicas. See
-    :class:`megatron_iiet.evaluation.scoring.Scorer`."""
-
-    multiple = 1
-    has_fixed_shape = False
+class HuggingFaceScorer(Scorer):
+    """A whole causal language model of transformers; processes are replicas."""
 
     def __init__(self, model: Any, context: ParallelContext, max_length: int, batch_size: int) -> None:
         self.model = model.to(context.device).eval()
@@ -134,12 +126,25 @@ class HuggingFaceScorer:
 
 
 def _prepare_own(options: ModelOptions, source: Source, world_size: int) -> PreparedModel:
-    config = _forward_config(source.config, options, world_size)
-    if folders.is_hugging_face(options.path) and not options.tokenizer:
-        codec = _hugging_face_codec(options)
-    else:
-        codec = _own_codec(config.data.tokenizer, config.model.vocab_size, options)
-    model = config.model
+    parallel, longest = options.parallel, source.config.model.max_position_embeddings
+    if (options.max_length or 0) > longest:
+        raise ValueError(
+            f"--max-length is {options.max_length}, but the model {options.path} reads {longest} tokens at "
+            f"most; give {longest} or less"
+        )
+    length = options.max_length or longest
+    if parallel.sequence:
+        length -= length % parallel.tensor
+    config = forward_config(
+        source.config,
+        parallel,
+        options.precision,
+        length=length,
+        micro_batch_size=1,
+        world_size=world_size,
+        tokenizer=options.tokenizer or portable.tokenizer_path(source.config.data.tokenizer, options.path),
+    )
+    codec, model = _codec(options, config.data.tokenizer, config.model.vocab_size), config.model
     return PreparedModel(
         source.description,
         source.config.solver.label,
@@ -150,29 +155,10 @@ def _prepare_own(options: ModelOptions, source: Source, world_size: int) -> Prep
     )
 
 
-def _forward_config(config: RunConfig, options: ModelOptions, world_size: int) -> RunConfig:
-    """A model's configuration with the grid, length and precision of the evaluation."""
-    parallel, longest = options.parallel, config.model.max_position_embeddings
-    if (options.max_length or 0) > longest:
-        raise ValueError(
-            f"--max-length is {options.max_length}, but the model {options.path} reads {longest} tokens at "
-            f"most; give {longest} or less"
-        )
-    length = options.max_length or longest
-    if parallel.sequence:
-        length -= length % parallel.tensor
-    return forward_config(
-        config,
-        parallel,
-        options.precision,
-        length=length,
-        micro_batch_size=1,
-        world_size=world_size,
-        tokenizer=options.tokenizer or portable.tokenizer_path(config.data.tokenizer, options.path),
-    )
-
-
-def _own_codec(path: str, vocab_size: int, options: ModelOptions) -> TextCodec:
+def _codec(options: ModelOptions, path: str, vocab_size: int) -> TextCodec:
+    """Of the tokenizer file ``path``; of a Hugging Face folder its own tokenizer's if none is given."""
+    if folders.is_hugging_face(options.path) and not options.tokenizer:
+        return _hugging_face_codec(options)
     if not path:
         raise ValueError(f"the model {options.path} names no tokenizer; give one with --tokenizer")
     tokenizer = load_tokenizer(path)
@@ -193,10 +179,10 @@ def _prepare_hugging_face(options: ModelOptions) -> PreparedModel:
     fields = folders.read_fields(options.path)
     longest = int(fields.get("max_position_embeddings") or fields.get("n_positions") or 2048)
     length = options.max_length or longest
-    if options.tokenizer:
-        codec = _own_codec(options.tokenizer, int(fields.get("vocab_size", 1 << 62)), options)
-    else:
-        codec = _hugging_face_codec(options)
+    codec = _codec(options, options.tokenizer, int(fields.get("vocab_size", 1 << 62)))
+    system = "Transformer++" if fields.get("model_type") == "llama" else str(fields.get("model_type"))
+    if fields.get("model_type") == "iiet":
+        system = read_config(Path(options.path)).solver.label
 
     def load(context: ParallelContext) -> HuggingFaceScorer:
         model = folders.load_model(options.path, DTYPES[options.precision], options.trust_remote_code)
@@ -204,19 +190,12 @@ def _prepare_hugging_face(options: ModelOptions) -> PreparedModel:
 
     return PreparedModel(
         f"Hugging Face {options.path}",
-        _describe_fields(options.path, fields),
+        system,
         int(fields.get("hidden_size") or 0),
         int(fields.get("num_hidden_layers") or 0),
         codec,
         load,
     )
-
-
-def _describe_fields(folder: str, fields: dict[str, Any]) -> str:
-    """As :attr:`SolverConfig.label`, of a Hugging Face folder."""
-    if fields.get("model_type") == "iiet":
-        return read_config(Path(folder)).solver.label
-    return "Transformer++" if fields.get("model_type") == "llama" else str(fields.get("model_type"))
 
 
 def _hugging_face_codec(options: ModelOptions) -> TextCodec:

@@ -36,9 +36,9 @@ class Scorer(Protocol):
     """The longest input, in tokens."""
     batch_size: int
     """Sequences of ``max_length`` at once."""
-    multiple: int
+    multiple: int = 1
     """What the length of an input must be a multiple of."""
-    has_fixed_shape: bool
+    has_fixed_shape: bool = False
     """Whether every batch must be [batch_size, max_length + 1]."""
 
     def score(self, batches: Sequence[Tensor]) -> Iterator[TokenScores]:

@@ -9,8 +9,10 @@ import difflib
 import logging
 import re
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -40,37 +42,31 @@ class PaperTask:
     """What the paper reports, as the harness names it."""
     definition: str
     """File of the harness, relative to its ``tasks`` folder."""
-    fields: tuple[str, ...]
-    """What a row of its data must have."""
+    fields: str
+    """What a row of its data must have, separated by spaces."""
 
 
 PAPER_TASKS = (
-    PaperTask("wikitext", "Wikitext ppl", "word_perplexity", "wikitext/wikitext.yaml", ("page",)),
-    PaperTask("lambada_openai", "LAMBADA", "acc", "lambada/lambada_openai.yaml", ("text",)),
-    PaperTask("piqa", "PiQA", "acc_norm", "piqa/piqa.yaml", ("goal", "sol1", "sol2", "label")),
+    PaperTask("wikitext", "Wikitext ppl", "word_perplexity", "wikitext/wikitext.yaml", "page"),
+    PaperTask("lambada_openai", "LAMBADA", "acc", "lambada/lambada_openai.yaml", "text"),
+    PaperTask("piqa", "PiQA", "acc_norm", "piqa/piqa.yaml", "goal sol1 sol2 label"),
     PaperTask(
         "hellaswag",
         "HellaSwag",
         "acc_norm",
         "hellaswag/hellaswag.yaml",
-        ("activity_label", "ctx_a", "ctx_b", "endings", "label"),
+        "activity_label ctx_a ctx_b endings label",
     ),
     PaperTask(
         "sciq",
         "SciQ",
         "acc",
         "sciq/sciq.yaml",
-        ("question", "support", "correct_answer", "distractor1", "distractor2", "distractor3"),
+        "question support correct_answer distractor1 distractor2 distractor3",
     ),
+    PaperTask("arc_challenge", "ARC-c", "acc_norm", "arc/arc_challenge.yaml", "question choices answerKey"),
     PaperTask(
-        "arc_challenge", "ARC-c", "acc_norm", "arc/arc_challenge.yaml", ("question", "choices", "answerKey")
-    ),
-    PaperTask(
-        "winogrande",
-        "WinoGrande",
-        "acc",
-        "winogrande/default.yaml",
-        ("sentence", "option1", "option2", "answer"),
+        "winogrande", "WinoGrande", "acc", "winogrande/default.yaml", "sentence option1 option2 answer"
     ),
 )
 _BY_NAME = {task.name: task for task in PAPER_TASKS}
@@ -143,7 +139,10 @@ def load_tasks(names: Sequence[str], data_dir: str | Path = "") -> dict[str, Any
             it, or its data is missing or damaged.
     """
     check_installed()
-    quieten()
+    import datasets
+
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # the console is for our own lines
+    datasets.disable_progress_bars()
     loaded = _load_local(names, data_dir) if data_dir else _load_online(names)
     for name, task in loaded["tasks"].items():
         if task.OUTPUT_TYPE not in ("loglikelihood", "loglikelihood_rolling", "multiple_choice"):
@@ -157,25 +156,16 @@ def load_tasks(names: Sequence[str], data_dir: str | Path = "") -> dict[str, Any
     return loaded
 
 
-def quieten() -> None:
-    """Leave the console to our own lines: the harness and the datasets library only speak of errors."""
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    import datasets
-
-    datasets.disable_progress_bars()
-
-
 def _load_online(names: Sequence[str]) -> dict[str, Any]:
     from lm_eval.tasks import TaskManager
 
-    specs = list(names)
-    quick = {name: path for name in names if (path := _usual_definition(name)) is not None}
-    manager = TaskManager(include_defaults=len(quick) < len(names))
-    if len(quick) == len(names):
-        specs = [str(path) for path in quick.values()]
-    else:
+    usual = [_usual_definition(name) for name in names]
+    if None in usual:
         for name in names:
-            _check_known(name, manager)
+            _check_known(name)
+        manager, specs = _index(), list(names)
+    else:
+        manager, specs = TaskManager(include_defaults=False), [str(path) for path in usual]
     try:
         return dict(manager.load(specs))
     except Exception as error:  # whatever the hub, the network or a dataset's reader raises
@@ -187,25 +177,24 @@ def _load_online(names: Sequence[str]) -> dict[str, Any]:
 
 
 def _load_local(names: Sequence[str], data_dir: str | Path) -> dict[str, Any]:
+    import datasets
     import yaml
     from lm_eval.tasks import TaskManager
 
     files = find_data(names, data_dir)
-    definitions = _definitions(names)
-    # Its caches lie in the same temporary folder: nothing stale is read, no two processes write one file.
+    # Caches lie in the same temporary folder: nothing stale is read, no two processes write one file.
     with tempfile.TemporaryDirectory(prefix="evaluation-") as folder:
+        readers, arguments = {}, {}
         for name, file in files.items():
-            kind = next(kind for suffix, kind in SUFFIXES.items() if file.name == name + suffix)
+            readers[name] = next(kind for suffix, kind in SUFFIXES.items() if file.name == name + suffix)
+            data_files = {_SPLIT: str(file.resolve())}
+            arguments[name] = {"data_files": data_files, "cache_dir": folder, "keep_in_memory": True}
             definition = {
-                "include": str(definitions[name]),
+                "include": str(_definition(name)),
                 "task": name,
-                "dataset_path": kind,
+                "dataset_path": readers[name],
                 "dataset_name": None,
-                "dataset_kwargs": {
-                    "data_files": {_SPLIT: str(file.resolve())},
-                    "cache_dir": folder,
-                    "keep_in_memory": True,
-                },
+                "dataset_kwargs": arguments[name],
                 "training_split": None,
                 "validation_split": None,
                 "fewshot_split": None,
@@ -215,71 +204,63 @@ def _load_local(names: Sequence[str], data_dir: str | Path) -> dict[str, Any]:
         manager = TaskManager(include_path=folder, include_defaults=False)
         tasks: dict[str, Any] = {}
         for name, file in files.items():
-            tasks |= _load_one(manager, name, file)["tasks"]
+            with _readable(name, file):
+                rows = datasets.load_dataset(readers[name], **arguments[name])[_SPLIT]
+            _check_rows(rows, name, file)
+            with _readable(name, file):
+                tasks |= manager.load([name])["tasks"]
     return {"tasks": tasks, "groups": {}, "group_map": {}}
 
 
-def _load_one(manager: Any, name: str, file: Path) -> dict[str, Any]:
-    _check_rows(name, file)
+@contextmanager
+def _readable(name: str, file: Path) -> Iterator[None]:
     try:
-        return dict(manager.load([name]))
+        yield
     except Exception as error:  # each reader of the datasets library has exceptions of its own
-        raise _unreadable(name, file, error) from error
+        raise ValueError(
+            f"{file} cannot be read as the data of evaluation task '{name}' "
+            f"({_first_line(error.__cause__ or error)}); repair it or leave the task out"
+        ) from error
 
 
-def _unreadable(name: str, file: Path, error: Exception) -> ValueError:
-    return ValueError(
-        f"{file} cannot be read as the data of evaluation task '{name}' "
-        f"({_first_line(error.__cause__ or error)}); repair it or leave the task out"
-    )
-
-
-def _check_rows(name: str, file: Path) -> None:
+def _check_rows(rows: Any, name: str, file: Path) -> None:
     """Refuse a file without rows, or whose rows lack what the paper's task reads of them."""
-    import datasets
-
-    kind = next(kind for suffix, kind in SUFFIXES.items() if file.name == name + suffix)
-    with tempfile.TemporaryDirectory(prefix="evaluation-") as cache:
-        try:
-            data = datasets.load_dataset(
-                kind, data_files={_SPLIT: str(file.resolve())}, cache_dir=cache, keep_in_memory=True
-            )[_SPLIT]
-        except Exception as error:
-            raise _unreadable(name, file, error) from error
-    if not len(data):
+    if not len(rows):
         raise ValueError(f"{file}, the data of evaluation task '{name}', has no rows; put some there")
-    wanted = _BY_NAME[name].fields if name in _BY_NAME else ()
-    missing = [field for field in wanted if field not in data.features]
+    wanted = _BY_NAME[name].fields.split() if name in _BY_NAME else []
+    missing = [field for field in wanted if field not in rows.features]
     if missing:
         raise ValueError(
-            f"{file}: its rows have no '{missing[0]}' but {', '.join(data.column_names)}; evaluation task "
+            f"{file}: its rows have no '{missing[0]}' but {', '.join(rows.column_names)}; evaluation task "
             f"'{name}' needs {', '.join(wanted)}"
         )
 
 
-def _definitions(names: Sequence[str]) -> dict[str, Path]:
-    """The harness's definition file of every task."""
-    found = {name: path for name in names if (path := _usual_definition(name)) is not None}
-    missing = [name for name in names if name not in found]
-    if missing:
-        from lm_eval.tasks import TaskManager
+@cache
+def _index() -> Any:
+    """The harness's index of all it has, which takes a minute."""
+    from lm_eval.tasks import TaskManager
 
-        manager = TaskManager()
-        for name in missing:
-            _check_known(name, manager)
-            path = manager.task_index[name].yaml_path
-            if name not in manager.all_subtasks or path is None:
-                raise ValueError(
-                    f"'{name}' names a group of evaluation tasks or one without a definition file, which "
-                    "has no data file of its own; name its tasks one by one"
-                )
-            found[name] = Path(path)
-    return found
+    return TaskManager()
+
+
+def _definition(name: str) -> Path:
+    """The harness's definition file of a task."""
+    usual = _usual_definition(name)
+    if usual is not None:
+        return usual
+    _check_known(name)
+    path = _index().task_index[name].yaml_path
+    if name not in _index().all_subtasks or path is None:
+        raise ValueError(
+            f"'{name}' names a group of evaluation tasks or one without a definition file, which has no "
+            "data file of its own; name its tasks one by one"
+        )
+    return Path(path)
 
 
 def _usual_definition(name: str) -> Path | None:
-    """Where the definition of a task lies if it is the paper's or lies where most do: the harness's index of
-    all it has takes a minute."""
+    """Where the definition of a task lies if it is the paper's or lies where most do; needs no index."""
     import lm_eval.tasks
 
     root = Path(lm_eval.tasks.__file__).parent
@@ -291,10 +272,11 @@ def _usual_definition(name: str) -> Path | None:
     return path if f"task: {name}" in path.read_text().splitlines() else None
 
 
-def _check_known(name: str, manager: Any) -> None:
-    if name in manager.all_tasks:
+def _check_known(name: str) -> None:
+    known = _index().all_tasks
+    if name in known:
         return
-    near = difflib.get_close_matches(name, manager.all_tasks, n=3, cutoff=_CLOSE)
+    near = difflib.get_close_matches(name, known, n=3, cutoff=_CLOSE)
     hint = f"; did you mean {' or '.join(near)}?" if near else "; lm_eval ls tasks lists them all"
     raise ValueError(f"lm-evaluation-harness has no task '{name}'{hint}")
 

@@ -3,7 +3,6 @@ the tokenizer and the code that computes it: all that ``AutoModelForCausalLM.fro
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,33 +15,21 @@ import torch
 from megatron_iiet.config import RunConfig
 from megatron_iiet.config.solvers import Euler
 from megatron_iiet.durable import sync_folder, write_text
-from megatron_iiet.hf.tokenizer import export_tokenizer
+from megatron_iiet.hf.tokenizer import TOKEN_FIELDS, Extras, to_json
 from megatron_iiet.storage.hugging_face.llama import ARCHITECTURES, TOKENIZER_FILES
 from megatron_iiet.storage.hugging_face.shards import read_json, write_shards
 from megatron_iiet.storage.hugging_face.solver_fields import solver_to_fields
-from megatron_iiet.storage.hugging_face.weights import CONFIG_FILE, RowSource, tensors_to_write
+from megatron_iiet.storage.hugging_face.weights import CONFIG_FILE, tensors_to_write
+from megatron_iiet.storage.parameters import RowSource
 from megatron_iiet.storage.portable import check_new
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """What weights can be stored as, by the names of the tool's option."""
 GENERATION_FILE = "generation_config.json"
 MODELING_FILE = "modeling_iiet.py"
-TOKEN_FIELDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 # What a Hugging Face folder may say of its tokenizer besides.
 _ABOUT_TOKENIZERS = ("special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
-
-
-@dataclass(frozen=True)
-class Extras:
-    """What a folder has besides the model."""
-
-    files: dict[str, bytes]
-    """Contents by name."""
-    token_ids: dict[str, Any]
-    """:data:`TOKEN_FIELDS` of the configuration."""
-    note: str = ""
-    """What a user must know of them."""
 
 
 @dataclass(frozen=True)
@@ -53,21 +40,6 @@ class Written:
     files: list[str]
     """The others but the configuration's."""
     notes: list[str]
-
-
-def extras_of_tokenizer(tokenizer: Path | None) -> Extras:
-    """The files for a tokenizer that the data room reads; for none, no ids that begin or end a text.
-
-    Raises:
-        ValueError: it cannot be read.
-    """
-    if tokenizer is None:
-        return Extras(
-            {}, dict.fromkeys(TOKEN_FIELDS), "no tokenizer came with the model, so the folder has none"
-        )
-    exported = export_tokenizer(tokenizer)
-    ids = dict(zip(TOKEN_FIELDS, (exported.bos_id, exported.eos_id, exported.pad_id), strict=True))
-    return Extras(exported.files, ids, exported.note)
 
 
 def extras_of_folder(folder: Path) -> Extras:
@@ -114,7 +86,7 @@ def export_folder(
             )
     fields = config_fields(config, extras.token_ids, dtype, as_llama=as_llama)
     generation = {name: value for name, value in extras.token_ids.items() if value is not None}
-    files = {GENERATION_FILE: _json(generation), **extras.files}
+    files = {GENERATION_FILE: to_json(generation), **extras.files}
     if not as_llama:
         files[MODELING_FILE] = modeling_code()
     partial = folder.with_name(folder.name + ".partial")
@@ -125,7 +97,7 @@ def export_folder(
         weight_files = write_shards(partial, tensors, max_shard_bytes)
         for name, content in files.items():
             (partial / name).write_bytes(content)
-        write_text(partial / CONFIG_FILE, _json(fields).decode())
+        write_text(partial / CONFIG_FILE, to_json(fields).decode())
         partial.rename(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -202,7 +174,3 @@ def _refuse_other_than_llama(config: RunConfig) -> None:
             f"the model is no plain LLaMA: its embedding is the head as well, and is scaled by "
             f"{model.resolved_embedding_scale:g} as an embedding only; leave out --as-llama"
         )
-
-
-def _json(content: Mapping[str, Any]) -> bytes:
-    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()

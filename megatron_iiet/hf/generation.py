@@ -22,10 +22,12 @@ from megatron_iiet.config import RunConfig
 from megatron_iiet.data.tokenizers.base import Tokenizer
 from megatron_iiet.data.tokenizers.loading import load_tokenizer
 from megatron_iiet.hf import folders
-from megatron_iiet.hf.export import DTYPES, TOKEN_FIELDS, config_fields
+from megatron_iiet.hf.export import DTYPES, config_fields
 from megatron_iiet.hf.modeling_iiet import IIETConfig, IIETForCausalLM
+from megatron_iiet.hf.tokenizer import TOKEN_FIELDS
 from megatron_iiet.storage import portable
-from megatron_iiet.storage.hugging_face.weights import RowSource, tensors_to_write
+from megatron_iiet.storage.hugging_face.weights import tensors_to_write
+from megatron_iiet.storage.parameters import RowSource
 from megatron_iiet.storage.source import open_model
 
 KVCache = Literal["all", "last", "first"]
@@ -245,8 +247,15 @@ def open_generator(
     if folders.is_hugging_face(folder):
         if step is not None:
             raise ValueError(f"--step is given, but {path} is a model folder, which has no steps")
-        model, codec = _open_hugging_face(folder, precision, kv_cache, trust_remote_code, tokenizer)
-        return TextGenerator(model, codec, draft)
+        keys: dict[str, Any] = {} if kv_cache is None else {"kv_cache": kv_cache}
+        own = folders.read_fields(folder).get("model_type") == "iiet"
+        if keys and not own:
+            raise ValueError(f"--kv-cache is given, but {folder} is no IIET; leave it out")
+        found = folders.load_model(folder, DTYPES[precision], trust_remote_code, **keys)
+        if tokenizer is not None:
+            return TextGenerator(found, own_codec(load_tokenizer(tokenizer)), draft)
+        codec = hugging_face_codec(folders.load_tokenizer(folder, trust_remote_code), follows_eos=own)
+        return TextGenerator(found, codec, draft)
     source = open_model(path, "--model", step=step)
     name = tokenizer or portable.tokenizer_path(source.config.data.tokenizer, folder)
     if not name:
@@ -273,17 +282,3 @@ def own_model(
     left = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
     assert not left, f"{left[0]} was not filled"
     return model
-
-
-def _open_hugging_face(
-    folder: Path, precision: str, kv_cache: KVCache | None, trust_remote_code: bool, tokenizer: str | None
-) -> tuple[Any, Codec]:
-    keys: dict[str, Any] = {} if kv_cache is None else {"kv_cache": kv_cache}
-    own = folders.read_fields(folder).get("model_type") == "iiet"
-    if keys and not own:
-        raise ValueError(f"--kv-cache is given, but {folder} is no IIET; leave it out")
-    model = folders.load_model(folder, DTYPES[precision], trust_remote_code, **keys)
-    if tokenizer is not None:
-        return model, own_codec(load_tokenizer(tokenizer))
-    found = folders.load_tokenizer(folder, trust_remote_code)
-    return model, hugging_face_codec(found, follows_eos=own)

@@ -7,10 +7,8 @@ it from y_n to y_{n+1}: ``euler`` (the plain LLaMA layer), ``dlcl``, ``weight-sh
 times in layer n. ``config.json`` has LLaMA's fields, ``embedding_scale``, ``solver`` and ``kv_cache``;
 weights have LLaMA's names, and ``model.layers.N.solver.*`` for what the solver has.
 
-Keys and values are kept in transformers' own caches, one set ("virtual layer") for each evaluation of F:
-evaluation i of a layer attends to what evaluation i of that layer computed for earlier tokens, so that
-decoding token by token equals the full forward pass. ``kv_cache`` has two cheaper ways, see
-:class:`IIETConfig`.
+Keys and values are kept in transformers' own caches, one set ("virtual layer") for each evaluation of F,
+which attends to its own of earlier tokens. ``kv_cache`` has two cheaper ways, see :class:`IIETConfig`.
 
 The same weights with fewer iterations draft for the full model (self-speculative decoding)::
 
@@ -435,15 +433,15 @@ class RungeKutta(Solver):
 
     def __init__(self, config: IIETConfig, layer: int) -> None:
         super().__init__(config, layer)
-        solver = self.declared
-        self.order = int(solver["kind"][-1])
+        self.order = int(self.declared["kind"][-1])
         self.classic = [0.5, 0.5] if self.order == 2 else [1 / 6, 1 / 3, 1 / 3, 1 / 6]
         self.coefficients = self.inner_coefficients = self.gate_weight = self.gate_bias = None
-        if solver["stage_coefficients"] == "full":
+        learned = self.declared["stage_coefficients"]
+        if learned == "full":
             self.inner_coefficients = _fp32_parameter(self.order * (self.order - 1) // 2)
-        if solver["stage_coefficients"] in ("learned", "full"):
+        if learned in ("learned", "full"):
             self.coefficients = _fp32_parameter(self.order)
-        elif solver["stage_coefficients"] == "gated":
+        elif learned == "gated":
             self.gate_weight = _fp32_parameter(1, 2 * config.hidden_size)
             self.gate_bias = _fp32_parameter(1)
 
@@ -479,15 +477,13 @@ class PCformer(Solver):
 
     def __init__(self, config: IIETConfig, layer: int) -> None:
         super().__init__(config, layer)
-        solver = self.declared
-        self.order = solver["predictor_order"]
-        self.coefficient_init = solver["coefficient_init"]
+        self.order = self.declared["predictor_order"]
         self.first = max(0, layer - KEPT_MERGED)
         self.gamma = _fp32_parameter(1)
         self.coefficients = _fp32_parameter(layer - self.first + 1)
 
     def initial(self) -> dict[str, Tensor]:
-        row = _initial_row(len(self.coefficients), self.coefficient_init)
+        row = _initial_row(len(self.coefficients), self.declared["coefficient_init"])
         return {"gamma": torch.full((1,), 0.5), "coefficients": row}
 
     def forward(self, y_BTD: Tensor, increment: IncrementFn, history: History) -> Step:
@@ -514,7 +510,6 @@ class ImplicitEuler(Solver):
     def __init__(self, config: IIETConfig, layer: int) -> None:
         super().__init__(config, layer)
         solver = self.declared
-        self.coefficient_init = solver["coefficient_init"]
         self.normed_history = solver["history_norm"] == "rms"
         self.euler_predictor = solver.get("predictor") == "euler"  # dlcl has none
         self.damping = solver.get("damping", 1.0)
@@ -522,7 +517,8 @@ class ImplicitEuler(Solver):
         self.coefficients = _fp32_parameter(layer + 1) if self.keeps else None
 
     def initial(self) -> dict[str, Tensor]:
-        return {"coefficients": _initial_row(self.layer + 1, self.coefficient_init)} if self.keeps else {}
+        row = _initial_row(self.layer + 1, self.declared["coefficient_init"])
+        return {"coefficients": row} if self.keeps else {}
 
     def forward(self, y_BTD: Tensor, increment: IncrementFn, history: History) -> Step:
         f = increment(y_BTD, 0)
@@ -558,9 +554,7 @@ class ReleasedImplicitEuler(Solver):
 
     def __init__(self, config: IIETConfig, layer: int) -> None:
         super().__init__(config, layer + 1)  # the formula counts from 1
-        solver = self.declared
-        self.coefficient_init = solver["coefficient_init"]
-        self.shared = solver["readout"] == "shared"
+        self.shared = self.declared["readout"] == "shared"
         width = config.num_hidden_layers + 1
         self.predictor_norm = SolverLayerNorm(config.hidden_size)
         self.corrector_norm = SolverLayerNorm(config.hidden_size)
@@ -574,7 +568,7 @@ class ReleasedImplicitEuler(Solver):
         width = len(self.coefficients)
 
         def padded(n: int) -> Tensor:
-            return F.pad(_initial_row(n + 1, self.coefficient_init), (0, width - n - 1))
+            return F.pad(_initial_row(n + 1, self.declared["coefficient_init"]), (0, width - n - 1))
 
         values = {"coefficients": padded(self.layer)}
         if not self.shared:

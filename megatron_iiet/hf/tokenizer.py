@@ -8,7 +8,7 @@ hard texts, with the tokenizer that defines the ids, and ``split_special_tokens`
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,20 +31,24 @@ _PAD_NAMES = ("<pad>", "<|pad|>", "[PAD]")
 _SPACE = "▁"
 
 
+TOKEN_FIELDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
 @dataclass(frozen=True)
-class ExportedTokenizer:
-    """What goes into a folder, by name, and what the model's configuration says of it."""
+class Extras:
+    """What a folder has besides the model."""
 
     files: dict[str, bytes]
-    bos_id: int
-    eos_id: int
-    pad_id: int
+    """Contents by name."""
+    token_ids: dict[str, Any]
+    """:data:`TOKEN_FIELDS` of the configuration."""
     note: str = ""
-    """What a user must know of the files; empty if they encode exactly as ours."""
+    """What a user must know of them; empty if the files encode exactly as ours."""
 
 
-def export_tokenizer(path: str | Path) -> ExportedTokenizer:
-    """The files for the tokenizer of ``path``, any that :func:`load_tokenizer` reads.
+def extras_of_tokenizer(path: Path | None) -> Extras:
+    """The files for the tokenizer of ``path``, any that :func:`load_tokenizer` reads; for none, no ids that
+    begin or end a text.
 
     A ``tokenizer.json`` with a ``tokenizer_config.json`` beside it is taken as it is, with that. Otherwise
     nothing is added to a text, and the token that begins a document is the one that ends the document before:
@@ -54,7 +58,9 @@ def export_tokenizer(path: str | Path) -> ExportedTokenizer:
     Raises:
         ValueError: as :func:`load_tokenizer`.
     """
-    path = Path(path)
+    if path is None:
+        note = "no tokenizer came with the model, so the folder has none"
+        return Extras({}, dict.fromkeys(TOKEN_FIELDS), note)
     exact = load_tokenizer(path)
     beside = path.with_name(CONFIG_FILE)
     if isinstance(exact, SentencePieceTokenizer):
@@ -68,14 +74,14 @@ def export_tokenizer(path: str | Path) -> ExportedTokenizer:
     return _export_definition(exact)
 
 
-def _export_sentencepiece(exact: SentencePieceTokenizer, with_bos: bool) -> ExportedTokenizer:
+def _export_sentencepiece(exact: SentencePieceTokenizer, with_bos: bool) -> Extras:
     content = exact.path.read_bytes()
     model = read_model(content)
     names = texts_of(model, "CONTROL", "UNKNOWN")
     # No text yields the unknown piece of a model with bytes; padding with eos would mask eos in fine-tuning.
     unknown = list(texts_of(model, "UNKNOWN"))
-    ids = _Ids.choose(exact, names, with_bos, otherwise=unknown)
-    config = ids.config(names) | {"unk_token": names[unknown[0]]}
+    ids = _token_ids(exact, names, with_bos, otherwise=unknown)
+    config = _config(ids, names) | {"unk_token": names[unknown[0]]}
     note = ""
     try:
         definition = _definition_of(exact, content, names)
@@ -88,7 +94,7 @@ def _export_sentencepiece(exact: SentencePieceTokenizer, with_bos: bool) -> Expo
             f"no {DEFINITION_FILE} encodes as {exact.path.name} does: {reason}. The folder has it as "
             f"{OTHER_SENTENCEPIECE_FILE}, for the sentencepiece library; AutoTokenizer finds none"
         )
-    return ids.exported({**files, CONFIG_FILE: _json(config)}, note)
+    return Extras({**files, CONFIG_FILE: to_json(config)}, ids, note)
 
 
 def _definition_of(exact: SentencePieceTokenizer, content: bytes, names: dict[int, str]) -> bytes:
@@ -119,65 +125,53 @@ def _definition_of(exact: SentencePieceTokenizer, content: bytes, names: dict[in
     return json.dumps(definition, ensure_ascii=False).encode()
 
 
-def _export_definition(exact: HuggingFaceTokenizer) -> ExportedTokenizer:
+def _export_definition(exact: HuggingFaceTokenizer) -> Extras:
     """A ``tokenizer.json`` of which nobody has said more, or tiktoken's ranks in that form."""
     definition = json.loads(exact._model.to_str()) | dict.fromkeys(
         ("post_processor", "truncation", "padding")
     )
     names = _control_names(exact)
-    ids = _Ids.choose(exact, names, with_bos=False, otherwise=[])
-    return ids.exported({DEFINITION_FILE: _json(definition), CONFIG_FILE: _json(ids.config(names))}, "")
+    ids = _token_ids(exact, names, with_bos=False)
+    return Extras({DEFINITION_FILE: to_json(definition), CONFIG_FILE: to_json(_config(ids, names))}, ids)
 
 
-def _as_it_is(exact: HuggingFaceTokenizer, path: Path, beside: Path) -> ExportedTokenizer:
+def _as_it_is(exact: HuggingFaceTokenizer, path: Path, beside: Path) -> Extras:
     content = json.loads(beside.read_text(encoding="utf-8"))  # declared_tokens has read it before
     has_bos = "bos_token" in declared_tokens(beside)
-    ids = _Ids.choose(exact, _control_names(exact), has_bos, otherwise=[])
     note = (
-        ""
-        if content.get("split_special_tokens")
-        else (
-            f"{CONFIG_FILE} is the tokenizer's own: transformers adds to a text what it says, and turns "
-            "control tokens spelled out in a text into their ids, which training here does not"
-        )
+        f"{CONFIG_FILE} is the tokenizer's own: transformers adds to a text what it says, and turns control "
+        "tokens spelled out in a text into their ids, which training here does not"
     )
-    return ids.exported({DEFINITION_FILE: path.read_bytes(), CONFIG_FILE: beside.read_bytes()}, note)
+    return Extras(
+        {DEFINITION_FILE: path.read_bytes(), CONFIG_FILE: beside.read_bytes()},
+        _token_ids(exact, _control_names(exact), has_bos),
+        "" if content.get("split_special_tokens") else note,
+    )
 
 
 def _control_names(exact: HuggingFaceTokenizer) -> dict[int, str]:
     return {number: str(exact._model.id_to_token(number)) for number in sorted(exact.control_ids)}
 
 
-@dataclass(frozen=True)
-class _Ids:
-    """Ids of a tokenizer's control tokens."""
+def _token_ids(
+    exact: Tokenizer, names: dict[int, str], with_bos: bool, otherwise: Sequence[int] = ()
+) -> dict[str, Any]:
+    """:data:`TOKEN_FIELDS`. ``names``: control ids and what they are called; ``otherwise``: to pad with if
+    none is for that."""
+    pads = [number for name in _PAD_NAMES for number, text in names.items() if text == name]
+    bos = exact.bos_id if with_bos and exact.bos_id is not None else exact.eod_id
+    ids = (bos, exact.eod_id, [*pads, *otherwise, exact.eod_id][0])
+    return dict(zip(TOKEN_FIELDS, ids, strict=True))
 
-    bos: int
-    eos: int
-    pad: int
 
-    @classmethod
-    def choose(
-        cls, exact: Tokenizer, names: dict[int, str], with_bos: bool, otherwise: Sequence[int]
-    ) -> _Ids:
-        """``names``: control ids and what they are called; ``otherwise``: to pad with if none is for that."""
-        pads = [number for name in _PAD_NAMES for number, text in names.items() if text == name]
-        bos = exact.bos_id if with_bos and exact.bos_id is not None else exact.eod_id
-        return cls(bos, exact.eod_id, [*pads, *otherwise, exact.eod_id][0])
-
-    def config(self, names: dict[int, str]) -> dict[str, Any]:
-        """``tokenizer_config.json``: ``tokenizer.json`` as it stands, and all of a text is text."""
-        return {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "bos_token": names[self.bos],
-            "eos_token": names[self.eos],
-            "pad_token": names[self.pad],
-            "split_special_tokens": True,
-            "clean_up_tokenization_spaces": False,
-        }
-
-    def exported(self, files: dict[str, bytes], note: str) -> ExportedTokenizer:
-        return ExportedTokenizer(files, self.bos, self.eos, self.pad, note)
+def _config(ids: dict[str, Any], names: dict[int, str]) -> dict[str, Any]:
+    """``tokenizer_config.json``: ``tokenizer.json`` as it stands, and all of a text is text."""
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        **{field.removesuffix("_id"): names[number] for field, number in ids.items()},
+        "split_special_tokens": True,
+        "clean_up_tokenization_spaces": False,
+    }
 
 
 def _compare(exact: Tokenizer, definition: bytes) -> None:
@@ -199,5 +193,6 @@ def _compare(exact: Tokenizer, definition: bytes) -> None:
             raise NotSupportedError(f"it decodes {text[:60]!r} in another way")
 
 
-def _json(content: dict[str, Any]) -> bytes:
+def to_json(content: Mapping[str, Any]) -> bytes:
+    """As transformers writes its files."""
     return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()

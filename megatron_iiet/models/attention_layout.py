@@ -89,19 +89,17 @@ class AttentionLayout:
     def attend(self, q_BHTK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor) -> Tensor:
         """Masked attention of rotated queries and keys, [B, H, T, K]."""
         dtype = q_BHTK.dtype
-        q_BHTK, k_BGTK, v_BGTK = (x.to(product_dtype(dtype, x.device)) for x in (q_BHTK, k_BGTK, v_BGTK))
-        return self._attend(q_BHTK, k_BGTK, v_BGTK).to(dtype)
-
-    def _attend(self, q_BHTK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor) -> Tensor:
-        grouped = q_BHTK.shape[1] != k_BGTK.shape[1]
+        q, k, v = (x.to(product_dtype(dtype, x.device)) for x in (q_BHTK, k_BGTK, v_BGTK))
+        grouped, mask = q_BHTK.shape[1] != k_BGTK.shape[1], self.mask
         if self.written_out:
-            return _written_out(q_BHTK, k_BGTK, v_BGTK, cast(Tensor, self.mask))
-        if isinstance(self.mask, BlockMask):
-            attention = _compiled_flex_attention()
-            return attention(q_BHTK, k_BGTK, v_BGTK, block_mask=self.mask, enable_gqa=grouped)
-        return F.scaled_dot_product_attention(
-            q_BHTK, k_BGTK, v_BGTK, attn_mask=self.mask, is_causal=self.mask is None, enable_gqa=grouped
-        )
+            out_BHTK = _written_out(q, k, v, cast(Tensor, mask))
+        elif isinstance(mask, BlockMask):
+            out_BHTK = _compiled_flex_attention()(q, k, v, block_mask=mask, enable_gqa=grouped)
+        else:
+            out_BHTK = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped
+            )
+        return out_BHTK.to(dtype)
 
 
 def attention_layout(

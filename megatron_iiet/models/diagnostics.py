@@ -69,28 +69,10 @@ def _observing(model: Transformer, observer: Callable[[int, int, Tensor, Tensor]
             solver.observer = None
 
 
-@dataclass
-class InfluenceSums:
-    """Sums over tokens of influence, and their number; parts of a text, of a sequence or of the layers add
-    up."""
-
-    iterates: dict[tuple[int, int], Tensor] = field(default_factory=dict)
-    """By (layer, iterate): fp64 [2], the sum of 1 − cos(y^{i−1}, y^i) and the number of tokens; iterate 0 is
-    against y_n."""
-    layers: dict[int, Tensor] = field(default_factory=dict)
-    """By layer: the same of 1 − cos(y_n, y_{n+1}), block influence (ShortGPT, Men et al. 2024)."""
-
-    def add(self, other: InfluenceSums) -> None:
-        """Count another part in."""
-        for key, sums in other.iterates.items():
-            self.iterates[key] = self.iterates.get(key, 0) + sums
-        for layer, sums in other.layers.items():
-            self.layers[layer] = self.layers.get(layer, 0) + sums
-
-    def means(self) -> tuple[dict[tuple[int, int], float], dict[int, float]]:
-        """Iteration influence by (layer, iterate) and block influence by layer; some token counts."""
-        iterates = {key: (sums[0] / sums[1]).item() for key, sums in sorted(self.iterates.items())}
-        return iterates, {n: (sums[0] / sums[1]).item() for n, sums in sorted(self.layers.items())}
+InfluenceSums = dict[tuple[int, int | None], Tensor]
+"""Sums over tokens of influence, and their number, fp64 [2], by (layer, iterate): of 1 − cos(y^{i−1}, y^i),
+iterate 0 against y_n; iterate None: of 1 − cos(y_n, y_{n+1}), block influence (ShortGPT, Men et al. 2024).
+Parts of a text, of a sequence or of the layers add up."""
 
 
 @contextmanager
@@ -99,24 +81,21 @@ def observe_influence(model: Transformer, counted_BT: Tensor) -> Iterator[Influe
 
     ``counted_BT``: which tokens count, of those whose streams are on this rank. Nothing waits for the device.
     """
-    sums = InfluenceSums()
+    sums: InfluenceSums = {}
     counted = counted_BT.to(torch.float64)
 
-    def sum_of(before: Tensor, after: Tensor) -> Tensor:
+    def note(layer: int, iterate: int | None, before: Tensor, after: Tensor) -> None:
         values_BT = one_minus_cosine(before.float(), after.float())
-        return torch.stack(((values_BT * counted).sum(), counted.sum()))
-
-    def on_iterate(layer: int, iterate: int, before: Tensor, after: Tensor) -> None:
-        sums.iterates[layer, iterate] = sum_of(before, after)
+        sums[layer, iterate] = torch.stack(((values_BT * counted).sum(), counted.sum()))
 
     def on_layer(layer: int, module: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, Tensor]) -> None:
-        sums.layers[layer] = sum_of(inputs[0], outputs[0])
+        note(layer, None, inputs[0], outputs[0])
 
     hooks = [
         layer.register_forward_hook(partial(on_layer, int(name))) for name, layer in model.layers.items()
     ]
     try:
-        with _observing(model, on_iterate):
+        with _observing(model, note):
             yield sums
     finally:
         for hook in hooks:

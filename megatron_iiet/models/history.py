@@ -86,19 +86,8 @@ class History:
         own: Tensor | None = None,
         first: int = 0,
     ) -> tuple[Tensor, ...]:
-        """``residual + Σ_{j<count} rows[r][j] · entry_{first+j}``, and with ``own`` also
-        ``+ rows[r][count] · own``.
-
-        Args:
-            residual: [B, T, d] or None.
-            rows: R parameters of at least ``count`` coefficients (R merges from one reading of the entries).
-            count: entries to read.
-            own: [B, T, d], the layer's own increment; for one row.
-            first: number of the first entry to read.
-
-        Returns:
-            tuple: a merge [B, T, d] for each row.
-        """
+        """``residual + Σ_{j<count} rows[r][j] · entry_{first+j}``, [B, T, d], for each of the rows from one
+        reading of the entries; with ``own``, the layer's increment (and one row), ``+ row[count] · own``."""
         entries = self.read(range(first, first + count))
         if self._merges is not None and entries and torch.is_grad_enabled():
             return self._merges.merge(residual, entries, rows, own, first)

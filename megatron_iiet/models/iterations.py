@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Sequence
 
 from megatron_iiet.config import RunConfig, iterations_per_layer
@@ -79,10 +80,8 @@ def auto_threshold(influence: Influence) -> float:
 
 
 def _counts(kept: Sequence[tuple[int, int]], layers: int) -> list[int]:
-    counts = [0] * layers
-    for layer, _ in kept:
-        counts[layer] += 1
-    return counts
+    counts = Counter(layer for layer, _ in kept)
+    return [counts[layer] for layer in range(layers)]
 
 
 def even_iterations(layers: int, evaluations: int) -> list[int]:

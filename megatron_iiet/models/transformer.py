@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -63,12 +64,9 @@ class IntegratedLayer(nn.Module):
     def forward(self, y_BTD: Tensor, history: History, layout: AttentionLayout) -> tuple[Tensor, Tensor]:
         """``(y_{n+1}, the increment to keep)``, both [B, T, D]."""
         increment_fn = BoundIncrement(self.increment, layout, self.recompute == "evaluation")
-        if self.recompute == "layer" and torch.is_grad_enabled():
-            return cast(
-                tuple[Tensor, Tensor],
-                checkpoint(self.solver, y_BTD, increment_fn, history, use_reentrant=False),
-            )
-        return cast(tuple[Tensor, Tensor], self.solver(y_BTD, increment_fn, history))
+        again = self.recompute == "layer" and torch.is_grad_enabled()
+        step = partial(checkpoint, self.solver, use_reentrant=False) if again else self.solver
+        return cast(tuple[Tensor, Tensor], step(y_BTD, increment_fn, history))
 
 
 class Transformer(nn.Module):

@@ -49,17 +49,12 @@ def load_extension() -> ExtensionStatus:
         torch.ops.load_library(libraries[0])
     except OSError as error:
         return ExtensionStatus(False, f"{libraries[0].name} does not load: {error.__cause__ or error}", build)
-    _describe_operators()
-    return ExtensionStatus(True, "built and loaded", build)
-
-
-def _describe_operators() -> None:
-    """Shapes, for torch.compile and meta tensors; and that a derivative is asked for in vain, not zero."""
-    torch.library.register_fake("megatron_iiet::merge_norm", _fake_merge_norm)
-    torch.library.register_fake("megatron_iiet::merge_norm_backward", _fake_merge_norm_backward)
-    torch.library.register_fake("megatron_iiet::transposed_merge", _fake_transposed_merge)
-    for name in ("merge_norm", "merge_norm_backward", "transposed_merge"):
+    # Shapes, for torch.compile and meta tensors; and a derivative is asked for in vain, it is not zero.
+    for fake in (_fake_merge_norm, _fake_merge_norm_backward, _fake_transposed_merge):
+        name = fake.__name__.removeprefix("_fake_")
+        torch.library.register_fake(f"megatron_iiet::{name}", fake)
         torch.library.register_autograd(f"megatron_iiet::{name}", _no_derivative)
+    return ExtensionStatus(True, "built and loaded", build)
 
 
 def _no_derivative(*_: Any) -> None:
@@ -111,17 +106,13 @@ def _fake_merge_norm_backward(
     assert like is not None
     _check_devices(like, grad_normed=grad_normed, merged=merged, rstd=rstd, norm_weight=norm_weight)
     _check_devices(like, increments=increments, coefficients=coefficients)
-    none32 = like.new_empty(0, dtype=torch.float32)
-    scaled = coefficients is not None
+    weight = (0,) if grad_normed is None or norm_weight is None else norm_weight.shape
+    row = (0,) if coefficients is None or not want_coefficients else coefficients.shape
     return (
-        like.new_empty(0) if grad_normed is None else like.new_empty(like.shape),
-        none32
-        if grad_normed is None or norm_weight is None
-        else like.new_empty(norm_weight.shape, dtype=torch.float32),
-        [t.new_empty(t.shape) for t in increments] if want_increments and scaled else [],
-        coefficients.new_empty(coefficients.shape)
-        if want_coefficients and coefficients is not None
-        else none32.clone(),
+        like.new_empty(0 if grad_normed is None else like.shape),
+        like.new_empty(weight, dtype=torch.float32),
+        [t.new_empty(t.shape) for t in increments] if want_increments and coefficients is not None else [],
+        like.new_empty(row, dtype=torch.float32),
     )
 
 

@@ -3,18 +3,9 @@
     merged = residual + Σ_j coefficients[j] · increments[j]
     normed = merged · rsqrt(mean(merged²) + eps) · norm_weight
 
-The contract every backend keeps:
-
-* storage is fp32, bf16 or fp16; accumulation, coefficients and the norm's statistics are fp32;
-* ``merged`` is rounded to the storage type *first* and the norm is of the rounded value, so that
-  recomputing the norm from a stored ``merged`` is bit-exact;
-* additions happen in the order residual, increments[0], increments[1], …: with coefficient 0 an
-  increment leaves ``merged`` bit-equal, with coefficient 1 it is a plain addition;
-* the result is deterministic.
-
-Four forms appear in the model: the entry merge (residual and all history), the corrector (base + α f,
-normed), the plain add-and-norm inside a layer (coefficients None), and several coefficient rows over one
-history read in one pass (coefficients of shape [R, k]), which are merged without a norm.
+The contract every backend keeps is in docs/kernels.md, as are the forms that appear in the model: ``merged``
+is rounded to the storage type (fp32, bf16, fp16) before it is normed; all else is fp32, summed in the order
+residual, increments[0], increments[1], …, and deterministic.
 """
 
 from __future__ import annotations

@@ -84,11 +84,7 @@ def merge_gradients(
 
 
 def transposed_merge(
-    direct: Tensor | None,
-    increment: Tensor,
-    gradients: Sequence[Tensor],
-    coefficients: Tensor,
-    wanted: bool,
+    direct: Tensor | None, increment: Tensor, gradients: Sequence[Tensor], coefficients: Tensor, wanted: bool
 ) -> tuple[Tensor, Tensor]:
     """See :class:`megatron_iiet.ops.backends.Backend`."""
     products = inner_products(gradients, increment) if wanted else coefficients.new_empty(0)

@@ -1,9 +1,7 @@
 """The backward pass of all merges of one history, transposed: one pass over memory a layer.
 
-Merge m reads consecutive entries F̃_j, most often from F̃_0 on, with coefficients A[m, j]. Plain autograd makes
-each merge write a gradient for every entry and adds those up, entry by entry: traffic that grows with 2.5 N²
-slabs for N layers. Here a merge hands on the gradient G_m of its result only, and what an entry receives is
-computed where it is complete, in one reading of F̃_j and the G_m that read it::
+Merge m reads consecutive entries F̃_j, most often from F̃_0 on, with coefficients A[m, j]. It hands on the
+gradient G_m of its result only, and what an entry receives is computed where it is complete::
 
     dF̃_j = direct_j + Σ_m A[m, j] G_m          dA[m, j] = ⟨F̃_j, G_m⟩
 
@@ -90,17 +88,10 @@ class TransposedMerge:
         own: Tensor | None = None,
         first: int = 0,
     ) -> tuple[Tensor, ...]:
-        """``residual + Σ_j rows[r][j] · entries[j] (+ rows[r][k] · own)``.
+        """``residual + Σ_j rows[r][j] · entries[j] (+ rows[r][k] · own)``, [..., d], for each of the rows.
 
-        Args:
-            residual: [..., d] or None.
-            entries: k ≥ 1 published entries, in order.
-            rows: R of this history's rows, each read by one merge only.
-            own: [..., d], an increment that is no entry yet; with one row only.
-            first: number of ``entries[0]``.
-
-        Returns:
-            tuple: a merge [..., d] for each row.
+        ``entries``: k ≥ 1 published ones in order, ``first`` the number of the first; ``rows``: of this
+        history, each read by one merge only; ``own``: an increment that is no entry yet, with one row only.
         """
         indices = [self._index[id(row)] for row in rows]
         k = len(entries)

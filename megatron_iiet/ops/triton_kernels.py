@@ -11,8 +11,8 @@ How it is laid out:
   norm recomputed from the stored merge are thus the same machine code: that makes them bit-equal.
 * Sums over rows go through partial sums, as many as :func:`_programs` says, added in a fixed order.
 
-The functions keep the contract of :mod:`megatron_iiet.ops.merge_norm`. They import triton, so import this
-module only where triton was chosen.
+``merge_norm``, ``merge_norm_backward`` and ``transposed_merge`` are the operators of csrc/schema.cpp and keep
+the contract of :mod:`megatron_iiet.ops.merge_norm`. Import this module only where triton was chosen.
 """
 
 from __future__ import annotations
@@ -170,18 +170,8 @@ def merge_norm(
     norm_weight: Tensor | None,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Merge the increments into the residual and normalise the rounded sum.
-
-    Args:
-        residual: [..., h] in fp32, bf16 or fp16, or None.
-        increments: n tensors like the residual; may be empty if there is one.
-        coefficients: fp32 [n] or [R, n], or None for all ones.
-        norm_weight: [h] in the residual's type or fp32, with one row of coefficients; None for no norm.
-        eps: added to the mean square.
-
-    Returns:
-        tuple: ``merged`` [R?, ..., h] ([0] without increments); ``normed`` [..., h] and ``rstd`` [...] in
-        fp32 (both [0] without norm_weight).
+    """As in csrc/schema.cpp: ``merged`` [R?, ..., h], ``normed`` [..., h] and ``rstd`` [...] of a residual
+    [..., h], n increments like it and coefficients [n] or [R, n].
 
     Raises:
         ValueError: h or a number of tensors is over the limit, the tensors are not on a GPU, or several rows
@@ -223,19 +213,9 @@ def merge_norm_backward(
     want_increments: bool,
     want_coefficients: bool,
 ) -> tuple[Tensor, Tensor, list[Tensor], Tensor]:
-    """The gradients of :func:`merge_norm`.
-
-    Args:
-        grad_merged: [R?, ..., h], or None for zeros.
-        grad_normed: [..., h], or None: then there is no norm and the next three are not read.
-        merged, rstd, norm_weight: as :func:`merge_norm` returned and took them.
-        increments, coefficients: as :func:`merge_norm` took them.
-        want_increments, want_coefficients: which gradients to compute; without coefficients, neither.
-
-    Returns:
-        tuple: G, the gradient at the rounded sum, [..., h] ([0] without norm: it is ``grad_merged``); that of
-        the weight in fp32 ([0] without norm); of the increments (an empty list if not wanted); of the
-        coefficients in fp32 ([0] if not wanted).
+    """As in csrc/schema.cpp: the gradient at the rounded sum [..., h], of the weight [h], of the increments
+    and of the coefficients. A None of the first two arguments is zeros; without coefficients none of the last
+    two results is wanted.
 
     Raises:
         ValueError: as in :func:`merge_norm`, or both gradients are None.
@@ -274,17 +254,8 @@ def transposed_merge(
     coefficients: Tensor,
     want_coefficients: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The gradient of one increment from all the merges that read it, in one pass.
-
-    Args:
-        direct: [..., h], what the increment's other uses give; or None.
-        increment: [..., h] in fp32, bf16 or fp16; not read without ``want_coefficients``.
-        gradients: M >= 1 tensors like the increment, the gradients at the rounded sums.
-        coefficients: fp32 [M], the increment's in each merge.
-        want_coefficients: whether to compute their gradient.
-
-    Returns:
-        tuple: the increment's gradient [..., h]; that of the coefficients in fp32 [M] ([0] if not wanted).
+    """As in csrc/schema.cpp: the gradient of an increment [..., h] from those of the M merges that read it,
+    and of its coefficients [M]. The increment is not read where only the first is wanted.
 
     Raises:
         ValueError: as in :func:`merge_norm`, or there are no gradients.

@@ -1,8 +1,7 @@
-"""A set of ranks that exchange tensors, and a record of what they exchanged."""
+"""A set of ranks that exchange tensors."""
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,10 +17,7 @@ _reduce_scatter = (
 
 
 class Group:
-    """Ranks of one line of the process grid. Every collective is counted in :attr:`calls`.
-
-    A group of one rank sends nothing, and counts nothing.
-    """
+    """Ranks of one line of the process grid; one rank alone sends nothing."""
 
     def __init__(self, ranks: Sequence[int] = (0,), rank: int = 0, handle: Any = None) -> None:
         """``ranks``: world ranks in order; ``rank``: this process's place among them; ``handle``: the
@@ -31,14 +27,11 @@ class Group:
         self.size = len(ranks)
         self.rank = rank
         self.handle = handle
-        self.calls: Counter[str] = Counter()
-        self.elements: Counter[str] = Counter()
 
     def all_reduce(self, x: Tensor, *, asynchronous: bool = False) -> Any:
         """Sum over the group, in place; returns the handle to wait for if ``asynchronous``."""
         if self.size == 1:
             return None
-        self._count("all_reduce", x)
         return dist.all_reduce(x, group=self.handle, async_op=asynchronous)
 
     def all_gather(self, x: Tensor) -> Tensor:
@@ -46,7 +39,6 @@ class Group:
         out = x.new_empty((self.size, *x.shape))
         if self.size == 1:
             return out.copy_(x.unsqueeze(0))
-        self._count("all_gather", out)
         _all_gather(out.flatten(), x.contiguous().flatten(), group=self.handle)
         return out
 
@@ -55,7 +47,6 @@ class Group:
         out = x.new_empty(x.shape[1:])
         if self.size == 1:
             return out.copy_(x[0]), None
-        self._count("reduce_scatter", x)
         work = _reduce_scatter(
             out.flatten(), x.contiguous().flatten(), group=self.handle, async_op=asynchronous
         )
@@ -73,16 +64,6 @@ class Group:
         """Mean over the group, in place; the same bits on every rank."""
         self.all_reduce(x)
         return x.div_(self.size)
-
-    def _count(self, kind: str, x: Tensor) -> None:
-        self.calls[kind] += 1
-        self.elements[kind] += x.numel()
-
-
-def wait(work: Any) -> None:
-    """Wait for an asynchronous collective (None: there was nothing to send)."""
-    if work is not None:
-        work.wait()
 
 
 def sum_in_fp32(x: Tensor, group: Group) -> Tensor:

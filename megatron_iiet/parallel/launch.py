@@ -73,18 +73,16 @@ def launch_environment(environ: Mapping[str, str] = os.environ) -> LaunchEnviron
         ValueError: variables are missing or contradict each other.
     """
     if "RANK" in environ:
-        found = _of_launcher(environ)
-    elif _is_srun_task(environ):
-        found = _of_srun(environ)
-    elif environ.get("WORLD_SIZE", "1") != "1":
+        return _of_launcher(environ)
+    if _is_srun_task(environ):
+        return _of_srun(environ)
+    if environ.get("WORLD_SIZE", "1") != "1":
         raise ValueError(
             f"WORLD_SIZE is {environ['WORLD_SIZE']!r} but RANK is not set: start every process with "
             "deepspeed, torchrun or srun, or unset WORLD_SIZE for a run of one process"
         )
-    else:
-        # A master left over from a script's preamble means other processes than this one.
-        found = LaunchEnvironment(0, 1, 0, "none", *_master({}, 1))
-    return found
+    # A master left over from a script's preamble means other processes than this one.
+    return LaunchEnvironment(0, 1, 0, "none", *_master({}, 1))
 
 
 def first_host(node_list: str) -> str:
@@ -147,28 +145,22 @@ def _of_srun(environ: Mapping[str, str]) -> LaunchEnvironment:
 
 
 def _master(environ: Mapping[str, str], world_size: int) -> tuple[str, int]:
-    address = environ.get("MASTER_ADDR") or ("127.0.0.1" if world_size == 1 else _srun_host(environ))
-    remedy = "set it to a free port of the host of rank 0"
+    address = environ.get("MASTER_ADDR") or ("127.0.0.1" if world_size == 1 else "")
+    if not address:
+        nodes = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST")
+        if not nodes:
+            raise ValueError("SLURM_STEP_NODELIST is not set: set MASTER_ADDR to the host of rank 0")
+        address = first_host(nodes)
+    remedy, port = "set it to a free port of the host of rank 0", _FIRST_PORT  # of one, nobody listens
     if environ.get("MASTER_PORT"):
         port = _integer(environ, "MASTER_PORT", remedy)
-    else:
-        port = _FIRST_PORT if world_size == 1 else _srun_port(environ)  # nobody listens for one
+    elif world_size > 1:
+        for_ids = "set MASTER_PORT to a free port of the host of rank 0"
+        job, step = (_integer(environ, name, for_ids) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
+        port += (job * _STEPS_PER_JOB + step) % _PORTS
     if not 0 < port < 1 << 16:
         raise ValueError(f"MASTER_PORT is {port}, not in 1 to 65535: {remedy}")
     return address, port
-
-
-def _srun_host(environ: Mapping[str, str]) -> str:
-    node_list = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST")
-    if not node_list:
-        raise ValueError("SLURM_STEP_NODELIST is not set: set MASTER_ADDR to the host of rank 0")
-    return first_host(node_list)
-
-
-def _srun_port(environ: Mapping[str, str]) -> int:
-    remedy = "set MASTER_PORT to a free port of the host of rank 0"
-    job, step = _integer(environ, "SLURM_JOB_ID", remedy), _integer(environ, "SLURM_STEP_ID", remedy)
-    return _FIRST_PORT + (job * _STEPS_PER_JOB + step) % _PORTS
 
 
 def _integer(environ: Mapping[str, str], name: str, remedy: str) -> int:

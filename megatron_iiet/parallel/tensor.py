@@ -8,8 +8,7 @@ residual stream is whole on every rank, or under sequence parallelism cut along 
     with sequence       enter: all-gather      backward: reduce-scatter
                         leave: reduce-scatter  backward: all-gather
 
-Two blocks a layer make 2 collectives forward and 2 backward for one evaluation of F (Shoeybi et al. 2019,
-Korthikanti et al. 2022), hence 2 (r + 1) each for a layer with r corrector iterations.
+Shoeybi et al. 2019, Korthikanti et al. 2022. How often is in docs/parallelism.md.
 
 Shapes: B batch, T sequence, S the rank's part of it, C input columns, W output width of the rank.
 """
@@ -24,7 +23,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from megatron_iiet.ops.products import linear, matmul
-from megatron_iiet.parallel.group import Group, sum_in_fp32, wait
+from megatron_iiet.parallel.group import Group, sum_in_fp32
 from megatron_iiet.parallel.shard import Shard
 
 
@@ -138,7 +137,8 @@ class _ColumnLinear(torch.autograd.Function):
                 work = ctx.group.all_reduce(for_x, asynchronous=True)
         if ctx.needs_input_grad[1]:
             for_weight = matmul(gradient_BTW.flatten(0, -2).t(), whole_BTC.flatten(0, -2))
-        wait(work)
+        if work is not None:  # there was something to send
+            work.wait()
         return for_x, for_weight, None, None
 
 

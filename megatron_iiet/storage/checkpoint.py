@@ -21,6 +21,7 @@ digests of themselves, ``state.json`` one of ``config.yaml``, the index one of e
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 from dataclasses import asdict, dataclass
@@ -31,13 +32,22 @@ from megatron_iiet import durable
 from megatron_iiet.config import ConfigError, RunConfig, config_from_file, config_to_yaml
 from megatron_iiet.config.iteration_plan import IterationPlan
 from megatron_iiet.storage.fragments import FORMAT, INDEX, FragmentReader
-from megatron_iiet.storage.integrity import SaveIdentity, check_seal, digest_of, read_json, write_sealed
+from megatron_iiet.storage.integrity import (
+    REMEDY,
+    SaveIdentity,
+    check_seal,
+    digest_of,
+    misfit,
+    read_json,
+    write_sealed,
+)
 
 _WITHOUT_SAVES = (2, 3, 4)
 # 4 had no digests; 3 had no iteration plan; 2 had a place in the data of another form, which the reader of
 # samples understands.
 
 CONFIG, STATE = "config.yaml", "state.json"
+_FORM = {"step": int, "data": dict, "layout": {str: int}, "plan": (None, dict)}
 
 # What a checkpoint holds, temporary names of a save that was killed included, and what NFS leaves of a file
 # that a reader has open.
@@ -81,16 +91,21 @@ def latest_tag(output_dir: str | Path) -> str | None:
     kill before it was written or an unfinished copy leaves a run, the one of most steps.
 
     Raises:
-        ConfigError: ``latest`` names a checkpoint that is not there.
+        ConfigError: ``latest`` names a checkpoint that is not there, or is no file.
     """
     folder = checkpoints_folder(output_dir)
     marker = folder / "latest"
+    if not os.path.lexists(folder):  # False of what is no path at all, too
+        return None
+    if marker.is_dir():
+        raise ConfigError(f"{marker} is a folder, not a file that names a checkpoint; remove it")
     if not marker.is_file():
         return next(reversed(complete_tags(output_dir)), None)
-    tag = marker.read_text().strip()
-    if not (folder / tag / STATE).is_file():
+    tag = marker.read_text(errors="replace").strip()
+    if not os.path.isfile(folder / tag / STATE):  # no path at all may stand there
+        shown = repr(tag)[1:-1][:80]
         raise ConfigError(
-            f"{marker} names '{tag}', but {folder / tag} is not a complete checkpoint; "
+            f"{marker} names '{shown}', but {folder / shown} is not a complete checkpoint; "
             "write the name of one that is into 'latest', or choose another output_dir"
         )
     return tag
@@ -172,6 +187,8 @@ def _read_state(folder: Path) -> tuple[TrainState, SaveIdentity | None]:
             content = check_seal(path, content)
             save = SaveIdentity(content.pop("save"), content["step"], content.pop("config"))
         del content["format"]
+        if wrong := misfit(content, _FORM):
+            raise ValueError(f"{path} is damaged: {wrong}; {REMEDY}")
         state = TrainState(**content)
         if re.fullmatch(r"step_\d+", folder.name) and folder.name != tag_of(state.step):
             raise ValueError(

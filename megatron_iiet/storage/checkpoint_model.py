@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -16,6 +16,8 @@ from megatron_iiet.models.iterations import iterations_at
 from megatron_iiet.storage import checkpoint
 from megatron_iiet.storage.fragments import MASTER
 from megatron_iiet.storage.hugging_face.llama import files_of_tokenizer
+from megatron_iiet.storage.parameters import StoredParameters
+from megatron_iiet.storage.safetensors_stream import Shape
 
 
 @dataclass(frozen=True)
@@ -78,8 +80,8 @@ def find_checkpoint(run_folder: str | Path, step: int | None) -> Path:
     return checkpoint.checkpoints_folder(run_folder) / tag
 
 
-class StoredWeights(Mapping[str, Tensor]):
-    """The fp32 weights of a checkpoint by parameter name; one tensor is read at a time.
+class StoredWeights(StoredParameters):
+    """The fp32 weights of a checkpoint, put together of what ranks wrote; the vocabulary's padding is there.
 
     Raises:
         ValueError: the checkpoint is damaged or incomplete.
@@ -87,19 +89,13 @@ class StoredWeights(Mapping[str, Tensor]):
 
     def __init__(self, folder: Path) -> None:
         self._reader = checkpoint.open_weights(folder)
-        self._names = list(self._reader.parameters)
+        self._shapes = {name: entry.shape for name, entry in self._reader.parameters.items()}
 
-    def __getitem__(self, name: str) -> Tensor:
-        return self._reader.read_full(name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
+    @property
+    def shapes(self) -> Mapping[str, Shape]:
+        return self._shapes
 
     def rows(self, name: str, first: int, last: int) -> Tensor:
-        """Rows [first, last) of a parameter, the vocabulary's padding among them; a scalar is one row."""
         entry = self._reader.parameters[name]
         width = prod(entry.shape[1:])
         flat = self._reader.read(
@@ -113,9 +109,13 @@ class StoredWeights(Mapping[str, Tensor]):
         )
         return flat.view(-1, *entry.shape[1:])
 
+    def holding(self, name: str, row: int) -> str:
+        files = sorted({piece.file for piece in self._reader.parameters[name].pieces})
+        return f"tensor {MASTER}/{name} in {self._reader.folder / ', '.join(files)}"
+
     def leave_out(self, part_of_name: str) -> None:
         """Forget the parameters whose name contains ``part_of_name``."""
-        self._names = [name for name in self._names if part_of_name not in name]
+        self._shapes = {name: shape for name, shape in self._shapes.items() if part_of_name not in name}
 
 
 def _settle_guidance(config: RunConfig, folder: Path) -> None:

@@ -34,9 +34,11 @@ from torch import Tensor
 from megatron_iiet.parallel.shard import Shard
 from megatron_iiet.storage.integrity import (
     BLOCK_BYTES,
+    REMEDY,
     Blocks,
     SaveIdentity,
     check_seal,
+    misfit,
     read_json,
     write_sealed,
 )
@@ -52,7 +54,19 @@ INDEX = "index.json"
 SCRATCH_BYTES = 64 << 20
 """Bound of the temporary of one read, which is never less than a row of a stored shard."""
 OPEN_FILES = 64
-_REMEDY = "copy the whole checkpoint again, or use another one"
+_BARE_FORM = {
+    "kinds": [str],
+    "files": {str: {"bytes": int}},
+    "parameters": {
+        str: {
+            "shape": [int],
+            "shard": (None, {"dim": int, "blocks": [int]}),
+            "tensor_size": int,
+            "pieces": [[str, int, int, int]],
+        }
+    },
+}
+"""What nothing else says of an index without digests, see :func:`megatron_iiet.storage.integrity.misfit`."""
 
 
 @dataclass(frozen=True)
@@ -191,7 +205,7 @@ class FragmentReader:
         index = _read_index(folder / INDEX)
         if index.save != save:
             raise ValueError(
-                f"{folder / INDEX} is {_of(index.save)}, but the checkpoint {_of(save)}; {_REMEDY}"
+                f"{folder / INDEX} is {_of(index.save)}, but the checkpoint {_of(save)}; {REMEDY}"
             )
         self.parameters, self._blocks = index.parameters, index.blocks
         self._header = _header_of(save) if save else None
@@ -203,6 +217,10 @@ class FragmentReader:
                 )
         for name, entry in self.parameters.items():
             _check_coverage(folder, name, entry)
+            if unlisted := {piece.file for piece in entry.pieces} - index.sizes.keys():
+                raise ValueError(
+                    f"{folder / INDEX} has no size of {min(unlisted)}, which has {name}; {REMEDY}"
+                )
 
     def read(
         self,
@@ -340,7 +358,7 @@ class FragmentReader:
             )
             raise ValueError(
                 f"{self.folder / file} is of another save than {INDEX} beside it: of {found}, not of "
-                f"{wanted}; {_REMEDY}"
+                f"{wanted}; {REMEDY}"
             )
         self._files[file] = stored
         if len(self._files) > OPEN_FILES:
@@ -361,14 +379,14 @@ class _Index(NamedTuple):
 
 def _read_index(path: Path) -> _Index:
     index = read_json(path)
-    try:
-        bare = index["format"] == _BARE_FORMAT
-        if not bare and index["format"] != FORMAT:
-            raise ValueError(f"its format is {index['format']!r}")
-    except (ValueError, KeyError) as error:
-        raise _unreadable(path, error) from None
+    found = index.get("format")
+    if found not in (_BARE_FORMAT, FORMAT):
+        raise ValueError(f"{path} is of format {found!r}, not {FORMAT}; use the version that wrote it")
+    bare = found == _BARE_FORMAT
     if not bare:
         index = check_seal(path, index)
+    elif wrong := misfit(index, _BARE_FORM):
+        raise ValueError(f"{path} is damaged: {wrong}; {REMEDY}")
     try:
         if bare:  # one list of kinds for all
             for parameter in index["parameters"].values():
@@ -384,14 +402,10 @@ def _read_index(path: Path) -> _Index:
             },
         )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise _unreadable(path, error) from None
-
-
-def _unreadable(path: Path, error: Exception) -> ValueError:
-    return ValueError(
-        f"cannot read {path} as an index of format {FORMAT}: {error!r}; use another checkpoint, or the "
-        "version of this program that wrote it"
-    )
+        raise ValueError(
+            f"cannot read {path} as an index of format {found}: {error!r}; use another checkpoint, or the "
+            "version of this program that wrote it"
+        ) from None
 
 
 def _header_of(save: SaveIdentity) -> dict[str, str]:
@@ -440,7 +454,10 @@ def _check_tensors(path: Path, fragment: Fragment) -> None:
 
 def _check_coverage(folder: Path, name: str, entry: ParameterEntry) -> None:
     """Every element that a rank must hold is in exactly one piece."""
-    held = entry.local_numel(entry.tensor_size)
+    try:
+        held = entry.local_numel(entry.tensor_size)
+    except ValueError as error:
+        raise ValueError(f"{name} in {folder}: {error}") from None
     pieces: dict[int, list[tuple[int, int]]] = {rank: [] for rank in range(entry.tensor_size)}
     for piece in entry.pieces:
         pieces.setdefault(piece.tensor_rank, []).append((piece.start, piece.numel))
@@ -463,7 +480,6 @@ def _entry_from_json(data: Mapping[str, Any]) -> ParameterEntry:
 
 
 def _size_of(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except FileNotFoundError:
-        raise ValueError(f"{path} is missing; {_REMEDY}") from None
+    if not path.is_file():
+        raise ValueError(f"{path} is {'no file' if path.exists() else 'missing'}; {REMEDY}")
+    return path.stat().st_size

@@ -20,6 +20,7 @@ from megatron_iiet import durable
 BLOCK_BYTES = 1 << 20
 """What one digest is of: so much of a tensor from its start on, the last block less. A read of an interval
 reads the blocks it touches to their ends."""
+REMEDY = "copy the whole checkpoint again, or use another one"
 _DIGITS = 16  # of a block's digest
 _DIGEST = "digest"
 
@@ -58,7 +59,7 @@ class Blocks(NamedTuple):
 
     def holds(self, number: int, data: memoryview) -> bool:
         """Whether ``data`` is what was block ``number`` when it was written."""
-        return block_digest(data) == self.digests[_DIGITS * number : _DIGITS * (number + 1)]
+        return xxhash.xxh3_64_hexdigest(data) == self.digests[_DIGITS * number : _DIGITS * (number + 1)]
 
 
 class BlockDigests:
@@ -90,11 +91,6 @@ class BlockDigests:
         self._filled = 0
 
 
-def block_digest(data: memoryview) -> str:
-    """Of one block."""
-    return xxhash.xxh3_64_hexdigest(data)
-
-
 def digest_of(document: bytes) -> str:
     """Of a document."""
     return xxhash.xxh3_128_hexdigest(document)
@@ -111,19 +107,45 @@ def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file.
 
     Raises:
-        ValueError: it is missing, or holds no object.
+        ValueError: it is missing, no file, or holds no object.
     """
     try:
         content = json.loads(path.read_bytes())
     except FileNotFoundError:
-        raise ValueError(f"{path} is missing; copy the whole checkpoint again, or use another one") from None
+        raise ValueError(f"{path} is missing; {REMEDY}") from None
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror}); {REMEDY}") from None
     except (ValueError, RecursionError) as error:
-        raise ValueError(
-            f"{path} is damaged ({error}); copy the whole checkpoint again, or use another one"
-        ) from None
+        raise ValueError(f"{path} is damaged ({error}); {REMEDY}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} is damaged: it holds no object; use another checkpoint")
     return content
+
+
+def misfit(value: Any, form: Any, at: str = "") -> str:
+    """Where plain data is not of the form that it should be of, and what is there; "" if nowhere.
+
+    ``form``: ``int`` is a whole number from 0 on; any other type itself; ``None`` nothing, or no such key; a
+    tuple has alternatives; a list the form of every item, or, if it has several, of each; a dict the forms by
+    key, that of any other key under ``str``.
+    """
+    parts: list[tuple[Any, Any, str]] | None = None
+    if isinstance(form, tuple):
+        found = [misfit(value, one, at) for one in form]
+        return "" if "" in found else max(found, key=lambda each: each.partition(" is ")[0].count("."))
+    if isinstance(form, list) and isinstance(value, list) and len(form) in (1, len(value)):
+        parts = [(item, form[i % len(form)], at) for i, item in enumerate(value)]
+    elif isinstance(form, dict) and isinstance(value, dict):
+        others = [(key, form[str]) for key in value if str in form and key not in form]
+        named = [(key, each) for key, each in form.items() if key is not str]
+        parts = [(value.get(key), each, f"{at}.{key}".lstrip(".")) for key, each in named + others]
+    if parts is not None:
+        return next(filter(None, (misfit(*part) for part in parts)), "")
+    if form is int:
+        fits = type(value) is int and 0 <= value < 1 << 63
+    else:
+        fits = value is None if form is None else isinstance(form, type) and isinstance(value, form)
+    return "" if fits else f"{at} is {'missing' if value is None else f'{value!r:.60}'}"
 
 
 def check_seal(path: Path, content: dict[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ The folder holds ``vocab_size`` rows of embedding and head; the padding that tra
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from math import prod
 from pathlib import Path
 
@@ -17,7 +17,8 @@ from torch import Tensor
 from megatron_iiet.config import RunConfig, config_from_file, config_to_yaml
 from megatron_iiet.durable import sync_folder
 from megatron_iiet.models.transformer import VOCABULARY_WEIGHTS, Transformer
-from megatron_iiet.storage.safetensors_stream import SafetensorsFile, TensorToWrite, write_safetensors
+from megatron_iiet.storage.parameters import StoredParameters
+from megatron_iiet.storage.safetensors_stream import SafetensorsFile, Shape, TensorToWrite, write_safetensors
 
 CONFIG_FILE = "config.yaml"
 WEIGHTS_FILE = "model.safetensors"
@@ -86,13 +87,14 @@ def load(folder: str | Path, *, backend: str = "reference") -> Transformer:
     return model.eval()
 
 
-class StoredModel(Mapping[str, Tensor]):
-    """The parameters of a folder that :func:`save` wrote, fp32; read when asked for, whole or some rows.
+class StoredModel(StoredParameters):
+    """The parameters of a folder that :func:`save` wrote.
 
     Raises:
         ValueError: as :func:`load`.
     """
 
+    shapes: Mapping[str, Shape] = {}
     config: RunConfig
 
     def __init__(self, folder: str | Path) -> None:
@@ -112,28 +114,17 @@ class StoredModel(Mapping[str, Tensor]):
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{path} is damaged ({error}); convert the model again") from None
         self._file = SafetensorsFile(path, "convert the model again")
-        self._shapes = {name: stored.shape for name, stored in self._file.tensors.items()}
-        _check_shapes(_expected_shapes(Transformer.on_meta(self.config)), self._shapes, str(path))
-
-    def __getitem__(self, name: str) -> Tensor:
-        tensor = torch.empty(self._shapes[name])
-        self._file.read(name, 0, tensor)
-        return tensor
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._shapes)
-
-    def __len__(self) -> int:
-        return len(self._shapes)
+        self.shapes = {name: stored.shape for name, stored in self._file.tensors.items()}
+        _check_shapes(_expected_shapes(Transformer.on_meta(self.config)), self.shapes, str(path))
 
     def rows(self, name: str, first: int, last: int) -> Tensor:
-        """Rows [first, last) of a parameter; a scalar is one row."""
-        if not self._shapes[name]:
-            return self[name].view(1)
-        width = prod(self._shapes[name][1:])
-        rows = torch.empty(last - first, *self._shapes[name][1:])
-        self._file.read(name, first * width, rows)
+        shape = self.shapes[name][1:]
+        rows = torch.empty(last - first, *shape)
+        self._file.read(name, first * prod(shape), rows)
         return rows
+
+    def holding(self, name: str, row: int) -> str:
+        return f"tensor {name} in {self._file.path}"
 
 
 def check_new(folder: str | Path) -> None:

@@ -3,11 +3,9 @@ part, whole models are nowhere."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -22,21 +20,13 @@ from megatron_iiet.storage.checkpoint_model import find_checkpoint, model_of_che
 from megatron_iiet.storage.fragments import SCRATCH_BYTES
 from megatron_iiet.storage.hugging_face import llama
 from megatron_iiet.storage.integrity import digest_of
+from megatron_iiet.storage.parameters import Weights
 
 KINDS = (
     "a model folder of tools/convert_checkpoint.py (config.yaml, model.safetensors), a training run's "
     "output_dir or one of its checkpoints, or a Hugging Face folder (config.json, safetensors) of a LLaMA or "
     "one that tools/convert_checkpoint.py wrote"
 )
-
-
-class Weights(Protocol):
-    """Stored parameters by our names; the vocabulary's padding may be there or not."""
-
-    def __iter__(self) -> Iterator[str]: ...
-
-    def rows(self, name: str, first: int, last: int) -> Tensor:
-        """Rows [first, last) of a parameter, fp32 on the CPU (a scalar is one row)."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +40,9 @@ class Source:
 
     def digest(self) -> str:
         """Of the first row of every parameter: tells models apart, not two that share those rows."""
-        rows = [name.encode() + self._rows(name, 0, 1).numpy().tobytes() for name in sorted(self.weights)]
+        rows = [
+            name.encode() + self.weights.rows(name, 0, 1).numpy().tobytes() for name in sorted(self.weights)
+        ]
         return digest_of(b"".join(rows))
 
     def fill_parameter(self, name: str, parameter: Tensor, tensor: Group) -> None:
@@ -113,12 +105,22 @@ class Source:
         return torch.cat(parts)
 
     def _rows(self, name: str, first: int, last: int) -> Tensor:
-        """Rows of the whole parameter; those of the vocabulary's padding are zero."""
-        if name not in VOCABULARY_WEIGHTS:
-            return self.weights.rows(name, first, last)
+        """Rows of the whole parameter; those of the vocabulary's padding are zero.
+
+        Raises:
+            ValueError: a value is no number.
+        """
         model = self.config.model
-        stored = min(last, model.vocab_size)
+        stored = min(last, model.vocab_size) if name in VOCABULARY_WEIGHTS else last
         found = self.weights.rows(name, min(first, stored), stored)
+        if not found.isfinite().all():
+            row = first + int((~found.isfinite()).nonzero()[0, 0])
+            raise ValueError(
+                f"{self.weights.holding(name, row)} holds NaN or infinity, first in row {row} of {name}; use "
+                "weights that are numbers, such as those of an earlier checkpoint"
+            )
+        if stored == last:
+            return found
         return torch.cat((found, found.new_zeros(last - max(first, stored), model.hidden_size)))
 
 

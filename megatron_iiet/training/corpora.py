@@ -70,9 +70,8 @@ def open_corpora(data: DataConfig, vocab_size: int) -> Corpora:
     return Corpora(list(data.weights), weights, train, validation, validation_weights)
 
 
-def contents_of(data: DataConfig, corpora: Corpora, teacher: str | None = None) -> dict[str, Any]:
-    """What the corpora, the tokenizer and the teacher of a run hold, wherever they lie, as plain data for its
-    checkpoints; ``teacher``: its identity.
+def contents_of(data: DataConfig, corpora: Corpora) -> dict[str, Any]:
+    """What the corpora and the tokenizer of a run hold, wherever they lie, as plain data for its checkpoints.
 
     Raises:
         ValueError: a file is missing or damaged.
@@ -81,7 +80,6 @@ def contents_of(data: DataConfig, corpora: Corpora, teacher: str | None = None) 
         "train": [corpus_identity(part.stream) for part in corpora.train],
         "validation": corpus_identity(corpora.validation[0].stream) if data.validation_prefix else None,
         "tokenizer": tokenizer_digest(data.tokenizer),
-        "teacher": teacher,
     }
 
 

@@ -10,6 +10,8 @@ from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
 
+LOG = "log.jsonl"
+
 
 class MetricWriter:
     """Writes one line a step to ``output_dir/log.jsonl``, and events to ``output_dir/tensorboard``.
@@ -19,7 +21,7 @@ class MetricWriter:
 
     def __init__(self, output_dir: str | Path, *, tensorboard: bool, first_step: int) -> None:
         folder = Path(output_dir)
-        path = folder / "log.jsonl"
+        path = folder / LOG
         torn = path.is_file() and not path.read_bytes().endswith(b"\n") and path.stat().st_size
         self._log = path.open("a")
         self._log.write("\n" * bool(torn))  # half a line stays one of its own
@@ -55,7 +57,7 @@ def read_log(output_dir: str | Path) -> dict[int, dict[str, float]]:
     Raises:
         ValueError: the run has no log.
     """
-    path = Path(output_dir) / "log.jsonl"
+    path = Path(output_dir) / LOG
     if not path.is_file():
         raise ValueError(f"{path} does not exist, so {output_dir} is not the folder of a run")
     steps: dict[int, dict[str, float]] = {}

@@ -16,15 +16,32 @@ from megatron_iiet.ops import resolve_backend
 from megatron_iiet.parallel import ParallelContext
 from megatron_iiet.parallel.launch import launch_environment
 from megatron_iiet.storage import checkpoint
+from megatron_iiet.storage.source import Source
 from megatron_iiet.training import callbacks
 from megatron_iiet.training.corpora import Corpora, contents_of, describe_corpora, open_corpora
 from megatron_iiet.training.engine import Engine, build_engine
 from megatron_iiet.training.layout import describe_layout, layout_of
 from megatron_iiet.training.loop import train
-from megatron_iiet.training.record import append_start, restore_configuration, start_of, write_configurations
-from megatron_iiet.training.resume import NothingToDo, Resumption, find_resumption, teacher_identity
+from megatron_iiet.training.record import (
+    append_start,
+    check_output_dir,
+    restore_configuration,
+    start_of,
+    write_configurations,
+)
+from megatron_iiet.training.resume import (
+    CONTENTS,
+    NothingToDo,
+    Resumption,
+    find_resumption,
+    initial_identity,
+    model_identity,
+    newest_checkpoint,
+    nothing_to_do,
+)
 from megatron_iiet.training.run import Run
-from megatron_iiet.training.warm_start import WarmStart, open_teacher, open_warm_start
+from megatron_iiet.training.stopping import failing_together
+from megatron_iiet.training.warm_start import open_teacher, open_warm_start
 
 
 def pretrain(loaded: LoadedConfig) -> None:
@@ -67,12 +84,22 @@ def prepare(
     """
     check_paths(config)
     backend, reason = resolve_backend(config.ops.backend, context.device)
+    newest = newest_checkpoint(config)
+    done = newest is not None and nothing_to_do(config, checkpoint.read_state(newest).step)
+    if not done:
+        with failing_together(context):
+            check_output_dir(config.output_dir)
     check_tokenizer(config)
     corpora = open_corpora(config.data, config.model.vocab_size)
-    teacher = open_teacher(config)
-    contents = contents_of(config.data, corpora, teacher_identity(teacher.source) if teacher else None)
+    teacher = None if done else open_teacher(config)
+    warm = open_warm_start(config) if newest is None else None
+    contents = contents_of(config.data, corpora) | {
+        "teacher": model_identity(teacher) if teacher else None,
+        "initial_weights": None if done else initial_identity(config),
+    }
     found = find_resumption(config, contents, accept)
-    warm = open_warm_start(config) if found is None else None
+    if found is not None and config.training.initial_weights and not contents["initial_weights"]:
+        contents["initial_weights"] = (found.state.data.get(CONTENTS) or {}).get("initial_weights")
 
     engine = build_engine(
         config, ds_config, context, backend, initialise=found is None, warm=warm, teacher=teacher
@@ -212,7 +239,7 @@ def describe_start(run: Run) -> str:
     )
 
 
-def describe_teacher(run: Run, teacher: WarmStart) -> str:
+def describe_teacher(run: Run, teacher: Source) -> str:
     """The line of a distillation's start."""
     config, model = run.config, run.engine.meta_teacher
     assert model is not None
@@ -220,7 +247,7 @@ def describe_teacher(run: Run, teacher: WarmStart) -> str:
     share = model.forward_flops(length) / run.engine.meta_model.forward_flops(length)
     weights = config.distillation
     return (
-        f"teacher: {teacher.source.description}, solver {model.config.solver.kind}, a forward pass of "
+        f"teacher: {teacher.description}, solver {model.config.solver.kind}, a forward pass of "
         f"{share:.2f} x the student's FLOPs; loss CE + {weights.alpha:g} MSE + {weights.beta:g} KL at "
         f"temperature {weights.temperature:g}"
     )

@@ -12,31 +12,62 @@ import sys
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 
 from megatron_iiet import __version__, durable
-from megatron_iiet.config import RunConfig, config_to_yaml
+from megatron_iiet.config import ConfigError, RunConfig, config_to_yaml
 from megatron_iiet.parallel import ParallelContext
+from megatron_iiet.storage.checkpoint import CONFIG, checkpoints_folder
+from megatron_iiet.training.metrics import LOG
 from megatron_iiet.training.resume import Resumption
 
-STARTS = "starts.jsonl"
+DS_CONFIG, STARTS = "ds_config.json", "starts.jsonl"
 _GIT_SECONDS = 10.0
+
+
+def check_output_dir(output_dir: str | Path) -> None:
+    """Refuse a folder that a run could not write into, before it begins: a folder and a file in it are made
+    where the run's first ones will be, and removed again.
+
+    Raises:
+        ConfigError: saying why not.
+    """
+    run = Path(output_dir)
+    for path in (run, checkpoints_folder(run)):
+        there = next(folder for folder in (path, *path.absolute().parents) if os.path.lexists(folder))
+        try:
+            with TemporaryDirectory(prefix=".probe", dir=there) as probe:
+                place = Path(probe) / os.path.relpath(path, there)
+                place.mkdir(parents=True, exist_ok=True)
+                (place / STARTS).write_text("\n")
+        except OSError as error:
+            raise ConfigError(
+                f"output_dir is {output_dir}, where nothing can be written ({there}: {error.strerror}); make "
+                "room for it there, or choose another one"
+            ) from None
+    for name in (CONFIG, DS_CONFIG, STARTS, LOG):
+        if (run / name).is_dir():
+            raise ConfigError(
+                f"output_dir is {output_dir}, where {run / name} is a folder, not the file that the run "
+                "writes; remove it, or choose another output_dir"
+            )
 
 
 def write_configurations(config: RunConfig, ds_config: dict[str, Any]) -> None:
     """Write the resolved configurations into the run's folder."""
     folder = Path(config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    durable.write_text(folder / "config.yaml", config_to_yaml(config))
-    durable.write_text(folder / "ds_config.json", json.dumps(ds_config, indent=2) + "\n")
+    durable.write_text(folder / CONFIG, config_to_yaml(config))
+    durable.write_text(folder / DS_CONFIG, json.dumps(ds_config, indent=2) + "\n")
 
 
 def restore_configuration(output_dir: str | Path, folder: Path) -> None:
     """Make a run's ``config.yaml`` that of the checkpoint in ``folder``: a kill after a save, before it was
     written, or a person may have left another."""
-    there, here = folder / "config.yaml", Path(output_dir) / "config.yaml"
+    there, here = folder / CONFIG, Path(output_dir) / CONFIG
     if not here.is_file() or here.read_bytes() != there.read_bytes():
         durable.write_text(here, there.read_text())
 

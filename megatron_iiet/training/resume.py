@@ -23,11 +23,27 @@ from megatron_iiet.data.corpora.identity import identity_difference
 from megatron_iiet.data.loader.blend import Blend
 from megatron_iiet.models.iterations import iterations_at
 from megatron_iiet.storage import checkpoint
-from megatron_iiet.storage.integrity import digest_of
-from megatron_iiet.storage.source import Source
+from megatron_iiet.storage.integrity import REMEDY, digest_of, misfit
+from megatron_iiet.storage.source import Source, open_model
 
 CONTENTS = "contents"
 """Where the state of the sample reader in a checkpoint has what its corpora and tokenizer hold."""
+_MODELS = {"distillation.teacher": "teacher", "training.initial_weights": "initial_weights"}
+"""Keys that name other models, and where their contents have what those compute: by that they are known, by
+their paths only where the checkpoint does not say it."""
+_CORPUS = {"tokens": int, "documents": int, "sampled": str, "listed": (None, str)}
+_CONTENTS = {
+    "train": [_CORPUS],
+    "validation": (None, _CORPUS),
+    "tokenizer": str,
+    **dict.fromkeys(_MODELS.values(), (None, str)),
+}
+_PLACES = ({"samples": int, "windows": [int]}, {"epoch": int, "sample": int})
+_FORM = {
+    "data": tuple({CONTENTS: (None, _CONTENTS), **place} for place in _PLACES),
+    "layout": {"data": int, "zero_stage": int},
+}
+"""What a state without a digest is asked for, see :func:`megatron_iiet.storage.integrity.misfit`."""
 _DIFFERS = {
     Change.FUNCTION: "the parameters there compute something else",
     Change.ORDER: "samples there are others or in another order",
@@ -83,16 +99,11 @@ class Resumption:
         )
 
 
-def find_resumption(
-    config: RunConfig, contents: Mapping[str, Any], accept: Sequence[str] = ()
-) -> Resumption | None:
-    """The checkpoint to continue from, checked against this run; None to start from scratch.
-
-    ``contents``: what the corpora and the tokenizer hold; ``accept``: keys whose change this start accepts.
+def newest_checkpoint(config: RunConfig) -> Path | None:
+    """The folder of the checkpoint to continue from, which is not looked into; None to start from scratch.
 
     Raises:
-        ConfigError: it is of another format, function or order of samples, or must not be resumed.
-        NothingToDo: it is the last one.
+        ConfigError: there is one, and it must not be resumed.
     """
     tag = checkpoint.latest_tag(config.output_dir)
     if tag is None:
@@ -103,8 +114,27 @@ def find_resumption(
             f"{config.output_dir} already holds checkpoint {tag} and checkpoint.resume is false; "
             "set it to true to continue, or choose another output_dir"
         )
+    return folder
+
+
+def find_resumption(
+    config: RunConfig, contents: Mapping[str, Any], accept: Sequence[str] = ()
+) -> Resumption | None:
+    """The checkpoint to continue from, checked against this run; None to start from scratch.
+
+    ``contents``: what corpora, tokenizer and other models hold; ``accept``: keys whose change this start
+    accepts.
+
+    Raises:
+        ConfigError: it is of another format, function or order of samples, or must not be resumed.
+        NothingToDo: it is the last one.
+    """
+    folder = newest_checkpoint(config)
+    if folder is None:
+        return None
     found = check_resumable(folder, config, contents, accept)
-    check_unfinished(config, found.state.step)
+    if done := nothing_to_do(config, found.state.step):
+        raise NothingToDo(done)
     return found
 
 
@@ -117,18 +147,29 @@ def check_resumable(
         ConfigError: naming every difference that is refused.
     """
     state = checkpoint.read_state(folder)
+    notes = []
+    if lacks := checkpoint.lacks(folder):
+        if wrong := misfit({"data": state.data, "layout": state.layout}, _FORM):
+            raise ConfigError(f"{folder / checkpoint.STATE} is damaged: {wrong}; {REMEDY}")
+        notes.append(f"it is {lacks}")
     before = checkpoint.read_config(folder)
-    found = differences(before, config, state.step)
-    notes = [f"it is {lacks}"] if (lacks := checkpoint.lacks(folder)) else []
+    done = nothing_to_do(config, state.step)
+    there = state.data.get(CONTENTS) or {}
+    known = [key for key, name in _MODELS.items() if done or there.get(name)]  # if it matters at all
+    found = [
+        one
+        for one in differences(before, config, state.step)
+        if not (one.key in known and one.old and one.new)  # other paths, which say nothing
+    ]
     if not (folder.parent / "latest").is_file():
         notes.append("'latest' is missing beside it; of the complete checkpoints it has the most steps")
-    if CONTENTS in state.data:
-        there = state.data[CONTENTS]
-        if there.get("teacher") and contents.get("teacher"):  # which then say more than paths
-            found = [one for one in found if one.key != "distillation.teacher"]
-        found += content_differences(there, contents, before, config)
-    else:
+    if not there:
         notes.append("the checkpoint does not say what its corpora held; they are taken to be the same")
+    else:
+        found += content_differences(there, contents, before, config)
+        weights = config.training.initial_weights
+        if weights and there.get("initial_weights") and not contents.get("initial_weights"):
+            notes.append(f"training.initial_weights {weights} holds no model now; only step 0 needed it")
     critical = [difference for difference in found if difference.change.refused]
     refused = [difference for difference in critical if difference.key not in accept]
     if refused:
@@ -159,12 +200,9 @@ def _refusal(folder: Path, config: RunConfig, refused: Sequence[Difference]) -> 
     )
 
 
-def check_unfinished(config: RunConfig, step: int) -> None:
-    """Refuse to start a run that has taken its steps, all of them or those up to ``training.stop_after``.
-
-    Raises:
-        NothingToDo: with what to do instead.
-    """
+def nothing_to_do(config: RunConfig, step: int) -> str:
+    """Of a run that has taken its steps, all of them or those up to ``training.stop_after``, a sentence that
+    says so, and what to do instead; "" of any other."""
     steps, stop = config.training.steps, config.training.stop_after
     if step >= steps:
         way_on = (
@@ -172,12 +210,13 @@ def check_unfinished(config: RunConfig, step: int) -> None:
             if _stages(config) is not None
             else "raise training.steps or choose another output_dir"
         )
-        raise NothingToDo(f"complete: {step} of {steps} steps; {way_on}")
+        return f"complete: {step} of {steps} steps; {way_on}"
     if stop is not None and step >= stop:
-        raise NothingToDo(
+        return (
             f"complete up to training.stop_after = {stop}: {step} of {steps} steps; raise it, or set it to "
             "null to go on to the end"
         )
+    return ""
 
 
 def differences(before: RunConfig, config: RunConfig, step: int) -> list[Difference]:
@@ -215,7 +254,7 @@ def _refused_if_another_stage(
 def content_differences(
     there: Mapping[str, Any], here: Mapping[str, Any], before: RunConfig, config: RunConfig
 ) -> list[Difference]:
-    """What corpora, tokenizer and teacher of a run hold that they did not when the checkpoint was written."""
+    """What corpora, tokenizer and models hold that they did not when the checkpoint was written."""
     pairs = [
         ("data.blend" if config.data.blend else "data.prefix", *paths, *held)
         for paths, held in zip(
@@ -232,7 +271,7 @@ def content_differences(
         if differing := identity_difference(held_there, held_here):
             old, new = differing
             found.append(Difference(key, f"{path_there} with {old}", f"{path_here} with {new}", Change.ORDER))
-    for key in ("data.tokenizer", "distillation.teacher"):
+    for key in ("data.tokenizer", *_MODELS):
         section, name = key.split(".")
         digests = there.get(name), here.get(name)
         if all(digests) and digests[0] != digests[1]:
@@ -244,14 +283,24 @@ def content_differences(
     return found
 
 
-def teacher_identity(teacher: Source) -> str:
-    """A digest of what a teacher computes: of the keys that decide it, and of its weights' first rows."""
+def model_identity(model: Source) -> str:
+    """A digest of what a model computes: of the keys that decide it, and of its weights' first rows."""
     function = {
         key: value
-        for key, value in _in_force(teacher.config).items()
+        for key, value in _in_force(model.config).items()
         if key.startswith(("model.", "solver.")) and key_changes()[key] is Change.FUNCTION
     }
-    return digest_of(f"{sorted(function.items())} {teacher.digest()}".encode())
+    return digest_of(f"{sorted(function.items())} {model.digest()}".encode())
+
+
+def initial_identity(config: RunConfig) -> str | None:
+    """The identity of ``training.initial_weights``; None without such, and where no model is any more."""
+    if not config.training.initial_weights:
+        return None
+    try:
+        return model_identity(open_model(config.training.initial_weights, "training.initial_weights"))
+    except (ValueError, OSError):  # a start that needs it has opened it before
+        return None
 
 
 def _shown(config: RunConfig) -> dict[str, Any]:
@@ -283,8 +332,8 @@ def _in_force(config: RunConfig) -> dict[str, Any]:
     if isinstance(config.solver, Iterating):
         values["solver.iterations"] = _number_or_list(iterations_per_layer(config))
         values["solver.schedule"] = _stages(config)
-    for path in ("training.initial_weights", "distillation.teacher"):
-        values[path] = values[path] and os.path.normpath(values[path])
+    for key in _MODELS:
+        values[key] = values[key] and os.path.realpath(values[key])
     without_effect = []
     if not config.guidance.interval:
         without_effect += [

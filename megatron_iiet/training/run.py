@@ -111,11 +111,18 @@ class Run:
         folder = checkpoint.checkpoints_folder(output_dir)
         if self.context.is_main:
             checkpoint.invalidate(folder / tag)
-        save = self._new_save()  # nobody has it before the main rank has come so far
+        drawn = SaveIdentity.draw(self.step, config_to_yaml(self.config))
+        save = self.context.world.gather_objects(drawn)[0]  # nobody has it before the main rank is here
         self.engine.save(folder / tag, save)
         if self.context.is_main:
             copy_starts(output_dir, folder / tag)
-            checkpoint.write_metadata(folder / tag, self.config, self._state(), save)
+            state = checkpoint.TrainState(
+                step=self.step,
+                data={**self.batches.state_dict(), CONTENTS: self.contents},
+                layout=layout_of(self.context, self.engine.zero_stage),
+                plan=None if self.plan is None else self.plan.to_data(),
+            )
+            checkpoint.write_metadata(folder / tag, self.config, state, save)
             warnings = checkpoint.commit(output_dir, self.step, self.config.checkpoint.keep)
             write_configurations(self.config, self.ds_config)
             for warning in warnings:
@@ -164,16 +171,3 @@ class Run:
         used, full = sum(r + 1 for r in counts), sum(r + 1 for r in iterations_per_layer(self.config))
         source = "even until the first plan" if self.plan is None else f"planned after step {self.plan.step}"
         return f", {used} of {full} evaluations ({used / full:.0%}), {source}"
-
-    def _new_save(self) -> SaveIdentity:
-        """The main rank's draw, on every rank."""
-        drawn = SaveIdentity.draw(self.step, config_to_yaml(self.config))
-        return self.context.world.gather_objects(drawn)[0]
-
-    def _state(self) -> checkpoint.TrainState:
-        return checkpoint.TrainState(
-            step=self.step,
-            data={**self.batches.state_dict(), CONTENTS: self.contents},
-            layout=layout_of(self.context, self.engine.zero_stage),
-            plan=None if self.plan is None else self.plan.to_data(),
-        )

@@ -1,9 +1,11 @@
-"""Ending a run from outside: after the step in progress, with a checkpoint."""
+"""Ending a run on all ranks: from outside, after the step in progress, or by what one finds wrong."""
 
 from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -43,3 +45,21 @@ class StopRequests:
         noted = torch.tensor(int(self._noted), device=context.device)
         context.world.all_reduce(noted)
         return bool(noted.item())
+
+
+@contextmanager
+def failing_together(context: ParallelContext) -> Iterator[None]:
+    """At the end of the block, which every rank enters and in which none meets another, the failure of the
+    first rank that has one is everybody's.
+
+    Raises:
+        ValueError: what that rank's ValueError or OSError said.
+    """
+    failure = None
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        failure = str(error)
+    for told in context.world.gather_objects(failure):
+        if told is not None:
+            raise ValueError(told)

@@ -62,10 +62,8 @@ def open_warm_start(config: RunConfig) -> WarmStart | None:
         key, path = TEACHER, config.distillation.teacher
     if not path:
         return None
-    source = open_model(path, key)
-    check_fits(source, config, key, path)
+    source = _open_fitting(path, key, config)
     there, here = Transformer.on_meta(source.config), Transformer.on_meta(config)
-    _check_complete(source, there)
     taken = frozenset(_names(here)) & {name for name in _names(there) if _means_the_same(name, there, here)}
     of_solver = [name for name in _names(there) if ".solver." in name]
     counts = (
@@ -76,8 +74,8 @@ def open_warm_start(config: RunConfig) -> WarmStart | None:
     return WarmStart(source, taken, counts)
 
 
-def open_teacher(config: RunConfig) -> WarmStart | None:
-    """All weights of ``distillation.teacher``, checked against the student; None if it is empty.
+def open_teacher(config: RunConfig) -> Source | None:
+    """The model of ``distillation.teacher``, checked against the student; None if it is empty.
 
     Raises:
         ValueError: (and its subclass ConfigError) there is no such thing, it is damaged, of another shape,
@@ -86,8 +84,7 @@ def open_teacher(config: RunConfig) -> WarmStart | None:
     path = config.distillation.teacher
     if not path:
         return None
-    source = open_model(path, TEACHER)
-    check_fits(source, config, TEACHER, path)
+    source = _open_fitting(path, TEACHER, config)
     iterations = iterations_per_layer(source.config)
     if why := why_reduced(source.config):
         raise ConfigError(f"{TEACHER} is {path}, which {why}; give the full model it was made from")
@@ -103,10 +100,7 @@ def open_teacher(config: RunConfig) -> WarmStart | None:
             "iterations a layer; give a plan with fewer (--plan, short for solver.iterations; 0: lower "
             "bound) or another solver.kind"
         )
-    there = Transformer.on_meta(source.config)
-    _check_complete(source, there)
-    names = frozenset(_names(there))
-    return WarmStart(source, names, (_elements(there, names), 0, 0))
+    return source
 
 
 def why_reduced(config: RunConfig) -> str:
@@ -117,20 +111,14 @@ def why_reduced(config: RunConfig) -> str:
     return f"has the iterations {iterations}" if len(set(iterations)) > 1 else ""
 
 
-def _check_complete(source: Source, there: Transformer) -> None:
-    missing = sorted(set(_names(there)) - set(source.weights))
+def _open_fitting(path: str, key: str, config: RunConfig) -> Source:
+    """The model at ``path``, whole, of this one's shape and embedding scale; ``key`` names it in messages."""
+    source = open_model(path, key)
+    missing = sorted(set(_names(Transformer.on_meta(source.config))) - set(source.weights))
     if missing:
         raise ConfigError(
             f"{source.description} has no {missing[0]}, which its configuration asks for; convert it again"
         )
-
-
-def check_fits(source: Source, config: RunConfig, key: str, path: str) -> None:
-    """Refuse a model of another shape or another embedding scale; ``key`` is the setting that names it.
-
-    Raises:
-        ConfigError: naming every difference.
-    """
     there, here = source.config.model, config.model
     one, other = (asdict(m) | {"num_key_value_heads": m.num_kv_heads} for m in (there, here))
     differences = [f"model.{k} is {one[k]} there and {other[k]} here" for k in _SHAPE if one[k] != other[k]]
@@ -146,6 +134,7 @@ def check_fits(source: Source, config: RunConfig, key: str, path: str) -> None:
             f"{_number(ours)} (model.embedding_scale {here.embedding_scale}); add --model.embedding_scale "
             f"{_number(scale)}"
         )
+    return source
 
 
 def _means_the_same(name: str, there: Transformer, here: Transformer) -> bool:

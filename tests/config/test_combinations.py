@@ -311,7 +311,7 @@ def test_every_row_is_tested() -> None:
     first = set()
     for changes, ds, world, _ in ERRORS:
         setup = Setup(config_with(**changes), ds, world, "ds.json")
-        first.add(next(rule.combination for rule in COMBINATIONS if rule.applies(setup)))
+        first.add(next(rule.combination for rule in COMBINATIONS if rule.problem(setup)))
     assert first == {rule.combination for rule in COMBINATIONS}
 
 

@@ -170,6 +170,19 @@ COMMAND_LINE_ERRORS = [
         ["--ds-config", "a", "--deepspeed_config", "b"],
         "--deepspeed_config names b on the command line, but a is given too; keep one",
     ),
+    (
+        ["--optimizer.momentum", "0.9", "--optimizer.kind", "muon"],
+        "optimizer.kind is 'muon' on the command line, but must be 'adamw'",
+    ),
+    (
+        ["--optimizer.momentum=0.9", "--optimizer.kind=muon"],
+        "optimizer.kind is 'muon' on the command line, but must be 'adamw'",
+    ),
+    (
+        ["--optimizer.momentum", "0.9", "--optimizer.kind", "adamw", "--solver.kind", "muon"],
+        "unknown key '--optimizer.momentum' on the command line; did you mean '--optimizer.beta1', "
+        "'--optimizer.beta2' or '--optimizer.eps'?",
+    ),
     (["--optimizer.lr", "abc"], "optimizer.lr is 'abc' on the command line, but must be a number"),
     (["--training.steps", "1.5"], "training.steps is 1.5 on the command line, but must be an integer"),
     (["--training.steps", "true"], "training.steps is True on the command line, but must be an integer"),
@@ -218,6 +231,10 @@ FILE_ERRORS = [
     (
         "model:\n  hidden_sise: 4\n",
         "unknown key 'model.hidden_sise' in run.yaml (line 2); did you mean 'model.hidden_size'?",
+    ),
+    (
+        "optimizer: {momentum: 0.9, kind: muon}\n",
+        "optimizer.kind is 'muon' in run.yaml (line 1), but must be 'adamw'",
     ),
     ("lr: 1\n", "unknown key 'lr' in run.yaml (line 1); did you mean 'optimizer.lr'?"),
     ("\nmodle:\n  a: 1\n", "unknown key 'modle' in run.yaml (line 2); did you mean 'model'?"),

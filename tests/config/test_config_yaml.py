@@ -30,13 +30,13 @@ def test_scalars(text: str, value: Any) -> None:
 
 
 def test_lines_of_keys() -> None:
-    document = parse_document("a: 1\n\nb:\n  # words\n  c: {d: 1}\n", "x")
-    assert document.data == {"a": 1, "b": {"c": {"d": 1}}}
-    assert document.lines == {"a": 1, "b": 3, "b.c": 5}
+    data, lines = parse_document("a: 1\n\nb:\n  # words\n  c: {d: 1}\n", "x")
+    assert data == {"a": 1, "b": {"c": {"d": 1}}}
+    assert lines == {"a": 1, "b": 3, "b.c": 5}
 
 
 def test_anchors_and_merge_keys() -> None:
-    data = parse_document("a: &x {p: 1, q: 2}\nb:\n  <<: *x\n  q: 3\n", "x").data
+    data = parse_document("a: &x {p: 1, q: 2}\nb:\n  <<: *x\n  q: 3\n", "x")[0]
     assert data["b"] == {"p": 1, "q": 3}
 
 

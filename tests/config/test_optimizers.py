@@ -38,10 +38,10 @@ def test_each_has_a_module() -> None:
 
 
 def test_the_kind_decides_which_keys_there_are() -> None:
-    found = settled(("kind", "momentum", "a"), ("momentum", 0.5, "a"), ("lr", 1.0, "a"))
-    assert found.declared is Momentum
-    assert [setting.key for setting in found.settings] == ["optimizer.momentum", "optimizer.lr"]
-    assert settled(("lr", 1.0, "a")).declared is AdamW
+    declared, settings, _ = settled(("kind", "momentum", "a"), ("momentum", 0.5, "a"), ("lr", 1.0, "a"))
+    assert declared is Momentum
+    assert [setting.key for setting in settings] == ["optimizer.momentum", "optimizer.lr"]
+    assert settled(("lr", 1.0, "a"))[0] is AdamW
     assert own_keys(Momentum).keys() - own_keys(OptimizerConfig).keys() == {"momentum"}
 
 
@@ -52,8 +52,8 @@ def test_a_key_of_another_kind() -> None:
     )
     with pytest.raises(ConfigError, match=message):
         settled(("kind", "momentum", "a"), ("beta1", 0.8, "a"))
-    inherited = settled(("beta1", 0.8, "base"), ("kind", "momentum", "a"))
-    assert inherited.notes == ["without effect for kind momentum: optimizer.beta1"]
+    *_, notes = settled(("beta1", 0.8, "base"), ("kind", "momentum", "a"))
+    assert notes == ["without effect for kind momentum: optimizer.beta1"]
     with pytest.raises(ConfigError, match=r"'adamv'.*must be 'adamw'; did you mean 'adamw'"):
         config_from_dict({"optimizer": {"kind": "adamv"}})
 

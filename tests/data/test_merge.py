@@ -130,11 +130,8 @@ class IndexOnly:
 
 def test_documents_are_counted_beyond_32_bits() -> None:
     class Huge:
-        num_sequences = 2**31
-
-        @staticmethod
-        def first_sequence_blocks() -> list[np.ndarray]:
-            return [np.array([2**31 - 1])]
+        num_sequences, num_documents = 2**31, 1
+        first_sequences = memoryview(np.array([2**31 - 1, 2**31]))
 
     found = [block.tolist() for block in shifted([IndexOnly(Huge()) for _ in range(3)])]  # type: ignore[arg-type]
     assert found == [[2**31 - 1], [2**32 - 1], [2**32 + 2**31 - 1]]

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_iiet.data.preprocess import PreprocessOptions, PreprocessReport, dedup, preprocess
-from megatron_iiet.data.preprocess.chunks import Filters, text_digest
 from megatron_iiet.data.preprocess.dedup import DigestFiles, Duplicates, find_duplicates
-from megatron_iiet.data.preprocess.sampling import _estimate
+from megatron_iiet.data.preprocess.plan import _estimate
+from megatron_iiet.data.preprocess.tasks import Filters, text_digest
 from megatron_iiet.data.reading.sources import InputFile, list_inputs
 from megatron_iiet.data.tokenizers.base import Tokenizer
 from megatron_iiet.data.tokenizers.loading import load_tokenizer

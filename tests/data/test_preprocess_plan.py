@@ -53,7 +53,7 @@ def test_an_option_that_decides_none(changes: dict[str, Any]) -> None:
 
 
 def record_of(unit: int, inputs: list[InputFile]) -> UnitRecord:
-    shard = OutputRecord(1, 5, 10, 42, "", "")
+    shard = OutputRecord(1, 5, 10, idx_bytes=42, bin_digest="", idx_digest="")
     return UnitRecord(unit, inputs, {"text_document": shard}, Counts())
 
 

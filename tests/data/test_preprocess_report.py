@@ -6,9 +6,9 @@ from typing import Any, cast
 
 import pytest
 
-from megatron_iiet.data.preprocess.lists import PreprocessReport, Summary, Total
+from megatron_iiet.data.preprocess.lists import PreprocessReport, Summary
 from megatron_iiet.data.preprocess.plan import Plan, differences, share
-from megatron_iiet.data.preprocess.records import Counts
+from megatron_iiet.data.preprocess.records import Counts, Total
 from megatron_iiet.data.preprocess.workshop import Failure
 from megatron_iiet.data.reading.sources import InputFile
 

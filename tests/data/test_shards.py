@@ -17,7 +17,6 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from megatron_iiet.data.corpora import shard_list
 from megatron_iiet.data.corpora.indexed_writer import IndexedDatasetWriter
 from megatron_iiet.data.corpora.mmididx import Shard, bin_path, idx_path, shards_path
 from megatron_iiet.data.corpora.shard_list import ShardList, write_shards
@@ -104,7 +103,6 @@ def test_lists_round_trip(tmp_path: Path, shards: list[Shard], info: dict[str, A
     assert found.num_tokens == sum(shard.tokens for shard in shards)
     assert found.num_documents == sum(shard.documents for shard in shards)
     assert (found.info, found.dtype) == (info, np.dtype("<i4"))
-    assert found.digest_matches()
     before = path.read_bytes()
     assert (
         write_shards(tmp_path / "a", shards, np.dtype("<i4"), dict(reversed(info.items()))).read_bytes()
@@ -237,38 +235,6 @@ def test_the_shards_read_last_stay_open(write_corpus: WriteCorpus) -> None:
     assert sorted(corpus._open) == [0, 2]
 
 
-@pytest.mark.parametrize(
-    ("right", "wrong", "message"),
-    [
-        ([0, 3, 5, 9], [0, 3, 2, 9], "damaged: shard 1 has -1 tokens, 1 documents"),
-        ([0, 3, 5, 9], [0, 3, 3, 9], "damaged: shard 1 has 0 tokens, 1 documents"),
-        ([0, 3, 5, 9], [0, 3, 8, 9], r"001\.bin does not belong to"),
-        ([0, 1, 2, 3], [0, 1, 1, 3], "damaged: shard 1 has 2 tokens, 0 documents"),
-        ([0, 10, 20, 30], [0, 10, 10, 30], "damaged: the name of shard 1 goes from byte 10 to 10"),
-        ([0, 10, 20, 30], [0, 10, 99, 30], "damaged: the name of shard 1 goes from byte 10 to 99"),
-    ],
-)
-def test_damage_in_the_middle_of_a_list(
-    write_corpus: WriteCorpus,
-    monkeypatch: pytest.MonkeyPatch,
-    right: list[int],
-    wrong: list[int],
-    message: str,
-) -> None:
-    """The ends of every array are right, so only a read can tell."""
-    monkeypatch.setattr(shard_list, "_SMALL_LIST", 0)
-    prefix = write_corpus([[3], [2], [4]])
-    data = shards_path(prefix).read_bytes()
-    damaged = data.replace(np.array(right, "<i8").tobytes(), np.array(wrong, "<i8").tobytes())
-    assert damaged != data
-    shards_path(prefix).write_bytes(damaged)
-    corpus = open_corpus(prefix)
-    assert corpus.read(0, 3).tolist() == [0, 1, 2]
-    for read in (corpus.read, corpus.document_starts):
-        with pytest.raises(ValueError, match=message):
-            read(0, 9)
-
-
 def other_pair(tmp_path: Path, lengths: list[int], vocab_size: int = 60000) -> Path:
     with IndexedDatasetWriter(tmp_path / "other", vocab_size) as writer:
         writer.add_documents(np.zeros(sum(lengths), dtype=np.int64), lengths)
@@ -312,90 +278,29 @@ def test_a_new_pair_takes_an_old_list_away(tmp_path: Path) -> None:
         assert open_corpus(tmp_path / "a").read(0, 5).tolist() == [0, 1, 2, 3, 4]
 
 
-@pytest.mark.parametrize("whole_digest", [True, False])
-def test_every_flip_of_a_list(
-    write_corpus: WriteCorpus, monkeypatch: pytest.MonkeyPatch, whole_digest: bool
-) -> None:
-    """Small lists are checked whole when opened; of larger ones, reads find what concerns them."""
+def test_every_flip_and_every_truncation_of_a_list(write_corpus: WriteCorpus) -> None:
     prefix = write_corpus([[3], [1, 3]], made_by="a test")
     path = shards_path(prefix)
     whole = path.read_bytes()
-    if not whole_digest:
-        monkeypatch.setattr(shard_list, "_SMALL_LIST", 0)
-    for place in range(len(whole)):
-        damaged = bytearray(whole)
-        damaged[place] ^= 1 << place % 8
-        path.write_bytes(damaged)
-        try:
-            corpus = open_corpus(prefix)
-            assert not whole_digest
-            assert isinstance(corpus, ShardedDataset)
-            assert not corpus.shards.digest_matches()
-            assert corpus.read(0, corpus.num_tokens).tolist() == list(range(7))
-            assert corpus.document_starts(0, corpus.num_tokens).tolist() == [0, 3, 4]
-        except ValueError as error:
-            assert "\n" not in str(error)  # noqa: PT017
-            assert "corpus" in str(error)  # noqa: PT017
-
-
-def test_every_truncation_of_a_list(write_corpus: WriteCorpus, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shard_list, "_SMALL_LIST", 0)
-    prefix = write_corpus([[3], [1, 3]])
-    path = shards_path(prefix)
-    whole = path.read_bytes()
-    for data in [*(whole[:size] for size in range(len(whole))), whole + b"x"]:
+    flipped = [whole[:i] + bytes([whole[i] ^ 1 << i % 8]) + whole[i + 1 :] for i in range(len(whole))]
+    for data in [*flipped, *(whole[:size] for size in range(len(whole))), whole + b"x"]:
         path.write_bytes(data)
-        with pytest.raises(ValueError, match=r"corpus\.shards is (cut short|not a shard list)"):
+        with pytest.raises(ValueError, match=r"corpus\.shards (is (cut short|not a shard list)|has format)"):
             open_corpus(prefix)
 
 
 HEADS = {
-    r"format version 2, only 1": (b"TOKSHARD" + bytes([2, 0, 0, 0]), None),
-    r"not a shard list: it starts with b'MMIDIDX": (b"MMIDIDX\0\0\1\0\0", None),
-    r"head does not read \(KeyError: 'float32'\)": (None, (b"uint16", b"float32")),
-    r"head does not read \(KeyError: 'shards'\)": (None, (b'"shards"', b'"shardz"')),
-    r"head does not read \(ValueError: shards, tokens, documents are \(-2, 7, 3\)\)": (
-        None,
-        (b'"shards": 2', b'"shards": -2'),
-    ),
-    r"head does not read \(TypeError: info is \[\]\)": (None, (b'"info": {}', b'"info": []')),
-    r"head does not read \(UnicodeDecodeError": (None, (b"tokens", b"\xff\xfe")),
-    r"head does not read \(JSONDecodeError": (None, (b"{", b"[")),
-    r"3 shards need at least \d+ bytes, it has": (None, (b'"shards": 2', b'"shards": 3')),
-    r"token ends go from 0 to 7, not from 0 to 8": (None, (b'"tokens": 7', b'"tokens": 8')),
-    r"document ends go from 0 to 3, not from 0 to 1": (None, (b'"documents": 3', b'"documents": 1')),
-    r"name ends go from 0 to 20, not from 0 to 19": (None, (b"corpus/001", b"corpus/01")),
+    r"format version 2, only 1": b"TOKSHARD" + bytes([2, 0, 0, 0]),
+    r"not a shard list: it starts with b'MMIDIDX": b"MMIDIDX\0\0\1\0\0",
 }
 
 
 @pytest.mark.parametrize("message", HEADS)
-def test_damaged_heads_are_named(write_corpus: WriteCorpus, message: str) -> None:
-    """The head rewritten with its length, everything behind it in place."""
-    prefix = write_corpus([[3], [1, 3]])
-    path = shards_path(prefix)
-    data = path.read_bytes()
-    start, change = HEADS[message]
-    if start is not None:
-        data = start + data[len(start) :]
-    if change is not None:
-        size = int.from_bytes(data[12:16], "little")
-        head, rest = data[16 : 16 + size].replace(*change), data[-(-(16 + size) // 8) * 8 :].replace(*change)
-        body = data[:12] + len(head).to_bytes(4, "little") + head
-        data = body + bytes(-len(body) % 8) + rest
-    path.write_bytes(data)
+def test_other_heads_are_named(write_corpus: WriteCorpus, message: str) -> None:
+    path = shards_path(write_corpus([[3], [1, 3]]))
+    path.write_bytes(HEADS[message] + path.read_bytes()[len(HEADS[message]) :])
     with pytest.raises(ValueError, match=message):
-        open_corpus(prefix)
-
-
-@pytest.mark.parametrize("name", [b"\xff", b"../../etc", b"a\0b", b"a/"])
-def test_names_that_are_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: bytes) -> None:
-    monkeypatch.setattr(shard_list, "_SMALL_LIST", 0)
-    placeholder = "x" * len(name)
-    path = write_shards(tmp_path / "a", [Shard(placeholder, 5, 2, bytes(16), bytes(16))], np.dtype("<u2"), {})
-    data = path.read_bytes()
-    path.write_bytes(data[: -16 - len(name)] + name + data[-16:])
-    with pytest.raises(ValueError, match="the name of shard 0 does not read"):
-        open_corpus(tmp_path / "a").read(0, 1)
+        ShardList(path)
 
 
 @pytest.mark.parametrize(

@@ -225,14 +225,12 @@ def test_dataset_folder(dataset: Path, split: str, streaming: bool) -> None:
 
 def test_dataset_folder_with_configurations(dataset: Path) -> None:
     (dataset / "README.md").write_text(README)
-    assert names(list_dataset(str(dataset), config="large"), dataset) == parts("train", 1, 2)
-    assert names(list_dataset(str(dataset), config="small"), dataset) == parts("validation", 1, 2)
-    assert names(list_dataset(str(dataset), "extra", config="small"), dataset) == parts("train", 1)
     with pytest.raises(ValueError, match=r"slim cannot be opened: .*\['large', 'small'\]") as error:
         list_dataset(str(dataset))
     assert "\n" not in str(error.value)
-    with pytest.raises(ValueError, match=r"slim cannot be opened: .*medium"):
-        list_dataset(str(dataset), config="medium")
+    (dataset / "README.md").write_text(README.replace("_name: small", "_name: small\n  default: true"))
+    assert names(list_dataset(str(dataset)), dataset) == parts("validation", 1, 2)
+    assert names(list_dataset(str(dataset), "extra"), dataset) == parts("train", 1)
 
 
 def test_a_dataset_by_its_relative_path(dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:

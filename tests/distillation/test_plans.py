@@ -39,7 +39,7 @@ INFLUENCE: Values = {
     (1, 0): 0.1, (1, 1): 0.05, (1, 2): 0.02, (1, 3): 0.00,
     (2, 0): 0.2, (2, 1): 0.20, (2, 2): 0.03, (2, 3): 0.15,
 }  # fmt: skip
-MEASURED = Measurement(INFLUENCE, {0: 0.5, 1: 0.2, 2: 0.3}, 4, 64, 2.0)
+MEASURED = Measurement(INFLUENCE, [0.5, 0.2, 0.3], 4, 64, 2.0)
 # Only the iterations of layer 1 are worth anything.
 ABLATION = Ablation(
     2.0, {(n, i): 2.0 + (4 - i) * (0.1 if n == 1 else -0.1) for n in range(3) for i in (1, 2, 3)}

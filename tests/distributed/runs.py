@@ -27,7 +27,7 @@ def pretrain_rank(
     config: dict[str, Any], ds_path: Path | None, accept: Sequence[str] = ()
 ) -> dict[str, torch.Tensor]:
     """Train as ``pretrain_iiet.py`` does; returns this rank's working weights, name → tensor."""
-    loaded = LoadedConfig(config_from_dict(config), ds_path)
+    loaded = LoadedConfig(config=config_from_dict(config), ds_config_path=ds_path)
     ds_config = reconciled_ds_config(loaded, launch_environment().world_size)
     with ParallelContext.start(loaded.config.parallel) as context:
         run, callbacks = prepare(loaded.config, ds_config, context, accept)

@@ -113,9 +113,9 @@ def ours(setting: Setting, parallel: TensorParallel) -> tuple[dict[str, Tensor],
 
         def note(name: str) -> None:
             sent[name] = Counter(seen.counts)
-            sent[f"{name} elements"] = Counter(group.elements)
+            sent[f"{name} elements"] = Counter(seen.elements)
             seen.counts.clear()
-            group.elements.clear()
+            seen.elements.clear()
 
         loss = prediction_loss(
             student,

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from megatron_iiet.config.schema import ParallelConfig
 from megatron_iiet.parallel import ParallelContext
-from megatron_iiet.parallel.group import sum_in_fp32, wait
+from megatron_iiet.parallel.group import sum_in_fp32
 from tests.distributed.harness import run_ranks
 
 SIZE = 4
@@ -21,7 +21,7 @@ def collectives(values: Tensor) -> dict[str, Tensor]:
         own = values[group.rank]
         mean = group.mean(own.clone())
         part, work = group.reduce_scatter(own.clone(), asynchronous=True)
-        wait(work)
+        work.wait()
         gathered = group.all_gather(own)
         names = group.gather_objects(f"rank {group.rank}")
         assert names == [f"rank {rank}" for rank in range(SIZE)]

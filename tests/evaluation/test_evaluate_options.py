@@ -13,7 +13,7 @@ import torch
 from megatron_iiet.config.schema import ParallelConfig
 from megatron_iiet.data.tokenizers.loading import load_tokenizer
 from megatron_iiet.evaluation.evaluate import Options, evaluate_model
-from megatron_iiet.evaluation.models import ModelOptions, _hugging_face_codec, _own_codec, prepare_model
+from megatron_iiet.evaluation.models import ModelOptions, _codec, _hugging_face_codec, prepare_model
 from megatron_iiet.hf import folders
 from megatron_iiet.models import Transformer
 from megatron_iiet.parallel import ParallelContext
@@ -111,11 +111,11 @@ def test_what_a_text_without_context_follows(model: Path) -> None:
 def test_a_tokenizer_may_have_no_more_ids_than_the_model(model: Path) -> None:
     path = str(model / "tokenizer.model")
     size = load_tokenizer(path).vocab_size
-    assert _own_codec(path, size, ModelOptions("m")).end_id < size
+    assert _codec(ModelOptions("m"), path, size).end_id < size
     with pytest.raises(
         ValueError, match=rf"has {size} ids, but the model m knows {size - 1}; give the token"
     ):
-        _own_codec(path, size - 1, ModelOptions("m"))
+        _codec(ModelOptions("m"), path, size - 1)
 
 
 def test_a_model_folder_has_no_steps(tmp_path: Path) -> None:

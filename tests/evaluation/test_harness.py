@@ -27,7 +27,8 @@ from megatron_iiet.evaluation.models import ModelOptions, prepare_model
 from megatron_iiet.evaluation.scoring import noting_scores, score_tokens
 from megatron_iiet.evaluation.tasks import load_tasks, task_names
 from megatron_iiet.hf import register
-from megatron_iiet.hf.export import export_folder, extras_of_tokenizer
+from megatron_iiet.hf.export import export_folder
+from megatron_iiet.hf.tokenizer import extras_of_tokenizer
 from megatron_iiet.models import Transformer
 from megatron_iiet.parallel import ParallelContext
 from megatron_iiet.parallel.group import Group

@@ -38,7 +38,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], int]] = {
 
 def train_with_tasks(config: dict[str, Any], ds_path: Path) -> None:
     """What pretrain_iiet.py does, with the callback once."""
-    loaded = LoadedConfig(config_from_dict(config), ds_path)
+    loaded = LoadedConfig(config=config_from_dict(config), ds_config_path=ds_path)
     ds_config = reconciled_ds_config(loaded, launch_environment().world_size)
     with ParallelContext.start(loaded.config.parallel) as context:
         run, callbacks = prepare(loaded.config, ds_config, context)

@@ -24,7 +24,8 @@ from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, Ll
 from megatron_iiet import models
 from megatron_iiet.config import RunConfig, config_from_dict
 from megatron_iiet.config.solvers import IIET
-from megatron_iiet.hf.export import Extras, Written, export_folder, extras_of_tokenizer, modeling_code
+from megatron_iiet.hf.export import Written, export_folder, modeling_code
+from megatron_iiet.hf.tokenizer import Extras, extras_of_tokenizer
 from megatron_iiet.models import Transformer
 from megatron_iiet.storage import portable
 from megatron_iiet.storage.hugging_face import import_llama

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 from megatron_iiet.data.tokenizers.base import Tokenizer
 from megatron_iiet.data.tokenizers.hard_texts import hard_texts
 from megatron_iiet.data.tokenizers.loading import load_tokenizer
-from megatron_iiet.hf.tokenizer import ExportedTokenizer, export_tokenizer
+from megatron_iiet.hf.tokenizer import Extras, extras_of_tokenizer
 from tests.data.inputs import make_texts
 
 TEXTS = (
@@ -52,7 +52,7 @@ def train(folder: Path, **options: Any) -> Path:
     return folder / "mine.model"
 
 
-def write(exported: ExportedTokenizer, folder: Path) -> Any:
+def write(exported: Extras, folder: Path) -> Any:
     """The folder's tokenizer as transformers loads it."""
     folder.mkdir()
     for name, content in exported.files.items():
@@ -76,7 +76,7 @@ def load(path: Path) -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Tokenizer]:
-    return write(export_tokenizer(llama_model()), tmp_path_factory.mktemp("t") / "hf"), load(llama_model())
+    return write(extras_of_tokenizer(llama_model()), tmp_path_factory.mktemp("t") / "hf"), load(llama_model())
 
 
 class TestSentencePiece:
@@ -113,13 +113,13 @@ class TestSentencePiece:
     )
     def test_trained_here(self, tmp_path: Path, options: dict[str, Any], pad: int) -> None:
         path = train(tmp_path, **options)
-        exported = export_tokenizer(path)
-        assert (exported.note, exported.bos_id, exported.eos_id, exported.pad_id) == ("", 2, 2, pad)
+        exported = extras_of_tokenizer(path)
+        assert (exported.note, *exported.token_ids.values()) == ("", 2, 2, pad)
         assert exported.files["tokenizer.model"] == path.read_bytes()
         loaded = write(exported, tmp_path / "hf")
         assert loaded.pad_token_id == pad
         assert_equal(loaded, load(path), [*TEXTS, *make_texts(20)])
-        again = export_tokenizer(tmp_path / "hf" / "tokenizer.model")
+        again = extras_of_tokenizer(tmp_path / "hf" / "tokenizer.model")
         assert again == exported
 
     @pytest.mark.parametrize(
@@ -134,7 +134,7 @@ class TestSentencePiece:
     )
     def test_says_what_no_file_can_stand_for(self, tmp_path: Path, options: dict[str, Any], why: str) -> None:
         """transformers converts a .model of its usual name by itself, and to other ids; here it refuses."""
-        exported = export_tokenizer(train(tmp_path, **options))
+        exported = extras_of_tokenizer(train(tmp_path, **options))
         assert set(exported.files) == {"sentencepiece.model", "tokenizer_config.json"}
         assert exported.note == (
             f"no tokenizer.json encodes as mine.model does: {why}. The folder has it as sentencepiece.model, "
@@ -142,13 +142,13 @@ class TestSentencePiece:
         )
         with pytest.raises(ValueError, match="instantiate"):
             write(exported, tmp_path / "hf")
-        assert load(tmp_path / "hf" / "sentencepiece.model").eod_id == exported.eos_id
+        assert load(tmp_path / "hf" / "sentencepiece.model").eod_id == exported.token_ids["eos_token_id"]
 
     def test_a_declared_bos_stays(self, tmp_path: Path) -> None:
         path = train(tmp_path)
         (tmp_path / "tokenizer_config.json").write_text('{"bos_token": "<s>", "eos_token": "</s>"}')
-        exported = export_tokenizer(path)
-        assert (exported.bos_id, exported.eos_id) == (1, 2)
+        exported = extras_of_tokenizer(path)
+        assert [*exported.token_ids.values()][:2] == [1, 2]
         assert write(exported, tmp_path / "hf").bos_token == "<s>"
 
 
@@ -173,8 +173,8 @@ class TestTokenizerJson:
     def test_alone_it_adds_nothing(self, tmp_path: Path) -> None:
         path = byte_level(tmp_path)
         exact = load(path)
-        exported = export_tokenizer(path)
-        assert (exported.note, exported.bos_id, exported.eos_id) == ("", exact.eod_id, exact.eod_id)
+        exported = extras_of_tokenizer(path)
+        assert (exported.note, *exported.token_ids.values())[:3] == ("", exact.eod_id, exact.eod_id)
         loaded = write(exported, tmp_path / "hf")
         assert_equal(loaded, exact, [*TEXTS, "a<|endoftext|>b <|begin|>"])
         assert loaded.eos_token == loaded.pad_token == "<|endoftext|>"
@@ -188,15 +188,15 @@ class TestTokenizerJson:
             "model_max_length": 77,
         }
         (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
-        exported = export_tokenizer(path)
+        exported = extras_of_tokenizer(path)
         assert exported.files["tokenizer.json"] == path.read_bytes()
         assert "turns control tokens spelled out in a text into their ids" in exported.note
         loaded = write(exported, tmp_path / "hf")
         assert loaded.model_max_length == 77
-        assert (loaded.bos_token_id, loaded.eos_token_id) == (exported.bos_id, exported.eos_id)
+        assert [loaded.bos_token_id, loaded.eos_token_id] == [*exported.token_ids.values()][:2]
         assert loaded("a", add_special_tokens=False)["input_ids"] == load(path).encode("a").tolist()
         (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"split_special_tokens": True}))
-        assert export_tokenizer(path).note == ""
+        assert extras_of_tokenizer(path).note == ""
 
 
 def test_tiktoken_ranks_become_a_tokenizer_json(tmp_path: Path) -> None:
@@ -207,7 +207,7 @@ def test_tiktoken_ranks_become_a_tokenizer_json(tmp_path: Path) -> None:
     (tmp_path / "mine.model").write_text("\n".join(lines))
     side = {"preset": "cl100k", "special_tokens": {"<|endoftext|>": 300}}
     (tmp_path / "mine.model.json").write_text(json.dumps(side))
-    exported = export_tokenizer(tmp_path / "mine.model")
-    assert (exported.bos_id, exported.eos_id, exported.pad_id, exported.note) == (300, 300, 300, "")
+    exported = extras_of_tokenizer(tmp_path / "mine.model")
+    assert (*exported.token_ids.values(), exported.note) == (300, 300, 300, "")
     loaded = write(exported, tmp_path / "hf")
     assert_equal(loaded, load(tmp_path / "mine.model"), [*TEXTS, "the  theory</s><|endoftext|>."])

@@ -12,7 +12,8 @@ from megatron_iiet import models
 from megatron_iiet.config import ConfigError
 from megatron_iiet.distillation.analysis import Options, prepare
 from megatron_iiet.distillation.plans import PlanRequest
-from megatron_iiet.hf.export import Extras, export_folder, extras_of_tokenizer
+from megatron_iiet.hf.export import export_folder
+from megatron_iiet.hf.tokenizer import Extras, extras_of_tokenizer
 from megatron_iiet.models import Transformer
 from megatron_iiet.storage.checkpoint_model import export_run
 from megatron_iiet.training.metrics import read_log
@@ -147,7 +148,7 @@ def test_teacher(data: dict[str, str], tmp_path: Path) -> None:
     student.distillation.teacher = str(tmp_path / "hf")
     teacher = open_teacher(student)
     assert teacher is not None
-    assert teacher.taken == set(model.state_dict())
+    assert set(teacher.weights) == set(model.state_dict())
     exported(tmp_path / "reduced", data, {**PAPER, "iterations": [0, 1, 2]})
     student.distillation.teacher = str(tmp_path / "reduced")
     with pytest.raises(
@@ -160,7 +161,7 @@ def test_influence_is_measured_on_it(data: dict[str, str], tmp_path: Path) -> No
     """With the tokenizer of the folder, on a text that is given."""
     exported(tmp_path / "hf", data, PAPER, tokenizer=True)
     (tmp_path / "text.txt").write_text("the solver merges the residual stream once more. " * 200)
-    prepared = prepare(
+    source, config, _ = prepare(
         Options(
             str(tmp_path / "hf"),
             tmp_path / "influence",
@@ -172,8 +173,8 @@ def test_influence_is_measured_on_it(data: dict[str, str], tmp_path: Path) -> No
         ),
         world_size=1,
     )
-    assert prepared.source.description == f"IIET {tmp_path / 'hf'}"
-    assert prepared.config.data.tokenizer == str(tmp_path / "hf" / "tokenizer.model")
+    assert source.description == f"IIET {tmp_path / 'hf'}"
+    assert config.data.tokenizer == str(tmp_path / "hf" / "tokenizer.model")
 
 
 def test_a_portable_folder_between_is_the_same_source(data: dict[str, str], tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from megatron_iiet.data.tokenizers.loading import load_tokenizer
-from megatron_iiet.hf.export import export_folder, extras_of_tokenizer
+from megatron_iiet.hf.export import export_folder
 from megatron_iiet.hf.generation import (
     Sampling,
     TextGenerator,
@@ -25,6 +25,7 @@ from megatron_iiet.hf.generation import (
     open_generator,
     own_codec,
 )
+from megatron_iiet.hf.tokenizer import extras_of_tokenizer
 from megatron_iiet.models import Transformer
 from megatron_iiet.storage import portable
 from tests.tiny import make_data, tiny_config

@@ -62,6 +62,48 @@ def test_only_an_older_format_is_said_to_lack_digests(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("edits", "message"),
+    [
+        ({"step": -1}, "step is -1"),
+        ({"step": float("nan")}, "step is nan"),
+        ({"step": True}, "step is True"),
+        ({"data": [1]}, r"data is \[1\]"),
+        ({"data": None}, "data is missing"),
+        ({"layout": {"tensor": 1.5}}, r"layout\.tensor is 1\.5"),
+        ({"plan": 7}, "plan is 7"),
+    ],
+)
+def test_an_edited_state_without_a_digest(edits: dict[str, Any], message: str, tmp_path: Path) -> None:
+    folder = saved(tmp_path, tiny_config({}, tmp_path), 2)
+    state = {"format": 4, "step": 2, "data": {}, "layout": {}} | edits
+    (folder / "state.json").write_text(json.dumps(state))
+    with pytest.raises(ConfigError, match=rf"state\.json is damaged: {message}; copy the whole checkpoint"):
+        checkpoint.read_state(folder)
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe\x00step", b"x" * 300, b"", b"step_00000004\nstep_00000002"])
+def test_what_latest_cannot_name(content: bytes, tmp_path: Path) -> None:
+    saved(tmp_path, tiny_config({}, tmp_path), 2)
+    (tmp_path / "checkpoints" / "latest").write_bytes(content)
+    with pytest.raises(
+        ConfigError, match=r"latest names '.*', but .* is not a complete checkpoint; "
+    ) as caught:
+        checkpoint.latest_tag(tmp_path)
+    assert str(caught.value).isprintable()
+
+
+def test_latest_is_no_folder(tmp_path: Path) -> None:
+    """A start would not see it, and the first save fail."""
+    saved(tmp_path, tiny_config({}, tmp_path), 2)
+    (tmp_path / "checkpoints" / "latest").mkdir()
+    with pytest.raises(
+        ConfigError, match="latest is a folder, not a file that names a checkpoint; remove it"
+    ):
+        checkpoint.latest_tag(tmp_path)
+    assert checkpoint.latest_tag(tmp_path / ("x" * 300)) is None
+
+
+@pytest.mark.parametrize(
     ("step", "kind", "iterations"), [(0, "euler", 0), (4, "euler", 0), (5, "iiet", 2), (8, "iiet", 2)]
 )
 def test_the_function_is_that_of_the_last_step_taken(step: int, kind: str, iterations: int) -> None:

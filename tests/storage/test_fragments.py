@@ -273,8 +273,11 @@ def edit_index(folder: Path, edit: Callable[[dict[str, Any]], object], *, seal: 
         (lambda f: (f / "index.json").unlink(), r"index\.json is missing"),
         (lambda f: (f / "index.json").write_text('{"format": 1'), r"index\.json is damaged \(Expecting"),
         (lambda f: (f / "index.json").write_text("[]"), r"index\.json is damaged: it holds no object"),
-        (lambda f: edit_index(f, lambda i: i.update(format=7)), "of format 5: .*its format is 7"),
-        (lambda f: edit_index(f, lambda i: i.pop("format")), "of format 5: KeyError.'format'"),
+        (
+            lambda f: edit_index(f, lambda i: i.update(format=7)),
+            "is of format 7, not 5; use the version that wrote it",
+        ),
+        (lambda f: edit_index(f, lambda i: i.pop("format")), "is of format None, not 5"),
         (lambda f: edit_index(f, lambda i: i.pop("files")), "of format 5: KeyError.'files'"),
         (
             lambda f: edit_index(f, lambda i: i["save"].update(step=8), seal=False),
@@ -386,6 +389,49 @@ def test_a_folder_of_before_there_were_digests(folder: Path) -> None:
         assert same_bits(reader.read_full("w"), MATRIX)
         assert reader.parameters["gain"].kinds == ("fp32",)
     with pytest.raises(ValueError, match="of a format without saves, but the checkpoint of save abab"):
+        FragmentReader(folder, SAVE)
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda index: index.pop("kinds"), "damaged: kinds is missing"),
+        (
+            lambda index: index["files"]["0_0.safetensors"].update(bytes=-1),
+            r"files\.0_0.safetensors.bytes is -1",
+        ),
+        (lambda index: index["parameters"]["gain"].update(shape=["x"]), r"parameters\.gain\.shape is 'x'"),
+        (lambda index: index["parameters"]["gain"].update(tensor_size=1.5), r"gain\.tensor_size is 1\.5"),
+        (lambda index: index["parameters"]["w"].update(shard={}), r"w\.shard\.dim is missing"),
+        (
+            lambda index: index["parameters"]["w"].update(tensor_size=0),
+            "w in .*: a block of .* does not split",
+        ),
+        (lambda index: index["parameters"]["gain"]["pieces"][0].pop(), r"gain\.pieces is \["),
+        (
+            lambda index: index["parameters"]["gain"]["pieces"][0].__setitem__(2, float("nan")),
+            "pieces is nan",
+        ),
+        (lambda index: index["files"].clear(), r"has no size of 0_0\.safetensors, which has "),
+        (lambda index: index.update(format=4), r"is of format 4, not 5; use the version that wrote it"),
+    ],
+)
+def test_an_edited_index_without_digests(
+    edit: Callable[[dict[str, Any]], object], message: str, folder: Path
+) -> None:
+    """Nothing says that it was edited but what stands there."""
+    edit_index(folder, lambda index: (downgrade(index), edit(index)), seal=False)
+    with pytest.raises(ValueError, match=message) as caught:
+        FragmentReader(folder, None)
+    assert str(folder) in str(caught.value)
+    assert "format 5:" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["index.json", "0_0.safetensors"])
+def test_a_folder_in_the_place_of_a_file(name: str, folder: Path) -> None:
+    (folder / name).unlink()
+    (folder / name).mkdir()
+    with pytest.raises(ValueError, match=rf"{name} (cannot be read \(Is a directory\)|is no file); copy"):
         FragmentReader(folder, SAVE)
 
 

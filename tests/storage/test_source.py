@@ -10,9 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_iiet.hf.export import Extras, export_folder
+from megatron_iiet.models import Transformer
 from megatron_iiet.parallel.shard import Shard
-from megatron_iiet.storage import source
-from megatron_iiet.storage.source import Source
+from megatron_iiet.storage import portable, source
+from megatron_iiet.storage.source import Source, open_model
 from tests.tiny import tiny_config
 
 
@@ -30,6 +32,9 @@ class Stored:
         assert 0 <= first <= last <= len(self.tensors[name])
         self.most = max(self.most, last - first)
         return self.tensors[name][first:last]
+
+    def holding(self, name: str, row: int) -> str:
+        return f"{name}[{row}]"
 
 
 @pytest.mark.parametrize("scratch", [1 << 20, 4 * 12 * 3])
@@ -99,3 +104,35 @@ def test_a_digest_tells_models_of_one_shape_apart() -> None:
     other[0, 1] = 2.0
     assert digest(a=one, b=other) == digest(b=other, a=one.clone())
     assert len({digest(a=one, b=one), digest(a=one, b=other), digest(a=other, b=one)}) == 3
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+@pytest.mark.parametrize("form", ["portable", "LLaMA"])
+def test_weights_that_are_no_numbers(value: float, form: str, tmp_path: Path) -> None:
+    """Of our parameters one is several tensors of a LLaMA, in other files."""
+    name, row = "layers.1.increment.mlp.gate_up.weight", 48 + 3
+    config = tiny_config({}, tmp_path, solver={"kind": "euler"}, model={"embedding_scale": 1.0})
+    state = Transformer(config).state_dict()
+    state[name][row, 5] = value
+    portable.save(config, state, tmp_path / "portable")
+    if form == "LLaMA":
+        stored = portable.StoredModel(tmp_path / "portable")
+        export_folder(stored.config, stored, tmp_path / "LLaMA", Extras({}, {}), as_llama=True)
+    tensor = name if form == "portable" else "model.layers.1.mlp.up_proj.weight"
+    where = f"tensor {tensor} in {tmp_path / form / 'model.safetensors'}"
+    model = open_model(tmp_path / form, "training.initial_weights")
+    assert len(model.digest()) == 32
+    with pytest.raises(ValueError, match="holds NaN or infinity") as caught:
+        model.fill(
+            name,
+            torch.empty(96 * 32),
+            shape=(96, 32),
+            shard=Shard(0, (48, 48)),
+            tensor_size=1,
+            tensor_rank=0,
+            start=0,
+        )
+    assert str(caught.value) == (
+        f"{where} holds NaN or infinity, first in row {row} of {name}; use weights that are numbers, such as "
+        "those of an earlier checkpoint"
+    )

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import copy
+import json
+import os
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import make_dataclass
 from pathlib import Path
 from typing import Any
@@ -17,10 +21,9 @@ from megatron_iiet.config.solvers import IIET, SOLVERS, PCformer, ReleasedIIET, 
 from megatron_iiet.storage import checkpoint
 from megatron_iiet.training.resume import (
     CONTENTS,
-    NothingToDo,
     check_resumable,
-    check_unfinished,
     differences,
+    nothing_to_do,
 )
 from tests.config.resume_table import with_table
 from tests.tiny import save_of, tiny_config
@@ -361,9 +364,99 @@ def test_a_checkpoint_that_does_not_say_what_its_corpora_held(saved: Path, tmp_p
 )
 def test_nothing_to_do(step: int, sections: dict[str, Any], message: str | None) -> None:
     config = tiny_config({}, Path("run"), **sections)
-    if message is None:
-        check_unfinished(config, step)
-        return
-    with pytest.raises(NothingToDo) as caught:
-        check_unfinished(config, step)
-    assert str(caught.value) == message
+    assert nothing_to_do(config, step) == (message or "")
+
+
+# --- other models, by what they compute ---
+
+
+def with_state(saved: Path, config: RunConfig, **contents: str | None) -> None:
+    """Write the checkpoint anew as one of ``config``, with more that it says of other models."""
+    state = checkpoint.read_state(saved)
+    state.data[CONTENTS] = CONTENT | contents
+    checkpoint.write_metadata(saved, config, state, save_of(config, state))
+
+
+OTHER_MODELS = {"training.initial_weights": "initial_weights", "distillation.teacher": "teacher"}
+
+
+def naming(key: str, path: Path | str, folder: Path, **training: Any) -> RunConfig:
+    config = tiny_config({"prefix": "a"}, folder, training=training)
+    return with_value(config, key, str(path))
+
+
+@pytest.mark.parametrize("key", OTHER_MODELS)
+def test_a_model_is_known_by_what_it_computes(key: str, saved: Path, tmp_path: Path) -> None:
+    """And by its path, however that is written, where the checkpoint does not say more."""
+    one, name = "ab" * 16, OTHER_MODELS[key]
+    (tmp_path / "link").symlink_to("one")
+    with_state(saved, naming(key, "one", tmp_path))
+    for spelled in ("one", os.path.abspath("one"), "./one/"):
+        assert not check_resumable(saved, naming(key, spelled, tmp_path), CONTENT | {name: one}).changed
+    with pytest.raises(ConfigError, match=rf"{key} is one there and two here"):
+        check_resumable(saved, naming(key, "two", tmp_path), CONTENT | {name: one})
+    with_state(saved, naming(key, tmp_path / "one", tmp_path))
+    assert not check_resumable(saved, naming(key, tmp_path / "link", tmp_path), CONTENT).changed
+
+    with_state(saved, naming(key, "one", tmp_path), **{name: one})
+    found = check_resumable(saved, naming(key, "two", tmp_path), CONTENT | {name: one})
+    assert found.describe() == f"resuming from {saved}"
+    message = rf"{key} is one of digest abababab there and one of digest cdcdcdcd here\)"
+    with pytest.raises(ConfigError, match=message):
+        check_resumable(saved, naming(key, "one", tmp_path), CONTENT | {name: "cd" * 16})
+    with pytest.raises(ConfigError, match=rf"{key} is one there and  here"):
+        check_resumable(saved, naming(key, "", tmp_path), CONTENT)
+
+
+def test_initial_weights_may_be_gone(saved: Path, tmp_path: Path) -> None:
+    key = "training.initial_weights"
+    with_state(saved, naming(key, "one", tmp_path), initial_weights="ab" * 16)
+    assert check_resumable(saved, naming(key, "gone", tmp_path), CONTENT).notes == [
+        "training.initial_weights gone holds no model now; only step 0 needed it"
+    ]
+
+
+@pytest.mark.parametrize("key", OTHER_MODELS)
+def test_where_nothing_is_left_no_model_matters(key: str, saved: Path, tmp_path: Path) -> None:
+    with_state(saved, naming(key, "one", tmp_path, steps=4))
+    for path, refused in (("two", False), ("", True)):
+        config = naming(key, path, tmp_path, steps=4)
+        with pytest.raises(ConfigError) if refused else nullcontext():
+            assert check_resumable(saved, config, CONTENT).describe() == f"resuming from {saved}"
+
+
+# --- states without a digest ---
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda state: state["data"].update(samples=-5), r"data\.samples is -5"),
+        (lambda state: state["data"].update(samples=float("nan")), r"data\.samples is nan"),
+        (lambda state: state["data"].update(samples=2**63), r"data\.samples is 9223372036854775808"),
+        (lambda state: state["data"].pop("samples"), r"data\.samples is missing"),
+        (lambda state: state["data"].update(windows=[9, "x"]), r"data\.windows is 'x'"),
+        (lambda state: state["data"].update(contents=[]), r"data\.contents is \[\]"),
+        (lambda state: state["data"]["contents"].update(train=None), r"data\.contents\.train is missing"),
+        (lambda state: state["data"]["contents"]["train"][0].update(tokens="1"), r"train\.tokens is '1'"),
+        (lambda state: state["data"]["contents"].update(teacher=7), r"contents\.teacher is 7"),
+        (lambda state: state["layout"].pop("zero_stage"), r"layout\.zero_stage is missing"),
+        (lambda state: state.update(step=-4), "step is -4"),
+    ],
+)
+@pytest.mark.parametrize("version", [2, 3, 4])
+def test_an_edited_state_of_an_older_format(
+    version: int, edit: Callable[[dict[str, Any]], object], message: str, saved: Path, tmp_path: Path
+) -> None:
+    """Which has no digest to tell; unedited it is read."""
+    path = saved / "state.json"
+    state = json.loads(path.read_text()) | {"format": version}
+    for later in ("save", "config", "digest", *(["plan"] if version < 4 else [])):
+        del state[later]
+    config = tiny_config({"prefix": "a"}, tmp_path)
+    path.write_text(json.dumps(state))
+    assert check_resumable(saved, config, CONTENT).state.step == 4
+    edit(state)
+    path.write_text(json.dumps(state))
+    with pytest.raises(ConfigError, match=rf"^{path} is damaged: [\w.]*{message}; copy the whole checkpoint"):
+        check_resumable(saved, config, CONTENT)

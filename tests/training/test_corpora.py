@@ -330,7 +330,7 @@ class Tear(Callback):
 
 
 def pretrain_and_tear(config: dict[str, Any], ds_path: Path, file: Path) -> None:
-    loaded = LoadedConfig(config_from_dict(config), ds_path)
+    loaded = LoadedConfig(config=config_from_dict(config), ds_config_path=ds_path)
     ds_config = reconciled_ds_config(loaded, launch_environment().world_size)
     with ParallelContext.start(loaded.config.parallel) as context:
         run, callbacks = prepare(loaded.config, ds_config, context)

@@ -189,7 +189,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 def on_engine(config: dict[str, Any], path: Path, act: Callable[..., Any], *args: Any) -> Any:
     """``act(engine, *args)`` in a rank that has built one."""
-    loaded = LoadedConfig(config_from_dict(config), path)
+    loaded = LoadedConfig(config=config_from_dict(config), ds_config_path=path)
     ds_config = reconciled_ds_config(loaded, launch_environment().world_size)
     with ParallelContext.start(loaded.config.parallel) as context:
         engine = build_engine(loaded.config, ds_config, context, "reference")

@@ -18,7 +18,7 @@ from megatron_iiet.storage.checkpoint import checkpoints_folder
 from megatron_iiet.storage.checkpoint_model import export_run
 from megatron_iiet.storage.source import Source, open_model
 from megatron_iiet.training.metrics import read_log
-from megatron_iiet.training.resume import teacher_identity
+from megatron_iiet.training.resume import model_identity
 from megatron_iiet.training.warm_start import open_teacher
 from tests.distributed.harness import RanksFailedError, run_ranks
 from tests.distributed.runs import as_data, ds_json, pretrain_rank
@@ -89,13 +89,32 @@ def test_a_run_and_its_resumption(data: dict[str, str], teacher: Path, tmp_path:
 
 
 @pytest.mark.slow
+def test_a_complete_run_needs_no_teacher(data: dict[str, str], teacher: Path, tmp_path: Path) -> None:
+    """One that is not complete does."""
+    there = tmp_path / "teacher"
+    shutil.copytree(teacher, there)
+    train(student(data, there, tmp_path, training={"stop_after": 1}), tmp_path)
+    shutil.rmtree(there)
+    with pytest.raises(
+        RanksFailedError, match=r"NothingToDo: complete up to training.stop_after = 1: 1 of 8"
+    ):
+        train(student(data, there, tmp_path, training={"stop_after": 1}), tmp_path)
+    with pytest.raises(RanksFailedError, match=r"NothingToDo: complete: 1 of 1 steps; raise training.steps"):
+        train(student(data, there, tmp_path, training={"steps": 1}), tmp_path)
+    with pytest.raises(
+        RanksFailedError, match=rf"ConfigError: distillation.teacher is {there}, which does not"
+    ):
+        train(student(data, there, tmp_path, training={"stop_after": 2}), tmp_path)
+
+
+@pytest.mark.slow
 def test_a_teacher_that_has_gone_on_is_another_one(
     data: dict[str, str], teacher: Path, tmp_path: Path
 ) -> None:
     there = tmp_path / "teacher"
     shutil.copytree(teacher, there)
     train(student(data, there, tmp_path, training={"stop_after": 2}), tmp_path)
-    digest = teacher_identity(open_model(there, "teacher"))
+    digest = model_identity(open_model(there, "teacher"))
     train(tiny_config(data, there, solver=FULL, training={"steps": 9}), tmp_path)
     message = rf"\(distillation\.teacher is {there} of digest {digest:.8} there and {there} of digest"
     with pytest.raises(RanksFailedError, match=message):
@@ -107,7 +126,7 @@ def test_a_teacher_is_its_function_and_its_weights(tmp_path: Path) -> None:
 
     def identity(**sections: dict[str, Any]) -> str:
         config = tiny_config({"prefix": str(tmp_path)}, tmp_path, **{"solver": FULL, **sections})
-        return teacher_identity(Source(str(tmp_path), config, Rows()))
+        return model_identity(Source(str(tmp_path), config, Rows()))
 
     class Rows(dict[str, torch.Tensor]):
         def __iter__(self) -> Any:

@@ -500,7 +500,7 @@ def test_a_plan_made_for_other_settings_is_dropped(
 
 def resumed_solver(config: dict[str, Any], accept: list[str]) -> str:
     """What a resumed run says of its solver before its first step."""
-    loaded = LoadedConfig(config_from_dict(config), None)
+    loaded = LoadedConfig(config=config_from_dict(config))
     with ParallelContext.start(loaded.config.parallel) as context:
         run, _ = prepare(loaded.config, reconciled_ds_config(loaded, 1), context, accept)
         run.enter_stage()

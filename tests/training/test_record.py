@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from datetime import datetime
@@ -14,8 +15,9 @@ import pytest
 import torch
 
 from megatron_iiet import __version__
+from megatron_iiet.config import ConfigError
 from megatron_iiet.training import record
-from megatron_iiet.training.record import STARTS, append_start, git_state, read_starts
+from megatron_iiet.training.record import STARTS, append_start, check_output_dir, git_state, read_starts
 from megatron_iiet.training.summary import summarize_run
 from tests.distributed.harness import run_ranks
 from tests.distributed.runs import as_data, ds_json, pretrain_rank
@@ -42,6 +44,85 @@ def test_a_line_is_one_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     append_start(tmp_path, {"time": "x" * 100_000})
     assert len(synced) == 2, "the file and its folder"
     assert (tmp_path / STARTS).read_text().count("\n") == 1
+
+
+def place(what: str, folder: Path) -> str:
+    """An output_dir into which nothing can be written."""
+    (folder / "file").write_text("")
+    (folder / "link").symlink_to("nowhere")
+    (folder / "run" / "checkpoints").mkdir(parents=True)
+    (folder / "other").mkdir()
+    (folder / "other" / "checkpoints").write_text("")
+    (folder / "run" / "log.jsonl").mkdir()
+    places = {
+        "a file": folder / "file",
+        "below a file": folder / "file" / "a" / "b",
+        "a name that is too long": folder / "new" / ("x" * 300),
+        "a link to nowhere": folder / "link",
+        "checkpoints is a file": folder / "other",
+        "the log is a folder": folder / "run",
+        "a file system without files": "/proc",
+    }
+    return str(places[what])
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        (
+            "a file",
+            r"file, where nothing can be written \(/.*/file: Not a directory\); make room for it there",
+        ),
+        ("below a file", r"file/a/b, where nothing can be written \(/.*/file: Not a directory\)"),
+        ("a name that is too long", r"xxx, where nothing can be written \(/.*: File name too long\)"),
+        ("a link to nowhere", r"where nothing can be written \(/.*/link: No such file or directory\)"),
+        ("checkpoints is a file", r"nothing can be written \(/.*/other/checkpoints: Not a directory\)"),
+        ("the log is a folder", r"where /.*/run/log\.jsonl is a folder, not the file that the run writes"),
+        ("a file system without files", r"where nothing can be written \(/proc: "),
+    ],
+)
+def test_a_run_that_could_not_be_written(what: str, message: str, tmp_path: Path) -> None:
+    output_dir = place(what, tmp_path)
+    there = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ConfigError, match=f"^output_dir is {re.escape(output_dir)}.*") as caught:
+        check_output_dir(output_dir)
+    assert re.search(message, str(caught.value))
+    assert sorted(tmp_path.rglob("*")) == there
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_without_the_right_to_write(tmp_path: Path) -> None:
+    tmp_path.chmod(0o555)
+    with pytest.raises(ConfigError, match=r"where nothing can be written \(.*: Permission denied\)"):
+        check_output_dir(tmp_path / "run")
+
+
+def test_looking_for_room_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "old").mkdir()
+    for output_dir in (tmp_path / "a" / "b", tmp_path / "old", "relative", "old/../new"):
+        check_output_dir(output_dir)
+    assert list(tmp_path.rglob("*")) == [tmp_path / "old"]
+
+
+def refusal(config: dict[str, Any], ds_path: Path) -> str:
+    """What a rank is told; the second one may not write."""
+    if os.environ["RANK"] == "1":
+        config["output_dir"] += "/file/run"
+    with pytest.raises(ValueError, match="output_dir") as caught:
+        pretrain_rank(config, ds_path)
+    return str(caught.value)
+
+
+@pytest.mark.slow
+def test_all_ranks_refuse_what_one_cannot_write(tmp_path: Path) -> None:
+    """As where a file system is shared by some hosts only; nothing is read or written before."""
+    (tmp_path / "file").write_text("")
+    config = tiny_config({"prefix": "not there", "tokenizer": "nor this"}, tmp_path)
+    told = run_ranks(refusal, 2, as_data(config), ds_json(tmp_path, 1))
+    assert told[0] == told[1]
+    assert told[0].startswith(f"output_dir is {tmp_path}/file/run, where nothing can be written")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "zero1.json"]
 
 
 def git(folder: Path, *words: str) -> str:

@@ -27,7 +27,6 @@ from megatron_iiet.training.loop import train
 from megatron_iiet.training.metrics import read_log
 from megatron_iiet.training.pretrain import describe_other_layout, describe_teacher
 from megatron_iiet.training.resume import Resumption
-from megatron_iiet.training.warm_start import WarmStart
 from tests.tiny import tiny_config
 from tests.training.bare_run import PATHS, alone, bare_run
 
@@ -156,7 +155,7 @@ def test_a_teacher_in_words(tmp_path: Path) -> None:
         distillation=weights,
     )
     source = cast(Any, SimpleNamespace(description="model here"))
-    said = describe_teacher(run, WarmStart(source, frozenset(), (0, 0, 0)))
+    said = describe_teacher(run, source)
     run.close()
     layers, head = (getattr(run.engine.meta_model, part)(16) for part in ("layer_flops", "head_flops"))
     assert said == (

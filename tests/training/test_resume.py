@@ -285,7 +285,7 @@ def config_at_every_step(config: dict[str, Any], ds_path: Path, accept: list[str
 def pretrain_saying(config: dict[str, Any], ds_path: Path) -> str:
     """Train as the scripts do; what is printed."""
     with redirect_stdout(io.StringIO()) as said:
-        pretrain(LoadedConfig(config_from_dict(config), ds_path))
+        pretrain(LoadedConfig(config=config_from_dict(config), ds_config_path=ds_path))
     return said.getvalue()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -182,6 +183,54 @@ def test_resume_goes_before_initial_weights(data: dict[str, str], trained: Path,
     ):
         run_ranks(pretrain_rank, 1, as_data(config), ds_json(tmp_path, 1))
     assert not Path(config.output_dir).exists(), "something was written before the check"
+
+
+@pytest.mark.slow
+def test_initial_weights_are_known_by_what_they_are(
+    data: dict[str, str], trained: Path, tmp_path: Path
+) -> None:
+    """Moved they are the same, at every later checkpoint too; other ones in their place are others."""
+    source, moved = tmp_path / "source", tmp_path / "moved"
+    shutil.copytree(trained, source)
+
+    def start(path: Path, stop: int) -> None:
+        training = {"stop_after": stop, "initial_weights": str(path)}
+        config = tiny_config(data, tmp_path / "run", training=training, model=SHAPE, optimizer=STILL)
+        run_ranks(pretrain_rank, 1, as_data(config), ds_json(tmp_path, 1))
+
+    start(source, 1)
+    source.rename(moved)
+    start(moved, 2)
+    start(source, 3)  # it is gone
+    config = tiny_config(data, source, model=SHAPE, solver={"kind": "euler"}, training={"steps": 1})
+    run_ranks(pretrain_rank, 1, as_data(config), ds_json(tmp_path, 1))
+    with pytest.raises(RanksFailedError, match=r"training\.initial_weights is .*source of digest \w+ there"):
+        start(source, 4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 3])
+def test_all_ranks_refuse_weights_that_are_no_numbers(
+    stage: int, data: dict[str, str], tmp_path: Path
+) -> None:
+    """Also those that read other parts of them."""
+    config = tiny_config({}, tmp_path, model=SHAPE, solver={"kind": "euler"})
+    state = Transformer(config).state_dict()
+    state["layers.2.increment.mlp.down.weight"][31, 1] = float("nan")
+    models.save(config, state, tmp_path / "model")
+    config = tiny_config(data, tmp_path / "run", model=SHAPE, solver=IIET)
+    config.training.initial_weights = str(tmp_path / "model")
+    told = run_ranks(refusal_of_numbers, 2, as_data(config), ds_json(tmp_path, stage))
+    assert told[0] == told[1]
+    file = tmp_path / "model" / "model.safetensors"
+    assert told[0].startswith(f"tensor layers.2.increment.mlp.down.weight in {file} holds NaN or infinity")
+    assert not (tmp_path / "run").exists()
+
+
+def refusal_of_numbers(config: dict[str, Any], ds_path: Path) -> str:
+    with pytest.raises(ValueError, match="holds NaN") as caught:
+        pretrain_rank(config, ds_path)
+    return str(caught.value)
 
 
 # --- what is taken over ---

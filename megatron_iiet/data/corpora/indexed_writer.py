@@ -8,8 +8,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from tempfile import SpooledTemporaryFile
-from types import TracebackType
-from typing import IO, Any
+from typing import IO, Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -55,15 +54,12 @@ class DigestedFile:
         self._hash.update(raw)
         self.num_bytes += len(raw)
 
-    def sync(self) -> None:
-        """Put everything written on disk."""
-        sync_file(self.file)
 
-
-class PairOutput:
+class PairWriter:
     """The two files of a pair under temporary names: ``PREFIX.bin.partial`` and ``PREFIX.idx.partial``.
 
-    A killed run leaves those, no reader looks at them, and the next run overwrites them.
+    A context manager: leaving it removes every trace of what was not published. A killed run leaves those
+    files, no reader looks at them, and the next run overwrites them.
 
     Raises:
         ValueError: the prefix is a folder's name or has no place, or another process writes it.
@@ -84,8 +80,8 @@ class PairOutput:
 
         They must never describe the new bytes, not even between two renames or after a power cut.
         """
-        self.bin.sync()
-        self.idx.sync()
+        sync_file(self.bin.file)
+        sync_file(self.idx.file)
         folder, stale = self._targets[0].parent, [shards_path(self.prefix), self._targets[1]]
         if any(path.exists() for path in stale):
             for path in stale:
@@ -104,7 +100,7 @@ class PairOutput:
         )
 
     def discard(self) -> None:
-        """Remove what was written, unless it was published; published pairs stay."""
+        """Remove what was written; published pairs stay."""
         if not self.bin.file.closed:
             for path in self._partials:  # before closing: the lock covers the names
                 path.unlink(missing_ok=True)
@@ -114,6 +110,12 @@ class PairOutput:
         for output in (self.idx, self.bin):
             with contextlib.suppress(OSError):  # a full disk, again, for bytes that nobody needs any more
                 output.file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.discard()
 
 
 def write_index(
@@ -144,11 +146,10 @@ def write_index(
     out.write(np.array([num_sequences], dtype="<i8"))
 
 
-class IndexedDatasetWriter:
-    """Writes a pair, document by document, in constant memory; its files appear only when complete.
+class IndexedDatasetWriter(PairWriter):
+    """Writes a pair, document by document, in constant memory.
 
-    Use it as a context manager: leaving normally publishes the pair and sets ``shard``, leaving by an
-    exception removes every trace.
+    Leaving the context normally publishes the pair and sets ``shard``.
 
     Raises:
         ValueError: the prefix has no place, another process is writing the prefix, an id is outside
@@ -156,14 +157,12 @@ class IndexedDatasetWriter:
     """
 
     def __init__(self, prefix: str | os.PathLike[str], vocab_size: int) -> None:
-        self.prefix = os.fspath(prefix)
+        super().__init__(prefix, token_dtype(vocab_size))
         self.vocab_size = vocab_size
-        self.dtype = token_dtype(vocab_size)
         self.num_tokens = 0
         self.num_documents = 0
         self.shard: Shard | None = None  # once it is published, by the file name of the prefix
-        self._output = PairOutput(prefix, self.dtype)
-        folder = os.path.dirname(self.prefix) or "."
+        folder = str(self._targets[0].parent)
         self._lengths = SpooledTemporaryFile(max_size=_SPOOL_BYTES, dir=folder)  # noqa: SIM115 closed with the pair
 
     def add_document(self, tokens: TokenArray) -> None:
@@ -186,7 +185,7 @@ class IndexedDatasetWriter:
                 f"Token ids {ids.min()} to {ids.max()} leave the vocabulary [0, {self.vocab_size}); "
                 "tokenizer and vocab_size do not belong together."
             )
-        self._output.bin.write(np.ascontiguousarray(ids, dtype=self.dtype))
+        self.bin.write(np.ascontiguousarray(ids, dtype=self.dtype))
         self._lengths.write(lengths.astype("<i4").tobytes())
         self.num_tokens += ids.size
         self.num_documents += lengths.size
@@ -196,45 +195,33 @@ class IndexedDatasetWriter:
         if self.shard is None:
             if not self.num_documents:
                 raise ValueError(f"No documents for {self.prefix}: there is nothing to write.")
+            starts = range(0, self.num_documents, BLOCK_ENTRIES)
             write_index(
-                self._output.idx,
+                self.idx,
                 self.dtype,
                 self.num_documents,
                 self.num_documents,
                 self._length_blocks,
-                _counting(self.num_documents),
+                (np.arange(at, min(at + BLOCK_ENTRIES, self.num_documents)) for at in starts),
             )
-            self.shard = self._output.publish(self.num_documents)
-            self._lengths.close()
+            self.shard = self.publish(self.num_documents)
         return self.shard
-
-    def discard(self) -> None:
-        """Remove everything written so far; published pairs stay."""
-        self._output.discard()
-        self._lengths.close()
 
     def _length_blocks(self) -> Iterator[npt.NDArray[Any]]:
         self._lengths.seek(0)
         while data := self._lengths.read(BLOCK_ENTRIES * 4):
             yield np.frombuffer(data, dtype="<i4")
 
-    def __enter__(self) -> IndexedDatasetWriter:
-        return self
+    def discard(self) -> None:
+        super().discard()
+        self._lengths.close()
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
             if kind is None:
                 self.close()
         finally:
             self.discard()
-
-
-def _counting(count: int) -> Iterator[npt.NDArray[np.int64]]:
-    """0, 1, ... count - 1 in blocks."""
-    for at in range(0, count, BLOCK_ENTRIES):
-        yield np.arange(at, min(at + BLOCK_ENTRIES, count), dtype=np.int64)
 
 
 def _open_locked(path: Path) -> IO[bytes]:
@@ -251,10 +238,10 @@ def _open_locked(path: Path) -> IO[bytes]:
         file.close()
 
 
-def lock(file: IO[bytes]) -> bool:
+def lock(file: IO[bytes], wait: bool = False) -> bool:
     """Take an open file for this process alone; whether that worked. Let go when the file is closed."""
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     except OSError:

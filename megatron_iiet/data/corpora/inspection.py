@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from megatron_iiet.data.corpora.streams import ShardedDataset, TokenStream, open_corpus
+from megatron_iiet.data.corpora.streams import IndexedDataset, ShardedDataset, TokenStream, open_corpus
 from megatron_iiet.data.tokenizers.base import Tokenizer
 
 PERCENTILES = (1, 5, 25, 50, 75, 95, 99)
@@ -24,9 +24,8 @@ class LengthCounts:
     """How many documents have which length, in memory that does not grow with the corpus."""
 
     def __init__(self) -> None:
-        self.documents = 0
-        self.tokens = 0
-        self.shortest, self.longest = 2**63, 0
+        self.documents = self.tokens = self.longest = 0
+        self.shortest = 2**63
         self._counts: Counter[int] = Counter()
 
     def add(self, lengths: npt.NDArray[np.int64]) -> None:
@@ -72,50 +71,52 @@ class Summary:
     """What :func:`summarize` found; ``str()`` is for a terminal, :meth:`as_dict` for JSON."""
 
     prefix: str
-    dtype: str
-    shards: int
-    listed: bool
-    tokens: int
-    documents: int
-    num_bytes: int
-    info: dict[str, Any]
+    corpus: ShardedDataset | IndexedDataset
     lengths: LengthCounts
-    samples: list[Sample] = field(default_factory=list)
+    samples: list[Sample]
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all tokens."""
+        return self.corpus.num_tokens * self.corpus.dtype.itemsize
 
     def as_dict(self) -> dict[str, Any]:
         """Everything as JSON types."""
+        corpus, lengths = self.corpus, self.lengths
         return {
             "prefix": self.prefix,
-            "dtype": self.dtype,
-            "shards": self.shards,
-            "has_list": self.listed,
-            "tokens": self.tokens,
-            "documents": self.documents,
+            "dtype": corpus.dtype.name,
+            "shards": len(corpus.shards) if isinstance(corpus, ShardedDataset) else 1,
+            "has_list": isinstance(corpus, ShardedDataset),
+            "tokens": corpus.num_tokens,
+            "documents": corpus.num_documents,
             "bytes": self.num_bytes,
-            "info": self.info,
+            "info": corpus.info,
             "lengths": {
-                "min": self.lengths.shortest,
-                "mean": self.tokens / self.documents,
-                "max": self.lengths.longest,
-                "percentiles": {str(p): self.lengths.percentile(p) for p in PERCENTILES},
+                "min": lengths.shortest,
+                "mean": corpus.num_tokens / corpus.num_documents,
+                "max": lengths.longest,
+                "percentiles": {str(p): lengths.percentile(p) for p in PERCENTILES},
                 "histogram": [
-                    {"from": low, "to": high, "documents": count}
-                    for low, high, count in self.lengths.buckets()
+                    {"from": low, "to": high, "documents": count} for low, high, count in lengths.buckets()
                 ],
             },
             "samples": [vars(sample) for sample in self.samples],
         }
 
     def __str__(self) -> str:
-        source = f"{self.shards:,} in {self.prefix}.shards" if self.listed else "1, without a list"
+        corpus = self.corpus
+        source = "1, without a list"
+        if isinstance(corpus, ShardedDataset):
+            source = f"{len(corpus.shards):,} in {self.prefix}.shards"
         lines = [
             self.prefix,
-            f"  tokens     {self.tokens:,} ({self.dtype}, {self.num_bytes:,} bytes)",
-            f"  documents  {self.documents:,}",
+            f"  tokens     {corpus.num_tokens:,} ({corpus.dtype.name}, {self.num_bytes:,} bytes)",
+            f"  documents  {corpus.num_documents:,}",
             f"  shards     {source}",
-            *(f"  {line}" for line in _describe_info(self.info)),
+            *(f"  {line}" for line in _describe_info(corpus.info)),
             f"  tokens per document: {self.lengths.shortest:,} to {self.lengths.longest:,}, "
-            f"mean {self.tokens / self.documents:,.1f}",
+            f"mean {corpus.num_tokens / corpus.num_documents:,.1f}",
             "    " + ", ".join(f"{p} % up to {self.lengths.percentile(p):,}" for p in PERCENTILES),
             *_bars(self.lengths.buckets()),
         ]
@@ -161,24 +162,13 @@ def summarize(
     for pair in corpus.pairs():
         for block in pair.index.document_lengths():
             lengths.add(block)
-    return Summary(
-        prefix=os.fspath(prefix),
-        dtype=corpus.dtype.name,
-        shards=len(corpus.shards) if isinstance(corpus, ShardedDataset) else 1,
-        listed=isinstance(corpus, ShardedDataset),
-        tokens=corpus.num_tokens,
-        documents=corpus.num_documents,
-        num_bytes=corpus.num_tokens * corpus.dtype.itemsize,
-        info=corpus.info,
-        lengths=lengths,
-        samples=list(_samples(corpus, tokenizer, samples)) if tokenizer is not None else [],
-    )
+    shown = list(_samples(corpus, tokenizer, samples)) if tokenizer is not None else []
+    return Summary(os.fspath(prefix), corpus, lengths, shown)
 
 
 def _samples(corpus: TokenStream, tokenizer: Tokenizer, count: int) -> Iterator[Sample]:
-    for document in np.unique(
-        np.linspace(0, corpus.num_documents - 1, max(count, 0)).astype(np.int64)
-    ).tolist():
+    spread = np.linspace(0, corpus.num_documents - 1, max(count, 0)).astype(np.int64)
+    for document in np.unique(spread).tolist():
         start, stop = corpus.document_start(document), corpus.document_start(document + 1)
         ids = corpus.read(start, min(stop, start + _SAMPLE_TOKENS))
         if ids.size and not 0 <= ids.min() <= ids.max() < tokenizer.vocab_size:

@@ -9,8 +9,7 @@ from __future__ import annotations
 import glob
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +17,15 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
-from megatron_iiet.data.corpora.indexed_writer import PairOutput, write_index
+from megatron_iiet.data.corpora.indexed_writer import PairWriter, write_index
 from megatron_iiet.data.corpora.mmididx import (
+    BLOCK_ENTRIES,
     Shard,
     bin_path,
     check_prefix,
     file_digest,
     idx_path,
+    int64_block,
     new_digest,
     shards_path,
 )
@@ -42,10 +43,10 @@ class MergeReport:
 
     list_path: Path
     corpora: int
-    shards: int
-    tokens: int
-    documents: int
-    notes: list[str] = field(default_factory=list)
+    notes: list[str]
+    shards: int = 0
+    tokens: int = 0
+    documents: int = 0
 
     def __str__(self) -> str:
         made = (
@@ -73,16 +74,17 @@ def merge(
     """
     prefixes = expand_corpora(inputs)
     _check_output(output_prefix, overwrite, prefixes)
-    common = _Common(prefixes)
-    counts = _check_pairs(output_prefix, prefixes)
+    dtype, info, notes = _common(prefixes)
+    report = MergeReport(shards_path(output_prefix), len(prefixes), notes)
+    _check_pairs(output_prefix, prefixes, report)
     make_parent(Path(output_prefix))
     if by_reference:
         shards = _refer(output_prefix, prefixes)
     else:
-        shards = [_copy(output_prefix, prefixes, common.dtype, counts)]
+        shards = [_copy(output_prefix, prefixes, dtype, report)]
     pair = [idx_path(output_prefix), bin_path(output_prefix)]
     try:
-        path = write_shards(output_prefix, shards, common.dtype, common.info)
+        write_shards(output_prefix, shards, dtype, info)
     except BaseException:
         if not by_reference:  # without its list the pair does not stay
             for file in pair:
@@ -91,7 +93,7 @@ def merge(
     if by_reference and overwrite:  # the pair of that name is no part of the new corpus
         for file in pair:
             file.unlink(missing_ok=True)
-    return MergeReport(path, len(prefixes), counts.pairs, counts.tokens, counts.documents, common.notes)
+    return report
 
 
 def expand_corpora(patterns: Sequence[str]) -> list[str]:
@@ -137,59 +139,49 @@ def _check_output(output: str, overwrite: bool, prefixes: Sequence[str]) -> None
         )
 
 
-class _Common:
-    """What all inputs agree on; refuses those that cannot be joined."""
-
-    def __init__(self, prefixes: Sequence[str]) -> None:
-        self.notes: list[str] = []
-        known: tuple[str, dict[str, Any]] | None = None  # a corpus that names its tokenizer
-        silent: list[str] = []
-        for i, prefix in enumerate(prefixes):
-            corpus = open_corpus(prefix)
-            info = corpus.info
-            if i == 0:
-                self.dtype, self.info = corpus.dtype, dict(info)
-            if corpus.dtype != self.dtype:
-                raise ValueError(
-                    f"{prefixes[0]} holds {self.dtype} tokens, {prefix} {corpus.dtype}: they were made with "
-                    "vocabularies of different size and cannot be joined."
-                )
-            self.info = {key: value for key, value in self.info.items() if info.get(key, ...) == value}
-            tokenizer = info.get("tokenizer")
-            if not isinstance(tokenizer, dict):
-                silent.append(prefix)
-            elif known is None:
-                known = (prefix, tokenizer)
-            elif tokenizer.get("digest") != known[1].get("digest"):
-                raise ValueError(
-                    f"{known[0]} was made with the tokenizer {_describe(known[1])}, {prefix} with "
-                    f"{_describe(tokenizer)}: their ids mean different text and cannot be joined."
-                )
-        self.info["made_by"] = _MADE_BY
-        if known and not silent:
-            self.info["tokenizer"] = known[1]
-        elif known:
-            self.notes.append(
-                f"{silent[0]} does not say which tokenizer made it, so neither does the joined corpus; "
-                f"{known[0]} was made with {_describe(known[1])}."
+def _common(prefixes: Sequence[str]) -> tuple[np.dtype[Any], dict[str, Any], list[str]]:
+    """Token type and info that all inputs agree on, and what is to be told; refuses what cannot be joined."""
+    first = open_corpus(prefixes[0])
+    dtype, info = first.dtype, first.info
+    known: tuple[str, dict[str, Any]] | None = None  # a corpus that names its tokenizer
+    silent: list[str] = []
+    for prefix in prefixes:
+        corpus = open_corpus(prefix)  # one at a time: each holds files open
+        if corpus.dtype != dtype:
+            raise ValueError(
+                f"{first.prefix} holds {dtype} tokens, {prefix} {corpus.dtype}: they were made with "
+                "vocabularies of different size and cannot be joined."
             )
+        info = {key: value for key, value in info.items() if corpus.info.get(key, ...) == value}
+        tokenizer = corpus.info.get("tokenizer")
+        if not isinstance(tokenizer, dict):
+            silent.append(prefix)
+        elif known is None:
+            known = (prefix, tokenizer)
+        elif tokenizer.get("digest") != known[1].get("digest"):
+            raise ValueError(
+                f"{known[0]} was made with the tokenizer {_describe(known[1])}, {prefix} with "
+                f"{_describe(tokenizer)}: their ids mean different text and cannot be joined."
+            )
+    info["made_by"] = _MADE_BY
+    notes = []
+    if known and not silent:
+        info["tokenizer"] = known[1]
+    elif known:
+        notes.append(
+            f"{silent[0]} does not say which tokenizer made it, so neither does the joined corpus; "
+            f"{known[0]} was made with {_describe(known[1])}."
+        )
+    return dtype, info, notes
 
 
 def _describe(tokenizer: dict[str, Any]) -> str:
     return f"{tokenizer.get('file')} (digest {tokenizer.get('digest')})"
 
 
-@dataclass
-class _Counts:
-    pairs: int = 0
-    tokens: int = 0
-    documents: int = 0
-    sequences: int = 0
-
-
-def _check_pairs(output: str, prefixes: Sequence[str]) -> _Counts:
+def _check_pairs(output: str, prefixes: Sequence[str], report: MergeReport) -> None:
     """Read every index and count; no token is read."""
-    counts, seen = _Counts(), set()
+    seen = set()
     for pair in _open_pairs(prefixes):
         place = os.path.abspath(pair.prefix)
         if place == os.path.abspath(output):
@@ -201,11 +193,9 @@ def _check_pairs(output: str, prefixes: Sequence[str]) -> _Counts:
             raise ValueError(f"{defect} Restore the file, or make the pair again.")
         if pair.listed is not None:
             _require_digest(idx_path(pair.prefix), file_digest(idx_path(pair.prefix)), pair.listed.idx_digest)
-        counts.pairs += 1
-        counts.tokens += pair.index.num_tokens
-        counts.documents += pair.index.num_documents
-        counts.sequences += pair.index.num_sequences
-    return counts
+        report.shards += 1
+        report.tokens += pair.index.num_tokens
+        report.documents += pair.index.num_documents
 
 
 def _open_pairs(prefixes: Iterable[str]) -> Iterator[IndexedDataset | OpenShard]:
@@ -214,14 +204,14 @@ def _open_pairs(prefixes: Iterable[str]) -> Iterator[IndexedDataset | OpenShard]
         yield from open_corpus(prefix).pairs()
 
 
-def _copy(output_prefix: str, prefixes: Sequence[str], dtype: np.dtype[Any], counts: _Counts) -> Shard:
-    output = PairOutput(output_prefix, dtype)
-    total = counts.tokens * dtype.itemsize
-    with ExitStack() as stack:
-        stack.callback(output.discard)
-        bar = stack.enter_context(
-            tqdm(total=total, unit="B", unit_scale=True, desc="merging", disable=None)  # on a terminal only
-        )
+def _copy(output_prefix: str, prefixes: Sequence[str], dtype: np.dtype[Any], report: MergeReport) -> Shard:
+    total = report.tokens * dtype.itemsize
+    with (
+        PairWriter(output_prefix, dtype) as output,
+        tqdm(
+            total=total, unit="B", unit_scale=True, desc="merging", disable=None
+        ) as bar,  # on a terminal only
+    ):
         for pair in _open_pairs(prefixes):
             digest = new_digest()
             for _, block in pair.tokens.blocks():
@@ -235,21 +225,23 @@ def _copy(output_prefix: str, prefixes: Sequence[str], dtype: np.dtype[Any], cou
         write_index(
             output.idx,
             dtype,
-            counts.sequences,
-            counts.documents,
+            sum(pair.index.num_sequences for pair in _open_pairs(prefixes)),
+            report.documents,
             lambda: (block for pair in _open_pairs(prefixes) for block in pair.index.length_blocks()),
             shifted(_open_pairs(prefixes)),
         )
-        return output.publish(counts.documents)
+        return output.publish(report.documents)
 
 
 def shifted(pairs: Iterable[Any]) -> Iterator[npt.NDArray[np.int64]]:
     """First sequence of every document when the sequences of all ``pairs`` are counted through."""
     before = 0
     for pair in pairs:
-        for block in pair.index.first_sequence_blocks():
-            yield block + before
-        before += pair.index.num_sequences
+        index = pair.index
+        for at in range(0, index.num_documents, BLOCK_ENTRIES):
+            stop = min(at + BLOCK_ENTRIES, index.num_documents)
+            yield int64_block(index.first_sequences, at, stop) + before
+        before += index.num_sequences
 
 
 def _refer(output_prefix: str, prefixes: Sequence[str]) -> list[Shard]:

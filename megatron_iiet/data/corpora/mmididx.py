@@ -41,18 +41,12 @@ Int64Array = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Shard:
-    """One pair as a shard list names it.
+    """One pair as a shard list names it."""
 
-    Attributes:
-        name: prefix of the pair, relative to the folder of the list (or absolute).
-        tokens, documents: how many it holds.
-        bin_digest, idx_digest: blake2b (16 bytes) of the two whole files.
-    """
-
-    name: str
+    name: str  # prefix of the pair, relative to the folder of the list (or absolute)
     tokens: int
     documents: int
-    bin_digest: bytes
+    bin_digest: bytes  # blake2b (16 bytes) of the whole file
     idx_digest: bytes
 
 
@@ -78,14 +72,14 @@ def check_prefix(prefix: str | os.PathLike[str]) -> None:
 
 
 def file_digest(path: Path) -> bytes:
-    """blake2b (16 bytes) of a whole file, as shard lists hold it."""
+    """Digest of a whole file, as shard lists hold it."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, new_digest).digest()
 
 
-def new_digest() -> hashlib.blake2b:
-    """A digest of nothing yet."""
-    return hashlib.blake2b(digest_size=DIGEST_BYTES)
+def new_digest(data: bytes | memoryview = b"") -> hashlib.blake2b:
+    """The digest of shard lists (16 bytes), of ``data`` so far."""
+    return hashlib.blake2b(data, digest_size=DIGEST_BYTES)
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
@@ -113,15 +107,6 @@ class TokenFile:
 
     def read_into(self, start: int, out: npt.NDArray[Any]) -> None:
         """Fill ``out`` [n] (any integer type) with tokens [start, start + n)."""
-        itemsize = self.dtype.itemsize
-        wanted = len(out) * itemsize
-        data = os.pread(self._descriptor, wanted, start * itemsize) if wanted <= BLOCK_BYTES else b""
-        if len(data) == wanted:
-            out[:] = np.frombuffer(data, self.dtype)
-        else:
-            self._read_blocks(start, out)
-
-    def _read_blocks(self, start: int, out: npt.NDArray[Any]) -> None:
         step = BLOCK_BYTES // self.dtype.itemsize
         for at in range(0, len(out), step):
             part = out[at : at + step]
@@ -179,9 +164,8 @@ class DocumentIndex:
             if size == 0:
                 raise ValueError(f"{path} is empty (0 bytes); make the pair again.")
             self._map = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
-        self.dtype, self.num_sequences, self.num_documents = _read_header(
-            path, self._map[: HEADER.size], size
-        )
+        head = self._map[: HEADER.size]
+        self.dtype, self.num_sequences, self.num_documents = _read_header(path, head, size)
         self._size = size
         view, at = memoryview(self._map), HEADER.size
 
@@ -284,11 +268,6 @@ class DocumentIndex:
         """:attr:`lengths` in blocks int32 [n]."""
         for at in range(0, self.num_sequences, BLOCK_ENTRIES):
             yield np.frombuffer(self.lengths[at : at + BLOCK_ENTRIES], dtype="<i4")
-
-    def first_sequence_blocks(self) -> Iterator[Int64Array]:
-        """:attr:`first_sequences` in blocks int64 [n]; the entry behind the last document is left out."""
-        for at in range(0, self.num_documents, BLOCK_ENTRIES):
-            yield int64_block(self.first_sequences, at, min(at + BLOCK_ENTRIES, self.num_documents))
 
     def defects(self) -> Iterator[str]:
         """Read the whole index; a sentence for each block of entries that contradict each other."""

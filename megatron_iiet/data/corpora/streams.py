@@ -1,8 +1,8 @@
 """A corpus as a stream of tokens cut into documents: a pair ``.bin``/``.idx``, or any number of them.
 
 A prefix names what the list ``PREFIX.shards`` holds (:mod:`shard_list`), or, without one, the pair
-``PREFIX.bin``/``.idx`` (:mod:`mmididx`). Opening costs the same for one shard and for 100,000: pairs are
-opened when they are read, and then checked against the list.
+``PREFIX.bin``/``.idx`` (:mod:`mmididx`). Pairs are opened when they are read, and then checked against the
+list.
 """
 
 from __future__ import annotations
@@ -56,16 +56,11 @@ class TokenStream(ABC):
     """What training reads: one long row of tokens, cut into documents. Safe to read from many threads.
 
     Reads raise IndexError outside the corpus and ValueError where a file turns out to be damaged.
-
-    Attributes:
-        prefix: names the corpus.
-        dtype: type of the stored tokens.
-        num_tokens, num_documents: counts; tokens are those of all documents.
     """
 
-    prefix: str
-    dtype: np.dtype[Any]
-    num_tokens: int
+    prefix: str  # names the corpus
+    dtype: np.dtype[Any]  # of the stored tokens
+    num_tokens: int  # of all documents
     num_documents: int
 
     @abstractmethod
@@ -142,8 +137,7 @@ class IndexedDataset(TokenStream):
         return self.index.document_starts(start, stop)
 
     def read_into(self, start: int, out: Int64Array) -> None:
-        if not 0 <= start <= self.num_tokens - len(out):
-            self.check_range(start, start + len(out))
+        self.check_range(start, start + len(out))
         self.tokens.read_into(start, out)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -241,17 +235,15 @@ class ShardedDataset(TokenStream):
 
     def document_starts(self, start: int, stop: int) -> Int64Array:
         self.check_range(start, stop)
-        found = []
-        for shard, first, begin, end in self._parts(start, stop):
-            starts = self._index(shard).document_starts(begin - first, end - first)
-            starts += first
-            found.append(starts)
+        found = [
+            self._index(shard).document_starts(begin - first, end - first) + first
+            for shard, first, begin, end in self._parts(start, stop)
+        ]
         return found[0] if len(found) == 1 else np.concatenate([np.empty(0, dtype=np.int64), *found])
 
     def read_into(self, start: int, out: Int64Array) -> None:
         stop = start + len(out)
-        if not 0 <= start <= stop <= self.num_tokens:
-            self.check_range(start, stop)
+        self.check_range(start, stop)
         for shard, first, begin, end in self._parts(start, stop):
             self._shard(shard).tokens.read_into(begin - first, out[begin - start : end - start])
 

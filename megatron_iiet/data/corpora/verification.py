@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from megatron_iiet.data.corpora.mmididx import DocumentIndex, Shard, TokenFile, file_digest, new_digest
-from megatron_iiet.data.corpora.streams import OpenShard, ShardedDataset, TokenStream, open_corpus
+from megatron_iiet.data.corpora.streams import (
+    IndexedDataset,
+    OpenShard,
+    ShardedDataset,
+    TokenStream,
+    open_corpus,
+)
 from megatron_iiet.data.tokenizers.base import Tokenizer
 from megatron_iiet.data.tokenizers.loading import load_tokenizer, tokenizer_digest
 
@@ -44,12 +52,11 @@ class Verification:
         return "\n".join([f"{self.prefix}: {verdict}", *lines])
 
 
-@dataclass
-class _Ids:
+class _Ids(NamedTuple):
     """What is known of the ids a corpus may hold."""
 
-    vocab_size: int | None = None
-    eod_id: int | None = None  # expected at the end of every document
+    vocab_size: int | None
+    eod_id: int | None  # expected at the end of every document
 
 
 def verify(prefix: str | os.PathLike[str], tokenizer: str | os.PathLike[str] | None = None) -> Verification:
@@ -76,7 +83,7 @@ def verify(prefix: str | os.PathLike[str], tokenizer: str | os.PathLike[str] | N
     if isinstance(corpus, ShardedDataset):
         _verify_list(corpus, ids, result)
     else:
-        _verify_pair(corpus.tokens, corpus.index, None, ids, result)
+        _verify_pair(corpus, ids, result)
         result.unchecked.append("digests: a pair without a list has none")
     _tell_checks(corpus, ids, result)
     return result
@@ -106,38 +113,31 @@ def _compare_tokenizer(info: dict[str, Any], file: Path, loaded: Tokenizer, resu
 
 
 def _verify_list(corpus: ShardedDataset, ids: _Ids, result: Verification) -> None:
-    if not corpus.shards.digest_matches():
-        result.add(f"{corpus.shards.path}: the digest at its end is not that of the rest.")
     for i in range(len(corpus.shards)):
-        try:
-            shard = corpus.open_shard(i)
-        except (ValueError, OSError) as error:
-            result.add(error)
-            continue
-        _verify_pair(shard.tokens, _index(shard, result), shard.listed, ids, result)
+        with _noting(result):
+            _verify_pair(corpus.open_shard(i), ids, result)
     result.checked.append(f"digests of the list and of the files of its {len(corpus.shards):,} shard(s)")
 
 
-def _index(shard: OpenShard, result: Verification) -> DocumentIndex | None:
-    try:
-        return shard.index
-    except (ValueError, OSError) as error:
-        result.add(error)
-        return None
-
-
-def _verify_pair(
-    tokens: TokenFile, index: DocumentIndex | None, listed: Shard | None, ids: _Ids, result: Verification
-) -> None:
-    try:
-        sound = index is not None
-        for defect in index.defects() if index else ():
+def _verify_pair(pair: IndexedDataset | OpenShard, ids: _Ids, result: Verification) -> None:
+    sound = False
+    with _noting(result):
+        before = result.num_defects
+        for defect in pair.index.defects():
             result.add(defect)
-            sound = False
-        if index and listed and file_digest(index.path) != listed.idx_digest:
-            result.add(f"{index.path}: the digest is not the one in the list.")
-        _verify_tokens(tokens, index if sound else None, listed, ids, result)
-    except (ValueError, OSError) as error:  # cut short, or a disk's read error, on the way
+        sound = result.num_defects == before
+        if pair.listed and file_digest(pair.index.path) != pair.listed.idx_digest:
+            result.add(f"{pair.index.path}: the digest is not the one in the list.")
+    with _noting(result):
+        _verify_tokens(pair.tokens, pair.index if sound else None, pair.listed, ids, result)
+
+
+@contextmanager
+def _noting(result: Verification) -> Iterator[None]:
+    """What is wrong with a file, or a disk's read error, is a defect."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
         result.add(error)
 
 

@@ -49,12 +49,9 @@ class Batch(NamedTuple):
 class ValidationBatch(NamedTuple):
     """One rank's rows of a validation batch."""
 
-    tokens: torch.Tensor
-    """int64 [B, T + 1]."""
-    weights: torch.Tensor
-    """float32 [B]: 1 for a sample, 0 for a filler row."""
-    positions: torch.Tensor | None = None
-    """int64 [B, T + 1] as in :class:`Batch`."""
+    tokens: torch.Tensor  # int64 [B, T + 1]
+    weights: torch.Tensor  # float32 [B]: 1 for a sample, 0 for a filler row
+    positions: torch.Tensor | None = None  # int64 [B, T + 1] as in Batch
 
 
 class TrainBatches:
@@ -316,19 +313,14 @@ class ValidationBatches:
         for batch in range(len(self)):
             first = (batch * self._ranks + self._rank) * self._size
             rows = range(first, first + self._size)
-            tokens, positions = self._read_rows([row if row < self.samples else 0 for row in rows])
-            yield ValidationBatch(
-                tokens, torch.tensor([float(row < self.samples) for row in rows]), positions
-            )
-
-    def _read_rows(self, samples: list[int]) -> tuple[torch.Tensor, torch.Tensor | None]:
-        tokens = torch.empty(len(samples), self._sources[0].sequence_length + 1, dtype=torch.int64)
-        positions = torch.empty_like(tokens) if self._sources[0].has_positions else None
-        for row, sample in enumerate(samples):
-            source = self._sources[int(self._of[sample])]
-            own = None if positions is None else positions[row].numpy()
-            source.fill(int(self._windows[sample]), tokens[row].numpy(), own)
-        return tokens, positions
+            tokens = torch.empty(self._size, self._sources[0].sequence_length + 1, dtype=torch.int64)
+            positions = torch.empty_like(tokens) if self._sources[0].has_positions else None
+            for row, sample in enumerate(row if row < self.samples else 0 for row in rows):
+                own = None if positions is None else positions[row].numpy()
+                source = self._sources[int(self._of[sample])]
+                source.fill(int(self._windows[sample]), tokens[row].numpy(), own)
+            weights = torch.tensor([float(row < self.samples) for row in rows])
+            yield ValidationBatch(tokens, weights, positions)
 
 
 def _listed(numbers: Sequence[int]) -> str:

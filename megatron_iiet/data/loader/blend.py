@@ -21,9 +21,7 @@ that sum to 1), L is M, borders are exact, and the bound of less than one holds 
 With others, e.g. numbers of tokens, L is :data:`BLOCK`, and the two roundings add up: less than one at
 borders, less than two in between.
 
-Any run of samples from a to b is the difference of two prefixes, with twice the bound. No order could do as
-well for all runs as for those from the start: from three sources on, sequences in which the counts of any two
-runs of a length differ by at most one do not exist for general weights (Fraenkel's conjecture).
+Any run of samples from a to b is the difference of two prefixes, with twice the bound.
 """
 
 from __future__ import annotations

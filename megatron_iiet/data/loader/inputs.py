@@ -14,14 +14,10 @@ from megatron_iiet.parallel.vocabulary import IGNORED
 class Inputs(NamedTuple):
     """Arguments of :meth:`Transformer.forward`, on the model's device; B batch, T sequence."""
 
-    tokens: Tensor
-    """int64 [B, T]."""
-    targets: Tensor
-    """int64 [B, T]: the token after each; IGNORED where it does not count."""
-    positions: Tensor | None
-    """int64 [B, T]: place of each token in its document; None: each sample is one document."""
-    divisor: float | None
-    """What the sum of the losses is divided by; None: their number."""
+    tokens: Tensor  # int64 [B, T]
+    targets: Tensor  # int64 [B, T]: the token after each; IGNORED where it does not count
+    positions: Tensor | None  # int64 [B, T]: place of each token in its document; None: one document a sample
+    divisor: float | None  # what the sum of the losses is divided by; None: their number
 
     @property
     def counted(self) -> Tensor:

@@ -47,8 +47,6 @@ class SampleOrder:
     def __call__(self, samples: npt.ArrayLike) -> tuple[Int64Array, Int64Array]:
         """Source and window of each of the samples, int [n]; both int64 [n]."""
         sources, taken = self.blend(samples)
-        if len(self._epochs) == 1:
-            return sources, self._epochs[0](taken)
         windows = np.empty_like(taken)
         for source in np.unique(sources).tolist():
             own = sources == source

@@ -17,12 +17,9 @@ from megatron_iiet.data.corpora.mmididx import Int64Array
 class Packing(NamedTuple):
     """Pieces by bin: bin b holds the pieces from ``bounds[b]`` to ``bounds[b + 1]``, one behind the other."""
 
-    starts: Int64Array
-    """First token of each piece, [pieces]."""
-    lengths: Int64Array
-    """Tokens of each piece, [pieces]."""
-    bounds: Int64Array
-    """[bins + 1]."""
+    starts: Int64Array  # first token of each piece, [pieces]
+    lengths: Int64Array  # tokens of each piece, [pieces]
+    bounds: Int64Array  # [bins + 1]
 
 
 def cut(starts: Int64Array, start: int, stop: int, capacity: int) -> tuple[Int64Array, Int64Array]:

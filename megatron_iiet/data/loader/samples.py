@@ -40,19 +40,13 @@ class UnknownTokenError(ValueError):
 class Samples(ABC):
     """Samples from tokens [start, stop) of a stream, read by number from any thread."""
 
-    stream: TokenStream
-    """The corpus."""
-    start: int
-    """First token of the split, the start of a document."""
-    stop: int
-    """End of the split, the end of a document."""
-    sequence_length: int
-    """T."""
-    vocab_size: int | None = None
-    """Ids that the model knows: 0 to vocab_size - 1. None: the ids are known to be its own."""
+    stream: TokenStream  # the corpus
+    start: int  # first token of the split, the start of a document
+    stop: int  # end of the split, the end of a document
+    sequence_length: int  # T
+    vocab_size: int | None = None  # ids that the model knows: 0 to vocab_size - 1; None: its own, for sure
 
-    has_positions: ClassVar[bool]
-    """Whether tokens come with positions."""
+    has_positions: ClassVar[bool]  # whether tokens come with positions
 
     @property
     def num_tokens(self) -> int:

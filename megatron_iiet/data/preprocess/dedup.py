@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from megatron_iiet.data.preprocess.chunks import DIGEST_BYTES
+from megatron_iiet.data.corpora.mmididx import DIGEST_BYTES
 from megatron_iiet.data.preprocess.records import exclusive
 from megatron_iiet.data.reading.sources import InputFile
 from megatron_iiet.durable import replacing

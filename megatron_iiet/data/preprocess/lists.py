@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,25 +10,10 @@ from megatron_iiet.data.corpora.mmididx import Shard, shards_path, token_dtype
 from megatron_iiet.data.corpora.shard_list import write_shards
 from megatron_iiet.data.preprocess.layout import Layout, output_name
 from megatron_iiet.data.preprocess.plan import Plan, shards_exist
-from megatron_iiet.data.preprocess.records import Counts, OutputRecord, UnitRecord, read_records
+from megatron_iiet.data.preprocess.records import Counts, Total, UnitRecord, read_records
 from megatron_iiet.data.preprocess.workshop import Failure
 
 WAITING = 75  # EX_TEMPFAIL of sysexits.h: start it again later
-
-
-@dataclass
-class Total:
-    """What one output, or all, amount to."""
-
-    documents: int = 0
-    tokens: int = 0
-    bin_bytes: int = 0
-
-    def add(self, other: Total | OutputRecord) -> None:
-        """Add a shard's numbers."""
-        self.documents += other.documents
-        self.tokens += other.tokens
-        self.bin_bytes += other.bin_bytes
 
 
 @dataclass
@@ -77,27 +62,26 @@ def write_lists(layout: Layout, plan: Plan, rewrite: bool) -> tuple[Summary, int
     if rewrite or not all(shards_path(layout.list_prefix(output)).exists() for output in outputs):
         dtype = token_dtype(plan.tokenizer["vocab_size"])
         for output in outputs:
-            shards = dict(_shards(layout, output))
+            shards = _shards(layout, output)
             in_order = [shards[unit] for unit in sorted(shards)]
             write_shards(layout.list_prefix(output), in_order, dtype, _info(plan))
     _remove_leftovers(layout, set(outputs))
     return summary, 0
 
 
-def _shards(layout: Layout, output: str) -> Iterator[tuple[int, Shard]]:
-    """Unit and shard of an output. The records are read once for each, so that memory holds one at a time."""
-    for record in read_records(layout.records):
-        if (shard := record.outputs.get(output)) is not None:
-            yield (
-                record.unit,
-                Shard(
-                    name=layout.shard_name(output, record.unit),
-                    tokens=shard.tokens,
-                    documents=shard.documents,
-                    bin_digest=bytes.fromhex(shard.bin_digest),
-                    idx_digest=bytes.fromhex(shard.idx_digest),
-                ),
-            )
+def _shards(layout: Layout, output: str) -> dict[int, Shard]:
+    """Shards of an output by their units. Records are read for each, so that memory holds one at a time."""
+    return {
+        record.unit: Shard(
+            name=layout.shard_name(output, record.unit),
+            tokens=shard.tokens,
+            documents=shard.documents,
+            bin_digest=bytes.fromhex(shard.bin_digest),
+            idx_digest=bytes.fromhex(shard.idx_digest),
+        )
+        for record in read_records(layout.records)
+        if (shard := record.outputs.get(output)) is not None
+    }
 
 
 def _info(plan: Plan) -> dict[str, Any]:
@@ -135,19 +119,13 @@ def _remove_leftovers(layout: Layout, outputs: set[str]) -> None:
 class PreprocessReport:
     """What was done, and what is not."""
 
-    all_units: Summary
-    """All finished units, of this and earlier runs and all jobs."""
-    this_run: Summary
-    """Units finished by this run."""
-    missing: int
-    """Units that nobody has finished; the lists are written when it is 0."""
-    mine_missing: int = 0
-    """Those of them that belong to this job."""
+    all_units: Summary  # all finished units, of this and earlier runs and all jobs
+    this_run: Summary  # units finished by this run
+    missing: int  # units that nobody has finished; the lists are written when it is 0
+    mine_missing: int = 0  # those of them that belong to this job
     failures: Sequence[Failure] = field(default_factory=list)
-    waiting: str = ""
-    """What the other jobs have to do first; empty if nothing."""
-    wanted_tokens: int | None = None
-    """Tokens of the sample that was asked for."""
+    waiting: str = ""  # what the other jobs have to do first; empty if nothing
+    wanted_tokens: int | None = None  # tokens of the sample that was asked for
     rate: float | None = None
     seconds: float = 0.0
     cpu_seconds: float = 0.0

@@ -19,121 +19,91 @@ class PreprocessOptions:
         ValueError: options that contradict each other or leave their range.
     """
 
-    tokenizer_model: str
-    """SentencePiece .model or Hugging Face tokenizer.json."""
-    inputs: Sequence[str] = ()
-    """Files, folders or globs: .jsonl, .jsonl.gz, .jsonl.zst. Exclusive with ``dataset``."""
-    dataset: str | None = None
-    """A Hugging Face dataset (hub name or local folder) whose data files are the inputs."""
-    split: str | None = None
-    """Split of ``dataset``."""
-    streaming: bool = False
-    """Read the data files of ``dataset`` from where they are instead of downloading them first."""
-    output_prefix: str | None = None
-    """One shard an output: OUTPUT_PREFIX_text_document. Exclusive with ``output_dir``."""
-    output_dir: str | None = None
-    """Many shards an output, listed in OUTPUT_DIR/text_document.shards."""
-    inputs_per_shard: int = 1
-    """Input files that make one shard; with ``output_dir`` only."""
-    json_keys: Sequence[str] = ("text",)
-    """Each key makes its own output."""
-    append_eod: bool = False
-    """Put the tokenizer's end-of-document id behind every document."""
-    split_by: str | None = None
-    """Dotted key whose value names the source of a row; each source makes its own output."""
-    sample_tokens: int | None = None
-    """Keep a uniform sample of documents of about this many tokens."""
-    corpus_tokens: int | None = None
-    """Tokens of the whole corpus, for the rate of the sample; None measures an estimate."""
-    seed: int = 1234
-    """Another seed gives another sample."""
-    holdout_validation: float = 0.0
-    """Fraction of documents that go to the outputs of split ``validation``."""
-    holdout_test: float = 0.0
-    """Fraction of documents that go to the outputs of split ``test``."""
-    deduplicate: bool = False
-    """Drop documents whose text is exactly that of an earlier one."""
-    bad_rows: Literal["error", "skip"] = "error"
-    """A defective row fails its shard, or is counted and left out."""
-    overwrite: bool = False
-    """Remove what an earlier run wrote to this output first."""
-    workers: int = 1
-    """Tokenizing processes; 1 works in this process."""
-    num_jobs: int = 1
-    """Jobs that share the work; all are started with the same options."""
-    job: int = 0
-    """Number of this job, from 0."""
-    chunk_bytes: int = 1 << 20
-    """Text handed to a worker at a time."""
-    progress: bool = True
-    """Show progress on stderr."""
+    tokenizer_model: str  # SentencePiece .model or Hugging Face tokenizer.json
+    inputs: Sequence[str] = ()  # files, folders or globs of .jsonl, .jsonl.gz, .jsonl.zst; or dataset
+    dataset: str | None = None  # a Hugging Face dataset, hub name or local folder, whose data files to read
+    split: str | None = None  # split of dataset
+    streaming: bool = False  # read the dataset's files from where they are, without downloading them first
+    output_prefix: str | None = None  # one shard an output: OUTPUT_PREFIX_text_document; or output_dir
+    output_dir: str | None = None  # many shards an output, listed in OUTPUT_DIR/text_document.shards
+    inputs_per_shard: int = 1  # input files that make one shard; with output_dir only
+    json_keys: Sequence[str] = ("text",)  # each key makes its own output
+    append_eod: bool = False  # put the tokenizer's end-of-document id behind every document
+    split_by: str | None = None  # dotted key of the name of a row's source; each source makes its own output
+    sample_tokens: int | None = None  # keep a uniform sample of documents of about this many tokens
+    corpus_tokens: int | None = None  # tokens of the whole corpus, for the sample's rate; None: estimated
+    seed: int = 1234  # another seed gives another sample
+    holdout_validation: float = 0.0  # fraction of documents for the outputs of split validation
+    holdout_test: float = 0.0  # fraction of documents for the outputs of split test
+    deduplicate: bool = False  # drop documents whose text is exactly that of an earlier one
+    bad_rows: Literal["error", "skip"] = "error"  # a defective row fails its shard, or is left out
+    overwrite: bool = False  # remove what an earlier run wrote to this output first
+    workers: int = 1  # tokenizing processes; 1 works in this process
+    num_jobs: int = 1  # jobs that share the work; all are started with the same options
+    job: int = 0  # number of this job, from 0
+    chunk_bytes: int = 1 << 20  # text handed to a worker at a time
+    progress: bool = True  # show progress on stderr
 
     def __post_init__(self) -> None:
-        _check_inputs(self)
-        _check_outputs(self)
-        _check_filters(self)
+        for problems in (_problems_of_inputs(self), _problems_of_work(self), _problems_of_filters(self)):
+            for problem, applies in problems.items():
+                if applies:
+                    raise ValueError(problem)
 
 
-def _check_inputs(options: PreprocessOptions) -> None:
-    if bool(options.inputs) == (options.dataset is not None):
-        raise ValueError("Give either --input or --dataset.")
-    if (options.dataset is not None) != (options.split is not None):
-        raise ValueError("--dataset and --split go together, as in --dataset NAME --split train.")
-    if options.streaming and options.dataset is None:
-        raise ValueError("--streaming goes with --dataset.")
-    if not options.json_keys or len(set(options.json_keys)) != len(options.json_keys):
-        raise ValueError(f"--json-keys are {list(options.json_keys)}; give one or more, each once.")
-    for key in options.json_keys:
-        if "/" in key or "\0" in key:
-            raise ValueError(f"--json-keys has {key!r}, which cannot be part of a file name; rename the key.")
+def _problems_of_inputs(options: PreprocessOptions) -> dict[str, bool]:
+    unfit = next((key for key in options.json_keys if "/" in key or "\0" in key), None)
+    return {
+        "Give either --input or --dataset.": bool(options.inputs) == (options.dataset is not None),
+        "--dataset and --split go together, as in --dataset NAME --split train.": (
+            (options.dataset is not None) != (options.split is not None)
+        ),
+        "--streaming goes with --dataset.": options.streaming and options.dataset is None,
+        f"--json-keys are {list(options.json_keys)}; give one or more, each once.": (
+            not options.json_keys or len(set(options.json_keys)) != len(options.json_keys)
+        ),
+        f"--json-keys has {unfit!r}, which cannot be part of a file name; rename the key.": unfit is not None,
+    }
 
 
-def _check_outputs(options: PreprocessOptions) -> None:
-    for name in ("workers", "num_jobs", "inputs_per_shard"):
-        if getattr(options, name) < 1:
-            flag = name.replace("_", "-")
-            raise ValueError(f"--{flag} is {getattr(options, name)}; give at least 1.")
-    if not 0 <= options.job < options.num_jobs:
-        raise ValueError(
-            f"--job is {options.job}; with --num-jobs {options.num_jobs} give 0 to {options.num_jobs - 1}."
-        )
-    if (options.output_prefix is None) == (options.output_dir is None):
-        raise ValueError("Give either --output-prefix (one shard) or --output-dir (many).")
-    if options.output_prefix is not None:
-        if options.num_jobs > 1:
-            raise ValueError(
-                f"--output-prefix makes a single shard, which {options.num_jobs} jobs cannot share; "
-                "use --output-dir."
-            )
-        if options.inputs_per_shard != 1:
-            raise ValueError(
-                "--inputs-per-shard goes with --output-dir; --output-prefix puts all in one shard."
-            )
-    if options.overwrite and options.num_jobs > 1:
-        raise ValueError(
-            f"--overwrite would let {options.num_jobs} jobs remove each other's work; remove "
-            f"{options.output_dir} first, then start the jobs without it."
-        )
+def _problems_of_work(options: PreprocessOptions) -> dict[str, bool]:
+    jobs, one_shard = options.num_jobs, options.output_prefix is not None
+    return {
+        f"--workers is {options.workers}; give at least 1.": options.workers < 1,
+        f"--num-jobs is {jobs}; give at least 1.": jobs < 1,
+        f"--inputs-per-shard is {options.inputs_per_shard}; give at least 1.": options.inputs_per_shard < 1,
+        f"--job is {options.job}; with --num-jobs {jobs} give 0 to {jobs - 1}.": (
+            not 0 <= options.job < jobs
+        ),
+        "Give either --output-prefix (one shard) or --output-dir (many).": (
+            one_shard == (options.output_dir is not None)
+        ),
+        f"--output-prefix makes a single shard, which {jobs} jobs cannot share; use --output-dir.": (
+            one_shard and jobs > 1
+        ),
+        "--inputs-per-shard goes with --output-dir; --output-prefix puts all in one shard.": (
+            one_shard and options.inputs_per_shard != 1
+        ),
+        f"--overwrite would let {jobs} jobs remove each other's work; remove {options.output_dir} first, "
+        "then start the jobs without it.": options.overwrite and jobs > 1,
+    }
 
 
-def _check_filters(options: PreprocessOptions) -> None:
-    if options.corpus_tokens is not None and options.sample_tokens is None:
-        raise ValueError("--corpus-tokens goes with --sample-tokens.")
-    for name in ("sample_tokens", "corpus_tokens"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')} is {value}; give at least 1.")
-    for name in ("holdout_validation", "holdout_test"):
-        if not 0 <= getattr(options, name) < 1:
-            flag = name.replace("_", "-")
-            raise ValueError(f"--{flag} is {getattr(options, name)}; give a fraction of at least 0, below 1.")
-    if options.holdout_validation + options.holdout_test >= 1:
-        raise ValueError(
-            f"--holdout-validation {options.holdout_validation} and --holdout-test {options.holdout_test} "
-            "leave nothing to train on; together they must stay below 1."
-        )
-    if options.bad_rows not in ("error", "skip"):
-        raise ValueError(f"--bad-rows is {options.bad_rows!r}; give error or skip.")
+def _problems_of_filters(options: PreprocessOptions) -> dict[str, bool]:
+    sample, corpus = options.sample_tokens, options.corpus_tokens
+    validation, test = options.holdout_validation, options.holdout_test
+    return {
+        "--corpus-tokens goes with --sample-tokens.": corpus is not None and sample is None,
+        f"--sample-tokens is {sample}; give at least 1.": sample is not None and sample < 1,
+        f"--corpus-tokens is {corpus}; give at least 1.": corpus is not None and corpus < 1,
+        f"--holdout-validation is {validation}; give a fraction of at least 0, below 1.": (
+            not 0 <= validation < 1
+        ),
+        f"--holdout-test is {test}; give a fraction of at least 0, below 1.": not 0 <= test < 1,
+        f"--holdout-validation {validation} and --holdout-test {test} leave nothing to train on; together "
+        "they must stay below 1.": validation + test >= 1,
+        f"--bad-rows is {options.bad_rows!r}; give error or skip.": options.bad_rows not in ("error", "skip"),
+    }
 
 
 def parse_count(text: str) -> int:

@@ -20,26 +20,26 @@ from megatron_iiet.data.preprocess.dedup import DigestFiles, duplicates_path
 from megatron_iiet.data.preprocess.layout import Layout, output_name
 from megatron_iiet.data.preprocess.options import PreprocessOptions
 from megatron_iiet.data.preprocess.records import JobRecords, UnitRecord, read_records
-from megatron_iiet.data.preprocess.sampling import sampling
-from megatron_iiet.data.reading.sources import InputFile
+from megatron_iiet.data.reading.compression import decompressed_blocks
+from megatron_iiet.data.reading.long_text import parts_of
+from megatron_iiet.data.reading.sources import InputFile, open_input
+from megatron_iiet.data.reading.text import Chunk, parse_rows
 from megatron_iiet.data.tokenizers.base import Tokenizer
 from megatron_iiet.durable import replacing
 
 _FORMAT = 1
+_LOOKED_AT_INPUTS = 16
+_LOOKED_AT_BYTES = 2 << 20  # of the text of each
 
 
 @dataclass(frozen=True)
 class Plan:
     """Everything that decides the bytes of the outputs."""
 
-    options: dict[str, Any]
-    """Options, the tokenizer by its digest."""
-    tokenizer: dict[str, Any]
-    """file, digest, vocab_size, eod_id."""
-    sampling: dict[str, Any] | None
-    """rate, corpus_tokens, and how they are known; None without a sample."""
-    inputs: list[InputFile]
-    """In the order of the documents, as they were when the plan was made."""
+    options: dict[str, Any]  # options, the tokenizer by its digest
+    tokenizer: dict[str, Any]  # file, digest, vocab_size, eod_id
+    sampling: dict[str, Any] | None  # rate, corpus_tokens, and how they are known; None without a sample
+    inputs: list[InputFile]  # in the order of the documents, as they were when the plan was made
 
     @property
     def rate(self) -> float | None:
@@ -135,11 +135,9 @@ class Wanted:
 
     options: PreprocessOptions
     layout: Layout
-    inputs: Sequence[InputFile]
-    """As they are now."""
+    inputs: Sequence[InputFile]  # as they are now
     tokenizer_digest: str
-    encoder: Callable[[], Tokenizer]
-    """Loads it; called only for a new plan."""
+    encoder: Callable[[], Tokenizer]  # loads it; called only for a new plan
 
     @property
     def deciding(self) -> dict[str, Any]:
@@ -213,12 +211,72 @@ def _new_plan(wanted: Wanted) -> Plan:
             "vocab_size": encoder.vocab_size,
             "eod_id": encoder.eod_id,
         },
-        sampling=sampling(wanted.options, wanted.inputs, encoder),
+        sampling=_sampling(wanted.options, wanted.inputs, encoder),
         inputs=list(wanted.inputs),
     )
     with replacing(wanted.layout.plan) as file:
         file.write(plan.to_json())
     return plan
+
+
+def _sampling(
+    options: PreprocessOptions, inputs: Sequence[InputFile], encoder: Tokenizer
+) -> dict[str, Any] | None:
+    """What a plan says about its sample: rate, corpus_tokens, measured_on; None where none is wanted.
+
+    Raises:
+        ValueError: nothing could be measured.
+    """
+    if options.sample_tokens is None:
+        return None
+    corpus_tokens, measured_on = options.corpus_tokens, None
+    if corpus_tokens is None:
+        corpus_tokens, measured_on = _estimate(options, inputs, encoder)
+    rate = options.sample_tokens / corpus_tokens
+    return {"rate": rate, "corpus_tokens": corpus_tokens, "measured_on": measured_on}
+
+
+def _estimate(options: PreprocessOptions, inputs: Sequence[InputFile], encoder: Tokenizer) -> tuple[int, str]:
+    """Tokens of the corpus, and what was looked at: the starts of up to 16 inputs spread evenly, scaled by
+    the bytes of all; deterministic.
+
+    Defective rows are left out, damaged files used as far as they can be read.
+    """
+    count = min(_LOOKED_AT_INPUTS, len(inputs))
+    looks = [
+        _look_at(inputs[number * (len(inputs) - 1) // max(1, count - 1)], options, encoder)
+        for number in range(count)
+    ]
+    tokens = sum(found for found, _ in looks)
+    if not tokens:
+        raise ValueError(
+            f"No text was found in {count} of the inputs to estimate the corpus by; give --corpus-tokens."
+        )
+    stored_bytes = sum(stored for found, stored in looks if found)
+    all_bytes = sum(file.size for file in inputs)
+    corpus_tokens = max(1, round(tokens * all_bytes / stored_bytes))
+    return corpus_tokens, f"{tokens:,} tokens of {sum(found > 0 for found, _ in looks):,} inputs"
+
+
+def _look_at(file: InputFile, options: PreprocessOptions, encoder: Tokenizer) -> tuple[int, float]:
+    """Tokens in the first megabytes of a file, and the bytes that these take as stored."""
+    text = bytearray()
+    stored, whole = 0, 0
+    with suppress(ValueError), open_input(file) as opened:  # whoever makes the shard will complain
+        for block in decompressed_blocks(opened, file.path):
+            text += block
+            stored = opened.tell()
+            whole = text.rfind(b"\n") + 1
+            if len(text) >= _LOOKED_AT_BYTES and whole and stored < file.size:
+                break
+        else:
+            whole = len(text)
+    tokens = 0
+    for row in parse_rows(Chunk(file.path, 1, bytes(text[:whole])), options.json_keys, options.split_by)[0]:
+        for content in row.texts:
+            ids = encoder.encode_parts(parts_of(content))
+            tokens += ids.size + (options.append_eod and ids.size > 0)
+    return tokens, stored * whole / max(1, len(text))
 
 
 def _refuse_foreign_outputs(wanted: Wanted) -> None:
@@ -250,7 +308,11 @@ def _look_at_records(wanted: Wanted, plan: Plan, finished: set[int]) -> list[str
     for record in read_records(wanted.layout.records):
         if record.unit not in finished and shards_exist(wanted.layout, record):
             finished.add(record.unit)
-            changed += _changes(record, units[record.unit])
+            for before, now in zip(record.inputs, units[record.unit], strict=True):
+                if before.size != now.size:
+                    changed.append(f"{now.path}: {before.size:,} -> {now.size:,} bytes")
+                elif before.stamp != now.stamp:
+                    changed.append(f"{now.path}: written to since")
     if wanted.options.deduplicate and duplicates_path(wanted.layout.records).exists():
         digests = DigestFiles(wanted.layout.records)
         changed += [
@@ -259,17 +321,6 @@ def _look_at_records(wanted: Wanted, plan: Plan, finished: set[int]) -> list[str
             if unit not in finished and not digests.has(unit, inputs)
         ]
     return [f"inputs: {len(changed)} changed ({changed[0]})"] if changed else []
-
-
-def _changes(record: UnitRecord, inputs: Sequence[InputFile]) -> list[str]:
-    """How inputs differ from what a finished unit was made of."""
-    changes = []
-    for before, now in zip(record.inputs, inputs, strict=True):
-        if before.size != now.size:
-            changes.append(f"{now.path}: {before.size:,} -> {now.size:,} bytes")
-        elif before.stamp != now.stamp:
-            changes.append(f"{now.path}: written to since")
-    return changes
 
 
 def shards_exist(layout: Layout, record: UnitRecord) -> bool:

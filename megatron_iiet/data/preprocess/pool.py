@@ -66,8 +66,7 @@ class _Worker:
     process: SpawnProcess
     connection: Connection
     started: bool = False
-    tickets: list[int] = field(default_factory=list)
-    """Tasks it holds, in the order given."""
+    tickets: list[int] = field(default_factory=list)  # tasks it holds, in the order given
 
 
 class StartError(RuntimeError):

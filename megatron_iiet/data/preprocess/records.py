@@ -7,7 +7,6 @@ all jobs, so the number of jobs may change between runs.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 from collections.abc import Iterator
@@ -27,18 +26,12 @@ _OFFENDERS = 5
 class Counts:
     """What became of the rows of some text."""
 
-    text_bytes: int = 0
-    """UTF-8 bytes of the documents written."""
-    empty: int = 0
-    """Texts that gave no token."""
-    sampled_out: int = 0
-    """Rows outside the sample."""
-    duplicates: int = 0
-    """Rows with the text of an earlier one."""
-    rejected: dict[str, int] = field(default_factory=dict)
-    """Defective rows a reason."""
-    offenders: dict[str, list[str]] = field(default_factory=dict)
-    """The first few of them a reason: sentences with file and line."""
+    text_bytes: int = 0  # UTF-8 bytes of the documents written
+    empty: int = 0  # texts that gave no token
+    sampled_out: int = 0  # rows outside the sample
+    duplicates: int = 0  # rows with the text of an earlier one
+    rejected: dict[str, int] = field(default_factory=dict)  # defective rows a reason
+    offenders: dict[str, list[str]] = field(default_factory=dict)  # the first few, with file and line
 
     def reject(self, reason: str, message: str) -> None:
         """Count a defective row."""
@@ -57,12 +50,24 @@ class Counts:
 
 
 @dataclass
-class OutputRecord:
+class Total:
+    """What one shard, an output or all amount to."""
+
+    documents: int = 0
+    tokens: int = 0
+    bin_bytes: int = 0
+
+    def add(self, other: Total) -> None:
+        """Add what follows."""
+        self.documents += other.documents
+        self.tokens += other.tokens
+        self.bin_bytes += other.bin_bytes
+
+
+@dataclass(kw_only=True)
+class OutputRecord(Total):
     """One shard of a finished unit."""
 
-    documents: int
-    tokens: int
-    bin_bytes: int
     idx_bytes: int
     bin_digest: str
     idx_digest: str
@@ -73,10 +78,8 @@ class UnitRecord:
     """A finished unit."""
 
     unit: int
-    inputs: list[InputFile]
-    """As they were when the unit was begun."""
-    outputs: dict[str, OutputRecord]
-    """By output name; outputs without a document are absent."""
+    inputs: list[InputFile]  # as they were when the unit was begun
+    outputs: dict[str, OutputRecord]  # by output name; outputs without a document are absent
     counts: Counts
 
     def to_json(self) -> str:
@@ -189,6 +192,5 @@ def _record_files(folder: Path) -> list[Path]:
 def exclusive(path: Path) -> Iterator[None]:
     """One process at a time gets past the lock file ``path``."""
     with path.open("ab") as file:
-        with suppress(OSError):  # file systems without locks
-            fcntl.flock(file, fcntl.LOCK_EX)
+        lock(file, wait=True)
         yield

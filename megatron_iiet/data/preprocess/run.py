@@ -6,22 +6,21 @@ import os
 import resource
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, nullcontext
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, partial
 from itertools import islice
 
-from megatron_iiet.data.preprocess.chunks import Filters, Recipe
 from megatron_iiet.data.preprocess.dedup import DigestFiles, duplicates_path, find_duplicates
 from megatron_iiet.data.preprocess.layout import Layout
 from megatron_iiet.data.preprocess.lists import PreprocessReport, Summary, write_lists
 from megatron_iiet.data.preprocess.options import PreprocessOptions
 from megatron_iiet.data.preprocess.plan import Plan, Wanted, remove_everything, settle, share
-from megatron_iiet.data.preprocess.pool import in_a_process_of_its_own
-from megatron_iiet.data.preprocess.progress import Progress
+from megatron_iiet.data.preprocess.pool import Pool, in_a_process_of_its_own
 from megatron_iiet.data.preprocess.records import JobRecords, UnitRecord, exclusive
-from megatron_iiet.data.preprocess.unit import DigestUnit, EncodeUnit
-from megatron_iiet.data.preprocess.workshop import Failure, Workshop
+from megatron_iiet.data.preprocess.tasks import DigestUnit, EncodeUnit, Filters, Recipe, UnitTask
+from megatron_iiet.data.preprocess.workshop import Failure, Finish, Progress, run_units
+from megatron_iiet.data.reading.long_text import parts_of
 from megatron_iiet.data.reading.sources import InputFile, list_dataset, list_inputs
 from megatron_iiet.data.reading.text import parse_rows, read_chunks
 from megatron_iiet.data.tokenizers.base import Tokenizer
@@ -32,6 +31,7 @@ _SAMPLE_CHUNKS = 8  # of each, as long as more text is asked for
 _SAMPLE_CHUNK_BYTES = 1 << 18
 
 Log = Callable[[str], None]
+Run = Callable[[Sequence[UnitTask], Finish, Progress], list[Failure]]
 
 
 def preprocess(options: PreprocessOptions, log: Log = print) -> PreprocessReport:
@@ -91,11 +91,16 @@ class _Job:
         failures: list[Failure] = []
         waiting = ""
         if pending:
-            with Workshop(self._recipe(), options.workers) as workshop:
+            filters = Filters(self.plan.rate, options.seed, options.holdout_validation, options.holdout_test)
+            recipe = Recipe(options, self.wanted.encoder(), layout, filters)
+            with Pool(options.workers, recipe) if options.workers > 1 else nullcontext() as pool:
+                run = partial(run_units, recipe, pool)
                 if options.deduplicate and not duplicates_path(layout.records).exists():
-                    failures, waiting = self._find_duplicates(workshop, mine, units)
+                    failures, waiting = self._find_duplicates(run, mine, units)
                 if not failures and not waiting:
-                    failures = self._encode(workshop, pending, units)
+                    tasks = [EncodeUnit(unit, units[unit]) for unit in pending]
+                    with Progress("tokenizing", "tokens", len(tasks), options.progress) as progress:
+                        failures = run(tasks, self._finish, progress)
         all_units, missing = write_lists(layout, self.plan, rewrite=self.this_run.units > 0)
         return PreprocessReport(
             all_units=all_units,
@@ -122,28 +127,14 @@ class _Job:
         done = f", {mine - pending:,} of {mine:,} are finished" if pending < mine else ""
         self.log(f"{job}{pending:,} shards to make{done}")
 
-    def _recipe(self) -> Recipe:
-        options = self.wanted.options
-        filters = Filters(
-            rate=self.plan.rate,
-            seed=options.seed,
-            validation=options.holdout_validation,
-            test=options.holdout_test,
-        )
-        return Recipe(options, self.wanted.encoder(), self.wanted.layout, filters)
-
     def _find_duplicates(
-        self, workshop: Workshop, mine: Sequence[int], units: Sequence[Sequence[InputFile]]
+        self, run: Run, mine: Sequence[int], units: Sequence[Sequence[InputFile]]
     ) -> tuple[list[Failure], str]:
         """Digests of this job's units and, when all are there, duplicates; failures, what is awaited."""
         digests = DigestFiles(self.wanted.layout.records)
-        tasks = [
-            DigestUnit(unit, _first_input(units, unit), units[unit])
-            for unit in mine
-            if not digests.has(unit, units[unit])
-        ]
+        tasks = [DigestUnit(unit, units[unit]) for unit in mine if not digests.has(unit, units[unit])]
         with Progress("reading", "rows", len(tasks), self.wanted.options.progress) as progress:
-            failures = workshop.run(tasks, lambda _: None, progress)
+            failures = run(tasks, lambda _: None, progress)
         if failures:
             return failures, ""
         missing = sum(not digests.has(unit, inputs) for unit, inputs in enumerate(units))
@@ -155,23 +146,11 @@ class _Job:
         find_duplicates(self.wanted.layout.records, [len(inputs) for inputs in units])
         return [], ""
 
-    def _encode(
-        self, workshop: Workshop, pending: Sequence[int], units: Sequence[Sequence[InputFile]]
-    ) -> list[Failure]:
-        deduplicate = self.wanted.options.deduplicate
-        tasks = [EncodeUnit(unit, _first_input(units, unit), units[unit], deduplicate) for unit in pending]
-        with Progress("tokenizing", "tokens", len(tasks), self.wanted.options.progress) as progress:
-            return workshop.run(tasks, self._finish, progress)
-
     def _finish(self, record: UnitRecord | None) -> None:
         assert record is not None
         self.records.append(record)
         self.finished.add(record.unit)
         self.this_run.add(record)
-
-
-def _first_input(units: Sequence[Sequence[InputFile]], unit: int) -> int:
-    return unit * len(units[0])
 
 
 def _list_inputs(options: PreprocessOptions) -> list[InputFile]:
@@ -205,7 +184,7 @@ def _first_documents(inputs: Sequence[InputFile], keys: Sequence[str]) -> Iterat
             for chunk in islice(read_chunks(file, _SAMPLE_CHUNK_BYTES), _SAMPLE_CHUNKS):
                 for row in parse_rows(chunk, keys)[0]:
                     for text in row.texts:
-                        yield text if isinstance(text, str) else next(text.parts())
+                        yield next(parts_of(text))
         except (ValueError, OSError):
             continue
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import errno
+import sys
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from megatron_iiet.data.preprocess.chunks import EncodeChunk, Recipe, Report
 from megatron_iiet.data.preprocess.pool import (
     TASKS_PER_WORKER,
     Done,
@@ -20,11 +20,11 @@ from megatron_iiet.data.preprocess.pool import (
     StartError,
     failure,
 )
-from megatron_iiet.data.preprocess.progress import Progress
 from megatron_iiet.data.preprocess.records import UnitRecord
-from megatron_iiet.data.preprocess.unit import UnitTask
+from megatron_iiet.data.preprocess.tasks import Recipe, Report, UnitTask
 from megatron_iiet.data.reading.text import LONG_LINE_BYTES
 
+_SECONDS_BETWEEN_LINES = 30.0
 _FULL_DISK = {errno.ENOSPC, errno.EDQUOT}
 
 Finish = Callable[[UnitRecord | None], None]
@@ -53,91 +53,117 @@ class TaskFailedError(Exception):
         self.failed = failed
 
 
-class Workshop:
-    """Workers and their recipe; the workers are started when they are first needed."""
+class Progress:
+    """Counts units and what is in them: a bar on a terminal, else a plain line now and then for log files."""
 
-    def __init__(self, recipe: Recipe, workers: int) -> None:
-        self._recipe = recipe
-        self._workers = workers
-        self._stack = ExitStack()
-        self._pool: Pool | None = None
+    def __init__(self, title: str, what: str, units: int, enabled: bool) -> None:
+        self._title, self._what, self._units = title, what, units
+        self._enabled = enabled
+        self._done = self._count = 0
+        self._start = self._last_line = time.monotonic()
+        self._bar: Any = None
+        if enabled and sys.stderr.isatty():
+            from tqdm import tqdm  # 40 ms that a batch job need not pay
 
-    def __enter__(self) -> Workshop:
+            self._bar = tqdm(desc=title, unit=f" {what}", unit_scale=True)
+
+    def add(self, count: int) -> None:
+        """Count tokens or rows."""
+        self._count += count
+        if self._bar is not None:
+            self._bar.update(count)
+        elif self._enabled and time.monotonic() - self._last_line >= _SECONDS_BETWEEN_LINES:
+            self._last_line = time.monotonic()
+            print(self, file=sys.stderr, flush=True)
+
+    def unit_done(self) -> None:
+        """Count a finished unit."""
+        self._done += 1
+        if self._bar is not None:
+            self._bar.set_postfix_str(f"{self._done}/{self._units} shards")
+
+    def __str__(self) -> str:
+        rate = self._count / max(time.monotonic() - self._start, 1e-9)
+        return (
+            f"{self._title}: {self._done} of {self._units} shards, {self._count:,} {self._what}, "
+            f"{rate:,.0f} {self._what}/s"
+        )
+
+    def __enter__(self) -> Progress:
         return self
 
-    def __exit__(self, *exception: Any) -> None:
-        self._stack.__exit__(*exception)
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
 
-    def run(self, tasks: Sequence[UnitTask], finish: Finish, progress: Progress) -> list[Failure]:
-        """Run tasks, in any order; ``finish`` is given the result of each. Those that fail are returned.
 
-        One that fails stops no other, except for want of disk space.
-        """
-        failures: list[Failure] = []
-        waiting = deque(tasks)
-        if self._workers > 1 and self._pool is None and tasks:
-            self._pool = self._stack.enter_context(Pool(self._workers, self._recipe))
-        if self._pool is not None and len(tasks) >= self._workers:
-            outcomes = self._side_by_side(waiting, progress, self._pool)
-        else:
-            outcomes = self._one_by_one(waiting, progress)
-        for task, outcome in outcomes:
-            if isinstance(outcome, Done):
-                finish(outcome.value)
-                progress.unit_done()
-                continue
-            failures.append(Failure(task, outcome.message))
-            if outcome.errno in _FULL_DISK:
-                waiting.clear()
-        return failures
+def run_units(
+    recipe: Recipe, pool: Pool | None, tasks: Sequence[UnitTask], finish: Finish, progress: Progress
+) -> list[Failure]:
+    """Run tasks, in any order, by a pool or in this process; ``finish`` is given the result of each.
 
-    def _one_by_one(self, waiting: deque[UnitTask], progress: Progress) -> Iterator[_Outcome]:
-        while waiting:
+    One that fails stops no other, except for want of disk space; those that fail are returned.
+    """
+    failures: list[Failure] = []
+    waiting = deque(tasks)
+    if pool is not None and len(tasks) >= len(pool):
+        outcomes = _side_by_side(pool, waiting, progress)
+    else:
+        outcomes = _one_by_one(recipe, pool, waiting, progress)
+    for task, outcome in outcomes:
+        if isinstance(outcome, Done):
+            finish(outcome.value)
+            progress.unit_done()
+            continue
+        failures.append(Failure(task, outcome.message))
+        if outcome.errno in _FULL_DISK:
+            waiting.clear()
+    return failures
+
+
+def _one_by_one(
+    recipe: Recipe, pool: Pool | None, waiting: deque[UnitTask], progress: Progress
+) -> Iterator[_Outcome]:
+    while waiting:
+        task = waiting.popleft()
+        outcome: Done | Failed
+        try:
+            if pool is None:
+                result = task(recipe, progress.add)
+            else:
+                chunks = (
+                    # What is too large to send around is done here.
+                    partial(chunk, recipe, progress.add) if len(chunk.chunk.data) > LONG_LINE_BYTES else chunk
+                    for chunk in task.chunks(recipe)
+                )
+                result = task.write(recipe, _in_order(pool, progress.add, chunks))
+            outcome = Done(0, result)
+        except StartError:
+            raise
+        except TaskFailedError as error:
+            outcome = error.failed
+        except Exception as error:
+            outcome = failure(0, error)
+        yield task, outcome
+
+
+def _side_by_side(pool: Pool, waiting: deque[UnitTask], progress: Progress) -> Iterator[_Outcome]:
+    at_work: dict[int, UnitTask] = {}
+    while waiting or at_work:
+        while waiting and pool.free(1):
             task = waiting.popleft()
-            outcome: Done | Failed
-            try:
-                if self._pool is None:
-                    result = task(self._recipe, progress.add)
-                else:
-                    result = task.write(self._recipe, self._chunks(task, self._pool, progress.add))
-                outcome = Done(0, result)
-            except StartError:
-                raise
-            except TaskFailedError as error:
-                outcome = error.failed
-            except Exception as error:
-                outcome = failure(0, error)
-            yield task, outcome
-
-    def _side_by_side(self, waiting: deque[UnitTask], progress: Progress, pool: Pool) -> Iterator[_Outcome]:
-        at_work: dict[int, UnitTask] = {}
-        while waiting or at_work:
-            while waiting and pool.free(1):
-                task = waiting.popleft()
-                at_work[pool.submit(task)] = task
-            for event in pool.wait():
-                if isinstance(event, Reported):
-                    progress.add(event.number)
-                else:
-                    yield at_work.pop(event.ticket), event
-
-    def _chunks(self, task: UnitTask, pool: Pool, report: Report) -> Iterator[Any]:
-        """Results of a unit's chunks, in order, done by the pool."""
-
-        def tasks() -> Iterator[Any]:
-            for chunk_task in task.chunks(self._recipe):
-                if isinstance(chunk_task, EncodeChunk) and len(chunk_task.chunk.data) > LONG_LINE_BYTES:
-                    yield partial(chunk_task, self._recipe, report, partial(_in_order, pool, report))
-                else:
-                    yield chunk_task
-
-        return _in_order(pool, report, tasks())
+            at_work[pool.submit(task)] = task
+        for event in pool.wait():
+            if isinstance(event, Reported):
+                progress.add(event.number)
+            else:
+                yield at_work.pop(event.ticket), event
 
 
 def _in_order(pool: Pool, report: Report, tasks: Iterable[Any]) -> Iterator[Any]:
     """Results of tasks, in order, a bounded number of them held.
 
-    Partial functions are called here, when all before them is done: for what is too large to send around.
+    Partial functions are called here, when all before them is done.
     """
     order: deque[int] = deque()
     results: dict[int, Done | Failed] = {}

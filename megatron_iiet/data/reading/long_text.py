@@ -18,24 +18,23 @@ from megatron_iiet.data.tokenizers.base import MAX_PART_CHARACTERS, split_text
 LONG_LITERAL_BYTES = 1 << 20
 _PIECE_BYTES = 1 << 18
 _LITERAL = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
-_ESCAPE = re.compile(rb"\\(?:u.{4}|.)", re.DOTALL)
-_SURROGATE_PAIR = re.compile(rb"\\u[dD][89abAB]..\\u[dD][c-fC-F]..", re.DOTALL)
+_WHOLE_ESCAPES = re.compile(
+    # Half a surrogate pair counts once what follows it is there: its other half, or something else.
+    rb"(?:[^\\]++|\\[^u]|\\u(?![dD][89abAB]).{4}|\\u[dD][89abAB]..(?:\\u[dD][c-fC-F]..|(?=.{6})))*+",
+    re.DOTALL,
+)
 
 
 @dataclass(frozen=True, slots=True)
 class LongText:
     """A text still in the JSON string literal it came in."""
 
-    raw: bytes = field(repr=False)
-    """The whole line."""
-    start: int
-    """Where the literal's content begins in the line, behind its opening quote."""
-    stop: int
-    """Where the content ends, at the closing quote."""
+    raw: bytes = field(repr=False)  # the whole line
+    start: int  # where the literal's content begins in the line, behind its opening quote
+    stop: int  # where the content ends, at the closing quote
     characters: int
     utf8_bytes: int
-    lone_surrogate: str | None
-    """The first half of a surrogate pair without its other half; None in proper text."""
+    lone_surrogate: str | None  # first half of a surrogate pair without its other half; None in proper text
 
     @classmethod
     def scan(cls, raw: bytes, start: int, stop: int, piece_bytes: int = _PIECE_BYTES) -> LongText:
@@ -64,6 +63,11 @@ class LongText:
                 *done, pending = split_text(pending, limit)
                 yield from done
         yield pending
+
+
+def parts_of(text: str | LongText) -> Iterator[str]:
+    """A text in parts that can be held; one that is held already is its only part."""
+    return iter([text]) if isinstance(text, str) else text.parts()
 
 
 def parse_long_line(line: bytes, min_bytes: int = LONG_LITERAL_BYTES) -> Any:
@@ -123,25 +127,10 @@ def _cut(raw: bytes, start: int, end: int) -> int:
     """The last place up to ``end`` (at most 14 bytes before it) to cut content that begins at ``start``.
 
     It is inside no UTF-8 sequence, no escape, and no pair of escapes that stand for one character.
-    Backslashes are counted from ``start``, which is such a place itself.
     """
     for _ in range(3):
         if raw[end] & 0xC0 == 0x80:
             end -= 1
-    escape = _last_escape(raw, start, end)
-    if escape and escape.end() > end:
-        end = escape.start()
-        escape = _last_escape(raw, start, end)
-    if escape and escape.end() == end and _SURROGATE_PAIR.match(raw, escape.start()):
-        end = escape.start()
-    return end
-
-
-def _last_escape(raw: bytes, start: int, end: int) -> re.Match[bytes] | None:
-    """The escape that begins in the last 6 bytes of ``raw[start:end]``, the last one if there are more."""
-    backslash = raw.rfind(b"\\", max(start, end - 6), end)
-    if backslash < 0:
-        return None
-    before = raw[start:backslash]
-    is_escaped = (len(before) - len(before.rstrip(b"\\"))) % 2 == 1
-    return _ESCAPE.match(raw, backslash - is_escaped)
+    match = _WHOLE_ESCAPES.match(raw, start, end)
+    assert match
+    return match.end()

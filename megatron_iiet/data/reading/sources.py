@@ -21,14 +21,10 @@ _HUB_TIMEOUT_S = 20.0
 class InputFile:
     """One file of documents."""
 
-    path: str
-    """Local path, or url of a store that fsspec knows: hf://datasets/NAME@REVISION/train/part.jsonl.zst."""
-    size: int
-    """Bytes, as stored (compressed)."""
-    stamp: str
-    """Changes when the content does: nanoseconds of the last change, or the store's tag of the content."""
-    download: bool = False
-    """Fetch the whole file to the hub's cache before reading it (hf:// only); else it is read as it comes."""
+    path: str  # local, or a url for fsspec: hf://datasets/NAME@REVISION/train/part.jsonl.zst
+    size: int  # bytes, as stored (compressed)
+    stamp: str  # changes with the content: nanoseconds of the last change, or the store's tag
+    download: bool = False  # fetch it whole to the hub's cache before reading it (hf:// only)
 
     @property
     def identity(self) -> list[str | int]:
@@ -58,9 +54,7 @@ def list_inputs(patterns: Iterable[str]) -> list[InputFile]:
     return files
 
 
-def list_dataset(
-    name: str, split: str = "train", streaming: bool = False, config: str | None = None
-) -> list[InputFile]:
+def list_dataset(name: str, split: str = "train", streaming: bool = False) -> list[InputFile]:
     """Data files of one split of a dataset: a name on the Hugging Face hub or a local dataset folder.
 
     ``datasets`` says which files make up the split (a README's ``configs``, or names like ``train/...``); the
@@ -68,16 +62,13 @@ def list_dataset(
     ``streaming`` they are read over the network as they come; without, each is downloaded to the hub's cache
     first, by the process that reads it and when it does.
 
-    Args:
-        config: which of the dataset's configurations; needed where it has several and no default.
-
     Raises:
-        ValueError: the dataset, its configuration or split is unknown or out of reach, or its files are of a
-            kind that is not read here.
+        ValueError: the dataset or its split is unknown or out of reach, it has several configurations and no
+            default, or its files are of a kind that is not read here.
     """
     if not os.path.isdir(name):
         _check_hub(name)
-    splits = _data_files(name, config)
+    splits = _data_files(name)
     if split not in splits:
         raise ValueError(f"The dataset {name} has no split {split!r}, only {', '.join(sorted(splits))}.")
     paths = sorted(path for path in splits[split] if not path.endswith(_UNFINISHED))
@@ -259,12 +250,12 @@ _GATED = (
 )
 
 
-def _data_files(name: str, config: str | None) -> dict[str, list[str]]:
+def _data_files(name: str) -> dict[str, list[str]]:
     """Data files of every split."""
     import datasets
 
     try:
-        builder = datasets.load_dataset_builder(name, config)
+        builder = datasets.load_dataset_builder(name)
     except Exception as error:  # of many kinds, some with pages of text
         text = _one_line(error)
         if "gated dataset" in text:

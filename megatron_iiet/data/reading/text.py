@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from typing import Any
 
 from megatron_iiet.data.reading.compression import decompressed_blocks
-from megatron_iiet.data.reading.long_text import LongText, parse_long_line
+from megatron_iiet.data.reading.long_text import LongText, parse_long_line, parts_of
 from megatron_iiet.data.reading.sources import InputFile, open_input
 from megatron_iiet.data.tokenizers.base import lone_surrogate
 
@@ -27,6 +28,7 @@ LONG_LINE_BYTES = 8 << 20
 """Longer lines are chunks of their own, and their texts are :class:`LongText`."""
 
 _BOM = b"\xef\xbb\xbf"
+_SOURCE = re.compile(r"\w[\w.+ -]{0,99}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,22 +36,17 @@ class Chunk:
     """Whole lines of one file."""
 
     path: str
-    first_line: int
-    """Number of the first line, counted from 1."""
-    data: bytes
-    """Lines joined by line breaks; one line if it is longer than ``LONG_LINE_BYTES``."""
+    first_line: int  # number of the first line, counted from 1
+    data: bytes  # lines joined by line breaks; one line if it is longer than LONG_LINE_BYTES
 
 
 @dataclass(slots=True)
 class Row:
     """The texts of one line."""
 
-    line: int
-    """Number of the line in its file, counted from 1."""
-    texts: tuple[str | LongText, ...]
-    """In the order of the keys asked for."""
-    source: str | None = None
-    """The string under the source key."""
+    line: int  # number of the line in its file, counted from 1
+    texts: tuple[str | LongText, ...]  # in the order of the keys asked for
+    source: str | None = None  # the string under the source key, fit to be part of a file name
 
 
 @dataclass(slots=True)
@@ -60,7 +57,7 @@ class Reject:
     """Number of the line in its file, counted from 1."""
     reason: str
     """One of: blank line, byte-order mark, invalid UTF-8, invalid JSON, not an object, missing key, not a
-    string, lone surrogate."""
+    string, lone surrogate, bad source name."""
     message: str
     """One sentence with file, line, what was found and what to do."""
 
@@ -76,8 +73,7 @@ def iter_documents(inputs: Iterable[InputFile | str | os.PathLike[str]], key: st
             rows, rejects = parse_rows(chunk, [key])
             raise_first(rejects)
             for row in rows:
-                (text,) = row.texts
-                yield text if isinstance(text, str) else "".join(text.parts())
+                yield "".join(parts_of(row.texts[0]))
 
 
 def raise_first(rejects: Sequence[Reject]) -> None:
@@ -97,90 +93,45 @@ def read_chunks(source: InputFile | str | os.PathLike[str], chunk_bytes: int = 1
         OSError: it cannot be read.
     """
     path = source.path if isinstance(source, InputFile) else os.fspath(source)
-    buffer = _LineBuffer(path)
+    waiting: list[bytes] = []
+    content = size = 0  # lines of these up to the last one that is not blank, and bytes of those
+    first_line = 1
     with open_input(source) as file:
-        for block in decompressed_blocks(file, path):
-            yield from buffer.add(block, chunk_bytes)
-        yield from buffer.rest()
-        if buffer.first_line == 1:
+        for line in _lines(decompressed_blocks(file, path)):
+            is_blank = not line or line.isspace()
+            if len(line) > LONG_LINE_BYTES and not is_blank:
+                if waiting:
+                    yield Chunk(path, first_line, b"\n".join(waiting))
+                yield Chunk(path, first_line + len(waiting), line)
+                first_line += len(waiting) + 1
+                waiting, content, size = [], 0, 0
+                continue
+            waiting.append(line)
+            if not is_blank:
+                content, size = len(waiting), size + len(line) + 1
+            if size > chunk_bytes:
+                yield Chunk(path, first_line, b"\n".join(waiting))
+                first_line += len(waiting)
+                waiting, content, size = [], 0, 0
+        if content:
+            yield Chunk(path, first_line, b"\n".join(waiting[:content]))
+        elif first_line == 1:
             found = "holds no documents (no line with content)" if file.tell() else "is empty (0 bytes)"
             raise ValueError(f"{path} {found}; remove it from the inputs.")
 
 
-class _LineBuffer:
-    """Blocks of a file on their way to chunks."""
-
-    def __init__(self, path: str) -> None:
-        self._path = path
-        self.first_line = 1  # of what has not been given out
-        self._lines: list[bytes] = []  # whole lines, up to the end of the last one with content
-        self._blank = b""  # the line break behind that, and blank lines
-        self._open = BytesIO()  # start of a line whose end is to come
-
-    def add(self, block: bytes, chunk_bytes: int) -> Iterator[Chunk]:
-        """Take a block in; give out what is ready."""
-        start = 0
-        if self._open.tell():
-            end = block.find(b"\n")
-            self._open.write(block if end < 0 else block[:end])
-            is_long = self._open.tell() > LONG_LINE_BYTES
-            if is_long:
-                yield from self._take_all()
-            if end < 0:
-                return
-            line = self._take_open()
-            if is_long:
-                yield self._chunk(line)
-                start = end + 1
-            else:
-                self._keep(line)
-                start = end
-        stop = block.rfind(b"\n") + 1
-        self._keep(block[start:stop])
-        self._open.write(block[stop:])
-        if sum(map(len, self._lines)) >= chunk_bytes:
-            yield from self._take_content()
-
-    def rest(self) -> Iterator[Chunk]:
-        """What is left at the end of the file, without blank lines at its end."""
-        line = self._take_open()
-        if len(line) > LONG_LINE_BYTES and not line.isspace():
-            yield from self._take_all()
-            yield self._chunk(line)
-            return
-        self._keep(line)
-        yield from self._take_content()
-
-    def _keep(self, lines: bytes) -> None:
-        if content := lines.rstrip():
-            self._lines += [self._blank, content]
-            self._blank = lines[len(content) :]
-        else:
-            self._blank += lines
-
-    def _take_open(self) -> bytes:
-        line = self._open.getvalue()  # the buffer itself, not a copy of it
-        self._open = BytesIO()
-        return line
-
-    def _take_all(self) -> Iterator[Chunk]:
-        """All whole lines, if there are any; for when more content follows."""
-        data = b"".join([*self._lines, self._blank])
-        self._lines, self._blank = [], b""
-        if data:
-            yield self._chunk(data[:-1])
-
-    def _take_content(self) -> Iterator[Chunk]:
-        """All whole lines but the blank ones at their end, which stay."""
-        if self._lines:
-            data = b"".join(self._lines)
-            self._lines, self._blank = [], self._blank.partition(b"\n")[2]
-            yield self._chunk(data)
-
-    def _chunk(self, data: bytes) -> Chunk:
-        chunk = Chunk(self._path, self.first_line, data)
-        self.first_line += data.count(b"\n") + 1
-        return chunk
+def _lines(blocks: Iterable[bytes]) -> Iterator[bytes]:
+    """Lines of consecutive blocks, without their breaks; a giant one is held once."""
+    begun = BytesIO()  # a line whose end is to come
+    for block in blocks:
+        *ends, rest = block.split(b"\n")
+        for end in ends:
+            begun.write(end)
+            yield begun.getvalue()  # the buffer itself, not a copy of it
+            begun = BytesIO()
+        begun.write(rest)
+    if begun.tell():
+        yield begun.getvalue()
 
 
 def parse_rows(
@@ -263,6 +214,12 @@ def _source(row: dict[str, Any], key: str) -> str:
     name = _string(row, key, "--split-by")
     if isinstance(name, LongText):
         raise _BadLineError("not a string", f"{key!r} holds {name.characters:,} characters, not a name.")
+    if not _SOURCE.fullmatch(name):
+        raise _BadLineError(
+            "bad source name",
+            f"{key!r} is {name!r}, which cannot be part of a file name; use letters, digits and . _ + - "
+            "only.",
+        )
     return name
 
 

@@ -25,24 +25,15 @@ class NotSupportedError(Exception):
 
 
 class Tokenizer(ABC):
-    """A tokenizer of text alone: control ids are added by callers, never by anything written in a text.
-
-    Subclasses say how short texts are encoded.
-    """
+    """A tokenizer of text alone: control ids are added by callers; a literal ``</s>`` stays text."""
 
     path: Path
-    name: str
-    """How it works, for people: "sentencepiece", "gigatoken (checked against sentencepiece)", ..."""
-    vocab_size: int
-    """One more than the largest id."""
-    eod_id: int
-    """Id put behind every document."""
-    bos_id: int | None
-    """Id put in front of a prompt; None where the tokenizer has none."""
-    control_ids: frozenset[int]
-    """Ids that no text may yield, ``eod_id`` among them."""
-    prefix_id: int | None = None
-    """Id of the space that the model puts before every text, where it does."""
+    name: str  # for people: "sentencepiece", "gigatoken (checked against sentencepiece)", ...
+    vocab_size: int  # one more than the largest id
+    eod_id: int  # id put behind every document
+    bos_id: int | None  # id put in front of a prompt; None where the tokenizer has none
+    control_ids: frozenset[int]  # ids that no text may yield, eod_id among them
+    prefix_id: int | None = None  # id of the space that the model puts before every text, where it does
 
     @property
     def spelled_out(self) -> tuple[str, ...]:
@@ -83,12 +74,19 @@ class Tokenizer(ABC):
     def encode_parts(self, parts: Iterable[str]) -> TokenIds:
         """:meth:`encode` of one text given in the parts that :func:`split_text` cuts it into."""
         joined = bytearray()  # grows in place: a giant text's ids are never held twice
-        for part in parts:
-            ids = self._encode_checked([part])[0]
-            if joined and ids.size and ids[0] == self.prefix_id:
-                ids = ids[1:]  # inside a document that space was not written
+        for ids in self.encode_pieces(parts):
             joined += ids.tobytes()
         return np.frombuffer(joined, np.int32)
+
+    def encode_pieces(self, parts: Iterable[str]) -> Iterator[TokenIds]:
+        """The ids of :meth:`encode_parts` part by part."""
+        is_first = True
+        for part in parts:
+            ids = self._encode_checked([part])[0].view(np.int32)
+            if ids.size:
+                # Inside a document the space that a model puts before every text was not written.
+                yield ids if is_first or ids[0] != self.prefix_id else ids[1:]
+                is_first = False
 
     def _encode_checked(self, texts: list[str]) -> list[npt.NDArray[Any]]:
         try:

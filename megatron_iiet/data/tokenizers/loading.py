@@ -1,8 +1,4 @@
-"""Tokenizers by their files: SentencePiece, Hugging Face ``tokenizer.json``, tiktoken ranks.
-
-All encode text only: whatever is written in a document, also a literal ``</s>``, becomes ordinary tokens.
-Control ids (begin and end of document) are added by callers.
-"""
+"""Tokenizers by their files: SentencePiece, Hugging Face ``tokenizer.json``, tiktoken ranks."""
 
 from __future__ import annotations
 

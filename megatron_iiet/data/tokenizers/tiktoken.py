@@ -63,6 +63,11 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 """What the published files are used with, by the names that ``FILE.json`` may give as "preset"."""
 
+_PRINTABLE = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+_OTHERS = iter(range(0x100, 0x200))
+# The character that stands for each byte in byte-level vocabularies: printable ones for themselves.
+_BYTE_CHARACTERS = [chr(byte if byte in _PRINTABLE else next(_OTHERS)) for byte in range(256)]
+
 
 def looks_like_ranks(content: bytes) -> bool:
     return _LINE.fullmatch(content[:1000].split(b"\n", 1)[0].strip()) is not None
@@ -188,13 +193,3 @@ def _definition(ranks: dict[bytes, int], pattern: str, special_tokens: dict[str,
             "merges": [(text[left], text[right]) for left, right in possible_merges(ranks)],
         },
     }
-
-
-def _byte_characters() -> list[str]:
-    """The character that stands for each byte in byte-level vocabularies: printable ones for themselves."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = iter(range(0x100, 0x200))
-    return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]
-
-
-_BYTE_CHARACTERS = _byte_characters()

@@ -19,8 +19,7 @@ class TrainedTokenizer:
 
     path: Path
     vocab_size: int
-    characters: int
-    """Characters of text read."""
+    characters: int  # characters of text read
 
     def __str__(self) -> str:
         return f"wrote {self.path}: {self.vocab_size:,} pieces from {self.characters:,} characters of text"

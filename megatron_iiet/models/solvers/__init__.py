@@ -7,12 +7,11 @@ from typing import Any
 
 from megatron_iiet.config import RunConfig, solvers
 from megatron_iiet.models.solvers.base import IncrementFn, Place, Solver
-from megatron_iiet.models.solvers.euler import Euler
+from megatron_iiet.models.solvers.euler import Euler, WeightSharing
 from megatron_iiet.models.solvers.implicit_euler import DLCL, ImplicitEuler
 from megatron_iiet.models.solvers.pcformer import PCformer
 from megatron_iiet.models.solvers.released import ReleasedImplicitEuler
 from megatron_iiet.models.solvers.runge_kutta import RungeKutta
-from megatron_iiet.models.solvers.weight_sharing import WeightSharing
 
 __all__ = ["IncrementFn", "ReleasedImplicitEuler", "Solver", "build_solver"]
 

@@ -52,8 +52,12 @@ class Solver(nn.Module, Generic[Declared]):
 
     merges_embedding = False
     """Whether entry 0 of the history is the embedding output."""
+    keeps = True
+    """Whether later layers read what this layer keeps, while merging."""
     first_merged = 0
     """The entry of the history that the first coefficient of a row multiplies."""
+    merged_entries = 0
+    """Number of entries that this layer merges, while merging."""
 
     def __init__(self, declared: Declared, place: Place) -> None:
         super().__init__()
@@ -71,7 +75,7 @@ class Solver(nn.Module, Generic[Declared]):
     @property
     def keeps_increment(self) -> bool:
         """Whether later layers read what this layer kept."""
-        return self.merging
+        return self.merging and self.keeps
 
     @property
     def history_reads(self) -> range:
@@ -88,11 +92,6 @@ class Solver(nn.Module, Generic[Declared]):
     def coefficient_rows(self) -> list[nn.Parameter]:
         """:attr:`history_rows` while there is something to merge."""
         return []
-
-    @property
-    def merged_entries(self) -> int:
-        """Number of :attr:`history_reads` while merging; none unless a solver says otherwise."""
-        return 0
 
     @property
     def evaluations(self) -> int:

@@ -27,22 +27,18 @@ class DLCL(Solver[Merged], Generic[Merged]):
 
     def __init__(self, declared: Merged, place: Place) -> None:
         super().__init__(declared, place)
-        self.layer = place.layer
+        self.merged_entries = place.layer
         self.history_norm = declared.history_norm
-        self.coefficients = fp32_parameter(initial_row(self.layer + 1, declared.resolved_coefficient_init))
+        self.coefficients = fp32_parameter(initial_row(place.layer + 1, declared.resolved_coefficient_init))
 
     @property
     def coefficient_rows(self) -> list[nn.Parameter]:
         return [self.coefficients]
 
-    @property
-    def merged_entries(self) -> int:
-        return self.layer
-
     def step(self, y_BTD: Tensor, increment_fn: IncrementFn, history: History) -> tuple[Tensor, Tensor]:
         f = increment_fn(y_BTD, None, 0)
         # Nothing needs the base alone: all in one pass.
-        (merged,) = history.merge(y_BTD, (self.coefficients,), self.layer, own=f)
+        (merged,) = history.merge(y_BTD, (self.coefficients,), self.merged_entries, own=f)
         self.observe(0, y_BTD, merged)
         return merged, self.kept(f)
 
@@ -67,17 +63,14 @@ class ImplicitEuler(DLCL[solvers.IIET]):
 
     def __init__(self, declared: solvers.IIET, place: Place) -> None:
         super().__init__(declared, place)
+        self.keeps = declared.merge
         if not declared.merge:
             self.register_parameter("coefficients", None)
 
     @property
-    def keeps_increment(self) -> bool:
-        return self.merging and self.declared.merge
-
-    @property
-    def merged_entries(self) -> int:
+    def history_reads(self) -> range:
         merges = self.iterations or self.declared.merges_without_iterations
-        return self.layer if self.declared.merge and merges else 0
+        return super().history_reads if self.declared.merge and merges else range(0)
 
     def step(self, y_BTD: Tensor, increment_fn: IncrementFn, history: History) -> tuple[Tensor, Tensor]:
         merge, damping = self.declared.merge, self.declared.damping
@@ -91,7 +84,7 @@ class ImplicitEuler(DLCL[solvers.IIET]):
         f = increment_fn(y_BTD, None, 0)
         base, own = y_BTD, None
         if merge:
-            (base,) = history.merge(y_BTD, (self.coefficients,), self.layer)
+            (base,) = history.merge(y_BTD, (self.coefficients,), self.merged_entries)
             own = self.coefficients.float()[-1:]  # ZeRO-3 in bf16 can't keep them fp32
         iterate = y_BTD
         for i in range(self.iterations + 1):

@@ -35,26 +35,22 @@ class PCformer(Solver[solvers.PCformer]):
     def __init__(self, declared: solvers.PCformer, place: Place) -> None:
         super().__init__(declared, place)
         self.first_merged = max(0, place.layer - KEPT_MERGED)
-        self._merged_entries = place.layer - self.first_merged
+        self.merged_entries = place.layer - self.first_merged
         self.gamma = fp32_parameter(torch.full((1,), 0.5))
         self.coefficients = fp32_parameter(
-            initial_row(self._merged_entries + 1, declared.resolved_coefficient_init)
+            initial_row(self.merged_entries + 1, declared.resolved_coefficient_init)
         )
 
     @property
     def coefficient_rows(self) -> list[nn.Parameter]:
         return [self.coefficients]
 
-    @property
-    def merged_entries(self) -> int:
-        return self._merged_entries
-
     def step(self, y_BTD: Tensor, increment_fn: IncrementFn, history: History) -> tuple[Tensor, Tensor]:
         norm, order, backend = increment_fn.input_norm, self.declared.predictor_order, self.place.backend
         stages = evaluate_stages(order, y_BTD, increment_fn, backend)
-        predicted, normed = merge_norm(
-            y_BTD, stages, self._stage_weights(), norm.weight, eps=norm.eps, backend=backend
-        )
+        gamma = self.gamma.float()  # ZeRO-3 in bf16 can't keep it fp32
+        weights = torch.cat([gamma * (1 - gamma) ** (order - i) for i in range(1, order + 1)])
+        predicted, normed = merge_norm(y_BTD, stages, weights, norm.weight, eps=norm.eps, backend=backend)
         self.observe(0, y_BTD, predicted)
         f = increment_fn(predicted, normed, order)
         (corrected,) = history.merge(
@@ -62,9 +58,3 @@ class PCformer(Solver[solvers.PCformer]):
         )
         self.observe(1, predicted, corrected)
         return corrected, f
-
-    def _stage_weights(self) -> Tensor:
-        """γ (1-γ)^{o-i} for i = 1..o, fp32 [o]."""
-        gamma = self.gamma.float()  # ZeRO-3 in bf16 can't keep it fp32
-        order = self.declared.predictor_order
-        return torch.cat([gamma * (1 - gamma) ** (order - i) for i in range(1, order + 1)])

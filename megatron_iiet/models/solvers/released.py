@@ -37,7 +37,7 @@ class ReleasedImplicitEuler(Solver[solvers.ReleasedIIET]):
     def __init__(self, declared: solvers.ReleasedIIET, place: Place) -> None:
         super().__init__(declared, place)
         width = place.width
-        self.layer = place.layer + 1  # the formula counts from 1
+        self.merged_entries = place.layer + 1  # the formula's n, which counts from 1
         self.predictor_norm = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
         self.corrector_norm = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
 
@@ -46,10 +46,10 @@ class ReleasedImplicitEuler(Solver[solvers.ReleasedIIET]):
             full[: n + 1] = initial_row(n + 1, declared.resolved_coefficient_init)
             return full
 
-        self.coefficients = fp32_parameter(row(self.layer))
+        self.coefficients = fp32_parameter(row(self.merged_entries))
         self.shares_row = declared.readout == "shared"
         if not self.shares_row:
-            self.readout_coefficients = fp32_parameter(row(self.layer))
+            self.readout_coefficients = fp32_parameter(row(self.merged_entries))
         if place.layer == 0:
             self.unused_row_0 = fp32_parameter(torch.stack((row(0), row(0))))
 
@@ -60,12 +60,8 @@ class ReleasedImplicitEuler(Solver[solvers.ReleasedIIET]):
         rows = [self.coefficients, self.readout_coefficients]
         return rows if self.iterations else rows[1:]
 
-    @property
-    def merged_entries(self) -> int:
-        return self.layer
-
     def step(self, y_BTD: Tensor, increment_fn: IncrementFn, history: History) -> tuple[Tensor, Tensor]:
-        n = self.layer
+        n = self.merged_entries
         norm = increment_fn.input_norm
         stepped = y_BTD + increment_fn(y_BTD, None, 0)
         self.observe(0, y_BTD, stepped)  # before the norm, whose output has another scale than y

@@ -36,13 +36,16 @@ class RungeKutta(Solver[solvers.RungeKutta2]):
     whole on each tensor-parallel rank and not decayed.
     """
 
+    keeps = False
+
     def __init__(self, declared: solvers.RungeKutta2, place: Place) -> None:
         super().__init__(declared, place)
         order, stage_coefficients, width = declared.order, declared.stage_coefficients, place.width
         assert order == 2 or stage_coefficients != "gated"
         self.coefficients = self.inner_coefficients = self.gate_weight = self.gate_bias = None
         if stage_coefficients == "full":
-            self.inner_coefficients = fp32_parameter(classic_inner_weights(order))
+            rows = [F.pad(torch.tensor([length]), (i, 0)) for i, length in enumerate(STEP_LENGTHS[order])]
+            self.inner_coefficients = fp32_parameter(torch.cat(rows))  # β_21, β_31, β_32, β_41 …
         if stage_coefficients in ("learned", "full"):
             self.coefficients = fp32_parameter(torch.ones(2) if order == 2 else classic_weights(order))
         elif stage_coefficients == "gated":
@@ -50,26 +53,18 @@ class RungeKutta(Solver[solvers.RungeKutta2]):
             self.gate_weight = nn.Parameter(torch.zeros(1, 2 * width))
             self.gate_bias = nn.Parameter(torch.zeros(1))
 
-    @property
-    def keeps_increment(self) -> bool:
-        return False
-
     def step(self, y_BTD: Tensor, increment_fn: IncrementFn, history: History) -> tuple[Tensor, Tensor]:
         order, backend = self.declared.order, self.place.backend
         stages = evaluate_stages(order, y_BTD, increment_fn, backend, self.inner_coefficients)
         if self.gate_weight is not None:
-            return y_BTD + self._gated(*stages), stages[-1]
+            first_BTD, second_BTD = stages
+            of_first, of_second = self.gate_weight.chunk(2, dim=1)  # saves a copy of both stages side by side
+            logits_BT1 = F.linear(first_BTD, of_first, self.gate_bias) + F.linear(second_BTD, of_second)
+            return y_BTD + torch.lerp(second_BTD, first_BTD, logits_BT1.sigmoid()), second_BTD
         weights = classic_weights(order, y_BTD.device)
         if self.coefficients is not None:
             weights = self.coefficients.float()  # ZeRO-3 in bf16 can't keep them fp32
         return merge_norm(y_BTD, stages, weights, backend=backend).merged, stages[-1]
-
-    def _gated(self, first_BTD: Tensor, second_BTD: Tensor) -> Tensor:
-        """g F_1 + (1 - g) F_2, [B, T, D]."""
-        assert self.gate_weight is not None
-        of_first, of_second = self.gate_weight.chunk(2, dim=1)  # saves a copy of both stages side by side
-        logits_BT1 = F.linear(first_BTD, of_first, self.gate_bias) + F.linear(second_BTD, of_second)
-        return torch.lerp(second_BTD, first_BTD, logits_BT1.sigmoid())
 
 
 def classic_weights(order: int, device: torch.device | None = None) -> Tensor:
@@ -79,12 +74,6 @@ def classic_weights(order: int, device: torch.device | None = None) -> Tensor:
     weights = torch.full((4,), 1.0 / 6.0, dtype=torch.float32, device=device)
     weights[1:3] *= 2.0
     return weights
-
-
-def classic_inner_weights(order: int) -> Tensor:
-    """β_21, β_31, β_32, β_41 … of the classic methods, fp32 [order (order - 1) / 2]."""
-    lengths = STEP_LENGTHS[order]
-    return torch.cat([F.pad(torch.tensor([length]), (i, 0)) for i, length in enumerate(lengths)])
 
 
 def evaluate_stages(

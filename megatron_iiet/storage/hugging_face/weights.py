@@ -6,10 +6,10 @@ what a solver has is stored under its own name, ``model.layers.N.solver.…``.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from functools import partial
+from collections.abc import Mapping
+from functools import cached_property, partial
+from itertools import accumulate
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -18,19 +18,13 @@ from megatron_iiet.config import RunConfig
 from megatron_iiet.config.schema import ModelConfig
 from megatron_iiet.models.solvers import build_solver
 from megatron_iiet.storage.hugging_face.shards import ShardReader
+from megatron_iiet.storage.parameters import RowSource, StoredParameters
 from megatron_iiet.storage.safetensors_stream import Shape, TensorToWrite
 
 CONFIG_FILE = "config.json"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 _COMPARED_ROWS = 4096
-
-
-class RowSource(Protocol):
-    """Stored parameters by our names."""
-
-    def rows(self, name: str, first: int, last: int) -> Tensor:
-        """Rows [first, last) of a parameter, fp32."""
 
 
 def tensor_map(config: RunConfig, *, solver: bool) -> dict[str, dict[str, Shape]]:
@@ -79,8 +73,8 @@ def _rows(weights: RowSource, name: str, above: int, factor: float, first: int, 
     return rows if factor == 1 else rows * factor
 
 
-class HFWeights(Mapping[str, Tensor]):
-    """The parameters of a folder under our names, fp32; read when asked for, whole or some rows of one.
+class HFWeights(StoredParameters):
+    """The parameters of a folder under our names.
 
     Raises:
         ValueError: files or tensors are missing, superfluous, damaged or of the wrong shape.
@@ -107,26 +101,28 @@ class HFWeights(Mapping[str, Tensor]):
                 f"{CONFIG_FILE} describes ({len(left)} such tensors); supported are the tensors of {what}"
             )
 
-    def __getitem__(self, name: str) -> Tensor:
-        return self.rows(name, 0, sum(shape[0] for shape in self._tensors[name].values()))
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._tensors)
-
-    def __len__(self) -> int:
-        return len(self._tensors)
+    @cached_property
+    def shapes(self) -> Mapping[str, Shape]:
+        """Rows of a parameter are those of several tensors below each other."""
+        return {
+            name: (sum(shape[0] for shape in tensors.values()), *next(iter(tensors.values()))[1:])
+            for name, tensors in self._tensors.items()
+        }
 
     def rows(self, name: str, first: int, last: int) -> Tensor:
-        """Rows [first, last) of a parameter."""
-        tensors = self._tensors[name]
-        result = torch.empty((last - first, *next(iter(tensors.values()))[1:]))
+        result = torch.empty(last - first, *self.shapes[name][1:])
         above = 0
-        for tensor, shape in tensors.items():
+        for tensor, shape in self._tensors[name].items():
             low, high = max(first, above), min(last, above + shape[0])
             if low < high:
                 self._reader.read_rows(tensor, low - above, result[low - first : high - first])
             above += shape[0]
         return result
+
+    def holding(self, name: str, row: int) -> str:
+        ends = accumulate(shape[0] for shape in self._tensors[name].values())
+        tensor = next(t for t, end in zip(self._tensors[name], ends, strict=True) if row < end)
+        return f"tensor {tensor} in {self._reader.path(tensor)}"
 
     def _check_tied_head(self, model: ModelConfig) -> None:
         """Old files store a tied head as well; another one than the embedding would be lost."""
@@ -143,7 +139,7 @@ class HFWeights(Mapping[str, Tensor]):
                 )
 
 
-class WithInitialSolvers(Mapping[str, Tensor]):
+class WithInitialSolvers(StoredParameters):
     """The parameters of a LLaMA folder, and the initial values of what solvers have besides."""
 
     def __init__(self, llama: HFWeights, config: RunConfig) -> None:
@@ -153,21 +149,17 @@ class WithInitialSolvers(Mapping[str, Tensor]):
             for name, value in build_solver(config, n, "reference").state_dict().items():
                 self._solvers[f"layers.{n}.solver.{name}"] = value
 
-    def __getitem__(self, name: str) -> Tensor:
-        return self._solvers[name] if name in self._solvers else self._llama[name]
-
-    def __iter__(self) -> Iterator[str]:
-        yield from self._llama
-        yield from self._solvers
-
-    def __len__(self) -> int:
-        return len(self._llama) + len(self._solvers)
+    @property
+    def shapes(self) -> Mapping[str, Shape]:
+        return {**self._llama.shapes, **{name: tuple(value.shape) for name, value in self._solvers.items()}}
 
     def rows(self, name: str, first: int, last: int) -> Tensor:
-        """Rows [first, last) of a parameter."""
-        return (
-            self._solvers[name][first:last] if name in self._solvers else self._llama.rows(name, first, last)
-        )
+        if name in self._solvers:
+            return self._solvers[name].view(-1, *self._solvers[name].shape[1:])[first:last]
+        return self._llama.rows(name, first, last)
+
+    def holding(self, name: str, row: int) -> str:
+        return self._llama.holding(name, row)
 
 
 def _solver_shapes(config: RunConfig, layer: int) -> dict[str, Shape]:

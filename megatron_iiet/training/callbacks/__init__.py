@@ -2,8 +2,7 @@
 
 from megatron_iiet.training.callbacks.base import Callback
 from megatron_iiet.training.callbacks.checkpointing import Checkpointing
-from megatron_iiet.training.callbacks.diagnostics import SolverDiagnostics
-from megatron_iiet.training.callbacks.evaluation import Validation
+from megatron_iiet.training.callbacks.evaluation import SolverDiagnostics, Validation
 from megatron_iiet.training.callbacks.guidance import Guidance
 from megatron_iiet.training.callbacks.logging import MetricLogger
 from megatron_iiet.training.callbacks.tasks import TaskEvaluation

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from megatron_iiet.training.engine import StepResult
-    from megatron_iiet.training.run import Run
+from megatron_iiet.training.engine import StepResult
+from megatron_iiet.training.run import Run
 
 
 class Callback:

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from megatron_iiet.training.callbacks.base import Callback, is_due
-
-if TYPE_CHECKING:
-    from megatron_iiet.training.engine import StepResult
-    from megatron_iiet.training.run import Run
+from megatron_iiet.training.engine import StepResult
+from megatron_iiet.training.run import Run
 
 
 class Checkpointing(Callback):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 from megatron_iiet.config import iterations_per_layer
 from megatron_iiet.config.iteration_plan import IterationPlan
@@ -11,10 +10,8 @@ from megatron_iiet.config.schema import evaluations_in_budget
 from megatron_iiet.data.loader.batches import ValidationBatches
 from megatron_iiet.models.iterations import most_influential
 from megatron_iiet.training.callbacks.base import Callback, is_due
-
-if TYPE_CHECKING:
-    from megatron_iiet.training.engine import StepResult
-    from megatron_iiet.training.run import Run
+from megatron_iiet.training.engine import StepResult
+from megatron_iiet.training.run import Run
 
 
 class Guidance(Callback):

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from megatron_iiet.training.callbacks.base import Callback, is_due
+from megatron_iiet.training.engine import StepResult
+from megatron_iiet.training.run import Run
 from megatron_iiet.training.utilisation import peak_flops, step_flops
-
-if TYPE_CHECKING:
-    from megatron_iiet.training.engine import StepResult
-    from megatron_iiet.training.run import Run
 
 
 class MetricLogger(Callback):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,12 +13,10 @@ from megatron_iiet.data.loader.batches import ValidationBatch
 from megatron_iiet.data.tokenizers.loading import load_tokenizer
 from megatron_iiet.evaluation.scoring import TokenScores, noting_scores
 from megatron_iiet.evaluation.tasks import PAPER_TASKS, load_tasks, task_names
+from megatron_iiet.parallel import ParallelContext
 from megatron_iiet.training.callbacks.base import Callback, is_due
-
-if TYPE_CHECKING:
-    from megatron_iiet.parallel import ParallelContext
-    from megatron_iiet.training.engine import Engine, StepResult
-    from megatron_iiet.training.run import Run
+from megatron_iiet.training.engine import Engine, StepResult
+from megatron_iiet.training.run import Run
 
 _PAPER_METRIC = {task.name: task.metric for task in PAPER_TASKS}
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from megatron_iiet.config import RunConfig
 from megatron_iiet.parallel import ParallelContext
+from megatron_iiet.storage.source import Source
 from megatron_iiet.training.engine.base import Engine, StepResult
 from megatron_iiet.training.engine.deepspeed_internals import forbid_shared_memory_collective
 from megatron_iiet.training.engine.pipelined import PipelinedEngine
@@ -28,7 +29,7 @@ def build_engine(
     *,
     initialise: bool = True,
     warm: WarmStart | None = None,
-    teacher: WarmStart | None = None,
+    teacher: Source | None = None,
 ) -> Engine:
     """The engine of this rank's part of the model.
 

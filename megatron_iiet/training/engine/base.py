@@ -26,9 +26,10 @@ from megatron_iiet.models.transformer import Transformer
 from megatron_iiet.parallel import ParallelContext
 from megatron_iiet.storage.fragments import FragmentReader, write_fragments, write_index
 from megatron_iiet.storage.integrity import SaveIdentity
-from megatron_iiet.training.engine.corrected import CorrectedEngine
-from megatron_iiet.training.engine.grid import model_parallel_unit
+from megatron_iiet.storage.source import Source
+from megatron_iiet.training.engine.corrected import CorrectedEngine, model_parallel_unit
 from megatron_iiet.training.engine.optimizer_state import load_fragments, own_fragments, start_from
+from megatron_iiet.training.stopping import failing_together
 from megatron_iiet.training.warm_start import WarmStart
 
 
@@ -69,7 +70,7 @@ class Engine(ABC):
         *,
         initialise: bool = True,
         warm: WarmStart | None = None,
-        teacher: WarmStart | None = None,
+        teacher: Source | None = None,
     ) -> None:
         """See :func:`megatron_iiet.training.engine.build_engine`."""
         deepspeed_logger.setLevel(logging.WARNING)
@@ -82,12 +83,13 @@ class Engine(ABC):
         self.model = self._part_of(config, ds_config, backend)
         self.teacher = self.meta_teacher = None
         if teacher is not None:
-            taught_by = teacher_config(config, teacher.source.config)
+            taught_by = teacher_config(config, teacher.config)
             self.meta_teacher = Transformer.on_meta(taught_by)
             self.teacher = self._part_of(taught_by, ds_config, backend)
-            for name, parameter in self.teacher.named_parameters():
-                with self._writable(parameter):
-                    teacher.source.fill_parameter(name, parameter, context.tensor)
+            with failing_together(context):  # ranks that gather a parameter read the same of it
+                for name, parameter in self.teacher.named_parameters():
+                    with self._writable(parameter):
+                        teacher.fill_parameter(name, parameter, context.tensor)
         if initialise:
             taken = warm.taken if warm is not None else frozenset()
             self.model.initialise(config.training.seed, writable=self._writable, keep=taken)
@@ -192,14 +194,14 @@ class Engine(ABC):
         )
 
     def _writable(self, parameter: Any) -> AbstractContextManager[None]:
-        if self.zero_stage < 3:
-            return nullcontext()
-        return deepspeed.zero.GatheredParameters([parameter], modifier_rank=0)
+        return self._gathered([parameter], modifier_rank=0)
 
-    def _gathered(self, parameters: list[Any]) -> AbstractContextManager[None]:
+    def _gathered(
+        self, parameters: list[Any], modifier_rank: int | None = None
+    ) -> AbstractContextManager[None]:
         if self.zero_stage < 3:
             return nullcontext()
-        return deepspeed.zero.GatheredParameters(parameters)
+        return deepspeed.zero.GatheredParameters(parameters, modifier_rank=modifier_rank)
 
     def _step_result(self, loss: float, lr: float, parts: list[LossParts] | None) -> StepResult:
         """Of the step that ends; ``parts``: this rank's of the loss, one a micro-batch, which it takes."""

@@ -9,6 +9,7 @@ written. Only this module imports from ``deepspeed.runtime``; a test compares th
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -251,9 +252,8 @@ def check_classes() -> None:
     Raises:
         ConfigError: one does not.
     """
-    for internal in ENGINE:
-        if internal.takes is not None:
-            _check(DeepSpeedEngine, "DeepSpeedEngine", internal, "every engine")
+    methods = [internal for internal in ENGINE if internal.takes is not None]
+    _check(DeepSpeedEngine, "DeepSpeedEngine", methods, "every engine")
 
 
 def check_engine(engine: DeepSpeedEngine, trained: nn.Module) -> None:
@@ -262,37 +262,31 @@ def check_engine(engine: DeepSpeedEngine, trained: nn.Module) -> None:
     Raises:
         ConfigError: something is not.
     """
-    for internal in ENGINE:
-        _check(engine, "DeepSpeedEngine", internal, "every engine")
+    _check(engine, "DeepSpeedEngine", ENGINE, "every engine")
     if isinstance(engine.module, PipelineModule):
-        for internal in PIPELINE_ENGINE:
-            _check(engine, "PipelineEngine", internal, "a pipeline")
-        for internal in PIPELINE_MODULE:
-            _check(engine.module, "PipelineModule", internal, "a pipeline")
+        _check(engine, "PipelineEngine", PIPELINE_ENGINE, "a pipeline")
+        _check(engine.module, "PipelineModule", PIPELINE_MODULE, "a pipeline")
     _check_marks()
     kind = kind_of(engine)
     needed = (*kind.internals, *filter(None, (kind.masters, kind.gradients)))
-    for internal in needed:
-        _check(engine.optimizer, kind.wrapper, internal, f"a run {kind.description}")
+    _check(engine.optimizer, kind.wrapper, needed, f"a run {kind.description}")
     for parameter in trained.parameters():
         if parameter.requires_grad:
             _check_parameter(parameter, kind)
 
 
 def _check_parameter(parameter: Any, kind: OptimizerKind) -> None:
-    for internal in kind.parameter:
-        _check(parameter, "Parameter", internal, f"a run {kind.description}")
+    run = f"a run {kind.description}"
+    _check(parameter, "Parameter", kind.parameter, run)
     if kind is ZERO_3:
-        _check(parameter.ds_tensor, "Parameter.ds_tensor", CUT_TENSOR[0], f"a run {kind.description}")
+        _check(parameter.ds_tensor, "Parameter.ds_tensor", CUT_TENSOR, run)
     elif getattr(parameter, "keep_fp32", False) and parameter.dtype != torch.float32:
         refuse("cast a merge coefficient: DeepSpeedEngine._cast_module_mixed_precision is not what casts now")
     mapping = parameter._hp_mapping if kind.parameter is FLAT_PARAMETER else None
     if mapping is not None:
-        for internal in FRAGMENT:
-            _check(mapping, "Parameter._hp_mapping", internal, f"a run {kind.description}")
-        for internal in FRAGMENT_ADDRESS:
-            for name in ("lp_fragment_address", "hp_fragment_address"):
-                _check(getattr(mapping, name), name, internal, f"a run {kind.description}")
+        _check(mapping, "Parameter._hp_mapping", FRAGMENT, run)
+        for name in ("lp_fragment_address", "hp_fragment_address"):
+            _check(getattr(mapping, name), name, FRAGMENT_ADDRESS, run)
 
 
 def _check_marks() -> None:
@@ -305,17 +299,20 @@ def _check_marks() -> None:
         refuse(f"reads no Parameter.{tensor.name} ({tensor.use})")
 
 
-def _check(owner: Any, words: str, internal: Internal, needed_by: str) -> None:
-    """An attribute of ``owner`` itself or of one of DeepSpeed's classes that it is of, not of ours."""
+def _check(owner: Any, words: str, internals: Sequence[Internal], needed_by: str) -> None:
+    """Attributes of ``owner`` itself or of one of DeepSpeed's classes that it is of, not of ours."""
     kind = owner if isinstance(owner, type) else type(owner)
     theirs = [cls for cls in kind.__mro__ if not cls.__module__.startswith("megatron_iiet")]
-    definitions: list[Any] = [vars(cls)[internal.name] for cls in theirs if internal.name in vars(cls)]
-    if not definitions and (isinstance(owner, type) or internal.name not in vars(owner)):
-        refuse(f"has no {words}.{internal.name} ({internal.use}), which {needed_by} needs here")
-    if internal.takes is None:
-        return
-    try:
-        inspect.signature(definitions[0]).bind(None, **dict.fromkeys(internal.takes))
-    except TypeError:
-        wanted = ", ".join(internal.takes) or "nothing"
-        refuse(f"has a {words}.{internal.name} ({internal.use}) that {needed_by} cannot call with {wanted}")
+    for internal in internals:
+        definitions: list[Any] = [vars(cls)[internal.name] for cls in theirs if internal.name in vars(cls)]
+        if not definitions and (isinstance(owner, type) or internal.name not in vars(owner)):
+            refuse(f"has no {words}.{internal.name} ({internal.use}), which {needed_by} needs here")
+        if internal.takes is None:
+            continue
+        try:
+            inspect.signature(definitions[0]).bind(None, **dict.fromkeys(internal.takes))
+        except TypeError:
+            wanted = ", ".join(internal.takes) or "nothing"
+            refuse(
+                f"has a {words}.{internal.name} ({internal.use}) that {needed_by} cannot call with {wanted}"
+            )

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_iiet.parallel import ParallelContext
+from megatron_iiet.parallel import Group, ParallelContext
 from megatron_iiet.parallel.tensor import shard_of
 from megatron_iiet.storage.fragments import MASTER, Fragment, FragmentReader
 from megatron_iiet.training.engine.corrected import CorrectedEngine, is_owner
@@ -23,6 +23,7 @@ from megatron_iiet.training.engine.deepspeed_internals import (
     kind_of,
     masters,
 )
+from megatron_iiet.training.stopping import failing_together
 from megatron_iiet.training.warm_start import WarmStart
 
 
@@ -41,6 +42,15 @@ class _MasterPart:
     """Where the interval starts in ``flat``."""
     numel: int
 
+    def place(self, tensor: Group) -> dict[str, Any]:
+        """Which interval of which shard of the whole parameter it is, but for its length."""
+        shard, shape = shard_of(self.parameter), list(self.shape)
+        place = {"shard": shard, "tensor_size": 1, "tensor_rank": 0, "start": self.start}
+        if shard is not None:
+            shape[shard.dim] = sum(shard.blocks)
+            place |= {"tensor_size": tensor.size, "tensor_rank": tensor.rank}
+        return place | {"shape": tuple(shape)}
+
     def tensors(self, engine: CorrectedEngine) -> dict[str, Tensor]:
         """fp32 master and moments of the interval, as views; the optimizer is prepared."""
         state = engine.basic_optimizer.state[self.flat]
@@ -58,14 +68,10 @@ def own_fragments(
     replicated = kind_of(engine) is PLAIN and context.data.rank > 0
     return [
         Fragment(
-            name=names[part.parameter],
-            shape=_global_shape(part),
-            shard=shard_of(part.parameter),
-            tensor_size=context.tensor.size if shard_of(part.parameter) else 1,
-            tensor_rank=context.tensor.rank if shard_of(part.parameter) else 0,
-            start=part.start,
+            names[part.parameter],
             numel=part.numel,
             tensors=part.tensors(engine),
+            **part.place(context.tensor),
         )
         for part in parts
         if not replicated and is_owner(part.parameter, context.tensor)
@@ -87,69 +93,31 @@ def load_fragments(
     Raises:
         ValueError: on every rank, what one of them found wrong: no rank is left waiting for it.
     """
-    failure = None
-    try:
+    with failing_together(context):
         for part in _prepared_parts(engine, names):
-            _read_part(part, part.tensors(engine), names[part.parameter], context, reader)
-    except (ValueError, OSError) as error:
-        failure = str(error)
-    for told in context.world.gather_objects(failure):
-        if told is not None:
-            raise ValueError(told)
+            for kind, tensor in part.tensors(engine).items():
+                place = part.place(context.tensor)
+                reader.read(names[part.parameter], kind, numel=part.numel, out=tensor, **place)
     _set_steps(engine.basic_optimizer, steps)
     _refresh_working_copies(engine)
-
-
-def _read_part(
-    part: _MasterPart,
-    tensors: Mapping[str, Tensor],
-    name: str,
-    context: ParallelContext,
-    reader: FragmentReader,
-) -> None:
-    """Fill what this rank holds of one parameter."""
-    shard = shard_of(part.parameter)
-    for kind, tensor in tensors.items():
-        reader.read(
-            name,
-            kind,
-            shard=shard,
-            tensor_size=context.tensor.size if shard else 1,
-            tensor_rank=context.tensor.rank if shard else 0,
-            start=part.start,
-            numel=part.numel,
-            shape=_global_shape(part),
-            out=tensor,
-        )
 
 
 @torch.no_grad()
 def start_from(
     engine: CorrectedEngine, names: Mapping[Any, str], context: ParallelContext, warm: WarmStart
 ) -> None:
-    """Fill the masters of the parameters that are taken over, then the working copies from the masters."""
-    for part in _master_parts(engine, names):
-        name, shard = names[part.parameter], shard_of(part.parameter)
-        if name in warm.taken:
-            warm.source.fill(
-                name,
-                part.flat.detach().view(-1).narrow(0, part.offset, part.numel),
-                shape=_global_shape(part),
-                shard=shard,
-                tensor_size=context.tensor.size if shard else 1,
-                tensor_rank=context.tensor.rank if shard else 0,
-                start=part.start,
-            )
+    """Fill the masters of the parameters that are taken over, then the working copies from the masters.
+
+    Raises:
+        ValueError: on every rank, what one of them found wrong.
+    """
+    with failing_together(context):
+        for part in _master_parts(engine, names):
+            name = names[part.parameter]
+            if name in warm.taken:
+                master = part.flat.detach().view(-1).narrow(0, part.offset, part.numel)
+                warm.source.fill(name, master, **part.place(context.tensor))
     _refresh_working_copies(engine)
-
-
-def _global_shape(part: _MasterPart) -> tuple[int, ...]:
-    shard = shard_of(part.parameter)
-    if shard is None:
-        return part.shape
-    shape = list(part.shape)
-    shape[shard.dim] = sum(shard.blocks)
-    return tuple(shape)
 
 
 def _master_parts(engine: CorrectedEngine, names: Iterable[Any]) -> Iterable[_MasterPart]:

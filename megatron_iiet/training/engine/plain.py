@@ -11,8 +11,7 @@ from megatron_iiet.config import RunConfig
 from megatron_iiet.data.loader.batches import Batch, ValidationBatch, ValidationBatches
 from megatron_iiet.models.distilled import Distilled
 from megatron_iiet.training.engine.base import Engine, StepResult
-from megatron_iiet.training.engine.corrected import CorrectedEngine
-from megatron_iiet.training.engine.grid import model_parallel_unit
+from megatron_iiet.training.engine.corrected import CorrectedEngine, model_parallel_unit
 
 
 class PlainEngine(Engine):

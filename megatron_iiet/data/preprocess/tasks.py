@@ -1,4 +1,4 @@
-"""One chunk of lines: rows, filters, tokens. The same code in every process and for every layout.
+"""The tasks of workers: a chunk of lines, and a unit, which is all chunks of its inputs in order.
 
 Which documents are kept, and for which split, is decided by keyed hashes of their text alone. A document's
 fate depends neither on its place nor on the number of jobs, and copies share it. The sample and the held-out
@@ -8,26 +8,29 @@ new sample never moves a document from a held-out split into training.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable, Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from hashlib import blake2b
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from megatron_iiet.data.corpora.indexed_writer import TokenArray
-from megatron_iiet.data.corpora.mmididx import token_dtype
+from megatron_iiet.data.corpora.indexed_writer import IndexedDatasetWriter, TokenArray
+from megatron_iiet.data.corpora.mmididx import DIGEST_BYTES, Shard, bin_path, idx_path, token_dtype
+from megatron_iiet.data.preprocess.dedup import DigestFiles, Duplicates
 from megatron_iiet.data.preprocess.layout import Layout, output_name
 from megatron_iiet.data.preprocess.options import PreprocessOptions
-from megatron_iiet.data.preprocess.records import Counts
-from megatron_iiet.data.reading.long_text import LongText
-from megatron_iiet.data.reading.text import Chunk, Reject, Row, parse_rows, raise_first
+from megatron_iiet.data.preprocess.records import Counts, OutputRecord, UnitRecord
+from megatron_iiet.data.reading.long_text import LongText, parts_of
+from megatron_iiet.data.reading.sources import InputFile
+from megatron_iiet.data.reading.text import Chunk, Row, parse_rows, raise_first, read_chunks
 from megatron_iiet.data.tokenizers.base import Tokenizer
 
-DIGEST_BYTES = 16
 _SPLIT_KEY = b"held-out split"
-_SOURCE = re.compile(r"\w[\w.+ -]{0,99}")
+_MAX_OUTPUTS = 256  # each holds files open
 
 Text = str | LongText
 Report = Callable[[int], None]
@@ -35,10 +38,8 @@ Report = Callable[[int], None]
 
 def text_digest(text: Text) -> bytes:
     """128-bit BLAKE2b of the text's UTF-8 bytes."""
-    if isinstance(text, str):
-        return blake2b(text.encode(), digest_size=DIGEST_BYTES).digest()
     state = blake2b(digest_size=DIGEST_BYTES)
-    for part in text.parts():
+    for part in parts_of(text):
         state.update(part.encode())
     return state.digest()
 
@@ -47,8 +48,7 @@ def text_digest(text: Text) -> bytes:
 class Filters:
     """The random choices over documents."""
 
-    rate: float | None = None
-    """Fraction of documents in the sample; None keeps all."""
+    rate: float | None = None  # fraction of documents in the sample; None keeps all
     seed: int = 0
     validation: float = 0.0
     test: float = 0.0
@@ -101,10 +101,8 @@ class Recipe:
 class Packed:
     """Consecutive documents of one output."""
 
-    tokens: bytearray = field(default_factory=bytearray)
-    """In the recipe's dtype."""
-    lengths: list[int] = field(default_factory=list)
-    """Tokens of each document."""
+    tokens: bytearray = field(default_factory=bytearray)  # in the recipe's dtype
+    lengths: list[int] = field(default_factory=list)  # tokens of each document
 
     def add(self, recipe: Recipe, pieces: Iterable[TokenArray]) -> bool:
         """Append a document given in pieces, ids [tokens] each; False if it has no tokens.
@@ -133,34 +131,14 @@ class EncodedChunk:
 
 
 @dataclass(frozen=True)
-class EncodePart:
-    """Task: tokenize a part of a giant text."""
-
-    part: str
-    is_first: bool
-
-    def __call__(self, recipe: Recipe, report: Report) -> TokenArray:
-        """Ids [tokens] in the recipe's dtype: those that the part has as the first, or behind another."""
-        before = [] if self.is_first else ["."]
-        skipped = recipe.encoder.encode_parts(before).size
-        return recipe.encoder.encode_parts([*before, self.part])[skipped:].astype(recipe.dtype)
-
-
-PartsEncoder = Callable[[Iterable[EncodePart]], Iterable[TokenArray]]
-
-
-@dataclass(frozen=True)
 class EncodeChunk:
     """Task: tokenize a chunk."""
 
     chunk: Chunk
-    duplicates: bytes | None = None
-    """Nonzero for every line that repeats an earlier document; None where nobody looked."""
+    duplicates: bytes | None = None  # nonzero for lines that repeat an earlier document; None: not looked for
 
-    def __call__(
-        self, recipe: Recipe, report: Report, encode_parts: PartsEncoder | None = None
-    ) -> EncodedChunk:
-        """Run the task; giant texts through ``encode_parts``, by default part after part.
+    def __call__(self, recipe: Recipe, report: Report) -> EncodedChunk:
+        """Run the task.
 
         Raises:
             ValueError: a row is defective, and such rows are not to be skipped.
@@ -172,12 +150,9 @@ class EncodeChunk:
             texts = [row.texts[column] for row, _ in rows]
             encoded = iter(recipe.encoder.encode_batch([text for text in texts if isinstance(text, str)]))
             for (row, split), text in zip(rows, texts, strict=True):
-                pieces: Iterable[TokenArray]
-                if isinstance(text, str):
-                    pieces = [next(encoded)]
-                else:
-                    parts = (EncodePart(part, number == 0) for number, part in enumerate(text.parts()))
-                    pieces = encode_parts(parts) if encode_parts else (part(recipe, report) for part in parts)
+                pieces = (
+                    [next(encoded)] if isinstance(text, str) else recipe.encoder.encode_pieces(text.parts())
+                )
                 output = output_name(row.source, split, key)
                 packed = result.outputs.get(output) or result.outputs.setdefault(output, Packed())
                 # Some normalisers leave nothing of a text of white space: that is an empty document as well.
@@ -229,21 +204,12 @@ def proper_rows(recipe: Recipe, chunk: Chunk, counts: Counts) -> list[Row]:
     Raises:
         ValueError: a row is defective, and such rows are not to be skipped.
     """
-    options, split_by = recipe.options, recipe.options.split_by
-    rows, rejects = parse_rows(chunk, options.json_keys, split_by)
-    for row in rows if split_by is not None else ():
-        if not (row.source and _SOURCE.fullmatch(row.source)):
-            message = (
-                f"{chunk.path}, line {row.line}: {split_by!r} is {row.source!r}, which cannot be part of "
-                "a file name; use letters, digits and . _ + - only."
-            )
-            rejects.append(Reject(row.line, "bad source name", message))
-    if options.bad_rows == "error":
+    rows, rejects = parse_rows(chunk, recipe.options.json_keys, recipe.options.split_by)
+    if recipe.options.bad_rows == "error":
         raise_first(rejects)
     for reject in rejects:
         counts.reject(reject.reason, reject.message)
-    defective = {reject.line for reject in rejects}
-    return [row for row in rows if row.line not in defective]
+    return rows
 
 
 def identity(row: Row) -> Text:
@@ -255,3 +221,90 @@ def _utf8_bytes(text: Text) -> int:
     if isinstance(text, LongText):
         return text.utf8_bytes
     return len(text) if text.isascii() else len(text.encode())
+
+
+@dataclass(frozen=True)
+class UnitTask(ABC):
+    """Task: all of a unit. Its chunks may be done elsewhere, in parallel, as tasks of their own."""
+
+    unit: int
+    inputs: Sequence[InputFile]
+
+    @abstractmethod
+    def chunks(self, recipe: Recipe) -> Iterator[EncodeChunk | DigestChunk]:
+        """A task for each chunk, in order."""
+
+    @abstractmethod
+    def write(self, recipe: Recipe, results: Iterable[Any]) -> UnitRecord | None:
+        """Write down the results of all chunks, which come in order; the record of what was published."""
+
+    def __call__(self, recipe: Recipe, report: Report) -> UnitRecord | None:
+        """Run the task in this process."""
+        return self.write(recipe, (task(recipe, report) for task in self.chunks(recipe)))
+
+
+@dataclass(frozen=True)
+class DigestUnit(UnitTask):
+    """First pass of deduplication."""
+
+    def chunks(self, recipe: Recipe) -> Iterator[DigestChunk]:
+        for file in self.inputs:
+            for chunk in read_chunks(file, recipe.options.chunk_bytes):
+                yield DigestChunk(chunk)
+
+    def write(self, recipe: Recipe, results: Iterable[tuple[str, int, bytes]]) -> None:
+        numbers = {file.path: number for number, file in enumerate(self.inputs)}
+        pieces = ((numbers[path], first_line, digests) for path, first_line, digests in results)
+        DigestFiles(recipe.layout.records).write(self.unit, self.inputs, pieces)
+
+
+@dataclass(frozen=True)
+class EncodeUnit(UnitTask):
+    """Text to shards."""
+
+    def chunks(self, recipe: Recipe) -> Iterator[EncodeChunk]:
+        duplicates = Duplicates(recipe.layout.records) if recipe.options.deduplicate else None
+        for number, file in enumerate(self.inputs, start=self.unit * recipe.options.inputs_per_shard):
+            for chunk in read_chunks(file, recipe.options.chunk_bytes):
+                if duplicates is None:
+                    yield EncodeChunk(chunk)
+                else:
+                    lines = chunk.data.count(b"\n") + 1
+                    yield EncodeChunk(chunk, duplicates.marks(number, chunk.first_line, lines))
+
+    def write(self, recipe: Recipe, results: Iterable[EncodedChunk]) -> UnitRecord:
+        counts = Counts()
+        writers: dict[str, IndexedDatasetWriter] = {}
+        with ExitStack() as stack:
+            for result in results:
+                counts.add(result.counts)
+                for output, packed in result.outputs.items():
+                    if output not in writers:
+                        writers[output] = stack.enter_context(self._open(recipe, output, len(writers)))
+                    tokens = np.frombuffer(packed.tokens, dtype=recipe.dtype)
+                    writers[output].add_documents(tokens, packed.lengths)
+            shards = {output: writers[output].close() for output in sorted(writers)}
+        outputs = {output: _output_record(writers[output].prefix, shard) for output, shard in shards.items()}
+        return UnitRecord(self.unit, list(self.inputs), outputs, counts)
+
+    def _open(self, recipe: Recipe, output: str, others: int) -> IndexedDatasetWriter:
+        if others == _MAX_OUTPUTS:
+            raise ValueError(
+                f"{self.inputs[0].path} and what follows have more than {_MAX_OUTPUTS} outputs; does "
+                f"{recipe.options.split_by!r} name sources?"
+            )
+        prefix = Path(recipe.layout.shard_prefix(output, self.unit))
+        if recipe.layout.folder is not None:
+            prefix.parent.mkdir(exist_ok=True)
+        return IndexedDatasetWriter(prefix, recipe.encoder.vocab_size)
+
+
+def _output_record(prefix: str, shard: Shard) -> OutputRecord:
+    return OutputRecord(
+        documents=shard.documents,
+        tokens=shard.tokens,
+        bin_bytes=bin_path(prefix).stat().st_size,
+        idx_bytes=idx_path(prefix).stat().st_size,
+        bin_digest=shard.bin_digest.hex(),
+        idx_digest=shard.idx_digest.hex(),
+    )

@@ -1,0 +1,337 @@
+"""The acceptance of a GPU, at toy size on a CPU: what is wrong turns its check red, and no other."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import math
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "benchmarks")]
+
+import cuda_check  # noqa: E402
+import gpu_acceptance  # noqa: E402
+from gpu_checks import CHECKS, build, deepspeed_runs, documents, kernels, runner, sanitizer, training  # noqa: E402
+from gpu_checks.base import (  # noqa: E402
+    FAILED,
+    LATE,
+    NEEDS,
+    OK,
+    REFUSED,
+    Figure,
+    NeedsGpuError,
+    Outcome,
+    RefusedError,
+    Setting,
+    outcome_of,
+    race,
+)
+
+from megatron_iiet.models.attention_layout import document_mask  # noqa: E402
+from megatron_iiet.ops import backends  # noqa: E402
+from tests.ops.inputs import needs_extension  # noqa: E402
+
+
+@pytest.fixture
+def setting(tmp_path: Path) -> Setting:
+    return Setting("cpu", True, tmp_path / "check", 300.0)
+
+
+def broken(outcome: Outcome) -> list[str]:
+    return [figure.name for figure in outcome.figures if not figure.holds]
+
+
+@pytest.mark.slow
+def test_every_check_runs_at_toy_size(tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "tools/gpu_acceptance.py",
+        "--device",
+        "cpu",
+        "--toy",
+        "--output",
+        str(tmp_path),
+    ]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    stored = json.loads((tmp_path / "report.json").read_text())
+    assert list(stored["checks"]) == list(CHECKS)
+    said = {name: (check["status"], check["reason"]) for name, check in stored["checks"].items()}
+    assert all(status in (OK, NEEDS) for status, _ in said.values()), said
+    assert said["sanitizer"][0] == NEEDS
+    for name in ("kernels", "documents", "bandwidth", "step", "deepspeed", "inference", "training"):
+        assert said[name][0] == OK
+        assert stored["checks"][name]["figures"], name
+    assert done.returncode == 0, done.stderr
+    _, *last = done.stdout.rpartition("\n\n")[2].splitlines()
+    assert len(last) <= 20
+    assert last[-1] == f"all figures: {tmp_path / 'report.md'}"
+    report = (tmp_path / "report.md").read_text()
+    assert "![loss](training/loss.png)" in report
+    assert (tmp_path / "training/loss.png").stat().st_size > 1000
+
+
+def merged_times(factor: float) -> Callable[..., Any]:
+    true = backends.get_backend("cpu")
+
+    def merge_norm(*arguments: Any) -> Any:
+        merged, normed = true.merge_norm(*arguments)
+        return merged * factor, normed
+
+    return merge_norm
+
+
+def products_times(factor: float) -> Callable[..., Any]:
+    true = backends.get_backend("cpu")
+
+    def transposed_merge(*arguments: Any) -> Any:
+        gradient, products = true.transposed_merge(*arguments)
+        return gradient, products * factor
+
+    return transposed_merge
+
+
+def drifting() -> Callable[..., Any]:
+    factors = itertools.cycle((1.0, 1.0 + 2**-22))
+    true = backends.get_backend("cpu")
+
+    def merge_norm(*arguments: Any) -> Any:
+        merged, normed = true.merge_norm(*arguments)
+        return merged * next(factors), normed
+
+    return merge_norm
+
+
+@needs_extension
+@pytest.mark.parametrize(
+    ("function", "seed", "red"),
+    [
+        ("merge_norm", lambda: merged_times(1.001), "error"),
+        ("merge_norm", lambda: merged_times(math.nan), "error"),
+        ("transposed_merge", lambda: products_times(1.001), "error"),
+        ("merge_norm", drifting, "repeated"),
+        ("", None, ""),
+    ],
+    ids=["wrong", "not finite", "wrong gradient", "not repeatable", "right"],
+)
+def test_kernels(
+    function: str, seed: Callable[[], Any], red: str, setting: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels, "NAMES", ("cpu",))
+    monkeypatch.setattr(kernels, "DTYPES", {"fp32": torch.float32})
+    if function:
+        faulty = dataclasses.replace(backends.get_backend("cpu"), **{function: seed()})
+        monkeypatch.setitem(backends._READY, "cpu", faulty)
+    outcome = outcome_of(kernels.check, setting)
+    assert outcome.status == (FAILED if red else OK)
+    if red:
+        assert [red in name for name in broken(outcome)].count(True) == 1, outcome
+
+
+@pytest.mark.parametrize("fault", ["", "the document before", "not finite"])
+def test_documents(fault: str, setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    def mask(positions_BT: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        mask_B1TT = document_mask(positions_BT, dtype)
+        if fault == "the document before":
+            first = int((positions_BT[0] == 0).nonzero()[1])
+            mask_B1TT[0, 0, first, first - 1] = 0
+        elif fault:
+            mask_B1TT[0, 0, 5] = -torch.inf
+        return mask_B1TT
+
+    monkeypatch.setattr(documents, "document_mask", mask)
+    outcome = outcome_of(documents.check, setting)
+    assert outcome.status == (FAILED if fault else OK)
+    assert any("float32" in name for name in broken(outcome)) == bool(fault)
+
+
+@pytest.mark.parametrize("local_bytes", [0, 8])
+def test_kernels_that_spill(local_bytes: int, setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    def compiled(storage: str, target: str, _: None) -> cuda_check.Unit:
+        kernel = cuda_check.Kernel("forward_kernel<float>", registers=64, local_bytes=local_bytes)
+        return cuda_check.Unit(storage, target, [kernel, cuda_check.Kernel("other", 32, 0)])
+
+    monkeypatch.setattr(cuda_check, "compile_unit", compiled)
+    monkeypatch.setattr(build.shutil, "which", lambda _: "/bin/nvcc")
+    monkeypatch.setattr(build, "_doctor", list)
+    outcome = outcome_of(build.check, setting)
+    assert outcome.status == (FAILED if local_bytes else OK)
+    assert len(broken(outcome)) == bool(local_bytes)
+    assert all("spills" in name for name in broken(outcome))
+
+
+Rows = list[dict[str, Any]]
+
+
+@pytest.mark.parametrize(
+    ("fault", "red"),
+    [
+        ("", []),
+        ("lost resume", ["resumed"]),
+        ("wrong ZeRO", ["losses of ZeRO-1"]),
+        ("not finite", ["losses of ZeRO-1"]),
+    ],
+)
+def test_deepspeed_judges_what_runs_log(
+    fault: str, red: list[str], setting: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def logged(folder: Path, arguments: list[str], *_: Any, **__: Any) -> Rows:
+        rows: Rows = [
+            {"loss": 6.0 - 0.1 * step, "grad_norm": 1.0 + step} for step in range(deepspeed_runs.STEPS)
+        ]
+        if folder.name == "stopped-and-resumed" and fault == "lost resume":
+            rows[-1]["loss"] += 1e-6
+        if folder.name == "ZeRO-1" and fault in ("wrong ZeRO", "not finite"):
+            rows[2]["loss"] = 5.7 if fault == "wrong ZeRO" else math.nan
+        return rows
+
+    monkeypatch.setattr(deepspeed_runs, "run", logged)
+    outcome = outcome_of(deepspeed_runs.check, setting)
+    assert outcome.status == (FAILED if fault else OK)
+    for name in red:
+        assert any(name in figure for figure in broken(outcome)), outcome
+
+
+@pytest.mark.parametrize(("end", "status"), [(5.0, OK), (6.5, FAILED), (math.nan, FAILED)])
+def test_training_that_does_not_learn(
+    end: float, status: str, setting: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{"loss": loss, "flops": 1, "step_seconds": 1.0} for loss in (6.0, 5.9, end)]
+    monkeypatch.setattr(training, "run", lambda *_, **__: rows)
+    assert outcome_of(training.check, setting).status == status
+
+
+def test_what_the_sanitizer_counts() -> None:
+    assert sanitizer.errors_in("========= ERROR SUMMARY: 0 errors") == 0
+    assert sanitizer.errors_in("========= ERROR SUMMARY: 3 errors") == 3
+    racing = "========= RACECHECK SUMMARY: 2 hazards displayed (1 error, 1 warning)"
+    assert sanitizer.errors_in(racing) == 2
+    assert sanitizer.errors_in("nothing of the kind") is None
+
+
+def test_bounds() -> None:
+    for value, bound, holds in (
+        *((0.85, ">= 0.85", True), (0.84, ">= 0.85", False), (1e-5, "<= 1e-05", True)),
+        *((2e-5, "<= 1e-05", False), (0, "== 0", True), (1, "== 0", False)),
+        *((math.nan, "<= 1", False), (math.nan, ">= 1", False), (None, "== 0", False)),
+        *((None, "", True), (math.nan, "", True)),
+    ):
+        assert Figure("f", value, bound=bound).holds == holds, (value, bound)
+    assert Setting("cuda", False, Path(), 1.0).judged(">= 1") == ">= 1"
+    assert Setting("cuda", True, Path(), 1.0).judged(">= 1") == ""
+    assert Setting("cpu", True, Path(), 1.0).judged(">= 1") == ""
+
+
+def test_reports_are_json(setting: Setting) -> None:
+    outcome = Outcome(FAILED, "", [Figure("f", math.nan, bound="<= 1"), Figure("g", 0.5, bound="<= 1")])
+    stored = json.loads(json.dumps(outcome.as_dict(), allow_nan=False))
+    assert [(f["value"], f["holds"], f["note"]) for f in stored["figures"]] == [
+        (None, False, "nan"),
+        (0.5, True, ""),
+    ]
+    assert [f.holds for f in Outcome.from_dict(stored).figures] == [False, True]
+
+
+def test_reasons(setting: Setting) -> None:
+    def raising(error: Exception) -> Callable[[Setting], list[Figure]]:
+        def check(_: Setting) -> list[Figure]:
+            raise error
+
+        return check
+
+    for error, status, reason in (
+        (NeedsGpuError("the kernels"), NEEDS, "the kernels"),
+        (RefusedError("there is no nvcc"), REFUSED, "there is no nvcc"),
+        (ZeroDivisionError("division"), FAILED, "ZeroDivisionError: division"),
+    ):
+        outcome = outcome_of(raising(error), setting)
+        assert (outcome.status, outcome.reason) == (status, reason)
+
+
+CHILD = """
+import json, os, pathlib, sys, time
+arguments = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+name, folder = arguments["--check"], pathlib.Path(arguments["--output"])
+if name == "build":
+    print("before the crash", flush=True)
+    os.abort()
+if name == "kernels":
+    time.sleep(600)
+if name == "documents":
+    sys.exit("a package is missing")
+figures = [{"name": "speed", "value": 0.5, "unit": "", "against": "", "bound": ">= 0.85", "note": ""}]
+status = {"bandwidth": "FAILED", "step": "ok"}[name]
+found = {"status": status, "reason": "", "figures": figures if status == "FAILED" else [], "seconds": 1.0}
+(folder / name / "outcome.json").write_text(json.dumps(found))
+"""
+
+
+def test_no_check_stops_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "tools").mkdir()
+    entry = tmp_path / "tools/child.py"
+    entry.write_text(CHILD)
+    monkeypatch.setattr(runner, "ENTRY", entry)
+    monkeypatch.setattr(runner, "GRACE", 0.0)
+    names = ["build", "kernels", "documents", "bandwidth", "step"]
+    options = runner.Options(tmp_path / "report", 12.0, names, "cpu", True, None, None)
+    assert runner.run_checks(options) == 1
+    stored = json.loads((tmp_path / "report/report.json").read_text())["checks"]
+    assert {name: check["status"] for name, check in stored.items()} == {
+        "build": FAILED, "kernels": LATE, "documents": FAILED, "bandwidth": FAILED, "step": OK,
+    }  # fmt: skip
+    assert stored["build"]["reason"] == "it ended with status -6: before the crash"
+    assert stored["documents"]["reason"] == "it ended with status 1: a package is missing"
+    assert "it did not end within" in stored["kernels"]["reason"]
+    last = capsys.readouterr().out.rpartition("\n\n")[2].splitlines()
+    assert [line.split()[0] for line in last[1:-1]] == names
+    assert "speed 0.5" in next(line for line in last if line.startswith("bandwidth"))
+    assert "**BROKEN**" in (tmp_path / "report/report.md").read_text()
+
+
+def test_a_check_without_time_is_told(tmp_path: Path) -> None:
+    options = runner.Options(tmp_path, 0.5, ["sanitizer"], "cpu", True, None, None)
+    assert runner.run_checks(options) == 0
+    stored = json.loads((tmp_path / "report.json").read_text())["checks"]
+    assert (stored["sanitizer"]["status"], stored["sanitizer"]["reason"]) == (LATE, "no time was left for it")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "error: torch .* sees no GPU here; to try the checks without one: --device cpu --toy"),
+        (["--device", "cpu"], "error: --device cpu is for trying the checks; add --toy"),
+        (["--device", "cpu", "--toy", "--minutes", "0"], "error: --minutes is 0; give a number above 0"),
+        (["--device", "cpu", "--toy", "--shard", "x"], "error: --shard and --tokenizer go together"),
+    ],
+)
+def test_bad_arguments(
+    arguments: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    folder = tmp_path / "report"
+    monkeypatch.setattr(sys, "argv", ["gpu_acceptance.py", *arguments, "--output", str(folder)])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert gpu_acceptance.main() == 2
+    assert re.match(said, capsys.readouterr().err)
+    assert not folder.exists()
+
+
+def test_rounds_interleave_and_the_first_two_are_left_out() -> None:
+    order: list[str] = []
+    times = race({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, "cpu", 4)
+    assert order == ["a", "b"] * 6
+    assert set(times) == {"a", "b"}
+    order.clear()
+    race({"a": lambda: order.append("a")}, "cpu", 40, until=lambda: False)
+    assert order == ["a"] * 5
