@@ -48,7 +48,7 @@ _FULL = 3
 LLAMA = "LlamaForCausalLM of transformers"
 BASELINE = "Transformer++"
 FULL = f"IIET r = {_FULL}"
-_PEERS = {
+_PEERS: dict[str, tuple[str, dict[str, Any]]] = {
     BASELINE: ("transformer-pp", {"kind": "euler"}),
     "ODE Transformer, RK2": ("rk2", {"kind": "rk2", "stage_coefficients": "learned"}),
     "PCformer": ("pcformer", {"kind": "pcformer", "predictor_order": 2}),

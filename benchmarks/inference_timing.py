@@ -123,7 +123,7 @@ def settings(cache: str, new_tokens: int, *, logits: bool = False) -> Generation
 
 def _compile_config() -> CompileConfig:
     chosen = CompileConfig(mode="reduce-overhead", backend=BACKEND)
-    chosen._compile_all_devices = True  # on a CPU as well, where there are no CUDA graphs
+    chosen._compile_all_devices = True  # type: ignore[assignment]  # on a CPU as well, where there are no CUDA graphs
     return chosen
 
 
@@ -199,8 +199,8 @@ def compare(subject: Subject, prompt_BT: Tensor, new_tokens: int, precision: str
     expected = decode(subject.model, prompt_BT, settings("dynamic", new_tokens, logits=True))
     for cache in others:
         found = decode(subject.model, prompt_BT, settings(cache, new_tokens, logits=True))
-        texts = (output.sequences[:, prompt_BT.shape[1] :] for output in (expected, found))
-        subject.decodings[cache].comparison = compared(*texts, expected.logits, found.logits, precision)
+        one, other = (output.sequences[:, prompt_BT.shape[1] :] for output in (expected, found))
+        subject.decodings[cache].comparison = compared(one, other, expected.logits, found.logits, precision)
 
 
 def compared(
