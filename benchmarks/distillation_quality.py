@@ -15,6 +15,7 @@ benchmark is.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import os
@@ -28,7 +29,8 @@ from pathlib import Path
 from typing import Any
 
 from distillation_trials import KEPT, MODELS, STUDENT_STEPS, TEACHER_STEPS, Student, plan_file
-from inference import cache_bytes, seconds_of
+from inference_systems import cache_bytes
+from inference_timing import Clock, decode, settings
 from quality_report import best_rates, cpu_kind, load_results
 from quality_runner import ROOT, Runner, data_keys, validation_at
 from quality_trials import SEEDS, SYSTEMS, TOKENS_A_STEP, Trial, rate_of
@@ -150,7 +152,8 @@ def measure_speed(output: Path, found: dict[str, dict[str, Any]], folders: dict[
     seconds = dict.fromkeys(models, float("inf"))
     for _ in range(4):
         for name, model in models.items():
-            _, between = seconds_of(model, prompt, 96)
+            decode(model, prompt, settings("dynamic", 96), clock := Clock(prompt.device))
+            between = [after - before for before, after in itertools.pairwise(clock.times[1:])]
             seconds[name] = min(seconds[name], statistics.median(between))
     speeds = {
         name: {"tokens_per_second": 1 / seconds[name], "cache": cache_bytes(models[name])} for name in models

@@ -31,18 +31,16 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--output", type=Path, default=Path("gpu-report"), help="folder of the report")
-    parser.add_argument("--minutes", type=float, default=9.0, help="for all checks together")
-    parser.add_argument("--only", nargs="+", choices=CHECKS, default=list(CHECKS), metavar="NAME",
-                        help=f"of {', '.join(CHECKS)}")  # fmt: skip
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument(
-        "--toy", action="store_true", help="sizes for a CPU: whether the checks work, no figure"
-    )
-    parser.add_argument("--shard", help="prefix of a corpus for the last check; default: text made up here")
-    parser.add_argument("--tokenizer", help="the tokenizer of --shard")
-    parser.add_argument("--check", choices=CHECKS, help=argparse.SUPPRESS)  # run one, here: what a child does
-    parser.add_argument("--seconds", type=float, help=argparse.SUPPRESS)
+    add = parser.add_argument
+    add("--output", type=Path, default=Path("gpu-report"), metavar="FOLDER", help="where the report goes")
+    add("--minutes", type=float, default=9.0, metavar="N", help="for all checks together")
+    add("--only", nargs="+", choices=CHECKS, metavar="NAME", help=f"some of {', '.join(CHECKS)}")
+    add("--device", choices=("cuda", "cpu"), default="cuda", help="cpu only tries the checks, with --toy")
+    add("--toy", action="store_true", help="sizes for a CPU: whether the checks work, no figure of speed")
+    add("--shard", metavar="PREFIX", help="a corpus for the last check; default: one made up here")
+    add("--tokenizer", metavar="FILE", help="the tokenizer of --shard")
+    add("--check", choices=CHECKS, help=argparse.SUPPRESS)  # run one, here: what a child does
+    add("--seconds", type=float, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
@@ -81,7 +79,7 @@ def main() -> int:
     options = Options(
         arguments.output,
         arguments.minutes * 60,
-        arguments.only,
+        arguments.only or list(CHECKS),
         arguments.device,
         arguments.toy,
         arguments.shard,

@@ -95,11 +95,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--python", default="3.12", help="version there, e.g. 3.12")
-    parser.add_argument(
-        "--output", type=Path, default=Path("gpu-bundle"), help="folder; must be empty or new"
-    )
-    parser.add_argument("--most-megabytes", type=float, default=60.0)
+    add = parser.add_argument
+    add("--python", default="3.12", metavar="X.Y", help="its version there")
+    add("--output", type=Path, default=Path("gpu-bundle"), metavar="FOLDER", help="must be empty or new")
+    add("--most-megabytes", type=float, default=60.0, metavar="MB", help="more is an error")
     arguments = parser.parse_args()
     arguments.output.mkdir(parents=True, exist_ok=True)
     if any(arguments.output.iterdir()):

@@ -61,10 +61,7 @@ def evaluate_model(options: Options) -> TaskResults:
             if context.is_main:
                 print(line, file=out, flush=True)
 
-        # The first process of each host downloads what is to be downloaded, the others read its cache.
-        tasks = load_tasks(names, options.data_dir) if context.local_rank == 0 else {}
-        context.barrier()
-        tasks = tasks or load_tasks(names, options.data_dir)
+        tasks = _load_in_turn(names, options.data_dir, context)
         say(f"model: {prepared.description}: {prepared.system}, {options.model.precision}")
         scorer = prepared.load(context)
         started = time.perf_counter()
@@ -88,6 +85,13 @@ def _output_folder(options: Options) -> Path:
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--output is {folder}, which is no folder; name another")
     return folder
+
+
+def _load_in_turn(names: list[str], data_dir: str, context: ParallelContext) -> dict[str, Any]:
+    """The first process of each host downloads what is to be downloaded, the others read its cache."""
+    tasks = load_tasks(names, data_dir) if context.local_rank == 0 else {}
+    context.barrier()
+    return tasks or load_tasks(names, data_dir)
 
 
 def _report(options: Options, prepared: PreparedModel, results: TaskResults) -> str:

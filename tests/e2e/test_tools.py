@@ -100,6 +100,14 @@ OPTIONS = {
         --top-k TOP_K:int = 50 | --top-p TOP_P:float = 1.0 - | --seed SEED:int = 0 -
         --precision {fp32,bf16} = 'fp32' - | --kv-cache {all,last,first} | --draft N|FILE
         --trust-remote-code = False""",
+    "gpu_acceptance": """
+        --output FOLDER:Path = PosixPath('gpu-report') | --minutes N:float = 9.0 | --only NAME [NAME ...]
+        --device {cuda,cpu} = 'cuda' | --toy = False | --shard PREFIX | --tokenizer FILE
+        --check {build,kernels,documents,bandwidth,step,deepspeed,inference,sanitizer,training} hidden
+        --seconds SECONDS:float hidden""",
+    "gpu_bundle": """
+        --python X.Y = '3.12' | --output FOLDER:Path = PosixPath('gpu-bundle')
+        --most-megabytes MB:float = 60.0""",
     "inspect_dataset": """
         prefixes PREFIX [PREFIX ...] ! | --verify = False | --tokenizer TOKENIZER | --samples SAMPLES:int = 3
         --json = False""",

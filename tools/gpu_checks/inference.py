@@ -1,4 +1,4 @@
-"""Table 3 and Figure 3b of the paper, by benchmarks/inference.py: what decoding costs beside Transformer++."""
+"""Table 3 and Figure 3b of the paper, by benchmarks/inference.py: what decoding costs."""
 
 from __future__ import annotations
 
@@ -38,15 +38,22 @@ def measured(setting: Setting, name: str, options: list[str]) -> list[dict[str, 
     folder = setting.folder / name
     size = ["--toy"] if setting.toy else OPTIONS
     command = [sys.executable, str(BENCHMARK), "--device", setting.device, *size, *options]
+    command += ["--output", str(folder)]
+    seconds = max(setting.left - 2, 1)
     try:
-        done = subprocess.run([*command, "--output", str(folder)], timeout=max(setting.left - 2, 1), text=True,
-                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
+        done = subprocess.run(
+            command, timeout=seconds, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
     except subprocess.TimeoutExpired as late:
         print(late.output)
         raise RuntimeError(f"the benchmark did not end in time ({name})") from None
     print(done.stdout)
     if done.returncode:
-        wrong = [line for line in done.stdout.splitlines() if "UNEQUAL" in line or "refused" in line or "rror" in line]
+        wrong = [
+            line
+            for line in done.stdout.splitlines()
+            if "UNEQUAL" in line or "refused" in line or "rror" in line
+        ]
         raise RuntimeError(f"the benchmark ended with status {done.returncode}: {'; '.join(wrong)[:300]}")
     picture = folder / "inference.png"
     if picture.exists():
@@ -64,10 +71,14 @@ def figures_of(rows: list[dict[str, Any]], setting: Setting, prefix: str = "") -
             figures.append(Figure(label, None, note=f"refused: {row['refused']}"))
             continue
         memory = row["peak_bytes"] or row["weights_and_cache_bytes"]
-        note = f"{row['tokens_per_second']:.1f} tokens/s, {memory / 2**20:,.0f} MiB, {row['comparison'] or ''}"
+        note = (
+            f"{row['tokens_per_second']:.1f} tokens/s, {memory / 2**20:,.0f} MiB, {row['comparison'] or ''}"
+        )
         bound = ""
         if row["cache"] == "dynamic" and not prefix:
             bound = next((b for name, b in RATIOS.items() if row["system"].startswith(name)), "")
         ratio = row["time_ratio_to_transformer_pp"]
-        figures.append(Figure(f"{label}: time a token", ratio, "x", "Transformer++", setting.judged(bound), note))
+        figures.append(
+            Figure(f"{label}: time a token", ratio, "x", "Transformer++", setting.judged(bound), note)
+        )
     return figures

@@ -88,7 +88,8 @@ def run(
     Raises:
         RuntimeError: it failed, or took longer.
     """
-    environ = {**os.environ, "PYTHONPATH": str(ROOT)}
+    paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
+    environ = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     if device == "cpu":
         environ |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     log = folder.with_suffix(".txt")
