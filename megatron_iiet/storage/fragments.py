@@ -133,7 +133,12 @@ def write_fragments(path: Path, fragments: Sequence[Fragment], save: SaveIdentit
     tensors: dict[str, TensorToWrite] = {}
     entries: dict[str, dict[str, Any]] = {}
     for f in fragments:
-        _check_tensors(path, f)
+        for kind, tensor in f.tensors.items():
+            if tensor.shape != (f.numel,) or tensor.dtype != torch.float32:
+                raise ValueError(
+                    f"cannot write {kind} of {f.name} to {path}: it is {tensor.dtype} of "
+                    f"{list(tensor.shape)}; give torch.float32 of [{f.numel}]"
+                )
         if f.name in entries:
             raise ValueError(f"cannot write {path}: {f.name} comes twice; give one fragment a parameter")
         for kind in f.tensors if f.numel else ():
@@ -441,15 +446,6 @@ def _rectangles(start: int, numel: int, width: int, most: int) -> Iterator[tuple
         rows = 1 if last - first < width else min(most, (end - start) // width)
         yield row, rows, first, last
         start += rows * (last - first)
-
-
-def _check_tensors(path: Path, fragment: Fragment) -> None:
-    for kind, tensor in fragment.tensors.items():
-        if tensor.shape != (fragment.numel,) or tensor.dtype != torch.float32:
-            raise ValueError(
-                f"cannot write {kind} of {fragment.name} to {path}: it is {tensor.dtype} of "
-                f"{list(tensor.shape)}; give torch.float32 of [{fragment.numel}]"
-            )
 
 
 def _check_coverage(folder: Path, name: str, entry: ParameterEntry) -> None:

@@ -1,8 +1,5 @@
-"""Which tensors of a Hugging Face folder our parameters are, in both directions.
-
-Names are LLaMA's own. Our ``attention.qkv`` and ``mlp.gate_up`` are several of its matrices below each other;
-what a solver has is stored under its own name, ``model.layers.N.solver.…``.
-"""
+"""Which tensors of a Hugging Face folder our parameters are, in both directions: LLaMA's, under its names,
+and what a solver has as ``model.layers.N.solver.…``."""
 
 from __future__ import annotations
 
