@@ -1,8 +1,5 @@
-"""A model behind the interface of lm-evaluation-harness, and its tasks run on it.
-
-Text is tokenised on every process; batches of similar length are dealt to the replicas, and all processes get
-all answers: for the harness there is one process.
-"""
+"""A model behind the interface of lm-evaluation-harness, and its tasks run on it. Batches are dealt to the
+replicas, and all processes get all answers: for the harness there is one process."""
 
 from __future__ import annotations
 
