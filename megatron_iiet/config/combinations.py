@@ -1,9 +1,5 @@
-"""What cannot be combined: layouts, run settings and DeepSpeed settings, in one table.
-
-:func:`check_combination` reads the table before any process waits for another; a test compares it with the
-documentation's. The DeepSpeed rows are about version 0.19.8, which runs these combinations wrongly without a
-word, or stops with an assertion that helps nobody.
-"""
+"""What cannot be combined: layouts, run settings and DeepSpeed settings, in one table, which a test compares
+with that of docs/parallelism.md. It is read before any process waits for another."""
 
 from __future__ import annotations
 
