@@ -171,7 +171,9 @@ LAYOUT_RULES = (
 )
 """Rows that the run configuration alone decides."""
 
-WORLD_RULES = (
+COMBINATIONS: tuple[Rule, ...] = (
+    *LAYOUT_RULES,
+    # The number of processes; the second row counts on the first.
     Rule(
         "a number of processes that is no multiple of `parallel.tensor` x `parallel.pipeline`",
         "every replica of the model takes that many",
@@ -185,7 +187,5 @@ WORLD_RULES = (
         "a multiple",
         lambda setup: _batch_problem(setup.config, setup.data_parallel_size),
     ),
+    *DEEPSPEED_RULES,
 )
-"""Rows about the number of processes; the second counts on the first."""
-
-COMBINATIONS: tuple[Rule, ...] = (*LAYOUT_RULES, *WORLD_RULES, *DEEPSPEED_RULES)
