@@ -13,7 +13,7 @@ from megatron_iiet.config.schema import GuidanceConfig
 from megatron_iiet.config.solvers import Euler, Iterating
 from megatron_iiet.models.iterations import iterations_at
 from megatron_iiet.storage import checkpoint
-from megatron_iiet.storage.fragments import MASTER
+from megatron_iiet.storage.fragments import MASTER, Place
 from megatron_iiet.storage.hugging_face.llama import files_of_tokenizer
 from megatron_iiet.storage.parameters import StoredParameters
 
@@ -92,15 +92,8 @@ class StoredWeights(StoredParameters):
     def rows(self, name: str, first: int, last: int) -> Tensor:
         entry = self._reader.parameters[name]
         width = prod(entry.shape[1:])
-        flat = self._reader.read(
-            name,
-            MASTER,
-            shard=entry.shard,
-            tensor_size=1,
-            tensor_rank=0,
-            start=first * width,
-            numel=(last - first) * width,
-        )
+        place = Place(entry.shape, entry.shard, 1, 0, first * width)
+        flat = self._reader.read(name, MASTER, place, (last - first) * width)
         return flat.view(-1, *entry.shape[1:])
 
     def holding(self, name: str, row: int) -> str:

@@ -15,7 +15,7 @@ from megatron_iiet.config import RunConfig, config_from_file, config_to_yaml
 from megatron_iiet.durable import new_folder
 from megatron_iiet.models.transformer import VOCABULARY_WEIGHTS, Transformer
 from megatron_iiet.storage.parameters import StoredParameters
-from megatron_iiet.storage.safetensors_stream import TensorToWrite, open_checked, write_safetensors
+from megatron_iiet.storage.safetensors_stream import Shape, TensorToWrite, open_checked, write_safetensors
 
 CONFIG_FILE = "config.yaml"
 WEIGHTS_FILE = "model.safetensors"
@@ -138,14 +138,12 @@ def _with_padding(config: RunConfig, name: str, tensor: Tensor) -> Tensor:
     return torch.cat((tensor, tensor.new_zeros(padding, tensor.shape[1])))
 
 
-def _expected_shapes(model: Transformer) -> dict[str, tuple[int, ...]]:
+def _expected_shapes(model: Transformer) -> dict[str, Shape]:
     """Shape of every parameter as it is stored: without padding."""
     return {name: tuple(without_padding(model.config, name, p).shape) for name, p in model.named_parameters()}
 
 
-def _check_shapes(
-    expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], where: str
-) -> None:
+def _check_shapes(expected: Mapping[str, Shape], found: Mapping[str, Shape], where: str) -> None:
     for name in sorted(expected.keys() | found.keys()):
         if expected.get(name) != found.get(name):
             raise ValueError(
