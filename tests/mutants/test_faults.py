@@ -84,7 +84,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         Fault("b", "no test of it runs", "else b", "else a", ("tests/test_none.py",)),
         Fault("b", "gone", "a >= b", "a < b", ("tests/test_room.py",)),
     ]
-    monkeypatch.setattr(run, "read_faults", lambda: kept)
+    monkeypatch.setattr(run, "read_faults", lambda lists: kept)
     return tmp_path / "project"
 
 
