@@ -7,7 +7,6 @@ import math
 import sys
 import time
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ import torch
 from megatron_iiet import __version__, durable
 from megatron_iiet.evaluation.harness import HarnessModel, TaskResults, run_tasks
 from megatron_iiet.evaluation.models import ModelOptions, PreparedModel, prepare_model
-from megatron_iiet.evaluation.paper_table import all_metrics_table, mean_accuracy, paper_table
+from megatron_iiet.evaluation.paper_table import all_metrics_table, mean_accuracy, paper_size, paper_table
 from megatron_iiet.evaluation.tasks import PAPER_TASKS, check_installed, find_data, load_tasks, task_names
 from megatron_iiet.parallel import ParallelContext
 from megatron_iiet.parallel.launch import launch_environment
@@ -95,7 +94,7 @@ def _report(options: Options, prepared: PreparedModel, results: TaskResults) -> 
     """What is printed, and written as results.md."""
     lines = []
     if set(results.metrics) & {task.name for task in PAPER_TASKS}:
-        size = prepared.size
+        size = paper_size(prepared.hidden_size, prepared.num_layers)
         lines += [paper_table(prepared.system, results.metrics, size), ""]
         if size is None:
             lines += ["The paper (arXiv 2509.22463) reports no model of this size.", ""]
@@ -112,7 +111,11 @@ def _report(options: Options, prepared: PreparedModel, results: TaskResults) -> 
 def _as_data(
     options: Options, prepared: PreparedModel, results: TaskResults, max_length: int, seconds: float
 ) -> dict[str, Any]:
-    size = prepared.size
+    """The content of results.json."""
+    from importlib.metadata import version
+
+    size = paper_size(prepared.hidden_size, prepared.num_layers)
+    mean = mean_accuracy(results.metrics)
     return {
         "version": VERSION,
         "model": prepared.description,
@@ -128,7 +131,7 @@ def _as_data(
             }
             for name, values in results.metrics.items()
         },
-        "mean_accuracy": mean_accuracy(results.metrics),
+        "mean_accuracy": mean,
         "paper": None
         if size is None
         else {

@@ -17,7 +17,6 @@ from megatron_iiet.data.loader.inputs import Inputs
 from megatron_iiet.data.tokenizers.loading import load_tokenizer
 from megatron_iiet.evaluation.forward import DTYPES, ForwardModel, forward_config
 from megatron_iiet.evaluation.harness import TextCodec
-from megatron_iiet.evaluation.paper_table import PaperSize, paper_size
 from megatron_iiet.evaluation.scoring import Scorer, TokenScores, noting_scores, score_tokens
 from megatron_iiet.hf import folders
 from megatron_iiet.ops import chosen_backend
@@ -60,8 +59,8 @@ class PreparedModel:
     """What and where it is."""
     system: str
     """Its solver, for a table."""
-    size: PaperSize | None
-    """The paper's that it is of."""
+    hidden_size: int
+    num_layers: int
     codec: TextCodec
     load: Callable[[ParallelContext], OwnScorer | HuggingFaceScorer]
 
@@ -142,12 +141,13 @@ def _prepare_own(options: ModelOptions, source: Source, world_size: int) -> Prep
         world_size=world_size,
         tokenizer=options.tokenizer or portable.tokenizer_path(source.config.data.tokenizer, options.path),
     )
-    model = config.model
+    codec, model = _codec(options, config.data.tokenizer, config.model.vocab_size), config.model
     return PreparedModel(
         source.description,
         source.config.solver.label,
-        paper_size(model.hidden_size, model.num_layers),
-        _codec(options, config.data.tokenizer, model.vocab_size),
+        model.hidden_size,
+        model.num_layers,
+        codec,
         lambda context: OwnScorer(source, config, context, options.batch_size),
     )
 
@@ -188,7 +188,8 @@ def _prepare_hugging_face(options: ModelOptions) -> PreparedModel:
     return PreparedModel(
         f"Hugging Face {options.path}",
         system,
-        paper_size(int(fields.get("hidden_size") or 0), int(fields.get("num_hidden_layers") or 0)),
+        int(fields.get("hidden_size") or 0),
+        int(fields.get("num_hidden_layers") or 0),
         codec,
         load,
     )

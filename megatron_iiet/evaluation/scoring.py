@@ -1,4 +1,7 @@
-"""Log-probabilities of given tokens from a model on any grid of processes. V: vocabulary of a rank."""
+"""Log-probabilities of given tokens from a model on any grid of processes.
+
+Shapes: B batch, T sequence, V vocabulary of one rank.
+"""
 
 from __future__ import annotations
 

@@ -215,7 +215,9 @@ def test_all_metrics_with_their_standard_errors() -> None:
 
 def test_a_metric_that_is_no_number_is_null_in_json() -> None:
     results = TaskResults({"piqa": {"acc": 0.5, "acc_stderr": math.nan, "ppl": math.inf}}, {"piqa": 7})
-    prepared = cast(Any, SimpleNamespace(description="a model", system="IIET", size=paper_size(1024, 24)))
+    prepared = cast(
+        Any, SimpleNamespace(description="a model", system="IIET", hidden_size=1024, num_layers=24)
+    )
     written = _as_data(Options(ModelOptions("nowhere")), prepared, results, 64, 1.5)
     read = json.loads(json.dumps(written), parse_constant=pytest.fail)
     assert read["tasks"]["piqa"]["metrics"] == {"acc": 0.5, "acc_stderr": None, "ppl": None}
