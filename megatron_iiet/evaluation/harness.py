@@ -153,7 +153,6 @@ class HarnessModel(TemplateLM):
         return batches
 
     def _padded(self, length: int) -> int:
-        """Length of the batch of an input of ``length`` tokens."""
         multiple = self.scorer.multiple
         return -(-max(length, 1) // multiple) * multiple
 

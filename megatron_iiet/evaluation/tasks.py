@@ -237,7 +237,6 @@ def _index() -> Any:
 
 
 def _definition(name: str) -> Path:
-    """The harness's definition file of a task."""
     usual = _usual_definition(name)
     if usual is not None:
         return usual
