@@ -42,8 +42,7 @@ def gradient_accumulation_steps(config: RunConfig, data_parallel_size: int) -> i
         ConfigError: the global batch does not divide evenly over the replicas of the model; names the
             numbers, the nearest global batch sizes and the nearest numbers of ranks.
     """
-    problem = _batch_problem(config, data_parallel_size)
-    if problem:
+    if problem := _batch_problem(config, data_parallel_size):
         raise ConfigError(problem)
     return config.training.global_batch_size // (config.training.micro_batch_size * data_parallel_size)
 
@@ -56,8 +55,7 @@ def tensor_sizes(config: RunConfig) -> list[int]:
 
 def _raise_first(rules: Iterable[Rule], setup: Setup) -> None:
     for rule in rules:
-        problem = rule.problem(setup)
-        if problem:
+        if problem := rule.problem(setup):
             raise ConfigError(problem)
 
 

@@ -180,7 +180,7 @@ def _model(fields: Mapping[str, Any], path: Path) -> ModelConfig:
         vocab_size=_size(fields, "vocab_size", path),
         vocab_multiple=_size(fields, "vocab_multiple", path, default=ModelConfig.vocab_multiple),
         max_position_embeddings=_size(fields, "max_position_embeddings", path, default=2048),
-        tie_embeddings=_flag(fields, "tie_word_embeddings", path),
+        tie_embeddings=bool(fields.get("tie_word_embeddings")),
         embedding_scale=1.0,
         rms_norm_eps=_number(fields, "rms_norm_eps", path, default=1e-6),
         rotary_base=_rotary_base(fields, path),
@@ -204,6 +204,8 @@ def _refuse_unsupported(fields: Mapping[str, Any], path: Path) -> None:
     for name, (only, reason) in _ONLY_VALUES.items():
         if fields.get(name) is not None and fields[name] != only:
             raise _unsupported(path, name, fields[name], f"{only!r}: {reason}")
+    if fields.get("tie_word_embeddings") not in (None, True, False):
+        raise _unsupported(path, "tie_word_embeddings", fields["tie_word_embeddings"], "true or false")
     if fields.get("quantization_config") is not None:
         method = fields["quantization_config"]
         method = method.get("quant_method", method) if isinstance(method, dict) else method
@@ -265,13 +267,6 @@ def _number(
     if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < float("inf"):
         raise _unsupported(path, prefix + name, value, "a number greater than 0")
     return float(value)
-
-
-def _flag(fields: Mapping[str, Any], name: str, path: Path) -> bool:
-    value = fields.get(name)
-    if value not in (None, True, False):
-        raise _unsupported(path, name, value, "true or false")
-    return bool(value)
 
 
 def _unsupported(path: Path, field: str, found: Any, supported: str) -> ValueError:
