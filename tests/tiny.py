@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from megatron_iiet.data.loader.samples import build_splits
 from megatron_iiet.data.tokenizers.training import train_tokenizer
 from megatron_iiet.models import Transformer
 from megatron_iiet.storage.checkpoint import TrainState
+from megatron_iiet.storage.fragments import MASTER, FragmentReader, Place
 from megatron_iiet.storage.integrity import SaveIdentity
 
 _SUBJECTS = [
@@ -38,6 +40,13 @@ _OBJECTS = [
     "the next token",
 ]
 _ENDINGS = ["once more.", "in every step.", "before the norm.", "without a word.", "twice.", "and stops."]
+
+
+def read_full(reader: FragmentReader, name: str, kind: str = MASTER) -> torch.Tensor:
+    """A whole parameter of a checkpoint, fp32 in its global shape."""
+    entry = reader.parameters[name]
+    place = Place(entry.shape, entry.shard, 1, 0, 0)
+    return reader.read(name, kind, place, math.prod(entry.shape)).view(entry.shape)
 
 
 def write_corpus(path: Path, documents: int = 200, seed: int = 0) -> None:

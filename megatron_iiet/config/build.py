@@ -1,8 +1,5 @@
-"""From loose settings (key, value, where it came from) to a typed :class:`RunConfig`.
-
-jsonargparse knows the types; the messages are written here, because its own name types the
-way Python does and cannot say in which file and line a value stood.
-"""
+"""From loose settings (key, value, where it came from) to a typed :class:`RunConfig`. jsonargparse knows the
+types; its own messages cannot say in which file and line a value stood."""
 
 from __future__ import annotations
 

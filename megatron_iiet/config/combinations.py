@@ -1,9 +1,5 @@
-"""What cannot be combined: layouts, run settings and DeepSpeed settings, in one table.
-
-:func:`check_combination` reads the table before any process waits for another; a test compares it with the
-documentation's. The DeepSpeed rows are about version 0.19.8, which runs these combinations wrongly without a
-word, or stops with an assertion that helps nobody.
-"""
+"""What cannot be combined: layouts, run settings and DeepSpeed settings, in one table, which a test compares
+with that of docs/parallelism.md. It is read before any process waits for another."""
 
 from __future__ import annotations
 
@@ -46,8 +42,7 @@ def gradient_accumulation_steps(config: RunConfig, data_parallel_size: int) -> i
         ConfigError: the global batch does not divide evenly over the replicas of the model; names the
             numbers, the nearest global batch sizes and the nearest numbers of ranks.
     """
-    problem = _batch_problem(config, data_parallel_size)
-    if problem:
+    if problem := _batch_problem(config, data_parallel_size):
         raise ConfigError(problem)
     return config.training.global_batch_size // (config.training.micro_batch_size * data_parallel_size)
 
@@ -60,8 +55,7 @@ def tensor_sizes(config: RunConfig) -> list[int]:
 
 def _raise_first(rules: Iterable[Rule], setup: Setup) -> None:
     for rule in rules:
-        problem = rule.problem(setup)
-        if problem:
+        if problem := rule.problem(setup):
             raise ConfigError(problem)
 
 
@@ -175,7 +169,9 @@ LAYOUT_RULES = (
 )
 """Rows that the run configuration alone decides."""
 
-WORLD_RULES = (
+COMBINATIONS: tuple[Rule, ...] = (
+    *LAYOUT_RULES,
+    # The number of processes; the second row counts on the first.
     Rule(
         "a number of processes that is no multiple of `parallel.tensor` x `parallel.pipeline`",
         "every replica of the model takes that many",
@@ -189,7 +185,5 @@ WORLD_RULES = (
         "a multiple",
         lambda setup: _batch_problem(setup.config, setup.data_parallel_size),
     ),
+    *DEEPSPEED_RULES,
 )
-"""Rows about the number of processes; the second counts on the first."""
-
-COMBINATIONS: tuple[Rule, ...] = (*LAYOUT_RULES, *WORLD_RULES, *DEEPSPEED_RULES)

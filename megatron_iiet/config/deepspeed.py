@@ -1,9 +1,5 @@
-"""Reading the DeepSpeed JSON and making it agree with the run configuration.
-
-The file is the ecosystem's ordinary one. A value that both sides define may be missing or ``"auto"`` there
-and is then filled in from the run configuration; written out, it must be equal. Nothing here imports
-deepspeed, so a wrong file is reported before the slow start-up.
-"""
+"""Reading the DeepSpeed JSON and making it agree with the run configuration. Nothing here imports deepspeed,
+so a wrong file is reported before the slow start-up."""
 
 from __future__ import annotations
 

@@ -8,8 +8,6 @@ import sys
 import time
 from typing import NoReturn
 
-EXIT_CODE = 2
-"""Exit status of a script that was started with a wrong configuration."""
 _PATIENCE_SECONDS = 10.0
 
 
@@ -38,7 +36,7 @@ def exit_with_error(message: str) -> NoReturn:
     else:
         time.sleep(_PATIENCE_SECONDS)
         print(f"error on one rank: {message}", file=sys.stderr, flush=True)
-    sys.exit(EXIT_CODE)
+    sys.exit(2)
 
 
 class ArgumentParser(argparse.ArgumentParser):

@@ -1,9 +1,5 @@
-"""Which kind the settings of a run name in a section of :class:`Kinds`, and what becomes of the keys that it
-does not have.
-
-Such a key is a mistake where somebody wrote it for this kind: on the command line, or in the file that names
-the kind. One that was inherited, from a base file whose kind a later source changes, is dropped, and told.
-"""
+"""Which kind the settings of a run name in a section of :class:`Kinds`. A key that it does not have is a
+mistake if somebody wrote it for this kind; one inherited from a base of another kind is dropped, and told."""
 
 from __future__ import annotations
 

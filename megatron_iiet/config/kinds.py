@@ -1,6 +1,5 @@
-"""Sections whose keys depend on their kind: a dataclass declares each kind, and all of a section together are
-a :class:`Kinds`. Loading, validation, ``--help`` and what a resumed run may not change are derived from it.
-"""
+"""Sections whose keys depend on their kind: a dataclass declares each kind, and loading, validation,
+``--help`` and what a resumed run may not change are derived from it."""
 
 from __future__ import annotations
 

@@ -1,9 +1,4 @@
-"""Loading a run's configuration: strict YAML and its bases, then command-line overrides, then every check.
-
-loaded = load_config()                       # sys.argv; raises ConfigError
-loaded = load_config_or_exit()               # for scripts: one line on stderr, exit status 2
-config = config_from_file("run.yaml", ["--training.steps", "20"])
-"""
+"""Loading a run's configuration: strict YAML and its bases, then command-line overrides, then every check."""
 
 from __future__ import annotations
 

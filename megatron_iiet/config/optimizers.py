@@ -1,8 +1,5 @@
 """The optimizers, each declared once, and the learning-rate schedule that all have. What a declaration builds
-is in :mod:`megatron_iiet.training.optimizers`, a module of the kind's name.
-
-A new optimizer is a class here and its module there.
-"""
+is in :mod:`megatron_iiet.training.optimizers`, a module of the kind's name."""
 
 from __future__ import annotations
 

@@ -117,21 +117,18 @@ _FP32 = ("fp32", "float32", "float", "torch.float32")
 _BF16 = ("bf16", "bfloat16", "torch.bfloat16")
 
 
-PIPELINE = With(
-    "`parallel.pipeline` > 1",
-    lambda setup: setup.config.parallel.pipeline > 1,
-    "parallel.pipeline = {config.parallel.pipeline}",
-)
+def _split(name: str) -> With:
+    """Over several ranks along an axis of the grid."""
+    key = f"parallel.{name}"
+    return With(
+        f"`{key}` > 1", lambda setup: getattr(setup.config.parallel, name) > 1, f"{key} = {{config.{key}}}"
+    )
+
+
+PIPELINE, TENSOR = _split("pipeline"), _split("tensor")
 ONE_STAGE = With("`parallel.pipeline: 1`", lambda setup: setup.config.parallel.pipeline == 1, "")
-TENSOR = With(
-    "`parallel.tensor` > 1",
-    lambda setup: setup.config.parallel.tensor > 1,
-    "parallel.tensor = {config.parallel.tensor}",
-)
 TIED = With(
-    "`model.tie_embeddings`",
-    lambda setup: setup.config.model.tie_embeddings,
-    "model.tie_embeddings = true",
+    "`model.tie_embeddings`", lambda setup: setup.config.model.tie_embeddings, "model.tie_embeddings = true"
 )
 BF16, FP32 = (
     With(

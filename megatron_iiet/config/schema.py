@@ -1,11 +1,5 @@
-"""Every field of a run, as typed nested dataclasses; those of solvers and optimizers are in
-:mod:`megatron_iiet.config.solvers` and :mod:`megatron_iiet.config.optimizers`.
-
-The docstring under a field is its ``--help`` text; :func:`~megatron_iiet.config.changes.key` says what a
-change of it means to a run that has checkpoints. Cross-field checks live in
-:mod:`megatron_iiet.config.validation`; loading (YAML, command line) in
-:mod:`megatron_iiet.config.load`.
-"""
+"""Every field of a run but those of solvers and optimizers, as typed nested dataclasses. The docstring under
+a field is its ``--help`` text."""
 
 from __future__ import annotations
 

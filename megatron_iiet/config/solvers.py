@@ -1,10 +1,5 @@
-"""The solvers, each declared once: its keys with types, ranges and help, whether it iterates and merges, how
-often it evaluates F, and what it is called.
-
-Everything else that knows of solvers is derived from here. The arithmetic is in
-:mod:`megatron_iiet.models.solvers`, a module for each declaration. ``hf/modeling_iiet.py`` travels alone and
-has a table of its own, which a test compares with this one.
-"""
+"""The solvers, each declared once; whatever else knows of solvers is derived from here. Only
+``hf/modeling_iiet.py``, which travels alone, has a table of its own, which a test compares with this one."""
 
 from __future__ import annotations
 

@@ -1,8 +1,5 @@
-"""Every check that needs neither files nor processes; each failure is one sentence for the user.
-
-Types and literal choices are checked while loading; here values are checked for range and for fitting
-together. Checks stop at the first failure, in the order of the schema.
-"""
+"""Every check of values, for range and for fitting together, that needs neither files nor processes; types
+and literal choices are checked while loading."""
 
 from __future__ import annotations
 

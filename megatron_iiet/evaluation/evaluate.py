@@ -7,6 +7,7 @@ import math
 import sys
 import time
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -115,11 +116,7 @@ def _report(options: Options, prepared: PreparedModel, results: TaskResults) -> 
 def _as_data(
     options: Options, prepared: PreparedModel, results: TaskResults, max_length: int, seconds: float
 ) -> dict[str, Any]:
-    """The content of results.json."""
-    from importlib.metadata import version
-
     size = paper_size(prepared.hidden_size, prepared.num_layers)
-    mean = mean_accuracy(results.metrics)
     return {
         "version": VERSION,
         "model": prepared.description,
@@ -135,7 +132,7 @@ def _as_data(
             }
             for name, values in results.metrics.items()
         },
-        "mean_accuracy": mean,
+        "mean_accuracy": mean_accuracy(results.metrics),
         "paper": None
         if size is None
         else {

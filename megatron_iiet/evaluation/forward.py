@@ -1,8 +1,5 @@
-"""A trained model without its training: forward passes on any grid of processes.
-
-Pipeline stages send their packed streams from point to point, as many micro-batches under way as there are
-stages. Weights are read by the rank that holds them.
-"""
+"""A trained model without its training: forward passes on any grid of processes, of which each reads the
+weights that it holds. Pipeline stages send their packed streams from point to point."""
 
 from __future__ import annotations
 

@@ -1,8 +1,5 @@
-"""A model behind the interface of lm-evaluation-harness, and its tasks run on it.
-
-Text is tokenised on every process; batches of similar length are dealt to the replicas, and all processes get
-all answers: for the harness there is one process.
-"""
+"""A model behind the interface of lm-evaluation-harness, and its tasks run on it. Batches are dealt to the
+replicas, and all processes get all answers: for the harness there is one process."""
 
 from __future__ import annotations
 
@@ -156,7 +153,6 @@ class HarnessModel(TemplateLM):
         return batches
 
     def _padded(self, length: int) -> int:
-        """Length of the batch of an input of ``length`` tokens."""
         multiple = self.scorer.multiple
         return -(-max(length, 1) // multiple) * multiple
 

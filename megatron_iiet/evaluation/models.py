@@ -1,8 +1,5 @@
-"""Trained models as something the harness can ask: of runs, model folders and Hugging Face folders.
-
-A run, a portable folder or a Hugging Face LLaMA or IIET on a grid is run by this package; any other Hugging
-Face folder by transformers, a whole model on each process.
-"""
+"""Trained models as something the harness can ask: run by this package (runs, model folders, a Hugging Face
+LLaMA or IIET on a grid), or by transformers, a whole model on each process (other Hugging Face folders)."""
 
 from __future__ import annotations
 

@@ -1,7 +1,5 @@
-"""The paper's table: what a model reached, beside what the paper (arXiv 2509.22463) reports of its size.
-
-The paper's perplexity and mean accuracy are kept here; its figures of the single tasks are not.
-"""
+"""The paper's table: what a model reached, beside the perplexity and mean accuracy that the paper (arXiv
+2509.22463) reports of its size."""
 
 from __future__ import annotations
 

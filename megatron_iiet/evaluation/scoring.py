@@ -1,7 +1,4 @@
-"""Log-probabilities of given tokens from a model on any grid of processes.
-
-Shapes: B batch, T sequence, V vocabulary of one rank.
-"""
+"""Log-probabilities of given tokens from a model on any grid of processes. V: vocabulary of a rank."""
 
 from __future__ import annotations
 

@@ -1,7 +1,5 @@
-"""Evaluation tasks of lm-evaluation-harness: the paper's suite, and their data from local files or the hub.
-
-A local task is the harness's own definition (prompt, choices, metrics) with the data swapped for a file.
-"""
+"""Evaluation tasks of lm-evaluation-harness: the paper's suite, and their data from local files or the hub. A
+local task is the harness's own definition (prompt, choices, metrics) with the data swapped for a file."""
 
 from __future__ import annotations
 
@@ -18,14 +16,8 @@ from typing import Any
 
 PAPER = "paper"
 """Stands for all of :data:`PAPER_TASKS`."""
-SUFFIXES = {
-    ".jsonl": "json",
-    ".jsonl.gz": "json",
-    ".jsonl.zst": "json",
-    ".json": "json",
-    ".parquet": "parquet",
-}
-"""Local data files ``NAME.SUFFIX`` of a task, and the reader of the datasets library."""
+SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".parquet")
+"""How the names of local data files may go on behind the task's."""
 _SPLIT = "test"
 _CLOSE = 0.6
 
@@ -124,7 +116,7 @@ def find_data(names: Sequence[str], data_dir: str | Path) -> dict[str, Path]:
         if file is None:
             raise ValueError(
                 f"{choices[0]} is missing, the data of evaluation task '{name}' (or the same name ending in "
-                f"{', '.join(list(SUFFIXES)[1:])}); put it there, or leave the task out"
+                f"{', '.join(SUFFIXES[1:])}); put it there, or leave the task out"
             )
         files[name] = file
     return files
@@ -186,7 +178,7 @@ def _load_local(names: Sequence[str], data_dir: str | Path) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="evaluation-") as folder:
         readers, arguments = {}, {}
         for name, file in files.items():
-            readers[name] = next(kind for suffix, kind in SUFFIXES.items() if file.name == name + suffix)
+            readers[name] = "parquet" if file.suffix == ".parquet" else "json"
             data_files = {_SPLIT: str(file.resolve())}
             arguments[name] = {"data_files": data_files, "cache_dir": folder, "keep_in_memory": True}
             definition = {
@@ -245,7 +237,6 @@ def _index() -> Any:
 
 
 def _definition(name: str) -> Path:
-    """The harness's definition file of a task."""
     usual = _usual_definition(name)
     if usual is not None:
         return usual

@@ -3,7 +3,6 @@ the tokenizer and the code that computes it: all that ``AutoModelForCausalLM.fro
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata
@@ -14,11 +13,10 @@ import torch
 
 from megatron_iiet.config import RunConfig
 from megatron_iiet.config.solvers import Euler
-from megatron_iiet.durable import sync_folder, write_text
+from megatron_iiet.durable import new_folder, write_text
 from megatron_iiet.hf.tokenizer import TOKEN_FIELDS, Extras, to_json
-from megatron_iiet.storage.hugging_face.llama import ARCHITECTURES, TOKENIZER_FILES
+from megatron_iiet.storage.hugging_face.llama import ARCHITECTURES, TOKENIZER_FILES, solver_to_fields
 from megatron_iiet.storage.hugging_face.shards import read_json, write_shards
-from megatron_iiet.storage.hugging_face.solver_fields import solver_to_fields
 from megatron_iiet.storage.hugging_face.weights import CONFIG_FILE, tensors_to_write
 from megatron_iiet.storage.parameters import RowSource
 from megatron_iiet.storage.portable import check_new
@@ -89,19 +87,12 @@ def export_folder(
     files = {GENERATION_FILE: to_json(generation), **extras.files}
     if not as_llama:
         files[MODELING_FILE] = modeling_code()
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
+    with new_folder(folder) as partial:
         tensors = tensors_to_write(config, weights, DTYPES[dtype], as_llama=as_llama)
         weight_files = write_shards(partial, tensors, max_shard_bytes)
         for name, content in files.items():
             (partial / name).write_bytes(content)
         write_text(partial / CONFIG_FILE, to_json(fields).decode())
-        partial.rename(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    sync_folder(folder.parent)
     return Written(weight_files, sorted(files.keys() - {GENERATION_FILE}), notes)
 
 

@@ -1,30 +1,12 @@
-"""Folder layout of a run, and how it is resumed.
-
-    output_dir/
-      config.yaml                     resolved configuration that the newest checkpoint was made with
-      ds_config.json                  the DeepSpeed configuration of that
-      starts.jsonl                    one line per start
-      log.jsonl                       one line per step
-      tensorboard/                    events
-      checkpoints/
-        latest                        name of the newest complete checkpoint
-        step_00000500/                config.yaml, starts.jsonl, state.json, index.json,
-                                      rank_00000.safetensors …
-
-``latest`` is replaced atomically after every rank's shards are on disk: a kill at any moment leaves the
-previous checkpoint in force. Weights and moments are stored under the parameters' names with their place in
-the whole (:mod:`megatron_iiet.storage.fragments`), so that any layout reads what any other wrote.
-
-A checkpoint knows itself: every file of it says which save it is of, ``state.json`` and ``index.json`` hold
-digests of themselves, ``state.json`` one of ``config.yaml``, the index one of every block of the rest.
-"""
+"""The checkpoints of a run, and which of them is in force. ``latest`` is replaced atomically after every
+rank's shards are on disk: a kill at any moment leaves the previous checkpoint in force."""
 
 from __future__ import annotations
 
 import os
 import re
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +50,8 @@ class TrainState:
     """How the writing processes were laid out; only told to the user."""
     plan: dict[str, Any] | None = None
     """The iteration plan in force, as :meth:`IterationPlan.to_data` has it."""
+    save: SaveIdentity | None = field(default=None, compare=False)
+    """Which save it was read from; None of a format without."""
 
 
 def checkpoints_folder(output_dir: str | Path) -> Path:
@@ -111,15 +95,6 @@ def latest_tag(output_dir: str | Path) -> str | None:
     return tag
 
 
-def read_state(folder: Path) -> TrainState:
-    """The training state stored in a checkpoint folder.
-
-    Raises:
-        ConfigError: it is missing, damaged or of another format.
-    """
-    return _read_state(folder)[0]
-
-
 def read_config(folder: Path) -> RunConfig:
     """The configuration that a checkpoint was made with.
 
@@ -131,7 +106,7 @@ def read_config(folder: Path) -> RunConfig:
         raise ConfigError(
             f"{folder} has no {CONFIG}, so it is not a complete checkpoint; choose another step"
         )
-    save = _read_state(folder)[1]
+    save = read_state(folder).save
     if save is not None and digest_of(path.read_bytes()) != save.config:
         raise ConfigError(
             f"{path} was edited or damaged: its digest is not the one in {STATE} beside it; copy the whole "
@@ -159,23 +134,30 @@ def open_weights(folder: Path) -> FragmentReader:
     Raises:
         ValueError: files are missing, damaged, or of different saves.
     """
-    return FragmentReader(folder, _read_state(folder)[1])
+    return FragmentReader(folder, read_state(folder).save)
 
 
 def lacks(folder: Path) -> str:
     """What a checkpoint of an older format does not have; "" of the present one."""
-    digests = _read_state(folder)[1] is not None
-    return "" if digests else "of a format without digests: damage to its files is not noticed"
+    if read_state(folder).save is not None:
+        return ""
+    return "of a format without digests: damage to its files is not noticed"
 
 
 def write_metadata(folder: Path, config: RunConfig, state: TrainState, save: SaveIdentity) -> None:
     """Write ``config.yaml`` and ``state.json`` into a checkpoint folder; with the latter it is complete."""
     durable.write_text(folder / CONFIG, config_to_yaml(config))
-    content = {"format": FORMAT, "save": save.save, "config": save.config, **asdict(state)}
+    content = {"format": FORMAT, "save": save.save, "config": save.config}
+    content |= {name: getattr(state, name) for name in _FORM}
     write_sealed(folder / STATE, content, indent=2)
 
 
-def _read_state(folder: Path) -> tuple[TrainState, SaveIdentity | None]:
+def read_state(folder: Path) -> TrainState:
+    """The training state stored in a checkpoint folder.
+
+    Raises:
+        ConfigError: it is missing, damaged or of another format.
+    """
     path = folder / STATE
     try:
         content = read_json(path)
@@ -189,13 +171,13 @@ def _read_state(folder: Path) -> tuple[TrainState, SaveIdentity | None]:
         del content["format"]
         if wrong := misfit(content, _FORM):
             raise ValueError(f"{path} is damaged: {wrong}; {REMEDY}")
-        state = TrainState(**content)
+        state = TrainState(**content, save=save)
         if re.fullmatch(r"step_\d+", folder.name) and folder.name != tag_of(state.step):
             raise ValueError(
                 f"{folder} holds the checkpoint of step {state.step}, not the one that its name says; give "
                 f"it the name {tag_of(state.step)}"
             )
-        return state, save
+        return state
     except (KeyError, TypeError) as error:
         raise ConfigError(f"{path} is damaged ({error!r}); use another checkpoint") from None
     except ValueError as error:
@@ -235,11 +217,8 @@ def _own_steps(folder: Path) -> list[int]:
     """Steps of the folders in ``folder`` that are named as a checkpoint is, complete or not."""
     found = [re.fullmatch(r"step_(\d+)", path.name) for path in folder.iterdir()]
     steps = [int(match[1]) for match in found if match and tag_of(int(match[1])) == match[0]]
-    return [step for step in steps if _is_folder(folder / tag_of(step))]
-
-
-def _is_folder(path: Path) -> bool:
-    return path.is_dir() and not path.is_symlink()
+    paths = {step: folder / tag_of(step) for step in steps}
+    return [step for step, path in paths.items() if path.is_dir() and not path.is_symlink()]
 
 
 def _remove(folder: Path) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -14,10 +13,9 @@ from megatron_iiet.config.schema import GuidanceConfig
 from megatron_iiet.config.solvers import Euler, Iterating
 from megatron_iiet.models.iterations import iterations_at
 from megatron_iiet.storage import checkpoint
-from megatron_iiet.storage.fragments import MASTER
+from megatron_iiet.storage.fragments import MASTER, Place
 from megatron_iiet.storage.hugging_face.llama import files_of_tokenizer
 from megatron_iiet.storage.parameters import StoredParameters
-from megatron_iiet.storage.safetensors_stream import Shape
 
 
 @dataclass(frozen=True)
@@ -89,24 +87,13 @@ class StoredWeights(StoredParameters):
 
     def __init__(self, folder: Path) -> None:
         self._reader = checkpoint.open_weights(folder)
-        self._shapes = {name: entry.shape for name, entry in self._reader.parameters.items()}
-
-    @property
-    def shapes(self) -> Mapping[str, Shape]:
-        return self._shapes
+        self.shapes = {name: entry.shape for name, entry in self._reader.parameters.items()}
 
     def rows(self, name: str, first: int, last: int) -> Tensor:
         entry = self._reader.parameters[name]
         width = prod(entry.shape[1:])
-        flat = self._reader.read(
-            name,
-            MASTER,
-            shard=entry.shard,
-            tensor_size=1,
-            tensor_rank=0,
-            start=first * width,
-            numel=(last - first) * width,
-        )
+        place = Place(entry.shape, entry.shard, 1, 0, first * width)
+        flat = self._reader.read(name, MASTER, place, (last - first) * width)
         return flat.view(-1, *entry.shape[1:])
 
     def holding(self, name: str, row: int) -> str:
@@ -115,7 +102,7 @@ class StoredWeights(StoredParameters):
 
     def leave_out(self, part_of_name: str) -> None:
         """Forget the parameters whose name contains ``part_of_name``."""
-        self._shapes = {name: shape for name, shape in self._shapes.items() if part_of_name not in name}
+        self.shapes = {name: shape for name, shape in self.shapes.items() if part_of_name not in name}
 
 
 def _settle_guidance(config: RunConfig, folder: Path) -> None:

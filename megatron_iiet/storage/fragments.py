@@ -11,11 +11,8 @@ where everything is::
                            "kinds": [...], "pieces": [[file, tensor_rank, start, numel], ...]}},
      "digest": of all that}
 
-Every file says in its header which save it is of, and every block that is read is compared with its digest.
-(Format 1, of older checkpoints, had neither, and one list of kinds for all parameters.)
-
-Nothing in it depends on pipeline, data parallelism or ZeRO. Numbers are fp32 and are moved, never computed
-with. Offsets and lengths count elements unless they say bytes; memory is little-endian, as is the format.
+Format 1, of older checkpoints, had neither saves nor digests, and one list of kinds for all parameters.
+Offsets and lengths count elements unless they say bytes; memory is little-endian, as is the format.
 """
 
 from __future__ import annotations
@@ -31,6 +28,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from megatron_iiet.parallel.group import Group
 from megatron_iiet.parallel.shard import Shard
 from megatron_iiet.storage.integrity import (
     BLOCK_BYTES,
@@ -70,21 +68,38 @@ _BARE_FORM = {
 
 
 @dataclass(frozen=True)
-class Fragment:
-    """What one rank holds of one parameter."""
+class Place:
+    """Where in a whole parameter an interval of a rank's flattened local shard begins."""
 
-    name: str
     shape: tuple[int, ...]
     """Of the whole parameter."""
     shard: Shard | None
     tensor_size: int
     tensor_rank: int
-    """Of the writer, out of ``tensor_size``; 0 for a replicated parameter, which that rank alone writes."""
+    """Of the rank, out of the ``tensor_size`` that share the parameter by ``shard``; 0 if replicated."""
     start: int
+    """First element of the interval in the local shard."""
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """What one rank holds of one parameter."""
+
+    name: str
+    place: Place
+    """In the parameter; of a replicated one tensor rank 0 alone writes."""
     numel: int
-    """The interval [start, start + numel) of the flattened local shard; may be empty."""
+    """Length of the interval; may be 0."""
     tensors: Mapping[str, Tensor]
     """Kind → [numel] fp32 on any device: :data:`MASTER`, and the moments that the parameter has."""
+
+
+def place_of(shard: Shard | None, local: Sequence[int], tensor: Group, start: int = 0) -> Place:
+    """The place of this rank's shard of shape ``local``, or of its elements from ``start`` on."""
+    if shard is None:
+        return Place(tuple(local), None, 1, 0, start)
+    shape = [sum(shard.blocks) if dim == shard.dim else size for dim, size in enumerate(local)]
+    return Place(tuple(shape), shard, tensor.size, tensor.rank, start)
 
 
 class Piece(NamedTuple):
@@ -133,19 +148,25 @@ def write_fragments(path: Path, fragments: Sequence[Fragment], save: SaveIdentit
     tensors: dict[str, TensorToWrite] = {}
     entries: dict[str, dict[str, Any]] = {}
     for f in fragments:
-        _check_tensors(path, f)
+        for kind, tensor in f.tensors.items():
+            if tensor.shape != (f.numel,) or tensor.dtype != torch.float32:
+                raise ValueError(
+                    f"cannot write {kind} of {f.name} to {path}: it is {tensor.dtype} of "
+                    f"{list(tensor.shape)}; give torch.float32 of [{f.numel}]"
+                )
         if f.name in entries:
             raise ValueError(f"cannot write {path}: {f.name} comes twice; give one fragment a parameter")
         for kind in f.tensors if f.numel else ():
             make = partial(f.tensors.__getitem__, kind)
             tensors[f"{kind}/{f.name}"] = TensorToWrite.whole((f.numel,), make)
+        place, shard = f.place, f.place.shard
         parameter = {
-            "shape": list(f.shape),
-            "shard": f.shard and {"dim": f.shard.dim, "blocks": list(f.shard.blocks)},
-            "tensor_size": f.tensor_size if f.shard else 1,
+            "shape": list(place.shape),
+            "shard": shard and {"dim": shard.dim, "blocks": list(shard.blocks)},
+            "tensor_size": place.tensor_size if shard else 1,
             "kinds": list(f.tensors),
         }
-        piece = [f.tensor_rank, f.start, f.numel]
+        piece = [place.tensor_rank, place.start, f.numel]
         entries[f.name] = {"name": f.name, "parameter": parameter, "piece": piece}
     digests = write_safetensors(path, tensors, _header_of(save))
     return WrittenFile(list(entries.values()), digests)
@@ -222,34 +243,26 @@ class FragmentReader:
                     f"{folder / INDEX} has no size of {min(unlisted)}, which has {name}; {REMEDY}"
                 )
 
-    def read(
-        self,
-        name: str,
-        kind: str,
-        *,
-        shard: Shard | None,
-        tensor_size: int,
-        tensor_rank: int,
-        start: int,
-        numel: int,
-        shape: tuple[int, ...] | None = None,
-        out: Tensor | None = None,
-    ) -> Tensor:
-        """[numel] fp32: the interval [start, start + numel) of the reader's flattened local shard.
+    def read(self, name: str, kind: str, place: Place, numel: int, out: Tensor | None = None) -> Tensor:
+        """[numel] fp32: an interval of the reader's flattened local shard, which begins at ``place``.
 
-        The reader is rank ``tensor_rank`` of the ``tensor_size`` that it splits the parameter over, by
-        ``shard``. ``shape``, its whole parameter's, is compared with the stored one if given; ``out``,
-        [numel] fp32 on any device, is filled instead of a new CPU tensor.
+        ``out``, [numel] fp32 on any device, is filled instead of a new CPU tensor.
 
         Raises:
             ValueError: there is no such thing in the checkpoint, it has another shape or split, or its file
                 is damaged.
         """
         entry = self._entry(name, kind)
-        if shard != entry.shard or shape not in (None, entry.shape):
+        shard, tensor_size, tensor_rank, start = (
+            place.shard,
+            place.tensor_size,
+            place.tensor_rank,
+            place.start,
+        )
+        if shard != entry.shard or place.shape != entry.shape:
             raise ValueError(
                 f"{name} in {self.folder} has shape {list(entry.shape)} split by {entry.shard}, but the "
-                f"model's has {list(shape or entry.shape)} split by {shard}; use the checkpoint's model"
+                f"model's has {list(place.shape)} split by {shard}; use the checkpoint's model"
             )
         held = entry.local_numel(tensor_size)
         if not (0 <= start <= start + numel <= held and 0 <= tensor_rank < tensor_size):
@@ -271,13 +284,6 @@ class FragmentReader:
         if not direct:
             out.detach().copy_(target)
         return out
-
-    def read_full(self, name: str, kind: str = MASTER) -> Tensor:
-        """The whole parameter, fp32 in its global shape; errors as of :meth:`read`."""
-        entry = self._entry(name, kind)
-        whole = prod(entry.shape)
-        flat = self.read(name, kind, shard=entry.shard, tensor_size=1, tensor_rank=0, start=0, numel=whole)
-        return flat.view(entry.shape)
 
     def close(self) -> None:
         """Close the files; a later read opens them again."""
@@ -441,15 +447,6 @@ def _rectangles(start: int, numel: int, width: int, most: int) -> Iterator[tuple
         rows = 1 if last - first < width else min(most, (end - start) // width)
         yield row, rows, first, last
         start += rows * (last - first)
-
-
-def _check_tensors(path: Path, fragment: Fragment) -> None:
-    for kind, tensor in fragment.tensors.items():
-        if tensor.shape != (fragment.numel,) or tensor.dtype != torch.float32:
-            raise ValueError(
-                f"cannot write {kind} of {fragment.name} to {path}: it is {tensor.dtype} of "
-                f"{list(tensor.shape)}; give torch.float32 of [{fragment.numel}]"
-            )
 
 
 def _check_coverage(folder: Path, name: str, entry: ParameterEntry) -> None:

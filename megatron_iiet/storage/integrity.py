@@ -1,8 +1,5 @@
-"""How a checkpoint knows itself: which save each of its files belongs to, and a digest of everything in it.
-
-Digests are XXH3, of 64 bits for a block of a tensor and 128 for a document. They find what a disk, a copy or
-an editor has spoilt; whoever wants to forge one can.
-"""
+"""How a checkpoint knows itself: which save each of its files belongs to, and an XXH3 digest of everything.
+Digests find what a disk, a copy or an editor has spoilt; whoever wants to forge one can."""
 
 from __future__ import annotations
 

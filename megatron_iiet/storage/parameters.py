@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from typing import Protocol
 
@@ -34,10 +33,8 @@ class StoredParameters(Weights, Mapping[str, Tensor]):
         ValueError: what is read is missing or damaged.
     """
 
-    @property
-    @abstractmethod
-    def shapes(self) -> Mapping[str, Shape]:
-        """Of all parameters, as they are stored."""
+    shapes: Mapping[str, Shape]
+    """Of all parameters, as they are stored."""
 
     def __getitem__(self, name: str) -> Tensor:
         shape = self.shapes[name]

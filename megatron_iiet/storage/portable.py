@@ -1,7 +1,5 @@
-"""A model as a folder that needs no training stack to read: ``config.yaml``, fp32 ``model.safetensors``.
-
-The folder holds ``vocab_size`` rows of embedding and head; the padding that training adds stays out of it.
-"""
+"""A model as a folder that needs no training stack to read: ``config.yaml``, fp32 ``model.safetensors``
+without the vocabulary's padding."""
 
 from __future__ import annotations
 
@@ -11,14 +9,13 @@ from math import prod
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_iiet.config import RunConfig, config_from_file, config_to_yaml
-from megatron_iiet.durable import sync_folder
+from megatron_iiet.durable import new_folder
 from megatron_iiet.models.transformer import VOCABULARY_WEIGHTS, Transformer
 from megatron_iiet.storage.parameters import StoredParameters
-from megatron_iiet.storage.safetensors_stream import SafetensorsFile, Shape, TensorToWrite, write_safetensors
+from megatron_iiet.storage.safetensors_stream import Shape, TensorToWrite, open_checked, write_safetensors
 
 CONFIG_FILE = "config.yaml"
 WEIGHTS_FILE = "model.safetensors"
@@ -49,18 +46,11 @@ def save(
     def tensor(name: str) -> TensorToWrite:
         return TensorToWrite.whole(expected[name], lambda: without_padding(config, name, state[name]))
 
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
+    with new_folder(folder) as partial:
         (partial / CONFIG_FILE).write_text(config_to_yaml(config))
         write_safetensors(partial / WEIGHTS_FILE, {name: tensor(name) for name in expected}, {"format": "pt"})
         for file in extra_files:
             shutil.copy(file, partial / Path(file).name)
-        partial.rename(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    sync_folder(folder.parent)
 
 
 def load(folder: str | Path, *, backend: str = "reference") -> Transformer:
@@ -94,9 +84,6 @@ class StoredModel(StoredParameters):
         ValueError: as :func:`load`.
     """
 
-    shapes: Mapping[str, Shape] = {}
-    config: RunConfig
-
     def __init__(self, folder: str | Path) -> None:
         folder = Path(folder)
         for name in (CONFIG_FILE, WEIGHTS_FILE):
@@ -108,12 +95,7 @@ class StoredModel(StoredParameters):
         self.config = config_from_file(folder / CONFIG_FILE)
         self.config.training.recompute = "off"
         path = folder / WEIGHTS_FILE
-        try:
-            with safe_open(path, framework="pt"):  # checks the whole header against the size of the file
-                pass
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path} is damaged ({error}); convert the model again") from None
-        self._file = SafetensorsFile(path, "convert the model again")
+        self._file = open_checked(path, "is damaged", "convert the model again")
         self.shapes = {name: stored.shape for name, stored in self._file.tensors.items()}
         _check_shapes(_expected_shapes(Transformer.on_meta(self.config)), self.shapes, str(path))
 
@@ -156,14 +138,12 @@ def _with_padding(config: RunConfig, name: str, tensor: Tensor) -> Tensor:
     return torch.cat((tensor, tensor.new_zeros(padding, tensor.shape[1])))
 
 
-def _expected_shapes(model: Transformer) -> dict[str, tuple[int, ...]]:
+def _expected_shapes(model: Transformer) -> dict[str, Shape]:
     """Shape of every parameter as it is stored: without padding."""
     return {name: tuple(without_padding(model.config, name, p).shape) for name, p in model.named_parameters()}
 
 
-def _check_shapes(
-    expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], where: str
-) -> None:
+def _check_shapes(expected: Mapping[str, Shape], found: Mapping[str, Shape], where: str) -> None:
     for name in sorted(expected.keys() | found.keys()):
         if expected.get(name) != found.get(name):
             raise ValueError(

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_iiet.durable import replacing
@@ -206,6 +207,20 @@ class SafetensorsFile:
 
     def _damaged(self, what: str) -> ValueError:
         return ValueError(f"{self.path} is damaged: {what}; {self._remedy}")
+
+
+def open_checked(path: Path, wrong: str, remedy: str) -> SafetensorsFile:
+    """A file whose whole header is first compared with its size.
+
+    Raises:
+        ValueError: they do not fit: the file ``wrong``, in words, and the ``remedy``.
+    """
+    try:
+        with safe_open(path, framework="pt"):
+            pass
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} {wrong} ({error}); {remedy}") from None
+    return SafetensorsFile(path, remedy)
 
 
 def _stored(entry: Mapping[str, Any], data: int, size: int) -> StoredTensor:

@@ -1,5 +1,4 @@
-"""Any model on disk as a configuration and weights, whatever form it has; a rank reads the rows that hold its
-part, whole models are nowhere."""
+"""Any model on disk as a configuration and weights, of which a rank reads the rows that hold its part."""
 
 from __future__ import annotations
 
@@ -13,11 +12,10 @@ from torch import Tensor
 from megatron_iiet.config import ConfigError, RunConfig
 from megatron_iiet.models.transformer import VOCABULARY_WEIGHTS
 from megatron_iiet.parallel.group import Group
-from megatron_iiet.parallel.shard import Shard
 from megatron_iiet.parallel.tensor import shard_of
 from megatron_iiet.storage import checkpoint, portable
 from megatron_iiet.storage.checkpoint_model import find_checkpoint, model_of_checkpoint
-from megatron_iiet.storage.fragments import SCRATCH_BYTES
+from megatron_iiet.storage.fragments import SCRATCH_BYTES, Place, place_of
 from megatron_iiet.storage.hugging_face import llama
 from megatron_iiet.storage.integrity import digest_of
 from megatron_iiet.storage.parameters import Weights
@@ -47,37 +45,18 @@ class Source:
 
     def fill_parameter(self, name: str, parameter: Tensor, tensor: Group) -> None:
         """Fill a rank's part of a parameter, which must be there to write to."""
-        shard, shape = shard_of(parameter), list(parameter.shape)
-        if shard is not None:
-            shape[shard.dim] = sum(shard.blocks)
-        self.fill(
-            name,
-            parameter.detach().view(-1),
-            shape=tuple(shape),
-            shard=shard,
-            tensor_size=tensor.size if shard else 1,
-            tensor_rank=tensor.rank if shard else 0,
-            start=0,
-        )
+        place = place_of(shard_of(parameter), parameter.shape, tensor)
+        self.fill(name, parameter.detach().view(-1), place)
 
-    def fill(
-        self,
-        name: str,
-        out: Tensor,
-        *,
-        shape: tuple[int, ...],
-        shard: Shard | None,
-        tensor_size: int,
-        tensor_rank: int,
-        start: int,
-    ) -> None:
-        """Fill ``out``, [numel] on any device, from element ``start`` on of a rank's flattened local shard.
+    def fill(self, name: str, out: Tensor, place: Place) -> None:
+        """Fill ``out``, [numel] on any device, with an interval of a rank's flattened local shard.
 
-        ``shape`` is the whole parameter's in the model that starts, its vocabulary's padding included, whose
-        rows are zero.
+        The whole parameter is that of the model that starts, its vocabulary's padding included, whose rows
+        are zero.
         """
-        local = shard.local_shape(shape, tensor_size) if shard else shape
-        slices = shard.slices(tensor_size, tensor_rank) if shard else []
+        shape, shard, start = place.shape, place.shard, place.start
+        local = shard.local_shape(shape, place.tensor_size) if shard else shape
+        slices = shard.slices(place.tensor_size, place.tensor_rank) if shard else []
         width, end = prod(local[1:]), start + len(out)
         most = max(1, SCRATCH_BYTES // (4 * prod(shape[1:])))
         last = -(-end // width)

@@ -20,7 +20,7 @@ from megatron_iiet.training.optimizers.groups import decay_groups
 from tests.distributed.harness import run_ranks
 from tests.distributed.parity import SAVE, TOLERANCES, continue_case, train_and_save
 from tests.distributed.test_reshape import LAYOUTS, SOLVER
-from tests.tiny import write_shard
+from tests.tiny import read_full, write_shard
 
 MOMENTUM, SQUARES = ("velocity",), ("mean", "square")
 
@@ -86,7 +86,7 @@ def test_each_parameter_has_its_own_moments(source: str, target: str, tmp_path: 
             matrix = name.endswith("weight") and "norm" not in name
             assert (entry.kinds[1:] == MOMENTUM) is (matrix and ".solver." not in name), name
             for kind in entry.kinds:
-                assert torch.equal(one.read_full(name, kind), other.read_full(name, kind)), (name, kind)
+                assert torch.equal(read_full(one, name, kind), read_full(other, name, kind)), (name, kind)
 
 
 @pytest.mark.slow

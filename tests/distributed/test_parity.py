@@ -25,7 +25,7 @@ from tests.distributed.parity import (
     reference_evaluation,
     train_cases,
 )
-from tests.tiny import write_shard
+from tests.tiny import read_full, write_shard
 
 # The extremes of every two axes of the grid, with and without sequence parallelism.
 EXTREMES = [
@@ -178,5 +178,5 @@ def test_bf16(cases: list[Case], paths: dict[str, str], tmp_path: Path) -> None:
     """bf16 rounds at other places in other layouts; what it must not do is train something else."""
     check(cases, paths, tmp_path)
     with FragmentReader(tmp_path / str(cases[0]) / str(STEPS - 1), SAVE) as reader:
-        coefficients = reader.read_full("layers.2.solver.coefficients")
+        coefficients = read_full(reader, "layers.2.solver.coefficients")
     assert not torch.equal(coefficients, coefficients.bfloat16().float()), "coefficients learn in bf16 steps"

@@ -11,7 +11,7 @@ import torch
 from megatron_iiet.storage.fragments import FragmentReader
 from tests.distributed.harness import run_ranks
 from tests.distributed.parity import SAVE, TOLERANCES, Case, continue_case, train_and_save
-from tests.tiny import write_shard
+from tests.tiny import read_full, write_shard
 
 LAYOUTS = {
     "one process": Case(),
@@ -56,7 +56,7 @@ def same_values(one: Path, other: Path) -> bool:
         assert set(a.parameters) == set(b.parameters)
         assert {entry.kinds for entry in a.parameters.values()} == {("fp32", "exp_avg", "exp_avg_sq")}
         return all(
-            torch.equal(a.read_full(name, kind), b.read_full(name, kind))
+            torch.equal(read_full(a, name, kind), read_full(b, name, kind))
             for name in a.parameters
             for kind in a.parameters[name].kinds
         )

@@ -98,7 +98,7 @@ class Source:
             case ast.Constant(value=bool(value)):
                 yield Change(*self.span(node), str(not value), f"{value} is {not value}")
             case ast.Constant(value=int(value) | float(value)):
-                new = value + 1 if isinstance(value, int) else value * 2
+                new = value + 1 if isinstance(value, int) else value * 2 or 1.0
                 yield Change(*self.span(node), repr(new), f"{value} is {new}")
             case ast.Return(value=ast.expr() as value) if not _is(value, None):
                 yield Change(*self.span(value), "None", "nothing is returned")

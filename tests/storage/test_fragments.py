@@ -27,9 +27,10 @@ from xxhash import xxh3_64_hexdigest
 from megatron_iiet.parallel.shard import Shard
 from megatron_iiet.storage import fragments as store
 from megatron_iiet.storage import integrity
-from megatron_iiet.storage.fragments import Fragment, FragmentReader, write_fragments, write_index
+from megatron_iiet.storage.fragments import Fragment, FragmentReader, Place, write_fragments, write_index
 from megatron_iiet.storage.integrity import SaveIdentity
 from megatron_iiet.storage.safetensors_stream import SafetensorsFile
+from tests.tiny import read_full
 
 SIZES = (1, 2, 4)
 LARGEST = max(SIZES)
@@ -62,7 +63,7 @@ def write(folder: Path, weights: Weights, size: int, cut: Callable[[int], list[i
             flat = {kind: local(tensor, shard, size, rank) for kind, tensor in tensors.items()}
             for part, (a, b) in enumerate(pairwise(cut(len(next(iter(flat.values())))))):
                 held = {kind: tensor[a:b] for kind, tensor in flat.items()}
-                fragment = Fragment(name, shape, shard, size, rank, a, b - a, held)
+                fragment = Fragment(name, Place(shape, shard, size, rank, a), b - a, held)
                 files.setdefault(f"{rank}_{part}.safetensors", []).append(fragment)
     write_index(
         folder, {file: write_fragments(folder / file, found, SAVE) for file, found in files.items()}, SAVE
@@ -121,7 +122,7 @@ def test_any_layout_reads_what_any_other_wrote(data: st.DataObject, size: int, p
             for parameter, (shard, tensors) in weights.items():
                 assert reader.parameters[parameter].kinds == KINDS[parameter]
                 for kind, full in tensors.items():
-                    assert same_bits(reader.read_full(parameter, kind), full)
+                    assert same_bits(read_full(reader, parameter, kind), full)
                 check_intervals(data, reader, parameter, shard, *list(tensors.items())[-1])
 
 
@@ -133,15 +134,14 @@ def check_intervals(
             expected = local(full, shard, size, rank)
             start, end = sorted(data.draw(st.tuples(*[st.integers(0, len(expected))] * 2)))
             for a, b in [(start, end), (0, len(expected))]:
-                layout: dict[str, Any] = {"shard": shard, "tensor_size": size, "tensor_rank": rank}
-                found = reader.read(name, kind, **layout, start=a, numel=b - a, shape=full.shape)
+                found = reader.read(name, kind, Place(full.shape, shard, size, rank, a), b - a)
                 assert same_bits(found, expected[a:b])
 
 
 MATRIX, GAIN = random_bits((6, 8), 0), random_bits((6,), 1)
 COLUMNS = Shard(1, (8,))
 WEIGHTS: Weights = {"w": (COLUMNS, {"fp32": MATRIX}), "gain": (None, {"fp32": GAIN})}
-WHOLE: dict[str, Any] = {"shard": COLUMNS, "tensor_size": 1, "tensor_rank": 0, "start": 0, "numel": 48}
+WHOLE = Place((6, 8), COLUMNS, 1, 0, 0)
 
 
 @pytest.fixture
@@ -153,15 +153,15 @@ def folder(tmp_path: Path) -> Path:
 def test_out_is_filled_wherever_it_is(folder: Path) -> None:
     with FragmentReader(folder, SAVE) as reader:
         out = torch.zeros(60)
-        assert reader.read("w", "fp32", **WHOLE, out=out[6:54]).data_ptr() == out[6:].data_ptr()
+        assert reader.read("w", "fp32", WHOLE, 48, out[6:54]).data_ptr() == out[6:].data_ptr()
         assert same_bits(out[6:54], MATRIX.flatten())
         assert not out[:6].any()
         assert not out[54:].any()
         strided = torch.zeros(48, 2)
-        reader.read("w", "fp32", **WHOLE, out=strided[:, 0])
+        reader.read("w", "fp32", WHOLE, 48, strided[:, 0])
         assert same_bits(strided[:, 0], MATRIX.flatten())
         learned = torch.zeros(48, requires_grad=True)
-        reader.read("w", "fp32", **WHOLE, out=learned)
+        reader.read("w", "fp32", WHOLE, 48, learned)
         assert same_bits(learned.detach(), MATRIX.flatten())
 
 
@@ -170,7 +170,7 @@ def test_same_layout_reads_just_the_blocks_of_the_interval(tmp_path: Path) -> No
         write(tmp_path, WEIGHTS, 2, lambda n: [0, n])
     with FragmentReader(tmp_path, SAVE) as reader, mock.patch("os.preadv", wraps=os.preadv) as preadv:
         # Of 24 elements, in blocks of 4: the third block's last two, the fourth, the fifth's first.
-        found = reader.read("w", "fp32", shard=COLUMNS, tensor_size=2, tensor_rank=1, start=10, numel=7)
+        found = reader.read("w", "fp32", Place((6, 8), COLUMNS, 2, 1, 10), 7)
     assert same_bits(found, COLUMNS.take(MATRIX, 2, 1).flatten()[10:17])
     assert [len(call.args[1][0]) for call in preadv.mock_calls] == [16, 16, 16]
 
@@ -178,7 +178,7 @@ def test_same_layout_reads_just_the_blocks_of_the_interval(tmp_path: Path) -> No
 def test_a_closed_reader_opens_again(folder: Path) -> None:
     reader = FragmentReader(folder, SAVE)
     for _ in range(2):
-        assert same_bits(reader.read_full("gain"), GAIN)
+        assert same_bits(read_full(reader, "gain"), GAIN)
         reader.close()
 
 
@@ -225,13 +225,13 @@ def test_digests_are_of_blocks_whatever_the_parts(parts: list[int]) -> None:
 
 
 def test_an_empty_file_is_fine(folder: Path) -> None:
-    empty = Fragment("gain", (6,), None, 1, 0, 6, 0, {"fp32": torch.empty(0)})
-    whole = replace(empty, start=0, numel=6, tensors={"fp32": GAIN})
+    empty = Fragment("gain", Place((6,), None, 1, 0, 6), 0, {"fp32": torch.empty(0)})
+    whole = replace(empty, place=replace(empty.place, start=0), numel=6, tensors={"fp32": GAIN})
     written = {
         file: write_fragments(folder / file, [f], SAVE) for file, f in {"a": empty, "b": whole}.items()
     }
     write_index(folder, written, SAVE)
-    assert same_bits(FragmentReader(folder, SAVE).read_full("gain"), GAIN)
+    assert same_bits(read_full(FragmentReader(folder, SAVE), "gain"), GAIN)
     with safe_open(folder / "a", "pt") as file:
         assert not list(file.keys())
 
@@ -251,8 +251,10 @@ def test_an_empty_file_is_fine(folder: Path) -> None:
     ],
 )
 def test_wrong_requests(folder: Path, change: dict[str, Any], message: str) -> None:
+    place = replace(WHOLE, **{key: value for key, value in change.items() if hasattr(WHOLE, key)})
+    others = {key: value for key, value in change.items() if not hasattr(WHOLE, key)}
     with FragmentReader(folder, SAVE) as reader, pytest.raises(ValueError, match=message):
-        reader.read(**({"name": "w", "kind": "fp32", **WHOLE} | change))
+        reader.read(**({"name": "w", "kind": "fp32", "place": place, "numel": 48} | others))
 
 
 def edit_index(folder: Path, edit: Callable[[dict[str, Any]], object], *, seal: bool = True) -> None:
@@ -315,14 +317,14 @@ def test_damaged_files(folder: Path) -> None:
     with FragmentReader(folder, SAVE) as reader:
         path.write_bytes(b"\xff" * len(good))
         with pytest.raises(ValueError, match=r"0_0\.safetensors is damaged: its header cannot be read"):
-            reader.read_full("gain")
+            read_full(reader, "gain")
         path.write_bytes(good.replace(b"fp32/gain", b"fp32/main"))
         with pytest.raises(ValueError, match=r"for fp32/gain it has nothing, not F32 of shape \[2\]"):
-            reader.read_full("gain")
+            read_full(reader, "gain")
         reader.close()
         path.write_bytes(good[:-1])
         with pytest.raises(ValueError, match="damaged: it ends at byte"):
-            reader.read_full("gain")
+            read_full(reader, "gain")
 
 
 @pytest.mark.parametrize("place", ["first", "last"])
@@ -349,7 +351,7 @@ def test_a_block_that_is_not_as_it_was_written(place: str, damage: str, tmp_path
 
 
 def interval(reader: FragmentReader, start: int, numel: int) -> Tensor:
-    return reader.read("v", "fp32", shard=None, tensor_size=1, tensor_rank=0, start=start, numel=numel)
+    return reader.read("v", "fp32", Place((12,), None, 1, 0, start), numel)
 
 
 def test_a_file_of_another_save(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
@@ -360,11 +362,11 @@ def test_a_file_of_another_save(folder: Path, tmp_path_factory: pytest.TempPathF
         write(other, WEIGHTS, 2, lambda n: [0, n // 3, n])
     shutil.copy(other / "1_0.safetensors", folder / "1_0.safetensors")
     with FragmentReader(folder, SAVE) as reader:
-        assert same_bits(reader.read_full("gain"), GAIN)
+        assert same_bits(read_full(reader, "gain"), GAIN)
         with pytest.raises(
             ValueError, match=r"1_0\.safetensors is of another save than index\.json beside it"
         ):
-            reader.read_full("w")
+            read_full(reader, "w")
     with pytest.raises(ValueError, match=r"index\.json is of save .* of step 7, but the checkpoint of save"):
         FragmentReader(folder, earlier)
 
@@ -379,14 +381,14 @@ def test_files_that_changed_their_names(tmp_path: Path) -> None:
         FragmentReader(tmp_path, SAVE) as reader,
         pytest.raises(ValueError, match="are not what was written"),
     ):
-        reader.read_full("gain")
+        read_full(reader, "gain")
 
 
 def test_a_folder_of_before_there_were_digests(folder: Path) -> None:
     """Format 1 is read; but not as a part of a checkpoint that has them."""
     edit_index(folder, downgrade, seal=False)
     with FragmentReader(folder, None) as reader:
-        assert same_bits(reader.read_full("w"), MATRIX)
+        assert same_bits(read_full(reader, "w"), MATRIX)
         assert reader.parameters["gain"].kinds == ("fp32",)
     with pytest.raises(ValueError, match="of a format without saves, but the checkpoint of save abab"):
         FragmentReader(folder, SAVE)
@@ -457,9 +459,9 @@ def test_offsets_that_are_none(offset: Any, folder: Path) -> None:
         SafetensorsFile(path)
 
 
-def gain(start: int, numel: int, **changes: Any) -> Fragment:
-    tensors = {"fp32": GAIN[start : start + numel]}
-    return replace(Fragment("gain", (6,), None, 1, 0, start, numel, tensors), **changes)
+def gain(start: int, numel: int, tensors: Mapping[str, Tensor] | None = None, **changes: Any) -> Fragment:
+    tensors = {"fp32": GAIN[start : start + numel]} if tensors is None else tensors
+    return Fragment("gain", replace(Place((6,), None, 1, 0, start), **changes), numel, tensors)
 
 
 @pytest.mark.parametrize(
@@ -543,14 +545,14 @@ class Killing(dict):  # when the writer asks for the tensor, in the middle of th
     def __getitem__(self, kind):
         os._exit(9)
 
-f = fragments.Fragment("w", (6,), None, 1, 0, 0, 6, Killing(fp32=torch.zeros(6)))
+f = fragments.Fragment("w", fragments.Place((6,), None, 1, 0, 0), 6, Killing(fp32=torch.zeros(6)))
 fragments.write_fragments(Path(sys.argv[1]), [f], SaveIdentity("", 0, ""))
 """
 MEMORY = """
-import re, sys
+import math, re, sys
 from pathlib import Path
 from megatron_iiet.storage import fragments
-from megatron_iiet.storage.fragments import FragmentReader
+from megatron_iiet.storage.fragments import FragmentReader, Place
 from megatron_iiet.storage.integrity import SaveIdentity
 
 def peak():  # of this process alone; ru_maxrss would count the parent's before exec
@@ -558,12 +560,13 @@ def peak():  # of this process alone; ru_maxrss would count the parent's before 
 
 fragments.SCRATCH_BYTES = 1 << 20
 reader = FragmentReader(Path(sys.argv[1]), SaveIdentity("ab" * 8, 7, "cd" * 16))
-reader.read_full("small")
+small = reader.parameters["small"]
+reader.read("small", "fp32", Place(small.shape, small.shard, 1, 0, 0), math.prod(small.shape))
 before = peak()
 entry = reader.parameters["w"]
 for size in (1, 2, 8):
     n = entry.local_numel(size)
-    reader.read("w", "fp32", shard=entry.shard, tensor_size=size, tensor_rank=0, start=0, numel=n)
+    reader.read("w", "fp32", Place(entry.shape, entry.shard, size, 0, 0), n)
 print(peak() - before)
 """
 

@@ -15,6 +15,7 @@ from megatron_iiet.hf.export import Extras, export_folder
 from megatron_iiet.models import Transformer
 from megatron_iiet.parallel.shard import Shard
 from megatron_iiet.storage import checkpoint, portable, source
+from megatron_iiet.storage.fragments import Place
 from megatron_iiet.storage.source import KINDS, Source, open_model
 from tests.tiny import save_of, tiny_config
 
@@ -68,9 +69,7 @@ def test_a_rank_s_interval(
             for start in range(0, len(flat), 5):
                 for stop in {start, start + 1, min(start + 17, len(flat)), len(flat)}:
                     out = torch.full((stop - start,), float("nan"))
-                    model.fill(
-                        "x", out, shape=shape, shard=shard, tensor_size=size, tensor_rank=rank, start=start
-                    )
+                    model.fill("x", out, Place(shape, shard, size, rank, start))
                     assert torch.equal(out, flat[start:stop])
     if scratch < 1 << 20 and len(shape) > 1:
         assert stored.most <= 3, "reads more at once than the bound"
@@ -83,15 +82,7 @@ def test_vocabulary_padding_is_zero_whatever_is_stored() -> None:
     config.model.hidden_size = 3
     for rank, expected in enumerate((8 * [1.0], 2 * [1.0] + 6 * [0.0], 8 * [0.0])):
         out = torch.full((8 * 3,), float("nan"))
-        model.fill(
-            "embedding.weight",
-            out,
-            shape=(24, 3),
-            shard=Shard(0, (24,)),
-            tensor_size=3,
-            tensor_rank=rank,
-            start=0,
-        )
+        model.fill("embedding.weight", out, Place((24, 3), Shard(0, (24,)), 3, rank, 0))
         assert out.view(8, 3).tolist() == [[value] * 3 for value in expected]
 
 
@@ -163,15 +154,7 @@ def test_weights_that_are_no_numbers(value: float, form: str, tmp_path: Path) ->
     model = open_model(tmp_path / form, "training.initial_weights")
     assert len(model.digest()) == 32
     with pytest.raises(ValueError, match="holds NaN or infinity") as caught:
-        model.fill(
-            name,
-            torch.empty(96 * 32),
-            shape=(96, 32),
-            shard=Shard(0, (48, 48)),
-            tensor_size=1,
-            tensor_rank=0,
-            start=0,
-        )
+        model.fill(name, torch.empty(96 * 32), Place((96, 32), Shard(0, (48, 48)), 1, 0, 0))
     assert str(caught.value) == (
         f"{where} holds NaN or infinity, first in row {row} of {name}; use weights that are numbers, such as "
         "those of an earlier checkpoint"

@@ -19,7 +19,7 @@ from megatron_iiet.training.metrics import read_log
 from megatron_iiet.training.schedules import learning_rate
 from tests.distributed.harness import run_ranks
 from tests.distributed.runs import as_data, ds_json, pretrain_rank
-from tests.tiny import make_data, tiny_config
+from tests.tiny import make_data, read_full, tiny_config
 
 
 @pytest.fixture(scope="module")
@@ -141,10 +141,10 @@ def test_unused_coefficients_rest(stage: int, data: dict[str, str], tmp_path: Pa
     with checkpoint.open_weights(folder) as reader:
         for n in range(3):
             name = f"layers.{n}.solver.coefficients"
-            assert torch.equal(reader.read_full(name), torch.full((n + 1,), 1 / (n + 1)))
-            assert not reader.read_full(name, "exp_avg").any()
-            assert not reader.read_full(name, "exp_avg_sq").any()
-        assert reader.read_full("norm.weight", "exp_avg_sq").all()
+            assert torch.equal(read_full(reader, name), torch.full((n + 1,), 1 / (n + 1)))
+            assert not read_full(reader, name, "exp_avg").any()
+            assert not read_full(reader, name, "exp_avg_sq").any()
+        assert read_full(reader, "norm.weight", "exp_avg_sq").all()
 
 
 def history(folder: Path) -> dict[int, tuple[str, ...]]:

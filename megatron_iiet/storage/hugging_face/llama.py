@@ -1,21 +1,20 @@
 """A Hugging Face folder (``config.json`` and safetensors) as our configuration and parameters: a LLaMA, or
-one that :mod:`megatron_iiet.hf.export` wrote.
-
-What our model would compute differently is refused; nothing is ever unpickled.
-"""
+one that was exported. What our model would compute differently is refused; nothing is ever unpickled."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
+from dataclasses import fields as fields_of
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from megatron_iiet.config import RunConfig, config_from_dict, config_to_dict
+from megatron_iiet.config import RunConfig, config_from_dict, config_to_dict, iterations_per_layer
 from megatron_iiet.config.kinds import own_keys
 from megatron_iiet.config.schema import ModelConfig
-from megatron_iiet.config.solvers import SOLVERS
+from megatron_iiet.config.solvers import SOLVERS, Iterating, Merging, SolverConfig
 from megatron_iiet.storage.hugging_face.shards import read_json
-from megatron_iiet.storage.hugging_face.solver_fields import solver_from_fields
 from megatron_iiet.storage.hugging_face.weights import CONFIG_FILE, HFWeights, WithInitialSolvers
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "iiet": "IIETForCausalLM"}
@@ -119,6 +118,57 @@ def read_config(folder: Path, solver: Mapping[str, Any] | None = None) -> RunCon
     return config_from_dict(sections, source=source)
 
 
+def _exported_fields(solver: type[SolverConfig]) -> dict[str, Any]:
+    """What an export says of a solver, with defaults: its names, and all keys but those about training."""
+    exported = [f for f in fields_of(solver) if f.metadata.get("exported", True)]
+    return {f.name: f.default for f in exported}
+
+
+def solver_to_fields(config: RunConfig) -> dict[str, Any]:
+    """The object ``solver`` of ``config.json``; ``iterations`` always lists a number for every layer."""
+    solver = config.solver
+    if isinstance(solver, Merging):
+        solver = replace(solver, coefficient_init=solver.resolved_coefficient_init)
+    if isinstance(solver, Iterating):
+        solver = replace(solver, iterations=iterations_per_layer(config))
+    return {name: getattr(solver, name) for name in _exported_fields(type(solver))}
+
+
+def solver_from_fields(fields: Any, layers: int, path: Path) -> dict[str, Any]:
+    """The solver section that :func:`solver_to_fields` wrote to ``path`` for a model of ``layers`` layers.
+
+    What is as it would be anyway is left to its default. A key of the kind's other variant that has its
+    default, as older versions wrote it, is left out with a warning.
+
+    Raises:
+        ValueError: it is no such object; values are left to the configuration's own checks.
+    """
+    if not isinstance(fields, Mapping):
+        raise ValueError(f'{path}: solver is {fields!r}, but must be an object such as {{"kind": "euler"}}')
+    known = [name for name in SOLVERS.types if name != "schedule"]
+    if unknown := sorted(set(fields) - set(known)):
+        raise ValueError(f"{path}: solver has the unknown key '{unknown[0]}'; known are {', '.join(known)}")
+    section = {key: value for key, value in fields.items() if value is not None}
+    if "kind" not in section:
+        raise ValueError(f"{path}: solver has no 'kind'; export the model again")
+    declared = SOLVERS.find(section["kind"], section.get("variant"))
+    if declared is None:
+        return section  # for the configuration's own checks to name
+    if "iterations" in own_keys(declared) and "iterations" not in section:
+        raise ValueError(f"{path}: solver has no 'iterations'; export the model again")
+    variants = [_exported_fields(solver) for solver in SOLVERS if solver().kind == section["kind"]]
+    for key in [key for key in section if key not in _exported_fields(declared)]:
+        if any(defaults.get(key) == section[key] for defaults in variants):
+            what = f"{path}: solver.{key} is {section.pop(key)!r}"
+            warnings.warn(f"{what}, which {declared().system} does not have; it is left out", stacklevel=2)
+    iterations = section.get("iterations")
+    if isinstance(iterations, list) and iterations == iterations[:1] * layers:
+        section["iterations"] = iterations[0]
+    if issubclass(declared, Merging) and section.get("coefficient_init") == declared.default_init:
+        del section["coefficient_init"]
+    return section
+
+
 def _model(fields: Mapping[str, Any], path: Path) -> ModelConfig:
     heads = _size(fields, "num_attention_heads", path)
     model = ModelConfig(
@@ -130,7 +180,7 @@ def _model(fields: Mapping[str, Any], path: Path) -> ModelConfig:
         vocab_size=_size(fields, "vocab_size", path),
         vocab_multiple=_size(fields, "vocab_multiple", path, default=ModelConfig.vocab_multiple),
         max_position_embeddings=_size(fields, "max_position_embeddings", path, default=2048),
-        tie_embeddings=_flag(fields, "tie_word_embeddings", path),
+        tie_embeddings=bool(fields.get("tie_word_embeddings")),
         embedding_scale=1.0,
         rms_norm_eps=_number(fields, "rms_norm_eps", path, default=1e-6),
         rotary_base=_rotary_base(fields, path),
@@ -154,6 +204,8 @@ def _refuse_unsupported(fields: Mapping[str, Any], path: Path) -> None:
     for name, (only, reason) in _ONLY_VALUES.items():
         if fields.get(name) is not None and fields[name] != only:
             raise _unsupported(path, name, fields[name], f"{only!r}: {reason}")
+    if fields.get("tie_word_embeddings") not in (None, True, False):
+        raise _unsupported(path, "tie_word_embeddings", fields["tie_word_embeddings"], "true or false")
     if fields.get("quantization_config") is not None:
         method = fields["quantization_config"]
         method = method.get("quant_method", method) if isinstance(method, dict) else method
@@ -215,13 +267,6 @@ def _number(
     if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < float("inf"):
         raise _unsupported(path, prefix + name, value, "a number greater than 0")
     return float(value)
-
-
-def _flag(fields: Mapping[str, Any], name: str, path: Path) -> bool:
-    value = fields.get(name)
-    if value not in (None, True, False):
-        raise _unsupported(path, name, value, "true or false")
-    return bool(value)
 
 
 def _unsupported(path: Path, field: str, found: Any, supported: str) -> ValueError:

@@ -9,15 +9,14 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_iiet import durable
 from megatron_iiet.storage.safetensors_stream import (
     DTYPES,
-    SafetensorsFile,
     Shape,
     TensorToWrite,
+    open_checked,
     write_safetensors,
 )
 
@@ -37,7 +36,8 @@ class ShardReader:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        files = map(_open, _weight_files(folder))
+        what = ("is not a readable safetensors file", "download it again")
+        files = [open_checked(path, *what) for path in _weight_files(folder)]
         self._where = {name: file for file in files for name in file.tensors}
 
     def __contains__(self, name: str) -> bool:
@@ -142,15 +142,6 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold an object {{...}}")
     return content
-
-
-def _open(path: Path) -> SafetensorsFile:
-    try:
-        with safe_open(path, framework="pt"):  # checks the whole header against the size of the file
-            pass
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is not a readable safetensors file ({error}); download it again") from None
-    return SafetensorsFile(path, "download it again")
 
 
 def _weight_files(folder: Path) -> list[Path]:

@@ -1,13 +1,9 @@
-"""Which tensors of a Hugging Face folder our parameters are, in both directions.
-
-Names are LLaMA's own. Our ``attention.qkv`` and ``mlp.gate_up`` are several of its matrices below each other;
-what a solver has is stored under its own name, ``model.layers.N.solver.…``.
-"""
+"""Which tensors of a Hugging Face folder our parameters are, in both directions: LLaMA's, under its names,
+and what a solver has as ``model.layers.N.solver.…``."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from functools import cached_property, partial
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 
@@ -40,8 +36,11 @@ def tensor_map(config: RunConfig, *, solver: bool) -> dict[str, dict[str, Shape]
         for name, tensors in _layer_tensors(model, n).items():
             found[f"layers.{n}.increment.{name}"] = tensors
         if solver:
-            for name, shape in _solver_shapes(config, n).items():
-                found[f"layers.{n}.solver.{name}"] = {f"model.layers.{n}.solver.{name}": shape}
+            with torch.device("meta"):
+                built = build_solver(config, n, "reference")
+            for name, parameter in built.named_parameters():
+                ours = f"layers.{n}.solver.{name}"
+                found[ours] = {f"model.{ours}": tuple(parameter.shape)}
     found["norm.weight"] = {"model.norm.weight": (model.hidden_size,)}
     if not model.tie_embeddings:
         found["head.weight"] = {HEAD: table}
@@ -84,6 +83,10 @@ class HFWeights(StoredParameters):
         """Check everything that can be checked without reading the weights; ``solver``: the folder has what
         the solvers have."""
         self._tensors = tensor_map(config, solver=solver)
+        self.shapes = {
+            name: (sum(shape[0] for shape in tensors.values()), *next(iter(tensors.values()))[1:])
+            for name, tensors in self._tensors.items()
+        }
         self._reader = ShardReader(folder)
         known: set[str] = set()
         for tensors in self._tensors.values():
@@ -100,14 +103,6 @@ class HFWeights(StoredParameters):
                 f"{self._reader.path(left[0])}: tensor {left[0]} has no place in the model that "
                 f"{CONFIG_FILE} describes ({len(left)} such tensors); supported are the tensors of {what}"
             )
-
-    @cached_property
-    def shapes(self) -> Mapping[str, Shape]:
-        """Rows of a parameter are those of several tensors below each other."""
-        return {
-            name: (sum(shape[0] for shape in tensors.values()), *next(iter(tensors.values()))[1:])
-            for name, tensors in self._tensors.items()
-        }
 
     def rows(self, name: str, first: int, last: int) -> Tensor:
         result = torch.empty(last - first, *self.shapes[name][1:])
@@ -148,10 +143,7 @@ class WithInitialSolvers(StoredParameters):
         for n in range(config.model.num_layers):
             for name, value in build_solver(config, n, "reference").state_dict().items():
                 self._solvers[f"layers.{n}.solver.{name}"] = value
-
-    @property
-    def shapes(self) -> Mapping[str, Shape]:
-        return {**self._llama.shapes, **{name: tuple(value.shape) for name, value in self._solvers.items()}}
+        self.shapes = {**llama.shapes, **{name: tuple(value.shape) for name, value in self._solvers.items()}}
 
     def rows(self, name: str, first: int, last: int) -> Tensor:
         if name in self._solvers:
@@ -160,12 +152,6 @@ class WithInitialSolvers(StoredParameters):
 
     def holding(self, name: str, row: int) -> str:
         return self._llama.holding(name, row)
-
-
-def _solver_shapes(config: RunConfig, layer: int) -> dict[str, Shape]:
-    with torch.device("meta"):
-        solver = build_solver(config, layer, "reference")
-    return {name: tuple(parameter.shape) for name, parameter in solver.named_parameters()}
 
 
 def _layer_tensors(model: ModelConfig, layer: int) -> dict[str, dict[str, Shape]]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megatron_iiet.parallel import Group, ParallelContext
 from megatron_iiet.parallel.tensor import shard_of
-from megatron_iiet.storage.fragments import MASTER, Fragment, FragmentReader
+from megatron_iiet.storage.fragments import MASTER, Fragment, FragmentReader, Place, place_of
 from megatron_iiet.training.engine.corrected import CorrectedEngine, is_owner
 from megatron_iiet.training.engine.deepspeed_internals import (
     PLAIN,
@@ -42,14 +42,9 @@ class _MasterPart:
     """Where the interval starts in ``flat``."""
     numel: int
 
-    def place(self, tensor: Group) -> dict[str, Any]:
-        """Which interval of which shard of the whole parameter it is, but for its length."""
-        shard, shape = shard_of(self.parameter), list(self.shape)
-        place = {"shard": shard, "tensor_size": 1, "tensor_rank": 0, "start": self.start}
-        if shard is not None:
-            shape[shard.dim] = sum(shard.blocks)
-            place |= {"tensor_size": tensor.size, "tensor_rank": tensor.rank}
-        return place | {"shape": tuple(shape)}
+    def place(self, tensor: Group) -> Place:
+        """Where in the whole parameter the interval begins."""
+        return place_of(shard_of(self.parameter), self.shape, tensor, self.start)
 
     def tensors(self, engine: CorrectedEngine) -> dict[str, Tensor]:
         """fp32 master and moments of the interval, as views; the optimizer is prepared."""
@@ -67,12 +62,7 @@ def own_fragments(
     parts = _prepared_parts(engine, names)
     replicated = kind_of(engine) is PLAIN and context.data.rank > 0
     return [
-        Fragment(
-            names[part.parameter],
-            numel=part.numel,
-            tensors=part.tensors(engine),
-            **part.place(context.tensor),
-        )
+        Fragment(names[part.parameter], part.place(context.tensor), part.numel, part.tensors(engine))
         for part in parts
         if not replicated and is_owner(part.parameter, context.tensor)
     ]
@@ -96,8 +86,7 @@ def load_fragments(
     with failing_together(context):
         for part in _prepared_parts(engine, names):
             for kind, tensor in part.tensors(engine).items():
-                place = part.place(context.tensor)
-                reader.read(names[part.parameter], kind, numel=part.numel, out=tensor, **place)
+                reader.read(names[part.parameter], kind, part.place(context.tensor), part.numel, tensor)
     _set_steps(engine.basic_optimizer, steps)
     _refresh_working_copies(engine)
 
@@ -116,7 +105,7 @@ def start_from(
             name = names[part.parameter]
             if name in warm.taken:
                 master = part.flat.detach().view(-1).narrow(0, part.offset, part.numel)
-                warm.source.fill(name, master, **part.place(context.tensor))
+                warm.source.fill(name, master, part.place(context.tensor))
     _refresh_working_copies(engine)
 
 
