@@ -41,6 +41,7 @@ from megatron_iiet.training.resume import (
 )
 from megatron_iiet.training.run import Run
 from megatron_iiet.training.stopping import failing_together
+from megatron_iiet.training.task_evaluation import TaskEvaluation
 from megatron_iiet.training.warm_start import open_teacher, open_warm_start
 
 
@@ -202,7 +203,7 @@ def build_callbacks(
             batch = next(iter(batches))
             chosen.append(callbacks.SolverDiagnostics(batch, config.logging.solver_interval))
     if config.evaluation.tasks:
-        chosen.append(callbacks.TaskEvaluation(config))
+        chosen.append(TaskEvaluation(config))
     chosen.append(callbacks.Checkpointing(config.checkpoint.interval))
     return chosen
 

@@ -14,7 +14,7 @@ from megatron_iiet.data.tokenizers.loading import load_tokenizer
 from megatron_iiet.evaluation.scoring import TokenScores, noting_scores
 from megatron_iiet.evaluation.tasks import PAPER_TASKS, load_tasks, task_names
 from megatron_iiet.parallel import ParallelContext
-from megatron_iiet.training.callbacks.base import Callback, is_due
+from megatron_iiet.training.callbacks import Callback, is_due
 from megatron_iiet.training.engine import Engine, StepResult
 from megatron_iiet.training.run import Run
 
