@@ -19,7 +19,7 @@ from megatron_iiet.storage import checkpoint
 from megatron_iiet.storage.source import Source
 from megatron_iiet.training import callbacks
 from megatron_iiet.training.corpora import Corpora, contents_of, describe_corpora, open_corpora
-from megatron_iiet.training.engine import Engine, build_engine
+from megatron_iiet.training.engine import Engine, engine_class
 from megatron_iiet.training.layout import describe_layout, layout_of
 from megatron_iiet.training.loop import train
 from megatron_iiet.training.record import (
@@ -102,7 +102,7 @@ def prepare(
     if found is not None and config.training.initial_weights and not contents["initial_weights"]:
         contents["initial_weights"] = (found.state.data.get(CONTENTS) or {}).get("initial_weights")
 
-    engine = build_engine(
+    engine = engine_class(context)(
         config, ds_config, context, backend, initialise=found is None, warm=warm, teacher=teacher
     )
     batches = train_batches(config, corpora, context)

@@ -72,7 +72,11 @@ class Engine(ABC):
         warm: WarmStart | None = None,
         teacher: Source | None = None,
     ) -> None:
-        """See :func:`megatron_iiet.training.engine.build_engine`."""
+        """``ds_config`` is the reconciled DeepSpeed JSON (no "auto" left), ``backend`` that of the merges.
+        Without ``initialise`` the matrices hold whatever they hold: for a checkpoint that is about to be
+        loaded. ``warm``: which parameters start with the values of another model; ``teacher``: the model to
+        learn from.
+        """
         deepspeed_logger.setLevel(logging.WARNING)
         deepspeed.init_distributed(dist_init_required=False)  # takes over the process group there is
         self.context = context
@@ -101,7 +105,15 @@ class Engine(ABC):
 
     def _part_of(self, config: RunConfig, ds_config: dict[str, Any], backend: str) -> Transformer:
         """This rank's part of a model, its matrices undrawn."""
-        with self.context.device, self._partitioned_at_birth(ds_config):
+        born: AbstractContextManager[Any] = nullcontext()
+        if self.zero_stage == 3:  # no rank ever holds more than a module's parameters whole
+            born = deepspeed.zero.Init(
+                data_parallel_group=self.context.data.handle,
+                config_dict_or_path=ds_config,
+                mpu=model_parallel_unit(self.context),
+                mem_efficient_linear=False,
+            )
+        with self.context.device, born:
             model = Transformer(
                 config,
                 backend=backend,
@@ -181,17 +193,6 @@ class Engine(ABC):
         for parameter, name in self._names.items():
             with self._gathered([parameter]):
                 yield name, parameter.detach().clone()
-
-    def _partitioned_at_birth(self, ds_config: dict[str, Any]) -> AbstractContextManager[Any]:
-        """Under ZeRO-3 no rank ever holds more than a module's parameters whole."""
-        if self.zero_stage < 3:
-            return nullcontext()
-        return deepspeed.zero.Init(
-            data_parallel_group=self.context.data.handle,
-            config_dict_or_path=ds_config,
-            mpu=model_parallel_unit(self.context),
-            mem_efficient_linear=False,
-        )
 
     def _writable(self, parameter: Any) -> AbstractContextManager[None]:
         return self._gathered([parameter], modifier_rank=0)

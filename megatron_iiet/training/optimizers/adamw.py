@@ -8,8 +8,7 @@ import torch
 from torch import nn
 
 from megatron_iiet.config.optimizers import AdamW
-from megatron_iiet.training.optimizers import Prepared
-from megatron_iiet.training.optimizers.groups import decay_groups
+from megatron_iiet.training.optimizers import Prepared, decay_groups
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """Running means of the gradient and of its square; DeepSpeed's AdamW has them by the same names."""
