@@ -100,7 +100,7 @@ class Engine(ABC):
         self._names = {parameter: name for name, parameter in self.model.named_parameters()}
         self._engine = self._start(config, ds_config)
         if warm is not None:
-            start_from(self._engine, self._names, self.context, warm)
+            start_from(self._engine, self._names, warm)
         self.set_iterations(iterations_per_layer(config), merging=True)
 
     def _part_of(self, config: RunConfig, ds_config: dict[str, Any], backend: str) -> Transformer:
@@ -171,7 +171,7 @@ class Engine(ABC):
         """Write this rank's part of a checkpoint; returns when every rank has, and the index is there."""
         folder.mkdir(parents=True, exist_ok=True)
         file = f"rank_{self.context.rank:05d}.safetensors"
-        fragments = own_fragments(self._engine, self._names, self.context)
+        fragments = own_fragments(self._engine, self._names)
         written = write_fragments(folder / file, fragments, save) if fragments else None
         parts = self.context.world.gather_objects((file, written))
         if self.context.is_main:
@@ -184,7 +184,7 @@ class Engine(ABC):
         Raises:
             ValueError: files are missing, damaged, or of another model.
         """
-        load_fragments(self._engine, self._names, self.context, reader, optimizer_steps)
+        load_fragments(self._engine, self._names, reader, optimizer_steps)
         self._engine.global_steps = optimizer_steps
         self.context.barrier()
 
