@@ -33,7 +33,7 @@ from megatron_iiet.training.resume import (
     CONTENTS,
     NothingToDo,
     Resumption,
-    find_resumption,
+    check_resumable,
     initial_identity,
     model_identity,
     newest_checkpoint,
@@ -77,7 +77,7 @@ def prepare(
 ) -> tuple[Run, list[callbacks.Callback]]:
     """Check everything, then build the run and its callbacks; the cheapest checks come first.
 
-    ``accept``: keys whose change this start accepts, see :func:`find_resumption`.
+    ``accept``: keys whose change this start accepts, see :func:`check_resumable`.
 
     Raises:
         ConfigError: (and its base ValueError) something does not fit; nothing was written.
@@ -86,7 +86,7 @@ def prepare(
     check_paths(config)
     backend, reason = resolve_backend(config.ops.backend, context.device)
     newest = newest_checkpoint(config)
-    done = newest is not None and nothing_to_do(config, checkpoint.read_state(newest).step)
+    done = "" if newest is None else nothing_to_do(config, checkpoint.read_state(newest).step)
     if not done:
         with failing_together(context):
             check_output_dir(config.output_dir)
@@ -98,7 +98,9 @@ def prepare(
         "teacher": model_identity(teacher) if teacher else None,
         "initial_weights": None if done else initial_identity(config),
     }
-    found = find_resumption(config, contents, accept)
+    found = None if newest is None else check_resumable(newest, config, contents, accept)
+    if done:
+        raise NothingToDo(done)
     if found is not None and config.training.initial_weights and not contents["initial_weights"]:
         contents["initial_weights"] = (found.state.data.get(CONTENTS) or {}).get("initial_weights")
 
@@ -228,15 +230,13 @@ def describe_start(run: Run) -> str:
     m, length = config.model, config.data.sequence_length
     batch = config.training.global_batch_size
     accumulation = gradient_accumulation_steps(config, run.context.data.size)
-    return "\n".join(
-        (
-            f"model: {m.num_layers} layers, d {m.hidden_size}, ffn {m.ffn_hidden_size}, "
-            f"{m.num_attention_heads} heads, vocabulary {m.vocab_size}: "
-            f"{model.num_parameters():,} parameters, {model.num_solver_parameters():,} of them the solver's",
-            f"training: {config.training.steps} steps of {batch * length:,} tokens in {accumulation} "
-            f"micro-batches of {config.training.micro_batch_size} x {length}, {config.training.precision}, "
-            f"on {run.context.world_size} {run.context.device.type} process(es)",
-        )
+    return (
+        f"model: {m.num_layers} layers, d {m.hidden_size}, ffn {m.ffn_hidden_size}, "
+        f"{m.num_attention_heads} heads, vocabulary {m.vocab_size}: "
+        f"{model.num_parameters():,} parameters, {model.num_solver_parameters():,} of them the solver's\n"
+        f"training: {config.training.steps} steps of {batch * length:,} tokens in {accumulation} "
+        f"micro-batches of {config.training.micro_batch_size} x {length}, {config.training.precision}, "
+        f"on {run.context.world_size} {run.context.device.type} process(es)"
     )
 
 

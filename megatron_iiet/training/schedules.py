@@ -31,7 +31,9 @@ _SHAPES: dict[str, Callable[[OptimizerConfig, int, int, int], float]] = {
     "linear": lambda c, taken, warmup, steps: 1 - _progress(taken, warmup, steps),
     "constant": lambda c, taken, warmup, steps: 1.0,
     # Warm-up, stable, decay (MiniCPM, Hu et al. 2024, with a line as decay).
-    "wsd": lambda c, taken, warmup, steps: 1 - _progress(taken, steps - round(c.decay_fraction * steps), steps),
+    "wsd": lambda c, taken, warmup, steps: (
+        1 - _progress(taken, steps - round(c.decay_fraction * steps), steps)
+    ),
 }
 """By ``optimizer.schedule``: the share of the way from the final to the peak rate, when ``taken`` steps, this
 one among them, of ``steps`` are taken and the warm-up was ``warmup`` of them."""

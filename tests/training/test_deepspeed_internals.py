@@ -17,8 +17,8 @@ import torch
 from megatron_iiet.config import ConfigError, LoadedConfig, config_from_dict, config_to_yaml
 from megatron_iiet.parallel import ParallelContext
 from megatron_iiet.parallel.launch import launch_environment
-from megatron_iiet.training.engine import engine_class
 from megatron_iiet.training.engine import deepspeed_internals as internals
+from megatron_iiet.training.engine import engine_class
 from megatron_iiet.training.pretrain import reconciled_ds_config
 from tests.distributed.harness import free_port, run_ranks
 from tests.distributed.runs import as_data, ds_json
