@@ -17,28 +17,11 @@ from megatron_iiet.parallel import ParallelContext
 from megatron_iiet.parallel.launch import launch_environment
 from megatron_iiet.storage import checkpoint
 from megatron_iiet.storage.source import Source
-from megatron_iiet.training import callbacks
+from megatron_iiet.training import callbacks, record, resume
 from megatron_iiet.training.corpora import Corpora, contents_of, describe_corpora, open_corpora
 from megatron_iiet.training.engine import Engine, engine_class
 from megatron_iiet.training.layout import describe_layout, layout_of
 from megatron_iiet.training.loop import train
-from megatron_iiet.training.record import (
-    append_start,
-    check_output_dir,
-    restore_configuration,
-    start_of,
-    write_configurations,
-)
-from megatron_iiet.training.resume import (
-    CONTENTS,
-    NothingToDo,
-    Resumption,
-    check_resumable,
-    initial_identity,
-    model_identity,
-    newest_checkpoint,
-    nothing_to_do,
-)
 from megatron_iiet.training.run import Run
 from megatron_iiet.training.stopping import failing_together
 from megatron_iiet.training.task_evaluation import TaskEvaluation
@@ -58,7 +41,7 @@ def pretrain(loaded: LoadedConfig) -> None:
         with ParallelContext.start(loaded.config.parallel) as context:
             try:
                 run, chosen = prepare(loaded.config, ds_config, context, loaded.accept_changes)
-            except NothingToDo as done:
+            except resume.NothingToDo as done:
                 if context.is_main:
                     print(done, flush=True)
                 return
@@ -77,7 +60,7 @@ def prepare(
 ) -> tuple[Run, list[callbacks.Callback]]:
     """Check everything, then build the run and its callbacks; the cheapest checks come first.
 
-    ``accept``: keys whose change this start accepts, see :func:`check_resumable`.
+    ``accept``: keys whose change this start accepts, see :func:`.resume.check_resumable`.
 
     Raises:
         ConfigError: (and its base ValueError) something does not fit; nothing was written.
@@ -85,24 +68,24 @@ def prepare(
     """
     check_paths(config)
     backend, reason = resolve_backend(config.ops.backend, context.device)
-    newest = newest_checkpoint(config)
-    done = "" if newest is None else nothing_to_do(config, checkpoint.read_state(newest).step)
+    newest = resume.newest_checkpoint(config)
+    done = "" if newest is None else resume.nothing_to_do(config, checkpoint.read_state(newest).step)
     if not done:
         with failing_together(context):
-            check_output_dir(config.output_dir)
+            record.check_output_dir(config.output_dir)
     check_tokenizer(config)
     corpora = open_corpora(config.data, config.model.vocab_size)
     teacher = None if done else open_teacher(config)
     warm = open_warm_start(config) if newest is None else None
     contents = contents_of(config.data, corpora) | {
-        "teacher": model_identity(teacher) if teacher else None,
-        "initial_weights": None if done else initial_identity(config),
+        "teacher": resume.model_identity(teacher) if teacher else None,
+        "initial_weights": None if done else resume.initial_identity(config),
     }
-    found = None if newest is None else check_resumable(newest, config, contents, accept)
+    found = None if newest is None else resume.check_resumable(newest, config, contents, accept)
     if done:
-        raise NothingToDo(done)
+        raise resume.NothingToDo(done)
     if found is not None and config.training.initial_weights and not contents["initial_weights"]:
-        contents["initial_weights"] = (found.state.data.get(CONTENTS) or {}).get("initial_weights")
+        contents["initial_weights"] = (found.state.data.get(resume.CONTENTS) or {}).get("initial_weights")
 
     engine = engine_class(context)(
         config, ds_config, context, backend, initialise=found is None, warm=warm, teacher=teacher
@@ -132,13 +115,13 @@ def prepare(
         run.resume(found.folder)
     elif accept:
         run.say(f"--{ACCEPT_CHANGES} names {', '.join(accept)}, but there is no checkpoint to differ from")
-    start = start_of(context, layout, found)
+    start = record.start_of(context, layout, found)
     if context.is_main:
         if found is None:
-            write_configurations(config, ds_config)
+            record.write_configurations(config, ds_config)
         else:  # it says what the weights there were made with, until there are newer ones
-            restore_configuration(config.output_dir, found.folder)
-        append_start(config.output_dir, start)
+            record.restore_configuration(config.output_dir, found.folder)
+        record.append_start(config.output_dir, start)
     return run, build_callbacks(config, corpora, context)
 
 
@@ -254,7 +237,7 @@ def describe_teacher(run: Run, teacher: Source) -> str:
     )
 
 
-def describe_other_layout(found: Resumption, here: dict[str, int]) -> list[str]:
+def describe_other_layout(found: resume.Resumption, here: dict[str, int]) -> list[str]:
     """What is told of a layout that differs from the checkpoint's beyond what the configuration says."""
     return [
         f"  changed since then: {name}: {found.state.layout[key]} → {here[key]}"
@@ -263,7 +246,7 @@ def describe_other_layout(found: Resumption, here: dict[str, int]) -> list[str]:
     ]
 
 
-def describe_left_out(found: Resumption, engine: Engine) -> list[str]:
+def describe_left_out(found: resume.Resumption, engine: Engine) -> list[str]:
     """What is told of weights in the checkpoint that have no place in the model as it was changed."""
     with checkpoint.open_weights(found.folder) as reader:
         names = sorted(set(reader.parameters) - {name for name, _ in engine.meta_model.named_parameters()})

@@ -232,14 +232,8 @@ def content_differences(
     there: Mapping[str, Any], here: Mapping[str, Any], before: RunConfig, config: RunConfig
 ) -> list[Difference]:
     """What corpora, tokenizer and models hold that they did not when the checkpoint was written."""
-    pairs = [
-        ("data.blend" if config.data.blend else "data.prefix", *paths, *held)
-        for paths, held in zip(
-            zip(before.data.weights, config.data.weights, strict=False),
-            zip(there["train"], here["train"], strict=False),
-            strict=False,
-        )
-    ]
+    corpora = zip(before.data.weights, config.data.weights, there["train"], here["train"], strict=False)
+    pairs = [("data.blend" if config.data.blend else "data.prefix", *each) for each in corpora]
     if there.get("validation") and here.get("validation"):
         paths = before.data.validation_prefix, config.data.validation_prefix
         pairs.append(("data.validation_prefix", *paths, there["validation"], here["validation"]))

@@ -203,11 +203,15 @@ def test_tasks_are_said_by_the_metric_that_the_paper_reports(
         limits.append(limit)
         return TaskResults(metrics, {"piqa": 1, "boolq": 1})
 
-    monkeypatch.setattr(task_evaluation, "_load", lambda config: {"tasks": dict.fromkeys(metrics)})
+    monkeypatch.setattr(
+        task_evaluation, "load_tasks", lambda names, folder: {"tasks": dict.fromkeys(metrics)}
+    )
     monkeypatch.setattr(task_evaluation, "load_tokenizer", lambda path: SimpleNamespace(eod_id=0))
     monkeypatch.setattr(task_evaluation, "EngineScorer", lambda engine, config: None)
     monkeypatch.setattr(harness, "run_tasks", run_tasks)
-    run = bare_run(tmp_path / "run", evaluation={"tasks_interval": 3, "tasks_limit": limit})
+    run = bare_run(
+        tmp_path / "run", evaluation={"tasks": ["piqa"], "tasks_interval": 3, "tasks_limit": limit}
+    )
     train(run, [task_evaluation.TaskEvaluation(run.config)])
     run.close()
     assert limits == [limit] * 3
