@@ -182,9 +182,8 @@ class MetricLogger(Callback):
 
 def _parts(result: StepResult) -> str:
     """The terms of a loss that has several."""
-    return f" ({', '.join(f'{name} {value:.4f}' for name, value in result.parts.items())})" * bool(
-        result.parts
-    )
+    terms = ", ".join(f"{name} {value:.4f}" for name, value in result.parts.items())
+    return f" ({terms})" if terms else ""
 
 
 def _clock(seconds: float) -> str:

@@ -1,5 +1,6 @@
-"""Where DeepSpeed keeps the fp32 master and the optimizer's moments of a parameter, for every ZeRO stage: a rank
-holds, of a parameter's flattened values, one interval. That interval is the unit of a checkpoint.
+"""Where DeepSpeed keeps the fp32 master and the optimizer's moments of a parameter, for every ZeRO stage.
+
+Of a parameter's flattened values a rank holds one interval. That interval is the unit of a checkpoint.
 """
 
 from __future__ import annotations

@@ -18,10 +18,6 @@ def prepare(model: nn.Module, config: AdamW) -> Prepared:
     """AdamW for a model's parameters."""
     groups = decay_groups(model, config.weight_decay)
     build = partial(
-        torch.optim.AdamW,
-        lr=config.lr,
-        betas=(config.beta1, config.beta2),
-        eps=config.eps,
-        fused=True,
+        torch.optim.AdamW, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True
     )
     return Prepared(groups, build, {p: MOMENTS for group in groups for p in group["params"]})
