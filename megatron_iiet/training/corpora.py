@@ -11,7 +11,7 @@ from megatron_iiet.config import ConfigError, RunConfig
 from megatron_iiet.config.schema import DataConfig
 from megatron_iiet.data.corpora.identity import corpus_identity
 from megatron_iiet.data.loader.blend import Blend
-from megatron_iiet.data.loader.samples import Samples, build_splits
+from megatron_iiet.data.loader.samples import Samples, Splits, build_splits
 from megatron_iiet.data.tokenizers.loading import tokenizer_digest
 
 MANY_EPOCHS = 4
@@ -46,23 +46,17 @@ def open_corpora(data: DataConfig, vocab_size: int) -> Corpora:
     Raises:
         ValueError: a corpus is unreadable, too small for its share, or was made with another tokenizer.
     """
+
+    def opened(prefix: str, split: list[float]) -> Splits:
+        return build_splits(prefix, data.sequence_length, split, data.documents, vocab_size=vocab_size)
+
     split = [1.0, 0.0, 0.0] if data.validation_prefix else data.split
-    splits = [
-        build_splits(prefix, data.sequence_length, split, data.documents, vocab_size=vocab_size)
-        for prefix in data.weights
-    ]
+    splits = [opened(prefix, split) for prefix in data.weights]
     weights = list(data.weights.values())
     train, validation = [part.train for part in splits], [part.validation for part in splits]
     validation_weights = weights
     if data.validation_prefix:
-        held_out = build_splits(
-            data.validation_prefix,
-            data.sequence_length,
-            [0.0, 1.0, 0.0],
-            data.documents,
-            vocab_size=vocab_size,
-        )
-        validation, validation_weights = [held_out.validation], [1.0]
+        validation, validation_weights = [opened(data.validation_prefix, [0.0, 1.0, 0.0]).validation], [1.0]
     elif not data.split[1]:
         validation, validation_weights = [], []
     Blend(weights)  # refuses what cannot be blended before anything expensive is built

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from megatron_iiet.config import RunConfig
 from megatron_iiet.models.pipeline import entries_crossing
 from megatron_iiet.parallel import ParallelContext
-
-if TYPE_CHECKING:
-    from megatron_iiet.training.engine import Engine
+from megatron_iiet.training.engine import Engine
 
 _BYTES = {"fp32": 4, "bf16": 2}
 
@@ -39,13 +35,9 @@ def describe_layout(config: RunConfig, engine: Engine) -> str:
         f"{part.start}-{part.stop - 1} ({cost:.0%})"
         for part, cost in zip(plan.stages, plan.costs, strict=True)
     )
-    return "\n".join(
-        (
-            grid,
-            f"pipeline: layers {stages} of the work; bubble {plan.bubble(micro_batches):.0%} of the time "
-            f"with {micro_batches} micro-batches a step",
-            f"payload: {payloads(config, engine)}",
-        )
+    return (
+        f"{grid}\npipeline: layers {stages} of the work; bubble {plan.bubble(micro_batches):.0%} of the time "
+        f"with {micro_batches} micro-batches a step\npayload: {payloads(config, engine)}"
     )
 
 

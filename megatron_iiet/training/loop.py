@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from megatron_iiet.training.callbacks import Callback
 from megatron_iiet.training.run import Run
 from megatron_iiet.training.schedules import learning_rate
-from megatron_iiet.training.stopping import StopRequests
+from megatron_iiet.training.stopping import stop_requests
 
 
 def train(run: Run, callbacks: Sequence[Callback]) -> None:
@@ -18,14 +18,14 @@ def train(run: Run, callbacks: Sequence[Callback]) -> None:
     Raises:
         FloatingPointError: loss or gradient stopped being finite; the checkpoints before are untouched.
     """
-    with StopRequests() as requests:
+    with stop_requests(run.context) as agreed_to_stop:
         run.enter_stage()  # before the callbacks, which may validate
         for callback in callbacks:
             callback.on_start(run)
         run.flush()
         while run.step < run.last_step:
             _train_step(run, callbacks)
-            if run.step < run.last_step and requests.agreed(run.context):
+            if run.step < run.last_step and agreed_to_stop():
                 run.say(f"step {run.step:>6} | stopping on SIGUSR1; the same command goes on from here")
                 break
         for callback in callbacks:

@@ -17,30 +17,14 @@ from megatron_iiet.parallel import ParallelContext
 from megatron_iiet.parallel.launch import launch_environment
 from megatron_iiet.storage import checkpoint
 from megatron_iiet.storage.source import Source
-from megatron_iiet.training import callbacks
+from megatron_iiet.training import callbacks, record, resume
 from megatron_iiet.training.corpora import Corpora, contents_of, describe_corpora, open_corpora
-from megatron_iiet.training.engine import Engine, build_engine
+from megatron_iiet.training.engine import Engine, engine_class
 from megatron_iiet.training.layout import describe_layout, layout_of
 from megatron_iiet.training.loop import train
-from megatron_iiet.training.record import (
-    append_start,
-    check_output_dir,
-    restore_configuration,
-    start_of,
-    write_configurations,
-)
-from megatron_iiet.training.resume import (
-    CONTENTS,
-    NothingToDo,
-    Resumption,
-    find_resumption,
-    initial_identity,
-    model_identity,
-    newest_checkpoint,
-    nothing_to_do,
-)
 from megatron_iiet.training.run import Run
 from megatron_iiet.training.stopping import failing_together
+from megatron_iiet.training.task_evaluation import TaskEvaluation
 from megatron_iiet.training.warm_start import open_teacher, open_warm_start
 
 
@@ -57,7 +41,7 @@ def pretrain(loaded: LoadedConfig) -> None:
         with ParallelContext.start(loaded.config.parallel) as context:
             try:
                 run, chosen = prepare(loaded.config, ds_config, context, loaded.accept_changes)
-            except NothingToDo as done:
+            except resume.NothingToDo as done:
                 if context.is_main:
                     print(done, flush=True)
                 return
@@ -76,7 +60,7 @@ def prepare(
 ) -> tuple[Run, list[callbacks.Callback]]:
     """Check everything, then build the run and its callbacks; the cheapest checks come first.
 
-    ``accept``: keys whose change this start accepts, see :func:`find_resumption`.
+    ``accept``: keys whose change this start accepts, see :func:`.resume.check_resumable`.
 
     Raises:
         ConfigError: (and its base ValueError) something does not fit; nothing was written.
@@ -84,24 +68,26 @@ def prepare(
     """
     check_paths(config)
     backend, reason = resolve_backend(config.ops.backend, context.device)
-    newest = newest_checkpoint(config)
-    done = newest is not None and nothing_to_do(config, checkpoint.read_state(newest).step)
+    newest = resume.newest_checkpoint(config)
+    done = "" if newest is None else resume.nothing_to_do(config, checkpoint.read_state(newest).step)
     if not done:
         with failing_together(context):
-            check_output_dir(config.output_dir)
+            record.check_output_dir(config.output_dir)
     check_tokenizer(config)
     corpora = open_corpora(config.data, config.model.vocab_size)
     teacher = None if done else open_teacher(config)
     warm = open_warm_start(config) if newest is None else None
     contents = contents_of(config.data, corpora) | {
-        "teacher": model_identity(teacher) if teacher else None,
-        "initial_weights": None if done else initial_identity(config),
+        "teacher": resume.model_identity(teacher) if teacher else None,
+        "initial_weights": None if done else resume.initial_identity(config),
     }
-    found = find_resumption(config, contents, accept)
+    found = None if newest is None else resume.check_resumable(newest, config, contents, accept)
+    if done:
+        raise resume.NothingToDo(done)
     if found is not None and config.training.initial_weights and not contents["initial_weights"]:
-        contents["initial_weights"] = (found.state.data.get(CONTENTS) or {}).get("initial_weights")
+        contents["initial_weights"] = (found.state.data.get(resume.CONTENTS) or {}).get("initial_weights")
 
-    engine = build_engine(
+    engine = engine_class(context)(
         config, ds_config, context, backend, initialise=found is None, warm=warm, teacher=teacher
     )
     batches = train_batches(config, corpora, context)
@@ -129,13 +115,13 @@ def prepare(
         run.resume(found.folder)
     elif accept:
         run.say(f"--{ACCEPT_CHANGES} names {', '.join(accept)}, but there is no checkpoint to differ from")
-    start = start_of(context, layout, found)
+    start = record.start_of(context, layout, found)
     if context.is_main:
         if found is None:
-            write_configurations(config, ds_config)
+            record.write_configurations(config, ds_config)
         else:  # it says what the weights there were made with, until there are newer ones
-            restore_configuration(config.output_dir, found.folder)
-        append_start(config.output_dir, start)
+            record.restore_configuration(config.output_dir, found.folder)
+        record.append_start(config.output_dir, start)
     return run, build_callbacks(config, corpora, context)
 
 
@@ -202,7 +188,7 @@ def build_callbacks(
             batch = next(iter(batches))
             chosen.append(callbacks.SolverDiagnostics(batch, config.logging.solver_interval))
     if config.evaluation.tasks:
-        chosen.append(callbacks.TaskEvaluation(config))
+        chosen.append(TaskEvaluation(config))
     chosen.append(callbacks.Checkpointing(config.checkpoint.interval))
     return chosen
 
@@ -227,15 +213,13 @@ def describe_start(run: Run) -> str:
     m, length = config.model, config.data.sequence_length
     batch = config.training.global_batch_size
     accumulation = gradient_accumulation_steps(config, run.context.data.size)
-    return "\n".join(
-        (
-            f"model: {m.num_layers} layers, d {m.hidden_size}, ffn {m.ffn_hidden_size}, "
-            f"{m.num_attention_heads} heads, vocabulary {m.vocab_size}: "
-            f"{model.num_parameters():,} parameters, {model.num_solver_parameters():,} of them the solver's",
-            f"training: {config.training.steps} steps of {batch * length:,} tokens in {accumulation} "
-            f"micro-batches of {config.training.micro_batch_size} x {length}, {config.training.precision}, "
-            f"on {run.context.world_size} {run.context.device.type} process(es)",
-        )
+    return (
+        f"model: {m.num_layers} layers, d {m.hidden_size}, ffn {m.ffn_hidden_size}, "
+        f"{m.num_attention_heads} heads, vocabulary {m.vocab_size}: "
+        f"{model.num_parameters():,} parameters, {model.num_solver_parameters():,} of them the solver's\n"
+        f"training: {config.training.steps} steps of {batch * length:,} tokens in {accumulation} "
+        f"micro-batches of {config.training.micro_batch_size} x {length}, {config.training.precision}, "
+        f"on {run.context.world_size} {run.context.device.type} process(es)"
     )
 
 
@@ -253,7 +237,7 @@ def describe_teacher(run: Run, teacher: Source) -> str:
     )
 
 
-def describe_other_layout(found: Resumption, here: dict[str, int]) -> list[str]:
+def describe_other_layout(found: resume.Resumption, here: dict[str, int]) -> list[str]:
     """What is told of a layout that differs from the checkpoint's beyond what the configuration says."""
     return [
         f"  changed since then: {name}: {found.state.layout[key]} → {here[key]}"
@@ -262,7 +246,7 @@ def describe_other_layout(found: Resumption, here: dict[str, int]) -> list[str]:
     ]
 
 
-def describe_left_out(found: Resumption, engine: Engine) -> list[str]:
+def describe_left_out(found: resume.Resumption, engine: Engine) -> list[str]:
     """What is told of weights in the checkpoint that have no place in the model as it was changed."""
     with checkpoint.open_weights(found.folder) as reader:
         names = sorted(set(reader.parameters) - {name for name, _ in engine.meta_model.named_parameters()})

@@ -9,12 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from megatron_iiet.config import (
-    ConfigError,
-    RunConfig,
-    config_to_dict,
-    iterations_per_layer,
-)
+from megatron_iiet.config import ConfigError, RunConfig, config_to_dict, iterations_per_layer
 from megatron_iiet.config.changes import ACCEPT_CHANGES, Change
 from megatron_iiet.config.keys import key_changes, section_names
 from megatron_iiet.config.schema import KINDS
@@ -117,34 +112,16 @@ def newest_checkpoint(config: RunConfig) -> Path | None:
     return folder
 
 
-def find_resumption(
-    config: RunConfig, contents: Mapping[str, Any], accept: Sequence[str] = ()
-) -> Resumption | None:
-    """The checkpoint to continue from, checked against this run; None to start from scratch.
+def check_resumable(
+    folder: Path, config: RunConfig, contents: Mapping[str, Any], accept: Sequence[str] = ()
+) -> Resumption:
+    """The checkpoint to continue from, checked against this run.
 
     ``contents``: what corpora, tokenizer and other models hold; ``accept``: keys whose change this start
     accepts.
 
     Raises:
-        ConfigError: it is of another format, function or order of samples, or must not be resumed.
-        NothingToDo: it is the last one.
-    """
-    folder = newest_checkpoint(config)
-    if folder is None:
-        return None
-    found = check_resumable(folder, config, contents, accept)
-    if done := nothing_to_do(config, found.state.step):
-        raise NothingToDo(done)
-    return found
-
-
-def check_resumable(
-    folder: Path, config: RunConfig, contents: Mapping[str, Any], accept: Sequence[str] = ()
-) -> Resumption:
-    """Refuse a checkpoint of another format, function or order of samples, but for what is in ``accept``.
-
-    Raises:
-        ConfigError: naming every difference that is refused.
+        ConfigError: it is of another format, function or order of samples; every difference is named.
     """
     state = checkpoint.read_state(folder)
     notes = []
@@ -255,14 +232,8 @@ def content_differences(
     there: Mapping[str, Any], here: Mapping[str, Any], before: RunConfig, config: RunConfig
 ) -> list[Difference]:
     """What corpora, tokenizer and models hold that they did not when the checkpoint was written."""
-    pairs = [
-        ("data.blend" if config.data.blend else "data.prefix", *paths, *held)
-        for paths, held in zip(
-            zip(before.data.weights, config.data.weights, strict=False),
-            zip(there["train"], here["train"], strict=False),
-            strict=False,
-        )
-    ]
+    corpora = zip(before.data.weights, config.data.weights, there["train"], here["train"], strict=False)
+    pairs = [("data.blend" if config.data.blend else "data.prefix", *each) for each in corpora]
     if there.get("validation") and here.get("validation"):
         paths = before.data.validation_prefix, config.data.validation_prefix
         pairs.append(("data.validation_prefix", *paths, there["validation"], here["validation"]))
@@ -335,14 +306,10 @@ def _in_force(config: RunConfig) -> dict[str, Any]:
     for key in _MODELS:
         values[key] = values[key] and os.path.realpath(values[key])
     without_effect = []
-    if not config.guidance.interval:
-        without_effect += [
-            key for key in values if key.startswith("guidance.") and key != "guidance.interval"
-        ]
-    if not config.distillation.teacher:
-        without_effect += [
-            key for key in values if key.startswith("distillation.") and key != "distillation.teacher"
-        ]
+    for decisive in ("guidance.interval", "distillation.teacher"):
+        section = f"{decisive.split('.')[0]}."
+        if not values[decisive]:
+            without_effect += [key for key in values if key.startswith(section) and key != decisive]
     if data.validation_prefix:
         without_effect.append("data.split")
     return {key: value for key, value in values.items() if key not in without_effect}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,42 +24,33 @@ from megatron_iiet.training.resume import CONTENTS
 from megatron_iiet.training.utilisation import memory_bytes
 
 
+@dataclass(eq=False)
 class Run:
-    """Engine, data position and step of one training process; passed to every callback.
+    """Engine, data position and step of one training process; passed to every callback."""
 
-    Args:
-        config, ds_config, context, engine: what trains, and where.
-        batches: this rank's, in their place.
-        corpora: names of what the batches are blended from.
-        contents: what the corpora and the tokenizer hold.
-    """
+    config: RunConfig
+    ds_config: dict[str, Any]
+    context: ParallelContext
+    engine: Engine
+    batches: TrainBatches
+    """This rank's, in their place."""
+    corpora: Sequence[str]
+    """Names of what the batches are blended from."""
+    contents: dict[str, Any]
+    """What the corpora and the tokenizer hold."""
+    step: int = 0
+    plan: IterationPlan | None = None
+    """What guidance decided last; it goes before the iterations that the configuration has for a step."""
+    step_seconds: float = 0.0
+    _stage: tuple[list[int], bool] | None = None
+    _values: dict[str, float] = field(default_factory=dict)
+    _writer: MetricWriter | None = None
 
-    def __init__(
-        self,
-        config: RunConfig,
-        ds_config: dict[str, Any],
-        context: ParallelContext,
-        engine: Engine,
-        batches: TrainBatches,
-        corpora: Sequence[str],
-        contents: dict[str, Any],
-    ) -> None:
-        self.config = config
-        self.ds_config = ds_config
-        self.context = context
-        self.engine = engine
-        self.batches = batches
-        self.corpora = corpora
-        self.contents = contents
-        self.step = 0
-        self.plan: IterationPlan | None = None
-        """What guidance decided last; it goes before the iterations that the configuration has for a step."""
-        self._stage: tuple[list[int], bool] | None = None
-        self.step_seconds = 0.0
-        stop = config.training.stop_after
-        self.last_step = config.training.steps if stop is None else min(stop, config.training.steps)
-        self._values: dict[str, float] = {}
-        self._writer: MetricWriter | None = None
+    @property
+    def last_step(self) -> int:
+        """The step that this process ends with."""
+        stop, steps = self.config.training.stop_after, self.config.training.steps
+        return steps if stop is None else min(stop, steps)
 
     def say(self, text: str) -> None:
         """Print a line, once for all ranks."""
@@ -163,11 +155,9 @@ class Run:
         if not layers[0].merging:
             return f"solver {Euler().describe(())}"
         counts = [layer.iterations for layer in layers.values()]
-        return f"solver {solver.describe(counts)}{self._describe_guidance(counts)}"
-
-    def _describe_guidance(self, counts: list[int]) -> str:
+        described = f"solver {solver.describe(counts)}"
         if not self.config.guidance.interval:
-            return ""
+            return described
         used, full = sum(r + 1 for r in counts), sum(r + 1 for r in iterations_per_layer(self.config))
         source = "even until the first plan" if self.plan is None else f"planned after step {self.plan.step}"
-        return f", {used} of {full} evaluations ({used / full:.0%}), {source}"
+        return f"{described}, {used} of {full} evaluations ({used / full:.0%}), {source}"

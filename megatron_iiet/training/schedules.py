@@ -26,24 +26,14 @@ def _progress(taken: int, start: int, stop: int) -> float:
     return min(1.0, max(0.0, (taken - start) / max(1, stop - start)))
 
 
-def _cosine(config: OptimizerConfig, taken: int, warmup: int, steps: int) -> float:
-    return 0.5 * (1 + math.cos(math.pi * _progress(taken, warmup, steps)))
-
-
-def _linear(config: OptimizerConfig, taken: int, warmup: int, steps: int) -> float:
-    return 1 - _progress(taken, warmup, steps)
-
-
-def _wsd(config: OptimizerConfig, taken: int, warmup: int, steps: int) -> float:
-    """Warm-up, stable, decay (MiniCPM, Hu et al. 2024, with a line as decay)."""
-    return 1 - _progress(taken, steps - round(config.decay_fraction * steps), steps)
-
-
 _SHAPES: dict[str, Callable[[OptimizerConfig, int, int, int], float]] = {
-    "cosine": _cosine,
-    "linear": _linear,
-    "constant": lambda config, taken, warmup, steps: 1.0,
-    "wsd": _wsd,
+    "cosine": lambda c, taken, warmup, steps: 0.5 * (1 + math.cos(math.pi * _progress(taken, warmup, steps))),
+    "linear": lambda c, taken, warmup, steps: 1 - _progress(taken, warmup, steps),
+    "constant": lambda c, taken, warmup, steps: 1.0,
+    # Warm-up, stable, decay (MiniCPM, Hu et al. 2024, with a line as decay).
+    "wsd": lambda c, taken, warmup, steps: (
+        1 - _progress(taken, steps - round(c.decay_fraction * steps), steps)
+    ),
 }
 """By ``optimizer.schedule``: the share of the way from the final to the peak rate, when ``taken`` steps, this
 one among them, of ``steps`` are taken and the warm-up was ``warmup`` of them."""

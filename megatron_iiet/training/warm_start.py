@@ -1,8 +1,7 @@
 """Initial weights from another model of the same shape, whatever solver integrated it.
 
-The decoder's parameters are taken over, and the solver's where they mean the same; the others start at their
-initial values. Weights go where a resumed checkpoint's go, into the fp32 masters of the optimizer: DeepSpeed
-makes masters from the module's bf16 working copy, so weights put into the module would lose their last bits.
+They go where a resumed checkpoint's go, into the fp32 masters of the optimizer: DeepSpeed makes masters from
+the module's bf16 working copy, so weights put into the module would lose their last bits.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ from megatron_iiet.parallel import ParallelContext
 from megatron_iiet.storage import portable
 from megatron_iiet.storage.fragments import FragmentReader
 from megatron_iiet.storage.integrity import SaveIdentity
-from megatron_iiet.training.engine import Engine, StepResult, build_engine
+from megatron_iiet.training.engine import Engine, StepResult, engine_class
 from megatron_iiet.training.schedules import learning_rate
 from megatron_iiet.training.warm_start import open_teacher
 from tests.tiny import read_full
@@ -308,7 +308,7 @@ def open_engine(
     ds_json = {"zero_optimization": zero}
     size = check_combination(config, ds_json, world.world_size, "the test")
     ds_config = reconcile(ds_json, config, size)
-    engine = build_engine(config, ds_config, context, case.backend, teacher=open_teacher(config))
+    engine = engine_class(context)(config, ds_config, context, case.backend, teacher=open_teacher(config))
     return config, engine, batches_of(case, config, context.data.rank, size)
 
 

@@ -15,8 +15,7 @@ from torch import nn
 
 from megatron_iiet.config.optimizers import AdamW
 from megatron_iiet.storage.fragments import FragmentReader
-from megatron_iiet.training.optimizers import Prepared, adamw
-from megatron_iiet.training.optimizers.groups import decay_groups
+from megatron_iiet.training.optimizers import Prepared, adamw, decay_groups
 from tests.distributed.harness import run_ranks
 from tests.distributed.parity import SAVE, TOLERANCES, continue_case, train_and_save
 from tests.distributed.test_reshape import LAYOUTS, SOLVER

@@ -15,10 +15,10 @@ from megatron_iiet.evaluation.models import ModelOptions, prepare_model
 from megatron_iiet.evaluation.tasks import load_tasks
 from megatron_iiet.parallel import ParallelContext
 from megatron_iiet.parallel.launch import launch_environment
-from megatron_iiet.training.callbacks.tasks import TaskEvaluation
 from megatron_iiet.training.loop import train
 from megatron_iiet.training.metrics import read_log
 from megatron_iiet.training.pretrain import prepare, reconciled_ds_config
+from megatron_iiet.training.task_evaluation import TaskEvaluation
 from tests.distributed.harness import run_ranks
 from tests.distributed.runs import as_data, ds_json
 from tests.evaluation.task_data import write_task_data

@@ -25,7 +25,7 @@ from megatron_iiet.training.engine import StepResult
 from megatron_iiet.training.loop import train
 from megatron_iiet.training.metrics import read_log
 from megatron_iiet.training.pretrain import prepare, reconciled_ds_config
-from megatron_iiet.training.resume import CONTENTS, check_resumable, find_resumption
+from megatron_iiet.training.resume import CONTENTS, check_resumable, newest_checkpoint
 from megatron_iiet.training.run import Run
 from tests.distributed.harness import RanksFailedError, run_ranks
 from tests.distributed.runs import as_data, ds_json, pretrain_rank
@@ -260,13 +260,13 @@ def test_another_corpus_to_validate_on_is_told_by_its_key(
 def test_a_run_that_must_not_be_resumed(configured: Callable[..., RunConfig]) -> None:
     """Its checkpoint is not even read."""
     config = configured(checkpoint={"resume": False})
-    assert find_resumption(config, {}) is None
+    assert newest_checkpoint(config) is None
     folder = checkpoint.checkpoints_folder(config.output_dir)
     (folder / "step_00000004").mkdir(parents=True)
     (folder / "step_00000004" / "state.json").write_text("{}")
     (folder / "latest").write_text("step_00000004\n")
     with pytest.raises(ConfigError, match=r"holds checkpoint step_00000004 and checkpoint\.resume is false"):
-        find_resumption(config, {})
+        newest_checkpoint(config)
 
 
 def test_a_checkpoint_of_the_format_before(configured: Callable[..., RunConfig], tmp_path: Path) -> None:

@@ -17,8 +17,8 @@ import torch
 from megatron_iiet.config import ConfigError, LoadedConfig, config_from_dict, config_to_yaml
 from megatron_iiet.parallel import ParallelContext
 from megatron_iiet.parallel.launch import launch_environment
-from megatron_iiet.training.engine import build_engine
 from megatron_iiet.training.engine import deepspeed_internals as internals
+from megatron_iiet.training.engine import engine_class
 from megatron_iiet.training.pretrain import reconciled_ds_config
 from tests.distributed.harness import free_port, run_ranks
 from tests.distributed.runs import as_data, ds_json
@@ -192,7 +192,7 @@ def on_engine(config: dict[str, Any], path: Path, act: Callable[..., Any], *args
     loaded = LoadedConfig(config=config_from_dict(config), ds_config_path=path)
     ds_config = reconciled_ds_config(loaded, launch_environment().world_size)
     with ParallelContext.start(loaded.config.parallel) as context:
-        engine = build_engine(loaded.config, ds_config, context, "reference")
+        engine = engine_class(context)(loaded.config, ds_config, context, "reference")
         return act(engine, *args)
 
 

@@ -30,7 +30,7 @@ from megatron_iiet.storage import checkpoint
 from megatron_iiet.storage.checkpoint_model import export_run
 from megatron_iiet.storage.integrity import check_seal, read_json, write_sealed
 from megatron_iiet.training import loop
-from megatron_iiet.training.callbacks.guidance import Guidance, favouring, running_mean
+from megatron_iiet.training.callbacks import Guidance, favouring, running_mean
 from megatron_iiet.training.metrics import read_log
 from megatron_iiet.training.pretrain import prepare, reconciled_ds_config
 from tests.distributed.harness import run_ranks

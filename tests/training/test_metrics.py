@@ -255,7 +255,7 @@ def test_without_a_peak_there_is_no_utilisation(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(
-        "megatron_iiet.training.callbacks.logging.peak_flops", lambda device, precision: (None, "why")
+        "megatron_iiet.training.callbacks.peak_flops", lambda device, precision: (None, "why")
     )
     run = bare_run(tmp_path / "run", training={"steps": 2}, logging={"peak_tflops": None})
     loop.train(run, [MetricLogger()])

@@ -19,8 +19,8 @@ from megatron_iiet.models.diagnostics import IterateStatistics
 from megatron_iiet.models.pipeline import stage_plan
 from megatron_iiet.parallel.group import Group
 from megatron_iiet.parallel.tensor import TensorParallel
-from megatron_iiet.training.callbacks import SolverDiagnostics, tasks
-from megatron_iiet.training.callbacks.logging import _clock
+from megatron_iiet.training import task_evaluation
+from megatron_iiet.training.callbacks import SolverDiagnostics, _clock
 from megatron_iiet.training.engine import Engine
 from megatron_iiet.training.layout import describe_layout
 from megatron_iiet.training.loop import train
@@ -217,12 +217,16 @@ def test_tasks_are_said_by_the_metric_that_the_paper_reports(
         limits.append(limit)
         return TaskResults(metrics, {"piqa": 1, "boolq": 1})
 
-    monkeypatch.setattr(tasks, "_load", lambda config: {"tasks": dict.fromkeys(metrics)})
-    monkeypatch.setattr(tasks, "load_tokenizer", lambda path: SimpleNamespace(eod_id=0))
-    monkeypatch.setattr(tasks, "EngineScorer", lambda engine, config: None)
+    monkeypatch.setattr(
+        task_evaluation, "load_tasks", lambda names, folder: {"tasks": dict.fromkeys(metrics)}
+    )
+    monkeypatch.setattr(task_evaluation, "load_tokenizer", lambda path: SimpleNamespace(eod_id=0))
+    monkeypatch.setattr(task_evaluation, "EngineScorer", lambda engine, config: None)
     monkeypatch.setattr(harness, "run_tasks", run_tasks)
-    run = bare_run(tmp_path / "run", evaluation={"tasks_interval": 3, "tasks_limit": limit})
-    train(run, [tasks.TaskEvaluation(run.config)])
+    run = bare_run(
+        tmp_path / "run", evaluation={"tasks": ["piqa"], "tasks_interval": 3, "tasks_limit": limit}
+    )
+    train(run, [task_evaluation.TaskEvaluation(run.config)])
     run.close()
     assert limits == [limit] * 3
     log = read_log(tmp_path / "run")

@@ -72,7 +72,11 @@ class Engine(ABC):
         warm: WarmStart | None = None,
         teacher: Source | None = None,
     ) -> None:
-        """See :func:`megatron_iiet.training.engine.build_engine`."""
+        """``ds_config`` is the reconciled DeepSpeed JSON (no "auto" left), ``backend`` that of the merges.
+        Without ``initialise`` the matrices hold whatever they hold: for a checkpoint that is about to be
+        loaded. ``warm``: which parameters start with the values of another model; ``teacher``: the model to
+        learn from.
+        """
         deepspeed_logger.setLevel(logging.WARNING)
         deepspeed.init_distributed(dist_init_required=False)  # takes over the process group there is
         self.context = context
@@ -96,12 +100,20 @@ class Engine(ABC):
         self._names = {parameter: name for name, parameter in self.model.named_parameters()}
         self._engine = self._start(config, ds_config)
         if warm is not None:
-            start_from(self._engine, self._names, self.context, warm)
+            start_from(self._engine, self._names, warm)
         self.set_iterations(iterations_per_layer(config), merging=True)
 
     def _part_of(self, config: RunConfig, ds_config: dict[str, Any], backend: str) -> Transformer:
         """This rank's part of a model, its matrices undrawn."""
-        with self.context.device, self._partitioned_at_birth(ds_config):
+        born: AbstractContextManager[Any] = nullcontext()
+        if self.zero_stage == 3:  # no rank ever holds more than a module's parameters whole
+            born = deepspeed.zero.Init(
+                data_parallel_group=self.context.data.handle,
+                config_dict_or_path=ds_config,
+                mpu=model_parallel_unit(self.context),
+                mem_efficient_linear=False,
+            )
+        with self.context.device, born:
             model = Transformer(
                 config,
                 backend=backend,
@@ -159,7 +171,7 @@ class Engine(ABC):
         """Write this rank's part of a checkpoint; returns when every rank has, and the index is there."""
         folder.mkdir(parents=True, exist_ok=True)
         file = f"rank_{self.context.rank:05d}.safetensors"
-        fragments = own_fragments(self._engine, self._names, self.context)
+        fragments = own_fragments(self._engine, self._names)
         written = write_fragments(folder / file, fragments, save) if fragments else None
         parts = self.context.world.gather_objects((file, written))
         if self.context.is_main:
@@ -172,7 +184,7 @@ class Engine(ABC):
         Raises:
             ValueError: files are missing, damaged, or of another model.
         """
-        load_fragments(self._engine, self._names, self.context, reader, optimizer_steps)
+        load_fragments(self._engine, self._names, reader, optimizer_steps)
         self._engine.global_steps = optimizer_steps
         self.context.barrier()
 
@@ -181,17 +193,6 @@ class Engine(ABC):
         for parameter, name in self._names.items():
             with self._gathered([parameter]):
                 yield name, parameter.detach().clone()
-
-    def _partitioned_at_birth(self, ds_config: dict[str, Any]) -> AbstractContextManager[Any]:
-        """Under ZeRO-3 no rank ever holds more than a module's parameters whole."""
-        if self.zero_stage < 3:
-            return nullcontext()
-        return deepspeed.zero.Init(
-            data_parallel_group=self.context.data.handle,
-            config_dict_or_path=ds_config,
-            mpu=model_parallel_unit(self.context),
-            mem_efficient_linear=False,
-        )
 
     def _writable(self, parameter: Any) -> AbstractContextManager[None]:
         return self._gathered([parameter], modifier_rank=0)

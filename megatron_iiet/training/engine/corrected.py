@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Mapping
 from contextlib import redirect_stdout
+from types import SimpleNamespace
 from typing import Any, Self
 
 import torch
@@ -122,35 +123,14 @@ def is_owner(parameter: Tensor, tensor: Group) -> bool:
     return not tied_copy and (tensor.rank == 0 or shard_of(parameter) is not None)
 
 
-class ModelParallelUnit:
-    """The grid in the words DeepSpeed asks for."""
-
-    def __init__(self, context: ParallelContext) -> None:
-        self._context = context
-
-    def get_model_parallel_group(self) -> Any:
-        return self._context.tensor.handle
-
-    def get_model_parallel_rank(self) -> int:
-        return self._context.tensor.rank
-
-    def get_model_parallel_world_size(self) -> int:
-        return self._context.tensor.size
-
-    get_tensor_model_parallel_group = get_model_parallel_group
-    get_tensor_model_parallel_rank = get_model_parallel_rank
-    get_tensor_model_parallel_world_size = get_model_parallel_world_size
-
-    def get_data_parallel_group(self) -> Any:
-        return self._context.data.handle
-
-    def get_data_parallel_rank(self) -> int:
-        return self._context.data.rank
-
-    def get_data_parallel_world_size(self) -> int:
-        return self._context.data.size
-
-
-def model_parallel_unit(context: ParallelContext) -> ModelParallelUnit | None:
-    """What DeepSpeed's ``mpu`` arguments want; None where all ranks are replicas."""
-    return ModelParallelUnit(context) if context.tensor.size > 1 else None
+def model_parallel_unit(context: ParallelContext) -> Any:
+    """The grid as DeepSpeed's ``mpu`` arguments want it, an object with nine functions
+    ``get_AXIS_parallel_{group,rank,world_size}``; None where all ranks are replicas."""
+    if context.tensor.size == 1:
+        return None
+    unit = SimpleNamespace()
+    axes = {"model": context.tensor, "tensor_model": context.tensor, "data": context.data}
+    for axis, group in axes.items():
+        for what, value in (("group", group.handle), ("rank", group.rank), ("world_size", group.size)):
+            setattr(unit, f"get_{axis}_parallel_{what}", lambda value=value: value)
+    return unit

@@ -1,9 +1,6 @@
-"""Every name of DeepSpeed that its documentation does not promise and we rely on, checked at start.
-
-Where the fp32 masters of a parameter are, and how to keep merge coefficients in fp32, no documented function
-of DeepSpeed says. What is used instead is declared here, by ZeRO stage and kind of engine, and looked for as
-soon as the engine is built: a release that renamed something is refused before anything is trained or
-written. Only this module imports from ``deepspeed.runtime``; a test compares the tables with what is used.
+"""Every name of DeepSpeed that its documentation does not promise and we rely on, by ZeRO stage and kind of
+engine: a release that renamed one is refused before anything is trained or written. Only this module imports
+from ``deepspeed.runtime``; a test compares the tables with what is used.
 """
 
 from __future__ import annotations

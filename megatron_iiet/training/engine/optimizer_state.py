@@ -1,7 +1,6 @@
 """Where DeepSpeed keeps the fp32 master and the optimizer's moments of a parameter, for every ZeRO stage.
 
-Every stage cuts its flat buffers differently; what they have in common is that a rank holds, of a parameter's
-flattened values, one interval. That interval is the unit of a checkpoint.
+Of a parameter's flattened values a rank holds one interval. That interval is the unit of a checkpoint.
 """
 
 from __future__ import annotations
@@ -13,16 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_iiet.parallel import Group, ParallelContext
+from megatron_iiet.parallel import Group
 from megatron_iiet.parallel.tensor import shard_of
 from megatron_iiet.storage.fragments import MASTER, Fragment, FragmentReader, Place, place_of
 from megatron_iiet.training.engine.corrected import CorrectedEngine, is_owner
-from megatron_iiet.training.engine.deepspeed_internals import (
-    PLAIN,
-    ZERO_3,
-    kind_of,
-    masters,
-)
+from megatron_iiet.training.engine.deepspeed_internals import PLAIN, ZERO_3, kind_of, masters
 from megatron_iiet.training.stopping import failing_together
 from megatron_iiet.training.warm_start import WarmStart
 
@@ -46,35 +40,32 @@ class _MasterPart:
         """Where in the whole parameter the interval begins."""
         return place_of(shard_of(self.parameter), self.shape, tensor, self.start)
 
+    def own(self, flat: Tensor) -> Tensor:
+        """The interval of the master, or of a tensor beside it, as a view."""
+        return flat.detach().view(-1).narrow(0, self.offset, self.numel)
+
     def tensors(self, engine: CorrectedEngine) -> dict[str, Tensor]:
         """fp32 master and moments of the interval, as views; the optimizer is prepared."""
         state = engine.basic_optimizer.state[self.flat]
-        held = {MASTER: self.flat, **{kind: state[kind] for kind in engine.moments[self.parameter]}}
-        return {
-            kind: tensor.detach().view(-1).narrow(0, self.offset, self.numel) for kind, tensor in held.items()
-        }
+        moments = {kind: self.own(state[kind]) for kind in engine.moments[self.parameter]}
+        return {MASTER: self.own(self.flat), **moments}
 
 
-def own_fragments(
-    engine: CorrectedEngine, names: Mapping[Any, str], context: ParallelContext
-) -> list[Fragment]:
+def own_fragments(engine: CorrectedEngine, names: Mapping[Any, str]) -> list[Fragment]:
     """The fragments that this rank writes; of what several ranks hold, one writes."""
-    parts = _prepared_parts(engine, names)
-    replicated = kind_of(engine) is PLAIN and context.data.rank > 0
+    parts, context = _prepared_parts(engine, names), engine.context
+    if kind_of(engine) is PLAIN and context.data.rank > 0:
+        return []
     return [
-        Fragment(names[part.parameter], part.place(context.tensor), part.numel, part.tensors(engine))
-        for part in parts
-        if not replicated and is_owner(part.parameter, context.tensor)
+        Fragment(names[p.parameter], p.place(context.tensor), p.numel, p.tensors(engine))
+        for p in parts
+        if is_owner(p.parameter, context.tensor)
     ]
 
 
 @torch.no_grad()
 def load_fragments(
-    engine: CorrectedEngine,
-    names: Mapping[Any, str],
-    context: ParallelContext,
-    reader: FragmentReader,
-    steps: int,
+    engine: CorrectedEngine, names: Mapping[Any, str], reader: FragmentReader, steps: int
 ) -> None:
     """Fill masters and moments from a checkpoint of any layout, then the working copies from the masters.
 
@@ -83,29 +74,31 @@ def load_fragments(
     Raises:
         ValueError: on every rank, what one of them found wrong: no rank is left waiting for it.
     """
-    with failing_together(context):
+    with failing_together(engine.context):
         for part in _prepared_parts(engine, names):
             for kind, tensor in part.tensors(engine).items():
-                reader.read(names[part.parameter], kind, part.place(context.tensor), part.numel, tensor)
-    _set_steps(engine.basic_optimizer, steps)
+                place = part.place(engine.context.tensor)
+                reader.read(names[part.parameter], kind, place, part.numel, tensor)
+    for state in engine.basic_optimizer.state.values():
+        if isinstance(state["step"], Tensor):
+            state["step"].fill_(steps)
+        else:
+            state["step"] = steps
     _refresh_working_copies(engine)
 
 
 @torch.no_grad()
-def start_from(
-    engine: CorrectedEngine, names: Mapping[Any, str], context: ParallelContext, warm: WarmStart
-) -> None:
+def start_from(engine: CorrectedEngine, names: Mapping[Any, str], warm: WarmStart) -> None:
     """Fill the masters of the parameters that are taken over, then the working copies from the masters.
 
     Raises:
         ValueError: on every rank, what one of them found wrong.
     """
-    with failing_together(context):
+    with failing_together(engine.context):
         for part in _master_parts(engine, names):
             name = names[part.parameter]
             if name in warm.taken:
-                master = part.flat.detach().view(-1).narrow(0, part.offset, part.numel)
-                warm.source.fill(name, master, part.place(context.tensor))
+                warm.source.fill(name, part.own(part.flat), part.place(engine.context.tensor))
     _refresh_working_copies(engine)
 
 
@@ -123,14 +116,9 @@ def _master_parts(engine: CorrectedEngine, names: Iterable[Any]) -> Iterable[_Ma
             yield _MasterPart(p, tuple(p.ds_shape), min(start, p.ds_numel), flats[group], offset, numel)
         elif p._hp_mapping is not None:  # a group of parameters is one flat tensor, cut
             mapping = p._hp_mapping
-            yield _MasterPart(
-                p,
-                tuple(p.shape),
-                mapping.lp_fragment_address.start,
-                flats[mapping.param_group_index],
-                mapping.hp_fragment_address.start,
-                mapping.hp_fragment_address.numel,
-            )
+            start, place = mapping.lp_fragment_address.start, mapping.hp_fragment_address
+            flat = flats[mapping.param_group_index]
+            yield _MasterPart(p, tuple(p.shape), start, flat, place.start, place.numel)
 
 
 def _prepared_parts(engine: CorrectedEngine, names: Iterable[Any]) -> list[_MasterPart]:
@@ -138,27 +126,15 @@ def _prepared_parts(engine: CorrectedEngine, names: Iterable[Any]) -> list[_Mast
     optimizer, parts = engine.basic_optimizer, list(_master_parts(engine, names))
     for part in parts:
         state = optimizer.state[part.flat]
-        state.setdefault("step", _first_step(optimizer, part.flat))
+        if "step" not in state:  # torch keeps it in a tensor, DeepSpeed in an int
+            of_torch = type(optimizer).__module__.startswith("torch.optim")
+            on_device = of_torch and (optimizer.defaults.get("fused") or optimizer.defaults.get("capturable"))
+            device = part.flat.device if on_device else "cpu"
+            state["step"] = torch.zeros((), dtype=torch.float32, device=device) if of_torch else 0
         for kind in engine.moments[part.parameter]:
             if kind not in state:
                 state[kind] = torch.zeros_like(part.flat.detach())
     return parts
-
-
-def _first_step(optimizer: torch.optim.Optimizer, flat: Tensor) -> Tensor | int:
-    """The count of an optimizer that has not stepped: torch keeps it in a tensor, DeepSpeed in an int."""
-    if not type(optimizer).__module__.startswith("torch.optim"):
-        return 0
-    on_device = optimizer.defaults.get("fused") or optimizer.defaults.get("capturable")
-    return torch.zeros((), dtype=torch.float32, device=flat.device if on_device else "cpu")
-
-
-def _set_steps(optimizer: torch.optim.Optimizer, steps: int) -> None:
-    for state in optimizer.state.values():
-        if isinstance(state["step"], Tensor):
-            state["step"].fill_(steps)
-        else:
-            state["step"] = steps
 
 
 def _refresh_working_copies(engine: CorrectedEngine) -> None:

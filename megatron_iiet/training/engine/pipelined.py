@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Iterable, Iterator
 from contextlib import redirect_stdout
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -142,7 +143,7 @@ class _StageModule(PipelineModule):
                 # It takes the one at this rank's place.
                 layers=[stage if distilled is None else distilled] * context.pipeline.size,
                 topology=topology,
-                loss_fn=_Loss(stage.model, distilled) if stage.model.is_last else None,
+                loss_fn=partial(_loss, stage.model, distilled) if stage.model.is_last else None,
                 partition_method="uniform",
             )
         if self._tied_weight() is not None and not stage.model.is_first:
@@ -167,15 +168,12 @@ class _StageModule(PipelineModule):
         return cast(Any, model.embedding).weight if tied else None
 
 
-class _Loss:
-    """Loss of what the last stage puts out: logits, or in distillation the two streams."""
-
-    def __init__(self, model: Transformer, distilled: DistilledStage | None) -> None:
-        self.model, self.distilled = model, distilled
-
-    def __call__(self, output: Tensor | Prediction, labels: Labels) -> Tensor:
-        targets, divisor = (labels, None) if isinstance(labels, torch.Tensor) else labels
-        if isinstance(output, Tensor):
-            return self.model.loss(output, targets, divisor)
-        assert self.distilled is not None
-        return self.distilled.loss(output, targets, divisor)
+def _loss(
+    model: Transformer, distilled: DistilledStage | None, output: Tensor | Prediction, labels: Labels
+) -> Tensor:
+    """Of what the last stage puts out: logits, or in distillation the two streams."""
+    targets, divisor = (labels, None) if isinstance(labels, Tensor) else labels
+    if isinstance(output, Tensor):
+        return model.loss(output, targets, divisor)
+    assert distilled is not None
+    return distilled.loss(output, targets, divisor)

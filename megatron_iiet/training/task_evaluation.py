@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +13,7 @@ from megatron_iiet.data.tokenizers.loading import load_tokenizer
 from megatron_iiet.evaluation.scoring import TokenScores, noting_scores
 from megatron_iiet.evaluation.tasks import PAPER_TASKS, load_tasks, task_names
 from megatron_iiet.parallel import ParallelContext
-from megatron_iiet.training.callbacks.base import Callback, is_due
+from megatron_iiet.training.callbacks import Callback, is_due
 from megatron_iiet.training.engine import Engine, StepResult
 from megatron_iiet.training.run import Run
 
@@ -52,7 +51,13 @@ class TaskEvaluation(Callback):
         Raises:
             ConfigError: lm-evaluation-harness, a task or its data is missing.
         """
-        self.tasks = _load(config)
+        evaluation = config.evaluation
+        try:
+            self.tasks = load_tasks(task_names(evaluation.tasks), evaluation.tasks_data_dir)
+        except ConfigError:
+            raise
+        except ValueError as error:
+            raise ConfigError(f"evaluation.tasks is {evaluation.tasks}: {error}") from error
         self.tokenizer = load_tokenizer(config.data.tokenizer)
 
     def on_start(self, run: Run) -> None:
@@ -81,13 +86,3 @@ class TaskEvaluation(Callback):
             if metric in metrics:
                 shown.append(f"{name} {metric} {metrics[metric]:.4f}")
         run.say(f"step {run.step:>6} | {' | '.join(shown)}")
-
-
-def _load(config: RunConfig) -> dict[str, Any]:
-    evaluation = config.evaluation
-    try:
-        return load_tasks(task_names(evaluation.tasks), evaluation.tasks_data_dir)
-    except ConfigError:
-        raise
-    except ValueError as error:
-        raise ConfigError(f"evaluation.tasks is {evaluation.tasks}: {error}") from error
