@@ -29,7 +29,7 @@ from gpu_checks.runner import Options, run_checks  # noqa: E402
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
     add("--output", type=Path, default=Path("gpu-report"), metavar="FOLDER", help="where the report goes")

@@ -93,7 +93,7 @@ def fetch(name: str, version: str, python: str, folder: Path) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
     add("--python", default="3.12", metavar="X.Y", help="its version there")

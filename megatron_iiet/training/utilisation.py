@@ -77,13 +77,18 @@ def peak_flops(device: torch.device, precision: str) -> tuple[float | None, str]
     kind = precision
     if precision == "fp32" and torch.get_float32_matmul_precision() != "highest":
         kind = "tf32"
-    words = re.split(r"[\s-]+", name)
-    known = [key for key in PEAKS if set(key.split()) <= set(words)]
-    peaks = PEAKS[max(known, key=lambda key: len(key.split()))] if known else None  # the most words
+    peaks = peaks_of(name)
     tera_flops = getattr(peaks, kind) if peaks else None
     if tera_flops is None:
         return None, f"no {kind} peak known for {name}; set logging.peak_tflops"
     return tera_flops * 1e12, f"data sheet of {name}, dense {kind}"
+
+
+def peaks_of(name: str) -> Peaks | None:
+    """Those of the device called ``name``: of all entries whose words are in it, the one with the most."""
+    words = re.split(r"[\s-]+", name)
+    known = [key for key in PEAKS if set(key.split()) <= set(words)]
+    return PEAKS[max(known, key=lambda key: len(key.split()))] if known else None
 
 
 def memory_bytes(device: torch.device) -> tuple[int, int]:

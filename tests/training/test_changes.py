@@ -21,10 +21,9 @@ from megatron_iiet.config.solvers import IIET, SOLVERS, PCformer, ReleasedIIET, 
 from megatron_iiet.storage import checkpoint
 from megatron_iiet.training.resume import (
     CONTENTS,
-    NothingToDo,
     check_resumable,
     differences,
-    find_resumption,
+    newest_checkpoint,
     nothing_to_do,
 )
 from tests.config.resume_table import with_table
@@ -350,20 +349,20 @@ def test_a_run_that_must_not_be_resumed_says_so(saved: Path, tmp_path: Path) -> 
     with pytest.raises(
         ConfigError, match=r"already holds checkpoint step_00000004 and checkpoint\.resume is"
     ):
-        find_resumption(config, CONTENT)
+        newest_checkpoint(config)
     fresh = tiny_config({"prefix": "a"}, tmp_path / "fresh", checkpoint={"resume": False})
-    assert find_resumption(fresh, CONTENT) is None
+    assert newest_checkpoint(fresh) is None
     config.checkpoint.resume = True
-    found = find_resumption(config, CONTENT)
-    assert found is not None
+    assert newest_checkpoint(config) == saved
+    found = check_resumable(saved, config, CONTENT)
     assert (found.folder, found.state.step, found.notes) == (saved, 4, [])
     (saved.parent / "latest").unlink()
-    found = find_resumption(config, CONTENT)
-    assert found is not None
+    assert newest_checkpoint(config) == saved
+    found = check_resumable(saved, config, CONTENT)
     assert found.notes == ["'latest' is missing beside it; of the complete checkpoints it has the most steps"]
     config.training.steps = 4
-    with pytest.raises(NothingToDo, match="complete: 4 of 4 steps"):
-        find_resumption(config, CONTENT)
+    assert nothing_to_do(config, 4).startswith("complete: 4 of 4 steps")
+    assert not nothing_to_do(config, 3)
 
 
 def test_a_checkpoint_that_does_not_say_what_its_corpora_held(saved: Path, tmp_path: Path) -> None:

@@ -77,7 +77,7 @@ def check(setting: Setting) -> list[Figure]:
         worst = largest(abs(a - b) / b for (a, _), (b, _) in zip(found, wanted, strict=True))
         where = f"losses of {name}, {ranks} x {setting.device}, {STEPS} steps"
         figures.append(Figure(where, worst, "relative", "the same run on one CPU process", BOUND))
-    if setting.left > 12:
+    if whole and setting.left > 12:
         first, *_ = STAGES.values()
         for options in (("--training.stop_after", str(STEPS // 2)), ()):
             resumed = train("stopped-and-resumed", first, setting.device, ranks, *options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -44,7 +45,7 @@ def ours(config: RunConfig, device: str) -> Transformer:
     print(f"merge_norm: {backend} ({reason})")
     with torch.device(device):
         model = Transformer(config, backend=backend)
-        model.initialise(0)
+    model.initialise(0)  # drawn on the CPU, whatever the device
     for parameter in model.parameters():
         if not hasattr(parameter, "keep_fp32"):
             parameter.data = parameter.data.to(torch.bfloat16)
@@ -112,6 +113,7 @@ def product_rate(setting: Setting) -> float:
 
 def peak_of(make: Callable[[], Callable[[], None]], device: str) -> int:
     """Bytes that a step needs at most, with weights and optimizer."""
+    gc.collect()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     run = make()
