@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+import os
 import statistics
 import time
 import traceback
@@ -127,6 +128,12 @@ def largest(values: Iterable[float]) -> float:
     """NaN if one of them is."""
     found = list(values)
     return next((value for value in found if math.isnan(value)), max(found))
+
+
+def with_package() -> dict[str, str]:
+    """The environment for another Python that imports this checkout, installed or not."""
+    paths = [str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH", "")]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
 
 def synchronize(device: str) -> None:

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from gpu_checks.base import Figure, Setting
+from gpu_checks.base import Figure, Setting, with_package
 
 BENCHMARK = Path(__file__).resolve().parents[2] / "benchmarks/inference.py"
 OPTIONS = ["--size", "340m", "--precision", "bf16", "--new-tokens", "32", "--rounds", "2"]
@@ -42,7 +42,12 @@ def measured(setting: Setting, name: str, options: list[str]) -> list[dict[str, 
     seconds = max(setting.left - 2, 1)
     try:
         done = subprocess.run(
-            command, timeout=seconds, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+            command,
+            env=with_package(),
+            timeout=seconds,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
         )
     except subprocess.TimeoutExpired as late:
         print(late.output)

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from gpu_checks.base import RefusedError
+from gpu_checks.base import RefusedError, with_package
 from megatron_iiet.data.corpora.indexed_writer import IndexedDatasetWriter
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -88,8 +88,7 @@ def run(
     Raises:
         RuntimeError: it failed, or took longer.
     """
-    paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
-    environ = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    environ = with_package()
     if device == "cpu":
         environ |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     log = folder.with_suffix(".txt")
