@@ -76,6 +76,15 @@ def main() -> int:
     if bool(arguments.shard) != bool(arguments.tokenizer):
         print("error: --shard and --tokenizer go together; give both, or none", file=sys.stderr)
         return 2
+    folder = arguments.output
+    if folder.exists() and not (
+        folder.is_dir() and ((folder / "report.json").exists() or not any(folder.iterdir()))
+    ):
+        print(
+            f"error: --output {folder} holds something else than a report; name another folder",
+            file=sys.stderr,
+        )
+        return 2
     options = Options(
         arguments.output,
         arguments.minutes * 60,

@@ -299,6 +299,24 @@ def test_no_check_stops_another(
     assert "**BROKEN**" in (tmp_path / "report/report.md").read_text()
 
 
+def test_nothing_is_taken_from_an_earlier_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A finished run in the folder would say what it said before; a foreign folder is left alone."""
+    stale = tmp_path / "report/sanitizer/run/log.jsonl"
+    stale.parent.mkdir(parents=True)
+    stale.write_text("{}")
+    arguments = ["gpu_acceptance.py", "--device", "cpu", "--toy", "--only", "sanitizer", "--output"]
+    monkeypatch.setattr(sys, "argv", [*arguments, str(tmp_path / "report")])
+    assert gpu_acceptance.main() == 2
+    assert stale.exists()
+    (tmp_path / "report/report.json").write_text("{}")
+    assert gpu_acceptance.main() == 0
+    assert not stale.exists()
+
+
+def test_no_figure_is_no_success(setting: Setting) -> None:
+    assert outcome_of(lambda _: [], setting).status == LATE
+
+
 def test_a_check_without_time_is_told(tmp_path: Path) -> None:
     options = runner.Options(tmp_path, 0.5, ["sanitizer"], "cpu", True, None, None)
     assert runner.run_checks(options) == 0

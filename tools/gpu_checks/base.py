@@ -106,6 +106,8 @@ def outcome_of(check: Callable[[Setting], list[Figure]], setting: Setting) -> Ou
         figures = check(setting)
         broken = [f"{f.name} is {shown(f.value)}, expected {f.bound}" for f in figures if not f.holds]
         outcome = Outcome(FAILED if broken else OK, "; ".join(broken), figures)
+        if not figures:
+            outcome = Outcome(LATE, "no time was left for any figure")
     except NeedsGpuError as needed:
         outcome = Outcome(NEEDS, str(needed))
     except RefusedError as refusal:

@@ -77,7 +77,7 @@ def _doctor() -> list[Figure]:
         [sys.executable, "-m", "megatron_iiet.doctor"], cwd=ROOT, capture_output=True, text=True
     )
     print(done.stdout, done.stderr)
-    wrong = [line for line in done.stdout.splitlines() if line.startswith("!!")]
+    wrong = [line for line in done.stdout.splitlines() if line.strip().startswith("!!")]
     return [
         Figure("doctor: what training needs and is not there", len(wrong), "", "", "", "; ".join(wrong)[:300])
     ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -64,9 +65,9 @@ def run_checks(options: Options) -> int:
 
 def _run(name: str, options: Options, seconds: float) -> Outcome:
     folder = options.output / name
-    folder.mkdir(exist_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)  # runs in there would be resumed, and say what they said before
+    folder.mkdir()
     answer = folder / "outcome.json"
-    answer.unlink(missing_ok=True)
     command = [sys.executable, str(ENTRY), "--check", name, "--output", str(options.output)]
     command += ["--device", options.device, "--seconds", f"{seconds:.0f}"]
     command += ["--toy"] * options.toy
