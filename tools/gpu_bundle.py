@@ -48,10 +48,7 @@ def closure(names: list[str], environment: dict[str, str], without: set[str]) ->
         name = waiting.pop()
         if name in found or name in without:
             continue
-        try:
-            required = metadata.requires(name) or []
-        except metadata.PackageNotFoundError:
-            continue  # a requirement of other platforms
+        required = metadata.requires(name) or []
         found.add(name)
         for requirement in map(Requirement, required):
             if requirement.marker is None or requirement.marker.evaluate(environment):
@@ -79,12 +76,15 @@ def fetch(name: str, version: str, python: str, folder: Path) -> str:
     )
     if got.returncode == 0:
         return ""
+    before = set(folder.glob("*.whl"))
     built = [*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", folder, pinned]
     made = subprocess.run(built, capture_output=True, text=True)
-    wheels = sorted(folder.glob(f"{name.replace('-', '_')}-{version}-*.whl"))
+    wheels = set(folder.glob("*.whl")) - before
     if made.returncode:
         return f"{pinned} has no wheel for Python {python} and cannot be built: {made.stderr.strip()[-300:]}"
     if not all(wheel.name.endswith("-none-any.whl") for wheel in wheels):
+        for wheel in wheels:
+            wheel.unlink()
         return f"{pinned} has no wheel for Python {python}, and the one built here is for Python " + (
             platform.python_version()
         )
@@ -104,7 +104,14 @@ def main() -> int:
     if any(arguments.output.iterdir()):
         print(f"error: {arguments.output} is not empty; empty it, or name another --output", file=sys.stderr)
         return 1
-    packages = wanted(arguments.python)
+    try:
+        packages = wanted(arguments.python)
+    except metadata.PackageNotFoundError as missing:
+        print(
+            f"error: {missing.name} is required there and not installed here; install it first",
+            file=sys.stderr,
+        )
+        return 1
     errors = [e for n, v in packages.items() if (e := fetch(n, v, arguments.python, arguments.output))]
     megabytes = sum(wheel.stat().st_size for wheel in arguments.output.glob("*.whl")) / 1e6
     if megabytes > arguments.most_megabytes:

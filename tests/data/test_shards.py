@@ -17,6 +17,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from megatron_iiet.data.corpora import shard_list
 from megatron_iiet.data.corpora.indexed_writer import IndexedDatasetWriter
 from megatron_iiet.data.corpora.mmididx import Shard, bin_path, idx_path, shards_path
 from megatron_iiet.data.corpora.shard_list import ShardList, write_shards
@@ -318,6 +319,16 @@ def test_shards_that_cannot_be_written(tmp_path: Path, shard: Shard, message: st
     with pytest.raises(ValueError, match=message):
         write_shards(tmp_path / "a", [shard], np.dtype("<u2"), {})
     assert os.listdir(tmp_path) == []
+
+
+def test_a_forged_name_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its digest is right, whoever wrote it; files of the names in a list may be removed."""
+    shard = Shard("../other", 5, 1, b"1" * 16, b"2" * 16)
+    with monkeypatch.context() as patch:
+        patch.setattr(shard_list, "_check_shard", lambda _: None)
+        path = write_shards(tmp_path / "a", [shard], np.dtype("<i4"), {})
+    with pytest.raises(ValueError, match=r"'\.\./other' is no name of a pair below the folder"):
+        list(ShardList(path))
 
 
 def test_lists_that_cannot_be_written(tmp_path: Path) -> None:

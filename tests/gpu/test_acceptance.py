@@ -251,6 +251,7 @@ def test_reasons(setting: Setting) -> None:
     for error, status, reason in (
         (NeedsGpuError("the kernels"), NEEDS, "the kernels"),
         (RefusedError("there is no nvcc"), REFUSED, "there is no nvcc"),
+        (TimeoutError("it did not end"), LATE, "it did not end"),
         (ZeroDivisionError("division"), FAILED, "ZeroDivisionError: division"),
     ):
         outcome = outcome_of(raising(error), setting)

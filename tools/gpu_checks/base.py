@@ -112,6 +112,8 @@ def outcome_of(check: Callable[[Setting], list[Figure]], setting: Setting) -> Ou
         outcome = Outcome(NEEDS, str(needed))
     except RefusedError as refusal:
         outcome = Outcome(REFUSED, str(refusal))
+    except TimeoutError as late:
+        outcome = Outcome(LATE, str(late))
     except Exception as error:  # the report is where it belongs
         traceback.print_exc()
         outcome = Outcome(FAILED, f"{type(error).__name__}: {error}")

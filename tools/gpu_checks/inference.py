@@ -51,7 +51,7 @@ def measured(setting: Setting, name: str, options: list[str]) -> list[dict[str, 
         )
     except subprocess.TimeoutExpired as late:
         print(late.output)
-        raise RuntimeError(f"the benchmark did not end in time ({name})") from None
+        raise TimeoutError(f"the benchmark did not end in time ({name})") from None
     print(done.stdout)
     if done.returncode:
         wrong = [

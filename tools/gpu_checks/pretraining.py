@@ -86,7 +86,8 @@ def run(
         stop: end it by SIGUSR1 when ``seconds`` are over, which is no failure.
 
     Raises:
-        RuntimeError: it failed, or took longer.
+        RuntimeError: it failed.
+        TimeoutError: it took longer.
     """
     environ = with_package()
     if device == "cpu":
@@ -104,9 +105,12 @@ def run(
                 os.kill(rank, signal.SIGUSR1)
             child.wait(30)
     finally:
-        if child.poll() is None:
-            child.terminate()
+        late = child.poll() is None
+        if late:
+            child.terminate()  # the launcher, which ends its ranks
             child.wait()
+    if late and not stop:
+        raise TimeoutError(f"{folder.name} did not end within {seconds:.0f} s: {said(log)}")
     if child.returncode and not stopped:
         raise RuntimeError(f"{folder.name} ended with status {child.returncode}: {said(log)}")
     rows = folder / "log.jsonl"

@@ -98,13 +98,15 @@ class ShardList:
         if not 0 <= index < len(self):
             raise IndexError(f"shard {index} of {len(self)} in {self.path}")
         digests = slice(index * DIGEST_BYTES, (index + 1) * DIGEST_BYTES)
-        return Shard(
+        shard = Shard(
             name=bytes(self._names[self._name_offsets[index] : self._name_offsets[index + 1]]).decode(),
             tokens=self.token_ends[index + 1] - self.token_ends[index],
             documents=self.document_ends[index + 1] - self.document_ends[index],
             bin_digest=bytes(self._bin_digests[digests]),
             idx_digest=bytes(self._idx_digests[digests]),
         )
+        _check_shard(shard)  # a digest says nothing of who wrote it, and files of these names are removed
+        return shard
 
     def prefix_of(self, shard: Shard) -> str:
         """Prefix under which the pair's files are found."""
