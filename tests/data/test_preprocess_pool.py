@@ -175,6 +175,28 @@ def test_workers_that_cannot_start() -> None:
             pool.wait()
 
 
+class InterruptedStart:
+    """A recipe that comes together with a Ctrl-C, long before its worker can say what to do of one."""
+
+    def __setstate__(self, state: object) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+
+    def __getstate__(self) -> object:
+        return True
+
+
+@pytest.mark.slow
+def test_ctrl_c_does_not_disturb_a_worker_that_is_starting(capfd: pytest.CaptureFixture[str]) -> None:
+    with Pool(1, InterruptedStart()) as pool:
+        pool.submit(Act("echo", 3))
+        assert events_of(pool, 1) == [Done(0, 3)]
+        # The parent makes of one what it always does.
+        assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, set())
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert capfd.readouterr().err == ""
+
+
 def test_leaving_by_an_exception_ends_busy_workers() -> None:
     def children() -> list[psutil.Process]:
         return [child for child in psutil.Process().children() if "spawn_main" in " ".join(child.cmdline())]

@@ -12,10 +12,10 @@ import os
 import signal
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
-from multiprocessing import get_context
+from multiprocessing import get_context, resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from queue import SimpleQueue
@@ -95,7 +95,8 @@ class Pool:
     def _start(self) -> _Worker:
         ours, theirs = self._context.Pipe()
         process = self._context.Process(target=_serve, args=(theirs, self._recipe), daemon=True)
-        process.start()
+        with _interrupts_held():
+            process.start()
         theirs.close()  # so that the end of the process is the end of the connection
         return _Worker(process, ours)
 
@@ -209,6 +210,22 @@ def failure(ticket: int, error: Exception) -> Failed:
     return Failed(ticket, f"{type(error).__name__}: {error}")
 
 
+@contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Ctrl-C waits until the end, and in processes started meanwhile until they say what to do of it.
+
+    A process inherits its parent's signal mask. Without it, one that is still importing when Ctrl-C
+    reaches the whole group would print a traceback.
+    """
+    # Started by the first process if not before, and unblocks Ctrl-C in doing so.
+    resource_tracker.ensure_running()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _manner_of_death(exitcode: int | None) -> str:
     if exitcode is None or exitcode >= 0:
         return f"exit code {exitcode}"
@@ -231,7 +248,8 @@ def give_back_large_blocks() -> None:
 def _serve(connection: Connection, recipe: Any) -> None:
     """A worker's life: take tasks, send results."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one thread a worker: the processes are the parallelism
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent cleans up
+    # Ctrl-C reaches the whole group; the parent cleans up. One that waited since the start is gone with this.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     durable.leave_cleanly_on_sigterm()
     inbox: SimpleQueue[tuple[int, Any] | None] = SimpleQueue()
     give_back_large_blocks()
