@@ -9,10 +9,11 @@ import math
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -259,13 +260,15 @@ def test_reasons(setting: Setting) -> None:
 
 
 CHILD = """
-import json, os, pathlib, sys, time
+import json, os, pathlib, subprocess, sys, time
 arguments = dict(zip(sys.argv[1::2], sys.argv[2::2]))
 name, folder = arguments["--check"], pathlib.Path(arguments["--output"])
 if name == "build":
     print("before the crash", flush=True)
     os.abort()
 if name == "kernels":
+    rank = subprocess.Popen(["sleep", "600"], start_new_session=True)
+    (folder / "rank.txt").write_text(str(rank.pid))
     time.sleep(600)
 if name == "documents":
     sys.exit("a package is missing")
@@ -294,6 +297,8 @@ def test_no_check_stops_another(
     assert stored["build"]["reason"] == "it ended with status -6: before the crash"
     assert stored["documents"]["reason"] == "it ended with status 1: a package is missing"
     assert "it did not end within" in stored["kernels"]["reason"]
+    with pytest.raises(psutil.NoSuchProcess):  # what it had started elsewhere is gone as well
+        psutil.Process(int((tmp_path / "report/rank.txt").read_text())).wait(10)
     last = capsys.readouterr().out.rpartition("\n\n")[2].splitlines()
     assert [line.split()[0] for line in last[1:-1]] == names
     assert "speed 0.5" in next(line for line in last if line.startswith("bandwidth"))
@@ -316,6 +321,42 @@ def test_nothing_is_taken_from_an_earlier_run(tmp_path: Path, monkeypatch: pytes
 
 def test_no_figure_is_no_success(setting: Setting) -> None:
     assert outcome_of(lambda _: [], setting).status == LATE
+
+
+@pytest.mark.parametrize(
+    ("bound", "end", "status"),
+    [("", None, OK), ("", TimeoutError("the second is late"), LATE), ("<= 1", None, FAILED),
+     ("<= 1", TimeoutError("the second is late"), FAILED)],
+)  # fmt: skip
+def test_what_there_was_no_time_for_is_named_and_what_was_found_is_kept(
+    bound: str, end: Exception | None, status: str, setting: Setting
+) -> None:
+    setting.seconds = 100
+
+    def check(setting: Setting) -> Iterator[Figure]:
+        if setting.time_for("the first", 50):
+            yield Figure("f", 2.0, bound=bound)
+        if setting.time_for("the second", 200) or setting.time_for("the third", 200):
+            yield Figure("g", 0.0)
+        if end:
+            raise end
+
+    outcome = outcome_of(check, setting)
+    assert outcome.status == status
+    assert outcome.reason.endswith("no time was left for the second, the third")
+    assert [figure.name for figure in outcome.figures] == ["f"]
+    assert ("expected <= 1" in outcome.reason) == bool(bound)
+    assert ("the second is late" in outcome.reason) == bool(end)
+
+
+@pytest.mark.parametrize("name", ["kernels", "documents", "bandwidth", "step"])
+def test_checks_without_time_name_all_they_skipped(name: str, setting: Setting) -> None:
+    """No figure of anything that took part of the time, no exception, and what is missing by name."""
+    setting.seconds = 0
+    outcome = outcome_of(CHECKS[name].load(), setting)
+    assert outcome.status in (LATE, OK), outcome
+    if name != "documents":  # as short as it can be
+        assert "no time was left for" in outcome.reason, outcome
 
 
 def test_a_check_without_time_is_told(tmp_path: Path) -> None:

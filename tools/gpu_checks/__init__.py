@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
 if TYPE_CHECKING:
-    from gpu_checks.base import Figure, Setting
+    from gpu_checks.base import CheckFunction
 
 
 @dataclass(frozen=True)
@@ -20,10 +19,8 @@ class Check:
     seconds: float
     """Of nine minutes; what earlier checks left over comes on top."""
 
-    def load(self) -> Callable[[Setting], list[Figure]]:
-        return cast(
-            "Callable[[Setting], list[Figure]]", importlib.import_module(f"gpu_checks.{self.module}").check
-        )
+    def load(self) -> CheckFunction:
+        return cast("CheckFunction", importlib.import_module(f"gpu_checks.{self.module}").check)
 
 
 CHECKS = {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
@@ -47,18 +47,17 @@ def repeated(run: Callable[[], object], times: int) -> Callable[[], None]:
 
 
 @torch.no_grad()
-def check(setting: Setting) -> list[Figure]:
+def check(setting: Setting) -> Iterator[Figure]:
     """Forward of merges with n of the history, and the transposed backward of an entry that n merges read."""
     tokens, width = (64, 96) if setting.toy else (16384, 2048)
     rounds, launches = (3, 1) if setting.toy else (15, 10)
     own = setting.device if unavailable(setting.device) is None else "reference"
     peers = ["triton"] if setting.device == "cuda" and unavailable("triton") is None else []
-    figures = []
     for dtype in (torch.float32, torch.bfloat16):
         name = str(dtype)[6:]
         for n in (0, 4, 12, 23):
-            if setting.left < 8:
-                break
+            if not setting.time_for(f"{name}, n = {n}", 8):
+                continue
             generator = torch.Generator(setting.device).manual_seed(n)
             residual, *increments = (
                 torch.randn(tokens, width, generator=generator, device=setting.device).to(dtype)
@@ -83,16 +82,14 @@ def check(setting: Setting) -> list[Figure]:
             where = f"merge_norm, {name}, n = {n}"
             moved = (n + 4) * residual.nbytes * launches
             note = f"{moved / times[own] / 1e9:,.0f} GB/s"
-            figures.append(Figure(f"{where}: share of a copy's bandwidth", times["copy"] / times[own], "",
-                                  "copy", setting.judged(SHARE), note))  # fmt: skip
-            figures += [
-                Figure(f"{where}: faster than {peer}", times[peer] / times[own], "times", peer)
-                for peer in contenders
-                if peer not in (own, "copy")
-            ]
+            share = times["copy"] / times[own]
+            label = f"{where}: share of a copy's bandwidth"
+            yield Figure(label, share, "", "copy", setting.judged(SHARE), note)
+            for peer in contenders:
+                if peer not in (own, "copy"):
+                    yield Figure(f"{where}: faster than {peer}", times[peer] / times[own], "times", peer)
             if n:
-                figures.append(_transposed(setting, own, call, name, rounds, launches))
-    return figures
+                yield _transposed(setting, own, call, name, rounds, launches)
 
 
 def _transposed(

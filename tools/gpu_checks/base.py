@@ -9,6 +9,7 @@ import statistics
 import time
 import traceback
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,7 @@ class Outcome:
 
     status: str
     reason: str = ""
+    """Why it is not ok; of one that is, what it had no time for."""
     figures: list[Figure] = field(default_factory=list)
     seconds: float = 0.0
 
@@ -88,37 +90,52 @@ class Setting:
     def __post_init__(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._start = time.monotonic()
+        self.skipped: list[str] = []
+        """What there was no time for."""
 
     @property
     def left(self) -> float:
         """Seconds."""
         return self.seconds - (time.monotonic() - self._start)
 
+    def time_for(self, what: str, seconds: float) -> bool:
+        """Whether that much is left; if not, the report names ``what`` as not done."""
+        if self.left > seconds:
+            return True
+        self.skipped.append(what)
+        return False
+
     def judged(self, bound: str) -> str:
         """A bound for speed or memory; on a CPU, and of toys, such figures are told and not judged."""
         return bound if self.device == "cuda" and not self.toy else ""
 
 
-def outcome_of(check: Callable[[Setting], list[Figure]], setting: Setting) -> Outcome:
-    """Run one; whatever it raises is its outcome."""
+CheckFunction = Callable[["Setting"], Iterable[Figure]]
+
+
+def outcome_of(check: CheckFunction, setting: Setting) -> Outcome:
+    """Run one. Whatever it raises is its outcome, and ends it; figures it had by then are kept and judged."""
     start = time.monotonic()
+    figures: list[Figure] = []
+    status, reasons = OK, []
     try:
-        figures = check(setting)
-        broken = [f"{f.name} is {shown(f.value)}, expected {f.bound}" for f in figures if not f.holds]
-        outcome = Outcome(FAILED if broken else OK, "; ".join(broken), figures)
-        if not figures:
-            outcome = Outcome(LATE, "no time was left for any figure")
+        figures.extend(check(setting))
     except NeedsGpuError as needed:
-        outcome = Outcome(NEEDS, str(needed))
+        status, reasons = NEEDS, [str(needed)]
     except RefusedError as refusal:
-        outcome = Outcome(REFUSED, str(refusal))
+        status, reasons = REFUSED, [str(refusal)]
     except TimeoutError as late:
-        outcome = Outcome(LATE, str(late))
+        status, reasons = LATE, [str(late)]
     except Exception as error:  # the report is where it belongs
         traceback.print_exc()
-        outcome = Outcome(FAILED, f"{type(error).__name__}: {error}")
-    outcome.seconds = time.monotonic() - start
-    return outcome
+        status, reasons = FAILED, [f"{type(error).__name__}: {error}"]
+    if setting.skipped:
+        reasons.append(f"no time was left for {', '.join(setting.skipped)}")
+    if status == OK and not figures:
+        status, reasons = LATE, reasons or ["no time was left for any figure"]
+    if broken := [f"{f.name} is {shown(f.value)}, expected {f.bound}" for f in figures if not f.holds]:
+        status, reasons = FAILED, broken + reasons
+    return Outcome(status, "; ".join(reasons), figures, time.monotonic() - start)
 
 
 def shown(value: float | None) -> str:
@@ -138,6 +155,18 @@ def with_package() -> dict[str, str]:
     """The environment for another Python that imports this checkout, installed or not."""
     paths = [str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH", "")]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+
+
+def descendants(pid: int) -> list[int]:
+    """Processes that a process has started, and they in turn."""
+    found, waiting = [], [pid]
+    while waiting:
+        for children in Path(f"/proc/{waiting.pop()}/task").glob("*/children"):
+            with suppress(OSError):  # it is gone
+                below = [int(child) for child in children.read_text().split()]
+                found += below
+                waiting += below
+    return found
 
 
 def synchronize(device: str) -> None:

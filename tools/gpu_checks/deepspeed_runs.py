@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,6 @@ STAGES: dict[str, dict[str, Any]] = {
     "ZeRO-1, optimizer on the CPU": {"stage": 1, "offload_optimizer": CPU},
     "ZeRO-3, all on the CPU": {"stage": 3, "offload_optimizer": CPU, "offload_param": CPU},
 }
-TOY_STAGES = ("ZeRO-1",)
 Step = tuple[float, float]
 """Loss and norm of the gradients."""
 
@@ -49,7 +49,7 @@ def configuration(setting: Setting) -> Path:
     return path
 
 
-def check(setting: Setting) -> list[Figure]:
+def check(setting: Setting) -> Iterator[Figure]:
     """Runs of six steps against one on this machine's CPU; one of them stopped half-way and gone on with."""
     need_deepspeed()
     ranks = 1
@@ -59,26 +59,29 @@ def check(setting: Setting) -> list[Figure]:
         ranks = max(n for n in (1, 2, 4, 8) if n <= torch.cuda.device_count())
     config = configuration(setting)
 
-    def train(name: str, stage: dict[str, Any], device: str, count: int, *options: str) -> list[Step]:
+    def train(
+        name: str, stage: dict[str, Any], device: str, count: int, *options: str, launcher: bool = False
+    ) -> list[Step]:
         folder = setting.folder / name
+        options = ("--output_dir", str(folder), *options)
         ds_config = {"zero_optimization": stage}
-        arguments = command(config, ds_config, count, device, "--output_dir", str(folder), *options)
+        arguments = command(config, ds_config, count, device, *options, launcher=launcher)
         rows = run(folder, arguments, device, setting.left - 1)
         return [(row["loss"], row["grad_norm"]) for row in rows if "loss" in row]
 
-    wanted = train("on-the-cpu", {"stage": 1}, "cpu", 1)
-    figures = []
+    wanted = train("on-the-cpu", {"stage": 1}, "cpu", 1, launcher=True)
     whole: list[Step] = []
-    for name in TOY_STAGES if setting.toy else STAGES:
-        if setting.left < 12:
-            break
+    stages = list(STAGES)[: 1 if setting.toy else None]
+    for name in stages:
+        if not setting.time_for(name, 12):
+            continue
         found = train(name.replace(" ", "-").replace(",", ""), STAGES[name], setting.device, ranks)
         whole = whole or found
         worst = largest(abs(a - b) / b for (a, _), (b, _) in zip(found, wanted, strict=True))
         where = f"losses of {name}, {ranks} x {setting.device}, {STEPS} steps"
-        figures.append(Figure(where, worst, "relative", "the same run on one CPU process", BOUND))
-    if whole and setting.left > 12:
-        first, *_ = STAGES.values()
+        yield Figure(where, worst, "relative", "the same run on one CPU process", BOUND)
+    if whole and setting.time_for("a run that is stopped and resumed", 12):
+        first = STAGES[stages[0]]
         for options in (("--training.stop_after", str(STEPS // 2)), ()):
             resumed = train("stopped-and-resumed", first, setting.device, ranks, *options)
         note, allowed = "", "== 0"
@@ -88,10 +91,7 @@ def check(setting: Setting) -> list[Figure]:
             note = f"two runs that nobody stopped differ by {spread:.2g} here"
             allowed = f"<= {2 * spread:.3g}" if spread else allowed
         apart = difference(resumed, whole)
-        figures.append(
-            Figure("losses and gradient norms of a resumed run", apart, "", "not stopped", allowed, note)
-        )
-    return figures
+        yield Figure("losses and gradient norms of a resumed run", apart, "", "not stopped", allowed, note)
 
 
 def difference(found: list[Step], wanted: list[Step]) -> float:

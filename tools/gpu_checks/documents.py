@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
@@ -56,7 +56,7 @@ def by_documents(positions_BT: Tensor, qkv: list[Tensor], gradient: Tensor) -> l
     return [out.detach(), *torch.autograd.grad(out, leaves, gradient.double())]
 
 
-def check(setting: Setting) -> list[Figure]:
+def check(setting: Setting) -> Iterator[Figure]:
     """Both against each document by itself; and the time of each on long samples."""
     length, batch, heads, width = (160, 2, 4, 16) if setting.toy else (2048, 2, 16, 64)
     model = {"hidden_size": heads * width, "num_attention_heads": heads, "num_key_value_heads": heads // 2}
@@ -64,7 +64,6 @@ def check(setting: Setting) -> list[Figure]:
     config = config_from_dict({"model": model, "data": {"sequence_length": length}})
     rotary = Rotary(config.model).to(setting.device)
     positions_BT = positions(length, batch, 7).to(setting.device)
-    figures = []
     for dtype, bound in BOUNDS.items():
         generator = torch.Generator().manual_seed(1)
         q, k, v, gradient = (
@@ -86,10 +85,9 @@ def check(setting: Setting) -> list[Figure]:
                 for a, b in zip(contenders[name](), wanted, strict=True)
             ]
             label = f"error of {name}, {str(dtype)[6:]}, values and gradients"
-            figures.append(Figure(label, largest(errors), "", "each document alone, fp64", bound))
+            yield Figure(label, largest(errors), "", "each document alone, fp64", bound)
         if "flex" in masks:
             times = race(contenders, setting.device, 15, lambda: setting.left > 3)
             faster, note = times["mask"] / times["flex"], f"{times['flex'] * 1e3:.2f} ms"
             label = f"flex, {str(dtype)[6:]}, forward and backward"
-            figures.append(Figure(label, faster, "times faster", "SDPA with the mask", note=note))
-    return figures
+            yield Figure(label, faster, "times faster", "SDPA with the mask", note=note)

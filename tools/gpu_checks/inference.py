@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +19,14 @@ RATIOS = {"IIET r = 3": "<= 4.5", "E-IIET": "<= 1.9"}
 """Time a token over that of Transformer++, at 340M with a dynamic cache: the paper's Table 3."""
 
 
-def check(setting: Setting) -> list[Figure]:
+def check(setting: Setting) -> Iterator[Figure]:
     """The table first, then time against r, then the caches compiled, as far as the time goes."""
-    figures = figures_of(measured(setting, "table", TABLE), setting)
+    yield from figures_of(measured(setting, "table", TABLE), setting)
     if setting.toy:
-        return figures
+        return
     for name, options in (("curve", CURVE), ("compiled", ["--iterations", "3", "--compile"])):
-        if setting.left > 25:
-            figures += figures_of(measured(setting, name, options), setting, f"{name}: ")
-    return figures
+        if setting.time_for(f"the {name} runs", 25):
+            yield from figures_of(measured(setting, name, options), setting, f"{name}: ")
 
 
 def measured(setting: Setting, name: str, options: list[str]) -> list[dict[str, Any]]:
@@ -67,13 +67,12 @@ def measured(setting: Setting, name: str, options: list[str]) -> list[dict[str, 
     return rows
 
 
-def figures_of(rows: list[dict[str, Any]], setting: Setting, prefix: str = "") -> list[Figure]:
+def figures_of(rows: list[dict[str, Any]], setting: Setting, prefix: str = "") -> Iterator[Figure]:
     """Time ratios, tokens a second and memory of every system and cache."""
-    figures = []
     for row in rows:
         label = f"{prefix}{row['system']}, {row['cache']}"
         if row["refused"]:
-            figures.append(Figure(label, None, note=f"refused: {row['refused']}"))
+            yield Figure(label, None, note=f"refused: {row['refused']}")
             continue
         memory = row["peak_bytes"] or row["weights_and_cache_bytes"]
         note = (
@@ -83,7 +82,4 @@ def figures_of(rows: list[dict[str, Any]], setting: Setting, prefix: str = "") -
         if row["cache"] == "dynamic" and not prefix:
             bound = next((b for name, b in RATIOS.items() if row["system"].startswith(name)), "")
         ratio = row["time_ratio_to_transformer_pp"]
-        figures.append(
-            Figure(f"{label}: time a token", ratio, "x", "Transformer++", setting.judged(bound), note)
-        )
-    return figures
+        yield Figure(f"{label}: time a token", ratio, "x", "Transformer++", setting.judged(bound), note)

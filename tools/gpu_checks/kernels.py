@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import NamedTuple
 
@@ -124,7 +124,7 @@ def error(found: list[Tensor], wanted: list[Tensor], elements: int) -> float:
     return largest(errors)
 
 
-def check(setting: Setting) -> list[Figure]:
+def check(setting: Setting) -> Iterator[Figure]:
     """Random shapes of every form, on every backend that runs on the device."""
     other = {"cuda": "cpu", "cpu": "cuda"}[setting.device]
     names = [name for name in NAMES if name != other and unavailable(name) is None]
@@ -132,19 +132,14 @@ def check(setting: Setting) -> list[Figure]:
         raise RuntimeError(f"there are no CUDA kernels: {unavailable('cuda')}")
     if names == ["reference"]:
         raise NeedsGpuError("kernels; or the extension built for this CPU (make setup)")
-    figures = []
     for name in names:
         for dtype_name, dtype in DTYPES.items():
-            worst, differ, tried = _compare(setting, name, dtype)
-            if not tried:
-                figures.append(Figure(f"{name}, {dtype_name}", None, note="not tried, no time was left"))
+            if not setting.time_for(f"{name} in {dtype_name}", 3):
                 continue
+            worst, differ, tried = _compare(setting, name, dtype)
             where = f"{name}, {dtype_name}, {tried} shapes"
-            figures += [
-                Figure(f"error of values and gradients ({where})", worst, "", "fp64", BOUNDS[dtype_name]),
-                Figure(f"calls that differ when repeated ({where})", differ, "", "bit for bit", "== 0"),
-            ]
-    return figures
+            yield Figure(f"error of values and gradients ({where})", worst, "", "fp64", BOUNDS[dtype_name])
+            yield Figure(f"calls that differ when repeated ({where})", differ, "", "bit for bit", "== 0")
 
 
 def _compare(setting: Setting, name: str, dtype: torch.dtype) -> tuple[float, int, int]:
@@ -152,7 +147,10 @@ def _compare(setting: Setting, name: str, dtype: torch.dtype) -> tuple[float, in
     backend = get_backend(name)
     rng, generator = random.Random(0), torch.Generator().manual_seed(0)
     worst, differ, tried = 0.0, 0, 0
-    while tried < (TOY_SHAPES if setting.toy else SHAPES) and setting.left > 3:
+    shapes = TOY_SHAPES if setting.toy else SHAPES
+    while tried < shapes and (
+        tried == 0 or setting.time_for(f"{shapes - tried} of {shapes} shapes, {name}, {dtype}", 3)
+    ):
         call = draw_call(rng, generator, dtype, setting.device)
         precise = call.converted(Tensor.double)
         compared = [(partial(results, call, name), exact(precise))]

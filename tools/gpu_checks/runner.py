@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from gpu_checks import CHECKS
-from gpu_checks.base import FAILED, LATE, Outcome, versions
+from gpu_checks.base import FAILED, LATE, Outcome, descendants, versions
 from gpu_checks.report import summary, write_report
 
 GRACE = 10.0
@@ -84,7 +84,11 @@ def _run(name: str, options: Options, seconds: float) -> Outcome:
         except subprocess.TimeoutExpired:
             late = True
         finally:
-            with suppress(ProcessLookupError):  # with whatever it started
+            # With whatever it started, also what a launcher put into sessions of their own.
+            for pid in descendants(child.pid) if late else ():
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):
                 os.killpg(child.pid, signal.SIGKILL)
             child.wait()
     took = time.monotonic() - start

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from gpu_checks.base import Figure, NeedsGpuError, RefusedError, Setting
@@ -34,7 +35,7 @@ def errors_in(output: str) -> int | None:
     return sum(int(a or b) for a, b in counts) if counts else None
 
 
-def check(setting: Setting) -> list[Figure]:
+def check(setting: Setting) -> Iterator[Figure]:
     """memcheck and racecheck over a dozen calls."""
     if setting.device == "cpu":
         raise NeedsGpuError("memcheck and racecheck of the CUDA kernels (make cuda-check has an emulator's)")
@@ -42,19 +43,17 @@ def check(setting: Setting) -> list[Figure]:
     if program is None:
         raise RefusedError("there is no compute-sanitizer; it comes with a CUDA toolkit")
     code = CALLS.format(root=str(TOOLS.parent), tools=str(TOOLS))
-    figures = []
     for tool in ("memcheck", "racecheck"):
         seconds = max(setting.left - 2, 1)
         try:
             done = subprocess.run([program, "--tool", tool, sys.executable, "-c", code], timeout=seconds,
                                   capture_output=True, text=True)  # fmt: skip
         except subprocess.TimeoutExpired:
-            raise RefusedError(f"{tool} did not end within {seconds:.0f} s") from None
+            raise TimeoutError(f"{tool} did not end within {seconds:.0f} s") from None
         output = done.stdout + done.stderr
         print(output)
         if "Device not supported" in output or "all calls ran" not in output:
             said = next((line for line in output.splitlines() if "rror" in line), output[-200:])
             raise RefusedError(f"{tool} could not run the calls here: {said.strip()}")
         counted = errors_in(output)
-        figures.append(Figure(f"{tool}: errors", counted, "", "12 calls, forward and backward", "== 0"))
-    return figures
+        yield Figure(f"{tool}: errors", counted, "", "12 calls, forward and backward", "== 0")

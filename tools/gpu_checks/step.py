@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -122,27 +122,26 @@ def peak_of(make: Callable[[], Callable[[], None]], device: str) -> int:
     return torch.cuda.max_memory_allocated()
 
 
-def check(setting: Setting) -> list[Figure]:
+def check(setting: Setting) -> Iterator[Figure]:
     """Sizes from small to large, as far as the time goes."""
     rate = product_rate(setting)
-    figures = [Figure("product of matrices, bf16", rate / 1e12, "TFLOP/s")]
+    yield Figure("product of matrices, bf16", rate / 1e12, "TFLOP/s")
     for size in ("55m",) if setting.toy else ("55m", "340m"):
-        if setting.left > 15:
-            figures += _against_llama(setting, size, rate)
-        if setting.left > 15:
-            figures += _against_flops(setting, size)
+        if setting.time_for(f"{size} against LlamaForCausalLM", 15):
+            yield from _against_llama(setting, size, rate)
+        if setting.time_for(f"{size} against FLOPs", 15):
+            yield from _against_flops(setting, size)
     if setting.device == "cuda":
-        figures += _memory(setting)
-    return figures
+        yield from _memory(setting)
 
 
-def _against_llama(setting: Setting, size: str, rate: float) -> list[Figure]:
+def _against_llama(setting: Setting, size: str, rate: float) -> Iterator[Figure]:
     config = preset(f"transformer-pp-{size}", setting)
     batch = batch_of(config, setting, MICRO_BATCH[size])
     flops = step_flops(Transformer.on_meta(config), config.data.sequence_length, "off")[0] * batch.shape[0]
-    figures = []
     for how, change in (("eager", lambda m: m), ("torch.compile", torch.compile)):
-        if how == "torch.compile" and (setting.toy or size != "55m" or setting.left < 40):
+        compiled = how == "torch.compile"
+        if compiled and (setting.toy or size != "55m" or not setting.time_for(f"{size} compiled", 40)):
             continue
         try:
             contenders = {
@@ -153,24 +152,19 @@ def _against_llama(setting: Setting, size: str, rate: float) -> list[Figure]:
         except Exception as error:  # a compiler that fails is a finding of its own
             if how == "eager":
                 raise
-            figures.append(
-                Figure(f"{size}, {how}", None, note=f"refused: {type(error).__name__}: {error}"[:200])
-            )
+            yield Figure(f"{size}, {how}", None, note=f"refused: {type(error).__name__}: {error}"[:200])
             continue
         bound = setting.judged(">= 1.0") if how == "eager" else ""
         milliseconds = f"{times['ours'] * 1e3:.1f} ms, {batch.shape[0]} x {batch.shape[1] - 1} tokens"
         limit, mfu = "the product above", {name: flops / seconds / rate for name, seconds in times.items()}
         peer = "LlamaForCausalLM, same SDPA and AdamW"
         faster = times["LLaMA"] / times["ours"]
-        figures += [
-            Figure(f"Transformer++ {size}, {how}: step", faster, "times faster", peer, bound, milliseconds),
-            Figure(f"Transformer++ {size}, {how}: MFU", mfu["ours"], "", limit),
-            Figure(f"LlamaForCausalLM {size}, {how}: MFU", mfu["LLaMA"], "", limit),
-        ]
-    return figures
+        yield Figure(f"Transformer++ {size}, {how}: step", faster, "times faster", peer, bound, milliseconds)
+        yield Figure(f"Transformer++ {size}, {how}: MFU", mfu["ours"], "", limit)
+        yield Figure(f"LlamaForCausalLM {size}, {how}: MFU", mfu["LLaMA"], "", limit)
 
 
-def _against_flops(setting: Setting, size: str) -> list[Figure]:
+def _against_flops(setting: Setting, size: str) -> Iterator[Figure]:
     """What an iteration costs beside what it computes."""
     configs = {"Transformer++": preset(f"transformer-pp-{size}", setting)}
     configs |= {f"r = {r}": preset(f"iiet-{size}", setting, "--solver.iterations", str(r)) for r in (1, 3)}
@@ -180,15 +174,13 @@ def _against_flops(setting: Setting, size: str) -> list[Figure]:
     flops = {name: step_flops(Transformer.on_meta(c), length, "off")[0] for name, c in configs.items()}
     contenders = {name: our_step(config, setting.device, batch) for name, config in configs.items()}
     times = race(contenders, setting.device, 3 if setting.toy else 8, lambda: setting.left > 5)
-    figures = []
     for name in list(configs)[1:]:
         measured = times[name] / times["Transformer++"]
         by_flops = flops[name] / flops["Transformer++"]
         note = f"time {measured:.3f}, FLOPs {by_flops:.3f}"
         bound = setting.judged("<= 1.05") if name == "r = 3" else ""
         label = f"IIET {size}, {name}: time ratio over FLOPs ratio"
-        figures.append(Figure(label, measured / by_flops, "", "Transformer++", bound, note))
-    return figures
+        yield Figure(label, measured / by_flops, "", "Transformer++", bound, note)
 
 
 def estimate(config: RunConfig, micro_batch: int) -> float:
@@ -206,18 +198,16 @@ def estimate(config: RunConfig, micro_batch: int) -> float:
     return state + micro_batch * config.data.sequence_length * a_token
 
 
-def _memory(setting: Setting) -> list[Figure]:
-    figures = []
+def _memory(setting: Setting) -> Iterator[Figure]:
     for name, options in (("transformer-pp-55m", ()), ("iiet-55m", ("--solver.iterations", "3"))):
         for mode in RECOMPUTE:
-            if setting.left < 6:
-                break
+            if not setting.time_for(f"memory of {name}, recompute {mode}", 6):
+                continue
             config = preset(name, setting, *options, "--training.recompute", mode)
             batch = batch_of(config, setting, 8)
             peak = peak_of(partial(our_step, config, setting.device, batch), setting.device)
             expected = estimate(config, batch.shape[0])
             bound = setting.judged(MODEL_OF_MEMORY) if mode == "off" else ""
             note = f"{peak / 2**30:.2f} GiB, estimate without recomputation {expected / 2**30:.2f}"
-            figures.append(Figure(f"{name}, recompute {mode}: peak memory over the presets' estimate",
-                                  peak / expected, "", "the presets' estimate", bound, note))  # fmt: skip
-    return figures
+            label = f"{name}, recompute {mode}: peak memory over the presets' estimate"
+            yield Figure(label, peak / expected, "", "the presets' estimate", bound, note)
