@@ -26,6 +26,7 @@ _PRELOAD = [
     "torch.distributed.fsdp",
     "deepspeed.runtime.zero.muon.original_muon",
     "megatron_iiet.training.pretrain",
+    "tests.distributed.preloaded",
 ]
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(_PRELOAD)

@@ -1,0 +1,14 @@
+"""What the fork server has done before the first rank is forked; imported last, for its effects."""
+
+import gc
+
+import torch
+
+from megatron_iiet.ops import resolve_backend
+
+torch.set_num_threads(1)  # a pool of threads would not survive the fork
+resolve_backend("auto", "cpu")  # the extension is loaded and registered: 0.2 s
+# All that is imported by now stays. DeepSpeed collects garbage a dozen times at every start, which takes
+# 0.25 s each time with the modules to look through.
+gc.collect()
+gc.freeze()
