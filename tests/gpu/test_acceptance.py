@@ -179,6 +179,8 @@ Rows = list[dict[str, Any]]
     [
         ("", []),
         ("lost resume", ["resumed"]),
+        ("resumed nowhere", []),
+        ("started again", []),
         ("wrong ZeRO", ["losses of ZeRO-1"]),
         ("not finite", ["losses of ZeRO-1"]),
     ],
@@ -190,7 +192,17 @@ def test_deepspeed_judges_what_runs_log(
         rows: Rows = [
             {"loss": 6.0 - 0.1 * step, "grad_norm": 1.0 + step} for step in range(deepspeed_runs.STEPS)
         ]
-        if folder.name == "stopped-and-resumed" and fault == "lost resume":
+        if folder.name == "resumed":
+            assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["latest", "step_00000003"]
+            assert (folder / "checkpoints/latest").read_text() == "step_00000003"
+            assert not (folder / "log.jsonl").exists()
+            rows = rows[{"resumed nowhere": 6, "started again": 0}.get(fault, 3) :]
+        else:
+            for step in ("step_00000003", "step_00000006"):
+                (folder / "checkpoints" / step).mkdir(parents=True)
+            (folder / "checkpoints/latest").write_text("step_00000006")
+            (folder / "log.jsonl").write_text("")
+        if folder.name == "resumed" and fault == "lost resume":
             rows[-1]["loss"] += 1e-6
         if folder.name == "ZeRO-1" and fault in ("wrong ZeRO", "not finite"):
             rows[2]["loss"] = 5.7 if fault == "wrong ZeRO" else math.nan

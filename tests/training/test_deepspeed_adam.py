@@ -12,7 +12,7 @@ from tests.distributed.runs import as_data, ds_json, pretrain_rank
 from tests.tiny import make_data, tiny_config
 
 
-@pytest.mark.slow
+@pytest.mark.long  # a minute, which is the compiler's
 def test_resumed_equals_uninterrupted(tmp_path: Path) -> None:
     """Early enough for the bias correction of the moments, which is by the count, to matter."""
     data = make_data(tmp_path)
