@@ -181,8 +181,8 @@ Rows = list[dict[str, Any]]
         ("lost resume", ["resumed"]),
         ("resumed nowhere", []),
         ("started again", []),
-        ("wrong ZeRO", ["losses of ZeRO-1"]),
-        ("not finite", ["losses of ZeRO-1"]),
+        ("wrong ZeRO", ["losses of ZeRO-2"]),
+        ("not finite", ["losses of ZeRO-2"]),
     ],
 )
 def test_deepspeed_judges_what_runs_log(
@@ -204,7 +204,7 @@ def test_deepspeed_judges_what_runs_log(
             (folder / "log.jsonl").write_text("")
         if folder.name == "resumed" and fault == "lost resume":
             rows[-1]["loss"] += 1e-6
-        if folder.name == "ZeRO-1" and fault in ("wrong ZeRO", "not finite"):
+        if folder.name == "ZeRO-2" and fault in ("wrong ZeRO", "not finite"):
             rows[2]["loss"] = 5.7 if fault == "wrong ZeRO" else math.nan
         return rows
 

@@ -62,6 +62,9 @@ def test_entries_that_do_not_fit(tmp_path: Path) -> None:
             read_faults(tmp_path)
 
 
+SLEEP = "__import__('time').sleep(600)"
+
+
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A package with one function, and tests that see half of what can go wrong with it."""
@@ -80,7 +83,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     kept = [
         Fault("a", "the smaller one", "a > b", "a < b", ("tests/test_room.py",)),
         Fault("a", "always the first", "else b", "else a", ("tests/test_room.py",)),
-        Fault("b", "it hangs", "return a if", "while True: pass\n    return a if", ("tests/test_room.py",)),
+        Fault("b", "it hangs", "return a if", f"{SLEEP}\n    return a if", ("tests/test_room.py",)),
         Fault("b", "no test of it runs", "else b", "else a", ("tests/test_none.py",)),
         Fault("b", "gone", "a >= b", "a < b", ("tests/test_room.py",)),
     ]
