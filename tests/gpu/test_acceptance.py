@@ -23,7 +23,9 @@ sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "benchmarks")]
 
 import cuda_check  # noqa: E402
 import gpu_acceptance  # noqa: E402
-from gpu_checks import CHECKS, build, deepspeed_runs, documents, kernels, runner, sanitizer, training  # noqa: E402
+from gpu_checks import (  # noqa: E402
+    CHECKS, bandwidth, base, build, deepspeed_runs, documents, kernels, runner, sanitizer, step, training,
+)  # fmt: skip
 from gpu_checks.base import (  # noqa: E402
     FAILED,
     LATE,
@@ -37,6 +39,7 @@ from gpu_checks.base import (  # noqa: E402
     Setting,
     outcome_of,
     race,
+    shown,
 )
 
 from megatron_iiet.models.attention_layout import document_mask  # noqa: E402
@@ -408,3 +411,55 @@ def test_rounds_interleave_and_the_first_two_are_left_out() -> None:
     order.clear()
     race({"a": lambda: order.append("a")}, "cpu", 40, until=lambda: False)
     assert order == ["a"] * 5
+
+
+def test_a_race_tells_the_median_of_what_the_clock_went_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a clock that stands at 100 s and goes on only while somebody runs; the warm-up counts for nothing."""
+    now, lasts = [100.0], itertools.cycle((50.0, 50.0, 1.0, 8.0, 2.0))
+    monkeypatch.setattr(base.time, "perf_counter", lambda: now[0])
+
+    def run() -> None:
+        now[0] += next(lasts)
+
+    assert race({"a": run}, "cpu", 3) == {"a": 2.0}
+
+
+def test_numbers_as_the_report_prints_them() -> None:
+    numbers = (None, math.nan, math.inf, 0.0, 3.0, 0.12345, 999.5, 1234.5, -1234.5)
+    printed = ["none", "nan", "inf", "0", "3", "0.123", "1e+03", "1,234", "-1,234"]
+    assert [shown(number) for number in numbers] == printed
+
+
+def test_checks_share_the_nine_minutes() -> None:
+    assert sum(check.seconds for check in CHECKS.values()) == 9 * 60
+
+
+@pytest.mark.parametrize(
+    ("solver", "activations"),
+    [("transformer-pp", 2 * (36 * 32 + 8 * 64)), ("iiet", 2 * 4 * (36 * 32 + 8 * 64) + 2 * 2 * 32)],
+    ids=["one evaluation", "four, and increments brought to rms 1"],
+)
+def test_the_estimate_of_memory_is_that_of_the_presets(
+    solver: str, activations: int, setting: Setting
+) -> None:
+    """examples/configs/sizes/common.yaml, with d = 32, ffn = 64, 2 layers, 64 tokens, a vocabulary of 512."""
+    options = () if solver == "transformer-pp" else ("--solver.iterations", "3")
+    config = step.preset(f"{solver}-55m", setting, *options)
+    state = step.estimate(config, 0)
+    assert 8 * 2 * (4 * 32 * 32 + 3 * 32 * 64) < state < 8 * (2 * (4 * 32 * 32 + 4 * 32 * 64) + 2 * 512 * 32)
+    assert step.estimate(config, 3) - state == 3 * 64 * (activations + 4 * 512)
+
+
+@pytest.mark.parametrize("toy", [False, True])
+def test_what_merges_are_raced_against(toy: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A compiler takes part in two sizes, not in toys, which should be quick."""
+    small = torch.ones(2, 2)
+    monkeypatch.setattr(bandwidth.torch, "randn", lambda *_, **__: small)
+    monkeypatch.setattr(bandwidth, "race", lambda contenders, *_: dict.fromkeys(contenders, 1.0))
+    names = [figure.name for figure in bandwidth.check(Setting("cpu", toy, tmp_path, 300.0))]
+    for dtype in ("float32", "bfloat16"):
+        where = [f"merge_norm, {dtype}, n = {n}" for n in (0, 4, 12, 23)]
+        assert {f"{w}: share of a copy's bandwidth" for w in where} <= set(names)
+        assert {f"{w}: faster than eager" for w in where} <= set(names)
+        compiled = [w for w in where if f"{w}: faster than torch.compile" in names]
+        assert compiled == ([] if toy else where[1:3])

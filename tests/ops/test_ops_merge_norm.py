@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from megatron_iiet.ops import merge_norm, resolve_backend
-from megatron_iiet.ops.backends import unavailable
+from megatron_iiet.ops.backends import FusedMergeNorm, unavailable
 from tests.ops.inputs import (
     EPS,
     TOLERANCE,
@@ -392,3 +393,20 @@ def test_a_merge_keeps_no_copies_of_the_history(backend: str) -> None:
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         merge_norm(increments[0], increments, coefficients, backend=backend)
     assert set(saved) <= {t.untyped_storage().data_ptr() for t in (*increments, coefficients)}
+
+
+@needs_extension
+def test_kernels_are_given_no_zeros_for_gradients_that_nobody_has() -> None:
+    """Each would be one more slab to fill and to read."""
+    true, asked = torch.ops.megatron_iiet, []
+
+    def backward(grad_merged: Tensor | None, grad_normed: Tensor | None, *others: Any) -> Any:
+        asked.append((grad_merged is not None, grad_normed is not None))
+        return true.merge_norm_backward(grad_merged, grad_normed, *others)
+
+    kernels = SimpleNamespace(merge_norm=true.merge_norm, merge_norm_backward=backward)
+    x = torch.ones(3, 8, requires_grad=True)
+    for used in ([0], [1], [0, 1]):
+        results = FusedMergeNorm.apply(kernels, x, torch.ones(1), torch.ones(8), EPS, x)
+        sum(results[i].sum() for i in used).backward()
+    assert asked == [(True, False), (False, True), (True, True)]

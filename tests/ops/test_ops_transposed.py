@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from megatron_iiet.ops import merge_norm
+from megatron_iiet.ops import backends, merge_norm
 from tests.ops.inputs import assert_close, needs_extension, on_every_backend, placed, rms_error
 from tests.ops.networks import (
     EntryByEntry,
@@ -302,3 +304,22 @@ def test_gradients_accumulate() -> None:
         assert once[name] is not None
         if p.grad is not None:
             assert torch.equal(twice[name], 2 * p.grad), name  # type: ignore[arg-type]
+
+
+def test_no_zeros_stand_for_gradients_that_nobody_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each would be one more slab to fill and to read, for every entry of every layer."""
+    true, asked = backends.get_backend("reference"), []
+
+    def transposed_merge(direct: Any, increment: Tensor, gradients: Sequence[Tensor], *others: Any) -> Any:
+        asked.append((direct is not None, len(gradients)))
+        return true.transposed_merge(direct, increment, gradients, *others)
+
+    spied = dataclasses.replace(true, transposed_merge=transposed_merge)
+    monkeypatch.setitem(backends._READY, "reference", spied)
+    rows = [nn.Parameter(torch.ones(1)) for _ in range(2)]
+    for alone in (True, False):
+        history = EntryByEntry(rows)
+        history.publish(torch.ones(3, 8, requires_grad=True))
+        merged, _ = history.merge(None, history.entries, rows, None)
+        (merged.sum() if alone else (merged + history.entries[0]).sum()).backward()
+    assert asked == [(False, 1), (True, 1)]
