@@ -191,7 +191,8 @@ def proposed_tests(file: str, root: Path) -> list[str]:
     """Test files that kept faults of a source name, that import it, of its room; at most MOST_TESTS."""
     module = file.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
     parent, _, name = module.rpartition(".")
-    room = f"tests/{file.split('/')[1] if file.startswith(PACKAGE) else 'e2e'}/"
+    folder = file.split("/")[1] if file.startswith(PACKAGE) else "gpu" if "gpu_" in file else "e2e"
+    room = f"tests/{folder}/"
     importing = [
         path
         for path, text in test_files(root).items()
