@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import json
 import math
+import random
 import re
 import subprocess
 import sys
@@ -258,7 +259,7 @@ def test_reports_are_json(setting: Setting) -> None:
     assert [f.holds for f in Outcome.from_dict(stored).figures] == [False, True]
 
 
-def test_reasons(setting: Setting) -> None:
+def test_reasons(setting: Setting, capsys: pytest.CaptureFixture[str]) -> None:
     def raising(error: Exception) -> Callable[[Setting], list[Figure]]:
         def check(_: Setting) -> list[Figure]:
             raise error
@@ -273,6 +274,7 @@ def test_reasons(setting: Setting) -> None:
     ):
         outcome = outcome_of(raising(error), setting)
         assert (outcome.status, outcome.reason) == (status, reason)
+        assert ("Traceback" in capsys.readouterr().err) == (status == FAILED), "where it happened is logged"
 
 
 CHILD = """
@@ -303,13 +305,19 @@ def test_no_check_stops_another(
     entry.write_text(CHILD)
     monkeypatch.setattr(runner, "ENTRY", entry)
     monkeypatch.setattr(runner, "GRACE", 0.0)
-    names = ["build", "kernels", "documents", "bandwidth", "step"]
-    options = runner.Options(tmp_path / "report", 12.0, names, "cpu", True, None, None)
+    # The one that hangs has a few seconds, the others more than they need on a busy machine.
+    names = ["kernels", "build", "documents", "bandwidth", "step"]
+    seconds = dict.fromkeys(names, 60.0) | {"kernels": 4.0}
+    checks = {name: dataclasses.replace(CHECKS[name], seconds=seconds[name]) for name in names}
+    monkeypatch.setattr(runner, "CHECKS", checks)
+    options = runner.Options(tmp_path / "report", sum(seconds.values()), names, "cpu", True, None, None)
     assert runner.run_checks(options) == 1
     stored = json.loads((tmp_path / "report/report.json").read_text())["checks"]
     assert {name: check["status"] for name, check in stored.items()} == {
         "build": FAILED, "kernels": LATE, "documents": FAILED, "bandwidth": FAILED, "step": OK,
     }  # fmt: skip
+    assert stored["kernels"]["seconds"] >= 3
+    assert all(check["seconds"] > 0 for check in stored.values())
     assert stored["build"]["reason"] == "it ended with status -6: before the crash"
     assert stored["documents"]["reason"] == "it ended with status 1: a package is missing"
     assert "it did not end within" in stored["kernels"]["reason"]
@@ -463,3 +471,25 @@ def test_what_merges_are_raced_against(toy: bool, tmp_path: Path, monkeypatch: p
         assert {f"{w}: faster than eager" for w in where} <= set(names)
         compiled = [w for w in where if f"{w}: faster than torch.compile" in names]
         assert compiled == ([] if toy else where[1:3])
+
+
+def test_calls_are_of_every_form(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What kernels are tried with: each form that merge_norm takes, at widths of every remainder of 4."""
+    rng, generator = random.Random(0), torch.Generator().manual_seed(0)
+    monkeypatch.setattr(kernels.torch, "randn", lambda *size, generator: torch.empty(size))
+    calls = [kernels.draw_call(rng, generator, torch.float32, "cpu") for _ in range(400)]
+    forms = {
+        (
+            call.residual is not None,
+            min(len(call.increments), 2),
+            0 if call.coefficients is None else call.coefficients.dim(),
+            call.norm_weight is not None,
+        )
+        for call in calls
+    }
+    assert forms == {
+        (residual, k, rows, norm)
+        for residual, k, rows, norm in itertools.product((False, True), (0, 1, 2), (0, 1, 2), (False, True))
+        if (residual if k == 0 else True) and not (k == 0 and rows) and not (rows == 2 and norm)
+    }
+    assert {call.gradients[1].shape[-1] % 4 for call in calls} == {0, 1, 2, 3}
