@@ -25,8 +25,18 @@ sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "benchmarks")]
 import cuda_check  # noqa: E402
 import gpu_acceptance  # noqa: E402
 from gpu_checks import (  # noqa: E402
-    CHECKS, bandwidth, base, build, deepspeed_runs, documents, kernels, runner, sanitizer, step, training,
-)  # fmt: skip
+    CHECKS,
+    bandwidth,
+    base,
+    build,
+    deepspeed_runs,
+    documents,
+    kernels,
+    runner,
+    sanitizer,
+    step,
+    training,
+)
 from gpu_checks.base import (  # noqa: E402
     FAILED,
     LATE,
@@ -422,7 +432,7 @@ def test_rounds_interleave_and_the_first_two_are_left_out() -> None:
 
 
 def test_a_race_tells_the_median_of_what_the_clock_went_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a clock that stands at 100 s and goes on only while somebody runs; the warm-up counts for nothing."""
+    """Of a clock that goes on only while somebody runs; the warm-up counts for nothing."""
     now, lasts = [100.0], itertools.cycle((50.0, 50.0, 1.0, 8.0, 2.0))
     monkeypatch.setattr(base.time, "perf_counter", lambda: now[0])
 

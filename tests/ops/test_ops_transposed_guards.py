@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -174,6 +175,7 @@ def test_double_backward_is_an_error(of: str) -> None:
 @pytest.mark.parametrize("frozen", [False, True])
 def test_nothing_is_kept_after_backward(recompute: str, frozen: bool) -> None:
     """Without the garbage collector's help: it may come by hours of memory later."""
+    importlib.import_module("torch._dynamo")  # the first checkpoint imports it, which keeps that one's frames
     network = Network(mixed_plan())
     for row in network.rows:
         row.requires_grad_(not frozen)
@@ -241,3 +243,20 @@ def test_backward_holds_a_gradient_an_entry(backend: str) -> None:
     most, _ = grown(EntryByEntry(rows, backend))
     assert layers - 2 <= most <= layers + 4
     first.grad = None
+
+
+@pytest.mark.parametrize("how", ["rows", "rows at once", "rows that are not trained"])
+def test_no_gradient_of_a_merge_outlives_the_backward_pass(how: str) -> None:
+    """There is one for each layer, and the history may be held for longer."""
+    rows = [nn.Parameter(torch.ones(2), requires_grad=how != "rows that are not trained") for _ in range(3)]
+    history = EntryByEntry(rows, rows_at_once=how == "rows at once")
+    for _ in range(2):
+        history.publish(torch.ones(3, 8, requires_grad=True) * 2)
+    kept, total = [], torch.zeros(())
+    for row in rows:
+        (merged,) = history.merge(None, history.entries, [row], None)
+        merged.register_hook(lambda gradient: kept.append(weakref.ref(gradient)))
+        total = total + merged.square().sum()
+    total.backward()
+    del merged, total
+    assert [gradient() for gradient in kept] == [None] * 3

@@ -46,6 +46,9 @@ def test_blocks_must_make_up_the_shape() -> None:
         Shard(0, (4, 2)).local_shape((8, 3), 2)
     with pytest.raises(ValueError, match=r"dimension 1 .* shape \[6\]"):
         Shard(1, (6,)).local_shape((6,), 2)
+    for rows in (4, 8):  # neither is a part of it taken, nor one too short
+        with pytest.raises(ValueError, match=rf"sum to 6 and do not make up a tensor of shape \[{rows}, 3\]"):
+            Shard(0, (4, 2)).take(torch.zeros(rows, 3), 2, 0)
 
 
 def test_every_block_must_divide() -> None:
