@@ -15,6 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 import torch
@@ -32,6 +33,7 @@ from gpu_checks import (  # noqa: E402
     deepspeed_runs,
     documents,
     kernels,
+    pretraining,
     runner,
     sanitizer,
     step,
@@ -53,6 +55,7 @@ from gpu_checks.base import (  # noqa: E402
     shown,
 )
 
+from megatron_iiet.data.corpora.mmididx import bin_path  # noqa: E402
 from megatron_iiet.models.attention_layout import document_mask  # noqa: E402
 from megatron_iiet.ops import backends  # noqa: E402
 from tests.ops.inputs import needs_extension  # noqa: E402
@@ -354,7 +357,8 @@ def test_nothing_is_taken_from_an_earlier_run(tmp_path: Path, monkeypatch: pytes
 
 
 def test_no_figure_is_no_success(setting: Setting) -> None:
-    assert outcome_of(lambda _: [], setting).status == LATE
+    outcome = outcome_of(lambda _: [], setting)
+    assert (outcome.status, outcome.reason) == (LATE, "no time was left for any figure")
 
 
 @pytest.mark.parametrize(
@@ -503,3 +507,23 @@ def test_calls_are_of_every_form(monkeypatch: pytest.MonkeyPatch) -> None:
         if (residual if k == 0 else True) and not (k == 0 and rows) and not (rows == 2 and norm)
     }
     assert {call.gradients[1].shape[-1] % 4 for call in calls} == {0, 1, 2, 3}
+
+
+def test_the_rate_of_products_counts_every_multiplication_and_addition(
+    setting: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Five products of 256 x 256 matrices in half a second."""
+    monkeypatch.setattr(step, "race", lambda contenders, *_: dict.fromkeys(contenders, 0.5))
+    assert step.product_rate(setting) == 5 * 2 * 256 * 256 * 256 / 0.5
+
+
+def test_the_corpus_made_up_can_be_learned(tmp_path: Path) -> None:
+    """At most four tokens follow any two, and all tokens occur; none is the end of a document."""
+    prefix = pretraining.made_up_corpus(tmp_path / "corpus", 12, 32 * 1024)
+    documents = np.fromfile(bin_path(prefix), dtype=np.uint16).reshape(32, 1024)
+    follows: dict[tuple[int, int], set[int]] = {}
+    for document in documents.tolist():
+        for first, second, third in zip(document, document[1:], document[2:], strict=False):
+            follows.setdefault((first, second), set()).add(third)
+    assert {token for tokens in follows.values() for token in tokens} == set(range(1, 12))
+    assert max(map(len, follows.values())) == 4

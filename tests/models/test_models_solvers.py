@@ -288,6 +288,31 @@ def test_causal(build: Build, tokens: torch.Tensor) -> None:
         assert not torch.allclose(model(tokens)[:, 9:], model(changed)[:, 9:])
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "solver",
+    [
+        {"kind": "euler"},
+        {"kind": "dlcl"},
+        {"kind": "weight-sharing", "repeats": 2},
+        *({"kind": "rk2", "stage_coefficients": c} for c in ("fixed", "learned", "gated", "full")),
+        *({"kind": "rk4", "stage_coefficients": c} for c in ("fixed", "learned", "full")),
+        *({"kind": "pcformer", "predictor_order": order} for order in (2, 4)),
+        {"kind": "iiet", "iterations": 2},
+        {"kind": "iiet", "iterations": 2, "damping": 0.6},
+        {"kind": "iiet", "iterations": 2, "variant": "released"},
+    ],
+    ids=lambda solver: "-".join(str(value) for value in solver.values()),
+)
+def test_all_that_a_step_makes_is_where_the_model_is(
+    solver: dict[str, Any], build: Build, tokens: torch.Tensor
+) -> None:
+    """Forward and backward on a device that is not the default one; on a GPU the fault would be a crash."""
+    model, tokens = build(model={"num_layers": 2}, **solver).to("meta"), tokens.to("meta")
+    model(tokens[:, :-1], tokens[:, 1:]).backward()
+    assert {p.grad.device.type for p in model.parameters() if p.grad is not None} == {"meta"}
+
+
 def test_history_reads_by_index() -> None:
     entries = [torch.full((1, 2, 3), float(10**j)) for j in range(3)]
     history = History()
