@@ -296,6 +296,19 @@ def test_preprocess_says_how_it_ended(preprocess: ModuleType, start: Start) -> N
     assert start(preprocess, *arguments) == (3, *told)
 
 
+@pytest.mark.parametrize("kind", [ValueError, RuntimeError, OSError, KeyboardInterrupt])
+def test_preprocess_says_what_stopped_it(
+    preprocess: ModuleType, start: Start, monkeypatch: pytest.MonkeyPatch, kind: type[BaseException]
+) -> None:
+    monkeypatch.setattr(preprocess, "preprocess", fail(kind("it went wrong")))
+    status, out, error = start(preprocess, "--input", "a", "--tokenizer-model", "t", "--output-prefix", "p")
+    if kind is KeyboardInterrupt:
+        said = "error: interrupted; finished shards stay, run the same command again for the rest.\n"
+        assert (status, out, error) == (130, "", said)
+    else:
+        assert (status, out, error) == (1, "", "error: it went wrong\n")
+
+
 # --- the other tools of data ---
 
 
