@@ -241,6 +241,23 @@ def test_training_that_does_not_learn(
     assert outcome_of(training.check, setting).status == status
 
 
+@pytest.mark.parametrize("steps", [0, 1, 2])
+def test_training_needs_two_steps_for_a_curve(
+    steps: int, setting: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{"loss": loss, "flops": 1, "step_seconds": 1.0} for loss in (6.0, 5.0)][:steps]
+
+    def run(folder: Path, *_: Any, **__: Any) -> Rows:
+        folder.with_suffix(".txt").write_text("it says why\n")
+        return rows
+
+    monkeypatch.setattr(training, "run", run)
+    outcome = outcome_of(training.check, setting)
+    assert outcome.status == (OK if steps == 2 else FAILED)
+    assert (f"logged {steps} steps in" in outcome.reason) == (steps < 2)
+    assert outcome.reason.endswith("it says why") == (steps < 2)
+
+
 def test_what_the_sanitizer_counts() -> None:
     assert sanitizer.errors_in("========= ERROR SUMMARY: 0 errors") == 0
     assert sanitizer.errors_in("========= ERROR SUMMARY: 3 errors") == 3
