@@ -15,7 +15,6 @@ Exit status: 0 nothing failed (a check that could not run here is no failure, an
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -23,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tools"), str(ROOT / "benchmarks")]
 
 from gpu_checks import CHECKS  # noqa: E402
-from gpu_checks.base import Setting, outcome_of  # noqa: E402
+from gpu_checks.base import OUTCOME, SO_FAR, Setting, outcome_of  # noqa: E402
 from gpu_checks.runner import Options, run_checks  # noqa: E402
 
 
@@ -57,8 +56,10 @@ def main() -> int:
             shard=arguments.shard,
             tokenizer=arguments.tokenizer,
         )
-        outcome = outcome_of(CHECKS[arguments.check].load(), setting)
-        (folder / "outcome.json").write_text(json.dumps(outcome.as_dict(), indent=1, allow_nan=False))
+        outcome = outcome_of(
+            CHECKS[arguments.check].load(), setting, lambda so_far: so_far.write(folder / SO_FAR)
+        )
+        outcome.write(folder / OUTCOME)
         return 0
     if arguments.minutes <= 0:
         print(f"error: --minutes is {arguments.minutes:g}; give a number above 0", file=sys.stderr)

@@ -279,13 +279,15 @@ name, folder = arguments["--check"], pathlib.Path(arguments["--output"])
 if name == "build":
     print("before the crash", flush=True)
     os.abort()
+figures = [{"name": "speed", "value": 0.5, "unit": "", "against": "", "bound": ">= 0.85", "note": ""}]
 if name == "kernels":
+    held = {"status": "out of time", "reason": "", "figures": [figures[0] | {"bound": ""}], "seconds": 1.0}
+    (folder / name / "so_far.json").write_text(json.dumps(held))
     rank = subprocess.Popen(["sleep", "600"], start_new_session=True)
     (folder / "rank.txt").write_text(str(rank.pid))
     time.sleep(600)
 if name == "documents":
     sys.exit("a package is missing")
-figures = [{"name": "speed", "value": 0.5, "unit": "", "against": "", "bound": ">= 0.85", "note": ""}]
 status = {"bandwidth": "FAILED", "step": "ok"}[name]
 found = {"status": status, "reason": "", "figures": figures if status == "FAILED" else [], "seconds": 1.0}
 (folder / name / "outcome.json").write_text(json.dumps(found))
@@ -310,6 +312,7 @@ def test_no_check_stops_another(
     assert stored["build"]["reason"] == "it ended with status -6: before the crash"
     assert stored["documents"]["reason"] == "it ended with status 1: a package is missing"
     assert "it did not end within" in stored["kernels"]["reason"]
+    assert [figure["name"] for figure in stored["kernels"]["figures"]] == ["speed"]
     with suppress(psutil.NoSuchProcess):  # what it had started elsewhere is gone as well
         psutil.Process(int((tmp_path / "report/rank.txt").read_text())).wait(10)
     last = capsys.readouterr().out.rpartition("\n\n")[2].splitlines()
@@ -354,7 +357,11 @@ def test_what_there_was_no_time_for_is_named_and_what_was_found_is_kept(
         if end:
             raise end
 
-    outcome = outcome_of(check, setting)
+    known: list[Outcome] = []
+    outcome = outcome_of(check, setting, known.append)
+    assert [(so_far.status, [f.name for f in so_far.figures]) for so_far in known] == [
+        (FAILED if bound else LATE, ["f"])
+    ]
     assert outcome.status == status
     assert outcome.reason.endswith("no time was left for the second, the third")
     assert [figure.name for figure in outcome.figures] == ["f"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import operator
 import os
@@ -14,6 +15,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megatron_iiet import durable
+
 BOUNDS = {">=": operator.ge, "<=": operator.le, "==": operator.eq}
 OK, FAILED, REFUSED, NEEDS, LATE = "ok", "FAILED", "refused", "needs a GPU", "out of time"
 
@@ -24,6 +27,10 @@ class NeedsGpuError(Exception):
 
 class RefusedError(Exception):
     """Something the check needs is missing here; the message is what, and how to get it."""
+
+
+OUTCOME, SO_FAR = "outcome.json", "so_far.json"
+"""Files in the folder of a check: how it ended, and what it knew until then."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +74,10 @@ class Outcome:
                 stored |= {"value": None, "note": f"{figure.value} {figure.note}".strip()}
             figures.append(stored)
         return {**asdict(self), "figures": figures}
+
+    def write(self, path: Path) -> None:
+        """Whole or not at all: the writer may be killed."""
+        durable.write_text(path, json.dumps(self.as_dict(), indent=1, allow_nan=False))
 
     @classmethod
     def from_dict(cls, stored: dict[str, Any]) -> Outcome:
@@ -113,13 +124,21 @@ class Setting:
 CheckFunction = Callable[["Setting"], Iterable[Figure]]
 
 
-def outcome_of(check: CheckFunction, setting: Setting) -> Outcome:
-    """Run one. Whatever it raises is its outcome, and ends it; figures it had by then are kept and judged."""
+def outcome_of(
+    check: CheckFunction, setting: Setting, keep: Callable[[Outcome], None] = lambda _: None
+) -> Outcome:
+    """Run one. Whatever it raises is its outcome, and ends it; figures it had by then are kept and judged.
+
+    Args:
+        keep: called with each figure: what is known so far, for when the process does not live to tell.
+    """
     start = time.monotonic()
     figures: list[Figure] = []
     status, reasons = OK, []
     try:
-        figures.extend(check(setting))
+        for figure in check(setting):
+            figures.append(figure)
+            keep(verdict(LATE, [], figures, time.monotonic() - start))
     except NeedsGpuError as needed:
         status, reasons = NEEDS, [str(needed)]
     except RefusedError as refusal:
@@ -133,9 +152,13 @@ def outcome_of(check: CheckFunction, setting: Setting) -> Outcome:
         reasons.append(f"no time was left for {', '.join(setting.skipped)}")
     if status == OK and not figures:
         status, reasons = LATE, reasons or ["no time was left for any figure"]
-    if broken := [f"{f.name} is {shown(f.value)}, expected {f.bound}" for f in figures if not f.holds]:
-        status, reasons = FAILED, broken + reasons
-    return Outcome(status, "; ".join(reasons), figures, time.monotonic() - start)
+    return verdict(status, reasons, figures, time.monotonic() - start)
+
+
+def verdict(status: str, reasons: list[str], figures: list[Figure], seconds: float) -> Outcome:
+    """What it is without a look at the figures; FAILED if one of them does not keep its bound."""
+    broken = [f"{f.name} is {shown(f.value)}, expected {f.bound}" for f in figures if not f.holds]
+    return Outcome(FAILED if broken else status, "; ".join(broken + reasons), list(figures), seconds)
 
 
 def shown(value: float | None) -> str:

@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from gpu_checks import CHECKS
-from gpu_checks.base import FAILED, LATE, Outcome, descendants, versions
+from gpu_checks.base import FAILED, LATE, OUTCOME, SO_FAR, Outcome, descendants, verdict, versions
 from gpu_checks.report import summary, write_report
 
 GRACE = 10.0
@@ -67,7 +67,6 @@ def _run(name: str, options: Options, seconds: float) -> Outcome:
     folder = options.output / name
     shutil.rmtree(folder, ignore_errors=True)  # runs in there would be resumed, and say what they said before
     folder.mkdir()
-    answer = folder / "outcome.json"
     command = [sys.executable, str(ENTRY), "--check", name, "--output", str(options.output)]
     command += ["--device", options.device, "--seconds", f"{seconds:.0f}"]
     command += ["--toy"] * options.toy
@@ -92,11 +91,12 @@ def _run(name: str, options: Options, seconds: float) -> Outcome:
                 os.killpg(child.pid, signal.SIGKILL)
             child.wait()
     took = time.monotonic() - start
-    if answer.exists():
-        return Outcome.from_dict(json.loads(answer.read_text()))
+    if (folder / OUTCOME).exists():
+        return Outcome.from_dict(json.loads((folder / OUTCOME).read_text()))
+    known = folder / SO_FAR
+    figures = Outcome.from_dict(json.loads(known.read_text())).figures if known.exists() else []
     if late:
-        return Outcome(LATE, f"it did not end within {seconds:.0f} s; see {name}/log.txt", seconds=took)
-    last = ((folder / "log.txt").read_text(errors="replace").strip().splitlines() or ["nothing was printed"])[
-        -1
-    ]
-    return Outcome(FAILED, f"it ended with status {child.returncode}: {last}", seconds=took)
+        return verdict(LATE, [f"it did not end within {seconds:.0f} s; see {name}/log.txt"], figures, took)
+    printed = (folder / "log.txt").read_text(errors="replace").strip().splitlines()
+    last = printed[-1] if printed else "nothing was printed"
+    return verdict(FAILED, [f"it ended with status {child.returncode}: {last}"], figures, took)
