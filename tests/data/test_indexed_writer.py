@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import os
 import resource
 import tracemalloc
 from collections.abc import Callable
@@ -140,6 +141,17 @@ class TestWriter:
         prefix = make_shard([3])
         assert listing(tmp_path) == ["shard.bin", "shard.idx"]
         assert IndexedDataset(prefix).num_tokens == 3
+
+    @pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o002, 0o664), (0o077, 0o600)])
+    def test_both_files_may_be_read_by_whom_the_user_lets(
+        self, mask: int, mode: int, tmp_path: Path, make_shard: MakeShard
+    ) -> None:
+        before = os.umask(mask)
+        try:
+            make_shard([4, 6])
+        finally:
+            os.umask(before)
+        assert [path.stat().st_mode & 0o777 for path in sorted(tmp_path.iterdir())] == [mode, mode]
 
     def test_two_writers_of_one_prefix(self, tmp_path: Path) -> None:
         with IndexedDatasetWriter(tmp_path / "a", 100) as first:

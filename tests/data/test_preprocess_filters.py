@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import struct
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -265,6 +266,15 @@ def test_duplicates_are_looked_for_once(tmp_path: Path) -> None:
     assert list(Duplicates(tmp_path).marks(0, 1, 2)) == [0, 1]
     with pytest.raises(ValueError, match="changed between the two passes of --deduplicate"):
         Duplicates(tmp_path).marks(0, 2, 2)
+
+
+def test_large_files_stay_with_the_output(
+    options: PreprocessOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A node's temporary folder may be a small disk, or memory; digests of a corpus are gigabytes."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "none"))
+    write_rows(tmp_path / "in" / "again.jsonl", ({"text": text} for text in TEXTS[:5]))
+    assert run(replace(options, deduplicate=True)).all_units.counts.duplicates == 5
 
 
 @pytest.mark.parametrize("same", ["high", "low", "both"])

@@ -229,6 +229,15 @@ def test_units_are_inputs_in_their_order() -> None:
         assert [file for unit in units for file in unit] == inputs
 
 
+def test_records_are_free_once_they_are_closed(tmp_path: Path) -> None:
+    """Not only when the object is gone: a traceback may keep it."""
+    first = JobRecords(tmp_path, 0, 1)
+    with pytest.raises(ValueError, match=r"job-00000-of-00001\.jsonl is in use: the same job is running"):
+        JobRecords(tmp_path, 0, 1)
+    first.close()
+    JobRecords(tmp_path, 0, 1).close()
+
+
 def test_a_torn_record_is_cut_off_and_one_that_cannot_be_put_on_disk_is_none(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,6 +13,7 @@ from megatron_iiet.data.preprocess import workshop
 from megatron_iiet.data.preprocess.lists import PreprocessReport, Summary
 from megatron_iiet.data.preprocess.plan import Plan, differences, share
 from megatron_iiet.data.preprocess.records import Counts, Total
+from megatron_iiet.data.preprocess.tasks import EncodeUnit
 from megatron_iiet.data.preprocess.workshop import Failure, Progress
 from megatron_iiet.data.reading.sources import InputFile
 
@@ -71,6 +72,19 @@ def test_exit_status(mine_missing: int, failures: list[Failure], waiting: str, s
     nothing = Summary()
     report = PreprocessReport(nothing, nothing, 3, mine_missing, failures, waiting)
     assert report.exit_code == status
+
+
+@pytest.mark.parametrize(
+    ("paths", "message", "said"),
+    [
+        (["a.jsonl"], "out of memory", "a.jsonl: out of memory"),
+        (["a.jsonl", "b.jsonl", "c.jsonl"], "out of memory", "a.jsonl and 2 more: out of memory"),
+        (["a.jsonl", "b.jsonl"], "b.jsonl is empty", "b.jsonl is empty"),
+    ],
+)
+def test_a_failure_says_of_what_inputs(paths: list[str], message: str, said: str) -> None:
+    task = EncodeUnit(0, [InputFile(path, 1, "") for path in paths])
+    assert str(Failure(task, message)) == said
 
 
 def units_of(*sizes: int) -> list[list[InputFile]]:

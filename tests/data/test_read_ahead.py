@@ -109,6 +109,25 @@ def test_threads_end_with_their_reader() -> None:
     assert readers() == []
 
 
+def test_closing_waits_for_who_is_at_work() -> None:
+    """What a job still reads may go right after: shards are closed, a folder is removed."""
+    busy = threading.Event()
+    finished: list[int] = []
+
+    def work(number: int) -> None:
+        if number == 1:
+            busy.set()
+            time.sleep(0.2)
+            finished.append(number)
+
+    results = ReadAhead(calls(work), 1, 10)
+    next(results)
+    assert busy.wait(10)
+    results.close()
+    assert finished == [1]
+    assert readers() == []
+
+
 def test_closing_twice() -> None:
     results = ReadAhead(calls(lambda n: n), 1, 10)
     results.close()

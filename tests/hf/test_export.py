@@ -27,7 +27,7 @@ from megatron_iiet.config.solvers import IIET
 from megatron_iiet.hf.export import Written, export_folder, modeling_code
 from megatron_iiet.hf.tokenizer import Extras, extras_of_tokenizer
 from megatron_iiet.models import Transformer
-from megatron_iiet.storage import portable
+from megatron_iiet.storage import portable, safetensors_stream
 from megatron_iiet.storage.hugging_face import import_llama
 from megatron_iiet.storage.hugging_face.shards import parse_bytes, write_shards
 from megatron_iiet.storage.safetensors_stream import TensorToWrite
@@ -175,6 +175,26 @@ def test_files_of_a_folder(tmp_path: Path) -> None:
     }
     generation = GenerationConfig.from_pretrained(tmp_path / "hf")
     assert (generation.bos_token_id, generation.eos_token_id, generation.pad_token_id) == (1, 2, None)
+
+
+def test_iterations_are_listed_layer_by_layer(tmp_path: Path) -> None:
+    """Also where one number was given: whoever reads config.json needs no rule for the other form."""
+    export(build({"kind": "iiet", "iterations": 2}), tmp_path / "hf")
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["solver"]["iterations"] == [2, 2, 2, 2]
+
+
+@pytest.mark.parametrize("as_llama", [False, True])
+def test_rows_at_a_time_are_the_same_file(
+    as_llama: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Keys and values, gate and up lie one below the other in ours; large ones are written in parts."""
+    model = build({"kind": "euler"} if as_llama else {"kind": "iiet", "iterations": 1}, tie_embeddings=False)
+    export(model, tmp_path / "whole", as_llama=as_llama, dtype="bf16")
+    for rows in (1, 5):
+        monkeypatch.setattr(safetensors_stream, "CHUNK_BYTES", 4 * SHAPE["hidden_size"] * rows)
+        export(model, tmp_path / f"{rows}", as_llama=as_llama, dtype="bf16")
+        for whole in (tmp_path / "whole").glob("*.safetensors"):
+            assert (tmp_path / f"{rows}" / whole.name).read_bytes() == whole.read_bytes()
 
 
 def test_shards_are_what_transformers_reads(tmp_path: Path) -> None:
@@ -474,7 +494,9 @@ def test_the_code_that_travels_knows_its_transformers(
 
 
 def test_sizes() -> None:
-    sizes = {"5GB": 5 * 10**9, "500 MB": 5 * 10**8, "1.5kb": 1500, "2GiB": 2 << 30, "77": 77}
+    decimal = {"5GB": 5_000_000_000, "500 MB": 500_000_000, "1.5kb": 1500, "77": 77, " 1Mb ": 1_000_000}
+    binary = {"2GiB": 2_147_483_648, "0.5 gib": 536_870_912, "3MiB": 3_145_728, "1KiB": 1024}
+    sizes = decimal | binary
     assert {text: parse_bytes(text) for text in sizes} == sizes
     for text in ("", "GB", "5TB", "-1GB", "0", "five"):
         with pytest.raises(ValueError, match="is no size of a file; give a number and a unit"):

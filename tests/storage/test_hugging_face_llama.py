@@ -306,6 +306,10 @@ def test_tied_checkpoint_that_stores_a_head(
         ({"weight_map": {"a": "../a.safetensors"}}, "weight_map names '../a.safetensors', but must name"),
         ({"weight_map": {"a": "a.bin"}}, "weight_map names 'a.bin', but must name"),
         ({"weight_map": {"a": "a.safetensors"}}, "names a.safetensors, which is missing"),
+        (  # of several the first: two attempts on one folder say the same
+            {"weight_map": {f"t{n}": f"{n}.safetensors" for n in (3, 5, 1, 9, 7, 2, 8, 4, 6)}},
+            "names 1.safetensors, which is missing",
+        ),
     ],
 )
 def test_refuses_a_wrong_index(

@@ -205,6 +205,12 @@ def test_a_checkpoint_has_the_starts_so_far(tmp_path: Path) -> None:
     append_start(run, {"time": "one"})
     record.copy_starts(run, folder)
     assert read_starts(folder / STARTS) == ([{"time": "one"}], [])
+    with (run / STARTS).open("ab") as file:
+        file.write(b"\xff\xfe{")  # damage of what is for information must not end a run that saves
+    record.copy_starts(run, folder)
+    starts, [broken] = read_starts(folder / STARTS)
+    assert starts == [{"time": "one"}]
+    assert "starts.jsonl (line 2) is not a whole line" in broken
 
 
 @pytest.mark.slow

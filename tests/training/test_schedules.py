@@ -81,6 +81,22 @@ def test_constant_after_warm_up() -> None:
     assert {learning_rate(config, step, 10) for step in range(10)} == {2.0}
 
 
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "wsd"])
+@pytest.mark.parametrize("steps", [1, 2, 3, 7])
+def test_the_last_step_has_arrived_however_few_there_are(schedule: str, steps: int) -> None:
+    for warmup in range(steps):
+        config = OptimizerConfig(
+            lr=1.0,
+            min_lr_ratio=0.25,
+            schedule=schedule,  # type: ignore[arg-type]
+            warmup_fraction=warmup / steps,
+            decay_fraction=1 / steps,
+        )
+        rates = [learning_rate(config, step, steps) for step in range(steps)]
+        assert rates[-1] == pytest.approx(0.25)
+        assert rates[:warmup] == pytest.approx([(step + 1) / warmup for step in range(warmup)])
+
+
 def test_two_stage_schedule() -> None:
     """Three quarters plain Transformer++, the last quarter IIET, as in the paper."""
     config = staged(2, 8, [0.75, 0], [0.25, 3])

@@ -227,7 +227,7 @@ class IndexedDatasetWriter(PairWriter):
 def _open_locked(path: Path) -> IO[bytes]:
     """Open for writing, emptied, unless another process holds it."""
     while True:
-        file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), "wb")
+        file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "wb")
         if not lock(file):
             file.close()
             raise ValueError(f"{path} is being written by another process; choose another output prefix.")

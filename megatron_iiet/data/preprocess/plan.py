@@ -58,7 +58,7 @@ class Plan:
             **vars(self),
             "inputs": [file.identity for file in self.inputs],
         }
-        return json.dumps(content, indent=0, ensure_ascii=True).encode()
+        return json.dumps(content, indent=0).encode()
 
     @classmethod
     def read(cls, path: Path) -> Plan:

@@ -85,7 +85,7 @@ class UnitRecord:
     def to_json(self) -> str:
         """One line."""
         content = asdict(self) | {"inputs": [file.identity for file in self.inputs]}
-        return json.dumps(content, ensure_ascii=True, separators=(",", ":"))
+        return json.dumps(content, separators=(",", ":"))
 
     @classmethod
     def from_json(cls, line: bytes | str) -> UnitRecord:
