@@ -6,6 +6,7 @@ import json
 import math
 import mmap
 import resource
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -347,6 +348,8 @@ def test_events_of_repeated_steps_are_replaced(tmp_path: Path) -> None:
         run = bare_run(tmp_path / "run", lambda step, lr, loss=loss: StepResult(loss, 1.0, lr), step=first)  # type: ignore[misc]
         loop.train(run, [MetricLogger()])
         run.close()
+        # Files are read in the order of their names: of seconds, then of a number that sorts 10 before 9.
+        time.sleep(1)
     events = EventAccumulator(str(tmp_path / "run/tensorboard"), purge_orphaned_data=True).Reload()
     found = [(event.step, event.value) for event in events.Scalars("loss")]
     assert found == [(step, 5.0 if step <= 5 else 4.0) for step in range(1, 9)]
