@@ -84,7 +84,7 @@ def _make_backend(name: str) -> Backend:
     if name == "triton":
         from megatron_iiet.ops import triton_kernels
 
-        return _fused(triton_kernels)
+        return _fused(triton_kernels.operators())
     return _fused(torch.ops.megatron_iiet)
 
 

@@ -49,17 +49,21 @@ def load_extension() -> ExtensionStatus:
         torch.ops.load_library(libraries[0])
     except OSError as error:
         return ExtensionStatus(False, f"{libraries[0].name} does not load: {error.__cause__ or error}", build)
-    # Shapes, for torch.compile and meta tensors; and a derivative is asked for in vain, it is not zero.
+    describe_operators("megatron_iiet")
+    return ExtensionStatus(True, "built and loaded", build)
+
+
+def describe_operators(namespace: str) -> None:
+    """Shapes, for torch.compile and meta tensors; and a derivative is asked for in vain, it is not zero."""
     for fake in (_fake_merge_norm, _fake_merge_norm_backward, _fake_transposed_merge):
         name = fake.__name__.removeprefix("_fake_")
-        torch.library.register_fake(f"megatron_iiet::{name}", fake)
-        torch.library.register_autograd(f"megatron_iiet::{name}", _no_derivative)
-    return ExtensionStatus(True, "built and loaded", build)
+        torch.library.register_fake(f"{namespace}::{name}", fake)
+        torch.library.register_autograd(f"{namespace}::{name}", _no_derivative)
 
 
 def _no_derivative(*_: Any) -> None:
     raise RuntimeError(
-        "the extension's operators have no derivatives; megatron_iiet.ops.merge_norm has, and with the "
+        "the fused operators have no derivatives; megatron_iiet.ops.merge_norm has, and with the "
         "reference backend second ones too (create_graph=True)"
     )
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -26,6 +27,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from megatron_iiet.ops.extension import describe_operators
+
+NAMESPACE = "megatron_iiet_triton"
 MAX_WIDTH = 16384
 MAX_TENSORS = 128
 # As it was when triton was imported, which is when its functions become interpreted ones.
@@ -267,6 +271,15 @@ def transposed_merge(
         direct, [increment], gradients, coefficients, True, want_coefficients
     )
     return grad_increment, grad_coefficients
+
+
+@cache
+def operators() -> Any:
+    """These three as operators, which torch.compile takes as they are: it can't follow addresses."""
+    for function in (merge_norm, merge_norm_backward, transposed_merge):
+        torch.library.custom_op(f"{NAMESPACE}::{function.__name__}", function, mutates_args=())
+    describe_operators(NAMESPACE)
+    return getattr(torch.ops, NAMESPACE)
 
 
 def _launch_backward(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -342,3 +342,15 @@ def test_the_number_of_partial_sums() -> None:
     assert kernels._programs(0, 64) == 0
     assert kernels._programs(100, 64) == 100
     assert [kernels._programs(10**6, h) for h in (64, 2048, 16384)] == [2048, 1024, 512]
+
+
+def test_compiled_equals_eager(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A compiler takes them as operators: it could not follow the addresses in the kernels' tables."""
+    from tests.ops import test_ops_extension  # after Triton, which is interpreted from its import on
+
+    monkeypatch.setattr(test_ops_extension, "leaves", on_device(test_ops_extension.leaves))
+    test_ops_extension.test_compiled_equals_eager("triton", "aot_eager")
+
+
+def on_device(draw_leaves: Callable[[int], list[Tensor]]) -> Callable[[int], list[Tensor]]:
+    return lambda rows: [leaf.detach().to(DEVICE).requires_grad_() for leaf in draw_leaves(rows)]
