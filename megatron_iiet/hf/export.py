@@ -110,6 +110,7 @@ def config_fields(
             "AutoConfig": f"{module}.IIETConfig",
             "AutoModel": f"{module}.IIETModel",
             "AutoModelForCausalLM": f"{module}.{architecture}",
+            "AutoModelForSequenceClassification": f"{module}.IIETForSequenceClassification",
         }
     fields |= {
         "attention_bias": False,
