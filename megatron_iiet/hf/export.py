@@ -74,6 +74,7 @@ def export_folder(
     """
     folder = Path(folder)
     check_new(folder)
+    _refuse_other_families(config)
     notes = [extras.note] if extras.note else []
     if as_llama:
         _refuse_other_than_llama(config)
@@ -116,7 +117,7 @@ def config_fields(
         "attention_dropout": 0.0,
         **token_ids,
         "dtype": str(DTYPES[dtype]).removeprefix("torch."),
-        "head_dim": model.head_dim,
+        "head_dim": model.head_width,
         "hidden_act": "silu",
         "hidden_size": model.hidden_size,
         "initializer_range": model.init_std,
@@ -148,6 +149,17 @@ def config_fields(
 def modeling_code() -> bytes:
     """The file that travels with every exported model and computes it without this package."""
     return Path(__file__).with_name(MODELING_FILE).read_bytes()
+
+
+def _refuse_other_families(config: RunConfig) -> None:
+    plain = {"head_dim": None, "attention_bias": "none", "qk_norm": False, "rope_scaling": None}
+    resolved = config.model.resolved()
+    for name, value in plain.items():
+        if resolved[name] != value:
+            raise ValueError(
+                f"model.{name} is {resolved[name]!r}, which Hugging Face folders are not written for yet; "
+                "keep the model as a portable folder (--to)"
+            )
 
 
 def _refuse_other_than_llama(config: RunConfig) -> None:

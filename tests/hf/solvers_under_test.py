@@ -119,7 +119,7 @@ def hf_config(config: RunConfig, **fields: Any) -> IIETConfig:
 def hf_state(transformer: Transformer) -> dict[str, Tensor]:
     """The weights of our Transformer under the names that transformers gives them, written out by hand."""
     model, state = transformer.config.model, transformer.state_dict()
-    kv = model.num_kv_heads * model.head_dim
+    kv = model.num_kv_heads * model.head_width
     renamed = {"model.embed_tokens.weight": state["embedding.weight"][: model.vocab_size]}
     renamed["model.norm.weight"] = state["norm.weight"]
     renamed["lm_head.weight"] = (

@@ -243,8 +243,8 @@ def _check_heads(model: ModelConfig, fields: Mapping[str, Any], path: Path) -> N
             head_dim,
             f"hidden_size / num_attention_heads ({width} / {heads} = {width / heads:g})",
         )
-    if model.head_dim % 2:
-        raise _unsupported(path, "head_dim", model.head_dim, "an even number")
+    if model.head_width % 2:
+        raise _unsupported(path, "head_dim", model.head_width, "an even number")
     if heads % kv:
         raise _unsupported(path, "num_key_value_heads", kv, f"a divisor of num_attention_heads = {heads}")
 

@@ -156,7 +156,7 @@ class WithInitialSolvers(StoredParameters):
 
 def _layer_tensors(model: ModelConfig, layer: int) -> dict[str, dict[str, Shape]]:
     d, m = model.hidden_size, model.ffn_hidden_size
-    q, kv = model.num_attention_heads * model.head_dim, model.num_kv_heads * model.head_dim
+    q, kv = model.num_attention_heads * model.head_width, model.num_kv_heads * model.head_width
     attention, mlp = f"model.layers.{layer}.self_attn", f"model.layers.{layer}.mlp"
     return {
         "input_norm.weight": {f"model.layers.{layer}.input_layernorm.weight": (d,)},
