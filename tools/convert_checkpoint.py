@@ -34,7 +34,9 @@ def parse_arguments() -> argparse.Namespace:
     )
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument(
-        "--from-hf", metavar="DIR", help="Hugging Face folder of a LLaMA, or one that --to-hf wrote"
+        "--from-hf",
+        metavar="DIR",
+        help="Hugging Face folder of a LLaMA, Mistral, Qwen2 or Qwen3, or one that --to-hf wrote",
     )
     source.add_argument(
         "--from-run", metavar="RUN_DIR", help="output_dir of a training run, whatever its layout"
@@ -65,7 +67,9 @@ def parse_arguments() -> argparse.Namespace:
     )
     for name in SOLVER_OPTIONS:
         parser.add_argument(
-            f"--solver.{name}", metavar="VALUE", help="with --from-hf LLaMA; see pretrain_iiet.py --help"
+            f"--solver.{name}",
+            metavar="VALUE",
+            help="with --from-hf, of all but an IIET; see pretrain_iiet.py --help",
         )
     arguments = parser.parse_args()
     refuse_misplaced(parser, arguments)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from typing import Any, ClassVar
 
 from megatron_iiet.config.errors import ConfigError
@@ -20,9 +20,10 @@ class RopeScaling:
     kind: ClassVar[str]
 
     def to_mapping(self) -> dict[str, Any]:
-        """As it stands in a configuration: its kind, and all keys that are not null."""
-        values = {name: value for name, value in asdict(self).items() if value is not None}
-        return {"kind": self.kind, **values}
+        """As it stands in a configuration: its kind, and the keys that are not at their default."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        given = {f.name: values[f.name] for f in fields(self) if values[f.name] != f.default}
+        return {"kind": self.kind, **given}
 
 
 @dataclass(frozen=True)

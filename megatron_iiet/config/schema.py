@@ -93,7 +93,7 @@ class ModelConfig:
 
     def resolved(self) -> dict[str, Any]:
         """Every key's value, equal where it means the same: null and 'unit' are the numbers that they stand
-        for (but a head's width is null where it follows from others), an object has all of its keys."""
+        for (but a head's width is null where it follows from others), an object has no defaults."""
         scaling = self.resolved_rope_scaling
         follows = self.head_width * self.num_attention_heads == self.hidden_size
         return {f.name: getattr(self, f.name) for f in fields(self)} | {

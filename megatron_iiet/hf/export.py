@@ -12,12 +12,13 @@ from typing import Any
 import torch
 
 from megatron_iiet.config import RunConfig
+from megatron_iiet.config.hugging_face import CONFIG_FILE, FAMILIES, read_json
 from megatron_iiet.config.solvers import Euler
 from megatron_iiet.durable import new_folder, write_text
 from megatron_iiet.hf.tokenizer import TOKEN_FIELDS, Extras, to_json
-from megatron_iiet.storage.hugging_face.llama import ARCHITECTURES, TOKENIZER_FILES, solver_to_fields
-from megatron_iiet.storage.hugging_face.shards import read_json, write_shards
-from megatron_iiet.storage.hugging_face.weights import CONFIG_FILE, tensors_to_write
+from megatron_iiet.storage.hugging_face.llama import TOKENIZER_FILES, solver_to_fields
+from megatron_iiet.storage.hugging_face.shards import write_shards
+from megatron_iiet.storage.hugging_face.weights import tensors_to_write
 from megatron_iiet.storage.parameters import RowSource
 from megatron_iiet.storage.portable import check_new
 
@@ -103,7 +104,7 @@ def config_fields(
     """``config.json``: LLaMA's fields as transformers 5 writes them (of a LLaMA also as 4 reads them), and
     what an IIET has besides."""
     model, kind = config.model, "llama" if as_llama else "iiet"
-    architecture = ARCHITECTURES[kind]
+    architecture = FAMILIES[kind].architectures[0]
     fields: dict[str, Any] = {"architectures": [architecture], "model_type": kind}
     if not as_llama:
         module = MODELING_FILE.removesuffix(".py")

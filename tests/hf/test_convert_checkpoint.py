@@ -156,7 +156,8 @@ def test_errors_are_one_line(tmp_path: Path, llama: LlamaForCausalLM, convert: C
         "solver.kind is 'heun' in hf/config.json and the solver options, but must be"
     )
     gone = convert("--from-hf", "gone", "--to", "x")
-    assert gone.error == "gone is not a folder; give the folder of a Hugging Face LLaMA or IIET checkpoint"
+    families = "LLaMA, Mistral, Qwen2, Qwen3 or IIET"
+    assert gone.error == f"gone is not a folder; give the folder of a Hugging Face {families} checkpoint"
     assert convert("--from-run", "hf", "--to", "x").error == (
         "hf holds no complete checkpoint; give the output_dir of a training run"
     )
