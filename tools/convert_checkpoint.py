@@ -12,6 +12,7 @@ What a training run reads (training.initial_weights, distillation.teacher) may b
 from __future__ import annotations
 
 import argparse
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -174,8 +175,26 @@ def convert(arguments: argparse.Namespace) -> str:
     if arguments.to:
         save(source.config, source.state, target, extra_files=source.tokenizer_files)
         names = ", ".join(file.name for file in source.tokenizer_files) or "no tokenizer"
-        return f"wrote {target}: {parameters}, {solver}, {names}"
-    return f"wrote {target}: {parameters}, {to_hf(source, arguments, solver)}"
+        written = f"{solver}, {names}"
+    else:
+        written = to_hf(source, arguments, solver)
+    return f"wrote {target}: {parameters}, {written}{note_of_function(source, arguments)}"
+
+
+def note_of_function(source: Source, arguments: argparse.Namespace) -> str:
+    """What a user must know of a source that gets a solver: it was trained as explicit Euler."""
+    solver, layers, where = source.config.solver, source.config.model.num_layers, source.description
+    given = {name: getattr(arguments, f"solver.{name}") for name in solver_options(arguments)}
+    if not given or solver.starts_as_llama(layers):
+        return ""
+    options = " ".join(f"--solver.{name} {shlex.quote(value)}" for name, value in given.items())
+    schedule = ", with a solver.schedule that lets the iterations come in" if "iterations" in given else ""
+    return (
+        f"\nnote: with solver {solver.describe(solver.iterations_per_layer(layers))} these weights compute "
+        f"another function than {where}, which was trained as explicit Euler. Train it before use: "
+        f"pretrain_iiet.py --model.from {where} --training.initial_weights {where} {options}{schedule} "
+        "(docs/regimes.md)."
+    )
 
 
 def to_hf(source: Source, arguments: argparse.Namespace, solver: str) -> str:

@@ -32,6 +32,8 @@ class Family:
     """The biases that ``attention_bias: true`` means, or, of a family without that field, always."""
     bias_is_a_field: bool = True
     qk_norm: bool = False
+    has_solver: bool = False
+    """Whether it is what we export."""
     window_has_a_switch: bool = True
     """Whether ``use_sliding_window`` and ``layer_types`` say that ``sliding_window`` is not in use."""
 
@@ -60,7 +62,7 @@ FAMILIES: dict[str, Family] = {
         {"num_key_value_heads": 32, "max_position_embeddings": 32768, "head_dim": 128, **_WINDOWS},
         qk_norm=True,
     ),
-    "iiet": Family("IIET", ("IIETForCausalLM",)),
+    "iiet": Family("IIET", ("IIETForCausalLM",), has_solver=True),
 }
 """By ``model_type``."""
 
@@ -170,9 +172,8 @@ class _Reader:
                 else ""
             )
             raise self.unsupported("model_type", kind, join_words([repr(name) for name in FAMILIES]) + why)
-        self.kind = kind
         self.where = f"{path} (model_type {kind})"
-        self.family = FAMILIES[self.kind]
+        self.family = FAMILIES[kind]
         self.fields = {**self.family.defaults, **fields}
 
     def model(self) -> ModelConfig:
@@ -196,7 +197,7 @@ class _Reader:
             init_std=self.number("initializer_range", default=0.02),
         )
         model.rotary_base, model.rope_scaling = self.rotation(model.max_position_embeddings)
-        if self.kind == "iiet":
+        if self.family.has_solver:
             scale = self.number("embedding_scale")
             model.embedding_scale = "unit" if scale == 1 / model.init_std else scale
         self.check_heads(model)
@@ -213,7 +214,7 @@ class _Reader:
         if fields.get("architectures") not in (None, *([name] for name in family.architectures)):
             supported = " or ".join(str([name]) for name in family.architectures[:1])
             raise self.unsupported("architectures", fields["architectures"], supported)
-        if self.kind == "iiet":
+        if self.family.has_solver:
             if fields.get("kv_cache") not in (None, *CACHES):
                 raise self.unsupported("kv_cache", fields["kv_cache"], ", ".join(map(repr, CACHES)))
         elif fields.get("auto_map"):
@@ -221,7 +222,7 @@ class _Reader:
                 "auto_map", fields["auto_map"], "null: code that comes with the weights may compute anything"
             )
         for name, choices in _OWN_FIELDS.items():
-            known = choices if self.kind == "iiet" else choices[:1]
+            known = choices if self.family.has_solver else choices[:1]
             if fields.get(name) not in (None, *known):
                 raise self.unsupported(
                     name, fields[name], " or ".join(str(choice).lower() for choice in known)

@@ -51,7 +51,7 @@ def open_folder(folder: Path, solver: Mapping[str, Any] | None = None) -> tuple[
 
 def is_iiet(folder: Path) -> bool:
     """Whether the ``config.json`` of a folder is that of an exported model with a solver."""
-    return family_of(folder) is FAMILIES["iiet"]
+    return family_of(folder).has_solver
 
 
 def family_of(folder: Path) -> Family:
@@ -88,7 +88,7 @@ def read_config(folder: Path, solver: Mapping[str, Any] | None = None) -> RunCon
         raise ValueError(f"{folder} {found}; give the folder of a Hugging Face {families} checkpoint")
     fields = read_json(path)
     model = model_of_fields(fields, path)
-    if fields["model_type"] != "iiet":
+    if not FAMILIES[fields["model_type"]].has_solver:
         given = dict(solver or {})
         # What Euler does not have is of the kind that every run has by default.
         section = {"kind": "euler", **given} if given.keys() <= {"kind", *own_keys(Euler)} else given

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from megatron_iiet.config import RunConfig
-from megatron_iiet.config.hugging_face import CONFIG_FILE, FAMILIES, Family
+from megatron_iiet.config.hugging_face import CONFIG_FILE, Family
 from megatron_iiet.config.schema import ModelConfig
 from megatron_iiet.models.solvers import build_solver
 from megatron_iiet.storage.hugging_face.shards import ShardReader
@@ -82,7 +82,7 @@ class HFWeights(StoredParameters):
     def __init__(self, folder: Path, config: RunConfig, family: Family) -> None:
         """Check everything that can be checked without reading the weights; an IIET's folder has what the
         solvers have."""
-        self._tensors = tensor_map(config, solver=family is FAMILIES["iiet"])
+        self._tensors = tensor_map(config, solver=family.has_solver)
         self.shapes = {
             name: (sum(shape[0] for shape in tensors.values()), *next(iter(tensors.values()))[1:])
             for name, tensors in self._tensors.items()
