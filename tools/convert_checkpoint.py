@@ -64,7 +64,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--as-llama",
         action="store_true",
-        help="with --to-hf: a plain LlamaForCausalLM, which needs no code of its own; for kind euler",
+        help="with --to-hf: a plain LlamaForCausalLM (with their biases or norms a Qwen2 or Qwen3), which "
+        "needs no code of its own; for kind euler",
     )
     for name in SOLVER_OPTIONS:
         parser.add_argument(
@@ -199,7 +200,8 @@ def note_of_function(source: Source, arguments: argparse.Namespace) -> str:
 
 def to_hf(source: Source, arguments: argparse.Namespace, solver: str) -> str:
     """Write a Hugging Face folder; what is in it."""
-    from megatron_iiet.hf.export import export_folder, extras_of_folder
+    from megatron_iiet.config.hugging_face import FAMILIES
+    from megatron_iiet.hf.export import export_folder, extras_of_folder, plain_family
     from megatron_iiet.hf.tokenizer import extras_of_tokenizer
     from megatron_iiet.storage.hugging_face.shards import parse_bytes
 
@@ -218,7 +220,7 @@ def to_hf(source: Source, arguments: argparse.Namespace, solver: str) -> str:
         max_shard_bytes=size,
         as_llama=arguments.as_llama,
     )
-    kind = "a plain LLaMA" if arguments.as_llama else solver
+    kind = f"a plain {FAMILIES[plain_family(source.config.model)].title}" if arguments.as_llama else solver
     count = len(written.weight_files)
     files = "1 file" if count == 1 else f"{count} files"
     description = ", ".join([kind, f"{dtype} in {files}", *written.files])
