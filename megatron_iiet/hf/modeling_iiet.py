@@ -715,15 +715,6 @@ class IIETRMSNorm(LlamaRMSNorm):
 class IIETRotaryEmbedding(_NeverHalf, LlamaRotaryEmbedding):
     """LLaMA's, with frequencies in fp32 whatever the model is cast to."""
 
-    def __init__(self, config: IIETConfig) -> None:
-        rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-        if rope.get("rope_type") == "yarn":
-            # Some versions take YaRN's factor from here, instead of from where it stands.
-            config = copy.copy(config)
-            length = rope["factor"] * rope["original_max_position_embeddings"]
-            config.max_position_embeddings = round(length)
-        super().__init__(config=config)
-
 
 class _OfSet:
     """An attention module as caches of servers see it: they tell their sets apart by its ``layer_idx``."""
