@@ -4,6 +4,7 @@ would compute differently is refused: a field that changes the function has a va
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -113,6 +114,7 @@ _NEUTRAL: dict[str, tuple[tuple[Any, ...], str]] = {
     "rope_traditional": ((False,), "a head is rotated in halves"),
     "no_rope_layers": (([],), "every layer is rotated"),
     "alibi": ((False,), "positions are rotary"),
+    "use_mrope": ((False,), "positions are those of a text"),
     "attn_logit_softcapping": ((), "scores are not capped"),
     "final_logit_softcapping": ((), "logits are not capped"),
     "attention_chunk_size": ((), "attention sees all that came before"),
@@ -129,7 +131,22 @@ _NEUTRAL: dict[str, tuple[tuple[Any, ...], str]] = {
     "add_cross_attention": ((False,), "the model is a decoder"),
     "use_bidirectional_attention": ((False,), "attention is causal"),
     "is_causal": ((True,), "attention is causal"),
+    "pruned_heads": (({},), "every layer has all heads"),
 }
+_NAMES = """
+    _name_or_path name_or_path transformers_version dtype torch_dtype use_bfloat16 torchscript use_cache
+    solver id2label label2id problem_type finetuning_task task_specific_params tokenizer_class prefix
+    return_dict output_attentions output_hidden_states output_scores return_dict_in_generate
+    chunk_size_feed_forward is_decoder cross_attention_hidden_size tie_encoder_decoder tf_legacy_loss
+    remove_invalid_values bos_token_id eos_token_id pad_token_id sep_token_id unk_token_id
+    decoder_start_token_id forced_bos_token_id forced_eos_token_id do_sample early_stopping num_beams
+    num_beam_groups diversity_penalty temperature top_k top_p typical_p repetition_penalty
+    length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids num_return_sequences
+    suppress_tokens begin_suppress_tokens exponential_decay_length_penalty max_length min_length
+    max_sequence_length is_llama_config transformers.js_config unsloth_fixed unsloth_version
+"""
+_SILENT = frozenset(_NAMES.split())
+"""Fields that say nothing of the function, or say it for somebody who reads them on his own."""
 _OWN_FIELDS = {"qkv_bias": (False, True), "qk_norm": (False, True)}
 """What an IIET says besides, and what others may not."""
 
@@ -162,19 +179,21 @@ class _Reader:
     """The fields of one file."""
 
     def __init__(self, fields: Mapping[str, Any], path: Path) -> None:
-        self.path = path
         self.where = str(path)
         kind = fields.get("model_type")
         if not isinstance(kind, str) or kind not in FAMILIES:
-            why = (
-                f"; {kind} is not, because {MISSING[kind]}"
-                if isinstance(kind, str) and kind in MISSING
-                else ""
-            )
+            lacking = MISSING.get(str(kind))
+            why = f"; {kind} is not, because {lacking}" if lacking else ""
             raise self.unsupported("model_type", kind, join_words([repr(name) for name in FAMILIES]) + why)
         self.where = f"{path} (model_type {kind})"
         self.family = FAMILIES[kind]
         self.fields = {**self.family.defaults, **fields}
+        self.asked = {"model_type", *self.family.defaults}
+        """Names of fields that were read."""
+
+    def get(self, name: str) -> Any:
+        self.asked.add(name)
+        return self.fields.get(name)
 
     def model(self) -> ModelConfig:
         self.check_fields()
@@ -185,13 +204,13 @@ class _Reader:
             num_layers=self.size("num_hidden_layers"),
             num_attention_heads=heads,
             num_key_value_heads=self.size("num_key_value_heads", default=heads),
-            head_dim=None if self.fields.get("head_dim") is None else self.size("head_dim"),
+            head_dim=None if self.get("head_dim") is None else self.size("head_dim"),
             attention_bias=self.attention_bias(),  # type: ignore[arg-type]
-            qk_norm=self.family.qk_norm or bool(self.fields.get("qk_norm")),
+            qk_norm=self.family.qk_norm or bool(self.get("qk_norm")),
             vocab_size=self.size("vocab_size"),
             vocab_multiple=self.size("vocab_multiple", default=ModelConfig.vocab_multiple),
             max_position_embeddings=self.size("max_position_embeddings", default=2048),
-            tie_embeddings=bool(self.fields.get("tie_word_embeddings")),
+            tie_embeddings=bool(self.get("tie_word_embeddings")),
             embedding_scale=1.0,
             rms_norm_eps=self.number("rms_norm_eps", default=1e-6),
             init_std=self.number("initializer_range", default=0.02),
@@ -206,41 +225,56 @@ class _Reader:
         if model.num_kv_heads == model.num_attention_heads:
             model.num_key_value_heads = None
         model.head_dim = model.resolved()["head_dim"]
+        self.tell_unread()
         return model
+
+    def tell_unread(self) -> None:
+        """Name the fields that nobody here knows, as transformers' classes of these families do not."""
+        given = sorted(
+            name for name, value in self.fields.items() if value is not None and value is not False
+        )
+        left = [name for name in given if name not in self.asked and name not in _SILENT]
+        if left:
+            warnings.warn(
+                f"{self.where}: nothing reads {join_words(left, 'and')}, which transformers does not know of "
+                "this family either; if code of your own does, the import computes something else",
+                stacklevel=4,
+            )
 
     def check_fields(self) -> None:
         """Refuse what changes the function and is none of the fields read."""
-        fields, family = self.fields, self.family
-        if fields.get("architectures") not in (None, *([name] for name in family.architectures)):
+        family = self.family
+        if self.get("architectures") not in (None, *([name] for name in family.architectures)):
             supported = " or ".join(str([name]) for name in family.architectures[:1])
-            raise self.unsupported("architectures", fields["architectures"], supported)
-        if self.family.has_solver:
-            if fields.get("kv_cache") not in (None, *CACHES):
-                raise self.unsupported("kv_cache", fields["kv_cache"], ", ".join(map(repr, CACHES)))
-        elif fields.get("auto_map"):
+            raise self.unsupported("architectures", self.fields["architectures"], supported)
+        if self.family.has_solver and self.get("kv_cache") not in (None, *CACHES):
+            raise self.unsupported("kv_cache", self.fields["kv_cache"], ", ".join(map(repr, CACHES)))
+        if self.get("auto_map") and not self.family.has_solver:
             raise self.unsupported(
-                "auto_map", fields["auto_map"], "null: code that comes with the weights may compute anything"
+                "auto_map",
+                self.fields["auto_map"],
+                "null: code that comes with the weights may compute anything",
             )
         for name, choices in _OWN_FIELDS.items():
             known = choices if self.family.has_solver else choices[:1]
-            if fields.get(name) not in (None, *known):
+            if self.get(name) not in (None, *known):
                 raise self.unsupported(
-                    name, fields[name], " or ".join(str(choice).lower() for choice in known)
+                    name, self.fields[name], " or ".join(str(choice).lower() for choice in known)
                 )
         for name, (values, reason) in _NEUTRAL.items():
-            if fields.get(name) is not None and fields[name] not in values:
+            if self.get(name) is not None and self.fields[name] not in values:
                 supported = join_words([repr(value) for value in values[:1]] or ["null"])
-                raise self.unsupported(name, fields[name], f"{supported}: {reason}")
+                raise self.unsupported(name, self.fields[name], f"{supported}: {reason}")
         for name in ("tie_word_embeddings", "attention_bias"):
-            if fields.get(name) not in (None, True, False):
-                raise self.unsupported(name, fields[name], "true or false")
-        if fields.get("quantization_config") is not None:
-            method = fields["quantization_config"]
+            if self.get(name) not in (None, True, False):
+                raise self.unsupported(name, self.fields[name], "true or false")
+        if self.get("quantization_config") is not None:
+            method = self.fields["quantization_config"]
             method = method.get("quant_method", method) if isinstance(method, dict) else method
             raise self.unsupported("quantization_config", method, "unquantised weights")
 
     def attention_bias(self) -> str:
-        given, always = self.fields.get("attention_bias"), self.family.attention_bias
+        given, always = self.get("attention_bias"), self.family.attention_bias
         if not self.family.bias_is_a_field:
             if given is not None and given != (always != "none"):
                 has = "no biases" if always == "none" else "biases of queries, keys and values, always"
@@ -248,7 +282,7 @@ class _Reader:
                     "attention_bias", given, f"{always != 'none'}: attention of {self.family.title} has {has}"
                 )
             return always
-        if self.fields.get("qkv_bias"):
+        if self.get("qkv_bias"):
             if given:
                 raise self.unsupported("attention_bias", given, "False beside qkv_bias")
             return "qkv"
@@ -258,10 +292,10 @@ class _Reader:
         """Base and scaling: of ``rope_parameters`` (transformers 5), or of ``rope_theta`` and
         ``rope_scaling`` (before), which transformers prefers where both stand."""
         for name in ("rope_parameters", "rope_scaling"):
-            if not isinstance(self.fields.get(name) or {}, dict):
+            if not isinstance(self.get(name) or {}, dict):
                 raise self.unsupported(name, self.fields[name], "null or an object with rope_type 'default'")
-        name = "rope_scaling" if self.fields.get("rope_scaling") else "rope_parameters"
-        rope = {key: value for key, value in (self.fields.get(name) or {}).items() if value is not None}
+        name = "rope_scaling" if self.get("rope_scaling") else "rope_parameters"
+        rope = {key: value for key, value in (self.get(name) or {}).items() if value is not None}
         base = self.number("rope_theta", default=10000.0)
         kind = rope.pop("rope_type", rope.get("type", "default"))
         rope.pop("type", None)
@@ -270,15 +304,15 @@ class _Reader:
         if (part := rope.pop("partial_rotary_factor", 1)) != 1:
             reason = _NEUTRAL["partial_rotary_factor"][1]
             raise self.unsupported(f"{name}.partial_rotary_factor", part, f"1: {reason}")
-        if kind != "default" and kind not in ROPE_SCALINGS:
-            kinds = join_words([repr(known) for known in ("default", *ROPE_SCALINGS)])
-            raise self.unsupported(f"{name}.rope_type", kind, kinds)
+        kinds = ("default", *ROPE_SCALINGS)
+        if kind not in kinds:
+            raise self.unsupported(f"{name}.rope_type", kind, join_words([repr(known) for known in kinds]))
+        outside = self.get("original_max_position_embeddings")
         if kind == "default":
             if rope:
                 raise self.unsupported(f"{name}.{next(iter(rope))}", next(iter(rope.values())), "null")
             return base, None
         if kind in ("llama3", "yarn"):
-            outside = self.fields.get("original_max_position_embeddings")
             rope["original_max_position_embeddings"] = outside or rope.get(
                 "original_max_position_embeddings", longest
             )
@@ -298,7 +332,7 @@ class _Reader:
             raise self.unsupported("num_key_value_heads", kv, f"a divisor of num_attention_heads = {heads}")
         scores = {"attention_multiplier": model.head_width**-0.5, "query_pre_attn_scalar": model.head_width}
         for name, value in scores.items():
-            given = self.fields.get(name)
+            given = self.get(name)
             if given is not None and given != value:
                 raise self.unsupported(
                     name, given, f"{value:g}: scores are divided by the root of a head's width"
@@ -306,12 +340,12 @@ class _Reader:
 
     def check_windows(self, model: ModelConfig) -> None:
         """A window changes the function if some layer has one, shorter than the longest sequence."""
-        fields, longest = self.fields, model.max_position_embeddings
-        kinds = fields.get("layer_types")
+        longest = model.max_position_embeddings
+        kinds = self.get("layer_types")
         if kinds is not None and kinds != ["full_attention"] * model.num_layers:
             raise self.unsupported("layer_types", kinds, "'full_attention' for every layer")
-        window, first = fields.get("sliding_window"), fields.get("max_window_layers")
-        switched_off = fields.get("use_sliding_window") is False or kinds is not None
+        window, first = self.get("sliding_window"), self.get("max_window_layers")
+        switched_off = self.get("use_sliding_window") is False or kinds is not None
         if isinstance(first, int) and first >= model.num_layers:
             switched_off = True
         if window is None or (switched_off and self.family.window_has_a_switch):
@@ -326,7 +360,7 @@ class _Reader:
             )
 
     def size(self, name: str, default: int | None = None) -> int:
-        value = self.fields.get(name)
+        value = self.get(name)
         if value is None and default is not None:
             return default
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -334,7 +368,7 @@ class _Reader:
         return value
 
     def number(self, name: str, *, default: float | None = None, inside: str = "") -> float:
-        value = (self.fields[inside] if inside else self.fields).get(name)
+        value = self.get(inside)[name] if inside else self.get(name)
         if value is None and default is not None:
             return default
         if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < float("inf"):

@@ -172,8 +172,8 @@ class TrainingConfig:
     initial_weights: str = key("", FUNCTION)
     """A model of the same shape to start from instead of random weights, whatever its solver: a model folder
     of tools/convert_checkpoint.py in either form, a run's output_dir or one of its checkpoints, or a
-    Hugging Face LLaMA folder (with model.embedding_scale 1). What the solver has more starts at its initial
-    values. Without effect once there is a checkpoint to resume."""
+    Hugging Face folder of a LLaMA, Mistral, Qwen2 or Qwen3 (model.from takes over its shape). What the solver
+    has more starts at its initial values. Without effect once there is a checkpoint to resume."""
     stop_after: int | None = key(None, FREE, POSITIVE)
     """Stop (with a checkpoint) once this step is reached, leaving schedules as they are; for tests and
     time limits. null: run to the end."""

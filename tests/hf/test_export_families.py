@@ -15,11 +15,10 @@ from megatron_iiet.hf.modeling_iiet import IIETConfig
 from megatron_iiet.storage.hugging_face import import_llama
 from tests.hf.solvers_under_test import hf_model, our_model, tokens
 from tests.hf.test_export import NO_EXTRAS, build, export
-from tests.storage.test_hugging_face_families import SOURCES, logits_of, make
+from tests.storage.test_hugging_face_families import QUICK, SOURCES, logits_of, make
 
 torch.set_num_threads(1)
 
-QUICK = ("llama-3.1", "biased-llama", "qwen2", "qwen2.5-yarn", "qwen3")
 CLASSES = {
     "Llama": LlamaForCausalLM,
     "Mistral": LlamaForCausalLM,

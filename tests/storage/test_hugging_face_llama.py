@@ -126,6 +126,7 @@ def test_optional_fields_have_transformers_defaults(tmp_path: Path, llama_folder
 
 
 FAMILIES = "'llama', 'mistral', 'qwen2', 'qwen3' or 'iiet'"
+KINDS = "'default', 'linear', 'llama3' or 'yarn'"
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"model_type": "gpt"}, f"model_type is 'gpt'; supported is {FAMILIES}"),
     ({"model_type": ["llama"]}, f"model_type is ['llama']; supported is {FAMILIES}"),
@@ -213,6 +214,11 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     (
         {"final_logit_softcapping": 30.0},
         "final_logit_softcapping is 30.0; supported is null: logits are not capped",
+    ),
+    ({"pruned_heads": {"0": [1]}}, "pruned_heads is {'0': [1]}; supported is {}: every layer has all heads"),
+    (
+        {"rope_parameters": {"rope_type": ["yarn"]}},
+        "rope_parameters.rope_type is ['yarn']; supported is " + KINDS,
     ),
     (
         {"residual_multiplier": 0.2},
