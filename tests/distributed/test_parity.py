@@ -92,6 +92,8 @@ LARGER_FAMILIES = [
     Case(tensor=2, pipeline=2, sequence=True, shape="normed-heads", accumulation=3),
     Case(tensor=2, data=2, stage=2, shape="normed-heads", solver="released", documents=True),
     Case(pipeline=2, data=2, shape="biased", tied=False, accumulation=3, documents=True),
+    Case(tensor=2, data=2, stage=3, shape="normed-heads", precision="bf16"),
+    Case(tensor=2, sequence=True, pipeline=2, shape="biased", accumulation=3, precision="bf16"),
 ]
 EVALUATION = [
     {"data": 2, "accumulation": 3},
