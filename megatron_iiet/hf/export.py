@@ -156,6 +156,7 @@ def config_fields(
             "AutoConfig": f"{module}.IIETConfig",
             "AutoModel": f"{module}.IIETModel",
             "AutoModelForCausalLM": f"{module}.{fields['architectures'][0]}",
+            "AutoModelForSequenceClassification": f"{module}.IIETForSequenceClassification",
         },
         **{name: value for name, value in own.items() if value},
         "vocab_multiple": model.vocab_multiple,

@@ -83,6 +83,8 @@ _TELLS_PLACES = "cache_kwargs" in inspect.signature(Cache.update).parameters
 """Whether caches have to be told where new tokens go: before 5.4."""
 _ONE_ROTARY_BASE = "rope_theta" in inspect.signature(LlamaConfig.__init__).parameters
 """Whether the rotary embedding is configured by ``rope_theta`` and ``rope_scaling``: before 5.0."""
+_OWN_DRAFTS = not transformers.__version__.startswith("5.15.")
+"""Whether assisted generation says how many tokens to take out of a draft's cache by what is in it."""
 
 LAYER_NORM_EPS = 1e-5
 """Epsilon of the LayerNorms that solvers have, as in the IIET authors' code."""
@@ -306,9 +308,14 @@ class IIETConfig(LlamaConfig):
             raise ValueError("qkv_bias and attention_bias are both true; keep the one that is meant")
 
     @property
+    def layers(self) -> int:
+        """N, the layers of the model, also of a configuration that shows caches another number."""
+        return cast(int, vars(self)["num_hidden_layers"])
+
+    @property
     def iterations(self) -> list[int]:
         """Corrector iterations r_n of each layer; zeros for kinds without a corrector to iterate."""
-        return cast(dict[str, Any], self.solver).get("iterations", [0] * self.num_hidden_layers)
+        return cast(dict[str, Any], self.solver).get("iterations", [0] * self.layers)
 
     @property
     def evaluations(self) -> list[int]:
@@ -317,13 +324,13 @@ class IIETConfig(LlamaConfig):
         fixed = {"rk2": 2, "rk4": 4, "pcformer": solver.get("predictor_order", 0) + 1}
         fixed["weight-sharing"] = solver.get("repeats", 1)
         if solver["kind"] in fixed:
-            return [fixed[solver["kind"]]] * self.num_hidden_layers
+            return [fixed[solver["kind"]]] * self.layers
         return [r + 1 for r in self.iterations]
 
     @property
     def num_cache_sets(self) -> int:
         """Sets of keys and values that a cache holds."""
-        return sum(self.evaluations) if self.kv_cache == "all" else self.num_hidden_layers
+        return sum(self.evaluations) if self.kv_cache == "all" else self.layers
 
     @property
     def one_set_serves_a_layer(self) -> bool:
@@ -338,18 +345,18 @@ class IIETConfig(LlamaConfig):
 
 
 class _CacheConfig(IIETConfig):
-    """A model's configuration as caches should see it: ``num_hidden_layers`` is the number of their sets."""
+    """A model's configuration as caches should see it: ``num_hidden_layers`` is the number of their sets. All
+    else is read from and written to the model's."""
 
     @classmethod
     def of(cls, config: IIETConfig) -> "_CacheConfig":
-        seen = copy.copy(config)
-        seen.num_hidden_layers = config.num_cache_sets
-        seen.__class__ = cls
-        return cast(_CacheConfig, seen)
+        seen = object.__new__(cls)
+        seen.__dict__ = config.__dict__
+        return seen
 
     @property
-    def num_cache_sets(self) -> int:
-        return self.num_hidden_layers
+    def num_hidden_layers(self) -> int:  # type: ignore[override]
+        return self.num_cache_sets
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> LlamaConfig:
         return self
@@ -425,8 +432,8 @@ def _initial_row(length: int, coefficient_init: str) -> Tensor:
 
 
 class _NeverHalf(nn.Module):
-    """Parameters and buffers follow to other devices and to fp64, but keep type and bits where a model is cast
-    to a half precision."""
+    """Parameters and buffers follow to other devices and to fp64, but keep type and bits where a model is
+    cast to a half precision."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         def moved(tensor: Tensor) -> Tensor:
@@ -464,6 +471,14 @@ class Solver(_NeverHalf):
         self.declared = cast(dict[str, Any], config.solver)
         self.layer = layer
         self.iterations = 0
+        self.never_read: tuple[str, ...] = ()
+
+    def train(self, mode: bool = True) -> Any:
+        """As any module's; but what nothing reads asks for no gradient: data parallel training would wait for
+        it. Loading makes every parameter anew, and ends with this."""
+        for name in self.never_read:
+            self.get_parameter(name).requires_grad_(False)
+        return super().train(mode)
 
     def initial(self) -> dict[str, Tensor]:
         """Initial values of the solver's own parameters."""
@@ -826,8 +841,7 @@ class IIETDecoderLayer(GradientCheckpointingLayer):
         self.post_attention_layernorm = IIETRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.solver = build_solver(config, layer_idx)
         self.configure(config)
-        for name in self.solver.unused(self.solver.iterations):
-            self.solver.get_parameter(name).requires_grad_(False)
+        self.solver.never_read = self.solver.unused(self.solver.iterations)
 
     def configure(self, config: IIETConfig) -> None:
         """Take over iterations and cache sets of a configuration that is otherwise this layer's."""
@@ -1251,7 +1265,7 @@ class IIETForCausalLM(IIETPreTrainedModel, GenerationMixin):
         """
         self._check_generation(kwargs)
         drafts = getattr(kwargs.get("generation_config"), "is_assistant", False)
-        if drafts and not args and set(kwargs) <= _OF_A_DRAFT:
+        if _OWN_DRAFTS and drafts and not args and set(kwargs) <= _OF_A_DRAFT:
             ids_BT, mask_BT = kwargs["input_ids"], kwargs.get("attention_mask")
             if len(ids_BT) == 1 and (mask_BT is None or bool(mask_BT.all())):
                 request: dict[str, Any] = {name: kwargs.get(name) for name in _READ_FOR_A_DRAFT}

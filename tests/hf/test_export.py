@@ -468,11 +468,11 @@ class TestRefusals:
 @pytest.mark.parametrize(
     ("version", "works"),
     [
-        ("4.57.3", False),
-        ("5.18.0", False),
-        ("5.19.0", True),
-        ("5.23.1", True),
-        ("5.24.0", False),
+        ("4.56.2", False),
+        ("4.57.6", True),
+        ("5.0.0", True),
+        ("5.24.1", True),
+        ("5.25.0", False),
         ("6.0", False),
     ],
 )
@@ -489,7 +489,7 @@ def test_the_code_that_travels_knows_its_transformers(
         assert "IIETForCausalLM" in load()
         return
     with pytest.raises(
-        ImportError, match=rf"transformers >= 5\.19, < 5\.24, but {version} is installed; pip"
+        ImportError, match=rf"transformers >= 4\.57, < 5\.25, but {version} is installed; pip"
     ):
         load()
 
