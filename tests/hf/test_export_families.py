@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM
 
+from megatron_iiet import models
 from megatron_iiet.hf.export import export_folder
 from megatron_iiet.hf.modeling_iiet import IIETConfig
 from megatron_iiet.storage.hugging_face import import_llama
@@ -48,6 +49,18 @@ def test_there_and_back(tmp_path: Path, name: str) -> None:
         assert (again.model, again.solver) == (config.model, config.solver)
         assert list(weights) == list(state)
         assert all(torch.equal(weights[key], state[key]) for key in state)
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_an_iiet_without_iterations_computes_the_source(tmp_path: Path, name: str) -> None:
+    """In training and exported."""
+    theirs = logits_of(make(name, tmp_path / "hf"))
+    config, state = import_llama(tmp_path / "hf", {"kind": "iiet", "iterations": 0})
+    models.save(config, state, tmp_path / "ours")
+    assert (logits_of(models.load(tmp_path / "ours")) - theirs).abs().max() < 1e-5
+    export_folder(config, state, tmp_path / "iiet", NO_EXTRAS)
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "iiet", trust_remote_code=True)
+    assert (logits_of(exported) - theirs).abs().max() < 1e-5
 
 
 def test_names_for_transformers_4(tmp_path: Path) -> None:
