@@ -4,8 +4,9 @@ versions that ``TRANSFORMERS`` names).
 A model is LLaMA's decoder layer as a function F (its output minus its input) and a *solver* that integrates
 it from y_n to y_{n+1}: ``euler`` (the plain LLaMA layer), ``dlcl``, ``weight-sharing``, ``rk2``, ``rk4``,
 ``pcformer`` and ``iiet`` (Iterative Implicit Euler Transformer, arXiv 2509.22463), which evaluates F r_n + 1
-times in layer n. ``config.json`` has LLaMA's fields, ``embedding_scale``, ``solver`` and ``kv_cache``;
-weights have LLaMA's names, and ``model.layers.N.solver.*`` for what the solver has.
+times in layer n. ``config.json`` has LLaMA's fields, ``embedding_scale``, ``solver``, ``kv_cache``,
+``qkv_bias`` and ``qk_norm``; weights have LLaMA's and Qwen's names, and ``model.layers.N.solver.*`` for what
+the solver has.
 
 Keys and values are kept in transformers' own caches, one set ("virtual layer") for each evaluation of F,
 which attends to its own of earlier tokens. ``kv_cache`` has two cheaper ways, see :class:`IIETConfig`.
@@ -242,6 +243,8 @@ class IIETConfig(LlamaConfig):
       attend to the first one's keys and values, with and without a cache. It is *another function* of the
       weights: exact in itself (decoding equals the full forward pass), meant for models trained with it.
       Those say so by ``solver.key_values`` 'first', for which this is the only value and the default.
+    * ``qkv_bias``: biases of queries, keys and values (``attention_bias``: of the output as well).
+    * ``qk_norm``: RMSNorm of every head's query and key before they are rotated.
 
     Raises:
         ValueError: a field has a value that is not supported, or solver.iterations does not fit the layers.
@@ -256,6 +259,8 @@ class IIETConfig(LlamaConfig):
         embedding_scale: float = 1.0,
         solver: dict[str, Any] | None = None,
         kv_cache: str = "all",
+        qkv_bias: bool = False,
+        qk_norm: bool = False,
         **kwargs: Any,
     ) -> None:
         for name in _OF_OTHER_MODELS:
@@ -272,6 +277,8 @@ class IIETConfig(LlamaConfig):
         self.embedding_scale = embedding_scale
         self.solver = solver
         self.kv_cache = kv_cache
+        self.qkv_bias = qkv_bias
+        self.qk_norm = qk_norm
         self.resolve()
         if not getattr(self, "auto_map", None):
             self.auto_map = dict(AUTO_MAP)
@@ -294,6 +301,11 @@ class IIETConfig(LlamaConfig):
         scale = self.embedding_scale
         if not isinstance(scale, int | float) or isinstance(scale, bool) or not 0 < scale < float("inf"):
             raise ValueError(f"embedding_scale is {scale!r}; give a number above 0")
+        for name in ("qkv_bias", "qk_norm"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} is {getattr(self, name)!r}; give true or false")
+        if self.qkv_bias and self.attention_bias:
+            raise ValueError("qkv_bias and attention_bias are both true; keep the one that is meant")
 
     @property
     def layers(self) -> int:
@@ -733,6 +745,17 @@ class _OfSet:
 class IIETAttention(LlamaAttention):
     """LLaMA's attention for one evaluation of F, on the set of keys and values that belongs to it."""
 
+    def __init__(self, config: IIETConfig, layer_idx: int) -> None:
+        super().__init__(config, layer_idx)
+        if config.qkv_bias:
+            for name in ("q_proj", "k_proj", "v_proj"):
+                plain = getattr(self, name)
+                setattr(self, name, nn.Linear(plain.in_features, plain.out_features))
+        self.q_norm = self.k_norm = None
+        if config.qk_norm:
+            self.q_norm = IIETRMSNorm(self.head_dim, eps=config.rms_norm_eps)
+            self.k_norm = IIETRMSNorm(self.head_dim, eps=config.rms_norm_eps)
+
     def forward(  # type: ignore[override]
         self,
         hidden_states: Tensor,
@@ -754,10 +777,10 @@ class IIETAttention(LlamaAttention):
         of computing any. ``places`` of the new tokens [T], for caches that have to be told.
         """
         shape = (*hidden_states.shape[:-1], -1, self.head_dim)
-        q_BHTK = _rotate(self.q_proj(hidden_states).view(shape).transpose(1, 2), rotary)
+        q_BHTK = _rotate(_normed(self.q_proj(hidden_states).view(shape), self.q_norm), rotary)
         module: Any = self
         if earlier is None:
-            k_BGTK = _rotate(self.k_proj(hidden_states).view(shape).transpose(1, 2), rotary)
+            k_BGTK = _rotate(_normed(self.k_proj(hidden_states).view(shape), self.k_norm), rotary)
             v_BGTK = self.v_proj(hidden_states).view(shape).transpose(1, 2)
             if past is not None:
                 told = {} if places is None else {"cache_kwargs": {"cache_position": places}}
@@ -778,6 +801,11 @@ class IIETAttention(LlamaAttention):
             module, q_BHTK, k_BGTK, v_BGTK, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
         )
         return self.o_proj(out.reshape(*hidden_states.shape[:-1], -1)), weights, used
+
+
+def _normed(x_BTHK: Tensor, norm: nn.Module | None) -> Tensor:
+    """Each head normed if there is a norm, [B, H, T, K]."""
+    return (x_BTHK if norm is None else norm(x_BTHK)).transpose(1, 2)
 
 
 def _rotate(x_BHTK: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
