@@ -129,6 +129,13 @@ OPTIONS = {
         --inputs-per-shard K:int = 1 | --split-by KEY | --holdout-validation X:float = 0.0
         --holdout-test X:float = 0.0 | --overwrite = False | --sample-tokens N | --corpus-tokens N
         --seed SEED:int = 1234 | --deduplicate = False | --workers N:int | --num-jobs N:int | --job I:int""",
+    "serve": """
+        --model DIR ! | --step STEP:int | --tokenizer FILE | --name NAME
+        --host HOST = '127.0.0.1' | --port PORT:_port = 8000 | --ready-file FILE
+        --dtype {fp32,bf16} = 'fp32' | --device {cpu,cuda} = 'cpu' | --threads N:_positive
+        --kv-cache {all,first} | --trust-remote-code = False | --max-concurrent N:_positive = 8
+        --max-waiting N:_whole = 64 | --context T:_positive | --max-tokens T:_positive
+        --max-body BYTES:_positive = 1048576 | --grace S:_whole = 10""",
     "summarize_run": "run RUN_DIR ! | --also [PATH ...] = [] | --brief = False",
     "train_tokenizer": """
         --input INPUT [INPUT ...] ! | --output-prefix OUTPUT_PREFIX ! | --vocab-size VOCAB_SIZE:int = 32000
