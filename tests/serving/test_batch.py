@@ -96,7 +96,7 @@ def test_a_batch_in_which_sequences_come_and_go(name: str, monkeypatch: pytest.M
     """Together from the start, joining later, leaving early and in a freed place; rows grow under way."""
     monkeypatch.setattr(cache, "_LEAST_PLACES", 4)
     model = any_model(name)
-    wanted = [(*pair,) for pair in zip(prompts(5, 9, 3, 12, 1), (14, 4, 9, 6, 11), strict=True)]
+    wanted = [(*pair,) for pair in zip(prompts(3, 5, 9, 12, 1), (4, 14, 9, 6, 11), strict=True)]
     heard = [Heard(prompt, count, logprobs=2) for prompt, count in wanted]
     batch = Batch(model, CODEC, places=3, context=CONTEXT)
 
