@@ -35,8 +35,7 @@ def check_batches(model: Any) -> None:
         ValueError: with what would do.
     """
     config = model.config
-    kind = config.model_type
-    if kind not in ("iiet", "llama"):
+    if config.model_type not in ("iiet", "llama"):
         raise ValueError(
             f"the model is a {type(model).__name__}, but only IIETs and LLaMAs are known to give the same "
             "text in a batch as alone; serve it with its own software"
@@ -47,7 +46,7 @@ def check_batches(model: Any) -> None:
             f"the model's rope_type is {rope!r}, with which the longest sequence of a batch changes all "
             f"others; it can be {', '.join(_SAME_AT_ANY_LENGTH)}"
         )
-    if kind == "iiet" and config.kv_cache == "last" and max(config.evaluations) > 1:
+    if getattr(config, "kv_cache", "all") == "last" and max(config.evaluations) > 1:
         raise ValueError(
             "kv_cache is 'last', with which a text depends on how many tokens are read at once; use 'all', "
             "or 'first' for a model that was trained with it"
