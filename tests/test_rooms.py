@@ -39,6 +39,7 @@ OUTSIDE = {
     "deepspeed": ("training/engine/",),
     "lm_eval": ("evaluation/",),
     "fastapi": ("serving/app.py",),
+    "uvicorn": ("serving/app.py",),
     "transformers": ("hf/", "serving/", "evaluation/", "doctor.py"),
     "torch": (
         *("ops/", "parallel/", "data/loader/", "models/", "storage/", "hf/"),

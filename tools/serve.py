@@ -11,7 +11,6 @@ model, so it is this machine's own unless --host says otherwise.
 from __future__ import annotations
 
 import argparse
-import signal
 import socket
 from importlib.util import find_spec
 from pathlib import Path
@@ -105,6 +104,9 @@ def open_server(arguments: argparse.Namespace) -> tuple[Any, Any]:
         raise ValueError(
             f"--context is {context}, but the model knows {generator.window} positions; give fewer"
         )
+    generator.codec.encode(
+        "now"
+    )  # what a tokenizer of transformers sets at its first text, before there are threads
     places = arguments.max_concurrent
     batch = Batch(generator.model.to(arguments.device), generator.codec, places=places, context=context)
     limits = Limits(
@@ -128,32 +130,23 @@ def serve(arguments: argparse.Namespace) -> None:
     for package in ("fastapi", "uvicorn"):
         if find_spec(package) is None:
             raise ValueError(f"{package} is not installed here; run pip install 'megatron-iiet[serve]'")
-    import uvicorn
-
     if arguments.ready_file:
         durable.check_output(Path(arguments.ready_file))
     listening = listen(arguments.host, arguments.port)
     engine, app = open_server(arguments)
-    server = uvicorn.Server(
-        uvicorn.Config(
-            app, log_level="warning", timeout_graceful_shutdown=arguments.grace, lifespan="off", ws="none"
-        )
-    )
-    for number in (signal.SIGINT, signal.SIGTERM):
-        # Until uvicorn takes them over; and at its end, when it raises what it has handled once more.
-        signal.signal(number, lambda *_: setattr(server, "should_exit", True))
+    from megatron_iiet.serving.app import run_server
+
     host, port = listening.getsockname()[:2]
     address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-    if not (host == "::1" or host.startswith("127.")):
-        print(f"warning: everyone who reaches {address} may use the model: there is no password", flush=True)
-    engine.start()
-    print(f"ready: {address}/v1", flush=True)
-    if arguments.ready_file:
-        durable.write_text(Path(arguments.ready_file), f"{address}/v1\n")
-    try:
-        server.run(sockets=[listening])
-    finally:
-        engine.stop()
+
+    def ready() -> None:
+        if not (host == "::1" or host.startswith("127.")):
+            print(f"warning: everyone who reaches {address} may use the model: there is no password")
+        print(f"ready: {address}/v1", flush=True)
+        if arguments.ready_file:
+            durable.write_text(Path(arguments.ready_file), f"{address}/v1\n")
+
+    run_server(app, engine, listening, grace=arguments.grace, ready=ready)
     print("stopped", flush=True)
 
 

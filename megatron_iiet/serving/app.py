@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import signal
+import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -13,13 +15,14 @@ from functools import partial
 from typing import Any
 from uuid import uuid4
 
+import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
 from megatron_iiet.hf.generation import Codec
 from megatron_iiet.serving.continuation import Continuation, TokenScore, Update
-from megatron_iiet.serving.engine import BusyError, Engine
+from megatron_iiet.serving.engine import STOPPED, BusyError, Engine
 from megatron_iiet.serving.protocol import (
     Asked,
     Limits,
@@ -33,6 +36,8 @@ from megatron_iiet.serving.protocol import (
 )
 
 _BODY_SECONDS = 60.0
+_LAST_SECONDS = 30
+"""For answers to be sent once the engine has stopped."""
 _CLIENT_CLOSED = 499
 
 
@@ -178,7 +183,7 @@ class Job:
         while left:
             index, update = await self._news.get()
             if update.error:
-                raise RequestError(update.error, status=500)
+                raise RequestError(update.error, status=503 if update.error == STOPPED else 500)
             left -= update.finish is not None
             yield index, update
 
@@ -296,3 +301,39 @@ async def _whole(request: Request, job: Job) -> Response:
 async def _disconnected(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
+
+
+def run_server(
+    app: FastAPI, engine: Engine, listening: socket.socket, *, grace: float, ready: Callable[[], None]
+) -> None:
+    """Take requests until SIGINT or SIGTERM; then what runs has ``grace`` seconds to finish. ``ready`` is
+    called once requests and signals are taken."""
+    server = _Server(app, engine, grace)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        # Until uvicorn takes them over; and at its end, when it raises what it has handled once more.
+        signal.signal(number, lambda *_: setattr(server, "should_exit", True))
+    engine.start()
+    ready()
+    try:
+        server.run(sockets=[listening])
+    finally:
+        engine.stop()
+
+
+class _Server(uvicorn.Server):
+    """uvicorn's, which ends requests by an answer instead of cutting their connections."""
+
+    def __init__(self, app: FastAPI, engine: Engine, grace: float) -> None:
+        last = int(grace) + _LAST_SECONDS
+        super().__init__(
+            uvicorn.Config(
+                app, log_level="warning", timeout_graceful_shutdown=last, lifespan="off", ws="none"
+            )
+        )
+        self._engine, self._grace = engine, grace
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        loop = asyncio.get_running_loop()
+        timer = loop.call_later(self._grace, lambda: loop.run_in_executor(None, self._engine.stop))
+        await super().shutdown(sockets)
+        timer.cancel()

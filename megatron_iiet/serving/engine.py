@@ -10,6 +10,9 @@ from collections.abc import Sequence
 from megatron_iiet.serving.batch import Batch, next_group
 from megatron_iiet.serving.continuation import Continuation
 
+STOPPED = "the server stops"
+"""The error of sequences that were not finished then."""
+
 
 class BusyError(Exception):
     """As many wait as may; or the engine has stopped."""
@@ -81,7 +84,7 @@ class Engine:
                 self.batch.reset()
                 self._fail(lost, error)
         for each in (*self.batch.running, *self._waiting):
-            each.fail("the server stops")
+            each.fail(STOPPED)
 
     def _turn(self, group: Sequence[Continuation]) -> None:
         for each in list(self.batch.running):

@@ -93,6 +93,8 @@ def server(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
     stream = greedy(server, "a", 4000, n=4, stream=True)
     assert next(iter(stream)).choices[0].text
     assert server.end() == 0, "SIGTERM ends it and what runs"
+    with pytest.raises(openai.APIError, match="the server stops"):
+        list(stream)
     assert server.output.read_text().splitlines()[-1] == "stopped"
 
 
