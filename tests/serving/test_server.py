@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import runpy
 import socket
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -298,15 +299,22 @@ def test_requests_that_are_refused(server: Server) -> None:
 
 
 def test_places_are_limited_and_free_again_when_a_client_goes(server: Server) -> None:
+    """Of streams and whole answers. (Left alone, the first one would end before the second.)"""
     long = {"model": "tiny", "prompt": "the solver", "max_tokens": 4000, "temperature": 0}
-    content = json.dumps({**long, "stream": True, "n": 4}), json.dumps({**long, "n": 8})
-    kind = {"Content-Type": "application/json"}
-    with closing(server.connection()) as running, closing(server.connection()) as waiting:
-        running.request("POST", "/v1/completions", content[0], kind)
-        answer = running.getresponse()
-        assert answer.getheader("content-type", "").startswith("text/event-stream")
-        assert answer.readline().startswith(b"data: {")
-        waiting.request("POST", "/v1/completions", content[1], kind)
+
+    def request(connection: http.client.HTTPConnection, **more: Any) -> None:
+        content = json.dumps({**long, **more})
+        connection.request("POST", "/v1/completions", content, {"Content-Type": "application/json"})
+
+    with ExitStack() as stack:
+        first, second, waiting = (stack.enter_context(closing(server.connection())) for _ in range(3))
+        request(first, stream=True)
+        stream = stack.enter_context(closing(first.getresponse()))
+        assert stream.getheader("content-type", "").startswith("text/event-stream")
+        assert stream.readline().startswith(b"data: {")
+        request(second, n=3)
+        wait_for(lambda: server.load() == (4, 0))
+        request(waiting, n=8)
         wait_for(lambda: server.load() == (4, 8))
         status, headers, told = server.ask("POST", "/v1/completions", {**long, "max_tokens": 1})
         assert (status, headers["retry-after"]) == (503, "1")
@@ -317,9 +325,16 @@ def test_places_are_limited_and_free_again_when_a_client_goes(server: Server) ->
             greedy(server, "a", 1, n=13)
         waiting.close()
         wait_for(lambda: server.load() == (4, 0))
-        answer.close()
-        running.close()
-        wait_for(lambda: server.load() == (0, 0))
+        second.close()
+        wait_for(lambda: server.load() == (1, 0))
+        request(second, n=3, stream=True)
+        other = stack.enter_context(closing(second.getresponse()))
+        assert other.readline().startswith(b"data: {")
+        wait_for(lambda: server.load() == (4, 0))
+        other.close()
+        second.close()
+        wait_for(lambda: server.load() == (1, 0))
+    wait_for(lambda: server.load() == (0, 0))
     assert greedy(server, "a", 1).usage.completion_tokens == 1
 
 
