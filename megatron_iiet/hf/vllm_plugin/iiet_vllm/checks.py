@@ -16,7 +16,14 @@ VLLM = "0.32"
 """The release of vLLM with which this was run; another one may keep keys and values in another way."""
 FIELDS = ("embedding_scale", "solver", "kv_cache")
 """Fields that IIETConfig has and LLaMA's has not, which the model here computes."""
-_ALSO_WRITTEN = ("vocab_multiple", "torch_dtype", "rope_theta", "rope_scaling", "per_layer_config", "use_cache")
+_ALSO_WRITTEN = (
+    "vocab_multiple",
+    "torch_dtype",
+    "rope_theta",
+    "rope_scaling",
+    "per_layer_config",
+    "use_cache",
+)
 """Names in a config.json that change nothing that is computed, or come in under another name."""
 _ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 """Those that were compared with transformers' own."""

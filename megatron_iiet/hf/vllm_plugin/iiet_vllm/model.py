@@ -13,6 +13,7 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
+from vllm.compilation.decorators import support_torch_compile
 from vllm.config import VllmConfig
 from vllm.distributed import get_tensor_model_parallel_world_size
 from vllm.model_executor.layers.activation import SiluAndMul
@@ -134,6 +135,7 @@ class IIETDecoderLayer(nn.Module):
         return self.solver(y_TD, increment, history)
 
 
+@support_torch_compile(dynamic_arg_dims={"input_ids": 0, "positions": 0, "inputs_embeds": 0})
 class IIETModel(nn.Module):
     """Embedding, integrated layers and final norm."""
 
@@ -222,7 +224,9 @@ class IIETForCausalLM(nn.Module):
         def with_a_place() -> Iterable[tuple[str, Tensor]]:
             for name, tensor in weights:
                 if mapper.map_name(name) not in places:
-                    raise ValueError(f"the export has the tensor {name}, which its config.json has no place for")
+                    raise ValueError(
+                        f"the export has the tensor {name}, which its config.json has no place for"
+                    )
                 yield name, tensor
 
         return AutoWeightsLoader(self).load_weights(with_a_place(), mapper=mapper)
