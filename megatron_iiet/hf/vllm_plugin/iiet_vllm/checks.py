@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
 from typing import Any
 
 import vllm
@@ -14,7 +13,7 @@ from iiet_vllm.modeling_iiet import IIETConfig
 
 VLLM = "0.32"
 """The release of vLLM with which this was run; another one may keep keys and values in another way."""
-FIELDS = ("embedding_scale", "solver", "kv_cache")
+FIELDS = ("embedding_scale", "solver", "kv_cache", "qkv_bias", "qk_norm")
 """Fields that IIETConfig has and LLaMA's has not, which the model here computes."""
 _ALSO_WRITTEN = (
     "vocab_multiple",
@@ -52,11 +51,10 @@ def checked(config: Any) -> IIETConfig:
         ValueError: a field or a value that the model here does not compute.
     """
     values = {name: value for name, value in config.to_dict().items() if not name.startswith("_")}
-    known = {*IIETConfig().to_dict(), *_ALSO_WRITTEN}
-    declared = {field.name: field.default for field in fields(IIETConfig)}
-    own = declared.keys() - {field.name for field in fields(LlamaConfig)} - {*FIELDS}
+    defaults = IIETConfig().to_dict()
+    computed = {*LlamaConfig().to_dict(), *FIELDS, *_ALSO_WRITTEN}
     for name, value in values.items():
-        if value is not None and (name not in known or (name in own and value != declared[name])):
+        if value is not None and name not in computed and value != defaults.get(name):
             raise ValueError(
                 f"config.json has {name} {value!r}, which the plugin iiet-vllm does not know; install the "
                 "plugin of the version that wrote the export"

@@ -4,7 +4,7 @@ Every evaluation of F attends to its own keys and values of earlier tokens, so e
 its own, which is what vLLM allocates a cache for. With ``kv_cache`` 'first' a layer has one cache, and its
 later evaluations compute queries alone.
 
-Shapes: T tokens of all requests, D hidden size, H query heads and G key/value heads of this rank, K head width.
+Shapes: T tokens of all requests, D hidden size, G key/value heads of this rank, K head width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ class IIETAttention(nn.Module):
     def __init__(self, config: IIETConfig, layer: int, vllm_config: VllmConfig, prefix: str) -> None:
         super().__init__()
         ranks = get_tensor_model_parallel_world_size()
-        width, bias, head_dim = config.hidden_size, config.attention_bias, config.head_dim
+        width, head_dim, biased = config.hidden_size, config.head_dim, config.attention_bias
+        bias = biased or getattr(config, "qkv_bias", False)
         heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.shared = config.kv_cache == "first"
         self.q_size, self.kv_size = heads // ranks * head_dim, max(1, kv_heads // ranks) * head_dim
@@ -52,7 +53,11 @@ class IIETAttention(nn.Module):
             self.qkv_proj = QKVParallelLinear(
                 width, head_dim, heads, kv_heads, bias, prefix=f"{prefix}.qkv_proj"
             )
-        self.o_proj = RowParallelLinear(heads * head_dim, width, bias, prefix=f"{prefix}.o_proj")
+        self.o_proj = RowParallelLinear(heads * head_dim, width, biased, prefix=f"{prefix}.o_proj")
+        self.head_dim, self.q_norm, self.k_norm = head_dim, None, None
+        if getattr(config, "qk_norm", False):
+            self.q_norm = RMSNorm(head_dim, eps=config.rms_norm_eps)
+            self.k_norm = RMSNorm(head_dim, eps=config.rms_norm_eps)
         self.rotary = get_rope(
             head_dim, config.max_position_embeddings, rope_parameters=config.rope_parameters
         )
@@ -80,17 +85,24 @@ class IIETAttention(nn.Module):
         if not self.shared:
             qkv, _ = self.qkv_proj(x_TD)
             q, k, v = qkv.split([self.q_size, self.kv_size, self.kv_size], dim=-1)
-            q, k = self.rotary(positions_T, q, k)
         else:
             q, _ = self.q_proj(x_TD)
             if earlier is None:
                 k, v = self.kv_proj(x_TD)[0].split([self.kv_size, self.kv_size], dim=-1)
-                q, k = self.rotary(positions_T, q, k)
-            else:
-                q, _ = self.rotary(positions_T, q, None)
-                k, v = earlier
+        q = self._normed(q, self.q_norm)
+        if earlier is None:
+            q, k = self.rotary(positions_T, q, self._normed(k, self.k_norm))
+        else:
+            q, _ = self.rotary(positions_T, q, None)
+            k, v = earlier
         out, _ = self.o_proj(self.attend[evaluation](q, k, v))
         return out, (k, v)
+
+    def _normed(self, heads_TN: Tensor, norm: RMSNorm | None) -> Tensor:
+        """Each head of [T, heads · K] normed, if there is a norm."""
+        if norm is None:
+            return heads_TN
+        return norm(heads_TN.unflatten(-1, (-1, self.head_dim))).flatten(-2)
 
 
 class IIETMLP(nn.Module):
@@ -129,7 +141,8 @@ class IIETDecoderLayer(nn.Module):
         def increment(y_TD: Tensor, evaluation: int) -> Tensor:
             nonlocal first
             a_TD, used = self.self_attn(positions_T, self.input_layernorm(y_TD), evaluation, first)
-            first = used
+            if self.self_attn.shared:
+                first = used
             return a_TD + self.mlp(self.post_attention_layernorm(y_TD + a_TD))
 
         return self.solver(y_TD, increment, history)
@@ -158,8 +171,9 @@ class IIETModel(nn.Module):
     ) -> Tensor:
         """The final norm's output [T, D] of token ids [T], or of embeddings [T, D], not yet scaled."""
         y_TD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        if self.config.embedding_scale != 1:
-            y_TD = y_TD * self.config.embedding_scale
+        scale = self.config.embedding_scale
+        if scale != 1:
+            y_TD = y_TD * scale
         solver, buffer = self.layers[0].solver, None
         if solver.merges_all and not torch.compiler.is_compiling():
             shape = (len(self.layers) + solver.roots, *y_TD.shape)
