@@ -19,6 +19,7 @@ Shapes: B batch, T new tokens, D hidden size, H query heads, G key/value heads, 
 """
 
 import copy
+import inspect
 import json
 import os
 import warnings
@@ -30,14 +31,14 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 
-TRANSFORMERS = ((5, 19), (5, 24))
-"""The versions of transformers with which this file computes what the model was trained to compute: from the
-first one on, below the second."""
+TRANSFORMERS = ((4, 57), (5, 25))
+"""The versions of transformers with which this file was seen to compute what the model was trained to
+compute: from the first one on, below the second."""
 
 
 def _check_transformers(version: str) -> None:
-    """Refuse a transformers that was not run, or was seen to go wrong, before anything is computed with it:
-    5.24 hands the cache on under another name, and decoding would forget the past without a word.
+    """Refuse a transformers that was not run before anything is computed with it: one renamed the cache among
+    the arguments, and a model that did not know would have decoded without its past.
 
     Raises:
         ImportError: with the versions that work.
@@ -53,12 +54,14 @@ def _check_transformers(version: str) -> None:
 
 _check_transformers(transformers.__version__)  # before names are imported that other versions do not have
 
-from transformers import initialization as init  # noqa: E402
 from transformers.cache_utils import Cache, DynamicCache  # noqa: E402
 from transformers.generation import GenerateDecoderOnlyOutput, GenerationMixin  # noqa: E402
 from transformers.masking_utils import create_causal_mask  # noqa: E402
-from transformers.modeling_layers import GradientCheckpointingLayer  # noqa: E402
-from transformers.modeling_outputs import BaseModelOutputWithPast  # noqa: E402
+from transformers.modeling_layers import (  # noqa: E402
+    GenericForSequenceClassification,
+    GradientCheckpointingLayer,
+)
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast  # noqa: E402
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel  # noqa: E402
 from transformers.models.llama.configuration_llama import LlamaConfig  # noqa: E402
 from transformers.models.llama.modeling_llama import (  # noqa: E402
@@ -69,8 +72,16 @@ from transformers.models.llama.modeling_llama import (  # noqa: E402
     LlamaRotaryEmbedding,
     eager_attention_forward,
 )
-from transformers.utils.generic import merge_with_config_defaults  # noqa: E402
-from transformers.utils.output_capturing import capture_outputs  # noqa: E402
+from transformers.utils import can_return_tuple  # noqa: E402
+
+# What versions of transformers call otherwise.
+_PAST = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
+"""The cache, in outputs and arguments: ``cache`` from 5.24 on."""
+_MASK_ARGUMENTS = frozenset(inspect.signature(create_causal_mask).parameters)
+_TELLS_PLACES = "cache_kwargs" in inspect.signature(Cache.update).parameters
+"""Whether caches have to be told where new tokens go: before 5.4."""
+_ONE_ROTARY_BASE = "rope_theta" in inspect.signature(LlamaConfig.__init__).parameters
+"""Whether the rotary embedding is configured by ``rope_theta`` and ``rope_scaling``: before 5.0."""
 
 LAYER_NORM_EPS = 1e-5
 """Epsilon of the LayerNorms that solvers have, as in the IIET authors' code."""
@@ -81,8 +92,13 @@ KEPT_MERGED = 3
 KV_CACHES = ("all", "last", "first")
 """Values of ``IIETConfig.kv_cache``."""
 
+_ENGINES = ("vllm", "sglang")
+"""How attention functions of engines begin that keep one set of keys and values a layer."""
+_OF_ENGINES = ("attention_instances", "forward_batch")
+"""What such engines hand through the model to their attention function."""
+
 _READ_FOR_A_DRAFT = (
-    *("input_ids", "generation_config", "logits_processor", "past_key_values"),
+    *("input_ids", "generation_config", "logits_processor", _PAST),
     *("min_new_tokens", "max_new_tokens"),
 )
 _OF_A_DRAFT = {*_READ_FOR_A_DRAFT, "attention_mask", "position_ids", "use_cache", "logits_to_keep"}
@@ -92,6 +108,7 @@ AUTO_MAP = {
     "AutoConfig": "modeling_iiet.IIETConfig",
     "AutoModel": "modeling_iiet.IIETModel",
     "AutoModelForCausalLM": "modeling_iiet.IIETForCausalLM",
+    "AutoModelForSequenceClassification": "modeling_iiet.IIETForSequenceClassification",
 }
 """The classes of this file that the Auto classes load, as ``config.json`` names them."""
 
@@ -195,6 +212,13 @@ def _per_layer(iterations: Any, num_layers: int, source: str) -> list[int]:
     return counts
 
 
+_OF_OTHER_MODELS = (
+    *("per_layer_config", "layer_types", "sliding_window", "attention_chunk_size"),
+    *("num_kv_shared_layers", "mtp_num_layers"),
+)
+"""Fields that change what other models' layers compute, and that these layers would not read."""
+
+
 class IIETConfig(LlamaConfig):
     """LLaMA's configuration and:
 
@@ -225,12 +249,34 @@ class IIETConfig(LlamaConfig):
     # No pipeline: a layer reads what all earlier ones kept, not only the residual stream.
     base_model_pp_plan = None  # type: ignore[assignment]
 
-    embedding_scale: float = 1.0
-    solver: dict | None = None
-    kv_cache: str = "all"
+    def __init__(
+        self,
+        embedding_scale: float = 1.0,
+        solver: dict[str, Any] | None = None,
+        kv_cache: str = "all",
+        **kwargs: Any,
+    ) -> None:
+        for name in _OF_OTHER_MODELS:
+            if kwargs.get(name) is not None:
+                raise ValueError(
+                    f"{name} is given, but all layers of an IIET model have one shape and attend to all "
+                    "earlier tokens; remove it"
+                )
+        if _ONE_ROTARY_BASE and kwargs.get("rope_parameters"):
+            rope = dict(kwargs.pop("rope_parameters"))
+            kwargs["rope_theta"] = rope.pop("rope_theta", kwargs.get("rope_theta", 10000.0))
+            kwargs["rope_scaling"] = None if rope.get("rope_type", "default") == "default" else rope
+        super().__init__(**kwargs)
+        self.embedding_scale = embedding_scale
+        self.solver = solver
+        self.kv_cache = kv_cache
+        self.resolve()
+        if not getattr(self, "auto_map", None):
+            self.auto_map = dict(AUTO_MAP)
 
-    def __post_init__(self, **kwargs: Any) -> None:
-        super().__post_init__(**kwargs)
+    def resolve(self) -> None:
+        """Check the fields that are not LLaMA's and complete them; models do it once more, for what was set
+        since."""
         self.solver = resolve_solver(self.solver, self.num_hidden_layers)
         if self.kv_cache not in KV_CACHES:
             raise ValueError(
@@ -246,8 +292,6 @@ class IIETConfig(LlamaConfig):
         scale = self.embedding_scale
         if not isinstance(scale, int | float) or isinstance(scale, bool) or not 0 < scale < float("inf"):
             raise ValueError(f"embedding_scale is {scale!r}; give a number above 0")
-        if not getattr(self, "auto_map", None):
-            self.auto_map = dict(AUTO_MAP)
 
     @property
     def iterations(self) -> list[int]:
@@ -270,16 +314,33 @@ class IIETConfig(LlamaConfig):
         return sum(self.evaluations) if self.kv_cache == "all" else self.num_hidden_layers
 
     @property
-    def per_layer_config(self) -> Sequence["IIETConfig"]:
-        """What transformers' caches read: a configuration for each set that they are to hold."""
-        return [self] * self.num_cache_sets
+    def one_set_serves_a_layer(self) -> bool:
+        """Whether a cache that knows of layers only, not of their evaluations, is enough."""
+        return self.kv_cache == "first" or max(self.evaluations) == 1
 
-    @per_layer_config.setter
-    def per_layer_config(self, per_layer_config: Any) -> None:
-        if per_layer_config is not None:
-            raise ValueError(
-                "per_layer_config is given, but layers of an IIET model have one shape; remove it"
-            )
+    def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> LlamaConfig:
+        """This; for ``decoder``, what transformers' caches ask for and count the layers of, a configuration
+        with a layer for each set of keys and values."""
+        made = "kv_cache" in vars(self)  # transformers asks while it makes one
+        return _CacheConfig.of(self) if decoder and not encoder and made else self
+
+
+class _CacheConfig(IIETConfig):
+    """A model's configuration as caches should see it: ``num_hidden_layers`` is the number of their sets."""
+
+    @classmethod
+    def of(cls, config: IIETConfig) -> "_CacheConfig":
+        seen = copy.copy(config)
+        seen.num_hidden_layers = config.num_cache_sets
+        seen.__class__ = cls
+        return cast(_CacheConfig, seen)
+
+    @property
+    def num_cache_sets(self) -> int:
+        return self.num_hidden_layers
+
+    def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> LlamaConfig:
+        return self
 
 
 class History:
@@ -351,7 +412,20 @@ def _initial_row(length: int, coefficient_init: str) -> Tensor:
     return torch.eye(length)[-1]
 
 
-class SolverLayerNorm(nn.LayerNorm):
+class _NeverHalf(nn.Module):
+    """Parameters and buffers follow to other devices and to fp64, but keep type and bits where a model is cast
+    to a half precision."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        def moved(tensor: Tensor) -> Tensor:
+            there = fn(tensor)
+            halved = there.dtype in (torch.bfloat16, torch.float16) and there.dtype != tensor.dtype
+            return tensor.to(there.device) if halved else there
+
+        return super()._apply(moved, recurse)
+
+
+class SolverLayerNorm(_NeverHalf, nn.LayerNorm):
     """LayerNorm with fp32 weights and arithmetic whatever the type of the stream."""
 
     def __init__(self, width: int) -> None:
@@ -362,7 +436,7 @@ class SolverLayerNorm(nn.LayerNorm):
         return F.layer_norm(x_BTD.float(), self.normalized_shape, weight, bias, self.eps).to(x_BTD.dtype)
 
 
-class Solver(nn.Module):
+class Solver(_NeverHalf):
     """Integrates one layer, by ``forward(y, F, history)``, as ``declared``, the configuration's ``solver``,
     says."""
 
@@ -382,6 +456,10 @@ class Solver(nn.Module):
     def initial(self) -> dict[str, Tensor]:
         """Initial values of the solver's own parameters."""
         return {}
+
+    def unused(self, iterations: int) -> tuple[str, ...]:
+        """Names of parameters that nothing reads with so many iterations: they are stored, not trained."""
+        return ()
 
 
 class Euler(Solver):
@@ -520,6 +598,9 @@ class ImplicitEuler(Solver):
         row = _initial_row(self.layer + 1, self.declared["coefficient_init"])
         return {"coefficients": row} if self.keeps else {}
 
+    def unused(self, iterations: int) -> tuple[str, ...]:
+        return ("coefficients",) if self.keeps and self.euler_predictor and iterations == 0 else ()
+
     def forward(self, y_BTD: Tensor, increment: IncrementFn, history: History) -> Step:
         f = increment(y_BTD, 0)
         if self.euler_predictor and self.iterations == 0:
@@ -577,6 +658,13 @@ class ReleasedImplicitEuler(Solver):
             values["unused_row_0"] = torch.stack((padded(0), padded(0)))
         return values
 
+    def unused(self, iterations: int) -> tuple[str, ...]:
+        names = ["unused_row_0"] if self.layer == 1 else []
+        if iterations == 0:
+            names += ["corrector_norm.weight", "corrector_norm.bias"]
+            names += [] if self.shared else ["coefficients"]
+        return tuple(names)
+
     def forward(self, y_BTD: Tensor, increment: IncrementFn, history: History) -> Step:
         n = self.layer
         output = self.predictor_norm(y_BTD + increment(y_BTD, 0))
@@ -612,6 +700,21 @@ class IIETRMSNorm(LlamaRMSNorm):
         return F.rms_norm(hidden_states, self.weight.shape, self.weight, self.variance_epsilon)
 
 
+class IIETRotaryEmbedding(_NeverHalf, LlamaRotaryEmbedding):
+    """LLaMA's, with frequencies in fp32 whatever the model is cast to."""
+
+
+class _OfSet:
+    """An attention module as caches of servers see it: they tell their sets apart by its ``layer_idx``."""
+
+    def __init__(self, attention: nn.Module, cache_set: int) -> None:
+        self._attention = attention
+        self.layer_idx = cache_set
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._attention, name)
+
+
 class IIETAttention(LlamaAttention):
     """LLaMA's attention for one evaluation of F, on the set of keys and values that belongs to it."""
 
@@ -621,7 +724,9 @@ class IIETAttention(LlamaAttention):
         rotary: tuple[Tensor, Tensor],
         attend: Callable[..., tuple[Tensor, Tensor | None]],
         attention_mask: Any,
-        past_key_values: Cache | None,
+        past: Cache | None,
+        paged: Any,
+        places: Tensor | None,
         cache_set: int,
         keep: bool,
         earlier: tuple[Tensor, Tensor] | None,
@@ -629,25 +734,35 @@ class IIETAttention(LlamaAttention):
     ) -> tuple[Tensor, Tensor | None, tuple[Tensor, Tensor]]:
         """Attention output [B, T, D], its weights (eager) and the keys and values attended to.
 
-        ``cache_set``: the set of ``past_key_values`` to attend to and to extend; ``keep=False`` takes the new
-        tokens out of it again. ``earlier``: keys and values to attend to instead of computing any.
+        ``cache_set``: the set of ``past`` or ``paged``, a server's cache, to attend to and to extend;
+        ``keep=False`` takes the new tokens out of it again. ``earlier``: keys and values to attend to instead
+        of computing any. ``places`` of the new tokens [T], for caches that have to be told.
         """
         shape = (*hidden_states.shape[:-1], -1, self.head_dim)
         q_BHTK = _rotate(self.q_proj(hidden_states).view(shape).transpose(1, 2), rotary)
+        module: Any = self
         if earlier is None:
             k_BGTK = _rotate(self.k_proj(hidden_states).view(shape).transpose(1, 2), rotary)
             v_BGTK = self.v_proj(hidden_states).view(shape).transpose(1, 2)
-            if past_key_values is not None:
-                k_BGTK, v_BGTK = past_key_values.update(k_BGTK, v_BGTK, cache_set)
+            if past is not None:
+                told = {} if places is None else {"cache_kwargs": {"cache_position": places}}
+                k_BGTK, v_BGTK = past.update(k_BGTK, v_BGTK, cache_set, **told)
                 if not keep:
-                    _take_back(past_key_values, cache_set, hidden_states.shape[1])
+                    _take_back(past, cache_set, hidden_states.shape[1])
         else:
             k_BGTK, v_BGTK = earlier
+        used = k_BGTK, v_BGTK
+        if paged is not None:
+            module = _OfSet(self, cache_set)
+            if _PAST == "cache":
+                k_BGTK, v_BGTK = paged.update(k_BGTK, v_BGTK, cache_set, kwargs=kwargs)
+            else:  # the attention function does it
+                kwargs["cache"] = paged
         dropout = self.attention_dropout if self.training else 0.0
         out, weights = attend(
-            self, q_BHTK, k_BGTK, v_BGTK, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
+            module, q_BHTK, k_BGTK, v_BGTK, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
         )
-        return self.o_proj(out.reshape(*hidden_states.shape[:-1], -1)), weights, (k_BGTK, v_BGTK)
+        return self.o_proj(out.reshape(*hidden_states.shape[:-1], -1)), weights, used
 
 
 def _rotate(x_BHTK: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
@@ -662,9 +777,9 @@ def _take_back(cache: Cache, cache_set: int, tokens: int) -> None:
     length = getattr(layer, "cumulative_length", None)
     if isinstance(length, Tensor):  # a static layer, which writes to these places next
         length.sub_(tokens)
-    elif getattr(layer, "is_croppable", False):
+    elif type(layer).__name__ == "DynamicLayer":
         cast(Any, layer).crop(-tokens)
-    else:
+    elif not (_TELLS_PLACES and type(layer).__name__ == "StaticLayer"):  # this one is told to, next time
         raise ValueError(
             f"kv_cache is 'last', which a {type(layer).__name__} cannot do; use a DynamicCache or "
             "StaticCache, or kv_cache 'all'"
@@ -683,6 +798,8 @@ class IIETDecoderLayer(GradientCheckpointingLayer):
         self.post_attention_layernorm = IIETRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.solver = build_solver(config, layer_idx)
         self.configure(config)
+        for name in self.solver.unused(self.solver.iterations):
+            self.solver.get_parameter(name).requires_grad_(False)
 
     def configure(self, config: IIETConfig) -> None:
         """Take over iterations and cache sets of a configuration that is otherwise this layer's."""
@@ -693,16 +810,21 @@ class IIETDecoderLayer(GradientCheckpointingLayer):
         self.first_set = sum(before) if self.kv_cache == "all" else self.layer_idx
 
     def forward(
-        self, y_BTD: Tensor, *entries: Tensor, history: History | None = None, **context: Any
+        self,
+        y_BTD: Tensor,
+        *entries: Tensor,
+        history: History | None = None,
+        attentions: list[Tensor | None] | None = None,
+        **context: Any,
     ) -> Step:
-        """Integrate the layer. What earlier layers kept comes as ``entries`` or
-        as ``history``."""
+        """Integrate the layer. What earlier layers kept comes as ``entries`` or as ``history``;
+        ``attentions`` collects the attention weights of each evaluation."""
         earlier: tuple[Tensor, Tensor] | None = None
         attention, mlp, shared = self.self_attn, self.mlp, self.kv_cache == "first"
 
         def increment(y_BTD: Tensor, evaluation: int) -> Tensor:
             nonlocal earlier
-            a_BTD, _, used = attention(
+            a_BTD, weights, used = attention(
                 self.input_layernorm(y_BTD),
                 cache_set=self.first_set + (evaluation if self.kv_cache == "all" else 0),
                 keep=self.kv_cache != "last" or evaluation == self.last_evaluation,
@@ -711,6 +833,8 @@ class IIETDecoderLayer(GradientCheckpointingLayer):
             )
             if shared:
                 earlier = used
+            if attentions is not None:
+                attentions.append(weights)
             return a_BTD + mlp(self.post_attention_layernorm(y_BTD + a_BTD))
 
         return self.solver(y_BTD, increment, History(entries) if history is None else history)
@@ -724,14 +848,21 @@ class IIETPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["IIETDecoderLayer"]  # noqa: RUF012
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
-    _keep_in_fp32_modules_strict = ["solver"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values", "cache"]  # noqa: RUF012
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
     _can_compile_fullgraph = True
     _supports_attention_backend = True
-    _can_record_outputs = {"hidden_states": IIETDecoderLayer, "attentions": IIETAttention}  # noqa: RUF012
+
+    def __init__(self, config: IIETConfig, *inputs: Any, **kwargs: Any) -> None:
+        config.resolve()
+        super().__init__(config, *inputs, **kwargs)
+
+    def post_init(self) -> None:
+        if any(".solver." in name for name, _ in self.named_parameters()):
+            self._keep_in_fp32_modules_strict = ["solver"]
+        super().post_init()
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -739,7 +870,8 @@ class IIETPreTrainedModel(PreTrainedModel):
         if isinstance(module, Solver):
             for name, value in module.initial().items():
                 parameter = module.get_parameter(name)
-                init.copy_(parameter, value.to(parameter.device))
+                if not getattr(parameter, "_is_hf_initialized", False):  # it was loaded
+                    parameter.copy_(value)
 
     def with_iterations(self, iterations: int | Sequence[int] | Mapping[str, Any] | str | os.PathLike) -> Any:
         """A model of the same class that shares every parameter and buffer with this one, has its own
@@ -777,6 +909,8 @@ class IIETPreTrainedModel(PreTrainedModel):
         for module in view.modules():
             if isinstance(module, IIETDecoderLayer):
                 module.configure(config)
+            elif isinstance(module, IIETModel):
+                module.made_of = _made_of(config)
         return view
 
 
@@ -808,6 +942,11 @@ def _sharing_copy(module: nn.Module, old: IIETConfig, new: IIETConfig, made: dic
     return twin
 
 
+def _made_of(config: IIETConfig) -> tuple[Any, ...]:
+    """What layers take over of a configuration when they are made."""
+    return config.num_hidden_layers, config.kv_cache, copy.deepcopy(config.solver)
+
+
 class IIETModel(IIETPreTrainedModel):
     """Embedding, integrated layers and final norm."""
 
@@ -818,84 +957,164 @@ class IIETModel(IIETPreTrainedModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
         self.layers = nn.ModuleList([IIETDecoderLayer(config, n) for n in range(config.num_hidden_layers)])
         self.norm = IIETRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.rotary_emb = LlamaRotaryEmbedding(config=config)
+        self.rotary_emb = IIETRotaryEmbedding(config=config)
         self.gradient_checkpointing = False
+        self.made_of = _made_of(config)
+        self._check_engine({})
         self.post_init()
 
-    @merge_with_config_defaults
-    @capture_outputs
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Any = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        past_key_values: Any = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
+        cache: Any = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """The final norm's output [B, T, D] of token ids [B, T] (or of embeddings [B, T, D], not yet scaled).
 
+        ``cache`` is what newer versions of transformers call ``past_key_values``.
+
         Raises:
-            ValueError: not exactly one of ``input_ids`` and ``inputs_embeds``, or a cache made for another
-                model or other iterations.
+            ValueError: not exactly one of ``input_ids`` and ``inputs_embeds``, a cache made for another
+                model or other iterations, a cache under another name, an engine that cannot keep what this
+                model needs, or a configuration that was changed after the model was made.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
+        if (now := _made_of(self.config)) != self.made_of:
+            raise ValueError(
+                f"the configuration was changed after the model was made, from {self.made_of} to {now} "
+                "(num_hidden_layers, kv_cache, solver), which its layers do not follow; make a model with "
+                "with_iterations(), or load one with these values"
+            )
+        self._check_engine(kwargs)
+        past, paged = self._given_cache(past_key_values, cache, kwargs)
         y_BTD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
-        if past_key_values is not None:
-            self._check_cache(past_key_values)
+        use_cache = self.config.use_cache if use_cache is None else use_cache
+        if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+            past = None  # it would be written to again when the layers are computed again
+        elif use_cache and past is None and paged is None:
+            past = DynamicCache(config=self.config)
+        places = kwargs.pop("cache_position", None)
+        if position_ids is None or (_TELLS_PLACES and places is None):
+            seen = 0 if past is None else past.get_seq_length()
+            places = torch.arange(y_BTD.shape[1], device=y_BTD.device) + seen
         if position_ids is None:
-            past = 0 if past_key_values is None else past_key_values.get_seq_length()
-            position_ids = (torch.arange(y_BTD.shape[1], device=y_BTD.device) + past).unsqueeze(0)
-        hidden_BTD = self._hidden(y_BTD, position_ids, past_key_values, attention_mask, kwargs)
-        return BaseModelOutputWithPast(
-            last_hidden_state=hidden_BTD, past_key_values=cast(Any, past_key_values)
+            position_ids = places.unsqueeze(0)
+        recorded: dict[str, list[Any]] = {}
+        if self.config.output_hidden_states if output_hidden_states is None else output_hidden_states:
+            recorded["hidden_states"] = []
+        if self.config.output_attentions if output_attentions is None else output_attentions:
+            recorded["attentions"] = []
+        context = {**kwargs, "paged": paged, "places": places if _TELLS_PLACES else None}
+        hidden_BTD = self._hidden(y_BTD, position_ids, past, attention_mask, context, recorded)
+        outputs: dict[str, Any] = {name: tuple(values) for name, values in recorded.items()}
+        return BaseModelOutputWithPast(last_hidden_state=hidden_BTD, **{_PAST: past}, **outputs)
+
+    def _check_engine(self, kwargs: Mapping[str, Any]) -> None:
+        """Refuse engines that keep one set of keys and values a layer where evaluations need their own."""
+        attention = self.config._attn_implementation or ""
+        found = [f"attention {attention!r}"] if attention.startswith(_ENGINES) else []
+        found += [f"the argument {name}" for name in _OF_ENGINES if kwargs.get(name) is not None]
+        if found and not self.config.one_set_serves_a_layer:
+            evaluations = self.config.evaluations
+            raise ValueError(
+                f"{found[0]} is of an engine that keeps one set of keys and values for each of "
+                f"{len(evaluations)} layers, but this model has {sum(evaluations)} evaluations, each with "
+                "its own, and would be decoded wrongly; use generate(), or for vLLM the plugin vllm-iiet"
+            )
+
+    def _given_cache(self, past_key_values: Any, cache: Any, kwargs: Mapping[str, Any]) -> tuple[Any, Any]:
+        """The cache that was given, as (transformers' own, or a server's paged one)."""
+        for name, value in kwargs.items():
+            if isinstance(value, Cache) or _is_paged(value):
+                raise ValueError(
+                    f"the argument {name} is a {type(value).__name__}, which this model would not read; give "
+                    "caches as past_key_values or cache"
+                )
+        if past_key_values is not None and cache is not None and past_key_values is not cache:
+            raise ValueError("past_key_values and cache are two names of one argument; give one")
+        given = cache if past_key_values is None else past_key_values
+        if given is None:
+            return None, None
+        if isinstance(given, Cache):
+            self._check_cache(given)
+            return given, None
+        if not _is_paged(given):
+            raise ValueError(
+                f"the cache is a {type(given).__name__}; give a transformers Cache, as DynamicCache"
+            )
+        if self.config.kv_cache == "last" and not self.config.one_set_serves_a_layer:
+            raise ValueError(
+                "kv_cache is 'last', which continuous batching cannot do; load the model with kv_cache 'all'"
+            )
+        known = getattr(given, "layer_to_allocator", None) or getattr(
+            given, "layer_index_to_group_indices", ()
         )
+        if len(known) != self.config.num_cache_sets:
+            raise ValueError(
+                f"the paged cache holds {len(known)} sets of keys and values, but this model has "
+                f"{self.config.num_cache_sets}, one for each evaluation of a layer; use generate_batch() or "
+                "init_continuous_batching() of the model itself, which make one that fits"
+            )
+        return None, given
 
     def continued(self, ids_1T: Tensor, cache: Cache) -> Tensor:
         """The final norm's output [1, T, D] of the tokens that follow those in ``cache``, of one sequence
         without padding: :meth:`forward` without what transformers wraps around it."""
         past = cache.get_seq_length()
         position_ids = torch.arange(past, past + ids_1T.shape[1], device=ids_1T.device).unsqueeze(0)
-        return self._hidden(self.embed_tokens(ids_1T), position_ids, cache, None, {})
+        context = {"paged": None, "places": position_ids[0] if _TELLS_PLACES else None}
+        return self._hidden(self.embed_tokens(ids_1T), position_ids, cache, None, context, {})
 
     def _hidden(
         self,
         y_BTD: Tensor,
         position_ids: Tensor,
-        past_key_values: Cache | None,
+        past: Cache | None,
         attention_mask: Any,
-        kwargs: dict[str, Any],
+        context: dict[str, Any],
+        recorded: dict[str, list[Any]],
     ) -> Tensor:
         """The final norm's output [B, T, D] of embeddings [B, T, D]."""
-        mask = create_causal_mask(
-            config=self.config,
-            inputs_embeds=y_BTD,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            position_ids=position_ids,
-        )
+        for_mask = {
+            "config": self.config,
+            **dict.fromkeys(_MASK_ARGUMENTS & {"inputs_embeds", "input_embeds"}, y_BTD),
+            "attention_mask": attention_mask,
+            **({"cache_position": context["places"]} if _TELLS_PLACES else {}),
+            _PAST: past,
+            "position_ids": position_ids,
+        }
         cos_BTK, sin_BTK = self.rotary_emb(y_BTD, position_ids=position_ids)
         low, high = sin_BTK.chunk(2, dim=-1)
-        context = {
+        attention = self.config._attn_implementation
+        context |= {
             "rotary": (cos_BTK.unsqueeze(1), torch.cat((-low, high), dim=-1).unsqueeze(1)),
-            "attend": ALL_ATTENTION_FUNCTIONS.get_interface(
-                self.config._attn_implementation, eager_attention_forward
-            ),
-            "attention_mask": mask,
+            "attend": eager_attention_forward
+            if attention in (None, "eager")
+            else ALL_ATTENTION_FUNCTIONS[attention],
+            "attention_mask": create_causal_mask(**for_mask),
             "position_ids": position_ids,
-            "past_key_values": past_key_values,
-            **kwargs,
+            "past": past,
+            "attentions": recorded.get("attentions"),
         }
         if self.config.embedding_scale != 1:
             y_BTD = y_BTD * self.config.embedding_scale
-        return self.norm(self._integrate(y_BTD, context))
+        states = recorded.get("hidden_states")
+        hidden_BTD = self.norm(self._integrate(y_BTD, context, states))
+        if states is not None:
+            states.append(hidden_BTD)
+        return hidden_BTD
 
-    def _integrate(self, y_BTD: Tensor, context: dict[str, Any]) -> Tensor:
-        """Run the layers on y_0, [B, T, D]."""
+    def _integrate(self, y_BTD: Tensor, context: dict[str, Any], states: list[Tensor] | None) -> Tensor:
+        """Run the layers on y_0, [B, T, D]; ``states`` collects what goes into each."""
         solver = cast(Solver, self.layers[0].solver)
         buffer = None
         if solver.merges_all and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
@@ -905,6 +1124,8 @@ class IIETModel(IIETPreTrainedModel):
         if solver.roots:
             history.append(y_BTD)
         for layer in self.layers:
+            if states is not None:
+                states.append(y_BTD)
             if buffer is None:  # tensors among the arguments: gradient checkpointing has to see them
                 y_BTD, kept = layer(y_BTD, *history.entries, **context)
             else:
@@ -921,18 +1142,23 @@ class IIETModel(IIETPreTrainedModel):
                 f"{self.config.num_cache_sets} (one for each evaluation of a layer, kv_cache "
                 f"'{self.config.kv_cache}'); make the cache from this model's config"
             )
+        if any(getattr(layer, "is_sliding", False) for layer in getattr(cache, "layers", ())):
+            raise ValueError(
+                "past_key_values forgets tokens outside a sliding window, but this model attends to all; "
+                "make the cache from this model's config"
+            )
+
+
+def _is_paged(value: Any) -> bool:
+    """Whether this is the cache of transformers' continuous batching, which is no :class:`Cache`."""
+    return type(value).__name__ == "PagedAttentionCache"
 
 
 class IIETForCausalLM(IIETPreTrainedModel, GenerationMixin):
-    """:class:`IIETModel` with a language-model head.
+    """:class:`IIETModel` with a language-model head."""
 
-    ``forward`` is LLaMA's: logits [B, T, V] (``logits_to_keep``: of the last tokens, or of these places), and
-    with ``labels`` [B, T] (ids, or -100 to leave a token out; shifted there) the mean cross-entropy in nats.
-    It raises what :meth:`IIETModel.forward` does.
-    """
-
-    forward = LlamaForCausalLM.forward
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+    _tied_weights_keys = cast(Any, LlamaForCausalLM._tied_weights_keys)
+    _tp_plan = LlamaForCausalLM._tp_plan
 
     def __init__(self, config: IIETConfig) -> None:
         super().__init__(config)
@@ -941,30 +1167,107 @@ class IIETForCausalLM(IIETPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Any = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        cache: Any = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Logits [B, T, V] (``logits_to_keep``: of the last tokens, or of these places), and with ``labels``
+        [B, T] (ids, or -100 to leave a token out; shifted there) the mean cross-entropy in nats.
+
+        Raises:
+            ValueError: as :meth:`IIETModel.forward`.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            cache=cache,
+            **kwargs,
+        )
+        places = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits_BTV = self.lm_head(outputs.last_hidden_state[:, places, :])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(
+                logits=logits_BTV, labels=labels, vocab_size=self.config.vocab_size, **kwargs
+            )
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits_BTV,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            **{_PAST: outputs.get(_PAST)},
+        )
+
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """transformers' ``generate``; but drafts of one sequence without padding, which assisted generation
         asks of its assistant every few tokens, are made in a loop of few words: what the general one does
-        besides takes as long as a small model's layers."""
+        besides takes as long as a small model's layers.
+
+        Raises:
+            ValueError: drafts of the first layers alone (``assistant_early_exit``), or a prompt in portions
+                (``prefill_chunk_size``) where kv_cache 'last' makes the result depend on them.
+        """
+        self._check_generation(kwargs)
         drafts = getattr(kwargs.get("generation_config"), "is_assistant", False)
         if drafts and not args and set(kwargs) <= _OF_A_DRAFT:
             ids_BT, mask_BT = kwargs["input_ids"], kwargs.get("attention_mask")
             if len(ids_BT) == 1 and (mask_BT is None or bool(mask_BT.all())):
                 request: dict[str, Any] = {name: kwargs.get(name) for name in _READ_FOR_A_DRAFT}
-                return self._draft(**request)
+                return self._draft(past=request.pop(_PAST), **request)
         return cast(Any, super()).generate(*args, **kwargs)
+
+    def _check_generation(self, kwargs: Mapping[str, Any]) -> None:
+        def asked(name: str) -> Any:
+            settings = (kwargs.get("generation_config"), self.generation_config)
+            values = [kwargs.get(name), *(getattr(setting, name, None) for setting in settings)]
+            return next((value for value in values if value is not None), None)
+
+        if asked("assistant_early_exit") is not None:
+            raise ValueError(
+                f"assistant_early_exit is {asked('assistant_early_exit')}, but later layers of an IIET model "
+                "are no refinement of what the head reads; use assistant_model=model.with_iterations(0)"
+            )
+        size = asked("prefill_chunk_size")
+        if size is not None and self.config.kv_cache == "last" and max(self.config.evaluations) > 1:
+            raise ValueError(
+                f"prefill_chunk_size is {size} and kv_cache is 'last', whose result depends on how many "
+                "tokens come at once; leave prefill_chunk_size out, or load the model with kv_cache 'all'"
+            )
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """transformers' own, with a paged cache that has a set of keys and values for each evaluation."""
+        if isinstance(self.config, _CacheConfig):
+            return cast(Any, super()).init_continuous_batching(*args, **kwargs)
+        view = _sharing_copy(self, self.config, _CacheConfig.of(self.config), {})
+        view.model.made_of = _made_of(view.config)
+        return view.init_continuous_batching(*args, **kwargs)
 
     @torch.no_grad()
     def _draft(
         self,
+        past: Cache | None,
         input_ids: Tensor,
         generation_config: Any,
         logits_processor: Sequence[Any],
-        past_key_values: Cache | None,
         min_new_tokens: int,
         max_new_tokens: int,
     ) -> GenerateDecoderOnlyOutput:
         """At most ``max_new_tokens``, fewer behind an end of text or an improbable token."""
-        cache = DynamicCache(config=self.config) if past_key_values is None else past_key_values
+        cache = DynamicCache(config=self.config) if past is None else past
         ends = generation_config.eos_token_id
         ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
         least = generation_config.assistant_confidence_threshold or 0.0
@@ -983,13 +1286,32 @@ class IIETForCausalLM(IIETPreTrainedModel, GenerationMixin):
             token = int(token_11)
             if token in ends or p_1V[0, token] < least:
                 break
-        made: dict[str, Any] = {"sequences": input_ids, "scores": tuple(scores), "past_key_values": cache}
+        made: dict[str, Any] = {"sequences": input_ids, "scores": tuple(scores), _PAST: cache}
         return GenerateDecoderOnlyOutput(**made)
 
 
-__all__ = ["IIETConfig", "IIETForCausalLM", "IIETModel", "IIETPreTrainedModel"]
+class IIETForSequenceClassification(GenericForSequenceClassification, IIETPreTrainedModel):
+    """:class:`IIETModel` and a linear score of the last token that is not padding: a classifier, or with one
+    label a reward model. Logits [B, labels]; with ``labels`` the loss that ``problem_type`` says."""
+
+    def __init__(self, config: IIETConfig) -> None:
+        super(GenericForSequenceClassification, self).__init__(config)
+        self.num_labels = config.num_labels
+        self.model = IIETModel(config)
+        self.score = nn.Linear(config.hidden_size, self.num_labels, bias=False)
+        self.post_init()
+
+
+__all__ = [
+    "IIETConfig",
+    "IIETForCausalLM",
+    "IIETForSequenceClassification",
+    "IIETModel",
+    "IIETPreTrainedModel",
+]
 
 # What save_pretrained writes loads anywhere: it copies this file into the folder.
 IIETConfig.register_for_auto_class()
 IIETModel.register_for_auto_class("AutoModel")
 IIETForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+IIETForSequenceClassification.register_for_auto_class("AutoModelForSequenceClassification")

@@ -237,6 +237,7 @@ def test_config_survives_json(tmp_path: Path) -> None:
         "AutoConfig": "modeling_iiet.IIETConfig",
         "AutoModel": "modeling_iiet.IIETModel",
         "AutoModelForCausalLM": "modeling_iiet.IIETForCausalLM",
+        "AutoModelForSequenceClassification": "modeling_iiet.IIETForSequenceClassification",
     }
     assert written["solver"]["iterations"] == [2, 0, 3, 0, 1]
     read = IIETConfig.from_pretrained(tmp_path)
