@@ -37,6 +37,7 @@ DOORS = {("models/__init__.py", "megatron_iiet.storage.portable"): "models.load 
 OUTSIDE = {
     "deepspeed": ("training/engine/",),
     "lm_eval": ("evaluation/",),
+    "vllm": ("hf/vllm_plugin/",),
     "transformers": ("hf/", "evaluation/", "doctor.py"),
     "torch": (
         *("ops/", "parallel/", "data/loader/", "models/", "storage/", "hf/"),

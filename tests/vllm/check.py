@@ -4,9 +4,10 @@
     python tests/vllm/check.py --only iiet-plan refused        # cases whose names begin so
     python tests/vllm/check.py --environment /tmp/vllm/env     # made there, if it is not there yet, and kept
 
-vLLM gets an environment of its own (4 GB, removed again), with the plugin installed from its folder. Texts are
-greedy, and have to be those of full forward passes without a cache (tests/vllm/models.py), token for token;
-no text has a tie. One line a case on standard output, progress on the other; exit status 1 if any is not right.
+vLLM gets an environment of its own (4 GB, removed again), with the plugin installed from its folder.
+Texts are greedy and have to be those of full forward passes without a cache (tests/vllm/models.py), token by
+token; none has a tie. One line a case on standard output, progress on the other; exit status 1 if any is not
+right.
 """
 
 from __future__ import annotations
@@ -32,9 +33,12 @@ EXACT = 1e-3
 """Of log probabilities in fp32."""
 BATCHED = {"enable_prefix_caching": False}
 CHUNKED = {
-    **{"enable_prefix_caching": True, "block_size": 32},
-    **{"max_num_seqs": 4, "max_num_batched_tokens": 24},
+    "enable_prefix_caching": True,
+    "block_size": 32,
+    "max_num_seqs": 4,
+    "max_num_batched_tokens": 24,
 }
+"""Prompts come in pieces, and the shared beginnings of two of them are one block."""
 COMPILED = {"enforce_eager": False, "enable_prefix_caching": False}
 SHARDED = {"tensor_parallel_size": 2, "enable_prefix_caching": False}
 COMPILED_MODELS = ("iiet-plan", "released-shared", "rk2-gated", "pcformer-first")
@@ -63,8 +67,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 """Arguments of LLM, and what the refusal says."""
 
 
-def steps_of(environment: Path) -> Path:
-    """The environment's Python, with vLLM and the plugin; made if it is not there."""
+def prepare(environment: Path) -> Path:
+    """The environment's Python, with vLLM, made if it is not there, and the plugin as it is now."""
     python = environment / "bin" / "python"
     pip = [python, "-m", "pip", "--disable-pip-version-check", "--quiet"]
     if not python.exists():
@@ -72,12 +76,8 @@ def steps_of(environment: Path) -> Path:
         venv.create(environment, with_pip=True)
         subprocess.run([*pip, "install", "--no-compile", VLLM], check=True, stdout=sys.stderr)
         subprocess.run([*pip, "uninstall", "--yes", *UNUSED], check=True, stdout=sys.stderr)
-    subprocess.run([*pip, "uninstall", "--yes", "iiet-vllm"], check=True, stdout=sys.stderr)
-    with tempfile.TemporaryDirectory() as copy:  # a build writes beside what it builds
-        packed = ["cp", "-rL", PLUGIN, f"{copy}/plugin"]
-        subprocess.run(packed, check=True)
-        install = ["install", "--no-deps", "--no-build-isolation", f"{copy}/plugin"]
-        subprocess.run([*pip, *install], check=True, stdout=sys.stderr)
+    install = ["install", "--no-deps", "--no-build-isolation", "--force-reinstall", PLUGIN]
+    subprocess.run([*pip, *install], check=True, stdout=sys.stderr)
     return python
 
 
@@ -173,7 +173,7 @@ def main() -> int:
             print("making exports and references", file=sys.stderr, flush=True)
             subprocess.run([sys.executable, "-m", "tests.vllm.models", models], cwd=ROOT, check=True)
         texts = json.loads((models / "references.json").read_text())
-        python = steps_of(options.environment or folder / "environment")
+        python = prepare(options.environment or folder / "environment")
         cases = [case for case in cases_of(models, texts) if case["name"].startswith(tuple(options.only))]
         batches = [(cases[start : start + 24], {}) for start in range(0, len(cases), 24)]
         generic = generic_case(models, texts)
@@ -190,10 +190,10 @@ def main() -> int:
 
 
 def generic_case(folder: Path, texts: dict[str, Any]) -> dict[str, Any]:
-    """vLLM's own way with a model of transformers, without the plugin: an error, never a wrong text."""
+    """vLLM's generic way with models of transformers, without the plugin: refused, never a wrong text."""
     case = {"name": "refused: without the plugin", "folder": str(folder / "iiet-plan"), "new": NEW}
     case |= {"engine": {"trust_remote_code": True}, "prompts": [texts["iiet-plan"][0]["prompt"]]}
-    return case | {"refused": "Error: "}
+    return case | {"refused": "keeps one set of keys and values"}
 
 
 if __name__ == "__main__":

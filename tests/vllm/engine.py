@@ -1,4 +1,4 @@
-"""What vLLM does with the cases of a file, in vLLM's environment: one JSON line a case, as soon as it is known.
+"""What vLLM does with the cases of a file, in vLLM's environment: a JSON line a case, as soon as it is known.
 
 python tests/vllm/engine.py CASES.json RESULTS.jsonl
 """

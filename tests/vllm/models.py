@@ -31,20 +31,17 @@ SHAPE: dict[str, Any] = {  # 32 is the smallest head that vLLM's attention on CP
 }
 BFLOAT16 = ("iiet-plan", "released", "rk4-learned")
 TIED = ("euler", "released-shared")
+_STRETCHED = {"factor": 4.0, "original_max_position_embeddings": 40}
+_LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, **_STRETCHED}
 VARIED: dict[str, dict[str, Any]] = {
-    "biased": {"attention_bias": True, "head_dim": 32, "hidden_size": 48},
+    "biased": {"attention_bias": True, "head_dim": 32, "hidden_size": 96},
+    "qkv-biased": {"qkv_bias": True},
+    "qk-normed": {"qk_norm": True},
     "rope-linear": {"rope_parameters": {"rope_type": "linear", "factor": 4.0}},
-    "rope-llama3": {
-        "rope_parameters": {
-            **{"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
-            "original_max_position_embeddings": 40,
-        }
-    },
-    "rope-yarn": {
-        "rope_parameters": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 40}
-    },
+    "rope-llama3": {"rope_parameters": {"rope_type": "llama3", **_LLAMA3}},
+    "rope-yarn": {"rope_parameters": {"rope_type": "yarn", **_STRETCHED}},
 }
-"""Fields that config.json may have and no training run here writes, on an IIET."""
+"""Fields of config.json that the solvers' exports leave as they are."""
 SHARED, LENGTHS = 40, (1, 1, 2, 3, 5, 7, 11, 9, 16, 15, 17, 16, 31, 23, 32, 24, 64, 33, 90, 50)
 """Tokens of a prompt; every second one has SHARED more in front, the same in all of them."""
 NEW = 24
@@ -65,19 +62,26 @@ def write_exports(folder: Path) -> list[str]:
     for name in SOLVERS:
         model = our_model(name, **{**SHAPE, "tie_embeddings": name in TIED})
         export_folder(model.config, State(model.state_dict()), folder / name, extras)
+    return [*SOLVERS, *(name for name in VARIED if write_varied(folder, name))]
+
+
+def write_varied(folder: Path, name: str) -> bool:
+    """By transformers, the model of ``iiet-plan`` with other fields; whether IIETConfig has them."""
     fields = json.loads((folder / "iiet-plan" / "config.json").read_text())
-    for name, values in VARIED.items():
-        torch.manual_seed(3)
-        varied = {**fields, **values}
-        if "rope_parameters" in values:
-            varied["rope_parameters"] = {**fields["rope_parameters"], **values["rope_parameters"]}
-        model = IIETForCausalLM(IIETConfig(**varied))
-        with torch.no_grad():
-            for parameter_name, parameter in model.named_parameters():
-                if parameter_name.endswith(".bias") or "solver" in parameter_name:
-                    parameter.add_(torch.empty_like(parameter).uniform_(-0.3, 0.3))
-        model.save_pretrained(folder / name)
-    return [*SOLVERS, *VARIED]
+    unknown = VARIED[name].keys() - IIETConfig().to_dict().keys()
+    if unknown:
+        print(f"NOT RUN: {name}, IIETConfig has no {', '.join(unknown)}", file=sys.stderr, flush=True)
+        return False
+    for field, value in VARIED[name].items():
+        fields[field] = {**fields[field], **value} if isinstance(value, dict) else value
+    torch.manual_seed(3)
+    model = IIETForCausalLM(IIETConfig(**fields))
+    with torch.no_grad():
+        for parameter_name, parameter in model.named_parameters():
+            if any(part in parameter_name for part in ("bias", "solver", "norm")):
+                parameter.add_(torch.empty_like(parameter).uniform_(-0.3, 0.3))
+    model.save_pretrained(folder / name)
+    return True
 
 
 def prompts(seed: int) -> list[list[int]]:

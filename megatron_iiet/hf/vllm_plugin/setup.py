@@ -1,7 +1,7 @@
 """Builds the wheel: ``pip install megatron_iiet/hf/vllm_plugin`` (not ``-e``). Metadata is in pyproject.toml.
 
-The wheel's ``iiet_vllm/modeling_iiet.py`` is the file that travels with exports, taken from the folder above, so
-that the arithmetic of solvers is written once. Nothing is left in the source tree.
+The wheel's ``vllm_iiet/modeling_iiet.py`` is the file that travels with exports, taken from the folder above:
+the arithmetic of solvers is written once. Nothing is left in the source tree.
 """
 
 import tempfile
@@ -18,7 +18,7 @@ class WithArithmetic(build_py):
 
     def run(self) -> None:
         super().run()
-        self.copy_file(str(ARITHMETIC), str(Path(self.build_lib, "iiet_vllm", ARITHMETIC.name)))
+        self.copy_file(str(ARITHMETIC), str(Path(self.build_lib, "vllm_iiet", ARITHMETIC.name)))
 
 
 with tempfile.TemporaryDirectory() as scratch:

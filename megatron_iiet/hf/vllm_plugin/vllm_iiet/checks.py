@@ -9,20 +9,13 @@ from transformers import LlamaConfig
 from vllm.config import ModelConfig, VllmConfig
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
-from iiet_vllm.modeling_iiet import IIETConfig
+from vllm_iiet.modeling_iiet import IIETConfig
 
 VLLM = "0.32"
 """The release of vLLM with which this was run; another one may keep keys and values in another way."""
 FIELDS = ("embedding_scale", "solver", "kv_cache", "qkv_bias", "qk_norm")
 """Fields that IIETConfig has and LLaMA's has not, which the model here computes."""
-_ALSO_WRITTEN = (
-    "vocab_multiple",
-    "torch_dtype",
-    "rope_theta",
-    "rope_scaling",
-    "per_layer_config",
-    "use_cache",
-)
+_ALSO_WRITTEN = ("auto_map", "vocab_multiple", "use_cache", "torch_dtype", "rope_theta", "rope_scaling")
 """Names in a config.json that change nothing that is computed, or come in under another name."""
 _ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 """Those that were compared with transformers' own."""
@@ -56,13 +49,13 @@ def checked(config: Any) -> IIETConfig:
     for name, value in values.items():
         if value is not None and name not in computed and value != defaults.get(name):
             raise ValueError(
-                f"config.json has {name} {value!r}, which the plugin iiet-vllm does not know; install the "
+                f"config.json has {name} {value!r}, which the plugin vllm-iiet does not know; install the "
                 "plugin of the version that wrote the export"
             )
     for name, neutral in _NEUTRAL.items():
         if values.get(name, neutral) != neutral:
             raise ValueError(
-                f"config.json has {name} {values[name]!r}; the plugin iiet-vllm runs {neutral!r} only"
+                f"config.json has {name} {values[name]!r}; the plugin vllm-iiet runs {neutral!r} only"
             )
     resolved = IIETConfig(**values)
     if resolved.kv_cache == "last":
@@ -73,7 +66,7 @@ def checked(config: Any) -> IIETConfig:
     rope_type = (resolved.rope_parameters or {}).get("rope_type", "default")
     if rope_type not in _ROPE_TYPES:
         raise ValueError(
-            f"rope_parameters.rope_type is {rope_type!r}; the plugin iiet-vllm runs {', '.join(_ROPE_TYPES)}"
+            f"rope_parameters.rope_type is {rope_type!r}; the plugin vllm-iiet runs {', '.join(_ROPE_TYPES)}"
         )
     return resolved
 
@@ -86,7 +79,7 @@ def check_engine(config: VllmConfig) -> None:
     """
     if not vllm.__version__.startswith(f"{VLLM}."):
         raise ValueError(
-            f"the plugin iiet-vllm was run with vLLM {VLLM}, but {vllm.__version__} is installed; install "
+            f"the plugin vllm-iiet was run with vLLM {VLLM}, but {vllm.__version__} is installed; install "
             f"vLLM {VLLM}.*"
         )
     parallel, cache, model = config.parallel_config, config.cache_config, config.model_config
@@ -121,4 +114,4 @@ def check_engine(config: VllmConfig) -> None:
     }
     for name, (value, right, advice) in refused.items():
         if not right:
-            raise ValueError(f"{name} is {value!r}, which the plugin iiet-vllm does not run: {advice}")
+            raise ValueError(f"{name} is {value!r}, which the plugin vllm-iiet does not run: {advice}")

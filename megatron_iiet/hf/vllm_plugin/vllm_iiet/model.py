@@ -31,8 +31,8 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, 
 from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper, maybe_prefix
 from vllm.sequence import IntermediateTensors
 
-from iiet_vllm.checks import check_engine, checked
-from iiet_vllm.modeling_iiet import History, IIETConfig, Step, build_solver
+from vllm_iiet.checks import check_engine, checked
+from vllm_iiet.modeling_iiet import History, IIETConfig, Step, build_solver
 
 
 class IIETAttention(nn.Module):

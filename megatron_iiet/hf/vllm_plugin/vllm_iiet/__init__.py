@@ -13,10 +13,10 @@ def register() -> None:
     from vllm import ModelRegistry
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
-    from iiet_vllm.checks import Checks
-    from iiet_vllm.modeling_iiet import IIETConfig
+    from vllm_iiet.checks import Checks
+    from vllm_iiet.modeling_iiet import IIETConfig
 
     AutoConfig.register("iiet", IIETConfig, exist_ok=True)
     if "IIETForCausalLM" not in ModelRegistry.get_supported_archs():
-        ModelRegistry.register_model("IIETForCausalLM", "iiet_vllm.model:IIETForCausalLM")
+        ModelRegistry.register_model("IIETForCausalLM", "vllm_iiet.model:IIETForCausalLM")
     MODELS_CONFIG_MAP["IIETForCausalLM"] = Checks
