@@ -49,6 +49,10 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
         outputs = llm.generate(prompts, options, use_tqdm=False)
     found["texts"] = [list(output.outputs[0].token_ids) for output in outputs]
     found["cached"] = sum(output.num_cached_tokens or 0 for output in outputs)
+    counts = llm.get_metrics() if "speculative_config" in case["engine"] else []
+    found["accepted"] = sum(
+        count.value for count in counts if count.name == "vllm:spec_decode_num_accepted_tokens"
+    )
     chosen = [
         output.prompt_logprobs[1:] if case.get("scored") else output.outputs[0].logprobs for output in outputs
     ]

@@ -83,35 +83,24 @@ def check_engine(config: VllmConfig) -> None:
             f"vLLM {VLLM}.*"
         )
     parallel, cache, model = config.parallel_config, config.cache_config, config.model_config
-    dtype = str(model.dtype).removeprefix("torch.")
-    speculative = config.speculative_config
-    refused = {
-        "pipeline_parallel_size": (
-            parallel.pipeline_parallel_size,
-            parallel.pipeline_parallel_size == 1,
-            "a layer reads what all earlier ones kept; use tensor_parallel_size",
-        ),
-        "decode_context_parallel_size": (
-            parallel.decode_context_parallel_size,
-            parallel.decode_context_parallel_size == 1,
-            "use tensor_parallel_size",
-        ),
-        "quantization": (model.quantization, model.quantization is None, "leave it out"),
-        "kv_cache_dtype": (cache.cache_dtype, cache.cache_dtype in ("auto", dtype), "leave it at 'auto'"),
+    drafts, plain = config.speculative_config, ("auto", str(model.dtype).removeprefix("torch."))
+    tensor = "a layer reads what all earlier ones kept; use tensor_parallel_size"
+    given: dict[str, tuple[Any, tuple[Any, ...], str]] = {  # value, those that are right, advice
+        "pipeline_parallel_size": (parallel.pipeline_parallel_size, (1,), tensor),
+        "decode_context_parallel_size": (parallel.decode_context_parallel_size, (1,), tensor),
+        "prefill_context_parallel_size": (parallel.prefill_context_parallel_size, (1,), tensor),
+        "enable_dbo": (parallel.use_ubatching, (False,), "leave it out"),
+        "quantization": (model.quantization, (None,), "leave it out"),
+        "kv_cache_dtype": (cache.cache_dtype, plain, "leave it out"),
         "kv_sharing_fast_prefill": (
-            cache.kv_sharing_fast_prefill,
-            not cache.kv_sharing_fast_prefill,
+            *(cache.kv_sharing_fast_prefill, (False,)),
             "later layers read what shared evaluations compute of every token; leave it out",
         ),
-        "enable_lora": (True, config.lora_config is None, "merge the adapter into the weights first"),
-        "speculative_config.method": (
-            speculative and speculative.method,
-            speculative is None,
-            "leave speculative_config out",
-        ),
-        "kv_transfer_config": ("given", config.kv_transfer_config is None, "leave it out"),
-        "runner": (model.runner_type, model.runner_type == "generate", "the model generates text only"),
+        "enable_lora": (config.lora_config is not None, (False,), "merge the adapter into the weights first"),
+        "speculative_config.method": (drafts and drafts.method, (None, "ngram"), "use 'ngram'"),
+        "kv_transfer_config": (config.kv_transfer_config is not None, (False,), "leave it out"),
+        "runner": (model.runner_type, ("generate",), "the model generates text only"),
     }
-    for name, (value, right, advice) in refused.items():
-        if not right:
+    for name, (value, right, advice) in given.items():
+        if value not in right:
             raise ValueError(f"{name} is {value!r}, which the plugin vllm-iiet does not run: {advice}")
