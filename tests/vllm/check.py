@@ -39,13 +39,16 @@ CHUNKED = {
     "max_num_batched_tokens": 24,
 }
 """Prompts come in pieces, and the shared beginnings of two of them are one block."""
+COUNTED = {"disable_log_stats": False, "enable_prefix_caching": False}
+CROWDED = {"num_gpu_blocks_override": 12, "block_size": 32, "max_num_seqs": 8, **COUNTED}
+"""A cache in which some requests have to make way for others and are computed anew."""
 COMPILED = {"enforce_eager": False, "enable_prefix_caching": False}
 SHARDED = {"tensor_parallel_size": 2, "enable_prefix_caching": False}
 COMPILED_MODELS = ("iiet-plan", "released-shared", "rk2-gated", "pcformer-first")
 SHARDED_MODELS = ("iiet-plan", "released-shared", "pcformer-first")
 FOLDER = "the model's folder"
 NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2, "prompt_lookup_min": 1}
-DRAFTED = {"speculative_config": NGRAM, "enable_prefix_caching": False, "disable_log_stats": False}
+DRAFTED = {"speculative_config": NGRAM, **COUNTED}
 DRAFTED_MODELS = ("iiet-plan", "released-shared", "pcformer-first")
 BY_A_MODEL = {"method": "draft_model", "model": FOLDER, "num_speculative_tokens": 3}
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
@@ -93,6 +96,7 @@ def cases_of(folder: Path, texts: dict[str, list[dict[str, Any]]]) -> Iterator[d
     runs = [(name, "batched", BATCHED) for name in texts]
     runs += [(name, "chunked, prefixes cached", CHUNKED) for name in texts]
     runs += [(name, "compiled", COMPILED) for name in COMPILED_MODELS]
+    runs += [(name, "crowded", CROWDED) for name in SHARDED_MODELS]
     runs += [(name, "drafts by ngram", DRAFTED) for name in DRAFTED_MODELS]
     runs += [(name, "tensor parallel 2", SHARDED) for name in SHARDED_MODELS]
     for name, how, engine in runs:
@@ -139,11 +143,13 @@ def judged(case: dict[str, Any], found: dict[str, Any], texts: dict[str, Any]) -
     right = equal == len(expected) and difference < EXACT
     if case["times"] == 2:
         right = right and found["cached"] > 0
-    if "speculative_config" in case["engine"]:
-        right = right and found["accepted"] > 0
+    counts = found["counts"]
+    for option, count in (("speculative_config", "drafted tokens accepted"), ("max_num_seqs", "preempted")):
+        if option in case["engine"] and counts:
+            right = right and counts.get(count, 0) > 0
     cached = f", {found['cached']} tokens of prompts from the cache" if found["cached"] else ""
-    drafted = f", {found['accepted']} drafted tokens accepted" if found["accepted"] else ""
-    return right, f"{equal} of {len(expected)} texts equal, |Δ log p| ≤ {difference:.1e}{cached}{drafted}"
+    seen = "".join(f", {value} {count}" for count, value in counts.items() if value)
+    return right, f"{equal} of {len(expected)} texts equal, |Δ log p| ≤ {difference:.1e}{cached}{seen}"
 
 
 def pairs_of(rows: list[list[float]], expected: list[dict[str, Any]], name: str) -> list[tuple[float, float]]:

@@ -25,6 +25,12 @@ os.environ |= {
 }
 
 
+COUNTS = {
+    "vllm:spec_decode_num_accepted_tokens": "drafted tokens accepted",
+    "vllm:num_preemptions": "preempted",
+}
+
+
 def solver_types(model: Any) -> list[str]:
     """The types that the solvers' parameters have."""
     return sorted({str(value.dtype) for name, value in model.named_parameters() if ".solver." in name})
@@ -49,10 +55,8 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
         outputs = llm.generate(prompts, options, use_tqdm=False)
     found["texts"] = [list(output.outputs[0].token_ids) for output in outputs]
     found["cached"] = sum(output.num_cached_tokens or 0 for output in outputs)
-    counts = llm.get_metrics() if "speculative_config" in case["engine"] else []
-    found["accepted"] = sum(
-        count.value for count in counts if count.name == "vllm:spec_decode_num_accepted_tokens"
-    )
+    metrics = [] if case["engine"].get("disable_log_stats", True) else llm.get_metrics()
+    found["counts"] = {COUNTS[count.name]: count.value for count in metrics if count.name in COUNTS}
     chosen = [
         output.prompt_logprobs[1:] if case.get("scored") else output.outputs[0].logprobs for output in outputs
     ]

@@ -10,6 +10,7 @@ Shapes: T tokens of all requests, D hidden size, G key/value heads of this rank,
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +33,7 @@ from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper, m
 from vllm.sequence import IntermediateTensors
 
 from vllm_iiet.checks import check_engine, checked
-from vllm_iiet.modeling_iiet import History, IIETConfig, Step, build_solver
+from vllm_iiet.modeling_iiet import History, IIETConfig, Solver, Step, build_solver
 
 
 class IIETAttention(nn.Module):
@@ -174,7 +175,7 @@ class IIETModel(nn.Module):
         scale = self.config.embedding_scale
         if scale != 1:
             y_TD = y_TD * scale
-        solver, buffer = self.layers[0].solver, None
+        solver, buffer = cast(Solver, self.layers[0].solver), None
         if solver.merges_all and not torch.compiler.is_compiling():
             shape = (len(self.layers) + solver.roots, *y_TD.shape)
             buffer = torch.empty(shape, dtype=torch.float32, device=y_TD.device)
@@ -228,6 +229,7 @@ class IIETForCausalLM(nn.Module):
             ValueError: a tensor that the model has no place for (vLLM's loader would pass over a bias), or a
                 parameter for which there is none.
         """
+        stacked: dict[str, tuple[str, str | int]]
         stacked = {".k_proj": (".kv_proj", "k"), ".v_proj": (".kv_proj", "v")}
         if self.config.kv_cache != "first":
             stacked = {f".{name}_proj": (".qkv_proj", name) for name in "qkv"}
