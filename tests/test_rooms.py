@@ -40,6 +40,7 @@ OUTSIDE = {
     "lm_eval": ("evaluation/",),
     "fastapi": ("serving/app.py",),
     "uvicorn": ("serving/app.py",),
+    "vllm": ("hf/vllm_plugin/",),
     "transformers": ("hf/", "serving/", "evaluation/", "doctor.py"),
     "torch": (
         *("ops/", "parallel/", "data/loader/", "models/", "storage/", "hf/"),
