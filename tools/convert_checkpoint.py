@@ -5,6 +5,7 @@
     tools/convert_checkpoint.py --from-run runs/demo --to DIR         # for megatron_iiet.models.load
     tools/convert_checkpoint.py --from-hf LLAMA --to DIR --solver.kind iiet --solver.iterations 0
     tools/convert_checkpoint.py --from-model DIR --to-hf LLAMA --as-llama
+    tools/convert_checkpoint.py --refresh EXPORT                      # an older version's: its code
 
 What a training run reads (training.initial_weights, distillation.teacher) may be any of these forms.
 """
@@ -14,7 +15,7 @@ from __future__ import annotations
 import argparse
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -43,7 +44,12 @@ def parse_arguments() -> argparse.Namespace:
         "--from-run", metavar="RUN_DIR", help="output_dir of a training run, whatever its layout"
     )
     source.add_argument("--from-model", metavar="DIR", help="folder that --to wrote")
-    target = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument(
+        "--refresh",
+        metavar="EXPORT",
+        help="renew the code and settings of a folder that --to-hf of an older version wrote, in place",
+    )
+    target = parser.add_mutually_exclusive_group()
     target.add_argument(
         "--to",
         metavar="DIR",
@@ -67,6 +73,12 @@ def parse_arguments() -> argparse.Namespace:
         help="with --to-hf: a plain LlamaForCausalLM (with their biases or norms a Qwen2 or Qwen3), which "
         "needs no code of its own; for kind euler",
     )
+    parser.add_argument(
+        "--chat-template",
+        metavar="FILE",
+        help="with --to-hf: Jinja template of conversations, a file or 'turns' (roles in plain text, and the "
+        "end of a text behind what the assistant says)",
+    )
     for name in SOLVER_OPTIONS:
         parser.add_argument(
             f"--solver.{name}",
@@ -80,6 +92,14 @@ def parse_arguments() -> argparse.Namespace:
 
 def refuse_misplaced(parser: ArgumentParser, arguments: argparse.Namespace) -> None:
     """Options that say nothing about what was asked for are mistakes."""
+    if arguments.refresh:
+        others = {name: value for name, value in vars(arguments).items() if name != "refresh" and value}
+        if others:
+            option = next(iter(others)).replace("_", "-")
+            parser.error(f"--{option} is given with --refresh, which changes no weights; leave it out")
+        return
+    if not arguments.to and not arguments.to_hf:
+        parser.error("one of the arguments --to --to-hf is required")
     for name in solver_options(arguments):
         if not arguments.from_hf:
             given, whose = ("--from-run", "run's") if arguments.from_run else ("--from-model", "model's")
@@ -93,6 +113,7 @@ def refuse_misplaced(parser: ArgumentParser, arguments: argparse.Namespace) -> N
             "--dtype": arguments.dtype,
             "--max-shard-size": arguments.max_shard_size,
             "--as-llama": arguments.as_llama,
+            "--chat-template": arguments.chat_template,
         }
         for option, value in given_options.items():
             if value:
@@ -122,6 +143,8 @@ class Source:
     tokenizer_files: list[Path]
     """The one to load first."""
     hf_folder: Path | None = None
+    facts: Mapping[str, str] = field(default_factory=dict)
+    """What is known of its training, for the model card."""
 
 
 def open_source(arguments: argparse.Namespace) -> Source:
@@ -149,7 +172,26 @@ def open_source(arguments: argparse.Namespace) -> Source:
         run.state,
         run.state,
         run.tokenizer_files,
+        facts=facts_of_run(Path(arguments.from_run), run.folder),
     )
+
+
+def facts_of_run(run: Path, checkpoint: Path) -> dict[str, str]:
+    """What the run's folder says of the training up to a checkpoint."""
+    from megatron_iiet.storage.checkpoint import read_config, read_state
+    from megatron_iiet.training.metrics import LOG, read_log
+
+    config, state = read_config(checkpoint), read_state(checkpoint)
+    tokens = state.step * config.training.global_batch_size * config.data.sequence_length
+    facts = {
+        "data": ", ".join(Path(prefix).name for prefix in config.data.weights if prefix),
+        "trained": f"{state.step:,} steps, {tokens:,} tokens in sequences of {config.data.sequence_length:,}",
+    }
+    log = read_log(run) if (run / LOG).is_file() else {}
+    losses = {step: v["validation_loss"] for step, v in log.items() if "validation_loss" in v}
+    if seen := [step for step in losses if step <= state.step]:
+        facts["validation loss"] = f"{losses[seen[-1]]:.4f} nats a token at step {seen[-1]:,}"
+    return facts
 
 
 def tokenizer_of_model(folder: Path, config: RunConfig) -> list[Path]:
@@ -166,6 +208,11 @@ def convert(arguments: argparse.Namespace) -> str:
     from megatron_iiet.models import Transformer
     from megatron_iiet.storage.portable import check_new, save
 
+    if arguments.refresh:
+        from megatron_iiet.hf.refresh import refresh
+
+        renewed = refresh(arguments.refresh)
+        return f"{arguments.refresh}: " + (f"renewed {', '.join(renewed)}" if renewed else "nothing to renew")
     target = arguments.to or arguments.to_hf
     check_new(target)
     source = open_source(arguments)
@@ -219,6 +266,8 @@ def to_hf(source: Source, arguments: argparse.Namespace, solver: str) -> str:
         dtype=dtype,
         max_shard_bytes=size,
         as_llama=arguments.as_llama,
+        chat_template=arguments.chat_template,
+        facts=source.facts,
     )
     kind = f"a plain {FAMILIES[plain_family(source.config.model)].title}" if arguments.as_llama else solver
     count = len(written.weight_files)

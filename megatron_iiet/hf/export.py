@@ -16,7 +16,10 @@ from megatron_iiet.config.hugging_face import CONFIG_FILE, FAMILIES, Family, rea
 from megatron_iiet.config.schema import ModelConfig
 from megatron_iiet.config.solvers import Euler
 from megatron_iiet.durable import new_folder, write_text
-from megatron_iiet.hf.tokenizer import TOKEN_FIELDS, Extras, to_json
+from megatron_iiet.hf.card import CARD_FILE, model_card
+from megatron_iiet.hf.chat import CHAT_TEMPLATE_FILE, read_template, try_template
+from megatron_iiet.hf.tokenizer import CONFIG_FILE as TOKENIZER_CONFIG
+from megatron_iiet.hf.tokenizer import DEFINITION_FILE, TOKEN_FIELDS, Extras, to_json
 from megatron_iiet.storage.hugging_face.llama import TOKENIZER_FILES, solver_to_fields
 from megatron_iiet.storage.hugging_face.shards import write_shards
 from megatron_iiet.storage.hugging_face.weights import tensors_to_write
@@ -27,10 +30,17 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """What weights can be stored as, by the names of the tool's option."""
 GENERATION_FILE = "generation_config.json"
 MODELING_FILE = "modeling_iiet.py"
+AUTO_MAP = {
+    "AutoConfig": "modeling_iiet.IIETConfig",
+    "AutoModel": "modeling_iiet.IIETModel",
+    "AutoModelForCausalLM": "modeling_iiet.IIETForCausalLM",
+    "AutoModelForSequenceClassification": "modeling_iiet.IIETForSequenceClassification",
+}
+"""As in the file that travels, which may not be imported without transformers."""
 
 _NO_WINDOW = {"use_sliding_window": False, "sliding_window": None}
 # What a Hugging Face folder may say of its tokenizer besides.
-_ABOUT_TOKENIZERS = ("special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
+_ABOUT_TOKENIZERS = ("special_tokens_map.json", "added_tokens.json", CHAT_TEMPLATE_FILE)
 
 
 @dataclass(frozen=True)
@@ -60,6 +70,8 @@ def export_folder(
     dtype: str = "fp32",
     max_shard_bytes: int = 5 * 10**9,
     as_llama: bool = False,
+    chat_template: str | None = None,
+    facts: Mapping[str, str] | None = None,
 ) -> Written:
     """Write the model that ``config`` describes, with ``weights`` by our names.
 
@@ -71,10 +83,13 @@ def export_folder(
         max_shard_bytes: most bytes of tensors in a file.
         as_llama: a plain LlamaForCausalLM (with what those have Qwen2ForCausalLM, Qwen3ForCausalLM), which is
             read without this package's code.
+        chat_template: one from :data:`chat.NAMED <megatron_iiet.hf.chat.NAMED>`, or a file; in place of the
+            tokenizer's own.
+        facts: what the model card says of the training besides.
 
     Raises:
-        ValueError: the folder exists, the model is no LLaMA though ``as_llama`` says so, or ``dtype`` cannot
-            hold a weight.
+        ValueError: the folder exists, the model is no LLaMA though ``as_llama`` says so, ``dtype`` cannot
+            hold a weight, or the chat template cannot write a conversation.
     """
     folder = Path(folder)
     check_new(folder)
@@ -89,14 +104,21 @@ def export_folder(
     fields = config_fields(config, extras.token_ids, dtype, as_llama=as_llama)
     generation = {name: value for name, value in extras.token_ids.items() if value is not None}
     files = {GENERATION_FILE: to_json(generation), **extras.files}
+    files[CARD_FILE] = model_card(config, folder.resolve().name, facts or {}, own_code=not as_llama)
     if not as_llama:
         files[MODELING_FILE] = modeling_code()
+    if chat_template is not None:
+        files[CHAT_TEMPLATE_FILE] = read_template(chat_template)
+        if DEFINITION_FILE not in files and TOKENIZER_CONFIG not in files:
+            raise ValueError("--chat-template is given, but the folder gets no tokenizer that could use it")
     with new_folder(folder) as partial:
         tensors = tensors_to_write(config, weights, DTYPES[dtype], as_llama=as_llama)
         weight_files = write_shards(partial, tensors, max_shard_bytes)
         for name, content in files.items():
             (partial / name).write_bytes(content)
         write_text(partial / CONFIG_FILE, to_json(fields).decode())
+        if chat_template is not None:
+            try_template(partial, chat_template)
     return Written(weight_files, sorted(files.keys() - {GENERATION_FILE}), notes)
 
 
@@ -149,15 +171,9 @@ def config_fields(
     }
     if as_llama:
         return _plain_fields(model, fields, FAMILIES[kind])
-    module = MODELING_FILE.removesuffix(".py")
     own = {"qkv_bias": model.attention_bias == "qkv", "qk_norm": model.qk_norm}
     return fields | {
-        "auto_map": {
-            "AutoConfig": f"{module}.IIETConfig",
-            "AutoModel": f"{module}.IIETModel",
-            "AutoModelForCausalLM": f"{module}.{fields['architectures'][0]}",
-            "AutoModelForSequenceClassification": f"{module}.IIETForSequenceClassification",
-        },
+        "auto_map": dict(AUTO_MAP),
         **{name: value for name, value in own.items() if value},
         "vocab_multiple": model.vocab_multiple,
         "embedding_scale": model.resolved_embedding_scale,

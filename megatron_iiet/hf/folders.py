@@ -5,6 +5,7 @@ transformers is imported where it is used: that takes seconds.
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +43,28 @@ def read_fields(folder: str | Path) -> dict[str, Any]:
     return fields
 
 
+def is_own(folder: str | Path) -> bool:
+    """Whether a folder is an export of an IIET."""
+    path = Path(folder) / CONFIG_FILE
+    return path.is_file() and read_json(path).get("model_type") == "iiet"
+
+
+def old_code(folder: str | Path) -> str:
+    """What to tell of an export whose code is another version's, in a sentence; empty if it is not."""
+    from megatron_iiet.hf.export import MODELING_FILE, modeling_code
+
+    code = Path(folder) / MODELING_FILE
+    if not is_own(folder) or (code.is_file() and code.read_bytes() == modeling_code()):
+        return ""
+    return (
+        f"{code} is not this version's, which is used here; other programs run the folder's own: renew it "
+        f"with tools/convert_checkpoint.py --refresh {folder}"
+    )
+
+
 def load_model(folder: str | Path, dtype: torch.dtype, trust_remote_code: bool = False, **fields: Any) -> Any:
-    """The model of a folder; exports of an IIET by the classes of this package, not by the copy beside them.
+    """The model of a folder; exports of an IIET by the classes of this package, not by the copy beside them,
+    and with a note on the standard error where that is another version's.
 
     Args:
         trust_remote_code: run code that the folder brings.
@@ -55,6 +76,8 @@ def load_model(folder: str | Path, dtype: torch.dtype, trust_remote_code: bool =
     from transformers import AutoModelForCausalLM
 
     register()
+    if note := old_code(folder):
+        print(f"note: {note}", file=sys.stderr)
     try:
         return AutoModelForCausalLM.from_pretrained(
             folder,
@@ -69,7 +92,8 @@ def load_model(folder: str | Path, dtype: torch.dtype, trust_remote_code: bool =
 
 
 def load_tokenizer(folder: str | Path, trust_remote_code: bool = False) -> Any:
-    """The tokenizer of a folder.
+    """The tokenizer of a folder; that of an IIET takes control tokens spelled out in a text for text, as
+    training does.
 
     Raises:
         ValueError: there is none, it is damaged, or brings code that is not trusted.
@@ -77,9 +101,10 @@ def load_tokenizer(folder: str | Path, trust_remote_code: bool = False) -> Any:
     from transformers import AutoTokenizer
 
     register()
+    exact = {"split_special_tokens": True} if is_own(folder) else {}
     try:
         return AutoTokenizer.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=trust_remote_code
+            folder, local_files_only=True, trust_remote_code=trust_remote_code, **exact
         )
     except Exception as error:  # tokenizers raises bare Exception for a broken file
         raise ValueError(_sentence(folder, "tokenizer", error)) from error

@@ -255,7 +255,8 @@ def open_generator(
         if step is not None:
             raise ValueError(f"--step is given, but {path} is a model folder, which has no steps")
         keys: dict[str, Any] = {} if kv_cache is None else {"kv_cache": kv_cache}
-        own = folders.read_fields(folder).get("model_type") == "iiet"
+        folders.read_fields(folder)  # a damaged configuration is told here
+        own = folders.is_own(folder)
         if keys and not own:
             raise ValueError(f"--kv-cache is given, but {folder} is no IIET; leave it out")
         found = folders.load_model(folder, DTYPES[precision], trust_remote_code, **keys)

@@ -355,7 +355,7 @@ class _CacheConfig(IIETConfig):
         return seen
 
     @property
-    def num_hidden_layers(self) -> int:  # type: ignore[override]
+    def num_hidden_layers(self) -> int:  # type: ignore[misc, override]
         return self.num_cache_sets
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> LlamaConfig:
@@ -1097,9 +1097,9 @@ class IIETModel(IIETPreTrainedModel):
             raise ValueError(
                 "kv_cache is 'last', which continuous batching cannot do; load the model with kv_cache 'all'"
             )
-        known = getattr(given, "layer_to_allocator", None) or getattr(
-            given, "layer_index_to_group_indices", ()
-        )
+        known: Any = getattr(given, "layer_to_allocator", None)
+        if known is None:  # before 5.18
+            known = getattr(given, "layer_index_to_group_indices", ())
         if len(known) != self.config.num_cache_sets:
             raise ValueError(
                 f"the paged cache holds {len(known)} sets of keys and values, but this model has "

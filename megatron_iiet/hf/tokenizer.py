@@ -1,8 +1,10 @@
 """The tokenizer of an exported folder: files from which transformers' AutoTokenizer encodes as ours does.
 
-transformers' own conversion of a SentencePiece ``.model`` gives other ids (runs of spaces), and by default
-control tokens spelled out in a text become control ids. So ``tokenizer.json`` is made here and compared, on
-hard texts, with the tokenizer that defines the ids, and ``split_special_tokens`` keeps text text.
+transformers' own conversion of a SentencePiece ``.model`` gives other ids (runs of spaces). So
+``tokenizer.json`` is made here and compared, on hard texts, with the tokenizer that defines the ids. Control
+tokens spelled out in a text are text in training; who wants that of a folder's tokenizer loads it with
+``split_special_tokens=True``, as our tools do. It is no setting of the folder: fine-tuning appends the end of
+a text by its name, and would never teach a model to stop.
 """
 
 from __future__ import annotations
@@ -136,16 +138,15 @@ def _export_definition(exact: HuggingFaceTokenizer) -> Extras:
 
 
 def _as_it_is(exact: HuggingFaceTokenizer, path: Path, beside: Path) -> Extras:
-    content = json.loads(beside.read_text(encoding="utf-8"))  # declared_tokens has read it before
     has_bos = "bos_token" in declared_tokens(beside)
     note = (
-        f"{CONFIG_FILE} is the tokenizer's own: transformers adds to a text what it says, and turns control "
-        "tokens spelled out in a text into their ids, which training here does not"
+        f"{CONFIG_FILE} is the tokenizer's own: transformers adds to a text what it says, which training "
+        "here does not"
     )
     return Extras(
         {DEFINITION_FILE: path.read_bytes(), CONFIG_FILE: beside.read_bytes()},
         _token_ids(exact, _control_names(exact), has_bos),
-        "" if content.get("split_special_tokens") else note,
+        note,
     )
 
 
@@ -165,11 +166,10 @@ def _token_ids(
 
 
 def _config(ids: dict[str, Any], names: dict[int, str]) -> dict[str, Any]:
-    """``tokenizer_config.json``: ``tokenizer.json`` as it stands, and all of a text is text."""
+    """``tokenizer_config.json``: ``tokenizer.json`` as it stands."""
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
         **{field.removesuffix("_id"): names[number] for field, number in ids.items()},
-        "split_special_tokens": True,
         "clean_up_tokenization_spaces": False,
     }
 
@@ -183,7 +183,7 @@ def _compare(exact: Tokenizer, definition: bytes) -> None:
     import tokenizers
 
     model: Any = tokenizers.Tokenizer.from_buffer(definition)
-    model.encode_special_tokens = True  # what split_special_tokens sets
+    model.encode_special_tokens = True  # what split_special_tokens=True sets
     texts = list(hard_texts(exact))
     encodings = model.encode_batch(texts, add_special_tokens=False)
     for text, ids, encoding in zip(texts, exact.encode_batch(texts), encodings, strict=True):

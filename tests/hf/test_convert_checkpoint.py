@@ -19,6 +19,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from megatron_iiet import models
 from megatron_iiet.config import config_to_yaml
 from megatron_iiet.data.tokenizers.loading import load_tokenizer
+from megatron_iiet.hf import folders
+from megatron_iiet.models import Transformer
+from megatron_iiet.storage import portable
+from megatron_iiet.training.metrics import read_log
 from tests.distributed.harness import run_ranks
 from tests.distributed.runs import as_data, ds_json, pretrain_rank
 from tests.tiny import make_data, tiny_config, validation_loss
@@ -172,7 +176,7 @@ def test_explicit_solvers(tmp_path: Path, convert: Convert, options: list[str], 
 
 def test_errors_are_one_line(tmp_path: Path, llama: LlamaForCausalLM, convert: Convert) -> None:
     assert convert("--to", "x").error == (
-        "one of the arguments --from-hf --from-run --from-model is required"
+        "one of the arguments --from-hf --from-run --from-model --refresh is required"
     )
     assert convert("--from-hf", "hf").error == "one of the arguments --to --to-hf is required"
     both = convert("--from-hf", "hf", "--from-run", "r", "--to", "x")
@@ -213,7 +217,10 @@ def test_errors_are_one_line(tmp_path: Path, llama: LlamaForCausalLM, convert: C
 def test_as_a_process(tmp_path: Path) -> None:
     result = subprocess.run([sys.executable, TOOL, "--to", "x"], cwd=tmp_path, capture_output=True, text=True)
     assert (result.returncode, result.stdout) == (2, "")
-    assert result.stderr == "error: one of the arguments --from-hf --from-run --from-model is required\n"
+    assert (
+        result.stderr
+        == "error: one of the arguments --from-hf --from-run --from-model --refresh is required\n"
+    )
 
 
 def test_around_the_circle(tmp_path: Path, llama: LlamaForCausalLM, convert: Convert) -> None:
@@ -227,7 +234,7 @@ def test_around_the_circle(tmp_path: Path, llama: LlamaForCausalLM, convert: Con
     assert there.out.startswith(
         f"wrote iiet: {llama.num_parameters() + 6:,} parameters from ours, solver iiet, "
     )
-    assert "fp32 in 16 files, modeling_iiet.py" in there.out
+    assert "fp32 in 16 files, README.md, modeling_iiet.py" in there.out
     assert there.out.endswith("\nnote: no tokenizer came with the model, so the folder has none\n")
     assert convert("--from-hf", "iiet", "--to", "again").code == 0
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("ours", "again"))
@@ -262,10 +269,13 @@ sys.meta_path.insert(0, Refuse())
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 model = AutoModelForCausalLM.from_pretrained("hf", trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained("hf", trust_remote_code=True)
-inputs = tokenizer("the solver  merges</s>", return_tensors="pt")
+tokenizer = AutoTokenizer.from_pretrained("hf", trust_remote_code=False)  # it needs none
+inputs = tokenizer("the solver  merges" + tokenizer.eos_token, return_tensors="pt")
+said = [{"role": "user", "content": " hi "}, {"role": "assistant", "content": "yes"}]
+said = tokenizer.apply_chat_template(said, tokenize=False) + "|" + tokenizer.apply_chat_template(
+    said[:1], tokenize=False, add_generation_prompt=True)
 out = model.generate(**inputs, max_new_tokens=6, do_sample=False)
-print(json.dumps([inputs["input_ids"].tolist(), out.tolist(), model.generation_config.eos_token_id]))
+print(json.dumps([inputs["input_ids"].tolist(), out.tolist(), model.generation_config.eos_token_id, said]))
 """
 
 
@@ -276,19 +286,37 @@ def test_a_run_for_transformers_alone(tmp_path: Path, convert: Convert, data: di
         data, tmp_path / "run", parallel={"tensor": 2}, solver={"kind": "iiet", "iterations": 2}
     )
     run_ranks(pretrain_rank, 2, as_data(config), ds_json(tmp_path, 1))
-    result = convert("--from-run", "run", "--to-hf", "hf")
+    result = convert("--from-run", "run", "--to-hf", "hf", "--chat-template", "turns")
     assert result.code == 0, result.err
-    files = "modeling_iiet.py, tokenizer.json, tokenizer.model, tokenizer_config.json"
+    files = (
+        "README.md, chat_template.jinja, modeling_iiet.py, tokenizer.json, tokenizer.model, "
+        "tokenizer_config.json"
+    )
     assert result.out.endswith(f"run/checkpoints/step_00000008, solver iiet, fp32 in 1 file, {files}\n")
     command = [sys.executable, "-c", _ELSEWHERE]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     environment["HF_MODULES_CACHE"] = str(tmp_path / "modules")
     elsewhere = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert elsewhere.returncode == 0, elsewhere.stderr
-    prompt, decoded, eos = json.loads(elsewhere.stdout.splitlines()[-1])
+    prompt, decoded, eos, said = json.loads(elsewhere.stdout.splitlines()[-1])
     tokenizer = load_tokenizer(data["tokenizer"])
-    assert prompt == [tokenizer.encode("the solver  merges</s>").tolist()]
+    assert prompt == [[*tokenizer.encode("the solver  merges").tolist(), tokenizer.eod_id]]
     assert eos == tokenizer.eod_id
+    answered, asked = said.split("|")
+    assert answered == "### User:\nhi\n### Assistant:\nyes</s>"
+    assert asked == "### User:\nhi\n### Assistant:\n"
+    card = (tmp_path / "hf" / "README.md").read_text()
+    losses = read_log(tmp_path / "run")
+    last = max(step for step, values in losses.items() if "validation_loss" in values)
+    rows = [
+        "| solver | iiet, variant paper, r = 2 |",
+        "| evaluations of the layers | 9 for each token |",
+        f"| data | {Path(data['prefix']).name} |",
+        "| trained | 8 steps, 1,024 tokens in sequences of 16 |",
+        f"| validation loss | {losses[last]['validation_loss']:.4f} nats a token at step {last} |",
+    ]
+    assert [row for row in rows if row not in card] == []
+    assert card.startswith("---\nlibrary_name: transformers\n")
     assert convert("--from-run", "run", "--to", "ours").code == 0
     model, tokens = models.load(tmp_path / "ours"), torch.tensor(prompt)
     while tokens.shape[1] < len(decoded[0]):
@@ -346,3 +374,67 @@ def test_from_run(
     missing = convert("--from-run", "run", "--to", "x").error
     assert "step_00000004/rank_00000.safetensors is missing" in missing
     assert not (tmp_path / "x").exists()
+
+
+def test_refresh_renews_what_an_older_version_wrote(
+    tmp_path: Path, llama: LlamaForCausalLM, convert: Convert
+) -> None:
+    options = ["--solver.kind", "iiet", "--solver.iterations", "1"]
+    (tmp_path / "hf" / "tokenizer.model").unlink()
+    assert convert("--from-hf", "hf", "--to-hf", "export", *options).code == 0
+    assert convert("--refresh", "export").out == "export: nothing to renew\n"
+    export = tmp_path / "export"
+    weights = (export / "model.safetensors").read_bytes()
+    code = (export / "modeling_iiet.py").read_bytes()
+    (export / "modeling_iiet.py").write_text("raise ImportError")
+    fields = json.loads((export / "config.json").read_text())
+    auto_map = fields.pop("auto_map")
+    (export / "config.json").write_text(json.dumps(fields | {"auto_map": {"AutoConfig": "other"}}))
+    (export / "tokenizer_config.json").write_text('{"eos_token": "</s>", "split_special_tokens": true}')
+    assert convert("--refresh", "export").out == (
+        "export: renewed modeling_iiet.py, config.json (auto_map), tokenizer_config.json "
+        "(split_special_tokens, with which no fine-tuning learns to stop)\n"
+    )
+    assert (export / "modeling_iiet.py").read_bytes() == code
+    assert (export / "model.safetensors").read_bytes() == weights
+    assert json.loads((export / "tokenizer_config.json").read_text()) == {"eos_token": "</s>"}
+    renewed = json.loads((export / "config.json").read_text())
+    assert (renewed["auto_map"], renewed["solver"]) == (auto_map, fields["solver"])
+    assert convert("--refresh", "export").out == "export: nothing to renew\n"
+    assert convert("--refresh", "hf").error.startswith("hf is no export of an IIET")
+    wrong = convert("--refresh", "export", "--dtype", "bf16")
+    assert wrong.error == "--dtype is given with --refresh, which changes no weights; leave it out"
+    assert convert("--from-hf", "hf").error == "one of the arguments --to --to-hf is required"
+
+
+def test_an_export_with_other_code_is_told(
+    tmp_path: Path, llama: LlamaForCausalLM, convert: Convert, capsys: pytest.CaptureFixture[str]
+) -> None:
+    convert("--from-hf", "hf", "--to-hf", "export", "--solver.kind", "iiet")
+    folders.load_model(tmp_path / "export", torch.float32)
+    assert "note" not in capsys.readouterr().err
+    (tmp_path / "export" / "modeling_iiet.py").write_text("raise ImportError")
+    folders.load_model(tmp_path / "export", torch.float32)
+    assert "modeling_iiet.py is not this version's, which is used here" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [
+        ("{{ messages[9].content }}", "cannot write a conversation"),
+        ("{% for m in messages %}{{ m.role }}{% endfor %}", "leaves out what was said"),
+        (None, "is neither a file nor turns"),
+    ],
+)
+def test_a_chat_template_that_does_not_work_leaves_nothing_behind(
+    tmp_path: Path, convert: Convert, data: dict[str, str], template: str | None, words: str
+) -> None:
+    config = tiny_config(data, tmp_path / "run")
+    model = Transformer(config)
+    model.initialise(seed=0)
+    portable.save(config, model.state_dict(), "ours", extra_files=[Path(data["tokenizer"])])
+    if template is not None:
+        (tmp_path / "mine.jinja").write_text(template)
+    wrong = convert("--from-model", "ours", "--to-hf", "hf", "--chat-template", "mine.jinja")
+    assert words in wrong.error
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith("hf")] == []

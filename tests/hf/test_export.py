@@ -151,10 +151,11 @@ def test_transformers_computes_the_same(tmp_path: Path, solver: dict[str, Any]) 
 def test_files_of_a_folder(tmp_path: Path) -> None:
     model = build({"kind": "iiet", "iterations": [1, 0, 2, 3]})
     written = export(model, tmp_path / "hf")
-    assert written.files == ["modeling_iiet.py"]
+    assert written.files == ["README.md", "modeling_iiet.py"]
     assert {file.name for file in (tmp_path / "hf").iterdir()} == {
         "config.json",
         "generation_config.json",
+        "README.md",
         "model.safetensors",
         "modeling_iiet.py",
     }
