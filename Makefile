@@ -1,4 +1,4 @@
-# make demo | demo-compare | demo-distill | setup | test | test-long | test-layouts | test-kills | test-versions | check | mutants | cuda-check | gpu-check | gpu-bundle | format | clean    (see README.md and CONTRIBUTING.md)
+# make demo | demo-compare | demo-distill | setup | test | test-long | test-layouts | test-kills | test-versions | test-vllm | check | mutants | cuda-check | gpu-check | gpu-bundle | format | clean    (see README.md and CONTRIBUTING.md)
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
@@ -9,7 +9,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 unexport PYTHONDONTWRITEBYTECODE
 CSRC := $(shell find csrc -type f \( -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.inl' -o -name '*.cuh' \) 2>/dev/null)
 
-.PHONY: setup demo demo-compare demo-distill test test-long test-layouts test-kills test-versions check mutants cuda-check gpu-check gpu-bundle format clean
+.PHONY: setup demo demo-compare demo-distill test test-long test-layouts test-kills test-versions test-vllm check mutants cuda-check gpu-check gpu-bundle format clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.package
@@ -124,6 +124,10 @@ test-kills: setup
 TORCH ?= 2.11.0 2.13.0 2.14.1
 test-versions: setup
 	$(BIN)/python tests/versions/check.py $(TORCH)
+
+# Exports of every solver in a real vLLM, text for text; in an environment of its own, 4 GB that go again.
+test-vllm: setup
+	$(BIN)/python tests/vllm/check.py
 
 check: setup
 	$(BIN)/ruff format --check .

@@ -196,6 +196,8 @@ class EvaluationConfig:
     """Rows of each task, the first ones; null: all."""
     tasks_data_dir: str = key("", FREE)
     """Folder with the tasks' data, NAME.jsonl each (docs/evaluation.md); empty: from the Hugging Face hub."""
+    tasks_include_path: str = key("", FREE)
+    """Folder with definitions of tasks of your own, as lm-evaluation-harness reads them; empty: none."""
 
 
 @dataclass

@@ -99,7 +99,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     },
     "evaluation": {
         "interval": 200, "samples": 256, "tasks": [], "tasks_interval": 1000, "tasks_limit": 100,
-        "tasks_data_dir": "",
+        "tasks_data_dir": "", "tasks_include_path": "",
     },
     "checkpoint": {"interval": 500, "keep": 2, "resume": True},
     "logging": {"interval": 10, "tensorboard": True, "solver_interval": 200, "peak_tflops": None},

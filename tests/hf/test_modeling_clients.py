@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 import transformers
 from torch import Tensor
 from transformers import (
@@ -25,6 +23,7 @@ from transformers.cache_utils import DynamicSlidingWindowLayer, QuantizedLayer
 
 from megatron_iiet.hf import modeling_iiet, register
 from megatron_iiet.hf.modeling_iiet import IIETConfig, IIETForCausalLM, IIETForSequenceClassification
+from tests.distributed.harness import run_ranks
 from tests.hf.solvers_under_test import EVERY_SOLVER, SOLVERS, hf_model, model_pair, our_model, tokens
 from tests.versions import exports, loads
 
@@ -253,23 +252,31 @@ UNREAD: dict[str, list[tuple[int, tuple[str, ...]]]] = {
 """Parameters of a solver that its layer does not read, by hand."""
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "name", ["euler", "iiet-plan", "iiet-euler-predictor", "released-shared", "released-r0"]
-)
-def test_ddp_trains_without_a_search_for_unused_parameters(name: str, tmp_path: Path) -> None:
-    """Two steps of torch's own; it fails in the second where a parameter of the first had no gradient."""
-    mp.spawn(_two_steps, args=(name, str(tmp_path / "store")), nprocs=2)
+@pytest.fixture
+def alone_in_a_group() -> Iterator[None]:
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
 
 
-def _two_steps(rank: int, name: str, store: str) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", f"file://{store}", rank=rank, world_size=2)
+@pytest.mark.usefixtures("alone_in_a_group")
+@pytest.mark.parametrize("name", EVERY_SOLVER)
+def test_ddp_trains_without_a_search_for_unused_parameters(name: str) -> None:
+    """Two steps of torch's own: it refuses the second if in the first a gradient was missing."""
     hf = torch.nn.parallel.DistributedDataParallel(hf_model(our_model(name)).train())
     for step in range(2):
-        ids = tokens(2, 8, seed=step + 2 * rank)
+        ids = tokens(2, 8, seed=step)
         hf(ids, labels=ids).loss.backward()
-    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("alone_in_a_group")
+def test_ddp_would_tell_of_a_parameter_without_a_gradient() -> None:
+    hf = hf_model(our_model("released")).train()
+    hf.model.layers[0].solver.unused_row_0.requires_grad_(True)
+    parallel, ids = torch.nn.parallel.DistributedDataParallel(hf), tokens(2, 8)
+    parallel(ids, labels=ids).loss.backward()
+    with pytest.raises(RuntimeError, match="did not receive grad"):
+        parallel(ids, labels=ids)
 
 
 @pytest.mark.parametrize("cast", [lambda m: m.to(torch.bfloat16), lambda m: m.half(), lambda m: m.bfloat16()])
@@ -300,15 +307,13 @@ def test_only_modules_that_are_there_are_kept_in_fp32() -> None:
 @pytest.mark.parametrize("tied", [True, False])
 def test_tensor_parallel_loading_computes_the_same(tied: bool, tmp_path: Path) -> None:
     hf_model(our_model("iiet-plan", tie_embeddings=tied)).save_pretrained(tmp_path / "hf")
-    mp.spawn(_load_parallel, args=(str(tmp_path),), nprocs=2)
+    run_ranks(_load_parallel, 2, tmp_path / "hf")
 
 
-def _load_parallel(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-    torch.distributed.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
-    whole = IIETForCausalLM.from_pretrained(f"{folder}/hf").eval()
-    parallel = IIETForCausalLM.from_pretrained(f"{folder}/hf", tp_plan="auto").eval()
+def _load_parallel(folder: Path) -> None:
+    torch.distributed.init_process_group("gloo")
+    whole = IIETForCausalLM.from_pretrained(folder).eval()
+    parallel = IIETForCausalLM.from_pretrained(folder, tp_plan="auto").eval()
     local = parallel.model.layers[0].self_attn.q_proj.weight.to_local()  # type: ignore[attr-defined]
     assert local.shape[0] == 16, "q_proj is not cut"
     ids = tokens(1, 6)

@@ -100,6 +100,7 @@ OTHER: dict[str, Any] = {
     "evaluation.tasks_interval": 5,
     "evaluation.tasks_limit": 5,
     "evaluation.tasks_data_dir": "tasks",
+    "evaluation.tasks_include_path": "tasks",
     "checkpoint.interval": 5,
     "checkpoint.keep": 5,
     "checkpoint.resume": False,

@@ -4,8 +4,8 @@ transformers and, for the adapters, peft.
     python tests/versions/loads.py FOLDER NAME...
 
 FOLDER/NAME is an export, FOLDER/expected.json what the model that was exported computes without a cache. One
-JSON object on the last line: by name of an export and of a check ``ok``, ``-: why`` it does not apply, or what
-went wrong.
+JSON object on the last line: by name of an export and of a check ``ok``, ``-: why`` it does not apply, or
+what went wrong.
 """
 
 from __future__ import annotations
