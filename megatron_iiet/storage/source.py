@@ -22,7 +22,7 @@ from megatron_iiet.storage.parameters import Weights
 
 KINDS = (
     "a model folder of tools/convert_checkpoint.py (config.yaml, model.safetensors), a training run's "
-    "output_dir or one of its checkpoints, or a Hugging Face folder (config.json, safetensors) of a LLaMA, "
+    "output_dir or one of its checkpoints, or a Hugging Face folder (config.json and weights) of a LLaMA, "
     "Mistral, Qwen2 or Qwen3 or one that tools/convert_checkpoint.py wrote"
 )
 
