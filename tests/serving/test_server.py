@@ -6,6 +6,7 @@ import http.client
 import json
 import runpy
 import socket
+import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -371,3 +372,16 @@ def test_what_a_start_says(
     assert {route.path for route in app.routes} == {
         "/v1/completions", "/v1/chat/completions", "/v1/models", "/v1/models/{name:path}", "/health",
     }  # fmt: skip
+
+
+@pytest.mark.long
+def test_the_benchmark(folder: Path) -> None:
+    """All four ways make the same texts, and a row each."""
+    script = TOOL.parents[1] / "benchmarks/serving.py"
+    sizes = "--clients 3 --new-tokens 6 --prompt 5 --rounds 1 --threads 1"
+    command = [sys.executable, str(script), "--model", str(folder / "portable"), *sizes.split()]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = [line for line in done.stdout.splitlines() if line.endswith("| equal |")]
+    assert len(rows) == 4
+    assert "3 prompts of 4 to 5 tokens, 6 new ones each, 1 threads" in done.stdout
