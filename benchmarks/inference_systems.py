@@ -165,7 +165,7 @@ def evaluations(config: RunConfig) -> int:
 
 def cache_formula(config: RunConfig, precision: str) -> int:
     """Bytes of a token: 2 · d_kv · bytes · Σ evaluations."""
-    width = config.model.num_kv_heads * config.model.head_dim
+    width = config.model.num_kv_heads * config.model.head_width
     return 2 * width * DTYPES[precision].itemsize * evaluations(config)
 
 

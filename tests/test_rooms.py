@@ -24,6 +24,7 @@ ROOMS = (
     ("data", "models"),
     ("storage",),
     ("hf",),
+    ("serving",),
     ("evaluation",),
     ("training",),
     ("distillation",),
@@ -37,11 +38,13 @@ DOORS = {("models/__init__.py", "megatron_iiet.storage.portable"): "models.load 
 OUTSIDE = {
     "deepspeed": ("training/engine/",),
     "lm_eval": ("evaluation/",),
+    "fastapi": ("serving/app.py",),
+    "uvicorn": ("serving/app.py",),
     "vllm": ("hf/vllm_plugin/",),
-    "transformers": ("hf/", "evaluation/", "doctor.py"),
+    "transformers": ("hf/", "serving/", "evaluation/", "doctor.py"),
     "torch": (
         *("ops/", "parallel/", "data/loader/", "models/", "storage/", "hf/"),
-        *("evaluation/", "training/", "distillation/", "doctor.py"),
+        *("serving/", "evaluation/", "training/", "distillation/", "doctor.py"),
     ),
 }
 """Libraries that only some rooms may import."""

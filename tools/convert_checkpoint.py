@@ -12,6 +12,7 @@ What a training run reads (training.initial_weights, distillation.teacher) may b
 from __future__ import annotations
 
 import argparse
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +35,9 @@ def parse_arguments() -> argparse.Namespace:
     )
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument(
-        "--from-hf", metavar="DIR", help="Hugging Face folder of a LLaMA, or one that --to-hf wrote"
+        "--from-hf",
+        metavar="DIR",
+        help="Hugging Face folder of a LLaMA, Mistral, Qwen2 or Qwen3, or one that --to-hf wrote",
     )
     source.add_argument(
         "--from-run", metavar="RUN_DIR", help="output_dir of a training run, whatever its layout"
@@ -61,11 +64,14 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--as-llama",
         action="store_true",
-        help="with --to-hf: a plain LlamaForCausalLM, which needs no code of its own; for kind euler",
+        help="with --to-hf: a plain LlamaForCausalLM (with their biases or norms a Qwen2 or Qwen3), which "
+        "needs no code of its own; for kind euler",
     )
     for name in SOLVER_OPTIONS:
         parser.add_argument(
-            f"--solver.{name}", metavar="VALUE", help="with --from-hf LLaMA; see pretrain_iiet.py --help"
+            f"--solver.{name}",
+            metavar="VALUE",
+            help="with --from-hf, of all but an IIET; see pretrain_iiet.py --help",
         )
     arguments = parser.parse_args()
     refuse_misplaced(parser, arguments)
@@ -170,13 +176,32 @@ def convert(arguments: argparse.Namespace) -> str:
     if arguments.to:
         save(source.config, source.state, target, extra_files=source.tokenizer_files)
         names = ", ".join(file.name for file in source.tokenizer_files) or "no tokenizer"
-        return f"wrote {target}: {parameters}, {solver}, {names}"
-    return f"wrote {target}: {parameters}, {to_hf(source, arguments, solver)}"
+        written = f"{solver}, {names}"
+    else:
+        written = to_hf(source, arguments, solver)
+    return f"wrote {target}: {parameters}, {written}{note_of_function(source, arguments)}"
+
+
+def note_of_function(source: Source, arguments: argparse.Namespace) -> str:
+    """What a user must know of a source that gets a solver: it was trained as explicit Euler."""
+    solver, layers, where = source.config.solver, source.config.model.num_layers, source.description
+    given = {name: getattr(arguments, f"solver.{name}") for name in solver_options(arguments)}
+    if not given or solver.starts_as_llama(layers):
+        return ""
+    options = " ".join(f"--solver.{name} {shlex.quote(value)}" for name, value in given.items())
+    schedule = ", with a solver.schedule that lets the iterations come in" if "iterations" in given else ""
+    return (
+        f"\nnote: with solver {solver.describe(solver.iterations_per_layer(layers))} these weights compute "
+        f"another function than {where}, which was trained as explicit Euler. Train it before use: "
+        f"pretrain_iiet.py --model.from {where} --training.initial_weights {where} {options}{schedule} "
+        "(docs/regimes.md)."
+    )
 
 
 def to_hf(source: Source, arguments: argparse.Namespace, solver: str) -> str:
     """Write a Hugging Face folder; what is in it."""
-    from megatron_iiet.hf.export import export_folder, extras_of_folder
+    from megatron_iiet.config.hugging_face import FAMILIES
+    from megatron_iiet.hf.export import export_folder, extras_of_folder, plain_family
     from megatron_iiet.hf.tokenizer import extras_of_tokenizer
     from megatron_iiet.storage.hugging_face.shards import parse_bytes
 
@@ -195,7 +220,7 @@ def to_hf(source: Source, arguments: argparse.Namespace, solver: str) -> str:
         max_shard_bytes=size,
         as_llama=arguments.as_llama,
     )
-    kind = "a plain LLaMA" if arguments.as_llama else solver
+    kind = f"a plain {FAMILIES[plain_family(source.config.model)].title}" if arguments.as_llama else solver
     count = len(written.weight_files)
     files = "1 file" if count == 1 else f"{count} files"
     description = ", ".join([kind, f"{dtype} in {files}", *written.files])

@@ -40,6 +40,12 @@ def parse_arguments() -> argparse.Namespace:
         metavar="DIR",
         help="work offline: NAME.jsonl (.gz, .zst) or NAME.parquet of each task; default: the hub",
     )
+    add(
+        "--include-path",
+        default="",
+        metavar="DIR",
+        help="definitions of tasks of your own, as lm-evaluation-harness reads them; with data of their own",
+    )
     add("--limit", type=int, metavar="N", help="the first N rows of each task only")
     add("--output", default="", metavar="DIR", help="folder to write into (default: evaluation in --model)")
     add("--step", type=int, metavar="N", help="of a run: the checkpoint of this step, not the newest")
@@ -96,6 +102,7 @@ def main() -> None:
                 data_dir=arguments.data_dir,
                 limit=arguments.limit,
                 output=arguments.output,
+                include_path=arguments.include_path,
             )
         )
     except (ValueError, OSError, ImportError) as error:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_iiet.config.changes import ACCEPT_CHANGES
 from megatron_iiet.config.keys import section_names
 from megatron_iiet.config.kinds import Declaration, Kinds, name_fields, own_keys
+from megatron_iiet.config.model_source import FROM
 from megatron_iiet.config.schema import KINDS, RunConfig
 
 if TYPE_CHECKING:
@@ -42,6 +43,12 @@ def format_help(short: Mapping[str, str] = MappingProxyType({})) -> str:
         "--ds-config",
         metavar="FILE.json",
         help="DeepSpeed configuration (also --deepspeed_config); shared values may be left out or 'auto'.",
+    )
+    parser.add_argument(
+        f"--{FROM}",
+        metavar="FOLDER",
+        help="A model whose shape the model section takes, also as a key of the YAML file: a Hugging Face "
+        "folder, a model folder or a run. What is given beside it must not contradict it.",
     )
     for flag, stands_for in short.items():
         parser.add_argument(

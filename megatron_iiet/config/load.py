@@ -25,7 +25,8 @@ from megatron_iiet.config.keys import (
     section_names,
 )
 from megatron_iiet.config.kind_section import Setting, type_error
-from megatron_iiet.config.schema import RunConfig
+from megatron_iiet.config.model_source import FROM, resolve_model_source
+from megatron_iiet.config.schema import ModelConfig, RunConfig
 from megatron_iiet.config.validation import validate
 
 COMMAND_LINE = "on the command line"
@@ -79,8 +80,7 @@ def load_config(
         sys.exit(0)
     files, overrides = _read_arguments(arguments, short)
     settings = (_settings_of_file(files["config"]) if "config" in files else []) + overrides
-    config, notes = build_config(settings)
-    validate(config)
+    config, notes = _build(settings)
     return LoadedConfig(
         config=config,
         ds_config_path=Path(files["ds_config"]) if "ds_config" in files else None,
@@ -128,11 +128,19 @@ def config_from_dict(data: Mapping[str, Any], source: str = "the given dictionar
 
 def _built(settings: Sequence[Setting], source: str) -> RunConfig:
     """The configuration; there is no start of a run to tell its notes, so they are warnings."""
-    config, notes = build_config(settings)
-    validate(config)
+    config, notes = _build(settings)
     for note in notes if is_first_rank() else ():
         warnings.warn(f"{source}: {note}", stacklevel=3)
     return config
+
+
+def _build(settings: Sequence[Setting]) -> tuple[RunConfig, list[str]]:
+    def model_of_yaml(path: Path) -> ModelConfig:
+        return _build(_settings_of_file(path))[0].model
+
+    config, notes = build_config(resolve_model_source(settings, model_of_yaml))
+    validate(config)
+    return config, notes
 
 
 def config_to_dict(config: RunConfig) -> dict[str, Any]:
@@ -218,7 +226,7 @@ def _setting(key: str, value: Any, source: str, lines: Mapping[str, int]) -> Set
             f"{key} stands {where}, but is meant for one start and must not become a habit; give it on the "
             f"command line, --{key} KEY"
         )
-    if key not in key_types():
+    if key not in key_types() and key != FROM:
         candidates = [*key_types(), *section_names()] if "." not in key else list(key_types())
         raise ConfigError(f"unknown key '{key}' {where}{did_you_mean(key, candidates) or SEE_HELP}")
     return Setting(key, value, where, source)
@@ -267,7 +275,7 @@ def _read_arguments(
             files[name] = value
         elif flag not in _IGNORED_WITH_VALUE:
             key = flag[2:]
-            parsed = value if key_types()[key] is str else strict_yaml.parse_value(value)
+            parsed = value if key_types().get(key, str) is str else strict_yaml.parse_value(value)
             settings.append(Setting(key, parsed, COMMAND_LINE, COMMAND_LINE))
     return files, settings
 
@@ -285,7 +293,7 @@ def _keys_to_accept(value: str) -> tuple[str, ...]:
 
 
 def _check_flag(flag: str, short: Mapping[str, str], arguments: Sequence[str]) -> None:
-    if flag in _START_FLAGS or flag in _IGNORED_WITH_VALUE or flag[2:] in key_types():
+    if flag in _START_FLAGS or flag in _IGNORED_WITH_VALUE or flag[2:] in (FROM, *key_types()):
         return
     if flag[2:] == BASE:
         raise ConfigError(

@@ -3,12 +3,13 @@ a field is its ``--help`` text."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from megatron_iiet.config.changes import BELOW_ONE, NOT_NEGATIVE, POSITIVE, Change, key
 from megatron_iiet.config.kinds import Kinds
 from megatron_iiet.config.optimizers import OPTIMIZERS, OptimizerConfig
+from megatron_iiet.config.rope import RopeScaling, read_rope_scaling
 from megatron_iiet.config.solvers import SOLVERS, Iterating, SolverConfig
 
 FUNCTION, ORDER, COURSE, FREE = Change
@@ -29,6 +30,14 @@ class ModelConfig:
     num_key_value_heads: int | None = key(None, FUNCTION, POSITIVE)
     """Key/value heads of grouped-query attention; must divide num_attention_heads.
     null: as many as query heads."""
+    head_dim: int | None = key(None, FUNCTION, POSITIVE)
+    """Width of one attention head, even; null: hidden_size / num_attention_heads."""
+    attention_bias: Literal["none", "qkv", "qkvo"] = key("none", FUNCTION)
+    """Biases of the attention's linear maps: none, on queries, keys and values (Qwen2), or on the output as
+    well. They start at zero."""
+    qk_norm: bool = key(False, FUNCTION)
+    """RMSNorm of every head's query and key before they are rotated, one weight for all heads of a layer
+    (Qwen3)."""
     vocab_size: int = key(32000, FUNCTION, POSITIVE)
     """Token ids V that the model knows; at least the tokenizer's size."""
     vocab_multiple: int = key(128, FUNCTION, POSITIVE)
@@ -45,6 +54,11 @@ class ModelConfig:
     """Epsilon of every RMSNorm."""
     rotary_base: float = key(10000.0, FUNCTION, POSITIVE)
     """Base of the rotary position embedding."""
+    rope_scaling: dict[str, float | bool | str] | None = key(None, FUNCTION)
+    """How rotary positions reach beyond the length a model was first trained on: null, or an object with kind
+    linear (factor), llama3 (factor, low_freq_factor, high_freq_factor, original_max_position_embeddings) or
+    yarn (factor, original_max_position_embeddings; also beta_fast, beta_slow, attention_factor, mscale,
+    mscale_all_dim, truncate); transformers' names and definitions."""
     init_std: float = key(0.02, COURSE, POSITIVE)
     """Standard deviation of the normal initialisation of every weight matrix."""
 
@@ -54,9 +68,9 @@ class ModelConfig:
         return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
 
     @property
-    def head_dim(self) -> int:
-        """Width of one attention head."""
-        return self.hidden_size // self.num_attention_heads
+    def head_width(self) -> int:
+        """Width of one attention head, null resolved."""
+        return self.hidden_size // self.num_attention_heads if self.head_dim is None else self.head_dim
 
     @property
     def num_kv_heads(self) -> int:
@@ -67,6 +81,27 @@ class ModelConfig:
     def resolved_embedding_scale(self) -> float:
         """The factor on the embedding output, 'unit' resolved to 1 / init_std."""
         return 1.0 / self.init_std if self.embedding_scale == "unit" else float(self.embedding_scale)
+
+    @property
+    def resolved_rope_scaling(self) -> RopeScaling | None:
+        """How rotary positions are scaled; None if they are not.
+
+        Raises:
+            ConfigError: ``rope_scaling`` is no such object.
+        """
+        return read_rope_scaling(self.rope_scaling)
+
+    def resolved(self) -> dict[str, Any]:
+        """Every key's value, equal where it means the same: null and 'unit' are the numbers that they stand
+        for (but a head's width is null where it follows from others), an object has no defaults."""
+        scaling = self.resolved_rope_scaling
+        follows = self.head_width * self.num_attention_heads == self.hidden_size
+        return {f.name: getattr(self, f.name) for f in fields(self)} | {
+            "num_key_value_heads": self.num_kv_heads,
+            "head_dim": None if follows else self.head_width,
+            "embedding_scale": self.resolved_embedding_scale,
+            "rope_scaling": None if scaling is None else scaling.to_mapping(),
+        }
 
 
 @dataclass
@@ -137,8 +172,8 @@ class TrainingConfig:
     initial_weights: str = key("", FUNCTION)
     """A model of the same shape to start from instead of random weights, whatever its solver: a model folder
     of tools/convert_checkpoint.py in either form, a run's output_dir or one of its checkpoints, or a
-    Hugging Face LLaMA folder (with model.embedding_scale 1). What the solver has more starts at its initial
-    values. Without effect once there is a checkpoint to resume."""
+    Hugging Face folder of a LLaMA, Mistral, Qwen2 or Qwen3 (model.from takes over its shape). What the solver
+    has more starts at its initial values. Without effect once there is a checkpoint to resume."""
     stop_after: int | None = key(None, FREE, POSITIVE)
     """Stop (with a checkpoint) once this step is reached, leaving schedules as they are; for tests and
     time limits. null: run to the end."""
@@ -161,6 +196,8 @@ class EvaluationConfig:
     """Rows of each task, the first ones; null: all."""
     tasks_data_dir: str = key("", FREE)
     """Folder with the tasks' data, NAME.jsonl each (docs/evaluation.md); empty: from the Hugging Face hub."""
+    tasks_include_path: str = key("", FREE)
+    """Folder with definitions of tasks of your own, as lm-evaluation-harness reads them; empty: none."""
 
 
 @dataclass

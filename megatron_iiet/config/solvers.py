@@ -47,6 +47,10 @@ class SolverConfig(Declaration):
         """The solver in a few words, with the iterations in force in every layer."""
         return self.kind
 
+    def starts_as_llama(self, layers: int) -> bool:
+        """Whether layers are LLaMA's as long as the solver's own parameters have their initial values."""
+        return False
+
     def check(self, layers: int) -> None:
         """Refuse values that do not fit together or the model.
 
@@ -165,6 +169,9 @@ class Euler(SolverConfig):
         """Whether the layers are LLaMA's."""
         return self.output_norm == "none"
 
+    def starts_as_llama(self, layers: int) -> bool:
+        return self.is_llama
+
 
 @dataclass
 class MergingAll(Merging):
@@ -180,6 +187,9 @@ class DLCL(MergingAll):
     """Learned merge of all earlier increments, no corrector (Wang et al. 2019)."""
 
     kind: str = name_of_kind("dlcl")
+
+    def starts_as_llama(self, layers: int) -> bool:
+        return self.resolved_coefficient_init == "identity"
 
 
 @dataclass
@@ -199,6 +209,9 @@ class WeightSharing(SeveralEvaluations):
 
     def describe(self, iterations: Sequence[int]) -> str:
         return f"{self.kind}, every layer {self.repeats} times"
+
+    def starts_as_llama(self, layers: int) -> bool:
+        return self.repeats == 1
 
 
 @dataclass
@@ -269,6 +282,11 @@ class IIET(Iterating, MergingAll):
     @property
     def merges_without_iterations(self) -> bool:
         return self.predictor == "merged"
+
+    def starts_as_llama(self, layers: int) -> bool:
+        merges = self.merge and self.merges_without_iterations
+        merges_others = merges and self.resolved_coefficient_init != "identity"
+        return not any(self.iterations_per_layer(layers)) and not merges_others
 
     def check(self, layers: int) -> None:
         super().check(layers)

@@ -10,6 +10,7 @@ from dataclasses import fields, is_dataclass
 from megatron_iiet.config.combinations import check_layout
 from megatron_iiet.config.errors import ConfigError
 from megatron_iiet.config.keys import join_words
+from megatron_iiet.config.rope import read_rope_scaling
 from megatron_iiet.config.schema import RunConfig, evaluations_in_budget
 from megatron_iiet.config.solvers import SOLVERS, SUM_TOLERANCE, Iterating
 
@@ -55,17 +56,19 @@ def _check_attention(config: RunConfig) -> None:
             f"model.hidden_size is {model.hidden_size}, but must be a multiple of model.num_attention_heads "
             f"= {model.num_attention_heads}; change one of them"
         )
-    if model.head_dim % 2:
-        raise ConfigError(
-            f"model.hidden_size / model.num_attention_heads is {model.hidden_size} / "
-            f"{model.num_attention_heads} = {model.head_dim}, but rotary embeddings need an even head width; "
-            "change one of them"
-        )
+    sizes = "model.hidden_size / model.num_attention_heads"
+    if model.head_width % 2:
+        what, instead = f"model.head_dim is {model.head_dim}", "change it"
+        if model.head_dim is None:
+            what = f"{sizes} is {model.hidden_size} / {model.num_attention_heads} = {model.head_width}"
+            instead = "change one of them, or set model.head_dim"
+        raise ConfigError(f"{what}, but rotary embeddings need an even head width; {instead}")
     if model.num_attention_heads % model.num_kv_heads:
         raise ConfigError(
             f"model.num_key_value_heads is {model.num_kv_heads}, but must divide model.num_attention_heads = "
             f"{model.num_attention_heads}; change one of them, or write null for as many as query heads"
         )
+    read_rope_scaling(model.rope_scaling)
 
 
 def _check_data(config: RunConfig) -> None:

@@ -17,7 +17,15 @@ from megatron_iiet import __version__, durable
 from megatron_iiet.evaluation.harness import HarnessModel, TaskResults, run_tasks
 from megatron_iiet.evaluation.models import ModelOptions, PreparedModel, prepare_model
 from megatron_iiet.evaluation.paper_table import all_metrics_table, mean_accuracy, paper_size, paper_table
-from megatron_iiet.evaluation.tasks import PAPER_TASKS, check_installed, find_data, load_tasks, task_names
+from megatron_iiet.evaluation.tasks import (
+    PAPER_TASKS,
+    check_installed,
+    check_known,
+    find_data,
+    load_tasks,
+    task_names,
+    without_own,
+)
 from megatron_iiet.parallel import ParallelContext
 from megatron_iiet.parallel.launch import launch_environment
 
@@ -38,6 +46,8 @@ class Options:
     """Rows of each task; None: all."""
     output: str = ""
     """Folder to write into; empty: ``evaluation`` in the model's folder."""
+    include_path: str = ""
+    """Folder of definitions of tasks of one's own."""
 
 
 def evaluate_model(options: Options) -> TaskResults:
@@ -51,8 +61,9 @@ def evaluate_model(options: Options) -> TaskResults:
     names = task_names(options.tasks)
     if options.limit is not None and options.limit < 1:
         raise ValueError(f"--limit is {options.limit}, but must be at least 1")
+    check_known(names, options.include_path)
     if options.data_dir:
-        find_data(names, options.data_dir)
+        find_data(without_own(names, options.include_path), options.data_dir)
     folder = _output_folder(options)
     prepared = prepare_model(options.model, launch_environment().world_size)
     out = sys.stdout  # the harness's own lines are kept from it
@@ -62,9 +73,11 @@ def evaluate_model(options: Options) -> TaskResults:
             if context.is_main:
                 print(line, file=out, flush=True)
 
-        tasks = _load_in_turn(names, options.data_dir, context)
+        places = (options.data_dir, options.include_path, prepared.no_generation)
+        tasks = _load_in_turn(names, *places, context)
         say(f"model: {prepared.description}: {prepared.system}, {options.model.precision}")
-        scorer = prepared.load(context)
+        generates = any(task.OUTPUT_TYPE == "generate_until" for task in tasks["tasks"].values())
+        scorer = prepared.load(context, generates)
         started = time.perf_counter()
         results = run_tasks(HarnessModel(scorer, prepared.codec, say), tasks, limit=options.limit)
         seconds = time.perf_counter() - started
@@ -88,11 +101,14 @@ def _output_folder(options: Options) -> Path:
     return folder
 
 
-def _load_in_turn(names: list[str], data_dir: str, context: ParallelContext) -> dict[str, Any]:
+def _load_in_turn(
+    names: list[str], data_dir: str, include_path: str, no_generation: str, context: ParallelContext
+) -> dict[str, Any]:
     """The first process of each host downloads what is to be downloaded, the others read its cache."""
-    tasks = load_tasks(names, data_dir) if context.local_rank == 0 else {}
+    given = (names, data_dir, include_path, no_generation)
+    tasks = load_tasks(*given) if context.local_rank == 0 else {}
     context.barrier()
-    return tasks or load_tasks(names, data_dir)
+    return tasks or load_tasks(*given)
 
 
 def _report(options: Options, prepared: PreparedModel, results: TaskResults) -> str:

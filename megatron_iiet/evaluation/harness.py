@@ -13,17 +13,22 @@ from typing import Any
 import torch
 from lm_eval.api.model import TemplateLM
 from lm_eval.evaluator import evaluate
+from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
 
 from megatron_iiet.evaluation.scoring import Scorer, TokenScores
+from megatron_iiet.hf.generation import Sampling
 from megatron_iiet.parallel.launch import variables_set
+from megatron_iiet.serving.continuation import Order, Update
 
 MAX_ROWS = 256
 """Most sequences of one batch, however short."""
 BOOTSTRAP = 100
 """Resamples for the standard error of metrics without a formula."""
 _PROGRESS_SECONDS = 30.0
+_TOP_K = 50
+"""Of a task that draws and does not say from how many tokens: transformers' own."""
 
 Answer = tuple[float, bool]
 """Log-probability of a continuation in nats, and whether greedy decoding would write it."""
@@ -107,7 +112,49 @@ class HarnessModel(TemplateLM):
         return [sum(next(answers)[0] for _ in range(count)) for count in counts]
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[str]:
-        raise NotImplementedError("load_tasks refuses tasks that generate text")
+        """Continuations up to the texts that end them, without those; as the harness's class for models of
+        transformers decodes and cuts them."""
+        writer = getattr(self.scorer, "continued", None)
+        assert writer is not None, "load_tasks refuses what this model cannot do"
+        orders = [self._order(*request.args, seed=seed) for seed, request in enumerate(requests)]
+        context = self.scorer.context
+        own = range(context.data.rank, len(orders), context.data.size)
+        done, told = 0, time.monotonic()
+
+        def tell(update: Update) -> None:
+            nonlocal done, told
+            if update.error:
+                raise ValueError(f"a text could not be made: {update.error}")
+            done += update.finish is not None
+            if time.monotonic() - told > _PROGRESS_SECONDS:
+                told = time.monotonic()
+                self._say(f"  {done * context.data.size:,} of about {len(orders):,} texts")
+
+        texts = {}
+        for i, text in zip(own, writer([orders[i] for i in own], tell), strict=True):
+            for stop in orders[i].stop:
+                text = text.split(stop)[0]
+            texts[i] = text
+        for part in context.world.gather_objects(texts):
+            texts |= part
+        return [texts[i] for i in range(len(orders))]
+
+    def _order(self, text: str, asked: dict[str, Any], *, seed: int) -> Order:
+        """What a task asks for, by the harness's own defaults; a long prompt is cut at the left."""
+        given: dict[str, Any] = dict(normalize_gen_kwargs(asked))
+        room = self.max_length - given["max_gen_toks"]
+        if room <= 0:
+            raise ValueError(
+                f"an evaluation task asks for {given['max_gen_toks']} new tokens, but the model reads "
+                f"{self.max_length} tokens in all; leave it out, or let its generation_kwargs ask for fewer "
+                "(max_gen_toks)"
+            )
+        sampling = Sampling(0.0, 0, 1.0)
+        if given["do_sample"]:
+            sampling = Sampling(given["temperature"], given.get("top_k", _TOP_K), given.get("top_p", 1.0))
+        prompt = (self.codec.encode(text) or [self.codec.start_id])[-room:]
+        stop = tuple(filter(None, given["until"]))
+        return Order(prompt, given["max_gen_toks"], sampling, seed, stop)
 
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], **_: Any

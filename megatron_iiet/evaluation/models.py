@@ -19,14 +19,20 @@ from megatron_iiet.evaluation.forward import DTYPES, ForwardModel, forward_confi
 from megatron_iiet.evaluation.harness import TextCodec
 from megatron_iiet.evaluation.scoring import Scorer, TokenScores, noting_scores, score_tokens
 from megatron_iiet.hf import folders
+from megatron_iiet.hf.generation import Codec, hugging_face_codec, own_codec, own_model
 from megatron_iiet.ops import chosen_backend
 from megatron_iiet.parallel import ParallelContext
 from megatron_iiet.parallel.group import Group
+from megatron_iiet.serving.batch import Batch
+from megatron_iiet.serving.continuation import Continuation, Order, Update
 from megatron_iiet.storage import portable
 from megatron_iiet.storage.hugging_face.llama import read_config
 from megatron_iiet.storage.source import Source, open_model
 
 Start = Literal["auto", "bos", "eos"]
+
+_SPLIT = "a model that is split over processes only scores given text; run it without --parallel flags"
+_OF_OTHERS = "of Hugging Face folders only IIETs and LLaMAs do that here; run it with lm_eval --model hf"
 
 
 @dataclass(frozen=True)
@@ -62,7 +68,10 @@ class PreparedModel:
     hidden_size: int
     num_layers: int
     codec: TextCodec
-    load: Callable[[ParallelContext], OwnScorer | HuggingFaceScorer]
+    no_generation: str
+    """Why it generates no text; empty: it does."""
+    load: Callable[..., OwnScorer | HuggingFaceScorer]
+    """``load(context, generates=False)``; ``generates``: whether it is to generate text as well."""
 
 
 def prepare_model(options: ModelOptions, world_size: int) -> PreparedModel:
@@ -108,11 +117,25 @@ class OwnScorer(Scorer):
 class HuggingFaceScorer(Scorer):
     """A whole causal language model of transformers; processes are replicas."""
 
-    def __init__(self, model: Any, context: ParallelContext, max_length: int, batch_size: int) -> None:
+    def __init__(
+        self,
+        model: Any,
+        context: ParallelContext,
+        max_length: int,
+        batch_size: int,
+        codec: Codec | None = None,
+    ) -> None:
+        """``codec``: of a model that is to generate text.
+
+        Raises:
+            ValueError: it is to, but a batch would not give what it gives alone.
+        """
         self.model = model.to(context.device).eval()
         self.context = context
         self.max_length = max_length
         self.batch_size = batch_size
+        if codec is not None:
+            self._batch = Batch(self.model, codec, places=batch_size, context=max_length)
 
     @torch.no_grad()
     def score(self, batches: Sequence[Tensor]) -> Iterator[TokenScores]:
@@ -120,6 +143,14 @@ class HuggingFaceScorer(Scorer):
             tokens = tokens.to(self.context.device)
             logits_BTV = self.model(tokens[:, :-1], use_cache=False).logits
             yield score_tokens(logits_BTV, tokens[:, 1:].contiguous(), logits_BTV.shape[-1], Group())
+
+    def continued(self, orders: Sequence[Order], tell: Callable[[Update], None]) -> list[str]:
+        """What the model, loaded for it, writes behind each prompt, decoded without that; ``tell`` hears of
+        all of them."""
+        made = [Continuation(order, self._batch.codec, tell) for order in orders]
+        # The longest prompts first: memory runs out early if at all, and prompts read together are alike.
+        self._batch.run(sorted(made, key=lambda each: -len(each.order.prompt)))
+        return [self._batch.codec.decode(each.tokens) for each in made]
 
 
 def _prepare_own(options: ModelOptions, source: Source, world_size: int) -> PreparedModel:
@@ -142,13 +173,23 @@ def _prepare_own(options: ModelOptions, source: Source, world_size: int) -> Prep
         tokenizer=options.tokenizer or portable.tokenizer_path(source.config.data.tokenizer, options.path),
     )
     codec, model = _codec(options, config.data.tokenizer, config.model.vocab_size), config.model
+
+    def load(context: ParallelContext, generates: bool = False) -> OwnScorer | HuggingFaceScorer:
+        if not generates:
+            return OwnScorer(source, config, context, options.batch_size)
+        # The same weights as an export would have them, for this package's own model has no cache.
+        exported = own_model(source.config, source.weights, options.precision)
+        writing = _writing_codec(options, config.data.tokenizer)
+        return HuggingFaceScorer(exported, context, length, options.batch_size, writing)
+
     return PreparedModel(
         source.description,
         source.config.solver.label,
         model.hidden_size,
         model.num_layers,
         codec,
-        lambda context: OwnScorer(source, config, context, options.batch_size),
+        _SPLIT if parallel.tensor * parallel.pipeline > 1 else "",
+        load,
     )
 
 
@@ -172,6 +213,14 @@ def _codec(options: ModelOptions, path: str, vocab_size: int) -> TextCodec:
     return TextCodec(lambda text: tokenizer.encode(text).tolist(), start, tokenizer.eod_id)
 
 
+def _writing_codec(options: ModelOptions, path: str) -> Codec:
+    """As :func:`_codec`, of a model that generates text."""
+    if folders.is_hugging_face(options.path) and not options.tokenizer:
+        tokenizer = folders.load_tokenizer(options.path, options.trust_remote_code)
+        return hugging_face_codec(tokenizer, follows_eos=False)
+    return own_codec(load_tokenizer(path))
+
+
 def _prepare_hugging_face(options: ModelOptions) -> PreparedModel:
     fields = folders.read_fields(options.path)
     longest = int(fields.get("max_position_embeddings") or fields.get("n_positions") or 2048)
@@ -181,9 +230,10 @@ def _prepare_hugging_face(options: ModelOptions) -> PreparedModel:
     if fields.get("model_type") == "iiet":
         system = read_config(Path(options.path)).solver.label
 
-    def load(context: ParallelContext) -> HuggingFaceScorer:
+    def load(context: ParallelContext, generates: bool = False) -> HuggingFaceScorer:
         model = folders.load_model(options.path, DTYPES[options.precision], options.trust_remote_code)
-        return HuggingFaceScorer(model, context, length, options.batch_size)
+        writing = _writing_codec(options, options.tokenizer) if generates else None
+        return HuggingFaceScorer(model, context, length, options.batch_size, writing)
 
     return PreparedModel(
         f"Hugging Face {options.path}",
@@ -191,6 +241,7 @@ def _prepare_hugging_face(options: ModelOptions) -> PreparedModel:
         int(fields.get("hidden_size") or 0),
         int(fields.get("num_hidden_layers") or 0),
         codec,
+        "" if fields.get("model_type") in ("iiet", "llama") else _OF_OTHERS,
         load,
     )
 

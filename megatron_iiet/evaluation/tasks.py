@@ -6,20 +6,34 @@ from __future__ import annotations
 import difflib
 import logging
 import re
+import socket
 import tempfile
+import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 PAPER = "paper"
 """Stands for all of :data:`PAPER_TASKS`."""
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".parquet")
 """How the names of local data files may go on behind the task's."""
+SCORES_ONLY = (
+    "only tasks that score given text run here; run it on a checkpoint with tools/evaluate.py, on one process"
+)
+"""Why a model in training generates no text."""
 _SPLIT = "test"
 _CLOSE = 0.6
+_NAMES = re.compile(r"""^(?:task|group|tag):[ \t]*["']?([^\s"'#]+)""", re.MULTILINE)
+_REACH_SECONDS = 5.0
+_GENERATION = (
+    *("until", "do_sample", "temperature", "top_p", "top_k", "num_beams"),
+    *("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens"),
+)
+"""What a task that generates text may say of how."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +111,24 @@ def check_installed() -> None:
         )
 
 
+def check_known(names: Sequence[str], include_path: str | Path = "") -> None:
+    """Refuse a name that is no task, before anything is loaded.
+
+    Raises:
+        ValueError: with the names most like it; or ``include_path`` has no task.
+    """
+    own = _own_tasks(include_path)
+    for name in names:
+        if name not in own.all_tasks and _usual_definition(name) is None:
+            _check_known(name, own.all_tasks, include_path)
+
+
+def without_own(names: Sequence[str], include_path: str | Path) -> list[str]:
+    """The tasks that are not defined in ``include_path``: those of the harness."""
+    own = _own_tasks(include_path).all_tasks
+    return [name for name in names if name not in own]
+
+
 def find_data(names: Sequence[str], data_dir: str | Path) -> dict[str, Path]:
     """The local data file of every task: ``data_dir/NAME`` with one of the :data:`SUFFIXES`.
 
@@ -122,30 +154,78 @@ def find_data(names: Sequence[str], data_dir: str | Path) -> dict[str, Path]:
     return files
 
 
-def load_tasks(names: Sequence[str], data_dir: str | Path = "") -> dict[str, Any]:
+def load_tasks(
+    names: Sequence[str],
+    data_dir: str | Path = "",
+    include_path: str | Path = "",
+    no_generation: str = SCORES_ONLY,
+) -> dict[str, Any]:
     """The tasks as the harness's ``TaskManager.load`` returns them, zero-shot unless their definition says
     otherwise; with ``data_dir`` from local files alone, else from the hub or its cache.
 
+    Args:
+        include_path: a folder of definitions of one's own, which go first and bring their own data.
+        no_generation: why the model generates no text; empty: it does.
+
     Raises:
-        ValueError: the harness is not installed, a task does not exist, generates text instead of scoring
-            it, or its data is missing or damaged.
+        ValueError: the harness is not installed, a task does not exist, generates text although the model
+            does not, or in a way that is not supported, or its data is missing or damaged.
     """
     check_installed()
     import datasets
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # the console is for our own lines
     datasets.disable_progress_bars()
-    loaded = _load_local(names, data_dir) if data_dir else _load_online(names)
+    check_known(names, include_path)
+    own = _own_tasks(include_path)
+    theirs = without_own(names, include_path)
+    mine = [name for name in names if name in own.all_tasks]
+    loaded: dict[str, Any] = {}
+    if theirs or not mine:
+        loaded = _load_local(theirs, data_dir) if data_dir else _load_online(theirs)
+    if mine:
+        found = _load(own, mine, mine)
+        loaded = {part: {**loaded.get(part, {}), **found.get(part, {})} for part in (*loaded, *found)}
     for name, task in loaded["tasks"].items():
-        if task.OUTPUT_TYPE not in ("loglikelihood", "loglikelihood_rolling", "multiple_choice"):
-            raise ValueError(
-                f"evaluation task '{name}' needs {task.OUTPUT_TYPE}, but only tasks that score given text "
-                "run here; export the model and run it with lm_eval --model hf"
-            )
+        if task.OUTPUT_TYPE == "generate_until":
+            _check_generation(name, task, no_generation)
         if task.get_config("num_fewshot") is None:
             task.set_config(key="num_fewshot", value=0)
         task.set_fewshot_seed(seed=1234)
     return loaded
+
+
+def _check_generation(name: str, task: Any, no_generation: str) -> None:
+    if no_generation:
+        raise ValueError(f"evaluation task '{name}' needs generate_until, but {no_generation}")
+    given = task.get_config("generation_kwargs") or {}
+    strange = [key for key in given if key not in _GENERATION or (key == "num_beams" and given[key] != 1)]
+    if given.get("do_sample") and not given.get("temperature"):
+        strange = ["do_sample"]  # from what distribution it does not say
+    if strange:
+        raise ValueError(
+            f"evaluation task '{name}' has generation_kwargs {strange[0]} = {given[strange[0]]!r}, which is "
+            "not supported here; export the model and run it with lm_eval --model hf"
+        )
+
+
+def _own_tasks(include_path: str | Path) -> Any:
+    """The harness's index of a folder of definitions; without a folder an empty one.
+
+    Raises:
+        ValueError: there is no such folder, or no task in it.
+    """
+    from lm_eval.tasks import TaskManager
+
+    if include_path and not Path(include_path).is_dir():
+        raise ValueError(f"the folder of task definitions {include_path} does not exist; name another")
+    found = TaskManager(include_path=str(include_path) or None, include_defaults=False)
+    if include_path and not found.all_tasks:
+        raise ValueError(
+            f"the folder of task definitions {include_path} has none that lm-evaluation-harness can read; "
+            "put NAME.yaml with 'task: NAME' there"
+        )
+    return found
 
 
 def _load_online(names: Sequence[str]) -> dict[str, Any]:
@@ -153,19 +233,50 @@ def _load_online(names: Sequence[str]) -> dict[str, Any]:
 
     usual = [_usual_definition(name) for name in names]
     if None in usual:
-        for name in names:
-            _check_known(name)
-        manager, specs = _index(), list(names)
-    else:
-        manager, specs = TaskManager(include_defaults=False), [str(path) for path in usual]
+        return _load(_index(), names, names)
+    return _load(TaskManager(include_defaults=False), names, [str(path) for path in usual])
+
+
+def _load(manager: Any, names: Sequence[str], specs: Sequence[str]) -> dict[str, Any]:
+    """The tasks that ``specs`` stand for, names or files of definitions."""
     try:
-        return dict(manager.load(specs))
+        with _offline_without_hub():
+            return dict(manager.load(list(specs)))
     except Exception as error:  # whatever the hub, the network or a dataset's reader raises
         raise ValueError(
             f"the data of evaluation tasks {', '.join(names)} could not be loaded ({_first_line(error)}); "
             "without access to the Hugging Face hub give local files with --data-dir "
             "(evaluation.tasks_data_dir in training)"
         ) from error
+
+
+@contextmanager
+def _offline_without_hub() -> Iterator[None]:
+    """Where the hub cannot be reached, its libraries look into their caches at once, and do not try five
+    times before."""
+    import datasets
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
+    if not any(before) and not _reachable(constants.ENDPOINT):
+        constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = before
+
+
+def _reachable(address: str) -> bool:
+    """Whether a server takes connections; behind a proxy it is the proxy's affair."""
+    url = urlsplit(address)
+    if urllib.request.getproxies():
+        return True
+    try:
+        port = url.port or {"http": 80}.get(url.scheme, 443)
+        socket.create_connection((url.hostname, port), _REACH_SECONDS).close()
+    except OSError:
+        return False
+    return True
 
 
 def _load_local(names: Sequence[str], data_dir: str | Path) -> dict[str, Any]:
@@ -240,7 +351,6 @@ def _definition(name: str) -> Path:
     usual = _usual_definition(name)
     if usual is not None:
         return usual
-    _check_known(name)
     path = _index().task_index[name].yaml_path
     if name not in _index().all_subtasks or path is None:
         raise ValueError(
@@ -263,13 +373,25 @@ def _usual_definition(name: str) -> Path | None:
     return path if f"task: {name}" in path.read_text().splitlines() else None
 
 
-def _check_known(name: str) -> None:
-    known = _index().all_tasks
-    if name in known:
+def _check_known(name: str, own: Sequence[str], include_path: str | Path) -> None:
+    texts = _definitions()
+    # The index takes a minute; most misspelt names are nowhere in what it would read.
+    if any(name in text for text in texts) and name in _index().all_tasks:
         return
-    near = difflib.get_close_matches(name, known, n=3, cutoff=_CLOSE)
+    known = [found for text in texts for found in _NAMES.findall(text)]
+    near = difflib.get_close_matches(name, dict.fromkeys([*own, *known]), n=3, cutoff=_CLOSE)
     hint = f"; did you mean {' or '.join(near)}?" if near else "; lm_eval ls tasks lists them all"
-    raise ValueError(f"lm-evaluation-harness has no task '{name}'{hint}")
+    where = f"neither lm-evaluation-harness nor {include_path} has a"
+    raise ValueError(f"{where if own else 'lm-evaluation-harness has no'} task '{name}'{hint}")
+
+
+@cache
+def _definitions() -> list[str]:
+    """The texts of the harness's definitions."""
+    import lm_eval.tasks
+
+    files = sorted(Path(lm_eval.tasks.__file__).parent.rglob("*.yaml"))
+    return [file.read_text(encoding="utf-8", errors="replace") for file in files]
 
 
 def _first_line(error: BaseException) -> str:

@@ -8,10 +8,12 @@ __all__ = ["register"]
 
 def register() -> None:
     """Let transformers' Auto classes load ``model_type`` 'iiet' without ``trust_remote_code``."""
-    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+    import transformers
 
-    from megatron_iiet.hf.modeling_iiet import IIETConfig, IIETForCausalLM, IIETModel
+    from megatron_iiet.hf import modeling_iiet
 
-    AutoConfig.register("iiet", IIETConfig, exist_ok=True)
-    AutoModel.register(IIETConfig, IIETModel, exist_ok=True)
-    AutoModelForCausalLM.register(IIETConfig, IIETForCausalLM, exist_ok=True)
+    transformers.AutoConfig.register("iiet", modeling_iiet.IIETConfig, exist_ok=True)
+    for auto, named in modeling_iiet.AUTO_MAP.items():
+        model = getattr(modeling_iiet, named.rpartition(".")[2])
+        if auto != "AutoConfig":
+            getattr(transformers, auto).register(modeling_iiet.IIETConfig, model, exist_ok=True)

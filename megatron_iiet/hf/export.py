@@ -12,12 +12,14 @@ from typing import Any
 import torch
 
 from megatron_iiet.config import RunConfig
+from megatron_iiet.config.hugging_face import CONFIG_FILE, FAMILIES, Family, read_json
+from megatron_iiet.config.schema import ModelConfig
 from megatron_iiet.config.solvers import Euler
 from megatron_iiet.durable import new_folder, write_text
 from megatron_iiet.hf.tokenizer import TOKEN_FIELDS, Extras, to_json
-from megatron_iiet.storage.hugging_face.llama import ARCHITECTURES, TOKENIZER_FILES, solver_to_fields
-from megatron_iiet.storage.hugging_face.shards import read_json, write_shards
-from megatron_iiet.storage.hugging_face.weights import CONFIG_FILE, tensors_to_write
+from megatron_iiet.storage.hugging_face.llama import TOKENIZER_FILES, solver_to_fields
+from megatron_iiet.storage.hugging_face.shards import write_shards
+from megatron_iiet.storage.hugging_face.weights import tensors_to_write
 from megatron_iiet.storage.parameters import RowSource
 from megatron_iiet.storage.portable import check_new
 
@@ -26,6 +28,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 GENERATION_FILE = "generation_config.json"
 MODELING_FILE = "modeling_iiet.py"
 
+_NO_WINDOW = {"use_sliding_window": False, "sliding_window": None}
 # What a Hugging Face folder may say of its tokenizer besides.
 _ABOUT_TOKENIZERS = ("special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
 
@@ -66,7 +69,8 @@ def export_folder(
     Args:
         dtype: a name from :data:`DTYPES`; what solvers have is stored in fp32 whatever it is.
         max_shard_bytes: most bytes of tensors in a file.
-        as_llama: a plain LlamaForCausalLM, which is read without this package's code.
+        as_llama: a plain LlamaForCausalLM (with what those have Qwen2ForCausalLM, Qwen3ForCausalLM), which is
+            read without this package's code.
 
     Raises:
         ValueError: the folder exists, the model is no LLaMA though ``as_llama`` says so, or ``dtype`` cannot
@@ -96,27 +100,37 @@ def export_folder(
     return Written(weight_files, sorted(files.keys() - {GENERATION_FILE}), notes)
 
 
+def plain_family(model: ModelConfig) -> str:
+    """The ``model_type`` of the plain models that have what ``model`` has.
+
+    Raises:
+        ValueError: there are none.
+    """
+    if not model.qk_norm:
+        return "qwen2" if model.attention_bias == "qkv" else "llama"
+    if model.attention_bias == "qkv":
+        raise ValueError(
+            "the model is no plain LLaMA, Qwen2 or Qwen3: none has both model.qk_norm true and "
+            "model.attention_bias 'qkv'; leave out --as-llama"
+        )
+    return "qwen3"
+
+
 def config_fields(
     config: RunConfig, token_ids: Mapping[str, Any], dtype: str, *, as_llama: bool
 ) -> dict[str, Any]:
-    """``config.json``: LLaMA's fields as transformers 5 writes them (of a LLaMA also as 4 reads them), and
-    what an IIET has besides."""
-    model, kind = config.model, "llama" if as_llama else "iiet"
-    architecture = ARCHITECTURES[kind]
-    fields: dict[str, Any] = {"architectures": [architecture], "model_type": kind}
-    if not as_llama:
-        module = MODELING_FILE.removesuffix(".py")
-        fields["auto_map"] = {
-            "AutoConfig": f"{module}.IIETConfig",
-            "AutoModel": f"{module}.IIETModel",
-            "AutoModelForCausalLM": f"{module}.{architecture}",
-        }
-    fields |= {
-        "attention_bias": False,
+    """``config.json``: the fields of LLaMA or of a relative as transformers 5 writes them (of a plain model
+    also as 4 reads them), and what an IIET has besides."""
+    model = config.model
+    kind = plain_family(model) if as_llama else "iiet"
+    fields = {
+        "architectures": [FAMILIES[kind].architectures[0]],
+        "model_type": kind,
+        "attention_bias": model.attention_bias == "qkvo",
         "attention_dropout": 0.0,
         **token_ids,
         "dtype": str(DTYPES[dtype]).removeprefix("torch."),
-        "head_dim": model.head_dim,
+        "head_dim": model.head_width,
         "hidden_act": "silu",
         "hidden_size": model.hidden_size,
         "initializer_range": model.init_std,
@@ -127,22 +141,49 @@ def config_fields(
         "num_hidden_layers": model.num_layers,
         "num_key_value_heads": model.num_kv_heads,
         "rms_norm_eps": model.rms_norm_eps,
-        "rope_parameters": {"rope_theta": model.rotary_base, "rope_type": "default"},
+        "rope_parameters": {"rope_theta": model.rotary_base, "rope_type": "default", **rope_fields(model)},
         "tie_word_embeddings": model.tie_embeddings,
         "transformers_version": metadata.version("transformers"),
         "use_cache": True,
         "vocab_size": model.vocab_size,
     }
     if as_llama:
-        # transformers 4 reads it here and takes 10000 where it is missing; 5 reads rope_parameters.
-        fields["rope_theta"] = model.rotary_base
-    else:
-        fields |= {
-            "vocab_multiple": model.vocab_multiple,
-            "embedding_scale": model.resolved_embedding_scale,
-            "solver": solver_to_fields(config),
-        }
-    return fields
+        return _plain_fields(model, fields, FAMILIES[kind])
+    module = MODELING_FILE.removesuffix(".py")
+    own = {"qkv_bias": model.attention_bias == "qkv", "qk_norm": model.qk_norm}
+    return fields | {
+        "auto_map": {
+            "AutoConfig": f"{module}.IIETConfig",
+            "AutoModel": f"{module}.IIETModel",
+            "AutoModelForCausalLM": f"{module}.{fields['architectures'][0]}",
+            "AutoModelForSequenceClassification": f"{module}.IIETForSequenceClassification",
+        },
+        **{name: value for name, value in own.items() if value},
+        "vocab_multiple": model.vocab_multiple,
+        "embedding_scale": model.resolved_embedding_scale,
+        "solver": solver_to_fields(config),
+    }
+
+
+def _plain_fields(model: ModelConfig, fields: dict[str, Any], family: Family) -> dict[str, Any]:
+    """Of a model that needs no code of its own, without what its family does not know."""
+    known = {name: value for name, value in fields.items() if name != "mlp_bias" or not family.defaults}
+    if not family.bias_is_a_field:
+        del known["attention_bias"]
+    # transformers 4 reads these, and takes its defaults where they are missing.
+    known |= {"rope_theta": model.rotary_base, "torch_dtype": fields["dtype"]}
+    if scaling := rope_fields(model):
+        known["rope_scaling"] = scaling
+    return known | {name: value for name, value in _NO_WINDOW.items() if name in family.defaults}
+
+
+def rope_fields(model: ModelConfig) -> dict[str, Any]:
+    """How positions are scaled, in transformers' words; empty if they are not."""
+    scaling = model.resolved_rope_scaling
+    if scaling is None:
+        return {}
+    values = scaling.to_mapping()
+    return {"rope_type": values.pop("kind"), **values}
 
 
 def modeling_code() -> bytes:

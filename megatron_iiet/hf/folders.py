@@ -10,10 +10,9 @@ from typing import Any
 
 import torch
 
+from megatron_iiet.config.hugging_face import CONFIG_FILE, read_json
 from megatron_iiet.hf import register
 from megatron_iiet.storage import portable
-from megatron_iiet.storage.hugging_face.shards import read_json
-from megatron_iiet.storage.hugging_face.weights import CONFIG_FILE
 
 
 def is_hugging_face(path: str | Path) -> bool:

@@ -77,6 +77,8 @@ class Codec:
     """Ids of a prompt with the token that a document begins behind; never empty."""
     decode: Callable[[list[int]], str]
     """Text of ids; control ids give nothing."""
+    chat: Callable[[list[dict[str, Any]]], list[int]] | None = None
+    """Ids of a conversation up to where the answer begins, if the tokenizer has a chat template."""
 
 
 class TextGenerator:
@@ -223,7 +225,12 @@ def hugging_face_codec(tokenizer: Any, follows_eos: bool) -> Codec:
         return ids
 
     decode = partial(tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    return Codec(eos, len(tokenizer), encode, decode)
+    chat = None
+    if getattr(tokenizer, "chat_template", None):
+        chat = partial(
+            tokenizer.apply_chat_template, add_generation_prompt=True, tokenize=True, return_dict=False
+        )
+    return Codec(eos, len(tokenizer), encode, decode, chat)
 
 
 def open_generator(

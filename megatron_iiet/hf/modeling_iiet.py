@@ -4,8 +4,9 @@ versions that ``TRANSFORMERS`` names).
 A model is LLaMA's decoder layer as a function F (its output minus its input) and a *solver* that integrates
 it from y_n to y_{n+1}: ``euler`` (the plain LLaMA layer), ``dlcl``, ``weight-sharing``, ``rk2``, ``rk4``,
 ``pcformer`` and ``iiet`` (Iterative Implicit Euler Transformer, arXiv 2509.22463), which evaluates F r_n + 1
-times in layer n. ``config.json`` has LLaMA's fields, ``embedding_scale``, ``solver`` and ``kv_cache``;
-weights have LLaMA's names, and ``model.layers.N.solver.*`` for what the solver has.
+times in layer n. ``config.json`` has LLaMA's fields, ``embedding_scale``, ``solver``, ``kv_cache``,
+``qkv_bias`` and ``qk_norm``; weights have LLaMA's and Qwen's names, and ``model.layers.N.solver.*`` for what
+the solver has.
 
 Keys and values are kept in transformers' own caches, one set ("virtual layer") for each evaluation of F,
 which attends to its own of earlier tokens. ``kv_cache`` has two cheaper ways, see :class:`IIETConfig`.
@@ -82,6 +83,8 @@ _TELLS_PLACES = "cache_kwargs" in inspect.signature(Cache.update).parameters
 """Whether caches have to be told where new tokens go: before 5.4."""
 _ONE_ROTARY_BASE = "rope_theta" in inspect.signature(LlamaConfig.__init__).parameters
 """Whether the rotary embedding is configured by ``rope_theta`` and ``rope_scaling``: before 5.0."""
+_OWN_DRAFTS = not transformers.__version__.startswith("5.15.")
+"""Whether assisted generation says how many tokens to take out of a draft's cache by what is in it."""
 
 LAYER_NORM_EPS = 1e-5
 """Epsilon of the LayerNorms that solvers have, as in the IIET authors' code."""
@@ -240,6 +243,8 @@ class IIETConfig(LlamaConfig):
       attend to the first one's keys and values, with and without a cache. It is *another function* of the
       weights: exact in itself (decoding equals the full forward pass), meant for models trained with it.
       Those say so by ``solver.key_values`` 'first', for which this is the only value and the default.
+    * ``qkv_bias``: biases of queries, keys and values (``attention_bias``: of the output as well).
+    * ``qk_norm``: RMSNorm of every head's query and key before they are rotated.
 
     Raises:
         ValueError: a field has a value that is not supported, or solver.iterations does not fit the layers.
@@ -254,6 +259,8 @@ class IIETConfig(LlamaConfig):
         embedding_scale: float = 1.0,
         solver: dict[str, Any] | None = None,
         kv_cache: str = "all",
+        qkv_bias: bool = False,
+        qk_norm: bool = False,
         **kwargs: Any,
     ) -> None:
         for name in _OF_OTHER_MODELS:
@@ -270,6 +277,8 @@ class IIETConfig(LlamaConfig):
         self.embedding_scale = embedding_scale
         self.solver = solver
         self.kv_cache = kv_cache
+        self.qkv_bias = qkv_bias
+        self.qk_norm = qk_norm
         self.resolve()
         if not getattr(self, "auto_map", None):
             self.auto_map = dict(AUTO_MAP)
@@ -292,11 +301,21 @@ class IIETConfig(LlamaConfig):
         scale = self.embedding_scale
         if not isinstance(scale, int | float) or isinstance(scale, bool) or not 0 < scale < float("inf"):
             raise ValueError(f"embedding_scale is {scale!r}; give a number above 0")
+        for name in ("qkv_bias", "qk_norm"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} is {getattr(self, name)!r}; give true or false")
+        if self.qkv_bias and self.attention_bias:
+            raise ValueError("qkv_bias and attention_bias are both true; keep the one that is meant")
+
+    @property
+    def layers(self) -> int:
+        """N, the layers of the model, also of a configuration that shows caches another number."""
+        return cast(int, vars(self)["num_hidden_layers"])
 
     @property
     def iterations(self) -> list[int]:
         """Corrector iterations r_n of each layer; zeros for kinds without a corrector to iterate."""
-        return cast(dict[str, Any], self.solver).get("iterations", [0] * self.num_hidden_layers)
+        return cast(dict[str, Any], self.solver).get("iterations", [0] * self.layers)
 
     @property
     def evaluations(self) -> list[int]:
@@ -305,13 +324,13 @@ class IIETConfig(LlamaConfig):
         fixed = {"rk2": 2, "rk4": 4, "pcformer": solver.get("predictor_order", 0) + 1}
         fixed["weight-sharing"] = solver.get("repeats", 1)
         if solver["kind"] in fixed:
-            return [fixed[solver["kind"]]] * self.num_hidden_layers
+            return [fixed[solver["kind"]]] * self.layers
         return [r + 1 for r in self.iterations]
 
     @property
     def num_cache_sets(self) -> int:
         """Sets of keys and values that a cache holds."""
-        return sum(self.evaluations) if self.kv_cache == "all" else self.num_hidden_layers
+        return sum(self.evaluations) if self.kv_cache == "all" else self.layers
 
     @property
     def one_set_serves_a_layer(self) -> bool:
@@ -326,18 +345,18 @@ class IIETConfig(LlamaConfig):
 
 
 class _CacheConfig(IIETConfig):
-    """A model's configuration as caches should see it: ``num_hidden_layers`` is the number of their sets."""
+    """A model's configuration as caches should see it: ``num_hidden_layers`` is the number of their sets. All
+    else is read from and written to the model's."""
 
     @classmethod
     def of(cls, config: IIETConfig) -> "_CacheConfig":
-        seen = copy.copy(config)
-        seen.num_hidden_layers = config.num_cache_sets
-        seen.__class__ = cls
-        return cast(_CacheConfig, seen)
+        seen = object.__new__(cls)
+        seen.__dict__ = config.__dict__
+        return seen
 
     @property
-    def num_cache_sets(self) -> int:
-        return self.num_hidden_layers
+    def num_hidden_layers(self) -> int:  # type: ignore[override]
+        return self.num_cache_sets
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> LlamaConfig:
         return self
@@ -413,8 +432,8 @@ def _initial_row(length: int, coefficient_init: str) -> Tensor:
 
 
 class _NeverHalf(nn.Module):
-    """Parameters and buffers follow to other devices and to fp64, but keep type and bits where a model is cast
-    to a half precision."""
+    """Parameters and buffers follow to other devices and to fp64, but keep type and bits where a model is
+    cast to a half precision."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         def moved(tensor: Tensor) -> Tensor:
@@ -452,6 +471,14 @@ class Solver(_NeverHalf):
         self.declared = cast(dict[str, Any], config.solver)
         self.layer = layer
         self.iterations = 0
+        self.never_read: tuple[str, ...] = ()
+
+    def train(self, mode: bool = True) -> Any:
+        """As any module's; but what nothing reads asks for no gradient: data parallel training would wait for
+        it. Loading makes every parameter anew, and ends with this."""
+        for name in self.never_read:
+            self.get_parameter(name).requires_grad_(False)
+        return super().train(mode)
 
     def initial(self) -> dict[str, Tensor]:
         """Initial values of the solver's own parameters."""
@@ -718,6 +745,17 @@ class _OfSet:
 class IIETAttention(LlamaAttention):
     """LLaMA's attention for one evaluation of F, on the set of keys and values that belongs to it."""
 
+    def __init__(self, config: IIETConfig, layer_idx: int) -> None:
+        super().__init__(config, layer_idx)
+        if config.qkv_bias:
+            for name in ("q_proj", "k_proj", "v_proj"):
+                plain = getattr(self, name)
+                setattr(self, name, nn.Linear(plain.in_features, plain.out_features))
+        self.q_norm = self.k_norm = None
+        if config.qk_norm:
+            self.q_norm = IIETRMSNorm(self.head_dim, eps=config.rms_norm_eps)
+            self.k_norm = IIETRMSNorm(self.head_dim, eps=config.rms_norm_eps)
+
     def forward(  # type: ignore[override]
         self,
         hidden_states: Tensor,
@@ -739,10 +777,10 @@ class IIETAttention(LlamaAttention):
         of computing any. ``places`` of the new tokens [T], for caches that have to be told.
         """
         shape = (*hidden_states.shape[:-1], -1, self.head_dim)
-        q_BHTK = _rotate(self.q_proj(hidden_states).view(shape).transpose(1, 2), rotary)
+        q_BHTK = _rotate(_normed(self.q_proj(hidden_states).view(shape), self.q_norm), rotary)
         module: Any = self
         if earlier is None:
-            k_BGTK = _rotate(self.k_proj(hidden_states).view(shape).transpose(1, 2), rotary)
+            k_BGTK = _rotate(_normed(self.k_proj(hidden_states).view(shape), self.k_norm), rotary)
             v_BGTK = self.v_proj(hidden_states).view(shape).transpose(1, 2)
             if past is not None:
                 told = {} if places is None else {"cache_kwargs": {"cache_position": places}}
@@ -763,6 +801,11 @@ class IIETAttention(LlamaAttention):
             module, q_BHTK, k_BGTK, v_BGTK, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
         )
         return self.o_proj(out.reshape(*hidden_states.shape[:-1], -1)), weights, used
+
+
+def _normed(x_BTHK: Tensor, norm: nn.Module | None) -> Tensor:
+    """Each head normed if there is a norm, [B, H, T, K]."""
+    return (x_BTHK if norm is None else norm(x_BTHK)).transpose(1, 2)
 
 
 def _rotate(x_BHTK: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
@@ -798,8 +841,7 @@ class IIETDecoderLayer(GradientCheckpointingLayer):
         self.post_attention_layernorm = IIETRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.solver = build_solver(config, layer_idx)
         self.configure(config)
-        for name in self.solver.unused(self.solver.iterations):
-            self.solver.get_parameter(name).requires_grad_(False)
+        self.solver.never_read = self.solver.unused(self.solver.iterations)
 
     def configure(self, config: IIETConfig) -> None:
         """Take over iterations and cache sets of a configuration that is otherwise this layer's."""
@@ -1223,7 +1265,7 @@ class IIETForCausalLM(IIETPreTrainedModel, GenerationMixin):
         """
         self._check_generation(kwargs)
         drafts = getattr(kwargs.get("generation_config"), "is_assistant", False)
-        if drafts and not args and set(kwargs) <= _OF_A_DRAFT:
+        if _OWN_DRAFTS and drafts and not args and set(kwargs) <= _OF_A_DRAFT:
             ids_BT, mask_BT = kwargs["input_ids"], kwargs.get("attention_mask")
             if len(ids_BT) == 1 and (mask_BT is None or bool(mask_BT.all())):
                 request: dict[str, Any] = {name: kwargs.get(name) for name in _READ_FOR_A_DRAFT}

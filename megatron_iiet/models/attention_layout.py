@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from megatron_iiet.config.schema import ModelConfig
+from megatron_iiet.models.rope import rotary_frequencies
 from megatron_iiet.ops.products import product_dtype
 
 FLEX_BLOCK = 128
@@ -40,13 +41,12 @@ class Rotary(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.length = config.max_position_embeddings
-        # A reciprocal, not a negative power: the rounding must be LLaMA's, position 2000 multiplies it.
-        powers_K = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
-        inverse_K = 1.0 / config.rotary_base**powers_K
-        angles = torch.outer(torch.arange(self.length, dtype=torch.float32), inverse_K)
-        self.register_buffer("cos", angles.cos().repeat(1, 2), persistent=False)
+        frequencies, factor = rotary_frequencies(config)
+        angles = torch.outer(torch.arange(self.length, dtype=torch.float32), frequencies)
+        cos, sin = angles.cos() * factor, angles.sin() * factor
+        self.register_buffer("cos", cos.repeat(1, 2), persistent=False)
         # The rotation swaps the halves and negates one: the sign sits in the table, so a roll does the swap.
-        self.register_buffer("signed_sin", torch.cat((-angles.sin(), angles.sin()), dim=-1), persistent=False)
+        self.register_buffer("signed_sin", torch.cat((-sin, sin), dim=-1), persistent=False)
 
     def forward(
         self, length: int, dtype: torch.dtype, positions_BT: Tensor | None = None

@@ -22,6 +22,7 @@ from megatron_iiet.config.schema import ModelConfig
 from megatron_iiet.models.attention_layout import AttentionLayout
 from megatron_iiet.ops import merge_norm
 from megatron_iiet.parallel import TensorParallel
+from megatron_iiet.parallel.tensor import mark_shared_by_heads
 
 
 class RMSNorm(nn.Module):
@@ -49,13 +50,20 @@ class KeysValues(NamedTuple):
 class Attention(nn.Module):
     """Grouped-query self-attention, causal within documents; q, k and v from one matrix [q; k; v]."""
 
-    def __init__(self, config: ModelConfig, parallel: TensorParallel) -> None:
+    def __init__(self, config: ModelConfig, backend: str, parallel: TensorParallel) -> None:
         super().__init__()
-        self.head_dim = config.head_dim
-        query, kv = (heads * config.head_dim for heads in (config.num_attention_heads, config.num_kv_heads))
+        self.head_width = config.head_width
+        query, kv = (heads * config.head_width for heads in (config.num_attention_heads, config.num_kv_heads))
         self.local_widths = [width // parallel.group.size for width in (query, kv, kv)]
-        self.qkv = parallel.column_linear(config.hidden_size, (query, kv, kv))
-        self.output = parallel.row_linear(query, config.hidden_size)
+        biases = config.attention_bias
+        self.qkv = parallel.column_linear(config.hidden_size, (query, kv, kv), bias=biases != "none")
+        self.output = parallel.row_linear(query, config.hidden_size, bias=biases == "qkvo")
+        self.q_norm = self.k_norm = None
+        if config.qk_norm:
+            self.q_norm = RMSNorm(config.head_width, config.rms_norm_eps, backend)
+            self.k_norm = RMSNorm(config.head_width, config.rms_norm_eps, backend)
+            for norm in (self.q_norm, self.k_norm):
+                mark_shared_by_heads(norm.weight)
         self.weights = config.hidden_size * (query + 2 * kv + query)
         self.key_value_weights = config.hidden_size * 2 * kv
         self.query_width = query
@@ -66,15 +74,16 @@ class Attention(nn.Module):
         """``([B, T, D], the keys and values attended to)``; those given are used instead of x's own."""
         if keys_values is None:
             q, k, v = self.qkv(x_BTD).split(self.local_widths, dim=-1)
-            keys_values = KeysValues(layout.rotate(self._heads(k)), self._heads(v))
+            keys_values = KeysValues(layout.rotate(self._heads(k, self.k_norm)), self._heads(v))
         else:
             q = self.qkv(x_BTD, self.local_widths[0])
-        out_BHTK = layout.attend(layout.rotate(self._heads(q)), *keys_values)
+        out_BHTK = layout.attend(layout.rotate(self._heads(q, self.q_norm)), *keys_values)
         return self.output(out_BHTK.transpose(1, 2).flatten(2)), keys_values
 
-    def _heads(self, x_BTW: Tensor) -> Tensor:
-        """[B, T, heads · K] → [B, heads, T, K]."""
-        return x_BTW.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+    def _heads(self, x_BTW: Tensor, norm: RMSNorm | None = None) -> Tensor:
+        """[B, T, heads · K] → [B, heads, T, K], each head normed if there is a norm."""
+        x_BTHK = x_BTW.unflatten(-1, (-1, self.head_width))
+        return (x_BTHK if norm is None else norm(x_BTHK)).transpose(1, 2)
 
     def forward_flops(self, length: int, *, own_keys: bool = True) -> int:
         """FLOPs of one sequence over all ranks: projections and the full T × T scores (the causal half is
@@ -111,7 +120,7 @@ class DecoderLayer(nn.Module):
         """``keeps_keys``: later evaluations attend to the keys and values of the first."""
         super().__init__()
         self.input_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, backend)
-        self.attention = Attention(config, parallel)
+        self.attention = Attention(config, backend, parallel)
         self.post_attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, backend)
         self.mlp = SwiGLU(config, parallel)
         self.backend = backend

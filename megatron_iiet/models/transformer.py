@@ -246,7 +246,7 @@ class Transformer(nn.Module):
         model = self.config.model
         for name, parameter in self.named_parameters():
             shard = shard_of(parameter)
-            if shard is None or name in keep:
+            if shard is None or name in keep or name.endswith(".bias"):
                 continue
             digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)

@@ -40,18 +40,25 @@ class TensorParallel:
         """Whether a rank sees only its part of the sequence between blocks."""
         return self.sequence and self.group.size > 1
 
-    def column_linear(self, in_features: int, blocks: tuple[int, ...]) -> nn.Linear:
-        """``x Wᵀ`` for a W whose rows are the sub-matrices ``blocks``, each split by rows; enters a block."""
-        return self._linear(_ColumnParallel, (sum(blocks), in_features), Shard(0, blocks))
+    def column_linear(self, in_features: int, blocks: tuple[int, ...], *, bias: bool = False) -> nn.Linear:
+        """``x Wᵀ`` or ``x Wᵀ + b`` for a W whose rows are the sub-matrices ``blocks``, each split by rows, b
+        with them; enters a block."""
+        part = self._linear(_ColumnParallel, (sum(blocks), in_features), Shard(0, blocks), bias)
+        if part.bias is not None:
+            mark_sharded(part.bias, Shard(0, blocks), self.group.size)
+        return part
 
-    def row_linear(self, in_features: int, out_features: int) -> nn.Linear:
-        """``x Wᵀ`` for a W split by columns, x being a rank's part of the input; leaves a block."""
-        return self._linear(_RowParallel, (out_features, in_features), Shard(1, (in_features,)))
+    def row_linear(self, in_features: int, out_features: int, *, bias: bool = False) -> nn.Linear:
+        """``x Wᵀ`` or ``x Wᵀ + b`` for a W split by columns, x being a rank's part of the input; every rank
+        has b; leaves a block."""
+        return self._linear(_RowParallel, (out_features, in_features), Shard(1, (in_features,)), bias)
 
-    def _linear(self, kind: type[_ParallelLinear], shape: tuple[int, int], shard: Shard) -> nn.Linear:
+    def _linear(
+        self, kind: type[_ParallelLinear], shape: tuple[int, int], shard: Shard, bias: bool
+    ) -> nn.Linear:
         """Marked on one rank too, so that checkpoints know how it may be split."""
         rows, columns = shard.local_shape(shape, self.group.size)
-        part = kind(columns, rows, self)
+        part = kind(columns, rows, self, bias)
         mark_sharded(part.weight, shard, self.group.size)
         return part
 
@@ -64,15 +71,17 @@ class TensorParallel:
         return cast(Tensor, function.apply(partial_BTC, self.group))
 
     def sum_replicated_gradients(self, module: nn.Module) -> None:
-        """Under sequence parallelism, sum the gradients of replicated parameters over the group.
+        """Sum the gradients of replicated parameters over the group where each rank has a part of them.
 
-        Norms and merge coefficients see a rank's part of the sequence only, so each rank has a part of
-        their gradient. A hook on the leaf sums it once a backward pass, before any optimizer sees it.
+        What all heads share sees a rank's own heads only; and under sequence parallelism norms and merge
+        coefficients see a rank's part of the sequence only. A hook on the leaf sums once a backward pass,
+        before any optimizer sees the gradient.
         """
-        if not self.cuts_sequence:
+        if self.group.size == 1:
             return
         for parameter in module.parameters():
-            if shard_of(parameter) is None:
+            in_parts = self.sequence or getattr(parameter, "shared_by_heads", False)
+            if in_parts and shard_of(parameter) is None:
                 parameter.register_hook(lambda gradient: sum_in_fp32(gradient, self.group))
 
 
@@ -81,6 +90,11 @@ def mark_sharded(parameter: Tensor, shard: Shard, size: int) -> None:
     parameter.shard = shard  # type: ignore[attr-defined]
     if size > 1:
         parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
+
+
+def mark_shared_by_heads(parameter: Tensor) -> None:
+    """Note that a replicated parameter is applied to each head, of which a rank has its own only."""
+    parameter.shared_by_heads = True  # type: ignore[attr-defined]
 
 
 def shard_of(parameter: Tensor) -> Shard | None:
@@ -96,22 +110,26 @@ def column_parallel(x: Tensor, weight: Tensor, parallel: TensorParallel) -> Tens
 
 
 class _ParallelLinear(nn.Linear):
-    """A rank's part of a linear map."""
+    """A rank's part of a linear map; a bias starts at zero."""
 
-    def __init__(self, in_features: int, out_features: int, parallel: TensorParallel) -> None:
+    def __init__(self, in_features: int, out_features: int, parallel: TensorParallel, bias: bool) -> None:
         super().__init__(in_features, out_features, bias=False)
         self.parallel = parallel
+        if bias:
+            self.bias = nn.Parameter(torch.zeros(out_features))
 
 
 class _ColumnParallel(_ParallelLinear):
     def forward(self, x: Tensor, width: int | None = None) -> Tensor:
         """``width``: only so many columns of this rank's output, its first ones."""
-        return column_parallel(x, self.weight if width is None else self.weight[:width], self.parallel)
+        out = column_parallel(x, self.weight if width is None else self.weight[:width], self.parallel)
+        return out if self.bias is None else out + self.bias[:width]
 
 
 class _RowParallel(_ParallelLinear):
     def forward(self, x: Tensor) -> Tensor:
-        return self.parallel.leave(linear(x, self.weight))
+        out = self.parallel.leave(linear(x, self.weight))
+        return out if self.bias is None else out + self.bias
 
 
 class _ColumnLinear(torch.autograd.Function):

@@ -23,7 +23,7 @@ CHUNK_BYTES = 16 << 20
 """About as much fp32 as is made or converted at a time."""
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 """What is written and read, by the format's names."""
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 Shape = tuple[int, ...]
 
@@ -87,7 +87,7 @@ def write_safetensors(
     for name, tensor in tensors.items():
         start, end = end, end + tensor.bytes
         offsets = [start, end]
-        header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
+        header[name] = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     digests = {}

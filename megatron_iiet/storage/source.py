@@ -22,8 +22,8 @@ from megatron_iiet.storage.parameters import Weights
 
 KINDS = (
     "a model folder of tools/convert_checkpoint.py (config.yaml, model.safetensors), a training run's "
-    "output_dir or one of its checkpoints, or a Hugging Face folder (config.json, safetensors) of a LLaMA or "
-    "one that tools/convert_checkpoint.py wrote"
+    "output_dir or one of its checkpoints, or a Hugging Face folder (config.json, safetensors) of a LLaMA, "
+    "Mistral, Qwen2 or Qwen3 or one that tools/convert_checkpoint.py wrote"
 )
 
 
@@ -123,6 +123,6 @@ def open_model(path: str | Path, key: str, *, step: int | None = None) -> Source
         stored = portable.StoredModel(folder)
         return Source(f"model {folder}", stored.config, stored)
     if (folder / llama.CONFIG_FILE).is_file():
-        kind = "IIET" if llama.is_iiet(folder) else "LLaMA"
-        return Source(f"{kind} {folder}", *llama.open_folder(folder))
+        config, weights = llama.open_folder(folder)
+        return Source(f"{llama.family_of(folder).title} {folder}", config, weights)
     raise ConfigError(f"{key} is {path}, which is none of what it may be; give {KINDS}")

@@ -26,6 +26,13 @@ CONTENTS = "contents"
 _MODELS = {"distillation.teacher": "teacher", "training.initial_weights": "initial_weights"}
 """Keys that name other models, and where their contents have what those compute: by that they are known, by
 their paths only where the checkpoint does not say it."""
+_ADDED: dict[str, Any] = {
+    "model.head_dim": None,
+    "model.attention_bias": "none",
+    "model.qk_norm": False,
+    "model.rope_scaling": None,
+}
+"""Keys that models of older versions had not, and what these computed: it stays out of their digests."""
 _CORPUS = {"tokens": int, "documents": int, "sampled": str, "listed": (None, str)}
 _CONTENTS = {
     "train": [_CORPUS],
@@ -259,7 +266,9 @@ def model_identity(model: Source) -> str:
     function = {
         key: value
         for key, value in _in_force(model.config).items()
-        if key.startswith(("model.", "solver.")) and key_changes()[key] is Change.FUNCTION
+        if key.startswith(("model.", "solver."))
+        and key_changes()[key] is Change.FUNCTION
+        and not (key in _ADDED and value == _ADDED[key])
     }
     return digest_of(f"{sorted(function.items())} {model.digest()}".encode())
 
@@ -281,11 +290,8 @@ def _shown(config: RunConfig) -> dict[str, Any]:
         values |= (
             {f"{name}.{leaf}": v for leaf, v in value.items()} if name in section_names() else {name: value}
         )
-    values |= {
-        "model.num_key_value_heads": config.model.num_kv_heads,
-        "model.embedding_scale": config.model.resolved_embedding_scale,
-        "data.blend": list(config.data.weights.values()),
-    }
+    values |= {f"model.{name}": value for name, value in config.model.resolved().items()}
+    values["data.blend"] = list(config.data.weights.values())
     if isinstance(config.solver, Merging):
         values["solver.coefficient_init"] = config.solver.resolved_coefficient_init
     return values

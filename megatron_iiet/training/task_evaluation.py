@@ -53,7 +53,9 @@ class TaskEvaluation(Callback):
         """
         evaluation = config.evaluation
         try:
-            self.tasks = load_tasks(task_names(evaluation.tasks), evaluation.tasks_data_dir)
+            self.tasks = load_tasks(
+                task_names(evaluation.tasks), evaluation.tasks_data_dir, evaluation.tasks_include_path
+            )
         except ConfigError:
             raise
         except ValueError as error:

@@ -6,7 +6,7 @@ the module's bf16 working copy, so weights put into the module would lose their 
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 
 from megatron_iiet.config import ConfigError, RunConfig, iterations_per_layer
 from megatron_iiet.config.changes import Change, change_of_field
@@ -119,7 +119,7 @@ def _open_fitting(path: str, key: str, config: RunConfig) -> Source:
             f"{source.description} has no {missing[0]}, which its configuration asks for; convert it again"
         )
     there, here = source.config.model, config.model
-    one, other = (asdict(m) | {"num_key_value_heads": m.num_kv_heads} for m in (there, here))
+    one, other = there.resolved(), here.resolved()
     differences = [f"model.{k} is {one[k]} there and {other[k]} here" for k in _SHAPE if one[k] != other[k]]
     if differences:
         raise ConfigError(

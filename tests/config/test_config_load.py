@@ -73,9 +73,10 @@ def test_defaults_without_arguments() -> None:
 DEFAULTS: dict[str, dict[str, Any]] = {
     "model": {
         "hidden_size": 512, "ffn_hidden_size": 1408, "num_layers": 12, "num_attention_heads": 4,
-        "num_key_value_heads": None, "vocab_size": 32000, "vocab_multiple": 128,
+        "num_key_value_heads": None, "head_dim": None, "attention_bias": "none", "qk_norm": False,
+        "vocab_size": 32000, "vocab_multiple": 128,
         "max_position_embeddings": 2048, "tie_embeddings": True, "embedding_scale": "unit",
-        "rms_norm_eps": 1e-6, "rotary_base": 10000.0, "init_std": 0.02,
+        "rms_norm_eps": 1e-6, "rotary_base": 10000.0, "rope_scaling": None, "init_std": 0.02,
     },
     "solver": {
         "kind": "iiet", "variant": "paper", "iterations": 3, "schedule": None, "merge": True,
@@ -98,7 +99,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     },
     "evaluation": {
         "interval": 200, "samples": 256, "tasks": [], "tasks_interval": 1000, "tasks_limit": 100,
-        "tasks_data_dir": "",
+        "tasks_data_dir": "", "tasks_include_path": "",
     },
     "checkpoint": {"interval": 500, "keep": 2, "resume": True},
     "logging": {"interval": 10, "tensorboard": True, "solver_interval": 200, "peak_tflops": None},

@@ -88,8 +88,8 @@ def test_ranges(name: str, value: Any, message: str) -> None:
 
 
 POSITIVE_KEYS = """
-    model: hidden_size ffn_hidden_size num_layers num_attention_heads num_key_value_heads vocab_size vocab_multiple
-        max_position_embeddings embedding_scale rms_norm_eps rotary_base init_std
+    model: hidden_size ffn_hidden_size num_layers num_attention_heads num_key_value_heads head_dim vocab_size
+        vocab_multiple max_position_embeddings embedding_scale rms_norm_eps rotary_base init_std
     solver: damping
     parallel: tensor pipeline
     data: sequence_length timeout
@@ -162,6 +162,11 @@ def test_every_number_has_edges() -> None:
     assert listed == numbers - {"solver.iterations"}  # it may be a list, and is checked with the layers
 
 
+YARN: dict[str, Any] = {"kind": "yarn", "factor": 2.0, "original_max_position_embeddings": 1024}
+LLAMA3: dict[str, Any] = {
+    "kind": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 1024,
+}  # fmt: skip
 COMBINATION_ERRORS: list[tuple[dict[str, Any], str]] = [
     (
         {"model__num_attention_heads": 3},
@@ -170,7 +175,55 @@ COMBINATION_ERRORS: list[tuple[dict[str, Any], str]] = [
     (
         {"model__hidden_size": 12},
         "model.hidden_size / model.num_attention_heads is 12 / 4 = 3, but rotary embeddings need an even head "
-        "width; change one of them",
+        "width; change one of them, or set model.head_dim",
+    ),
+    (
+        {"model__head_dim": 5},
+        "model.head_dim is 5, but rotary embeddings need an even head width; change it",
+    ),
+    (
+        {"model__rope_scaling": {"kind": "dynamic", "factor": 2.0}},
+        "model.rope_scaling.kind is 'dynamic'; supported are 'linear', 'llama3', 'yarn'",
+    ),
+    (
+        {"model__rope_scaling": {"factor": 2.0}},
+        "model.rope_scaling.kind is missing; supported are 'linear', 'llama3', 'yarn'",
+    ),
+    (
+        {"model__rope_scaling": {"kind": "linear"}},
+        "model.rope_scaling has no 'factor', which kind linear needs; give it",
+    ),
+    (
+        {"model__rope_scaling": {"kind": "linear", "factor": 2.0, "beta_fast": 32.0}},
+        "model.rope_scaling has the key 'beta_fast', which kind linear does not have; its keys are factor",
+    ),
+    (
+        {"model__rope_scaling": {"kind": "none", "factor": 2.0}},
+        "model.rope_scaling.kind is 'none'; supported are 'linear', 'llama3', 'yarn'",
+    ),
+    (
+        {"model__rope_scaling": {"kind": "linear", "factor": 0.0}},
+        "model.rope_scaling.factor is 0.0, but must be a number greater than 0",
+    ),
+    (
+        {"model__rope_scaling": {"kind": "linear", "factor": True}},
+        "model.rope_scaling.factor is True, but must be a number greater than 0",
+    ),
+    (
+        {"model__rope_scaling": {"kind": "yarn", "factor": 2.0, "original_max_position_embeddings": 0.5}},
+        "model.rope_scaling.original_max_position_embeddings is 0.5, but must be a whole number greater than 0",
+    ),
+    (
+        {"model__rope_scaling": {**YARN, "truncate": 1.0}},
+        "model.rope_scaling.truncate is 1.0, but must be true or false",
+    ),
+    (
+        {"model__rope_scaling": {**YARN, "beta_slow": 32.0}},
+        "model.rope_scaling.beta_slow is 32, but must be less than model.rope_scaling.beta_fast = 32",
+    ),
+    (
+        {"model__rope_scaling": {**LLAMA3, "low_freq_factor": 4.0}},
+        "model.rope_scaling.low_freq_factor is 4, but must be less than model.rope_scaling.high_freq_factor = 4",
     ),
     (
         {"model__num_key_value_heads": 3},
@@ -383,7 +436,8 @@ def test_resolved_values() -> None:
     config = config_with(model__num_layers=3)
     assert config.model.resolved_embedding_scale == pytest.approx(50.0)
     assert config_with(model__embedding_scale=1.0).model.resolved_embedding_scale == 1.0
-    assert config.model.head_dim == 128
+    assert config.model.head_width == 128
+    assert config_with(model__head_dim=32).model.head_width == 32
     assert config.model.num_kv_heads == 4
     assert config_with(model__num_key_value_heads=2).model.num_kv_heads == 2
     assert iterations_per_layer(config) == [3, 3, 3]

@@ -55,6 +55,16 @@ READINGS: dict[str, dict[str, Any]] = {
     "first-keys": {"kind": "iiet", "iterations": [2, 0, 1, 3], "key_values": "first"},
 }
 """Solvers that are no axis of the matrix."""
+SHAPES: dict[str, dict[str, Any]] = {
+    "biased": {"attention_bias": "qkvo", "head_dim": 6},
+    "normed-heads": {
+        "attention_bias": "qkv",
+        "qk_norm": True,
+        "head_dim": 8,
+        "rope_scaling": {"kind": "yarn", "factor": 2.0, "original_max_position_embeddings": 8},
+    },
+}
+"""Models of other families, by name."""
 MODELS: dict[str, dict[str, Any]] = {
     "rk2-gated": {"init_std": 0.1},  # F_1 - F_2, what the gate learns from, is no rounding error then
     "pcformer": {"init_std": 0.1, "num_layers": 6},  # its window over the history moves from layer 4 on
@@ -100,6 +110,8 @@ class Case:
     backend: str = "cpu"
     history: str = "transposed"
     precision: str = "fp32"
+    shape: str = ""
+    """One of SHAPES."""
     teacher: str = ""
     """Solver of a model to learn from, see :func:`write_teacher`."""
 
@@ -128,7 +140,7 @@ class Case:
         return (
             f"t{self.tensor}{sequence}p{self.pipeline}d{self.data}-zero{self.stage}-{self.recompute}-"
             f"{self.solver}-{tied}-acc{self.accumulation}-{documents}{self.backend}-{self.history}-"
-            f"{self.precision}{self.teacher and '-from-' + self.teacher}"
+            f"{self.precision}{self.shape and '-' + self.shape}{self.teacher and '-from-' + self.teacher}"
         )
 
     def config(self, paths: dict[str, str], steps: int = STEPS) -> RunConfig:
@@ -149,6 +161,7 @@ class Case:
                     "max_position_embeddings": LENGTH,
                     "tie_embeddings": self.tied,
                     **MODELS.get(self.solver, {}),
+                    **SHAPES.get(self.shape, {}),
                 },
                 "solver": (SOLVERS | READINGS)[self.solver],
                 "parallel": {

@@ -80,6 +80,21 @@ READINGS = [
     Case(pipeline=2, solver="one-row", accumulation=3),
     Case(pipeline=2, solver="normed", stage=0, accumulation=3),
 ]
+FAMILIES = [
+    Case(tensor=2, sequence=True, stage=3, shape="biased", recompute="layer"),
+    Case(tensor=2, stage=1, shape="biased", accumulation=3),
+    Case(tensor=2, stage=3, shape="normed-heads", solver="first-keys", recompute="evaluation"),
+    Case(tensor=2, sequence=True, stage=1, shape="normed-heads", solver="first-keys"),
+    Case(pipeline=2, stage=1, shape="normed-heads", solver="first-keys", accumulation=3),
+    Case(pipeline=2, stage=0, shape="biased", accumulation=3),
+]
+LARGER_FAMILIES = [
+    Case(tensor=2, pipeline=2, sequence=True, shape="normed-heads", accumulation=3),
+    Case(tensor=2, data=2, stage=2, shape="normed-heads", solver="released", documents=True),
+    Case(pipeline=2, data=2, shape="biased", tied=False, accumulation=3, documents=True),
+    Case(tensor=2, data=2, stage=3, shape="normed-heads", precision="bf16"),
+    Case(tensor=2, sequence=True, pipeline=2, shape="biased", accumulation=3, precision="bf16"),
+]
 EVALUATION = [
     {"data": 2, "accumulation": 3},
     {"tensor": 2, "stage": 3},
@@ -103,15 +118,15 @@ def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 @cache
-def expected_of(solver: str, tied: bool, documents: bool, prefix: str) -> Reference:
-    return reference(Case(solver=solver, tied=tied, documents=documents), {"prefix": prefix})
+def expected_of(solver: str, tied: bool, documents: bool, shape: str, prefix: str) -> Reference:
+    return reference(Case(solver=solver, tied=tied, documents=documents, shape=shape), {"prefix": prefix})
 
 
 def check(cases: list[Case], paths: dict[str, str], folder: Path) -> None:
     results = run_ranks(train_cases, cases[0].world_size, cases, paths, folder, timeout=400.0)
     wrong = []
     for case, (losses, norms) in zip(cases, results[0], strict=True):
-        expected = expected_of(case.solver, case.tied, case.documents, paths["prefix"])
+        expected = expected_of(case.solver, case.tied, case.documents, case.shape, paths["prefix"])
         assert max(expected.norms) > 0.5, "clipping was never in force"
         wrong += differences(case, expected, losses, norms, folder / str(case))
     assert not wrong, "\n".join(wrong)
@@ -182,6 +197,19 @@ def test_matrix(cases: list[Case], paths: dict[str, str], tmp_path: Path) -> Non
 @pytest.mark.slow
 @pytest.mark.parametrize("cases", by_grid(READINGS), ids=name_of)
 def test_readings(cases: list[Case], paths: dict[str, str], tmp_path: Path) -> None:
+    check(cases, paths, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cases", by_grid(FAMILIES), ids=name_of)
+def test_families(cases: list[Case], paths: dict[str, str], tmp_path: Path) -> None:
+    """Biases, q/k norms, a head's own width and scaled positions."""
+    check(cases, paths, tmp_path)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("cases", by_grid(LARGER_FAMILIES), ids=name_of)
+def test_families_in_larger_grids(cases: list[Case], paths: dict[str, str], tmp_path: Path) -> None:
     check(cases, paths, tmp_path)
 
 

@@ -89,8 +89,8 @@ OPTIONS = {
         --targets TARGETS [TARGETS ...] = ('80', '90', '100', '120') | --jobs JOBS:int = 2
         --kernels-only = False""",
     "evaluate": """
-        --model DIR ! | --tasks paper|NAME,NAME = 'paper' | --data-dir DIR = '' | --limit N:int
-        --output DIR = '' | --step N:int | --batch-size B:int = 8 | --max-length T:int
+        --model DIR ! | --tasks paper|NAME,NAME = 'paper' | --data-dir DIR = '' | --include-path DIR = ''
+        --limit N:int | --output DIR = '' | --step N:int | --batch-size B:int = 8 | --max-length T:int
         --precision {fp32,bf16} = 'fp32' | --tokenizer FILE = '' | --start {auto,bos,eos} = 'auto'
         --trust-remote-code = False | --parallel.tensor t:int = 1 | --parallel.pipeline p:int = 1
         --parallel.sequence = False | --local_rank/--local-rank LOCAL_RANK:int hidden""",
@@ -129,6 +129,13 @@ OPTIONS = {
         --inputs-per-shard K:int = 1 | --split-by KEY | --holdout-validation X:float = 0.0
         --holdout-test X:float = 0.0 | --overwrite = False | --sample-tokens N | --corpus-tokens N
         --seed SEED:int = 1234 | --deduplicate = False | --workers N:int | --num-jobs N:int | --job I:int""",
+    "serve": """
+        --model DIR ! | --step STEP:int | --tokenizer FILE | --name NAME
+        --host HOST = '127.0.0.1' | --port PORT:_port = 8000 | --ready-file FILE
+        --dtype {fp32,bf16} = 'fp32' | --device {cpu,cuda} = 'cpu' | --threads N:_positive
+        --kv-cache {all,first} | --trust-remote-code = False | --max-concurrent N:_positive = 8
+        --max-waiting N:_whole = 64 | --context T:_positive | --max-tokens T:_positive
+        --max-body BYTES:_positive = 1048576 | --grace S:_whole = 10""",
     "summarize_run": "run RUN_DIR ! | --also [PATH ...] = [] | --brief = False",
     "train_tokenizer": """
         --input INPUT [INPUT ...] ! | --output-prefix OUTPUT_PREFIX ! | --vocab-size VOCAB_SIZE:int = 32000
@@ -496,13 +503,13 @@ def test_evaluate(load: Callable[[str], ModuleType], start: Start, monkeypatch: 
     default = evaluation.evaluate.Options(evaluation.models.ModelOptions("m"))
     assert asked.pop() == default
     given = (
-        "--model m --tasks a,b --data-dir d --limit 3 --output o --step 4 --batch-size 5 --max-length 6 "
-        f"--precision bf16 --tokenizer t --start bos --trust-remote-code {GRID}"
+        "--model m --tasks a,b --data-dir d --include-path i --limit 3 --output o --step 4 --batch-size 5 "
+        f"--max-length 6 --precision bf16 --tokenizer t --start bos --trust-remote-code {GRID}"
     )
     assert start(tool, *given.split()) == (0, "", "")
     assert [os.environ[variable] for variable in offline] == ["1", "1", "1"]
     model = evaluation.models.ModelOptions("m", 4, "t", "bos", 6, 5, "bf16", True, ParallelConfig(2, 3, True))
-    assert asked == [evaluation.evaluate.Options(model, ("a", "b"), "d", 3, "o")]
+    assert asked == [evaluation.evaluate.Options(model, ("a", "b"), "d", 3, "o", "i")]
     monkeypatch.setattr(evaluation.evaluate, "evaluate_model", fail(OSError("no such task")))
     assert start(tool, "--model", "m") == (2, "", "error: no such task\n")
     monkeypatch.setattr(evaluation.tasks, "check_installed", fail(ValueError("install lm_eval")))

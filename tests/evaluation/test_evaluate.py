@@ -285,13 +285,13 @@ def test_one_process_of_a_host_downloads(local_rank: int, monkeypatch: pytest.Mo
         Any, SimpleNamespace(local_rank=local_rank, barrier=lambda: done.append("all wait for each other"))
     )
 
-    def load(names: list[str], data_dir: str) -> dict[str, Any]:
-        done.append(f"{names} {data_dir}")
+    def load(names: list[str], *places: str) -> dict[str, Any]:
+        done.append(f"{names} {' '.join(places)}")
         return {"tasks": names}
 
     monkeypatch.setattr("megatron_iiet.evaluation.evaluate.load_tasks", load)
-    assert _load_in_turn(["piqa"], "data", context) == {"tasks": ["piqa"]}
-    assert done == (["['piqa'] data", "all wait for each other"][:: 1 if local_rank == 0 else -1])
+    assert _load_in_turn(["piqa"], "data", "own", "why", context) == {"tasks": ["piqa"]}
+    assert done == (["['piqa'] data own why", "all wait for each other"][:: 1 if local_rank == 0 else -1])
 
 
 def test_all_metrics_with_their_standard_errors() -> None:

@@ -107,19 +107,26 @@ def hf_config(config: RunConfig, **fields: Any) -> IIETConfig:
         "initializer_range": model.init_std,
         "tie_word_embeddings": model.tie_embeddings,
         "rope_parameters": {"rope_type": "default", "rope_theta": model.rotary_base},
+        "head_dim": model.head_width,
+        "attention_bias": model.attention_bias == "qkvo",
+        "qkv_bias": model.attention_bias == "qkv",
+        "qk_norm": model.qk_norm,
         "embedding_scale": model.resolved_embedding_scale,
         "solver": solver,
         "bos_token_id": 1,
         "eos_token_id": None,
         "pad_token_id": 0,
     }
+    if model.rope_scaling is not None:
+        scaling = dict(model.rope_scaling)
+        values["rope_parameters"] |= {"rope_type": scaling.pop("kind"), **scaling}
     return IIETConfig(**{**values, **fields})
 
 
 def hf_state(transformer: Transformer) -> dict[str, Tensor]:
     """The weights of our Transformer under the names that transformers gives them, written out by hand."""
     model, state = transformer.config.model, transformer.state_dict()
-    kv = model.num_kv_heads * model.head_dim
+    heads, kv = (n * model.head_width for n in (model.num_attention_heads, model.num_kv_heads))
     renamed = {"model.embed_tokens.weight": state["embedding.weight"][: model.vocab_size]}
     renamed["model.norm.weight"] = state["norm.weight"]
     renamed["lm_head.weight"] = (
@@ -129,7 +136,7 @@ def hf_state(transformer: Transformer) -> dict[str, Tensor]:
     )
     for n in range(model.num_layers):
         ours, theirs = f"layers.{n}.increment.", f"model.layers.{n}."
-        q, k, v = state[f"{ours}attention.qkv.weight"].split([model.hidden_size, kv, kv])
+        q, k, v = state[f"{ours}attention.qkv.weight"].split([heads, kv, kv])
         gate, up = state[f"{ours}mlp.gate_up.weight"].chunk(2)
         renamed |= {
             f"{theirs}input_layernorm.weight": state[f"{ours}input_norm.weight"],
@@ -142,6 +149,14 @@ def hf_state(transformer: Transformer) -> dict[str, Tensor]:
             f"{theirs}mlp.up_proj.weight": up,
             f"{theirs}mlp.down_proj.weight": state[f"{ours}mlp.down.weight"],
         }
+        attention = f"{ours}attention."
+        biases = state.get(f"{attention}qkv.bias")
+        if biases is not None:
+            for part, bias in zip("qkv", biases.split([heads, kv, kv]), strict=True):
+                renamed[f"{theirs}self_attn.{part}_proj.bias"] = bias
+        for found, name in (("output.bias", "o_proj.bias"), *((f"{x}_norm.weight",) * 2 for x in "qk")):
+            if attention + found in state:
+                renamed[f"{theirs}self_attn.{name}"] = state[attention + found]
         prefix = f"layers.{n}.solver."
         renamed |= {f"model.{key}": state[key] for key in state if key.startswith(prefix)}
     return renamed

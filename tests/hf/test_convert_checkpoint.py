@@ -115,6 +115,40 @@ def test_from_hf(tmp_path: Path, llama: LlamaForCausalLM, convert: Convert) -> N
     assert iiet.get_parameter("layers.2.solver.coefficients").tolist() == [0, 0, 1]
     iiet.set_iterations([0, 0, 0])
     assert torch.equal(iiet(tokens), plain(tokens))
+    given = "--solver.kind iiet --solver.iterations '[0,2,1]' --solver.predictor euler"
+    assert result.out.splitlines()[1:] == [
+        "note: with solver iiet, variant paper, r = [0, 2, 1] these weights compute another function than "
+        "hf, which was trained as explicit Euler. Train it before use: pretrain_iiet.py --model.from hf "
+        f"--training.initial_weights hf {given}, with a solver.schedule that lets the iterations come in "
+        "(docs/regimes.md)."
+    ]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        "--solver.iterations 1",  # of the default kind
+        "--solver.output_norm layer",
+        "--solver.kind rk2",
+        "--solver.kind dlcl --solver.coefficient_init average",
+        "--solver.kind dlcl",
+        "--solver.kind weight-sharing --solver.repeats 1",
+        "--solver.iterations 0 --solver.predictor euler --solver.coefficient_init average",
+        "--solver.iterations 0 --solver.coefficient_init average",
+        "--solver.iterations 0 --solver.merge false",
+        "--solver.iterations 0",
+        "--solver.output_norm none",
+    ],
+)
+def test_another_function_is_told(
+    tmp_path: Path, llama: LlamaForCausalLM, convert: Convert, options: str
+) -> None:
+    result = convert("--from-hf", "hf", "--to", "m", *options.split())
+    assert result.code == 0, result.err
+    tokens = torch.arange(40)[None]
+    with torch.no_grad():
+        difference = (models.load(tmp_path / "m")(tokens) - llama(tokens).logits).abs().max()
+    assert ("\nnote: with solver " in result.out) == bool(difference > 1e-5)
 
 
 @pytest.mark.parametrize(
@@ -156,7 +190,8 @@ def test_errors_are_one_line(tmp_path: Path, llama: LlamaForCausalLM, convert: C
         "solver.kind is 'heun' in hf/config.json and the solver options, but must be"
     )
     gone = convert("--from-hf", "gone", "--to", "x")
-    assert gone.error == "gone is not a folder; give the folder of a Hugging Face LLaMA or IIET checkpoint"
+    families = "LLaMA, Mistral, Qwen2, Qwen3 or IIET"
+    assert gone.error == f"gone is not a folder; give the folder of a Hugging Face {families} checkpoint"
     assert convert("--from-run", "hf", "--to", "x").error == (
         "hf holds no complete checkpoint; give the output_dir of a training run"
     )

@@ -67,6 +67,7 @@ SOLVERS: list[dict[str, Any]] = [
     {"kind": "iiet", "iterations": 2, "key_values": "first"},
     {"kind": "iiet", "variant": "released", "iterations": [0, 2, 1, 1], "readout": "shared"},
 ]
+OF_IIET = "DIR/config.json (model_type iiet)"
 NO_EXTRAS = Extras({}, {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None})
 
 
@@ -402,14 +403,14 @@ class TestRefusals:
         [
             ({"solver": [1]}, "DIR/config.json: solver is [1], but must be an object such as"),
             ({"solver": None}, "DIR/config.json: solver is None, but must be an object such as"),
-            ({"embedding_scale": None}, "DIR/config.json: embedding_scale is missing; supported is a number"),
+            ({"embedding_scale": None}, f"{OF_IIET}: embedding_scale is missing; supported is a number"),
             (
                 {"architectures": ["X"]},
-                "DIR/config.json: architectures is ['X']; supported is ['IIETForCausalLM']",
+                f"{OF_IIET}: architectures is ['X']; supported is ['IIETForCausalLM']",
             ),
             (
                 {"kv_cache": "half"},
-                "DIR/config.json: kv_cache is 'half'; supported is 'all', 'last', 'first'",
+                f"{OF_IIET}: kv_cache is 'half'; supported is 'all', 'last', 'first'",
             ),
             ({"vocab_size": 60}, "DIR/model-00001-of-000"),
         ],
@@ -423,7 +424,7 @@ class TestRefusals:
         self.edit(folder, {"iterations": [1, 0, 2, 3, 0]}, num_hidden_layers=5)
         assert self.message(folder) == (
             "DIR has no tensor model.layers.4.input_layernorm.weight ([24]), which its config.json asks for; "
-            "give the complete checkpoint of a LlamaForCausalLM or IIETForCausalLM"
+            "give a complete checkpoint"
         )
 
     def test_missing_and_damaged_shards(self, folder: Path) -> None:
@@ -455,8 +456,8 @@ class TestRefusals:
                 file.unlink()
         (folder / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'touch x'\ntR.")
         assert self.message(folder) == (
-            "DIR has neither model.safetensors nor model.safetensors.index.json; its .bin files are pickles, "
-            "which can run code and are never read; save it with safetensors"
+            "DIR/pytorch_model.bin asks for os.system, which no weight needs and which could run code; it is "
+            "not read, so save the checkpoint with safetensors"
         )
 
     def test_target_exists(self, folder: Path) -> None:
@@ -467,11 +468,11 @@ class TestRefusals:
 @pytest.mark.parametrize(
     ("version", "works"),
     [
-        ("4.57.3", False),
-        ("5.18.0", False),
-        ("5.19.0", True),
-        ("5.23.1", True),
-        ("5.24.0", False),
+        ("4.56.2", False),
+        ("4.57.6", True),
+        ("5.0.0", True),
+        ("5.24.1", True),
+        ("5.25.0", False),
         ("6.0", False),
     ],
 )
@@ -488,7 +489,7 @@ def test_the_code_that_travels_knows_its_transformers(
         assert "IIETForCausalLM" in load()
         return
     with pytest.raises(
-        ImportError, match=rf"transformers >= 5\.19, < 5\.24, but {version} is installed; pip"
+        ImportError, match=rf"transformers >= 4\.57, < 5\.25, but {version} is installed; pip"
     ):
         load()
 

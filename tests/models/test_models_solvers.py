@@ -123,7 +123,7 @@ def test_keys_and_values_of_the_first_evaluation(build: Build, tokens: torch.Ten
     attention, mlp = layer.attention, layer.mlp
 
     def heads(x: torch.Tensor) -> torch.Tensor:
-        return x.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+        return x.unflatten(-1, (-1, attention.head_width)).transpose(1, 2)
 
     kept = None
     for _ in range(3):
@@ -141,7 +141,7 @@ def test_keys_and_values_of_the_first_evaluation(build: Build, tokens: torch.Ten
     model(tokens, tokens).backward()
     assert attention.qkv.weight.grad.abs().amin(1).gt(0).all()
     shape = model.config.model
-    spared = 2 * 2 * shape.hidden_size * 2 * shape.num_kv_heads * shape.head_dim * 16
+    spared = 2 * 2 * shape.hidden_size * 2 * shape.num_kv_heads * shape.head_width * 16
     assert own.layer_flops(16) - model.layer_flops(16) == spared
 
 

@@ -125,20 +125,27 @@ def test_optional_fields_have_transformers_defaults(tmp_path: Path, llama_folder
     assert (model.tie_embeddings, model.embedding_scale, model.init_std) == (False, 1.0, 0.02)
 
 
+FAMILIES = "'llama', 'mistral', 'qwen2', 'qwen3' or 'iiet'"
+KINDS = "'default', 'linear', 'llama3' or 'yarn'"
 REFUSED: list[tuple[dict[str, Any], str]] = [
-    ({"model_type": "mistral"}, "model_type is 'mistral'; supported is 'llama' or 'iiet'"),
-    ({"model_type": ...}, "model_type is missing; supported is 'llama' or 'iiet'"),
+    ({"model_type": "gpt"}, f"model_type is 'gpt'; supported is {FAMILIES}"),
+    ({"model_type": ["llama"]}, f"model_type is ['llama']; supported is {FAMILIES}"),
+    ({"model_type": ...}, f"model_type is missing; supported is {FAMILIES}"),
+    (
+        {"model_type": "gemma"},
+        f"model_type is 'gemma'; supported is {FAMILIES}; gemma is not, because its feed-forward is a "
+        "GeGLU and its norms multiply by 1 + weight",
+    ),
     ({"architectures": ["LlamaModel"]}, "architectures is ['LlamaModel']; supported is ['LlamaForCausalLM']"),
     ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; supported is 'silu': the feed-forward is SwiGLU"),
-    ({"attention_bias": True}, "attention_bias is True; supported is False: attention has no biases"),
+    ({"attention_bias": "qkv"}, "attention_bias is 'qkv'; supported is true or false"),
+    ({"qk_norm": True}, "qk_norm is True; supported is false"),
+    ({"qkv_bias": True}, "qkv_bias is True; supported is false"),
     ({"mlp_bias": True}, "mlp_bias is True; supported is False: the feed-forward has no biases"),
     ({"attention_dropout": 0.1}, "attention_dropout is 0.1; supported is 0: the model has no dropout"),
     ({"pretraining_tp": 2}, "pretraining_tp is 2; supported is 1: matrices are not multiplied in slices"),
-    ({"head_dim": 16}, "head_dim is 16; supported is hidden_size / num_attention_heads (40 / 4 = 10)"),
-    (
-        {"num_attention_heads": 3},
-        "head_dim is 10; supported is hidden_size / num_attention_heads (40 / 3 = 13.3333)",
-    ),
+    ({"head_dim": "wide"}, "head_dim is 'wide'; supported is a whole number of at least 1"),
+    ({"num_attention_heads": 3}, "hidden_size is 40; supported is a multiple of num_attention_heads = 3"),
     (
         {"num_attention_heads": 8, "head_dim": None, "num_key_value_heads": 8},
         "head_dim is 5; supported is an even number",
@@ -148,16 +155,25 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         "num_key_value_heads is 3; supported is a divisor of num_attention_heads = 4",
     ),
     (
-        {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
-        "rope_scaling.rope_type is 'llama3'; supported is 'default': rotary positions are not scaled",
+        {"rope_scaling": {"rope_type": "dynamic", "factor": 8.0}},
+        "rope_scaling.rope_type is 'dynamic'; supported is 'default', 'linear', 'llama3' or 'yarn'",
     ),
     (
-        {"rope_scaling": {"type": "linear", "factor": 2.0}},
-        "rope_scaling.rope_type is 'linear'; supported is 'default': rotary positions are not scaled",
+        {"rope_scaling": {"type": "longrope", "short_factor": [1.0]}},
+        "rope_scaling.rope_type is 'longrope'; supported is 'default', 'linear', 'llama3' or 'yarn'",
     ),
     (
         {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}},
-        "rope_parameters.rope_type is 'yarn'; supported is 'default': rotary positions are not scaled",
+        "rope_parameters has no 'factor', which rope_type yarn needs; give it",
+    ),
+    (
+        {"rope_scaling": {"rope_type": "linear", "factor": 2.0, "low_freq_factor": 1.0}},
+        "rope_scaling has the key 'low_freq_factor', which rope_type linear does not have; its keys are "
+        "factor",
+    ),
+    (
+        {"rope_scaling": {"type": "default", "mrope_section": [16, 24, 24]}},
+        "rope_scaling.mrope_section is [16, 24, 24]; supported is null",
     ),
     (
         {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
@@ -176,7 +192,68 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"vocab_size": True}, "vocab_size is True; supported is a whole number of at least 1"),
     ({"rms_norm_eps": "small"}, "rms_norm_eps is 'small'; supported is a number greater than 0"),
     ({"tie_word_embeddings": "no"}, "tie_word_embeddings is 'no'; supported is true or false"),
+    (
+        {"sliding_window": 64},
+        "sliding_window is 64; supported is null, or at least max_position_embeddings = 128: attention sees "
+        "all that came before; for the same function on shorter sequences set sliding_window to null and "
+        "max_position_embeddings to the window",
+    ),
+    (
+        {"layer_types": ["full_attention"] * 2},
+        "layer_types is ['full_attention', 'full_attention']; supported is 'full_attention' for every layer",
+    ),
+    (
+        {"attention_multiplier": 0.5},
+        "attention_multiplier is 0.5; supported is 0.316228: scores are divided by the root of a "
+        "head's width",
+    ),
+    (
+        {"query_pre_attn_scalar": 256},
+        "query_pre_attn_scalar is 256; supported is 10: scores are divided by the root of a head's width",
+    ),
+    (
+        {"final_logit_softcapping": 30.0},
+        "final_logit_softcapping is 30.0; supported is null: logits are not capped",
+    ),
+    ({"pruned_heads": {"0": [1]}}, "pruned_heads is {'0': [1]}; supported is {}: every layer has all heads"),
+    (
+        {"rope_parameters": {"rope_type": ["yarn"]}},
+        "rope_parameters.rope_type is ['yarn']; supported is " + KINDS,
+    ),
+    (
+        {"residual_multiplier": 0.2},
+        "residual_multiplier is 0.2; supported is 1: the residual stream has no factor",
+    ),
+    ({"logits_scaling": 8.0}, "logits_scaling is 8.0; supported is 1: logits have no factor"),
+    (
+        {"num_local_experts": 8},
+        "num_local_experts is 8; supported is 0: the feed-forward is no mixture of experts",
+    ),
+    (
+        {"auto_map": {"AutoModel": "m.M"}},
+        "auto_map is {'AutoModel': 'm.M'}; supported is null: code that comes with the weights may compute "
+        "anything",
+    ),
 ]
+NEUTRAL: list[dict[str, Any]] = [
+    {"hidden_act": "swish", "mlp_bias": None, "pretraining_tp": None, "attention_multiplier": 10**-0.5},
+    {
+        "residual_multiplier": 1.0,
+        "logits_scaling": 1,
+        "num_local_experts": 0,
+        "final_logit_softcapping": None,
+    },
+    {"sliding_window": 128, "query_pre_attn_scalar": 10, "layer_types": ["full_attention"] * 3},
+    {"sliding_window": 64, "use_sliding_window": False, "rope_interleaved": False, "no_rope_layers": []},
+    {"architectures": ["LLaMAForCausalLM"], "torch_dtype": "float16", "dtype": ..., "auto_map": {}},
+    {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "factor": None}, "qk_norm": False},
+]
+
+
+@pytest.mark.parametrize("fields", NEUTRAL, ids=str)
+def test_what_changes_nothing_is_read(tmp_path: Path, llama_folder: Path, fields: dict[str, Any]) -> None:
+    plain = import_llama(llama_folder)[0]
+    assert import_llama(edited(llama_folder, tmp_path / "x", **fields))[0] == plain
 
 
 @pytest.mark.parametrize(("fields", "message"), REFUSED)
@@ -186,7 +263,8 @@ def test_refuses_what_the_model_cannot_be(
     folder = edited(llama_folder, tmp_path / "x", **fields)
     with pytest.raises(ValueError) as caught:
         import_llama(folder)
-    assert str(caught.value) == f"{folder / 'config.json'}: {message}"
+    named = "" if "model_type" in fields else " (model_type llama)"
+    assert str(caught.value) == f"{folder / 'config.json'}{named}: {message}"
 
 
 def test_refuses_what_is_not_a_checkpoint(tmp_path: Path, llama_folder: Path) -> None:
@@ -195,7 +273,7 @@ def test_refuses_what_is_not_a_checkpoint(tmp_path: Path, llama_folder: Path) ->
             import_llama(folder)
         return str(caught.value).replace(str(tmp_path), "TMP")
 
-    give = "give the folder of a Hugging Face LLaMA or IIET checkpoint"
+    give = "give the folder of a Hugging Face LLaMA, Mistral, Qwen2, Qwen3 or IIET checkpoint"
     assert message(tmp_path / "gone") == f"TMP/gone is not a folder; {give}"
     assert message(tmp_path) == f"TMP has no config.json; {give}"
 
@@ -207,13 +285,11 @@ def test_refuses_what_is_not_a_checkpoint(tmp_path: Path, llama_folder: Path) ->
 
     (tmp_path / "bare").mkdir()
     (tmp_path / "bare" / "config.json").write_text((llama_folder / "config.json").read_text())
-    neither = "TMP/bare has neither model.safetensors nor model.safetensors.index.json; "
-    assert message(tmp_path / "bare") == neither + "give the folder of a complete checkpoint"
-    (tmp_path / "bare" / "pytorch_model.bin").write_bytes(b"")
-    assert message(tmp_path / "bare") == (
-        neither
-        + "its .bin files are pickles, which can run code and are never read; save it with safetensors"
+    neither = (
+        "TMP/bare has no model.safetensors or model.safetensors.index.json, pytorch_model.bin or "
+        "pytorch_model.bin.index.json; give the folder of a complete checkpoint"
     )
+    assert message(tmp_path / "bare") == neither
     (tmp_path / "bare" / "model.safetensors").write_bytes(b"not a header")
     assert message(tmp_path / "bare").startswith(
         "TMP/bare/model.safetensors is not a readable safetensors file ("
@@ -234,7 +310,7 @@ TENSORS: list[tuple[dict[str, torch.Tensor | None], str]] = [
     (
         {Q: None},
         "DIR has no tensor model.layers.0.self_attn.q_proj.weight ([40, 40]), which its config.json asks "
-        "for; give the complete checkpoint of a LlamaForCausalLM or IIETForCausalLM",
+        "for; give a complete checkpoint",
     ),
     (
         {Q: torch.zeros(40, 20)},
@@ -249,7 +325,7 @@ TENSORS: list[tuple[dict[str, torch.Tensor | None], str]] = [
     (
         {"model.layers.0.self_attn.q_proj.bias": torch.zeros(40)},
         "DIR/model.safetensors: tensor model.layers.0.self_attn.q_proj.bias has no place in the model that "
-        "config.json describes (1 such tensors); supported are the tensors of a plain LlamaForCausalLM",
+        "config.json describes (1 such tensors); supported are the tensors of its LlamaForCausalLM",
     ),
 ]
 

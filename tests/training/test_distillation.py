@@ -26,6 +26,9 @@ from tests.tiny import make_data, tiny_config
 
 FULL = {"kind": "iiet", "iterations": 2}
 REDUCED = {"kind": "iiet", "iterations": [1, 0, 2]}
+LINEAR = {"kind": "linear", "factor": 2.0}
+OLDER_IDENTITY = "dade126f827fc137abb3d39ecb4975e3"
+"""What a version without biases, q/k norms, head widths and scaled positions called the model below."""
 
 
 @pytest.fixture(scope="module")
@@ -138,6 +141,10 @@ def test_a_teacher_is_its_function_and_its_weights(tmp_path: Path) -> None:
     assert identity() == identity(training={"seed": 3}, solver={**FULL, "coefficient_init": "average"})
     others = [{"damping": 0.5}, {"key_values": "first"}, {"iterations": 3}, {"history_norm": "none"}]
     assert len({identity(), *(identity(solver={**FULL, **other}) for other in others)}) == 5
+    assert identity() == OLDER_IDENTITY, "runs of older versions would not be resumed"
+    models = [{"head_dim": 8}, {"attention_bias": "qkv"}, {"qk_norm": True}, {"rope_scaling": LINEAR}]
+    assert len({identity(), *(identity(model=model) for model in models)}) == 5
+    assert identity(model={"head_dim": 16, "rope_scaling": {"kind": "none"}}) == identity()
 
 
 def forward_flops(solver: dict[str, Any], data: dict[str, str]) -> int:

@@ -26,9 +26,10 @@ MATRICES = ("embedding.weight", "head.weight", "qkv.weight", "output.weight", "g
 @pytest.mark.parametrize("tied", [True, False])
 def test_matrices_decay_and_nothing_else(solver: dict[str, Any], tied: bool) -> None:
     sizes = {"hidden_size": 16, "ffn_hidden_size": 24, "num_layers": 2, "num_attention_heads": 2}
+    family = {"attention_bias": "qkvo", "qk_norm": True}
     config = config_from_dict(
         {
-            "model": {**sizes, "vocab_size": 60, "tie_embeddings": tied},
+            "model": {**sizes, "vocab_size": 60, "tie_embeddings": tied, **family},
             "solver": solver,
             "optimizer": {"lr": 3e-3, "beta1": 0.8, "beta2": 0.99, "eps": 1e-7, "weight_decay": 0.25},
         }

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from megatron_iiet import models
-from megatron_iiet.config import ConfigError, RunConfig
+from megatron_iiet.config import ConfigError, RunConfig, load_config
 from megatron_iiet.models import Transformer
 from megatron_iiet.storage.checkpoint import checkpoints_folder
 from megatron_iiet.storage.checkpoint_model import export_run
+from megatron_iiet.storage.hugging_face import import_llama
 from megatron_iiet.storage.source import KINDS
 from megatron_iiet.training.metrics import read_log
 from megatron_iiet.training.warm_start import open_warm_start
@@ -132,19 +133,8 @@ def test_masters_are_the_source_s_in_every_layout(
     assert found["layers.2.solver.coefficients"].tolist() == pytest.approx([0, 0, 1], abs=1e-20)
 
 
-@pytest.mark.parametrize(
-    ("world_size", "stage", "parallel"),
-    [(1, 1, {}), pytest.param(2, 1, {"tensor": 2}, marks=pytest.mark.slow)],
-)
-def test_from_a_llama(
-    world_size: int, stage: int, parallel: dict[str, Any], data: dict[str, str], tmp_path: Path
-) -> None:
-    """Untied, bf16, in several files: the loss is transformers' own."""
-    theirs = llama(tmp_path / "hf").bfloat16()
-    theirs.save_pretrained(tmp_path / "hf", max_shard_size="40KB")
-    assert len(list((tmp_path / "hf").glob("*.safetensors"))) > 2
-    model = {"embedding_scale": 1.0, "tie_embeddings": False}
-    loss = started(tmp_path / "hf", data, tmp_path / "run", world_size, stage, model=model, parallel=parallel)
+def loss_of(theirs: PreTrainedModel, config: RunConfig) -> float:
+    """What a run logs as validation loss, of a model of transformers."""
 
     class Wrapped(Transformer):
         """Their logits, our loss."""
@@ -159,8 +149,64 @@ def test_from_a_llama(
             self.tokens = tokens_BT
             return super().embed(tokens_BT)
 
+    return validation_loss(Wrapped(config))
+
+
+@pytest.mark.parametrize(
+    ("world_size", "stage", "parallel"),
+    [(1, 1, {}), pytest.param(2, 1, {"tensor": 2}, marks=pytest.mark.slow)],
+)
+def test_from_a_llama(
+    world_size: int, stage: int, parallel: dict[str, Any], data: dict[str, str], tmp_path: Path
+) -> None:
+    """Untied, bf16, in several files: the loss is transformers' own."""
+    theirs = llama(tmp_path / "hf").bfloat16()
+    theirs.save_pretrained(tmp_path / "hf", max_shard_size="40KB")
+    assert len(list((tmp_path / "hf").glob("*.safetensors"))) > 2
+    model = {"embedding_scale": 1.0, "tie_embeddings": False}
+    loss = started(tmp_path / "hf", data, tmp_path / "run", world_size, stage, model=model, parallel=parallel)
     config = tiny_config(data, tmp_path / "run", model=SHAPE | model, solver={"kind": "euler"})
-    assert loss == pytest.approx(validation_loss(Wrapped(config)), rel=1e-5)
+    assert loss == pytest.approx(loss_of(theirs, config), rel=1e-5)
+
+
+@pytest.mark.slow
+def test_from_another_family(data: dict[str, str], tmp_path: Path) -> None:
+    """Biases, q/k norms and a head width of its own, over tensor-parallel ranks with their parts: the shape
+    is taken from the source, the loss is transformers', and what comes out is the source, to the bit."""
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 3,
+        "head_dim": 12,
+    }
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "attention_bias": True}
+    reach = {"vocab_size": 384, "max_position_embeddings": 64, "initializer_range": 0.1}
+    theirs = Qwen3ForCausalLM(Qwen3Config(**sizes, **heads, **reach)).eval()
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if name.endswith("bias") or "norm" in name:
+                parameter.uniform_(0.5, 1.5)
+    theirs.save_pretrained(tmp_path / "hf")
+    flags = ["--model.from", str(tmp_path / "hf"), "--data.sequence_length", "16"]
+    shape = asdict(load_config(flags).config.model)
+    config = tiny_config(
+        data,
+        tmp_path / "run",
+        model=shape,
+        solver={"kind": "euler"},
+        parallel={"tensor": 2},
+        training={"steps": 1, "initial_weights": str(tmp_path / "hf")},
+        optimizer=STILL,
+    )
+    run_ranks(pretrain_rank, 2, as_data(config), ds_json(tmp_path, 3))
+    assert read_log(tmp_path / "run")[0]["validation_loss"] == pytest.approx(
+        loss_of(theirs, config), rel=1e-5
+    )
+    found, expected = export_run(tmp_path / "run").state, import_llama(tmp_path / "hf")[1]
+    assert set(found) == set(expected)
+    for name, value in expected.items():
+        assert torch.equal(found[name][: len(value)], value), name
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ from megatron_iiet.models import Transformer
 from tests.hf.solvers_under_test import our_model, tokens
 from tests.versions.loads import NEW
 
+
 class State(dict[str, Tensor]):
     """Weights in memory, to export."""
 

@@ -1,5 +1,6 @@
-"""A Hugging Face folder (``config.json`` and safetensors) as our configuration and parameters: a LLaMA, or
-one that was exported. What our model would compute differently is refused; nothing is ever unpickled."""
+"""A Hugging Face folder (``config.json`` and weights) as our configuration and parameters: a LLaMA or another
+of the :data:`megatron_iiet.config.hugging_face.FAMILIES`, or one that was exported. What our model would
+compute differently is refused, and no code that a file brings is run."""
 
 from __future__ import annotations
 
@@ -11,27 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from megatron_iiet.config import RunConfig, config_from_dict, config_to_dict, iterations_per_layer
+from megatron_iiet.config.hugging_face import CONFIG_FILE, FAMILIES, Family, model_of_fields, read_json
+from megatron_iiet.config.keys import join_words
 from megatron_iiet.config.kinds import own_keys
-from megatron_iiet.config.schema import ModelConfig
-from megatron_iiet.config.solvers import SOLVERS, Iterating, Merging, SolverConfig
-from megatron_iiet.storage.hugging_face.shards import read_json
-from megatron_iiet.storage.hugging_face.weights import CONFIG_FILE, HFWeights, WithInitialSolvers
+from megatron_iiet.config.solvers import SOLVERS, Euler, Iterating, Merging, SolverConfig
+from megatron_iiet.storage.hugging_face.weights import HFWeights, WithInitialSolvers
 
-ARCHITECTURES = {"llama": "LlamaForCausalLM", "iiet": "IIETForCausalLM"}
-"""By ``model_type``."""
-CACHES = ("all", "last", "first")
-"""Values of ``kv_cache``."""
 TOKENIZER_FILES = ("tokenizer.model", "sentencepiece.model", "tokenizer.json", "tokenizer_config.json")
-
-# Fields with one value that our model computes, and why there is no other.
-_ONLY_VALUES: dict[str, tuple[Any, str]] = {
-    "hidden_act": ("silu", "the feed-forward is SwiGLU"),
-    "attention_bias": (False, "attention has no biases"),
-    "mlp_bias": (False, "the feed-forward has no biases"),
-    "attention_dropout": (0, "the model has no dropout"),
-    "pretraining_tp": (1, "matrices are not multiplied in slices"),
-    "partial_rotary_factor": (1, "every part of a head is rotated"),
-}
 
 
 def import_llama(
@@ -39,9 +26,9 @@ def import_llama(
 ) -> tuple[RunConfig, HFWeights | WithInitialSolvers]:
     """Configuration and fp32 parameters (by our names, read when asked for) of a checkpoint folder.
 
-    ``solver`` sets keys of the ``solver`` section of a LLaMA; without any the layers are integrated as the
-    checkpoint was trained, by explicit Euler. Solver coefficients get their initial values. An IIET has its
-    own solver and coefficients.
+    ``solver`` sets keys of the ``solver`` section of all but an IIET; without any the layers are integrated
+    as the checkpoint was trained, by explicit Euler. Solver coefficients get their initial values. An IIET
+    has its own solver and coefficients.
 
     Raises:
         ValueError: (and its subclass ConfigError) no such checkpoint, one that our model can't represent,
@@ -53,18 +40,23 @@ def import_llama(
 
 
 def open_folder(folder: Path, solver: Mapping[str, Any] | None = None) -> tuple[RunConfig, HFWeights]:
-    """:func:`import_llama` with what is in the folder only: of a LLaMA no solver's parameters.
+    """:func:`import_llama` with what is in the folder only: of an IIET alone solvers' parameters.
 
     Raises:
         ValueError: as :func:`import_llama`.
     """
     config = read_config(folder, solver)
-    return config, HFWeights(folder, config, solver=is_iiet(folder))
+    return config, HFWeights(folder, config, family_of(folder))
 
 
 def is_iiet(folder: Path) -> bool:
     """Whether the ``config.json`` of a folder is that of an exported model with a solver."""
-    return read_json(folder / CONFIG_FILE).get("model_type") == "iiet"
+    return family_of(folder).has_solver
+
+
+def family_of(folder: Path) -> Family:
+    """What the ``config.json`` of a folder that :func:`read_config` takes says that it is."""
+    return FAMILIES[read_json(folder / CONFIG_FILE)["model_type"]]
 
 
 def tokenizer_files(folder: str | Path) -> list[Path]:
@@ -83,8 +75,8 @@ def files_of_tokenizer(tokenizer: Path) -> list[Path]:
 
 
 def read_config(folder: Path, solver: Mapping[str, Any] | None = None) -> RunConfig:
-    """The run configuration that a folder's ``config.json`` describes; of a LLaMA with ``solver`` as its
-    solver section (default: explicit Euler).
+    """The run configuration that a folder's ``config.json`` describes; of all but an IIET with ``solver`` as
+    its solver section (default: explicit Euler).
 
     Raises:
         ValueError: as :func:`import_llama`.
@@ -92,15 +84,14 @@ def read_config(folder: Path, solver: Mapping[str, Any] | None = None) -> RunCon
     path = folder / CONFIG_FILE
     if not path.is_file():
         found = "has no config.json" if folder.is_dir() else "is not a folder"
-        raise ValueError(f"{folder} {found}; give the folder of a Hugging Face LLaMA or IIET checkpoint")
+        families = join_words([family.title for family in FAMILIES.values()])
+        raise ValueError(f"{folder} {found}; give the folder of a Hugging Face {families} checkpoint")
     fields = read_json(path)
-    _refuse_unsupported(fields, path)
-    model = _model(fields, path)
-    _check_heads(model, fields, path)
-    if model.num_kv_heads == model.num_attention_heads:
-        model.num_key_value_heads = None
-    if fields["model_type"] == "llama":
-        section = {"kind": "euler", **(solver or {})}
+    model = model_of_fields(fields, path)
+    if not FAMILIES[fields["model_type"]].has_solver:
+        given = dict(solver or {})
+        # What Euler does not have is of the kind that every run has by default.
+        section = {"kind": "euler", **given} if given.keys() <= {"kind", *own_keys(Euler)} else given
         source = f"{path} and the solver options"
     elif solver:
         raise ValueError(f"{path}: the model has a solver of its own; leave out solver.{next(iter(solver))}")
@@ -167,108 +158,3 @@ def solver_from_fields(fields: Any, layers: int, path: Path) -> dict[str, Any]:
     if issubclass(declared, Merging) and section.get("coefficient_init") == declared.default_init:
         del section["coefficient_init"]
     return section
-
-
-def _model(fields: Mapping[str, Any], path: Path) -> ModelConfig:
-    heads = _size(fields, "num_attention_heads", path)
-    model = ModelConfig(
-        hidden_size=_size(fields, "hidden_size", path),
-        ffn_hidden_size=_size(fields, "intermediate_size", path),
-        num_layers=_size(fields, "num_hidden_layers", path),
-        num_attention_heads=heads,
-        num_key_value_heads=_size(fields, "num_key_value_heads", path, default=heads),
-        vocab_size=_size(fields, "vocab_size", path),
-        vocab_multiple=_size(fields, "vocab_multiple", path, default=ModelConfig.vocab_multiple),
-        max_position_embeddings=_size(fields, "max_position_embeddings", path, default=2048),
-        tie_embeddings=bool(fields.get("tie_word_embeddings")),
-        embedding_scale=1.0,
-        rms_norm_eps=_number(fields, "rms_norm_eps", path, default=1e-6),
-        rotary_base=_rotary_base(fields, path),
-        init_std=_number(fields, "initializer_range", path, default=0.02),
-    )
-    if fields["model_type"] == "iiet":
-        scale = _number(fields, "embedding_scale", path)
-        model.embedding_scale = "unit" if scale == 1 / model.init_std else scale
-    return model
-
-
-def _refuse_unsupported(fields: Mapping[str, Any], path: Path) -> None:
-    kind = fields.get("model_type")
-    if kind not in ARCHITECTURES:
-        raise _unsupported(path, "model_type", kind, "'llama' or 'iiet'")
-    architectures = fields.get("architectures")
-    if architectures not in (None, [ARCHITECTURES[kind]]):
-        raise _unsupported(path, "architectures", architectures, str([ARCHITECTURES[kind]]))
-    if fields.get("kv_cache") not in (None, *CACHES):
-        raise _unsupported(path, "kv_cache", fields["kv_cache"], ", ".join(map(repr, CACHES)))
-    for name, (only, reason) in _ONLY_VALUES.items():
-        if fields.get(name) is not None and fields[name] != only:
-            raise _unsupported(path, name, fields[name], f"{only!r}: {reason}")
-    if fields.get("tie_word_embeddings") not in (None, True, False):
-        raise _unsupported(path, "tie_word_embeddings", fields["tie_word_embeddings"], "true or false")
-    if fields.get("quantization_config") is not None:
-        method = fields["quantization_config"]
-        method = method.get("quant_method", method) if isinstance(method, dict) else method
-        raise _unsupported(path, "quantization_config", method, "unquantised weights")
-
-
-def _rotary_base(fields: Mapping[str, Any], path: Path) -> float:
-    """The rotary base, from ``rope_parameters`` (transformers 5) or ``rope_theta`` (before); no scaling."""
-    base = _number(fields, "rope_theta", path, default=10000.0)
-    for name in ("rope_parameters", "rope_scaling"):  # where both stand, transformers uses the second
-        rope = fields.get(name)
-        if rope is None or rope == {}:
-            continue
-        if not isinstance(rope, dict):
-            raise _unsupported(path, name, rope, "null or an object with rope_type 'default'")
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        if kind != "default":
-            raise _unsupported(path, f"{name}.rope_type", kind, "'default': rotary positions are not scaled")
-        if rope.get("partial_rotary_factor", 1) != 1:
-            only, reason = _ONLY_VALUES["partial_rotary_factor"]
-            raise _unsupported(
-                path, f"{name}.partial_rotary_factor", rope["partial_rotary_factor"], f"{only}: {reason}"
-            )
-        base = _number(rope, "rope_theta", path, default=base, prefix=f"{name}.")
-    return base
-
-
-def _check_heads(model: ModelConfig, fields: Mapping[str, Any], path: Path) -> None:
-    width, heads, kv = model.hidden_size, model.num_attention_heads, model.num_kv_heads
-    head_dim = fields.get("head_dim")
-    if width % heads or (head_dim is not None and head_dim * heads != width):
-        raise _unsupported(
-            path,
-            "head_dim",
-            head_dim,
-            f"hidden_size / num_attention_heads ({width} / {heads} = {width / heads:g})",
-        )
-    if model.head_dim % 2:
-        raise _unsupported(path, "head_dim", model.head_dim, "an even number")
-    if heads % kv:
-        raise _unsupported(path, "num_key_value_heads", kv, f"a divisor of num_attention_heads = {heads}")
-
-
-def _size(fields: Mapping[str, Any], name: str, path: Path, default: int | None = None) -> int:
-    value = fields.get(name)
-    if value is None and default is not None:
-        return default
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise _unsupported(path, name, value, "a whole number of at least 1")
-    return value
-
-
-def _number(
-    fields: Mapping[str, Any], name: str, path: Path, *, default: float | None = None, prefix: str = ""
-) -> float:
-    value = fields.get(name)
-    if value is None and default is not None:
-        return default
-    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < float("inf"):
-        raise _unsupported(path, prefix + name, value, "a number greater than 0")
-    return float(value)
-
-
-def _unsupported(path: Path, field: str, found: Any, supported: str) -> ValueError:
-    shown = "missing" if found is None else repr(found)
-    return ValueError(f"{path}: {field} is {shown}; supported is {supported}")

@@ -1,4 +1,4 @@
-"""The safetensors files of a Hugging Face folder, one shard or many."""
+"""The files of weights of a Hugging Face folder, one shard or many."""
 
 from __future__ import annotations
 
@@ -7,13 +7,15 @@ import re
 from collections.abc import Iterator, Mapping
 from math import prod
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
 from megatron_iiet import durable
+from megatron_iiet.config.hugging_face import read_json
+from megatron_iiet.storage.hugging_face.pickled import OpenPickle, PickledFile
 from megatron_iiet.storage.safetensors_stream import (
     DTYPES,
+    SafetensorsFile,
     Shape,
     TensorToWrite,
     open_checked,
@@ -23,6 +25,8 @@ from megatron_iiet.storage.safetensors_stream import (
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
+_WEIGHTS = (WEIGHTS_FILE, "pytorch_model.bin")
+"""Names of weights, the one to read first; with ``.index.json`` behind it that of an index of shards."""
 _METADATA = {"format": "pt"}  # what transformers asks of a file
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
 
@@ -31,13 +35,13 @@ class ShardReader:
     """The tensors of a folder by name; what nobody asks for is never read.
 
     Raises:
-        ValueError: there are no safetensors files, one is missing, or it cannot be read as such.
+        ValueError: there are no files of weights, one is missing, or it cannot be read as such.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        what = ("is not a readable safetensors file", "download it again")
-        files = [open_checked(path, *what) for path in _weight_files(folder)]
+        opened = OpenPickle()
+        files = [_open(path, opened) for path in _weight_files(folder)]
         self._where = {name: file for file in files for name in file.tensors}
 
     def __contains__(self, name: str) -> bool:
@@ -61,7 +65,7 @@ class ShardReader:
             if file is None:
                 raise ValueError(
                     f"{self.folder} has no tensor {name} ({list(shape)}), which its {described_by} asks for; "
-                    "give the complete checkpoint of a LlamaForCausalLM or IIETForCausalLM"
+                    "give a complete checkpoint"
                 )
             stored = file.tensors[name]
             if stored.shape != shape:
@@ -129,41 +133,32 @@ def parse_bytes(text: str) -> int:
     return size
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """An object from a JSON file.
-
-    Raises:
-        ValueError: the file cannot be read, or holds something else.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"cannot read {path}: {error}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold an object {{...}}")
-    return content
+def _open(path: Path, opened: OpenPickle) -> SafetensorsFile | PickledFile:
+    if path.suffix == ".bin":
+        return PickledFile(path, opened)
+    return open_checked(path, "is not a readable safetensors file", "download it again")
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    index = folder / INDEX_FILE
-    if (folder / WEIGHTS_FILE).is_file():
-        return [folder / WEIGHTS_FILE]
-    if not index.is_file():
-        pickled = any(folder.glob("*.bin"))
-        hint = (
-            "its .bin files are pickles, which can run code and are never read; save it with safetensors"
-            if pickled
-            else "give the folder of a complete checkpoint"
-        )
-        raise ValueError(f"{folder} has neither {WEIGHTS_FILE} nor {INDEX_FILE}; {hint}")
-    weight_map = read_json(index).get("weight_map")
+    for name in _WEIGHTS:
+        index = folder / f"{name}.index.json"
+        if (folder / name).is_file():
+            return [folder / name]
+        if index.is_file():
+            return _indexed_files(index, Path(name).suffix)
+    names = ", ".join(f"{name} or {name}.index.json" for name in _WEIGHTS)
+    raise ValueError(f"{folder} has no {names}; give the folder of a complete checkpoint")
+
+
+def _indexed_files(index: Path, suffix: str) -> list[Path]:
+    folder, weight_map = index.parent, read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{index}: weight_map is {weight_map!r}, but must name a file for every tensor")
     files = []
     for name in sorted({str(value) for value in weight_map.values()}):
-        if Path(name).name != name or not name.endswith(".safetensors"):
+        if Path(name).name != name or not name.endswith(suffix):
             raise ValueError(
-                f"{index}: weight_map names '{name}', but must name .safetensors files of its folder"
+                f"{index}: weight_map names '{name}', but must name {suffix} files of its folder"
             )
         if not (folder / name).is_file():
             raise ValueError(f"{index} names {name}, which is missing; download the checkpoint again")

@@ -1,5 +1,5 @@
-"""Which tensors of a Hugging Face folder our parameters are, in both directions: LLaMA's, under its names,
-and what a solver has as ``model.layers.N.solver.…``."""
+"""Which tensors of a Hugging Face folder our parameters are, in both directions: those of LLaMA and its
+relatives, under their names, and what a solver has as ``model.layers.N.solver.…``."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from megatron_iiet.config import RunConfig
+from megatron_iiet.config.hugging_face import CONFIG_FILE, Family
 from megatron_iiet.config.schema import ModelConfig
 from megatron_iiet.models.solvers import build_solver
 from megatron_iiet.storage.hugging_face.shards import ShardReader
 from megatron_iiet.storage.parameters import RowSource, StoredParameters
 from megatron_iiet.storage.safetensors_stream import Shape, TensorToWrite
 
-CONFIG_FILE = "config.json"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 _COMPARED_ROWS = 4096
@@ -79,10 +79,10 @@ class HFWeights(StoredParameters):
         ValueError: files or tensors are missing, superfluous, damaged or of the wrong shape.
     """
 
-    def __init__(self, folder: Path, config: RunConfig, *, solver: bool) -> None:
-        """Check everything that can be checked without reading the weights; ``solver``: the folder has what
-        the solvers have."""
-        self._tensors = tensor_map(config, solver=solver)
+    def __init__(self, folder: Path, config: RunConfig, family: Family) -> None:
+        """Check everything that can be checked without reading the weights; an IIET's folder has what the
+        solvers have."""
+        self._tensors = tensor_map(config, solver=family.has_solver)
         self.shapes = {
             name: (sum(shape[0] for shape in tensors.values()), *next(iter(tensors.values()))[1:])
             for name, tensors in self._tensors.items()
@@ -98,10 +98,10 @@ class HFWeights(StoredParameters):
         # Only rotary tables, which old files store, may be lost.
         left = sorted(n for n in set(self._reader) - known if not n.endswith("rotary_emb.inv_freq"))
         if left:
-            what = "an IIETForCausalLM" if solver else "a plain LlamaForCausalLM"
             raise ValueError(
                 f"{self._reader.path(left[0])}: tensor {left[0]} has no place in the model that "
-                f"{CONFIG_FILE} describes ({len(left)} such tensors); supported are the tensors of {what}"
+                f"{CONFIG_FILE} describes ({len(left)} such tensors); supported are the tensors of its "
+                f"{family.architectures[0]}"
             )
 
     def rows(self, name: str, first: int, last: int) -> Tensor:
@@ -156,16 +156,22 @@ class WithInitialSolvers(StoredParameters):
 
 def _layer_tensors(model: ModelConfig, layer: int) -> dict[str, dict[str, Shape]]:
     d, m = model.hidden_size, model.ffn_hidden_size
-    q, kv = model.num_attention_heads * model.head_dim, model.num_kv_heads * model.head_dim
+    q, kv = model.num_attention_heads * model.head_width, model.num_kv_heads * model.head_width
     attention, mlp = f"model.layers.{layer}.self_attn", f"model.layers.{layer}.mlp"
+    qkv = {f"{attention}.{part}_proj": rows for part, rows in (("q", q), ("k", kv), ("v", kv))}
+    found: dict[str, dict[str, Shape]] = {
+        "attention.qkv.weight": {f"{name}.weight": (rows, d) for name, rows in qkv.items()},
+        "attention.output.weight": {f"{attention}.o_proj.weight": (d, q)},
+    }
+    if model.attention_bias != "none":
+        found["attention.qkv.bias"] = {f"{name}.bias": (rows,) for name, rows in qkv.items()}
+    if model.attention_bias == "qkvo":
+        found["attention.output.bias"] = {f"{attention}.o_proj.bias": (d,)}
+    for norm in ("q_norm", "k_norm") if model.qk_norm else ():
+        found[f"attention.{norm}.weight"] = {f"{attention}.{norm}.weight": (model.head_width,)}
     return {
         "input_norm.weight": {f"model.layers.{layer}.input_layernorm.weight": (d,)},
-        "attention.qkv.weight": {
-            f"{attention}.q_proj.weight": (q, d),
-            f"{attention}.k_proj.weight": (kv, d),
-            f"{attention}.v_proj.weight": (kv, d),
-        },
-        "attention.output.weight": {f"{attention}.o_proj.weight": (d, q)},
+        **found,
         "post_attention_norm.weight": {f"model.layers.{layer}.post_attention_layernorm.weight": (d,)},
         "mlp.gate_up.weight": {f"{mlp}.gate_proj.weight": (m, d), f"{mlp}.up_proj.weight": (m, d)},
         "mlp.down.weight": {f"{mlp}.down_proj.weight": (d, m)},

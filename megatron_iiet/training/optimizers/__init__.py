@@ -46,11 +46,12 @@ def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     decayed: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
     fp32: list[nn.Parameter] = []
-    for parameter in model.parameters():
+    for name, parameter in model.named_parameters():
         if getattr(parameter, "keep_fp32", False):
             fp32.append(parameter)
-        else:  # every matrix is marked; its shape may be ZeRO-3's by now
-            (plain if shard_of(parameter) is None else decayed).append(parameter)
+        else:  # every matrix is marked, as a split bias is; its shape may be ZeRO-3's by now
+            matrix = shard_of(parameter) is not None and not name.endswith(".bias")
+            (decayed if matrix else plain).append(parameter)
     groups = [
         {"params": decayed, "weight_decay": weight_decay},
         {"params": plain, "weight_decay": 0.0},
