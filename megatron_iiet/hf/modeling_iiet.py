@@ -354,8 +354,8 @@ class _CacheConfig(IIETConfig):
         seen.__dict__ = config.__dict__
         return seen
 
-    @property
-    def num_hidden_layers(self) -> int:  # type: ignore[misc, override]
+    @property  # type: ignore[misc]
+    def num_hidden_layers(self) -> int:  # type: ignore[override]
         return self.num_cache_sets
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> LlamaConfig:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -79,15 +80,18 @@ def test_solvers_take_tokens_without_a_batch(name: str) -> None:
 
 @pytest.mark.slow
 def test_the_wheel_has_the_file_that_travels(tmp_path: Path) -> None:
-    before = sorted(PLUGIN.rglob("*"))
+    plugin = tmp_path / "hf" / PLUGIN.name  # a copy, lest a build that leaves files leave them here
+    shutil.copytree(PLUGIN, plugin, ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "hf" / "modeling_iiet.py").write_bytes(modeling_code())
+    before = sorted(plugin.rglob("*"))
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "wheel", "--quiet", "--no-deps"]
-    subprocess.run([*pip, "--no-build-isolation", "-w", tmp_path, PLUGIN], check=True)
+    subprocess.run([*pip, "--no-build-isolation", "-w", tmp_path, plugin], check=True)
     with zipfile.ZipFile(next(tmp_path.glob("vllm_iiet-*.whl"))) as wheel:
         assert wheel.read("vllm_iiet/modeling_iiet.py") == modeling_code()
         modules = {name for name in wheel.namelist() if name.endswith(".py")}
     written = {str(source.relative_to(PLUGIN)) for source in SOURCES} - {"setup.py"}
     assert modules == written | {"vllm_iiet/modeling_iiet.py"}
-    assert sorted(PLUGIN.rglob("*")) == before, "the build left files in the source tree"
+    assert sorted(plugin.rglob("*")) == before, "the build left files in the source tree"
 
 
 def test_the_plugin_is_found_and_runs_with_the_vllm_that_is_tested() -> None:

@@ -2,7 +2,7 @@
 
     python tests/vllm/check.py                                 # make test-vllm
     python tests/vllm/check.py --only iiet-plan refused        # cases whose names begin so
-    python tests/vllm/check.py --environment /tmp/vllm/env     # made there, if it is not there yet, and kept
+    python tests/vllm/check.py --environment FOLDER            # made there, if it is not there yet, and kept
 
 vLLM gets an environment of its own (4 GB, removed again), with the plugin installed from its folder.
 Texts are greedy and have to be those of full forward passes without a cache (tests/vllm/models.py), token by
