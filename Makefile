@@ -9,7 +9,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 unexport PYTHONDONTWRITEBYTECODE
 CSRC := $(shell find csrc -type f \( -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.inl' -o -name '*.cuh' \) 2>/dev/null)
 
-.PHONY: setup demo demo-compare demo-distill test test-long test-layouts test-kills test-versions test-vllm check mutants cuda-check gpu-check gpu-bundle format clean
+.PHONY: setup demo demo-compare demo-distill test test-long test-layouts test-kills test-versions test-transformers test-vllm check mutants cuda-check gpu-check gpu-bundle format clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.package
@@ -128,6 +128,12 @@ test-versions: setup
 # Exports of every solver in a real vLLM, text for text; in an environment of its own, 4 GB that go again.
 test-vllm: setup
 	$(BIN)/python tests/vllm/check.py
+
+# Exports of every solver in other releases of transformers, each in a folder of its own; an hour for all:
+#   make test-transformers TRANSFORMERS="5.24.0 4.57.6"
+TRANSFORMERS ?=
+test-transformers: setup
+	$(BIN)/python -m tests.versions.transformers_matrix $(TRANSFORMERS)
 
 check: setup
 	$(BIN)/ruff format --check .

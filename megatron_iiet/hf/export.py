@@ -20,6 +20,7 @@ from megatron_iiet.hf.card import CARD_FILE, model_card
 from megatron_iiet.hf.chat import CHAT_TEMPLATE_FILE, read_template, try_template
 from megatron_iiet.hf.tokenizer import CONFIG_FILE as TOKENIZER_CONFIG
 from megatron_iiet.hf.tokenizer import DEFINITION_FILE, TOKEN_FIELDS, Extras, to_json
+from megatron_iiet.hf.travelling import AUTO_MAP, MODELING_FILE, modeling_code
 from megatron_iiet.storage.hugging_face.llama import TOKENIZER_FILES, solver_to_fields
 from megatron_iiet.storage.hugging_face.shards import write_shards
 from megatron_iiet.storage.hugging_face.weights import tensors_to_write
@@ -29,14 +30,6 @@ from megatron_iiet.storage.portable import check_new
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """What weights can be stored as, by the names of the tool's option."""
 GENERATION_FILE = "generation_config.json"
-MODELING_FILE = "modeling_iiet.py"
-AUTO_MAP = {
-    "AutoConfig": "modeling_iiet.IIETConfig",
-    "AutoModel": "modeling_iiet.IIETModel",
-    "AutoModelForCausalLM": "modeling_iiet.IIETForCausalLM",
-    "AutoModelForSequenceClassification": "modeling_iiet.IIETForSequenceClassification",
-}
-"""As in the file that travels, which may not be imported without transformers."""
 
 _NO_WINDOW = {"use_sliding_window": False, "sliding_window": None}
 # What a Hugging Face folder may say of its tokenizer besides.
@@ -200,11 +193,6 @@ def rope_fields(model: ModelConfig) -> dict[str, Any]:
         return {}
     values = scaling.to_mapping()
     return {"rope_type": values.pop("kind"), **values}
-
-
-def modeling_code() -> bytes:
-    """The file that travels with every exported model and computes it without this package."""
-    return Path(__file__).with_name(MODELING_FILE).read_bytes()
 
 
 def _refuse_other_than_llama(config: RunConfig) -> None:

@@ -13,6 +13,7 @@ import torch
 
 from megatron_iiet.config.hugging_face import CONFIG_FILE, read_json
 from megatron_iiet.hf import register
+from megatron_iiet.hf.travelling import MODELING_FILE, modeling_code
 from megatron_iiet.storage import portable
 
 
@@ -51,8 +52,6 @@ def is_own(folder: str | Path) -> bool:
 
 def old_code(folder: str | Path) -> str:
     """What to tell of an export whose code is another version's, in a sentence; empty if it is not."""
-    from megatron_iiet.hf.export import MODELING_FILE, modeling_code
-
     code = Path(folder) / MODELING_FILE
     if not is_own(folder) or (code.is_file() and code.read_bytes() == modeling_code()):
         return ""

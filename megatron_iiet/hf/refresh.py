@@ -9,10 +9,10 @@ from typing import Any
 
 from megatron_iiet.config.hugging_face import CONFIG_FILE
 from megatron_iiet.durable import write_text
-from megatron_iiet.hf.export import AUTO_MAP, MODELING_FILE, modeling_code
 from megatron_iiet.hf.folders import is_own, read_fields
 from megatron_iiet.hf.tokenizer import CONFIG_FILE as TOKENIZER_CONFIG
 from megatron_iiet.hf.tokenizer import to_json
+from megatron_iiet.hf.travelling import AUTO_MAP, MODELING_FILE, modeling_code
 
 
 def refresh(folder: str | Path) -> list[str]:

@@ -24,7 +24,8 @@ from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, Ll
 from megatron_iiet import models
 from megatron_iiet.config import RunConfig, config_from_dict
 from megatron_iiet.config.solvers import IIET
-from megatron_iiet.hf.export import Written, export_folder, modeling_code
+from megatron_iiet.hf import modeling_iiet, travelling
+from megatron_iiet.hf.export import Written, export_folder
 from megatron_iiet.hf.tokenizer import Extras, extras_of_tokenizer
 from megatron_iiet.models import Transformer
 from megatron_iiet.storage import portable, safetensors_stream
@@ -159,7 +160,8 @@ def test_files_of_a_folder(tmp_path: Path) -> None:
         "model.safetensors",
         "modeling_iiet.py",
     }
-    assert (tmp_path / "hf" / "modeling_iiet.py").read_bytes() == modeling_code()
+    assert (tmp_path / "hf" / "modeling_iiet.py").read_bytes() == travelling.modeling_code()
+    assert travelling.AUTO_MAP == modeling_iiet.AUTO_MAP
     fields = json.loads((tmp_path / "hf" / "config.json").read_text())
     assert fields["model_type"] == "iiet"
     assert fields["auto_map"]["AutoModelForCausalLM"] == "modeling_iiet.IIETForCausalLM"

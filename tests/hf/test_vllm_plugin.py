@@ -16,8 +16,9 @@ import torch
 from transformers import LlamaConfig
 
 from megatron_iiet.hf import modeling_iiet
-from megatron_iiet.hf.export import config_fields, modeling_code
+from megatron_iiet.hf.export import config_fields
 from megatron_iiet.hf.modeling_iiet import History, IIETConfig, Solver, build_solver
+from megatron_iiet.hf.travelling import modeling_code
 from tests.hf.solvers_under_test import EVERY_SOLVER, hf_model, our_model
 from tests.vllm import check
 
