@@ -952,7 +952,7 @@ class IIETPreTrainedModel(PreTrainedModel):
             if isinstance(module, IIETDecoderLayer):
                 module.configure(config)
             elif isinstance(module, IIETModel):
-                module.made_of = _made_of(config)
+                module.made_of = copy.deepcopy(_made_of(config))
         return view
 
 
@@ -986,7 +986,7 @@ def _sharing_copy(module: nn.Module, old: IIETConfig, new: IIETConfig, made: dic
 
 def _made_of(config: IIETConfig) -> tuple[Any, ...]:
     """What layers take over of a configuration when they are made."""
-    return config.num_hidden_layers, config.kv_cache, copy.deepcopy(config.solver)
+    return config.num_hidden_layers, config.kv_cache, config.solver
 
 
 class IIETModel(IIETPreTrainedModel):
@@ -1001,7 +1001,7 @@ class IIETModel(IIETPreTrainedModel):
         self.norm = IIETRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = IIETRotaryEmbedding(config=config)
         self.gradient_checkpointing = False
-        self.made_of = _made_of(config)
+        self.made_of = copy.deepcopy(_made_of(config))
         self._check_engine({})
         self.post_init()
 
@@ -1025,8 +1025,9 @@ class IIETModel(IIETPreTrainedModel):
 
         Raises:
             ValueError: not exactly one of ``input_ids`` and ``inputs_embeds``, a cache made for another
-                model or other iterations, a cache under another name, an engine that cannot keep what this
-                model needs, or a configuration that was changed after the model was made.
+                model or other iterations, one under another name or beside gradient checkpointing, an engine
+                that cannot keep what this model needs, a configuration that was changed after the model was
+                made, or hidden states or attentions of some layers only.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
@@ -1036,13 +1037,20 @@ class IIETModel(IIETPreTrainedModel):
                 "(num_hidden_layers, kv_cache, solver), which its layers do not follow; make a model with "
                 "with_iterations(), or load one with these values"
             )
+        for name, asked in (("attentions", output_attentions), ("hidden_states", output_hidden_states)):
+            if asked is not None and not isinstance(asked, bool):
+                raise ValueError(f"output_{name} is {asked!r}; give True for those of all layers, or False")
         self._check_engine(kwargs)
         past, paged = self._given_cache(past_key_values, cache, kwargs)
         y_BTD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         use_cache = self.config.use_cache if use_cache is None else use_cache
-        if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
-            past = None  # it would be written to again when the layers are computed again
-        elif use_cache and past is None and paged is None:
+        checkpointing = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
+        if checkpointing and past is not None:
+            raise ValueError(
+                "a cache is given, but gradient checkpointing computes the layers again and would write to "
+                "it twice; leave the cache out, or turn gradient checkpointing off"
+            )
+        if use_cache and past is None and paged is None and not checkpointing:
             past = DynamicCache(config=self.config)
         places = kwargs.pop("cache_position", None)
         if position_ids is None or (_TELLS_PLACES and places is None):
@@ -1295,7 +1303,7 @@ class IIETForCausalLM(IIETPreTrainedModel, GenerationMixin):
         if isinstance(self.config, _CacheConfig):
             return cast(Any, super()).init_continuous_batching(*args, **kwargs)
         view = _sharing_copy(self, self.config, _CacheConfig.of(self.config), {})
-        view.model.made_of = _made_of(view.config)
+        view.model.made_of = copy.deepcopy(_made_of(view.config))
         return view.init_continuous_batching(*args, **kwargs)
 
     @torch.no_grad()

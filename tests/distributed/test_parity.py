@@ -152,7 +152,7 @@ def test_weights_are_excused_by_rounding_only_where_it_is_large(
     paths: dict[str, str], tmp_path: Path
 ) -> None:
     """A one-number gradient near 0, seen 2.7e-5; everything else stays within the plain tolerance."""
-    expected = expected_of("rk2-gated", False, False, paths["prefix"])
+    expected = expected_of("rk2-gated", False, False, "", paths["prefix"])
     noise = expected.weight_noise()
     loud = {n for n, w in expected.weights.items() if 4 * noise[n] > 1e-5 * w.abs().max().item()}
     assert loud <= {"layers.0.solver.gate_bias"}

@@ -78,8 +78,9 @@ def start(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -
 # An option: its names, what stands for its value, its default. "!": must be given; "-": without help.
 OPTIONS = {
     "convert_checkpoint": """
-        --from-hf DIR | --from-run RUN_DIR | --from-model DIR | --to DIR | --to-hf DIR | --step STEP:int
-        --dtype {fp32,bf16,fp16} | --max-shard-size SIZE | --as-llama = False
+        --from-hf DIR | --from-run RUN_DIR | --from-model DIR | --refresh EXPORT | --to DIR
+        --to-hf DIR | --step STEP:int
+        --dtype {fp32,bf16,fp16} | --max-shard-size SIZE | --as-llama = False | --chat-template FILE
         --solver.kind VALUE | --solver.variant VALUE | --solver.output_norm VALUE
         --solver.coefficient_init VALUE | --solver.history_norm VALUE | --solver.key_values VALUE
         --solver.repeats VALUE | --solver.stage_coefficients VALUE | --solver.predictor_order VALUE
@@ -205,7 +206,7 @@ def test_options(name: str, parser_of: Callable[..., Any]) -> None:
         (
             "convert_checkpoint",
             ["--to", "x"],
-            "one of the arguments --from-hf --from-run --from-model is req",
+            "one of the arguments --from-hf --from-run --from-model --refresh is req",
         ),
         ("convert_checkpoint", ["--from-hf", "x"], "one of the arguments --to --to-hf is required"),
         ("convert_checkpoint", ["--from-hf", "x", "--from-run", "x"], "not allowed with argument --from-hf"),

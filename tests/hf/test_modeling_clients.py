@@ -101,6 +101,20 @@ def test_what_is_set_after_reading_is_resolved_with_the_model(tmp_path: Path) ->
         IIETForCausalLM.from_pretrained(tmp_path, kv_cache="some")
 
 
+def test_what_would_be_dropped_is_refused() -> None:
+    hf = hf_model(our_model("iiet")).train()
+    hf.gradient_checkpointing_enable()
+    ids = tokens(1, 3)
+    assert hf(ids, use_cache=True).get(modeling_iiet._PAST) is None
+    with pytest.raises(ValueError, match="a cache is given, but gradient checkpointing computes the layers"):
+        hf(ids, past_key_values=DynamicCache(config=hf.config))
+    with pytest.raises(ValueError, match=r"output_hidden_states is \[1\]; give True for those of all layers"):
+        hf(ids, output_hidden_states=[1])
+    assert len(hf(ids, output_hidden_states=True).hidden_states) == 6
+    hf.eval().set_attn_implementation("eager")
+    assert len(hf(ids, output_attentions=True).attentions) == 15
+
+
 # Generation
 
 

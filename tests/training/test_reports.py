@@ -218,7 +218,7 @@ def test_tasks_are_said_by_the_metric_that_the_paper_reports(
         return TaskResults(metrics, {"piqa": 1, "boolq": 1})
 
     monkeypatch.setattr(
-        task_evaluation, "load_tasks", lambda names, folder: {"tasks": dict.fromkeys(metrics)}
+        task_evaluation, "load_tasks", lambda names, folder, own: {"tasks": dict.fromkeys(metrics)}
     )
     monkeypatch.setattr(task_evaluation, "load_tokenizer", lambda path: SimpleNamespace(eod_id=0))
     monkeypatch.setattr(task_evaluation, "EngineScorer", lambda engine, config: None)

@@ -20,9 +20,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="modules-")
-warnings.filterwarnings("ignore")
+if __name__ == "__main__":  # tests import this file, and keep their environment
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="modules-")
+    warnings.filterwarnings("ignore")
 
 import torch  # noqa: E402
 import transformers  # noqa: E402
