@@ -25,9 +25,9 @@ if __name__ == "__main__":  # tests import this file, and keep their environment
     os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="modules-")
     warnings.filterwarnings("ignore")
 
-import torch  # noqa: E402
-import transformers  # noqa: E402
-from transformers import AutoModelForCausalLM  # noqa: E402
+import torch
+import transformers
+from transformers import AutoModelForCausalLM
 
 NEW = 8
 """Tokens that are generated."""
