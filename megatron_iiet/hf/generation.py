@@ -228,7 +228,12 @@ def hugging_face_codec(tokenizer: Any, follows_eos: bool) -> Codec:
     chat = None
     if getattr(tokenizer, "chat_template", None):
         chat = partial(
-            tokenizer.apply_chat_template, add_generation_prompt=True, tokenize=True, return_dict=False
+            tokenizer.apply_chat_template,
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=False,
+            # A template writes control tokens by their names, which are text in a prompt.
+            tokenizer_kwargs={"split_special_tokens": False},
         )
     return Codec(eos, len(tokenizer), encode, decode, chat)
 

@@ -16,6 +16,8 @@ from transformers import AutoTokenizer
 from megatron_iiet.data.tokenizers.base import Tokenizer
 from megatron_iiet.data.tokenizers.hard_texts import hard_texts
 from megatron_iiet.data.tokenizers.loading import load_tokenizer
+from megatron_iiet.hf.chat import NAMED
+from megatron_iiet.hf.generation import hugging_face_codec
 from megatron_iiet.hf.tokenizer import Extras, extras_of_tokenizer
 from tests.data.inputs import make_texts
 
@@ -108,6 +110,20 @@ class TestSentencePiece:
         plain = AutoTokenizer.from_pretrained(loaded.name_or_path)
         assert plain("the end" + plain.eos_token)["input_ids"] == [*exact.encode("the end").tolist(), 2]
         assert_equal(plain, exact, [text for text in TEXTS if "<" not in text])
+
+    @pytest.mark.slow
+    def test_a_conversation_has_ends_of_texts_where_a_prompt_has_their_letters(
+        self, llama: tuple[Any, Tokenizer]
+    ) -> None:
+        _, exact = llama
+        loaded = AutoTokenizer.from_pretrained(llama[0].name_or_path, split_special_tokens=True)
+        loaded.chat_template = NAMED["turns"]
+        codec = hugging_face_codec(loaded, follows_eos=True)
+        assert codec.chat is not None
+        ids = codec.chat([{"role": "assistant", "content": "yes"}, {"role": "user", "content": "no"}])
+        before = exact.encode("### Assistant:\nyes").tolist()
+        assert ids[: len(before) + 1] == [*before, 2]
+        assert codec.encode("yes</s>") == [2, *exact.encode("yes</s>").tolist()]
 
     def test_batches_are_padded(self, llama: tuple[Any, Tokenizer]) -> None:
         loaded, exact = llama

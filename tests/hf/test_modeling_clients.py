@@ -148,11 +148,10 @@ def test_a_prompt_in_portions_under_last_is_refused() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("name", [name for name in SOLVERS if name not in ("iiet-raw", "rk2-full")])
+@pytest.mark.parametrize(
+    ("name", "attention"), [*((name, "sdpa") for name in SOLVERS), *((name, "eager") for name in SEVERAL)]
+)
 def test_continuous_batching_is_greedy_decoding(name: str, attention: str) -> None:
-    if attention == "eager" and name not in SEVERAL:
-        pytest.skip("one kind of attention is enough for the others")
     ours, hf = model_pair(name, init_std=0.15, tie_embeddings=False)
     hf.set_attn_implementation(attention)
     prompts, texts = zip(*(exports.sure_text(ours, length) for length in (6, 3)), strict=True)
