@@ -92,6 +92,8 @@ def parse_arguments() -> argparse.Namespace:
 
 def refuse_misplaced(parser: ArgumentParser, arguments: argparse.Namespace) -> None:
     """Options that say nothing about what was asked for are mistakes."""
+    if empty := [name for name, value in vars(arguments).items() if value == ""]:
+        parser.error(f"--{empty[0].replace('_', '-')} is empty; give it a value")
     if arguments.refresh:
         others = {name: value for name, value in vars(arguments).items() if name != "refresh" and value}
         if others:

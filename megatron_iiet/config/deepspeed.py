@@ -63,6 +63,8 @@ def load_ds_config(path: str | Path) -> dict[str, Any]:
         raise ConfigError(f"cannot read the DeepSpeed file {path} ({place}): {error.msg}") from None
     except ConfigError as error:
         raise ConfigError(f"cannot read the DeepSpeed file {path}: {error}") from None
+    except RecursionError:
+        raise ConfigError(f"cannot read the DeepSpeed file {path}: it is nested too deeply") from None
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not a UTF-8 text"
         raise ConfigError(f"cannot read the DeepSpeed file {path}: {reason}") from None

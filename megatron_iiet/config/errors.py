@@ -6,9 +6,11 @@ import argparse
 import os
 import sys
 import time
-from typing import NoReturn
+import warnings
+from typing import Any, NoReturn
 
 _PATIENCE_SECONDS = 10.0
+_show_others = warnings.showwarning
 
 
 class ConfigError(ValueError):
@@ -39,8 +41,24 @@ def exit_with_error(message: str) -> NoReturn:
     sys.exit(2)
 
 
+class ConfigWarning(UserWarning):
+    """Something to know of a configuration that is used all the same; one sentence meant for the user."""
+
+
 class ArgumentParser(argparse.ArgumentParser):
-    """Of a tool: a wrong flag is shown as every other error is."""
+    """Of a tool: a wrong flag is shown as every other error is, and a :class:`ConfigWarning` without the line
+    of source that gave it."""
+
+    def __init__(self, *arguments: Any, **settings: Any) -> None:
+        super().__init__(*arguments, **settings)
+        warnings.showwarning = _show_warning
 
     def error(self, message: str) -> NoReturn:
         exit_with_error(message)
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *rest: Any, **options: Any) -> None:
+    if issubclass(category, ConfigWarning):
+        print(f"warning: {message}", file=sys.stderr, flush=True)
+    else:
+        _show_others(message, category, *rest, **options)

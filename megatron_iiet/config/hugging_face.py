@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_iiet.config.errors import ConfigError
+from megatron_iiet.config.errors import ConfigError, ConfigWarning
 from megatron_iiet.config.keys import join_words
 from megatron_iiet.config.rope import ROPE_SCALINGS, read_rope_scaling
 from megatron_iiet.config.schema import ModelConfig
@@ -159,7 +159,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"cannot read {path}: {error}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold an object {{...}}")
@@ -238,6 +238,7 @@ class _Reader:
             warnings.warn(
                 f"{self.where}: nothing reads {join_words(left, 'and')}, which transformers does not know of "
                 "this family either; if code of your own does, the import computes something else",
+                ConfigWarning,
                 stacklevel=4,
             )
 
@@ -312,6 +313,8 @@ class _Reader:
             if rope:
                 raise self.unsupported(f"{name}.{next(iter(rope))}", next(iter(rope.values())), "null")
             return base, None
+        if kind == "yarn":  # transformers takes 0 for no value
+            rope = {key: value for key, value in rope.items() if value or not key.startswith("mscale")}
         if kind in ("llama3", "yarn"):
             rope["original_max_position_embeddings"] = outside or rope.get(
                 "original_max_position_embeddings", longest

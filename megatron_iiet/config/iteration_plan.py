@@ -137,6 +137,8 @@ class IterationPlan:
             raise ValueError(f"{path} is not an iteration plan: it is not a UTF-8 text") from None
         try:
             data = json.loads(text)
+        except RecursionError:
+            raise ValueError(f"{path} is not an iteration plan: it is nested too deeply") from None
         except json.JSONDecodeError as error:
             raise ValueError(
                 f"{path} is not an iteration plan: it is not JSON ({error.msg} in line {error.lineno})"

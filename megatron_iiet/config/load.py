@@ -15,7 +15,7 @@ from typing import Any
 from megatron_iiet.config import strict_yaml
 from megatron_iiet.config.build import build_config
 from megatron_iiet.config.changes import ACCEPT_CHANGES
-from megatron_iiet.config.errors import ConfigError, exit_with_error, is_first_rank
+from megatron_iiet.config.errors import ConfigError, ConfigWarning, exit_with_error, is_first_rank
 from megatron_iiet.config.help import format_help
 from megatron_iiet.config.keys import (
     describe_type,
@@ -130,7 +130,7 @@ def _built(settings: Sequence[Setting], source: str) -> RunConfig:
     """The configuration; there is no start of a run to tell its notes, so they are warnings."""
     config, notes = _build(settings)
     for note in notes if is_first_rank() else ():
-        warnings.warn(f"{source}: {note}", stacklevel=3)
+        warnings.warn(f"{source}: {note}", ConfigWarning, stacklevel=3)
     return config
 
 

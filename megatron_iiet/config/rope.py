@@ -124,4 +124,4 @@ def _check_order(given: Mapping[str, Any], where: str) -> None:
             continue
         one, other = given.get(low, low_default), given.get(high, high_default)
         if one >= other:
-            raise ConfigError(f"{where}.{low} is {one:g}, but must be less than {where}.{high} = {other:g}")
+            raise ConfigError(f"{where}.{low} is {one:g}, but must be less than {high} = {other:g}")

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
-from megatron_iiet.config.hugging_face import CONFIG_FILE
+from megatron_iiet.config.hugging_face import CONFIG_FILE, read_json
 from megatron_iiet.durable import write_text
 from megatron_iiet.hf.folders import is_own, read_fields
 from megatron_iiet.hf.tokenizer import CONFIG_FILE as TOKENIZER_CONFIG
@@ -37,7 +35,7 @@ def refresh(folder: str | Path) -> list[str]:
         write_text(folder / CONFIG_FILE, to_json(fields).decode())
         renewed.append(f"{CONFIG_FILE} (auto_map)")
     settings = folder / TOKENIZER_CONFIG
-    said: dict[str, Any] = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
+    said = read_json(settings) if settings.is_file() else {}
     if said.pop("split_special_tokens", None):
         write_text(settings, to_json(said).decode())
         renewed.append(f"{TOKENIZER_CONFIG} (split_special_tokens, with which no fine-tuning learns to stop)")

@@ -65,7 +65,7 @@ def read_log(output_dir: str | Path) -> dict[int, dict[str, float]]:
         try:
             values = json.loads(line)
             step = values.pop("step")
-        except (ValueError, KeyError, AttributeError, TypeError):
+        except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
             print(f"warning: {path} (line {number}) is not a whole record; it is left out", file=sys.stderr)
             continue
         steps[step] = {name: value for name, value in values.items() if value is not None}

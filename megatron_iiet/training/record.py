@@ -113,7 +113,7 @@ def read_starts(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
     for number, line in enumerate(lines, start=1):
         try:
             start = json.loads(line)
-        except json.JSONDecodeError:
+        except (json.JSONDecodeError, RecursionError):
             start = None
         if isinstance(start, dict):
             starts.append(start)

@@ -9,6 +9,7 @@ import inspect
 import os
 import subprocess
 import sys
+import warnings
 from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
@@ -19,6 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_iiet.config import (
+    ArgumentParser,
     ConfigError,
     RunConfig,
     config_from_dict,
@@ -31,6 +33,7 @@ from megatron_iiet.config import (
     schema,
     solvers,
 )
+from megatron_iiet.config.errors import ConfigWarning
 from megatron_iiet.config.help import format_help
 from megatron_iiet.config.keys import describe_type, did_you_mean, key_types
 from megatron_iiet.config.kinds import own_keys
@@ -572,3 +575,14 @@ def test_changes_are_not_accepted_in_a_file(tmp_path: Path) -> None:
 
 def test_help_names_the_changes_to_accept() -> None:
     assert "--checkpoint.accept_changes KEY[,KEY...]" in format_help()
+
+
+def test_a_tool_tells_what_is_to_be_known_without_its_source_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
+    ArgumentParser()
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.warn("config.json: nothing reads gate", ConfigWarning, stacklevel=1)
+    assert capsys.readouterr().err == "warning: config.json: nothing reads gate\n"

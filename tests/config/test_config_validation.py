@@ -219,11 +219,11 @@ COMBINATION_ERRORS: list[tuple[dict[str, Any], str]] = [
     ),
     (
         {"model__rope_scaling": {**YARN, "beta_slow": 32.0}},
-        "model.rope_scaling.beta_slow is 32, but must be less than model.rope_scaling.beta_fast = 32",
+        "model.rope_scaling.beta_slow is 32, but must be less than beta_fast = 32",
     ),
     (
         {"model__rope_scaling": {**LLAMA3, "low_freq_factor": 4.0}},
-        "model.rope_scaling.low_freq_factor is 4, but must be less than model.rope_scaling.high_freq_factor = 4",
+        "model.rope_scaling.low_freq_factor is 4, but must be less than high_freq_factor = 4",
     ),
     (
         {"model__num_key_value_heads": 3},

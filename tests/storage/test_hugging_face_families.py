@@ -52,6 +52,7 @@ SOURCES: dict[str, tuple[str, dict[str, Any]]] = {
     "nemo": ("Mistral", {"sliding_window": 128, "head_dim": 8, "rope_parameters": {"rope_theta": 1e6}}),
     "qwen2": ("Qwen2", {"tie_word_embeddings": True, "rope_parameters": {"rope_theta": 1e6}}),
     "qwen2.5-yarn": ("Qwen2", {"rope_parameters": YARN}),
+    "yarn-no-mscale": ("Llama", {"rope_parameters": {**YARN, "mscale": 1.0, "mscale_all_dim": 0.0}}),
     "qwen3": ("Qwen3", {"head_dim": 32, "tie_word_embeddings": True}),
     "qwen3-biased": ("Qwen3", {"head_dim": 16, "attention_bias": True, "rope_parameters": YARN}),
 }
@@ -375,6 +376,14 @@ class TestPickles:
         with pytest.raises(
             ValueError, match=r"pytorch_model\.bin holds more than tensors by name; save the state"
         ):
+            import_llama(folder)
+
+    def test_weights_that_were_never_loaded(self, folder: Path) -> None:
+        tensors = self.weights(folder)
+        torch.save(
+            {**tensors, "model.norm.weight": torch.empty(32, device="meta")}, folder / "pytorch_model.bin"
+        )
+        with pytest.raises(ValueError, match=r"tensor model\.norm\.weight has a shape and no values"):
             import_llama(folder)
 
     def test_quantised_weights(self, folder: Path) -> None:

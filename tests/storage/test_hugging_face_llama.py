@@ -282,6 +282,8 @@ def test_refuses_what_is_not_a_checkpoint(tmp_path: Path, llama_folder: Path) ->
     assert message(tmp_path / "bad").startswith("cannot read TMP/bad/config.json: Expecting property name")
     (tmp_path / "bad" / "config.json").write_text("[]")
     assert message(tmp_path / "bad") == "TMP/bad/config.json must hold an object {...}"
+    (tmp_path / "bad" / "config.json").write_text("[" * 100_000)
+    assert message(tmp_path / "bad").startswith("cannot read TMP/bad/config.json: maximum recursion depth")
 
     (tmp_path / "bare").mkdir()
     (tmp_path / "bare" / "config.json").write_text((llama_folder / "config.json").read_text())
@@ -320,7 +322,7 @@ TENSORS: list[tuple[dict[str, torch.Tensor | None], str]] = [
     (
         {Q: torch.zeros(40, 40, dtype=torch.int8)},
         "DIR/model.safetensors: tensor model.layers.0.self_attn.q_proj.weight is stored as I8; supported are "
-        "F32, BF16, F16, so save the checkpoint without quantisation",
+        "F32, BF16, F16, so save the checkpoint in one of them",
     ),
     (
         {"model.layers.0.self_attn.q_proj.bias": torch.zeros(40)},

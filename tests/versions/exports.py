@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from torch import Tensor
 from megatron_iiet.hf.export import export_folder
 from megatron_iiet.hf.tokenizer import Extras
 from megatron_iiet.models import Transformer
-from tests.hf.solvers_under_test import our_model, tokens
+from tests.hf.solvers_under_test import SOLVERS, our_model, tokens
 from tests.versions.loads import NEW
 
 
@@ -23,15 +24,24 @@ class State(dict[str, Tensor]):
         return self[name][first:last]
 
 
+LLAMA3 = {"kind": "llama3", "factor": 4.0, "original_max_position_embeddings": 16}
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen2-iiet-plan": ("iiet-plan", {"attention_bias": "qkv"}),
+    "qwen3-pcformer": ("pcformer-2", {"qk_norm": True, "head_dim": 16}),
+    "llama3-released": ("released", {"attention_bias": "qkvo", "rope_scaling": LLAMA3}),
+}
+"""Exports of layers that other families have: the solver, and what is said of the model."""
+NAMES = (*SOLVERS, *FAMILIES)
 SURE = 1e-3
 """Least distance of the best logit to the second: rounding must not choose the text."""
 
 
 def write(folder: Path, names: Iterable[str]) -> None:
-    """FOLDER/NAME for each solver, and FOLDER/expected.json of the models' full forward passes."""
+    """FOLDER/NAME for each of NAMES, and FOLDER/expected.json of the models' full forward passes."""
     expected = {}
     for name in names:
-        model = our_model(name, tie_embeddings=False, init_std=0.15, rotary_base=5000.0)
+        solver, sizes = FAMILIES.get(name, (name, {}))
+        model = our_model(solver, tie_embeddings=False, init_std=0.15, rotary_base=5000.0, **sizes)
         extras = Extras({}, {"bos_token_id": 1, "eos_token_id": None, "pad_token_id": 0})
         export_folder(model.config, State(model.state_dict()), folder / name, extras)
         texts = [sure_text(model, length) for length in (6, 9, 3)]

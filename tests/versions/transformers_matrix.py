@@ -21,7 +21,6 @@ from pathlib import Path
 
 import torch
 
-from tests.hf.solvers_under_test import SOLVERS
 from tests.versions import exports
 from tests.versions.loads import CHECKS
 
@@ -71,7 +70,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("versions", nargs="*", metavar="VERSION", default=RELEASES)
-    parser.add_argument("--exports", nargs="+", metavar="NAME", choices=list(SOLVERS), default=list(SOLVERS))
+    parser.add_argument("--exports", nargs="+", metavar="NAME", choices=exports.NAMES, default=exports.NAMES)
     options = parser.parse_args()
     failures: list[str] = []
     with tempfile.TemporaryDirectory(prefix="transformers-") as name:

@@ -105,7 +105,7 @@ def declared_tokens(config: Path) -> dict[str, str]:
         return {}
     try:
         content = json.loads(config.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{config} is not valid JSON ({error}); repair or remove it.") from None
     if not isinstance(content, dict):
         raise ValueError(f"{config} holds a {type(content).__name__}, not an object; repair or remove it.")

@@ -146,7 +146,7 @@ def _read_side_file(path: Path, side_file: Path) -> tuple[str, dict[str, int]]:
         )
     try:
         content = json.loads(side_file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{side_file} is not valid JSON ({error}); write {wanted}.") from None
     if isinstance(content, dict) and "preset" in content:
         if content["preset"] not in PRESETS:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_iiet.config import RunConfig, config_from_dict, config_to_dict, iterations_per_layer
+from megatron_iiet.config.errors import ConfigWarning
 from megatron_iiet.config.hugging_face import CONFIG_FILE, FAMILIES, Family, model_of_fields, read_json
 from megatron_iiet.config.keys import join_words
 from megatron_iiet.config.kinds import own_keys
@@ -150,8 +151,8 @@ def solver_from_fields(fields: Any, layers: int, path: Path) -> dict[str, Any]:
     variants = [_exported_fields(solver) for solver in SOLVERS if solver().kind == section["kind"]]
     for key in [key for key in section if key not in _exported_fields(declared)]:
         if any(defaults.get(key) == section[key] for defaults in variants):
-            what = f"{path}: solver.{key} is {section.pop(key)!r}"
-            warnings.warn(f"{what}, which {declared().system} does not have; it is left out", stacklevel=2)
+            what = f"{path}: solver.{key} is {section.pop(key)!r}, which {declared().system} does not have"
+            warnings.warn(f"{what}; it is left out", ConfigWarning, stacklevel=2)
     iterations = section.get("iterations")
     if isinstance(iterations, list) and iterations == iterations[:1] * layers:
         section["iterations"] = iterations[0]

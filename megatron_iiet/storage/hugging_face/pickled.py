@@ -70,6 +70,12 @@ def _load(path: Path) -> dict[str, Tensor]:
         for name, tensor in found.items()
     ):
         raise ValueError(f"{path} holds more than tensors by name; save the state_dict of the model alone")
+    for name, tensor in found.items():
+        if tensor.is_meta:
+            raise ValueError(
+                f"{path}: tensor {name} has a shape and no values, as of a model that was never loaded; save "
+                "the whole model"
+            )
     return found
 
 

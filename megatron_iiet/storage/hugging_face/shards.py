@@ -76,7 +76,7 @@ class ShardReader:
             if stored.dtype not in DTYPES:
                 raise ValueError(
                     f"{file.path}: tensor {name} is stored as {stored.dtype}; supported are "
-                    f"{', '.join(DTYPES)}, so save the checkpoint without quantisation"
+                    f"{', '.join(DTYPES)}, so save the checkpoint in one of them"
                 )
 
     def read_rows(self, name: str, first: int, out: Tensor) -> None:
