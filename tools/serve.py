@@ -31,7 +31,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--name", help="of the model in requests (default: the folder's)")
     add("--host", default="127.0.0.1", help="address to listen at (default: 127.0.0.1, this machine only)")
     add("--port", type=_port, default=8000, help="0 takes a free one (default: 8000)")
-    add("--ready-file", metavar="FILE", help="write the address there once requests are taken")
+    add("--ready-file", metavar="FILE", help="holds the address while requests are taken")
     add("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the weights (default: fp32)")
     add("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
     add("--threads", type=_positive, metavar="N", help="of the CPU (default: torch's)")
@@ -75,6 +75,18 @@ def listen(host: str, port: int) -> socket.socket:
         return socket.create_server(address[:2], family=family)
     except OSError as error:
         raise ValueError(f"cannot listen at --host {host} --port {port} ({error}); give others") from error
+
+
+def forget_address(file: Path) -> None:
+    """Remove the address of an earlier server.
+
+    Raises:
+        ValueError: the file holds something else.
+    """
+    if file.is_file():
+        if not file.read_bytes().startswith(b"http://"):
+            raise ValueError(f"--ready-file is {file}, which holds something else; name another file")
+        file.unlink(missing_ok=True)
 
 
 def open_server(arguments: argparse.Namespace) -> tuple[Any, Any]:
@@ -130,8 +142,10 @@ def serve(arguments: argparse.Namespace) -> None:
     for package in ("fastapi", "uvicorn"):
         if find_spec(package) is None:
             raise ValueError(f"{package} is not installed here; run pip install 'megatron-iiet[serve]'")
-    if arguments.ready_file:
-        durable.check_output(Path(arguments.ready_file))
+    ready_file = Path(arguments.ready_file) if arguments.ready_file else None
+    if ready_file:
+        durable.check_output(ready_file)
+        forget_address(ready_file)
     listening = listen(arguments.host, arguments.port)
     engine, app = open_server(arguments)
     from megatron_iiet.serving.app import run_server
@@ -142,11 +156,15 @@ def serve(arguments: argparse.Namespace) -> None:
     def ready() -> None:
         if not (host == "::1" or host.startswith("127.")):
             print(f"warning: everyone who reaches {address} may use the model: there is no password")
+        if ready_file:
+            durable.write_text(ready_file, f"{address}/v1\n")
         print(f"ready: {address}/v1", flush=True)
-        if arguments.ready_file:
-            durable.write_text(Path(arguments.ready_file), f"{address}/v1\n")
 
-    run_server(app, engine, listening, grace=arguments.grace, ready=ready)
+    try:
+        run_server(app, engine, listening, grace=arguments.grace, ready=ready)
+    finally:
+        if ready_file and ready_file.is_file() and ready_file.read_text() == f"{address}/v1\n":
+            ready_file.unlink()
     print("stopped", flush=True)
 
 

@@ -19,6 +19,7 @@ import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from megatron_iiet.hf.generation import Codec
 from megatron_iiet.serving.continuation import Continuation, TokenScore, Update
@@ -135,6 +136,8 @@ async def _body(request: Request, most: int) -> bytes:
         raise RequestError(
             f"the body took more than {_BODY_SECONDS:g} s; send it faster", status=408
         ) from error
+    except ClientDisconnect as error:  # nobody hears the answer; it is one line of the log
+        raise RequestError("the connection ended within the body; send all of it", status=400) from error
     return b"".join(parts)
 
 

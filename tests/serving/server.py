@@ -21,8 +21,8 @@ class Server:
     """A started server; it takes requests."""
 
     def __init__(self, model: Path, folder: Path, *flags: str) -> None:
-        ready = folder / "ready"
-        ready.unlink(missing_ok=True)
+        self.ready = ready = folder / "ready"
+        ready.write_text("http://of-another-server/v1\n")
         self.output = folder / "output"
         command = [
             sys.executable,
@@ -36,7 +36,7 @@ class Server:
         ]
         with self.output.open("w") as output:
             self.process = subprocess.Popen([*command, *flags], stdout=output, stderr=output)
-        wait_for(lambda: ready.is_file() or self.process.poll() is not None)
+        wait_for(lambda: "ready: " in self.output.read_text() or self.process.poll() is not None)
         assert ready.is_file(), self.output.read_text()
         self.url = ready.read_text().strip()
         self.client = openai.OpenAI(base_url=self.url, api_key="none", max_retries=0, timeout=PATIENCE)

@@ -97,7 +97,10 @@ def server(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
     assert server.end() == 0, "SIGTERM ends it and what runs"
     with pytest.raises(openai.APIError, match="the server stops"):
         list(stream)
-    assert server.output.read_text().splitlines()[-1] == "stopped"
+    assert not server.ready.exists(), "nobody is asked who is gone"
+    output = server.output.read_text()
+    assert output.splitlines()[-1] == "stopped"
+    assert "Traceback" not in output, "of no request"
 
 
 class Reference:
@@ -299,6 +302,16 @@ def test_requests_that_are_refused(server: Server) -> None:
         assert words in told["error"]["message"]
 
 
+def test_a_client_that_goes_within_its_body(server: Server) -> None:
+    """(The fixture looks at the server's output in the end.)"""
+    with closing(server.connection()) as connection:
+        connection.putrequest("POST", "/v1/completions")
+        connection.putheader("Content-Type", "application/json")
+        connection.putheader("Content-Length", "100")
+        connection.endheaders(b'{"model":')
+    assert greedy(server, "a", 1).usage.completion_tokens == 1
+
+
 def test_places_are_limited_and_free_again_when_a_client_goes(server: Server) -> None:
     """Of streams and whole answers. (Left alone, the first one would end before the second.)"""
     long = {"model": "tiny", "prompt": "the solver", "max_tokens": 4000, "temperature": 0}
@@ -345,6 +358,12 @@ def test_starts_that_are_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) 
     def arguments(*flags: str) -> Any:
         monkeypatch.setattr(sys, "argv", ["serve.py", "--model", str(folder / "portable"), *flags])
         return tool["parse_arguments"]()
+
+    notes = folder / "notes"
+    notes.write_text("of somebody")
+    with pytest.raises(ValueError, match="notes, which holds something else; name another file"):
+        tool["serve"](arguments("--ready-file", str(notes)))
+    assert notes.read_text() == "of somebody"
 
     with closing(socket.create_server(("127.0.0.1", 0))) as taken:
         port = taken.getsockname()[1]
