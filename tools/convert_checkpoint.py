@@ -225,10 +225,24 @@ def convert(arguments: argparse.Namespace) -> str:
     if arguments.to:
         save(source.config, source.state, target, extra_files=source.tokenizer_files)
         names = ", ".join(file.name for file in source.tokenizer_files) or "no tokenizer"
-        written = f"{solver}, {names}"
+        written = f"{solver}, {names}{note_of_tokenizer(source)}"
     else:
         written = to_hf(source, arguments, solver)
     return f"wrote {target}: {parameters}, {written}{note_of_function(source, arguments)}"
+
+
+def note_of_tokenizer(source: Source) -> str:
+    """What this package makes of the files that go into a portable folder."""
+    from megatron_iiet.data.tokenizers.loading import load_tokenizer
+
+    if not source.tokenizer_files:
+        return ""
+    known = source.config.model.vocab_size
+    try:
+        tokens = load_tokenizer(source.tokenizer_files[0]).vocab_size
+    except ValueError as error:
+        return f"\nnote: the tokenizer is copied, but cannot be used: {error}"
+    return f"\nnote: the tokenizer has {tokens:,} tokens, but the model knows {known:,}" * (tokens > known)
 
 
 def note_of_function(source: Source, arguments: argparse.Namespace) -> str:

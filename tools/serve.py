@@ -99,6 +99,8 @@ def open_server(arguments: argparse.Namespace) -> tuple[Any, Any]:
     from megatron_iiet.serving.engine import Engine
     from megatron_iiet.serving.protocol import Limits
 
+    if arguments.name == "":
+        raise ValueError("--name is empty; leave it out, or name the model")
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device is cuda, but torch sees no CUDA device; leave it out")
     if arguments.threads:
@@ -144,7 +146,7 @@ def serve(arguments: argparse.Namespace) -> None:
             raise ValueError(f"{package} is not installed here; run pip install 'megatron-iiet[serve]'")
     ready_file = Path(arguments.ready_file) if arguments.ready_file else None
     if ready_file:
-        durable.check_output(ready_file)
+        durable.make_parent(ready_file)
         forget_address(ready_file)
     listening = listen(arguments.host, arguments.port)
     engine, app = open_server(arguments)

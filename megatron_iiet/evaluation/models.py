@@ -19,7 +19,7 @@ from megatron_iiet.evaluation.forward import DTYPES, ForwardModel, forward_confi
 from megatron_iiet.evaluation.harness import TextCodec
 from megatron_iiet.evaluation.scoring import Scorer, TokenScores, noting_scores, score_tokens
 from megatron_iiet.hf import folders
-from megatron_iiet.hf.generation import Codec, hugging_face_codec, own_codec, own_model
+from megatron_iiet.hf.generation import Codec, hugging_face_codec, only_below, own_codec, own_model
 from megatron_iiet.ops import chosen_backend
 from megatron_iiet.parallel import ParallelContext
 from megatron_iiet.parallel.group import Group
@@ -196,7 +196,7 @@ def _prepare_own(options: ModelOptions, source: Source, world_size: int) -> Prep
 def _codec(options: ModelOptions, path: str, vocab_size: int) -> TextCodec:
     """Of the tokenizer file ``path``; of a Hugging Face folder its own tokenizer's if none is given."""
     if folders.is_hugging_face(options.path) and not options.tokenizer:
-        return _hugging_face_codec(options)
+        return _hugging_face_codec(options, vocab_size)
     if not path:
         raise ValueError(f"the model {options.path} names no tokenizer; give one with --tokenizer")
     tokenizer = load_tokenizer(path)
@@ -246,7 +246,7 @@ def _prepare_hugging_face(options: ModelOptions) -> PreparedModel:
     )
 
 
-def _hugging_face_codec(options: ModelOptions) -> TextCodec:
+def _hugging_face_codec(options: ModelOptions, vocab_size: int) -> TextCodec:
     """Text as the folder's own tokenizer makes it, special tokens as it adds them."""
     tokenizer = folders.load_tokenizer(options.path, options.trust_remote_code)
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
@@ -258,4 +258,5 @@ def _hugging_face_codec(options: ModelOptions) -> TextCodec:
             f"the tokenizer of {options.path} has no {lacking} token to condition a text without "
             "context on; give another --start, or a tokenizer with --tokenizer"
         )
-    return TextCodec(lambda text: list(tokenizer.encode(text)), wanted, wanted if eos is None else eos)
+    encode = only_below(vocab_size, lambda text: list(tokenizer.encode(text)))
+    return TextCodec(encode, wanted, wanted if eos is None else eos)

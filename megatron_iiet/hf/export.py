@@ -18,10 +18,11 @@ from megatron_iiet.config.solvers import Euler
 from megatron_iiet.durable import new_folder, write_text
 from megatron_iiet.hf.card import CARD_FILE, model_card
 from megatron_iiet.hf.chat import CHAT_TEMPLATE_FILE, read_template, try_template
+from megatron_iiet.hf.source_tokenizer import files_of_source, keep_ids
 from megatron_iiet.hf.tokenizer import CONFIG_FILE as TOKENIZER_CONFIG
-from megatron_iiet.hf.tokenizer import DEFINITION_FILE, TOKEN_FIELDS, Extras, to_json
+from megatron_iiet.hf.tokenizer import DEFINITION_FILE, NO_TOKENIZER, TOKEN_FIELDS, Extras, to_json
 from megatron_iiet.hf.travelling import AUTO_MAP, MODELING_FILE, modeling_code
-from megatron_iiet.storage.hugging_face.llama import TOKENIZER_FILES, solver_to_fields
+from megatron_iiet.storage.hugging_face.llama import solver_to_fields
 from megatron_iiet.storage.hugging_face.shards import write_shards
 from megatron_iiet.storage.hugging_face.weights import tensors_to_write
 from megatron_iiet.storage.parameters import RowSource
@@ -32,8 +33,6 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 GENERATION_FILE = "generation_config.json"
 
 _NO_WINDOW = {"use_sliding_window": False, "sliding_window": None}
-# What a Hugging Face folder may say of its tokenizer besides.
-_ABOUT_TOKENIZERS = ("special_tokens_map.json", "added_tokens.json", CHAT_TEMPLATE_FILE)
 
 
 @dataclass(frozen=True)
@@ -47,11 +46,18 @@ class Written:
 
 
 def extras_of_folder(folder: Path) -> Extras:
-    """Tokenizer files, generation settings and ids of another Hugging Face folder, as they are."""
-    names = (*TOKENIZER_FILES, *_ABOUT_TOKENIZERS, GENERATION_FILE)
-    files = {name: (folder / name).read_bytes() for name in names if (folder / name).is_file()}
+    """Tokenizer, generation settings and ids of another Hugging Face folder, as they are.
+
+    Raises:
+        ValueError: the tokenizer is damaged.
+    """
+    files = files_of_source(folder)
     fields = read_json(folder / CONFIG_FILE)
-    return Extras(files, {name: fields[name] for name in TOKEN_FIELDS if name in fields})
+    ids = {name: fields[name] for name in TOKEN_FIELDS if name in fields}
+    note, source = ("", folder) if files else (NO_TOKENIZER, None)
+    if (folder / GENERATION_FILE).is_file():
+        files[GENERATION_FILE] = (folder / GENERATION_FILE).read_bytes()
+    return Extras(files, ids, note, source)
 
 
 def export_folder(
@@ -82,7 +88,7 @@ def export_folder(
 
     Raises:
         ValueError: the folder exists, the model is no LLaMA though ``as_llama`` says so, ``dtype`` cannot
-            hold a weight, or the chat template cannot write a conversation.
+            hold a weight, a tokenizer is damaged, or the chat template cannot write a conversation.
     """
     folder = Path(folder)
     check_new(folder)
@@ -110,6 +116,8 @@ def export_folder(
         for name, content in files.items():
             (partial / name).write_bytes(content)
         write_text(partial / CONFIG_FILE, to_json(fields).decode())
+        if extras.source is not None:
+            notes += keep_ids(partial, extras.source, config.model.vocab_size)
         if chat_template is not None:
             try_template(partial, chat_template)
     return Written(weight_files, sorted(files.keys() - {GENERATION_FILE}), notes)

@@ -90,23 +90,38 @@ def load_model(folder: str | Path, dtype: torch.dtype, trust_remote_code: bool =
         raise ValueError(_sentence(folder, "model", error)) from error
 
 
-def load_tokenizer(folder: str | Path, trust_remote_code: bool = False) -> Any:
+def has_tokenizer(folder: str | Path) -> bool:
+    """Whether there are files that some tokenizer is made of, not only settings of one."""
+    found = {file.name for names in _TOKENIZERS for file in Path(folder).glob(names)}
+    return bool(found - {"tokenizer_config.json"})
+
+
+def load_tokenizer(folder: str | Path, trust_remote_code: bool = False, *, exact: bool = True) -> Any:
     """The tokenizer of a folder; that of an IIET takes control tokens spelled out in a text for text, as
     training does.
+
+    Args:
+        trust_remote_code: run code that the folder brings.
+        exact: false takes them for the tokens, as AutoTokenizer does where nothing is said.
 
     Raises:
         ValueError: there is none, it is damaged, or brings code that is not trusted.
     """
     from transformers import AutoTokenizer
 
+    if not has_tokenizer(folder):
+        raise ValueError(f"{folder} has no tokenizer; give one with --tokenizer, or put it there")
     register()
-    exact = {"split_special_tokens": True} if is_own(folder) else {}
+    spelled_out = {"split_special_tokens": True} if exact and is_own(folder) else {}
     try:
         return AutoTokenizer.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=trust_remote_code, **exact
+            folder, local_files_only=True, trust_remote_code=trust_remote_code, **spelled_out
         )
     except Exception as error:  # tokenizers raises bare Exception for a broken file
         raise ValueError(_sentence(folder, "tokenizer", error)) from error
+
+
+_TOKENIZERS = ("tokenizer*", "*.model", "vocab*", "merges.txt", "*.tiktoken")
 
 
 def _sentence(folder: str | Path, what: str, error: Exception) -> str:

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -31,6 +31,7 @@ from megatron_iiet.storage.parameters import RowSource
 from megatron_iiet.storage.source import open_model
 
 KVCache = Literal["all", "last", "first"]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,28 @@ class Codec:
     chat: Callable[[list[dict[str, Any]]], list[int]] | None = None
     """Ids of a conversation up to where the answer begins, if the tokenizer has a chat template."""
 
+    def within(self, known: int) -> Codec:
+        """For a model that knows the ids below ``known``; a text with another raises a ValueError."""
+        if self.vocab_size <= known:
+            return self
+        encode, chat = only_below(known, self.encode), self.chat and only_below(known, self.chat)
+        return replace(self, vocab_size=known, encode=encode, chat=chat)
+
+
+def only_below(known: int, encode: Callable[[T], list[int]]) -> Callable[[T], list[int]]:
+    """``encode``, which then raises a ValueError for a text with an id that the model does not know."""
+
+    def checked(text: T) -> list[int]:
+        ids = encode(text)
+        if (largest := max(ids, default=0)) >= known:
+            raise ValueError(
+                f"the tokenizer makes token {largest} of the text, but the model knows {known}; give the "
+                "tokenizer that it was trained with"
+            )
+        return ids
+
+    return checked
+
 
 class TextGenerator:
     """A model, its tokenizer and perhaps fewer iterations of it that draft."""
@@ -92,7 +115,7 @@ class TextGenerator:
             ValueError: the draft's iterations do not fit the model, or it has none.
         """
         self.model = model.eval()
-        self.codec = codec
+        self.codec = codec.within(model.config.vocab_size)
         self.draft = None
         if draft is not None:
             if not hasattr(model, "with_iterations"):

@@ -33,6 +33,7 @@ _PAD_NAMES = ("<pad>", "<|pad|>", "[PAD]")
 _SPACE = "▁"
 
 
+NO_TOKENIZER = "no tokenizer came with the model, so the folder has none"
 TOKEN_FIELDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
@@ -46,6 +47,8 @@ class Extras:
     """:data:`TOKEN_FIELDS` of the configuration."""
     note: str = ""
     """What a user must know of them; empty if the files encode exactly as ours."""
+    source: Path | None = None
+    """The folder whose tokenizer these files are."""
 
 
 def extras_of_tokenizer(path: Path | None) -> Extras:
@@ -61,8 +64,7 @@ def extras_of_tokenizer(path: Path | None) -> Extras:
         ValueError: as :func:`load_tokenizer`.
     """
     if path is None:
-        note = "no tokenizer came with the model, so the folder has none"
-        return Extras({}, dict.fromkeys(TOKEN_FIELDS), note)
+        return Extras({}, dict.fromkeys(TOKEN_FIELDS), NO_TOKENIZER)
     exact = load_tokenizer(path)
     beside = path.with_name(CONFIG_FILE)
     if isinstance(exact, SentencePieceTokenizer):

@@ -332,7 +332,10 @@ def _prompts(given: Mapping[str, Any], codec: Codec) -> tuple[list[list[int]], l
         if not one and isinstance(one, str | list):
             break
         if isinstance(one, str):
-            found.append((codec.encode(one), one))
+            try:
+                found.append((codec.encode(one), one))
+            except ValueError as error:
+                raise RequestError(str(error), "prompt") from error
         elif isinstance(one, list) and all(map(_is_id, one)):
             _check_ids(one, codec)
             found.append((one, codec.decode(one)))

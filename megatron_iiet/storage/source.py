@@ -110,6 +110,8 @@ def open_model(path: str | Path, key: str, *, step: int | None = None) -> Source
     Raises:
         ValueError: (and its subclass ConfigError) it is none of them, or damaged.
     """
+    if not str(path):
+        raise ConfigError(f"{key} is empty; give {KINDS}")
     folder = Path(path) if step is None else find_checkpoint(path, step)
     if not folder.is_dir():
         found = "is no folder" if folder.exists() else "does not exist"

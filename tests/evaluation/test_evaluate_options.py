@@ -153,10 +153,15 @@ def test_what_a_text_follows_in_a_hugging_face_folder(
     options = ModelOptions("a folder", start=start)
     if isinstance(expected, str):
         with pytest.raises(ValueError, match=f"the tokenizer of a folder {expected}"):
-            _hugging_face_codec(options)
+            _hugging_face_codec(options, 8)
         return
-    codec = _hugging_face_codec(options)
+    codec = _hugging_face_codec(options, 8)
     assert (codec.start_id, codec.end_id) == expected
+    assert codec.encode([3, 7]) == [3, 7]
+    with pytest.raises(
+        ValueError, match="the tokenizer makes token 8 of the text, but the model knows 8; gi"
+    ):
+        codec.encode([3, 8])
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from transformers import AutoTokenizer
 from megatron_iiet.data.tokenizers.base import Tokenizer
 from megatron_iiet.data.tokenizers.hard_texts import hard_texts
 from megatron_iiet.data.tokenizers.loading import load_tokenizer
+from megatron_iiet.hf import folders
 from megatron_iiet.hf.chat import NAMED
 from megatron_iiet.hf.generation import hugging_face_codec
 from megatron_iiet.hf.tokenizer import Extras, extras_of_tokenizer
@@ -236,3 +237,9 @@ def test_tiktoken_ranks_become_a_tokenizer_json(tmp_path: Path) -> None:
     assert (*exported.token_ids.values(), exported.note) == (300, 300, 300, "")
     loaded = write(exported, tmp_path / "hf")
     assert_equal(loaded, load(tmp_path / "mine.model"), [*TEXTS, "the  theory</s><|endoftext|>."])
+
+
+def test_a_folder_without_a_tokenizer(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"has no tokenizer; give one with --tokenizer, or put it there$"):
+        folders.load_tokenizer(tmp_path)

@@ -219,6 +219,18 @@ def test_bodies_that_are_no_object(content: bytes, message: str) -> None:
         parse_json(content)
 
 
+def test_tokens_that_the_model_does_not_know() -> None:
+    few = CODEC.within(ord("m"))
+    assert read(codec=few, prompt="hall").orders[0].prompt == list(b"hall")
+    with pytest.raises(RequestError, match="makes token 109 of the text, but the model knows 109; give"):
+        read(codec=few, prompt="ham")
+    with pytest.raises(RequestError, match="the prompt has the token 150, but ids are from 0 to 108"):
+        read(codec=few, prompt=[1, 150])
+    with pytest.raises(RequestError, match=r"does not take these messages \(the tokenizer makes token 115"):
+        read(chat=True, codec=few)
+    assert CODEC.within(200) is CODEC
+
+
 def test_scores_as_they_are_told() -> None:
     scores = [
         TokenScore("ab", None),

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from megatron_iiet.config import ConfigError
@@ -123,6 +124,8 @@ def test_what_a_path_may_not_be(tmp_path: Path) -> None:
         with pytest.raises(ConfigError) as caught:
             open_model(tmp_path / name, "teacher")
         assert str(caught.value) == f"teacher is {tmp_path / name}, which {said}; give {KINDS}"
+    with pytest.raises(ConfigError, match=r"^--model is empty; give a model folder of"):
+        open_model("", "--model")
 
 
 def test_a_digest_tells_models_of_one_shape_apart() -> None:
@@ -144,12 +147,15 @@ def test_weights_that_are_no_numbers(value: float, form: str, tmp_path: Path) ->
     name, row = "layers.1.increment.mlp.gate_up.weight", 48 + 3
     config = tiny_config({}, tmp_path, solver={"kind": "euler"}, model={"embedding_scale": 1.0})
     state = Transformer(config).state_dict()
-    state[name][row, 5] = value
     portable.save(config, state, tmp_path / "portable")
     if form == "LLaMA":
         stored = portable.StoredModel(tmp_path / "portable")
         export_folder(stored.config, stored, tmp_path / "LLaMA", Extras({}, {}), as_llama=True)
     tensor = name if form == "portable" else "model.layers.1.mlp.up_proj.weight"
+    file = tmp_path / form / "model.safetensors"
+    tensors = load_file(file)
+    tensors[tensor][row if form == "portable" else 3, 5] = value
+    save_file(tensors, file)
     where = f"tensor {tensor} in {tmp_path / form / 'model.safetensors'}"
     model = open_model(tmp_path / form, "training.initial_weights")
     assert len(model.digest()) == 32

@@ -1,0 +1,116 @@
+"""Exports of other people's models: AutoTokenizer gives the ids that it gives of the source."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers, trainers
+from tokenizers.models import BPE
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+TOOL = Path(__file__).resolve().parents[2] / "tools/convert_checkpoint.py"
+SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+TEXTS = ["The solver of", "a  b\t\n\n c", "é漢😀", "12345 + 678", "İstanbul \x00 \x01", " lead"]
+
+
+@pytest.fixture(scope="module")
+def definition() -> Tokenizer:
+    """Byte pairs under another cut than Qwen's."""
+    found = Tokenizer(BPE())
+    found.normalizer = normalizers.Lowercase()
+    found.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    found.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    found.train_from_iterator(["the solver of the layer, the layer of the solver"] * 20, trainer)
+    return found
+
+
+def source(folder: Path, family: str, vocab_size: int = 320) -> Path:
+    torch.manual_seed(0)
+    if family == "qwen2":
+        model = Qwen2ForCausalLM(Qwen2Config(vocab_size=vocab_size, num_key_value_heads=2, **SIZES))
+    else:
+        model = LlamaForCausalLM(LlamaConfig(vocab_size=vocab_size, **SIZES))
+    model.save_pretrained(folder)
+    return folder
+
+
+def converted(folder: Path, *flags: str) -> tuple[int, str]:
+    command = [
+        sys.executable,
+        str(TOOL),
+        "--from-hf",
+        str(folder),
+        "--to-hf",
+        str(folder) + "-export",
+        *flags,
+    ]
+    ended = subprocess.run(command, capture_output=True, text=True)
+    return ended.returncode, ended.stdout + ended.stderr
+
+
+def same_ids(folder: Path) -> None:
+    one, other = (
+        AutoTokenizer.from_pretrained(name, trust_remote_code=False) for name in (folder, f"{folder}-export")
+    )
+    assert [one(text).input_ids for text in TEXTS] == [other(text).input_ids for text in TEXTS]
+    assert one.eos_token_id == other.eos_token_id is not None
+
+
+@pytest.mark.parametrize("flags", [[], ["--as-llama"]], ids=["iiet", "plain"])
+@pytest.mark.parametrize("named", [None, "PreTrainedTokenizerFast", "Qwen2Tokenizer"])
+def test_a_class_that_the_kind_of_model_chose(
+    named: str | None, flags: list[str], definition: Tokenizer, tmp_path: Path
+) -> None:
+    folder = source(tmp_path / "qwen", "qwen2")
+    definition.save(str(folder / "tokenizer.json"))
+    settings = {"eos_token": "<|im_end|>"} | ({"tokenizer_class": named} if named else {})
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    status, said = converted(folder, *flags)
+    assert status == 0
+    pinned = "note: tokenizer_class is Qwen2Tokenizer in the folder, as transformers reads "
+    assert (pinned in said) == (named != "Qwen2Tokenizer" and not flags)
+    same_ids(folder)
+
+
+def test_vocabulary_and_merges_of_an_older_form(definition: Tokenizer, tmp_path: Path) -> None:
+    folder = source(tmp_path / "qwen", "qwen2")
+    definition.model.save(str(folder))
+    (folder / "tokenizer_config.json").write_text(
+        '{"tokenizer_class": "Qwen2Tokenizer", "eos_token": "<|im_end|>"}'
+    )
+    status, said = converted(folder)
+    assert (status, "tokenizer.json" in said) == (0, True)
+    same_ids(folder)
+
+
+def test_more_tokens_than_the_model_knows(definition: Tokenizer, tmp_path: Path) -> None:
+    folder = source(tmp_path / "llama", "llama", vocab_size=256)
+    definition.save(str(folder / "tokenizer.json"))
+    status, said = converted(folder)
+    assert status == 0
+    size = definition.get_vocab_size()
+    assert f"note: the tokenizer of {folder} has {size} tokens, but the model knows 256: a text with" in said
+
+
+def test_a_tokenizer_that_is_damaged_or_missing(tmp_path: Path) -> None:
+    folder = source(tmp_path / "llama", "llama")
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
+    (folder / "tokenizer.json").write_text("{")
+    status, said = converted(folder)
+    assert (status, said.startswith(f"error: the tokenizer of {folder} cannot be loaded (")) == (2, True)
+    assert not (tmp_path / "llama-export").exists()
+    (folder / "tokenizer.json").unlink()
+    status, said = converted(folder)
+    assert (status, "note: no tokenizer came with the model, so the folder has none" in said) == (0, True)
+    assert not (tmp_path / "llama-export/tokenizer_config.json").exists()
