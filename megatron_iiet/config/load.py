@@ -17,6 +17,7 @@ from megatron_iiet.config.build import build_config
 from megatron_iiet.config.changes import ACCEPT_CHANGES
 from megatron_iiet.config.errors import ConfigError, ConfigWarning, exit_with_error, is_first_rank
 from megatron_iiet.config.help import format_help
+from megatron_iiet.config.hugging_face import CONFIG_FILE
 from megatron_iiet.config.keys import (
     describe_type,
     did_you_mean,
@@ -25,7 +26,7 @@ from megatron_iiet.config.keys import (
     section_names,
 )
 from megatron_iiet.config.kind_section import Setting, type_error
-from megatron_iiet.config.model_source import FROM, resolve_model_source
+from megatron_iiet.config.model_source import FROM, YAML_FILE, resolve_model_source
 from megatron_iiet.config.schema import ModelConfig, RunConfig
 from megatron_iiet.config.validation import validate
 
@@ -183,7 +184,8 @@ def _settings_of_base(value: Any, where: str, built_on_it: tuple[str, ...]) -> l
     if not isinstance(value, str) or not value:
         shown = "null" if value is None else repr(value)
         raise ConfigError(
-            f"{BASE} is {shown} {where}, but must be the path of a YAML file, relative to this one"
+            f"{BASE} is {shown} {where}, but must be the path of a YAML file, or of a model's folder, "
+            "relative to this file"
         )
     path = os.path.join(os.path.dirname(built_on_it[-1]), value)
     real_paths = [os.path.realpath(file) for file in (*built_on_it, path)]
@@ -193,6 +195,13 @@ def _settings_of_base(value: Any, where: str, built_on_it: tuple[str, ...]) -> l
         raise ConfigError(
             f"{BASE} is '{value}' {where}, which closes a circle, {' -> '.join(circle)}; remove one of them"
         )
+    if (Path(path) / YAML_FILE).is_file():
+        raise ConfigError(
+            f"{BASE} is '{value}' {where}, which is a folder; name its {YAML_FILE}, or write model: "
+            f"{{from: {path}}} for the model alone"
+        )
+    if (Path(path) / CONFIG_FILE).is_file():
+        return [Setting(FROM, path, f"{where}, as {BASE}", path)]
     return _settings_of_file(path, built_on_it, f", the {BASE} named {where}")
 
 

@@ -36,9 +36,9 @@ def resolve_model_source(
     """
     others = [setting for setting in settings if setting.key != FROM]
     named = next((setting for setting in reversed(settings) if setting.key == FROM), None)
-    if named is None or named.value in (None, ""):
+    if named is None or named.value is None:
         return others
-    if not isinstance(named.value, str):
+    if not isinstance(named.value, str) or not named.value:
         raise ConfigError(f"{FROM} is {named.value!r} {named.where}, but must be the folder of a model")
     try:
         model, known = _read(Path(named.value), read_yaml)

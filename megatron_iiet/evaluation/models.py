@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from megatron_iiet.config import RunConfig
+from megatron_iiet.config.hugging_face import FAMILIES
+from megatron_iiet.config.keys import join_words
 from megatron_iiet.config.schema import ParallelConfig
 from megatron_iiet.data.loader.inputs import Inputs
 from megatron_iiet.data.tokenizers.loading import load_tokenizer
@@ -32,7 +34,8 @@ from megatron_iiet.storage.source import Source, open_model
 Start = Literal["auto", "bos", "eos"]
 
 _SPLIT = "a model that is split over processes only scores given text; run it without --parallel flags"
-_OF_OTHERS = "of Hugging Face folders only IIETs and LLaMAs do that here; run it with lm_eval --model hf"
+_OWN_FAMILIES = join_words([family.title for family in FAMILIES.values()], "and")
+_OF_OTHERS = f"of Hugging Face folders only {_OWN_FAMILIES} do that here; run it with lm_eval --model hf"
 
 
 @dataclass(frozen=True)
@@ -241,7 +244,7 @@ def _prepare_hugging_face(options: ModelOptions) -> PreparedModel:
         int(fields.get("hidden_size") or 0),
         int(fields.get("num_hidden_layers") or 0),
         codec,
-        "" if fields.get("model_type") in ("iiet", "llama") else _OF_OTHERS,
+        "" if fields.get("model_type") in FAMILIES else _OF_OTHERS,
         load,
     )
 

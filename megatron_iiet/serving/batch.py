@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
+from megatron_iiet.config.hugging_face import FAMILIES
+from megatron_iiet.config.keys import join_words
 from megatron_iiet.hf.generation import Codec
 from megatron_iiet.serving.cache import RowCache
 from megatron_iiet.serving.continuation import Continuation, Detokenizer, TokenScore, Update, score_of
@@ -35,10 +37,16 @@ def check_batches(model: Any) -> None:
         ValueError: with what would do.
     """
     config = model.config
-    if config.model_type not in ("iiet", "llama"):
+    if config.model_type not in FAMILIES:
+        titles = join_words([family.title for family in FAMILIES.values()], "and")
         raise ValueError(
-            f"the model is a {type(model).__name__}, but only IIETs and LLaMAs are known to give the same "
-            "text in a batch as alone; serve it with its own software"
+            f"the model is a {type(model).__name__}, but only {titles} are known to give the same text in a "
+            "batch as alone; serve it with its own software"
+        )
+    if (window := getattr(config, "sliding_window", None)) is not None:
+        raise ValueError(
+            f"the model has a sliding_window of {window}, which forgets what a batch still needs; serve it "
+            "with its own software"
         )
     rope = (config.rope_parameters or {}).get("rope_type", "default")
     if rope not in _SAME_AT_ANY_LENGTH:

@@ -167,7 +167,7 @@ def test_one_base_of_two_files_is_no_circle() -> None:
             (
                 f"\nbase: {value}\n",
                 "",
-                f"base is {shown} in run.yaml (line 2), but must be the path of a YAML file, relative to this one",
+                f"base is {shown} in run.yaml (line 2), but must be the path of a YAML file, or of a model's folder, relative to this file",
             )
             for value, shown in [
                 ("3", "3"),

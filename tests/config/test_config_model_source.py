@@ -88,7 +88,7 @@ def test_what_an_earlier_file_says_gives_way() -> None:
     ):
         assert vars(config.model) == {**EXPECTED, "vocab_multiple": 16}
         assert config.training.steps == 3
-    Path("last.yaml").write_text("base: run.yaml\nmodel: {from: ''}\n")
+    Path("last.yaml").write_text("base: run.yaml\nmodel: {from: null}\n")
     assert config_from_file("last.yaml").model.hidden_size == 512, "unset again"
 
 
@@ -145,6 +145,23 @@ def test_a_contradiction_in_a_file() -> None:
     )
 
 
+def test_a_folder_as_base() -> None:
+    Path("runs").mkdir()
+    Path("runs/run.yaml").write_text("training: {steps: 7}\nbase: ../qwen\n")
+    config = load_config(["--config", "runs/run.yaml"]).config
+    assert (vars(config.model), config.training.steps) == (EXPECTED, 7)
+    Path("runs/run.yaml").write_text("model:\n  num_layers: 3\nbase: ../qwen\n")
+    assert message_of("--config", "runs/run.yaml") == (
+        "model.num_layers is 3 in runs/run.yaml (line 2), but 2 in runs/../qwen, which model.from names in runs/run.yaml "
+        "(line 3), as base; leave one of them out"
+    )
+    Path("qwen/config.yaml").write_text("model: {num_layers: 3}\n")
+    assert message_of("--config", "runs/run.yaml") == (
+        "base is '../qwen' in runs/run.yaml (line 3), which is a folder; name its config.yaml, or write model: {from: "
+        "runs/../qwen} for the model alone"
+    )
+
+
 def test_sources_that_are_none() -> None:
     Path("empty").mkdir()
     give = "give the folder of a model that tools/convert_checkpoint.py reads, or a run's"
@@ -162,6 +179,9 @@ def test_sources_that_are_none() -> None:
     Path("run.yaml").write_text("model: {from: [qwen]}\n")
     assert message_of("--config", "run.yaml") == (
         "model.from is ['qwen'] in run.yaml (line 1), but must be the folder of a model"
+    )
+    assert message_of("--model.from", "") == (
+        "model.from is '' on the command line, but must be the folder of a model"
     )
     assert (
         message_of("--model.from") == "--model.from has no value on the command line; write a value behind it"

@@ -164,7 +164,9 @@ def test_models_that_generate_nothing(iiet: Path, tmp_path: Path) -> None:
     (other / "config.json").write_text(json.dumps({"model_type": "gpt2", "vocab_size": 320}))
     tokenizer = str(iiet / "tokenizer.json")
     refused = prepare_model(ModelOptions(str(other), tokenizer=tokenizer), 1).no_generation
-    assert "only IIETs and LLaMAs do that here; run it with lm_eval --model hf" in refused
+    assert (
+        "only LLaMA, Mistral, Qwen2, Qwen3 and IIET do that here; run it with lm_eval --model hf" in refused
+    )
     tasks = {"tasks": ["own_words"], "tasks_include_path": str(folder)}
     config = tiny_config({"prefix": "unread", "tokenizer": "unread"}, tmp_path, evaluation=tasks)
     with pytest.raises(

@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from megatron_iiet.hf.generation import Codec, Sampling
 from megatron_iiet.serving import batch as module
@@ -23,16 +33,26 @@ MARGIN = 1e-3
 CODEC = Codec(None, VOCAB, list, lambda ids: "".join(chr(97 + i) for i in ids))
 
 
+PLAIN: dict[str, Any] = {
+    "llama": (LlamaConfig, LlamaForCausalLM),
+    "mistral": (partial(MistralConfig, sliding_window=None), MistralForCausalLM),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+    "qwen3": (partial(Qwen3Config, head_dim=8), Qwen3ForCausalLM),
+}
+"""Models without code of their own."""
+
+
 def any_model(name: str, **fields: Any) -> Any:
     """A tiny model whose text depends on its cache: the head is not the embedding."""
-    if name == "llama":
+    if name in PLAIN:
         torch.manual_seed(5)
+        configuration, model = PLAIN[name]
         shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
-        config = LlamaConfig(
+        config = configuration(
             **shape, num_key_value_heads=2, vocab_size=VOCAB, max_position_embeddings=CONTEXT,
             initializer_range=0.3, **fields,
         )  # fmt: skip
-        return LlamaForCausalLM(config).eval()
+        return model(config).eval()
     return hf_model(our_model(name, tie_embeddings=False, init_std=0.25), **fields)
 
 
@@ -88,7 +108,7 @@ def test_which_prompts_are_read_together(monkeypatch: pytest.MonkeyPatch) -> Non
     "name",
     [
         *QUICK,
-        "llama",
+        *PLAIN,
         *(pytest.param(name, marks=pytest.mark.slow) for name in ("weight-sharing", "released")),
     ],
 )
@@ -267,6 +287,7 @@ def test_bf16() -> None:
             {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
             "rope_type is 'dynamic', with which the longest sequence",
         ),
+        ("mistral", {"sliding_window": 32}, "has a sliding_window of 32, which forgets what a batch"),
     ],
 )
 def test_models_that_a_batch_would_disturb(name: str, fields: dict[str, Any], message: str) -> None:
@@ -277,6 +298,8 @@ def test_models_that_a_batch_would_disturb(name: str, fields: dict[str, Any], me
 def test_other_kinds_of_models() -> None:
     model = any_model("llama")
     model.config.model_type = "mamba"
-    with pytest.raises(ValueError, match="is a LlamaForCausalLM, but only IIETs and LLaMAs are known"):
+    with pytest.raises(
+        ValueError, match="is a LlamaForCausalLM, but only LLaMA, Mistral, Qwen2, Qwen3 and IIET"
+    ):
         Batch(model, CODEC, places=1, context=CONTEXT)
     assert Batch(any_model("iiet-r0", kv_cache="last"), CODEC, places=1, context=CONTEXT)

@@ -24,7 +24,13 @@ class State(dict[str, Tensor]):
         return self[name][first:last]
 
 
-LLAMA3 = {"kind": "llama3", "factor": 4.0, "original_max_position_embeddings": 16}
+LLAMA3 = {
+    "kind": "llama3",
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2-iiet-plan": ("iiet-plan", {"attention_bias": "qkv"}),
     "qwen3-pcformer": ("pcformer-2", {"qk_norm": True, "head_dim": 16}),

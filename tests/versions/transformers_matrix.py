@@ -34,8 +34,8 @@ RELEASES = [
 
 def install(version: str, folder: Path) -> None:
     """The release and what it asks for."""
-    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--quiet", "--no-compile"]
-    subprocess.run([*pip, "--target", str(folder), f"transformers=={version}"], check=True, stderr=sys.stderr)
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "-qq", "--no-compile"]
+    subprocess.run([*pip, "--target", str(folder), f"transformers=={version}"], check=True)
 
 
 def verdicts(environment: Path, models: Path, names: list[str]) -> dict[str, dict[str, str]]:
