@@ -95,9 +95,10 @@ def refuse_misplaced(parser: ArgumentParser, arguments: argparse.Namespace) -> N
     if empty := [name for name, value in vars(arguments).items() if value == ""]:
         parser.error(f"--{empty[0].replace('_', '-')} is empty; give it a value")
     if arguments.refresh:
-        others = {name: value for name, value in vars(arguments).items() if name != "refresh" and value}
+        nothing = parser.parse_args(["--refresh", arguments.refresh])
+        others = [name for name, value in vars(arguments).items() if value != getattr(nothing, name)]
         if others:
-            option = next(iter(others)).replace("_", "-")
+            option = others[0].replace("_", "-")
             parser.error(f"--{option} is given with --refresh, which changes no weights; leave it out")
         return
     if not arguments.to and not arguments.to_hf:

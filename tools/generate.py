@@ -69,6 +69,8 @@ def main() -> None:
 
         logging.set_verbosity_error()  # it warns of what it does itself when a model drafts
         logging.disable_progress_bar()
+        if arguments.max_new_tokens < 1:
+            raise ValueError(f"--max-new-tokens is {arguments.max_new_tokens}, but must be at least 1")
         sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p)
         generator = open_generator(
             arguments.model,

@@ -19,6 +19,7 @@ from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
 from megatron_iiet.config import RunConfig
+from megatron_iiet.config.iteration_plan import IterationPlan
 from megatron_iiet.data.tokenizers.base import Tokenizer
 from megatron_iiet.data.tokenizers.loading import load_tokenizer
 from megatron_iiet.hf import folders
@@ -122,6 +123,9 @@ class TextGenerator:
                 raise ValueError(
                     f"a {type(model).__name__} has no iterations to draft with; leave out the draft"
                 )
+            if isinstance(draft, str):
+                layers = model.config.num_hidden_layers
+                draft = list(IterationPlan.read(draft, layers=layers).iterations)
             self.draft = model.with_iterations(draft)
 
     @property

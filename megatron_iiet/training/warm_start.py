@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields
 
 from megatron_iiet.config import ConfigError, RunConfig, iterations_per_layer
 from megatron_iiet.config.changes import Change, change_of_field
+from megatron_iiet.config.keys import join_words
 from megatron_iiet.config.schema import ModelConfig
 from megatron_iiet.config.solvers import Iterating
 from megatron_iiet.models.transformer import Transformer
@@ -36,6 +37,8 @@ class WarmStart:
     """Names of the parameters taken over."""
     counts: tuple[int, int, int]
     """Elements taken over, of this model at initial values, of the source's solver left out."""
+    changes: str
+    """What the source's solver computes otherwise than this model's; empty if it is the same."""
 
     def describe(self) -> str:
         """The line of a run's start."""
@@ -44,7 +47,7 @@ class WarmStart:
         lost = f"; {left_out:,} of its solver ({kind}) have no place here and are left out"
         return (
             f"initial weights: {self.source.description}: {taken:,} parameters taken over, {fresh:,} start "
-            f"at their initial values{lost if left_out else ''}"
+            f"at their initial values{lost if left_out else ''}{self.changes}"
         )
 
 
@@ -70,7 +73,24 @@ def open_warm_start(config: RunConfig) -> WarmStart | None:
         _elements(here, set(_names(here)) - taken),
         _elements(there, set(of_solver) - taken),
     )
-    return WarmStart(source, taken, counts)
+    return WarmStart(source, taken, counts, _changes(source.config, config))
+
+
+def _changes(there: RunConfig, here: RunConfig) -> str:
+    one, other = there.solver, here.solver
+    counts = [solver.iterations_per_layer(here.model.num_layers) for solver in (one, other)]
+    if type(one) is not type(other):
+        was, now = (solver.describe(of) for solver, of in zip((one, other), counts, strict=True))
+        return f"; trained as {was}, they go on as {now}"
+    keys = [f.name for f in fields(one) if change_of_field(f) is Change.FUNCTION and f.name != "schedule"]
+    changed = [key for key in keys if getattr(one, key) != getattr(other, key)]
+    if counts[0] == counts[1]:  # a number, a list or a plan may say the same
+        changed = [key for key in changed if key != "iterations"]
+    was, now = (
+        join_words([f"{key} {getattr(solver, key)}" for key in changed] or [""], "and")
+        for solver in (one, other)
+    )
+    return f"; trained with solver.{was}, they go on with {now}" if changed else ""
 
 
 def open_teacher(config: RunConfig) -> Source | None:

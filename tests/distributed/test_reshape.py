@@ -25,13 +25,14 @@ LAYOUTS = {
     "p2z0": Case(pipeline=2, stage=0, accumulation=3),
     "p4": Case(pipeline=4, accumulation=3),
     "t2p2": Case(tensor=2, pipeline=2, accumulation=3),
+    "t2d2z2": Case(tensor=2, data=2, stage=2),
     "t4d2z2": Case(tensor=4, data=2, stage=2),
 }
 PAIRS = [
     ("d2z3", "t2"),
     ("t2", "d2z2"),
-    ("t2p2", "t4d2z2"),
-    ("t4d2z2", "p4"),
+    ("t2p2", "t2d2z2"),
+    ("t2d2z2", "p4"),
     ("p4", "one process"),
     ("one process", "t2sd2z3"),
     ("t2sd2z3", "t2p2"),
@@ -41,6 +42,7 @@ PAIRS = [
     ("p2", "p2z0"),
     ("d2z2", "d2z3"),
 ]
+OF_EIGHT = [("t2p2", "t4d2z2"), ("t4d2z2", "p4")]
 SOLVER = {"solver": "released", "tied": True}
 
 
@@ -63,7 +65,10 @@ def same_values(one: Path, other: Path) -> bool:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("source", "target"), [*PAIRS, ("t2", "p2")])
+@pytest.mark.parametrize(
+    ("source", "target"),
+    [*PAIRS, ("t2", "p2"), *(pytest.param(*pair, marks=pytest.mark.long) for pair in OF_EIGHT)],
+)
 @pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.long)])
 def test_continues_in_another_layout(
     source: str, target: str, precision: str, paths: dict[str, str], tmp_path: Path

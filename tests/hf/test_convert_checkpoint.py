@@ -180,6 +180,8 @@ def test_errors_are_one_line(tmp_path: Path, llama: LlamaForCausalLM, convert: C
     )
     assert convert("--from-hf", "hf").error == "one of the arguments --to --to-hf is required"
     assert convert("--from-hf", "", "--to", "x").error == "--from-hf is empty; give it a value"
+    step = convert("--refresh", "hf", "--step", "0")
+    assert step.error == "--step is given with --refresh, which changes no weights; leave it out"
     both = convert("--from-hf", "hf", "--from-run", "r", "--to", "x")
     assert both.error == "argument --from-run: not allowed with argument --from-hf"
     solver = convert("--from-run", "r", "--to", "x", "--solver.kind", "iiet")

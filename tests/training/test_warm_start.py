@@ -327,9 +327,14 @@ def test_what_is_taken_over(
     assert warm.counts == (DECODER + taken, fresh, left_out)
     assert set(warm.taken) <= {name for name, _ in Transformer.on_meta(config).named_parameters()}
     lost = f"; {left_out} of its solver ({there['kind']}) have no place here and are left out"
+    told = warm.changes
+    assert bool(told) == (there != here)
+    if "iterations" in there and here == {**there, "iterations": 3}:
+        assert told == f"; trained with solver.iterations {there['iterations']}, they go on with iterations 3"
     assert warm.describe() == (
         f"initial weights: model {tmp_path / 'model'}: {DECODER + taken:,} parameters taken over, "
         f"{fresh} start at their initial values{lost if left_out else ''}"
+        f"{told}"
     )
 
 
