@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -153,10 +153,14 @@ class Source:
 def open_source(arguments: argparse.Namespace) -> Source:
     """The model that was asked for, checked as far as it can be without reading its weights."""
     if arguments.from_hf:
+        from megatron_iiet.hf.source_tokenizer import text_follows
         from megatron_iiet.storage.hugging_face import import_llama, tokenizer_files
+        from megatron_iiet.storage.hugging_face.llama import is_iiet
 
         folder = Path(arguments.from_hf)
         config, weights = import_llama(folder, solver_options(arguments))
+        if not is_iiet(folder):
+            config.data.text_follows = text_follows(folder)
         return Source(arguments.from_hf, config, weights, weights, tokenizer_files(folder), folder)
     if arguments.from_model:
         from megatron_iiet.storage.portable import StoredModel
@@ -274,6 +278,9 @@ def to_hf(source: Source, arguments: argparse.Namespace, solver: str) -> str:
         extras = extras_of_folder(source.hf_folder)
     else:
         extras = extras_of_tokenizer(source.tokenizer_files[0] if source.tokenizer_files else None)
+        if source.config.data.text_follows == "bos":
+            told = "the model knows texts behind a bos_token, which AutoTokenizer of the folder leaves out"
+            extras = replace(extras, note="; ".join(filter(None, (extras.note, told))))
     dtype = arguments.dtype or "fp32"
     written = export_folder(
         source.config,

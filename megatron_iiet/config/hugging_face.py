@@ -143,7 +143,7 @@ _NAMES = """
     num_beam_groups diversity_penalty temperature top_k top_p typical_p repetition_penalty
     length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids num_return_sequences
     suppress_tokens begin_suppress_tokens exponential_decay_length_penalty max_length min_length
-    max_sequence_length is_llama_config transformers.js_config unsloth_fixed unsloth_version
+    max_sequence_length text_follows is_llama_config transformers.js_config unsloth_fixed unsloth_version
 """
 _SILENT = frozenset(_NAMES.split())
 """Fields that say nothing of the function, or say it for somebody who reads them on his own."""

@@ -134,6 +134,10 @@ class DataConfig:
     effect."""
     tokenizer: str = key("", FREE)
     """SentencePiece .model or Hugging Face tokenizer.json the corpora were made with."""
+    text_follows: Literal["eod", "bos", "nothing"] = key("eod", FREE)
+    """What stands before the first token of a text that is generated or evaluated: the end-of-document token,
+    as between the documents of a corpus here; or, for a model that was trained elsewhere and is not trained
+    on, what its tokenizer puts there (tools/convert_checkpoint.py records it). Without effect on training."""
     sequence_length: int = key(2048, ORDER, POSITIVE)
     """Tokens T per sample; the model sees T and predicts T (a window of T + 1)."""
     documents: Literal["ignore", "reset", "pack"] = key("ignore", ORDER)

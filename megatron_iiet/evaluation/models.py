@@ -175,14 +175,15 @@ def _prepare_own(options: ModelOptions, source: Source, world_size: int) -> Prep
         world_size=world_size,
         tokenizer=options.tokenizer or portable.tokenizer_path(source.config.data.tokenizer, options.path),
     )
-    codec, model = _codec(options, config.data.tokenizer, config.model.vocab_size), config.model
+    follows = source.config.data.text_follows
+    codec, model = _codec(options, config.data.tokenizer, config.model.vocab_size, follows), config.model
 
     def load(context: ParallelContext, generates: bool = False) -> OwnScorer | HuggingFaceScorer:
         if not generates:
             return OwnScorer(source, config, context, options.batch_size)
         # The same weights as an export would have them, for this package's own model has no cache.
         exported = own_model(source.config, source.weights, options.precision)
-        writing = _writing_codec(options, config.data.tokenizer)
+        writing = _writing_codec(options, config.data.tokenizer, follows)
         return HuggingFaceScorer(exported, context, length, options.batch_size, writing)
 
     return PreparedModel(
@@ -196,7 +197,7 @@ def _prepare_own(options: ModelOptions, source: Source, world_size: int) -> Prep
     )
 
 
-def _codec(options: ModelOptions, path: str, vocab_size: int) -> TextCodec:
+def _codec(options: ModelOptions, path: str, vocab_size: int, text_follows: str = "eod") -> TextCodec:
     """Of the tokenizer file ``path``; of a Hugging Face folder its own tokenizer's if none is given."""
     if folders.is_hugging_face(options.path) and not options.tokenizer:
         return _hugging_face_codec(options, vocab_size)
@@ -209,19 +210,20 @@ def _codec(options: ModelOptions, path: str, vocab_size: int) -> TextCodec:
             f"{vocab_size}; give the tokenizer it was trained with"
         )
     start = tokenizer.eod_id
-    if options.start == "bos":
+    if options.start == "bos" or (options.start == "auto" and text_follows == "bos"):
         if tokenizer.bos_id is None:
             raise ValueError(f"--start is bos, but the tokenizer {path} has no such token; give eos")
         start = tokenizer.bos_id
-    return TextCodec(lambda text: tokenizer.encode(text).tolist(), start, tokenizer.eod_id)
+    before = [tokenizer.bos_id] if text_follows == "bos" and tokenizer.bos_id is not None else []
+    return TextCodec(lambda text: [*before, *tokenizer.encode(text).tolist()], start, tokenizer.eod_id)
 
 
-def _writing_codec(options: ModelOptions, path: str) -> Codec:
+def _writing_codec(options: ModelOptions, path: str, text_follows: str = "eod") -> Codec:
     """As :func:`_codec`, of a model that generates text."""
     if folders.is_hugging_face(options.path) and not options.tokenizer:
         tokenizer = folders.load_tokenizer(options.path, options.trust_remote_code)
-        return hugging_face_codec(tokenizer, follows_eos=False)
-    return own_codec(load_tokenizer(path))
+        return hugging_face_codec(tokenizer)
+    return own_codec(load_tokenizer(path), text_follows)
 
 
 def _prepare_hugging_face(options: ModelOptions) -> PreparedModel:
@@ -253,7 +255,7 @@ def _hugging_face_codec(options: ModelOptions, vocab_size: int) -> TextCodec:
     """Text as the folder's own tokenizer makes it, special tokens as it adds them."""
     tokenizer = folders.load_tokenizer(options.path, options.trust_remote_code)
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    own = folders.read_fields(options.path).get("model_type") == "iiet"
+    own = folders.follows_documents(options.path)
     wanted = {"bos": bos, "eos": eos, "auto": eos if own or bos is None else bos}[options.start]
     if wanted is None:
         lacking = "eos" if options.start == "auto" else options.start

@@ -179,6 +179,7 @@ def config_fields(
         "vocab_multiple": model.vocab_multiple,
         "embedding_scale": model.resolved_embedding_scale,
         "solver": solver_to_fields(config),
+        **({"text_follows": config.data.text_follows} if config.data.text_follows != "eod" else {}),
     }
 
 

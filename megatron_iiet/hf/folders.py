@@ -90,6 +90,18 @@ def load_model(folder: str | Path, dtype: torch.dtype, trust_remote_code: bool =
         raise ValueError(_sentence(folder, "model", error)) from error
 
 
+def follows_documents(folder: str | Path) -> bool:
+    """Whether the model was trained here: on documents that follow an end-of-document token, of which control
+    tokens spelled out in a text are text."""
+    return text_follows(folder) == "eod"
+
+
+def text_follows(folder: str | Path) -> str:
+    """``data.text_follows`` of an IIET's folder; of another one ``tokenizer``: what that puts there."""
+    fields = read_fields(folder)
+    return str(fields.get("text_follows", "eod")) if fields.get("model_type") == "iiet" else "tokenizer"
+
+
 def has_tokenizer(folder: str | Path) -> bool:
     """Whether there are files that some tokenizer is made of, not only settings of one."""
     found = {file.name for names in _TOKENIZERS for file in Path(folder).glob(names)}
@@ -97,8 +109,8 @@ def has_tokenizer(folder: str | Path) -> bool:
 
 
 def load_tokenizer(folder: str | Path, trust_remote_code: bool = False, *, exact: bool = True) -> Any:
-    """The tokenizer of a folder; that of an IIET takes control tokens spelled out in a text for text, as
-    training does.
+    """The tokenizer of a folder; that of a model trained here takes control tokens spelled out in a text for
+    text, as training does.
 
     Args:
         trust_remote_code: run code that the folder brings.
@@ -112,7 +124,9 @@ def load_tokenizer(folder: str | Path, trust_remote_code: bool = False, *, exact
     if not has_tokenizer(folder):
         raise ValueError(f"{folder} has no tokenizer; give one with --tokenizer, or put it there")
     register()
-    spelled_out = {"split_special_tokens": True} if exact and is_own(folder) else {}
+    spelled_out = (
+        {"split_special_tokens": True} if exact and is_own(folder) and follows_documents(folder) else {}
+    )
     try:
         return AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=trust_remote_code, **spelled_out

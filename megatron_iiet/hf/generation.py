@@ -227,24 +227,36 @@ class _Pieces(BaseStreamer):
         self._text = text
 
 
-def own_codec(tokenizer: Tokenizer) -> Codec:
-    """Of a tokenizer of the data room: documents follow an end-of-document token."""
+def own_codec(tokenizer: Tokenizer, text_follows: str = "eod") -> Codec:
+    """Of a tokenizer of the data room; ``text_follows`` is that of the ``data`` section.
+
+    Raises:
+        ValueError: the tokenizer has no such token.
+    """
+    if text_follows == "bos" and tokenizer.bos_id is None:
+        raise ValueError(
+            f"data.text_follows is 'bos', but the tokenizer {tokenizer.path} has no such token; give 'eod'"
+        )
+    before = {"eod": tokenizer.eod_id, "bos": tokenizer.bos_id}.get(text_follows)
 
     def encode(prompt: str) -> list[int]:
-        return [tokenizer.eod_id, *tokenizer.encode(prompt).tolist()]
+        ids: list[int] = tokenizer.encode(prompt).tolist()
+        return [*([] if before is None else [before]), *ids] or [tokenizer.eod_id]
 
     return Codec(tokenizer.eod_id, tokenizer.vocab_size, encode, tokenizer.decode)
 
 
-def hugging_face_codec(tokenizer: Any, follows_eos: bool) -> Codec:
-    """Of a tokenizer of transformers; ``follows_eos``: whether documents follow an end-of-document token, as
-    in models trained here."""
+def hugging_face_codec(tokenizer: Any, text_follows: str = "tokenizer") -> Codec:
+    """Of a tokenizer of transformers; ``text_follows``: as in the ``data`` section, or what the tokenizer
+    itself puts before a text."""
     eos = tokenizer.eos_token_id
+    before = {"eod": eos, "bos": tokenizer.bos_token_id}.get(text_follows)
 
     def encode(prompt: str) -> list[int]:
-        ids = list(tokenizer.encode(prompt, add_special_tokens=not follows_eos))
-        if eos is not None and (follows_eos or not ids):
-            ids.insert(0, eos)
+        ids = list(tokenizer.encode(prompt, add_special_tokens=text_follows == "tokenizer"))
+        ids[:0] = [] if before is None else [before]
+        if eos is not None and not ids:
+            ids = [eos]
         if not ids:
             raise ValueError(
                 "the prompt is empty and the tokenizer has no token to begin with; give a prompt"
@@ -293,14 +305,16 @@ def open_generator(
             raise ValueError(f"--kv-cache is given, but {folder} is no IIET; leave it out")
         found = folders.load_model(folder, DTYPES[precision], trust_remote_code, **keys)
         if tokenizer is not None:
-            return TextGenerator(found, own_codec(load_tokenizer(tokenizer)), draft)
-        codec = hugging_face_codec(folders.load_tokenizer(folder, trust_remote_code), follows_eos=own)
+            follows = folders.read_fields(folder).get("text_follows", "eod")
+            return TextGenerator(found, own_codec(load_tokenizer(tokenizer), follows), draft)
+        theirs = folders.load_tokenizer(folder, trust_remote_code)
+        codec = hugging_face_codec(theirs, folders.text_follows(folder))
         return TextGenerator(found, codec, draft)
     source = open_model(path, "--model", step=step)
     name = tokenizer or portable.tokenizer_path(source.config.data.tokenizer, folder)
     if not name:
         raise ValueError(f"{path} names no tokenizer; give one with --tokenizer")
-    codec = own_codec(load_tokenizer(name))
+    codec = own_codec(load_tokenizer(name), source.config.data.text_follows)
     model = own_model(source.config, source.weights, precision, kv_cache)
     return TextGenerator(model, codec, draft)
 

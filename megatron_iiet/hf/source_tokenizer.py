@@ -6,7 +6,7 @@ from __future__ import annotations
 import tempfile
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from megatron_iiet.config.hugging_face import read_json
 from megatron_iiet.data.tokenizers.hard_texts import HARD_TEXTS
@@ -35,6 +35,30 @@ def files_of_source(source: Path) -> dict[str, bytes]:
     with tempfile.TemporaryDirectory() as name:
         load_tokenizer(source, exact=False).save_pretrained(name)
         return {file.name: file.read_bytes() for file in Path(name).iterdir()}
+
+
+def text_follows(source: Path) -> Literal["eod", "bos", "nothing"]:
+    """``data.text_follows`` of the model in a folder that was not trained here: what AutoTokenizer puts
+    before a text.
+
+    Raises:
+        ValueError: the tokenizer is damaged, or puts something else there.
+    """
+    if not has_tokenizer(source):
+        return "eod"
+    tokenizer = load_tokenizer(source)
+    plain, whole = (tokenizer("a", add_special_tokens=added).input_ids for added in (False, True))
+    before = whole[: next(n for n in range(len(whole) + 1) if whole[n : n + len(plain)] == plain)]
+    if not before:
+        return "nothing"
+    if before == [tokenizer.bos_token_id]:
+        return "bos"
+    if before == [tokenizer.eos_token_id]:
+        return "eod"
+    raise ValueError(
+        f"the tokenizer of {source} puts the tokens {before} before a text; supported are its bos_token, its "
+        "eos_token and nothing"
+    )
 
 
 def keep_ids(export: Path, source: Path, vocab_size: int) -> list[str]:

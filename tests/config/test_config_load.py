@@ -88,7 +88,8 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     },
     "parallel": {"tensor": 1, "pipeline": 1, "sequence": False},
     "data": {
-        "prefix": "", "blend": {}, "validation_prefix": "", "tokenizer": "", "sequence_length": 2048,
+        "prefix": "", "blend": {}, "validation_prefix": "", "tokenizer": "", "text_follows": "eod",
+        "sequence_length": 2048,
         "documents": "ignore", "split": [0.98, 0.01, 0.01], "num_workers": 1, "timeout": 300.0,
     },
     "optimizer": {

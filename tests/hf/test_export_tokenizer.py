@@ -119,7 +119,7 @@ class TestSentencePiece:
         _, exact = llama
         loaded = AutoTokenizer.from_pretrained(llama[0].name_or_path, split_special_tokens=True)
         loaded.chat_template = NAMED["turns"]
-        codec = hugging_face_codec(loaded, follows_eos=True)
+        codec = hugging_face_codec(loaded, "eod")
         assert codec.chat is not None
         ids = codec.chat([{"role": "assistant", "content": "yes"}, {"role": "user", "content": "no"}])
         before = exact.encode("### Assistant:\nyes").tolist()

@@ -131,7 +131,7 @@ class Bytes:
     """Ids are bytes of UTF-8; 1 begins a text where it is asked to, and 0 ends one or nothing does."""
 
     def __init__(self, eos: int | None, begins: bool) -> None:
-        self.eos_token_id, self._begins = eos, begins
+        self.bos_token_id, self.eos_token_id, self._begins = 1, eos, begins
 
     def __len__(self) -> int:
         return 256
@@ -147,22 +147,27 @@ def test_prompts_of_foreign_models_begin_as_their_tokenizers_say() -> None:
     """Of ours behind the end of a document. Nothing can be continued that has no token at all."""
     prompts = {
         (eos, begins, ours): [hugging_face_codec(Bytes(eos, begins), ours).encode(text) for text in ("a", "")]
-        for eos, begins, ours in ((0, True, False), (0, False, False), (None, True, False), (0, True, True))
+        for eos, begins, ours in (
+            *((0, True, "tokenizer"), (0, False, "tokenizer"), (None, True, "tokenizer")),
+            *((0, True, "eod"), (0, False, "bos"), (0, True, "nothing")),
+        )
     }
     assert prompts == {
-        (0, True, False): [[1, 97], [1]],
-        (0, False, False): [[97], [0]],
-        (None, True, False): [[1, 97], [1]],
-        (0, True, True): [[0, 97], [0]],
+        (0, True, "tokenizer"): [[1, 97], [1]],
+        (0, False, "tokenizer"): [[97], [0]],
+        (None, True, "tokenizer"): [[1, 97], [1]],
+        (0, True, "eod"): [[0, 97], [0]],
+        (0, False, "bos"): [[1, 97], [1]],
+        (0, True, "nothing"): [[97], [0]],
     }
     with pytest.raises(ValueError, match="the prompt is empty and the tokenizer has no token to begin with"):
-        hugging_face_codec(Bytes(None, False), False).encode("")
+        hugging_face_codec(Bytes(None, False)).encode("")
 
 
 def test_half_a_character_is_not_written() -> None:
     """é and € come byte by byte; what is cut off in the end is shown as such."""
     pieces: list[str] = []
-    streamer = _Pieces(hugging_face_codec(Bytes(None, False), False), list(b"the "), pieces.append)
+    streamer = _Pieces(hugging_face_codec(Bytes(None, False)), list(b"the "), pieces.append)
     streamer.put(torch.tensor([list(b"the ")]))
     for byte in "é €\N{EURO SIGN}".encode()[:-1]:
         streamer.put(torch.tensor([byte]))

@@ -9,9 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers, processors, trainers
 from tokenizers.models import BPE
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+from megatron_iiet.evaluation.models import ModelOptions, prepare_model
+from megatron_iiet.hf.generation import open_generator
 
 TOOL = Path(__file__).resolve().parents[2] / "tools/convert_checkpoint.py"
 SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -45,13 +48,13 @@ def source(folder: Path, family: str, vocab_size: int = 320) -> Path:
     return folder
 
 
-def converted(folder: Path, *flags: str) -> tuple[int, str]:
+def converted(folder: Path, *flags: str, to: str = "--to-hf") -> tuple[int, str]:
     command = [
         sys.executable,
         str(TOOL),
         "--from-hf",
         str(folder),
-        "--to-hf",
+        to,
         str(folder) + "-export",
         *flags,
     ]
@@ -114,3 +117,32 @@ def test_a_tokenizer_that_is_damaged_or_missing(tmp_path: Path) -> None:
     status, said = converted(folder)
     assert (status, "note: no tokenizer came with the model, so the folder has none" in said) == (0, True)
     assert not (tmp_path / "llama-export/tokenizer_config.json").exists()
+
+
+@pytest.mark.parametrize("to", ["--to-hf", "--to"])
+@pytest.mark.parametrize("follows", ["bos", "nothing"])
+def test_a_text_follows_what_the_source_puts_before_it(
+    follows: str, to: str, definition: Tokenizer, tmp_path: Path
+) -> None:
+    """In generation and evaluation; and control tokens spelled out are what they are there."""
+    folder = source(tmp_path / "source", "llama")
+    own = Tokenizer.from_str(definition.to_str())
+    own.add_special_tokens(["<|begin|>"])
+    named = {"eos_token": "<|im_end|>"}
+    if follows == "bos":
+        named["bos_token"] = "<|begin|>"
+        begin = ("<|begin|>", own.token_to_id("<|begin|>"))
+        own.post_processor = processors.TemplateProcessing(single="<|begin|> $A", special_tokens=[begin])
+    own.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps(named))
+    assert converted(folder, to=to)[0] == 0
+    reference = AutoTokenizer.from_pretrained(folder)
+    export = f"{folder}-export"
+    for path in (str(folder), export):
+        codec = open_generator(path).codec
+        assert codec.encode("the solver") == reference("the solver").input_ids
+        if (path, to) != (export, "--to"):  # of which the data room reads the text
+            assert codec.encode("a<|im_end|>b") == reference("a<|im_end|>b").input_ids
+        evaluated = prepare_model(ModelOptions(path), 1).codec
+        assert evaluated.encode("the solver") == reference("the solver").input_ids
+        assert evaluated.start_id == (reference.bos_token_id if follows == "bos" else reference.eos_token_id)

@@ -29,7 +29,7 @@ def codec(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Codec:
     for name, content in extras_of_tokenizer(Path(path)).files.items():
         (folder / name).write_bytes(content)
     (folder / "config.json").write_text('{"model_type": "llama"}')
-    return hugging_face_codec(folders.load_tokenizer(folder), follows_eos=True)
+    return hugging_face_codec(folders.load_tokenizer(folder), "eod")
 
 
 @pytest.mark.parametrize("before", ["", "the solver", "an é"])

@@ -89,6 +89,7 @@ def read_config(folder: Path, solver: Mapping[str, Any] | None = None) -> RunCon
         raise ValueError(f"{folder} {found}; give the folder of a Hugging Face {families} checkpoint")
     fields = read_json(path)
     model = model_of_fields(fields, path)
+    data: dict[str, Any] = {"sequence_length": min(model.max_position_embeddings, 2048)}
     if not FAMILIES[fields["model_type"]].has_solver:
         given = dict(solver or {})
         # What Euler does not have is of the kind that every run has by default.
@@ -102,7 +103,8 @@ def read_config(folder: Path, solver: Mapping[str, Any] | None = None) -> RunCon
         if fields.get("kv_cache") == "first" and declared and "key_values" in own_keys(declared):
             section["key_values"] = "first"  # the one cache that makes the model another function
         source = str(path)
-    data: dict[str, Any] = {"sequence_length": min(model.max_position_embeddings, 2048)}
+        if "text_follows" in fields:
+            data["text_follows"] = fields["text_follows"]
     tokenizer = tokenizer_files(folder)
     if tokenizer:
         data["tokenizer"] = tokenizer[0].name
