@@ -49,7 +49,7 @@ def extras_of_folder(folder: Path) -> Extras:
     """Tokenizer, generation settings and ids of another Hugging Face folder, as they are.
 
     Raises:
-        ValueError: the tokenizer is damaged.
+        ValueError: the tokenizer is of an older form, and damaged.
     """
     files = files_of_source(folder)
     fields = read_json(folder / CONFIG_FILE)
@@ -88,7 +88,7 @@ def export_folder(
 
     Raises:
         ValueError: the folder exists, the model is no LLaMA though ``as_llama`` says so, ``dtype`` cannot
-            hold a weight, a tokenizer is damaged, or the chat template cannot write a conversation.
+            hold a weight, or the chat template cannot write a conversation.
     """
     folder = Path(folder)
     check_new(folder)

@@ -42,11 +42,12 @@ def text_follows(source: Path) -> Literal["eod", "bos", "nothing"]:
     before a text.
 
     Raises:
-        ValueError: the tokenizer is damaged, or puts something else there.
+        ValueError: it puts something else there.
     """
-    if not has_tokenizer(source):
+    try:
+        tokenizer = load_tokenizer(source)
+    except ValueError:  # there is none, or one that whoever copies it tells of
         return "eod"
-    tokenizer = load_tokenizer(source)
     plain, whole = (tokenizer("a", add_special_tokens=added).input_ids for added in (False, True))
     before = whole[: next(n for n in range(len(whole) + 1) if whole[n : n + len(plain)] == plain)]
     if not before:
@@ -63,12 +64,11 @@ def text_follows(source: Path) -> Literal["eod", "bos", "nothing"]:
 
 def keep_ids(export: Path, source: Path, vocab_size: int) -> list[str]:
     """See that AutoTokenizer reads ``export`` as it reads ``source``, from which its tokenizer came: where
-    the kind of model chose the class, the folder names it. What a user must know of it.
-
-    Raises:
-        ValueError: the tokenizer is damaged.
-    """
-    theirs, ours = (load_tokenizer(folder, exact=False) for folder in (source, export))
+    the kind of model chose the class, the folder names it. What a user must know of it."""
+    try:
+        theirs, ours = (load_tokenizer(folder, exact=False) for folder in (source, export))
+    except ValueError as error:
+        return [f"the tokenizer is copied, but cannot be used: {error}"]
     notes = []
     if len(ours) > vocab_size:
         notes.append(
