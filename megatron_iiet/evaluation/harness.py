@@ -17,6 +17,7 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
 
+from megatron_iiet.data.tokenizers.base import Tokenizer, token_before
 from megatron_iiet.evaluation.scoring import Scorer, TokenScores
 from megatron_iiet.hf.generation import Sampling
 from megatron_iiet.parallel.launch import variables_set
@@ -44,6 +45,19 @@ class TextCodec:
     """What a text without context is conditioned on: the token before the first one of a document."""
     end_id: int
     """Ends a document; fills up batches."""
+
+
+def own_text_codec(tokenizer: Tokenizer, text_follows: str) -> TextCodec:
+    """Of a tokenizer of the data room: a text with a context follows nothing, as in the harness, or a bos
+    token where the model knows no text without.
+
+    Raises:
+        ValueError: the tokenizer has no such token.
+    """
+    first = token_before(tokenizer, text_follows)
+    before = [first] if first is not None and text_follows == "bos" else []
+    start = tokenizer.eod_id if first is None else first
+    return TextCodec(lambda text: [*before, *tokenizer.encode(text).tolist()], start, tokenizer.eod_id)
 
 
 @dataclass(frozen=True)

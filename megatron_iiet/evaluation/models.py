@@ -4,7 +4,7 @@ LLaMA or IIET on a grid), or by transformers, a whole model on each process (oth
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +18,7 @@ from megatron_iiet.config.schema import ParallelConfig
 from megatron_iiet.data.loader.inputs import Inputs
 from megatron_iiet.data.tokenizers.loading import load_tokenizer
 from megatron_iiet.evaluation.forward import DTYPES, ForwardModel, forward_config
-from megatron_iiet.evaluation.harness import TextCodec
+from megatron_iiet.evaluation.harness import TextCodec, own_text_codec
 from megatron_iiet.evaluation.scoring import Scorer, TokenScores, noting_scores, score_tokens
 from megatron_iiet.hf import folders
 from megatron_iiet.hf.generation import Codec, hugging_face_codec, only_below, own_codec, own_model
@@ -209,13 +209,12 @@ def _codec(options: ModelOptions, path: str, vocab_size: int, text_follows: str 
             f"the tokenizer {path} has {tokenizer.vocab_size} ids, but the model {options.path} knows "
             f"{vocab_size}; give the tokenizer it was trained with"
         )
-    start = tokenizer.eod_id
-    if options.start == "bos" or (options.start == "auto" and text_follows == "bos"):
+    codec = own_text_codec(tokenizer, text_follows)
+    if options.start == "bos":
         if tokenizer.bos_id is None:
             raise ValueError(f"--start is bos, but the tokenizer {path} has no such token; give eos")
-        start = tokenizer.bos_id
-    before = [tokenizer.bos_id] if text_follows == "bos" and tokenizer.bos_id is not None else []
-    return TextCodec(lambda text: [*before, *tokenizer.encode(text).tolist()], start, tokenizer.eod_id)
+        return replace(codec, start_id=tokenizer.bos_id)
+    return replace(codec, start_id=tokenizer.eod_id) if options.start == "eos" else codec
 
 
 def _writing_codec(options: ModelOptions, path: str, text_follows: str = "eod") -> Codec:

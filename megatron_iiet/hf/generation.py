@@ -20,7 +20,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from megatron_iiet.config import RunConfig
 from megatron_iiet.config.iteration_plan import IterationPlan
-from megatron_iiet.data.tokenizers.base import Tokenizer
+from megatron_iiet.data.tokenizers.base import Tokenizer, token_before
 from megatron_iiet.data.tokenizers.loading import load_tokenizer
 from megatron_iiet.hf import folders
 from megatron_iiet.hf.export import DTYPES, config_fields
@@ -233,11 +233,7 @@ def own_codec(tokenizer: Tokenizer, text_follows: str = "eod") -> Codec:
     Raises:
         ValueError: the tokenizer has no such token.
     """
-    if text_follows == "bos" and tokenizer.bos_id is None:
-        raise ValueError(
-            f"data.text_follows is 'bos', but the tokenizer {tokenizer.path} has no such token; give 'eod'"
-        )
-    before = {"eod": tokenizer.eod_id, "bos": tokenizer.bos_id}.get(text_follows)
+    before = token_before(tokenizer, text_follows)
 
     def encode(prompt: str) -> list[int]:
         ids: list[int] = tokenizer.encode(prompt).tolist()

@@ -75,10 +75,9 @@ class TaskEvaluation(Callback):
 
     def _evaluate(self, run: Run) -> None:
         # Imported late: a run without tasks needs no harness.
-        from megatron_iiet.evaluation.harness import HarnessModel, TextCodec, run_tasks
+        from megatron_iiet.evaluation.harness import HarnessModel, own_text_codec, run_tasks
 
-        eod = self.tokenizer.eod_id
-        codec = TextCodec(lambda text: self.tokenizer.encode(text).tolist(), eod, eod)
+        codec = own_text_codec(self.tokenizer, run.config.data.text_follows)
         model = HarnessModel(EngineScorer(run.engine, run.config), codec)
         results = run_tasks(model, self.tasks, limit=run.config.evaluation.tasks_limit, errors=False)
         shown = []

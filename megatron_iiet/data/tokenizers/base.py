@@ -168,3 +168,16 @@ def _refuse_surrogates(texts: Sequence[str]) -> None:
                 f"({text[max(0, at - 20) : at + 20]!r}), which stands for nothing; "
                 "repair or leave out that document."
             )
+
+
+def token_before(tokenizer: Tokenizer, text_follows: str) -> int | None:
+    """The id that ``data.text_follows`` puts before a text.
+
+    Raises:
+        ValueError: the tokenizer has none.
+    """
+    if text_follows == "bos" and tokenizer.bos_id is None:
+        raise ValueError(
+            f"data.text_follows is 'bos', but the tokenizer {tokenizer.path} has no such token; give 'eod'"
+        )
+    return {"eod": tokenizer.eod_id, "bos": tokenizer.bos_id}.get(text_follows)
