@@ -842,6 +842,7 @@ class IIETDecoderLayer(GradientCheckpointingLayer):
         self.solver = build_solver(config, layer_idx)
         self.configure(config)
         self.solver.never_read = self.solver.unused(self.solver.iterations)
+        self.solver.train()  # a model that is made and not loaded asks for no gradient of them either
 
     def configure(self, config: IIETConfig) -> None:
         """Take over iterations and cache sets of a configuration that is otherwise this layer's."""

@@ -255,6 +255,17 @@ def test_every_parameter_that_asks_for_a_gradient_gets_one(name: str, tmp_path: 
     assert all(torch.equal(again.get_parameter(n), hf.get_parameter(n)) for n in frozen)
 
 
+@pytest.mark.parametrize("name", EVERY_SOLVER)
+def test_a_model_that_was_just_made_asks_for_no_gradient_of_what_nothing_reads(name: str) -> None:
+    """Without a call of ``train()``: modules are in training mode from the start."""
+    hf = IIETForCausalLM(hf_model(our_model(name)).config)
+    frozen = {n for n, p in hf.named_parameters() if not p.requires_grad}
+    assert hf.training
+    assert frozen == {
+        f"model.layers.{layer}.solver.{n}" for layer, names in UNREAD.get(name, ()) for n in names
+    }
+
+
 _OF_R0 = ("corrector_norm.weight", "corrector_norm.bias")
 UNREAD: dict[str, list[tuple[int, tuple[str, ...]]]] = {
     "iiet-euler-predictor": [(1, ("coefficients",)), (3, ("coefficients",))],
