@@ -15,6 +15,7 @@ from megatron_iiet.config.hugging_face import CONFIG_FILE, read_json
 from megatron_iiet.hf import register
 from megatron_iiet.hf.travelling import MODELING_FILE, modeling_code
 from megatron_iiet.storage import portable
+from megatron_iiet.storage.hugging_face.llama import read_config
 
 
 def is_hugging_face(path: str | Path) -> bool:
@@ -97,9 +98,15 @@ def follows_documents(folder: str | Path) -> bool:
 
 
 def text_follows(folder: str | Path) -> str:
-    """``data.text_follows`` of an IIET's folder; of another one ``tokenizer``: what that puts there."""
+    """``data.text_follows`` of an IIET's folder; of another one ``tokenizer``: what that puts there.
+
+    Raises:
+        ValueError: it is none that there is.
+    """
     fields = read_fields(folder)
-    return str(fields.get("text_follows", "eod")) if fields.get("model_type") == "iiet" else "tokenizer"
+    if fields.get("model_type") != "iiet":
+        return "tokenizer"
+    return read_config(Path(folder)).data.text_follows
 
 
 def has_tokenizer(folder: str | Path) -> bool:

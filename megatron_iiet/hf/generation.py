@@ -301,7 +301,7 @@ def open_generator(
             raise ValueError(f"--kv-cache is given, but {folder} is no IIET; leave it out")
         found = folders.load_model(folder, DTYPES[precision], trust_remote_code, **keys)
         if tokenizer is not None:
-            follows = folders.read_fields(folder).get("text_follows", "eod")
+            follows = folders.text_follows(folder) if own else "eod"
             return TextGenerator(found, own_codec(load_tokenizer(tokenizer), follows), draft)
         theirs = folders.load_tokenizer(folder, trust_remote_code)
         codec = hugging_face_codec(theirs, folders.text_follows(folder))

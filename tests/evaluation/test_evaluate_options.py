@@ -149,7 +149,7 @@ def test_what_a_text_follows_in_a_hugging_face_folder(
 ) -> None:
     tokenizer = SimpleNamespace(bos_token_id=bos, eos_token_id=eos, encode=list)
     monkeypatch.setattr(folders, "load_tokenizer", lambda path, trusted: tokenizer)
-    monkeypatch.setattr(folders, "read_fields", lambda path: {"model_type": kind})
+    monkeypatch.setattr(folders, "text_follows", lambda path: "eod" if kind == "iiet" else "tokenizer")
     options = ModelOptions("a folder", start=start)
     if isinstance(expected, str):
         with pytest.raises(ValueError, match=f"the tokenizer of a folder {expected}"):
