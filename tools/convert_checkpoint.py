@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import argparse
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -134,6 +134,37 @@ class Weights(Protocol):
     def rows(self, name: str, first: int, last: int) -> Tensor: ...
 
 
+class Numbers(Mapping[str, "Tensor"]):
+    """Parameters of which every value that is read is a number: what is converted is used.
+
+    Raises:
+        ValueError: one is not.
+    """
+
+    def __init__(self, stored: Any) -> None:
+        self._stored = stored
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._stored)
+
+    def __len__(self) -> int:
+        return len(self._stored)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._checked(self._stored[name], name)
+
+    def rows(self, name: str, first: int, last: int) -> Tensor:
+        return self._checked(self._stored.rows(name, first, last), name)
+
+    def _checked(self, values: Tensor, name: str) -> Tensor:
+        if not all(bound.isfinite() for bound in values.aminmax()):  # without a tensor of its own
+            raise ValueError(
+                f"{name} holds NaN or infinity, with which a model computes nothing; use an earlier "
+                "checkpoint"
+            )
+        return values
+
+
 @dataclass(frozen=True)
 class Source:
     """A model to convert."""
@@ -161,13 +192,14 @@ def open_source(arguments: argparse.Namespace) -> Source:
         config, weights = import_llama(folder, solver_options(arguments))
         if not is_iiet(folder):
             config.data.text_follows = text_follows(folder)
-        return Source(arguments.from_hf, config, weights, weights, tokenizer_files(folder), folder)
+        numbers = Numbers(weights)
+        return Source(arguments.from_hf, config, numbers, numbers, tokenizer_files(folder), folder)
     if arguments.from_model:
         from megatron_iiet.storage.portable import StoredModel
 
         stored = StoredModel(arguments.from_model)
         files = tokenizer_of_model(Path(arguments.from_model), stored.config)
-        return Source(arguments.from_model, stored.config, stored, stored, files)
+        return Source(arguments.from_model, stored.config, Numbers(stored), Numbers(stored), files)
     from megatron_iiet.storage.checkpoint import lacks
     from megatron_iiet.storage.checkpoint_model import export_run
 
@@ -176,8 +208,8 @@ def open_source(arguments: argparse.Namespace) -> Source:
     return Source(
         f"{run.folder} ({missing})" if missing else str(run.folder),
         run.config,
-        run.state,
-        run.state,
+        Numbers(run.state),
+        Numbers(run.state),
         run.tokenizer_files,
         facts=facts_of_run(Path(arguments.from_run), run.folder),
     )

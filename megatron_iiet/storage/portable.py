@@ -15,13 +15,7 @@ from megatron_iiet.config import RunConfig, config_from_file, config_to_yaml
 from megatron_iiet.durable import new_folder
 from megatron_iiet.models.transformer import VOCABULARY_WEIGHTS, Transformer
 from megatron_iiet.storage.parameters import StoredParameters
-from megatron_iiet.storage.safetensors_stream import (
-    Shape,
-    TensorToWrite,
-    numbers,
-    open_checked,
-    write_safetensors,
-)
+from megatron_iiet.storage.safetensors_stream import Shape, TensorToWrite, open_checked, write_safetensors
 
 CONFIG_FILE = "config.yaml"
 WEIGHTS_FILE = "model.safetensors"
@@ -42,7 +36,7 @@ def save(
     folder under their own names (tokenizer files).
 
     Raises:
-        ValueError: the folder exists, ``state`` does not fit the configuration, or a value is no number.
+        ValueError: the folder exists, or ``state`` does not fit the configuration.
     """
     folder = Path(folder)
     check_new(folder)
@@ -50,10 +44,7 @@ def save(
     _check_shapes(expected, {name: expected.get(name, ()) for name in state}, str(folder))
 
     def tensor(name: str) -> TensorToWrite:
-        def make() -> Tensor:
-            return numbers(without_padding(config, name, state[name]), name)
-
-        return TensorToWrite.whole(expected[name], make)
+        return TensorToWrite.whole(expected[name], lambda: without_padding(config, name, state[name]))
 
     with new_folder(folder) as partial:
         (partial / CONFIG_FILE).write_text(config_to_yaml(config))

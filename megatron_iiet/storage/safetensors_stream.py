@@ -234,19 +234,6 @@ def _misshapen(path: Path, name: str, found: Shape, tensor: TensorToWrite) -> Va
     return ValueError(f"cannot write {path}: {name} is {found}, not {tensor.shape}")
 
 
-def numbers(part: Tensor, name: str) -> Tensor:
-    """``part``, of a model that is handed on.
-
-    Raises:
-        ValueError: a value is no number.
-    """
-    if not part.isfinite().all():
-        raise ValueError(
-            f"{name} holds NaN or infinity, with which a model computes nothing; use an earlier checkpoint"
-        )
-    return part
-
-
 def _cast(part: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     cast = part.detach().to("cpu", dtype).contiguous()
     if dtype == torch.float16 and not torch.equal(cast.isfinite(), part.isfinite().cpu()):

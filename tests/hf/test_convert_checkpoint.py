@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from megatron_iiet import models
@@ -217,6 +217,22 @@ def test_errors_are_one_line(tmp_path: Path, llama: LlamaForCausalLM, convert: C
     assert none.error.startswith("the model is no plain LLaMA: solver.kind is 'dlcl'")
     assert not (tmp_path / "x").exists()
     assert not (tmp_path / "x.partial").exists()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_values_that_are_no_numbers_are_not_handed_on(
+    tmp_path: Path, llama: LlamaForCausalLM, convert: Convert, value: float
+) -> None:
+    tensors = load_file(tmp_path / "hf/model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = value
+    save_file(tensors, tmp_path / "hf/model.safetensors")
+    for target in ("--to", "--to-hf"):
+        result = convert("--from-hf", "hf", target, "x")
+        assert (result.code, result.error.partition(" with")[0]) == (
+            2,
+            "layers.1.increment.mlp.gate_up.weight holds NaN or infinity,",
+        )
+        assert not list(tmp_path.glob("x*"))
 
 
 def test_as_a_process(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, Qwen2Conf
 from megatron_iiet.evaluation.models import ModelOptions, prepare_model
 from megatron_iiet.hf.generation import open_generator
 
+pytestmark = pytest.mark.slow
 TOOL = Path(__file__).resolve().parents[2] / "tools/convert_checkpoint.py"
 SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
 TEXTS = ["The solver of", "a  b\t\n\n c", "é漢😀", "12345 + 678", "İstanbul \x00 \x01", " lead"]

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from megatron_iiet.config import ConfigError
@@ -147,15 +146,12 @@ def test_weights_that_are_no_numbers(value: float, form: str, tmp_path: Path) ->
     name, row = "layers.1.increment.mlp.gate_up.weight", 48 + 3
     config = tiny_config({}, tmp_path, solver={"kind": "euler"}, model={"embedding_scale": 1.0})
     state = Transformer(config).state_dict()
+    state[name][row, 5] = value
     portable.save(config, state, tmp_path / "portable")
     if form == "LLaMA":
         stored = portable.StoredModel(tmp_path / "portable")
         export_folder(stored.config, stored, tmp_path / "LLaMA", Extras({}, {}), as_llama=True)
     tensor = name if form == "portable" else "model.layers.1.mlp.up_proj.weight"
-    file = tmp_path / form / "model.safetensors"
-    tensors = load_file(file)
-    tensors[tensor][row if form == "portable" else 3, 5] = value
-    save_file(tensors, file)
     where = f"tensor {tensor} in {tmp_path / form / 'model.safetensors'}"
     model = open_model(tmp_path / form, "training.initial_weights")
     assert len(model.digest()) == 32

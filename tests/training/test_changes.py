@@ -70,6 +70,7 @@ OTHER: dict[str, Any] = {
     "data.blend": {"one": 1.0, "two": 2.0},
     "data.validation_prefix": "held_out",
     "data.tokenizer": "moved.model",
+    "data.text_follows": "bos",
     "data.sequence_length": 8,
     "data.documents": "reset",
     "data.split": [0.9, 0.1, 0.0],

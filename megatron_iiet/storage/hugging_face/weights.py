@@ -16,7 +16,7 @@ from megatron_iiet.config.schema import ModelConfig
 from megatron_iiet.models.solvers import build_solver
 from megatron_iiet.storage.hugging_face.shards import ShardReader
 from megatron_iiet.storage.parameters import RowSource, StoredParameters
-from megatron_iiet.storage.safetensors_stream import Shape, TensorToWrite, numbers
+from megatron_iiet.storage.safetensors_stream import Shape, TensorToWrite
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -68,7 +68,7 @@ def tensors_to_write(
 
 
 def _rows(weights: RowSource, name: str, above: int, factor: float, first: int, last: int) -> Tensor:
-    rows = numbers(weights.rows(name, above + first, above + last), name)
+    rows = weights.rows(name, above + first, above + last)
     return rows if factor == 1 else rows * factor
 
 
