@@ -311,7 +311,9 @@ def to_hf(source: Source, arguments: argparse.Namespace, solver: str) -> str:
     else:
         extras = extras_of_tokenizer(source.tokenizer_files[0] if source.tokenizer_files else None)
         if source.config.data.text_follows == "bos":
-            told = "the model knows texts behind a bos_token, which AutoTokenizer of the folder leaves out"
+            told = (
+                "the model knows texts behind a bos_token: see that AutoTokenizer of the folder puts it there"
+            )
             extras = replace(extras, note="; ".join(filter(None, (extras.note, told))))
     dtype = arguments.dtype or "fp32"
     written = export_folder(

@@ -142,7 +142,7 @@ def load_tokenizer(folder: str | Path, trust_remote_code: bool = False, *, exact
         raise ValueError(_sentence(folder, "tokenizer", error)) from error
 
 
-_TOKENIZERS = ("tokenizer*", "*.model", "vocab*", "merges.txt", "*.tiktoken")
+_TOKENIZERS = ("tokenizer*", "*.model", "vocab*", "merges.txt", "*.tiktoken", "tekken*", "*.spm", "bpe*")
 
 
 def _sentence(folder: str | Path, what: str, error: Exception) -> str:

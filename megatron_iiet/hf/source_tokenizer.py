@@ -49,7 +49,8 @@ def text_follows(source: Path) -> Literal["eod", "bos", "nothing"]:
     except ValueError:  # there is none, or one that whoever copies it tells of
         return "eod"
     plain, whole = (tokenizer("a", add_special_tokens=added).input_ids for added in (False, True))
-    before = whole[: next(n for n in range(len(whole) + 1) if whole[n : n + len(plain)] == plain)]
+    places = (n for n in range(len(whole)) if whole[n : n + len(plain)] == plain)
+    before = whole[: next(places, len(whole))]
     if not before:
         return "nothing"
     if before == [tokenizer.bos_token_id]:
