@@ -211,7 +211,10 @@ class CheckpointConfig:
     interval: int = key(500, FREE, NOT_NEGATIVE)
     """Steps between checkpoints; 0: only the last step."""
     keep: int = key(2, FREE, NOT_NEGATIVE)
-    """Checkpoints kept; older ones are removed after a newer one is complete. 0 keeps all."""
+    """Newest checkpoints kept; older ones are removed after a newer one is complete. 0 keeps all. Pinned ones
+    (tools/checkpoints.py) stay, and the one that a start has gone on from stays until the next start."""
+    keep_every: int = key(0, FREE, NOT_NEGATIVE)
+    """Checkpoints at multiples of so many steps are kept for good; 0: none."""
     resume: bool = key(True, FREE)
     """Continue from the newest checkpoint in output_dir; false refuses to write over one."""
 

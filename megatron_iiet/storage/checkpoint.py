@@ -1,11 +1,12 @@
-"""The checkpoints of a run, and which of them is in force. ``latest`` is replaced atomically after every
-rank's shards are on disk: a kill at any moment leaves the previous checkpoint in force."""
+"""A checkpoint: a folder that is complete with its ``state.json``, which is written last; and which one the
+``latest`` of a run names. What else there is to go on from says ``selection``, what may go ``retention``."""
 
 from __future__ import annotations
 
 import os
 import re
-import shutil
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,11 @@ from typing import Any
 from megatron_iiet import durable
 from megatron_iiet.config import ConfigError, RunConfig, config_from_file, config_to_yaml
 from megatron_iiet.config.iteration_plan import IterationPlan
-from megatron_iiet.storage.fragments import FORMAT, INDEX, FragmentReader
+from megatron_iiet.storage.fragments import FORMAT, FragmentReader
 from megatron_iiet.storage.integrity import (
     REMEDY,
+    SEAL,
+    DamagedError,
     SaveIdentity,
     check_seal,
     digest_of,
@@ -29,13 +32,17 @@ _WITHOUT_SAVES = (2, 3, 4)
 # samples understands.
 
 CONFIG, STATE = "config.yaml", "state.json"
-_FORM = {"step": int, "data": dict, "layout": {str: int}, "plan": (None, dict)}
-
-# What a checkpoint holds, temporary names of a save that was killed included, and what NFS leaves of a file
-# that a reader has open.
-_OWN_FILE = re.compile(
-    r"(config\.yaml|starts\.jsonl|state\.json|index\.json|rank_\d+\.safetensors)(\.[0-9a-f]+\.tmp)?|\.nfs\w+"
-)
+LATEST = "latest"
+Lineage = list[tuple[int, str]]
+"""Checkpoints that each led to the next, oldest first: step and save ("" of a format without saves)."""
+_FORM = {
+    "step": int,
+    "data": dict,
+    "layout": {str: int},
+    "plan": (None, dict),
+    "serial": (None, int),
+    "before": (None, [[int, str]]),
+}
 
 
 @dataclass(frozen=True)
@@ -50,6 +57,10 @@ class TrainState:
     """How the writing processes were laid out; only told to the user."""
     plan: dict[str, Any] | None = None
     """The iteration plan in force, as :meth:`IterationPlan.to_data` has it."""
+    serial: int | None = None
+    """How many saves of this run there had been, of all its branches, with this one; None of older ones."""
+    before: Lineage | None = None
+    """What led here and was still there; None of older ones."""
     save: SaveIdentity | None = field(default=None, compare=False)
     """Which save it was read from; None of a format without."""
 
@@ -78,7 +89,7 @@ def latest_tag(output_dir: str | Path) -> str | None:
         ConfigError: ``latest`` names a checkpoint that is not there, or is no file.
     """
     folder = checkpoints_folder(output_dir)
-    marker = folder / "latest"
+    marker = folder / LATEST
     if not os.path.lexists(folder):  # False of what is no path at all, too
         return None
     if marker.is_dir():
@@ -90,7 +101,7 @@ def latest_tag(output_dir: str | Path) -> str | None:
         shown = repr(tag)[1:-1][:80]
         raise ConfigError(
             f"{marker} names '{shown}', but {folder / shown} is not a complete checkpoint; "
-            "write the name of one that is into 'latest', or choose another output_dir"
+            f"tools/checkpoints.py {output_dir} shows those that are, and sets a run back to one"
         )
     return tag
 
@@ -99,16 +110,16 @@ def read_config(folder: Path) -> RunConfig:
     """The configuration that a checkpoint was made with.
 
     Raises:
-        ConfigError: it is missing, or not the one that was written.
+        DamagedError: it is missing, or not the one that was written.
     """
     path = folder / CONFIG
     if not path.is_file():
-        raise ConfigError(
+        raise DamagedError(
             f"{folder} has no {CONFIG}, so it is not a complete checkpoint; choose another step"
         )
     save = read_state(folder).save
     if save is not None and digest_of(path.read_bytes()) != save.config:
-        raise ConfigError(
+        raise DamagedError(
             f"{path} was edited or damaged: its digest is not the one in {STATE} beside it; copy the whole "
             "checkpoint again, or use another one"
         )
@@ -156,78 +167,77 @@ def read_state(folder: Path) -> TrainState:
     """The training state stored in a checkpoint folder.
 
     Raises:
-        ConfigError: it is missing, damaged or of another format.
+        DamagedError: it is missing, not what was written, or in another checkpoint's folder.
+        ConfigError: it is of a format that is not known here.
     """
     path = folder / STATE
+    content = read_json(path)
+    found = content.get("format")
+    save = None
+    if found == FORMAT or SEAL in content:
+        content = check_seal(path, content)
+    if type(found) is not int:
+        raise DamagedError(f"{path} is damaged: its format is {found!r}; {REMEDY}")
+    if found not in (*_WITHOUT_SAVES, FORMAT):
+        raise ConfigError(f"{path} is of format {found!r}, not {FORMAT}; use the version that wrote it")
     try:
-        content = read_json(path)
-        found = content.get("format")
-        if found not in (*_WITHOUT_SAVES, FORMAT):
-            raise ValueError(f"{path} is of format {found!r}, not {FORMAT}; use the version that wrote it")
-        save = None
         if found == FORMAT:
-            content = check_seal(path, content)
             save = SaveIdentity(content.pop("save"), content["step"], content.pop("config"))
         del content["format"]
         if wrong := misfit(content, _FORM):
-            raise ValueError(f"{path} is damaged: {wrong}; {REMEDY}")
+            raise DamagedError(f"{path} is damaged: {wrong}; {REMEDY}")
+        if content.get("before") is not None:
+            content["before"] = [tuple(one) for one in content["before"]]
         state = TrainState(**content, save=save)
-        if re.fullmatch(r"step_\d+", folder.name) and folder.name != tag_of(state.step):
-            raise ValueError(
-                f"{folder} holds the checkpoint of step {state.step}, not the one that its name says; give "
-                f"it the name {tag_of(state.step)}"
-            )
-        return state
     except (KeyError, TypeError) as error:
-        raise ConfigError(f"{path} is damaged ({error!r}); use another checkpoint") from None
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
+        raise DamagedError(f"{path} is damaged ({error!r}); use another checkpoint") from None
+    if re.fullmatch(r"step_\d+", folder.name) and folder.name != tag_of(state.step):
+        raise DamagedError(
+            f"{folder} holds the checkpoint of step {state.step}, not the one that its name says; give "
+            f"it the name {tag_of(state.step)}"
+        )
+    return state
 
 
-def invalidate(folder: Path) -> None:
-    """Make an older checkpoint of the same step incomplete, before its files are replaced one by one.
-
-    A kill in between must not leave a mixture that looks whole. A link of that name goes: what it names is
-    somebody's."""
-    if folder.is_symlink():
-        folder.unlink()
-    for name in (STATE, INDEX):
-        (folder / name).unlink(missing_ok=True)
+def readable_states(folder: Path) -> dict[str, TrainState]:
+    """The states of a run's complete checkpoints, by name, but for those that cannot be read."""
+    states = {}
+    for tag in complete_tags(folder.parent):
+        with suppress(ConfigError):
+            states[tag] = read_state(folder / tag)
+    return states
 
 
-def commit(output_dir: str | Path, step: int, keep: int) -> list[str]:
-    """Make the checkpoint of ``step`` the newest, then remove all from before but ``keep - 1`` (0 keeps all).
+def lineage_of(tag: str, states: Mapping[str, TrainState]) -> Lineage:
+    """A checkpoint, unless its state cannot be read, and after what led to it, of ``states``; where its state
+    does not say that, all of fewer steps."""
+    step = int(tag.removeprefix("step_"))
+    saves = {state.step: state.save.save if state.save else "" for state in states.values()}
+    before = states[tag].before if tag in states else None
+    if before is None:
+        before = [(other, saves[other]) for other in sorted(saves) if other < step]
+    own = [(step, saves[step])] if tag in states else []
+    return [(other, save) for other, save in before if saves.get(other) == save] + own
 
-    What this program did not make stays: a copy under another name, a link, a file. So do checkpoints of
-    later steps, which a run that was set back has left behind.
 
-    Returns:
-        a sentence for each checkpoint that could not be removed: no reason to end a run.
+def check_whole(folder: Path) -> None:
+    """What can be known of a checkpoint without reading what its tensors hold.
+
+    Raises:
+        DamagedError: a file is missing, of another save or size, or not what was written.
     """
-    folder = checkpoints_folder(output_dir)
-    durable.write_text(folder / "latest", tag_of(step) + "\n")
-    if not keep:
-        return []
-    earlier = sorted(before for before in _own_steps(folder) if before < step)
-    outdated = [folder / tag_of(before) for before in earlier[: max(0, len(earlier) + 1 - keep)]]
-    return [warning for old in outdated if (warning := _remove(old))]
+    read_config(folder)
+    with open_weights(folder) as reader:
+        reader.check_headers()
 
 
-def _own_steps(folder: Path) -> list[int]:
-    """Steps of the folders in ``folder`` that are named as a checkpoint is, complete or not."""
-    found = [re.fullmatch(r"step_(\d+)", path.name) for path in folder.iterdir()]
-    steps = [int(match[1]) for match in found if match and tag_of(int(match[1])) == match[0]]
-    paths = {step: folder / tag_of(step) for step in steps}
-    return [step for step, path in paths.items() if path.is_dir() and not path.is_symlink()]
+def verify(folder: Path) -> int:
+    """Read all of a checkpoint; how many bytes its tensors have.
 
-
-def _remove(folder: Path) -> str:
-    """Remove a checkpoint; why it is still there, or nothing."""
-    foreign = sorted(path.name for path in folder.iterdir() if not _OWN_FILE.fullmatch(path.name))
-    if foreign:
-        return f"{folder} is no longer needed, but holds {foreign[0]}, which is not of a checkpoint; it stays"
-    try:
-        shutil.rmtree(folder)
-    except OSError as error:
-        return f"{folder} is no longer needed, but cannot be removed: {error}"
-    return ""
+    Raises:
+        DamagedError: something is not as it was written.
+    """
+    read_config(folder)
+    read_plan(folder)
+    with open_weights(folder) as reader:
+        return reader.verify()

@@ -34,6 +34,7 @@ from megatron_iiet.storage.integrity import (
     BLOCK_BYTES,
     REMEDY,
     Blocks,
+    DamagedError,
     SaveIdentity,
     check_seal,
     misfit,
@@ -52,6 +53,8 @@ INDEX = "index.json"
 SCRATCH_BYTES = 64 << 20
 """Bound of the temporary of one read, which is never less than a row of a stored shard."""
 OPEN_FILES = 64
+_VERIFIED = 16 << 20
+"""Elements that are read at a time to be compared; whole blocks of any size up to 64 MiB."""
 _BARE_FORM = {
     "kinds": [str],
     "files": {str: {"bytes": int}},
@@ -225,21 +228,21 @@ class FragmentReader:
         self._files: dict[str, SafetensorsFile] = {}  # the open ones, longest unused first
         index = _read_index(folder / INDEX)
         if index.save != save:
-            raise ValueError(
+            raise DamagedError(
                 f"{folder / INDEX} is {_of(index.save)}, but the checkpoint {_of(save)}; {REMEDY}"
             )
         self.parameters, self._blocks = index.parameters, index.blocks
         self._header = _header_of(save) if save else None
         for file, size in index.sizes.items():
             if (found := _size_of(folder / file)) != size:
-                raise ValueError(
+                raise DamagedError(
                     f"{folder / file} has {found} bytes, but {INDEX} says {size}: it is truncated or of "
                     "another checkpoint; copy it again, or use another one"
                 )
         for name, entry in self.parameters.items():
             _check_coverage(folder, name, entry)
             if unlisted := {piece.file for piece in entry.pieces} - index.sizes.keys():
-                raise ValueError(
+                raise DamagedError(
                     f"{folder / INDEX} has no size of {min(unlisted)}, which has {name}; {REMEDY}"
                 )
 
@@ -284,6 +287,32 @@ class FragmentReader:
         if not direct:
             out.detach().copy_(target)
         return out
+
+    def check_headers(self) -> None:
+        """Whether every file is of this save and has the tensors that it should have.
+
+        Raises:
+            DamagedError: one is not, or has not.
+        """
+        for _ in self._stored():
+            pass
+
+    def verify(self) -> int:
+        """Read everything; how many bytes that is. Without digests only damaged headers are found.
+
+        Raises:
+            DamagedError: a block is not what was written.
+        """
+        read = 0
+        for file, key, numel, blocks in self._stored():
+            for start in range(0, numel, _VERIFIED):
+                part = torch.empty(min(_VERIFIED, numel - start))
+                if blocks is None:
+                    file.read(key, start, part)
+                else:
+                    file.read_verified(key, start, part, blocks)
+            read += 4 * numel
+        return read
 
     def close(self) -> None:
         """Close the files; a later read opens them again."""
@@ -346,13 +375,29 @@ class FragmentReader:
             piece = pieces[i]
             stop = min(end, piece.start + piece.numel)
             part, target = target[: stop - start], target[stop - start :]
-            file, key = self._open(piece.file), f"{kind}/{name}"
-            file.require(key, "F32", (piece.numel,))
-            if self._header is None:
+            file, key, blocks = self._find(name, kind, piece)
+            if blocks is None:
                 file.read(key, start - piece.start, part)
             else:
-                file.read_verified(key, start - piece.start, part, self._blocks[piece.file, key])
+                file.read_verified(key, start - piece.start, part, blocks)
             start, i = stop, i + 1
+
+    def _stored(self) -> Iterator[tuple[SafetensorsFile, str, int, Blocks | None]]:
+        """Every stored tensor, by file: the file, its name there, its elements and digests."""
+        pieces = [(piece, name) for name, entry in self.parameters.items() for piece in entry.pieces]
+        for piece, name in sorted(pieces):
+            for kind in self.parameters[name].kinds:
+                file, key, blocks = self._find(name, kind, piece)
+                yield file, key, piece.numel, blocks
+
+    def _find(self, name: str, kind: str, piece: Piece) -> tuple[SafetensorsFile, str, Blocks | None]:
+        """The file of a piece, the tensor's name there, and its digests, if there are any."""
+        file, key = self._open(piece.file), f"{kind}/{name}"
+        file.require(key, "F32", (piece.numel,))
+        blocks = None if self._header is None else self._blocks.get((piece.file, key))
+        if self._header is not None and (blocks is None or not blocks.cover(4 * piece.numel)):
+            raise DamagedError(f"{self.folder / INDEX} has no digests of {key} in {piece.file}; {REMEDY}")
+        return file, key, blocks
 
     def _open(self, file: str) -> SafetensorsFile:
         stored = self._files.pop(file, None) or SafetensorsFile(self.folder / file)
@@ -362,7 +407,7 @@ class FragmentReader:
                 f"save {header.get('save')} of step {header.get('step')}"
                 for header in (stored.metadata, self._header)
             )
-            raise ValueError(
+            raise DamagedError(
                 f"{self.folder / file} is of another save than {INDEX} beside it: of {found}, not of "
                 f"{wanted}; {REMEDY}"
             )
@@ -387,12 +432,12 @@ def _read_index(path: Path) -> _Index:
     index = read_json(path)
     found = index.get("format")
     if found not in (_BARE_FORMAT, FORMAT):
-        raise ValueError(f"{path} is of format {found!r}, not {FORMAT}; use the version that wrote it")
+        raise DamagedError(f"{path} is damaged: it is of format {found!r}, not {FORMAT}; {REMEDY}")
     bare = found == _BARE_FORMAT
     if not bare:
         index = check_seal(path, index)
     elif wrong := misfit(index, _BARE_FORM):
-        raise ValueError(f"{path} is damaged: {wrong}; {REMEDY}")
+        raise DamagedError(f"{path} is damaged: {wrong}; {REMEDY}")
     try:
         if bare:  # one list of kinds for all
             for parameter in index["parameters"].values():
@@ -408,7 +453,7 @@ def _read_index(path: Path) -> _Index:
             },
         )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
+        raise DamagedError(
             f"cannot read {path} as an index of format {found}: {error!r}; use another checkpoint, or the "
             "version of this program that wrote it"
         ) from None
@@ -454,7 +499,7 @@ def _check_coverage(folder: Path, name: str, entry: ParameterEntry) -> None:
     try:
         held = entry.local_numel(entry.tensor_size)
     except ValueError as error:
-        raise ValueError(f"{name} in {folder}: {error}") from None
+        raise DamagedError(f"{name} in {folder}: {error}") from None
     pieces: dict[int, list[tuple[int, int]]] = {rank: [] for rank in range(entry.tensor_size)}
     for piece in entry.pieces:
         pieces.setdefault(piece.tensor_rank, []).append((piece.start, piece.numel))
@@ -462,7 +507,7 @@ def _check_coverage(folder: Path, name: str, entry: ParameterEntry) -> None:
         end = 0
         for start, numel in [*intervals, (held if rank < entry.tensor_size else 0, 0)]:
             if start != end:
-                raise ValueError(
+                raise DamagedError(
                     f"{folder} has {'an overlap' if start < end else 'a gap'} between elements {start} and "
                     f"{end} of {name} on tensor-parallel rank {rank} of {entry.tensor_size}, which holds "
                     f"{held}; use a checkpoint of which every rank wrote its part once"
@@ -478,5 +523,5 @@ def _entry_from_json(data: Mapping[str, Any]) -> ParameterEntry:
 
 def _size_of(path: Path) -> int:
     if not path.is_file():
-        raise ValueError(f"{path} is {'no file' if path.exists() else 'missing'}; {REMEDY}")
+        raise DamagedError(f"{path} is {'no file' if path.exists() else 'missing'}; {REMEDY}")
     return path.stat().st_size

@@ -13,13 +13,19 @@ from typing import Any, NamedTuple
 import xxhash
 
 from megatron_iiet import durable
+from megatron_iiet.config import ConfigError
 
 BLOCK_BYTES = 1 << 20
 """What one digest is of: so much of a tensor from its start on, the last block less. A read of an interval
 reads the blocks it touches to their ends."""
 REMEDY = "copy the whole checkpoint again, or use another one"
 _DIGITS = 16  # of a block's digest
-_DIGEST = "digest"
+SEAL = "digest"
+"""Key of a sealed JSON file's own digest."""
+
+
+class DamagedError(ConfigError):
+    """Of a checkpoint that is not as it was written: an older one may be whole."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +59,10 @@ class Blocks(NamedTuple):
     """Bytes in each but the last."""
     digests: str
     """One behind the other, in hexadecimal digits."""
+
+    def cover(self, size: int) -> bool:
+        """Whether there is a digest of every block of a tensor of ``size`` bytes."""
+        return self.size > 0 and len(self.digests) == _DIGITS * -(-size // self.size)
 
     def holds(self, number: int, data: memoryview) -> bool:
         """Whether ``data`` is what was block ``number`` when it was written."""
@@ -95,7 +105,7 @@ def digest_of(document: bytes) -> str:
 
 def write_sealed(path: Path, content: Mapping[str, Any], indent: int | None = None) -> None:
     """Replace a JSON file by one that holds ``content`` and its digest."""
-    sealed = {**content, _DIGEST: digest_of(_canonical(content))}
+    sealed = {**content, SEAL: digest_of(_canonical(content))}
     separators = (",", ":") if indent is None else None
     durable.write_text(path, json.dumps(sealed, indent=indent, separators=separators) + "\n")
 
@@ -104,18 +114,18 @@ def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file.
 
     Raises:
-        ValueError: it is missing, no file, or holds no object.
+        DamagedError: it is missing, no file, or holds no object.
     """
     try:
         content = json.loads(path.read_bytes())
     except FileNotFoundError:
-        raise ValueError(f"{path} is missing; {REMEDY}") from None
+        raise DamagedError(f"{path} is missing; {REMEDY}") from None
     except OSError as error:
-        raise ValueError(f"{path} cannot be read ({error.strerror}); {REMEDY}") from None
+        raise DamagedError(f"{path} cannot be read ({error.strerror}); {REMEDY}") from None
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged ({error}); {REMEDY}") from None
+        raise DamagedError(f"{path} is damaged ({error}); {REMEDY}") from None
     if not isinstance(content, dict):
-        raise ValueError(f"{path} is damaged: it holds no object; use another checkpoint")
+        raise DamagedError(f"{path} is damaged: it holds no object; use another checkpoint")
     return content
 
 
@@ -149,11 +159,11 @@ def check_seal(path: Path, content: dict[str, Any]) -> dict[str, Any]:
     """What :func:`write_sealed` wrote, without its digest.
 
     Raises:
-        ValueError: the digest is another one.
+        DamagedError: the digest is another one.
     """
-    bare = {key: value for key, value in content.items() if key != _DIGEST}
-    if content.get(_DIGEST) != digest_of(_canonical(bare)):
-        raise ValueError(
+    bare = {key: value for key, value in content.items() if key != SEAL}
+    if content.get(SEAL) != digest_of(_canonical(bare)):
+        raise DamagedError(
             f"{path} is damaged or was edited: its digest is not that of what it holds; copy it again, or "
             "use another checkpoint"
         )

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_iiet.durable import replacing
-from megatron_iiet.storage.integrity import BlockDigests, Blocks
+from megatron_iiet.storage.integrity import BlockDigests, Blocks, DamagedError
 
 CHUNK_BYTES = 16 << 20
 """About as much fp32 as is made or converted at a time."""
@@ -200,13 +200,16 @@ class SafetensorsFile:
 
     def _fill(self, view: memoryview, offset: int, name: str) -> None:
         while view:
-            count = os.preadv(self._file.fileno(), [view], offset)
+            try:
+                count = os.preadv(self._file.fileno(), [view], offset)
+            except OSError as error:  # a bad sector
+                raise self._damaged(f"byte {offset}, of {name}, cannot be read ({error.strerror})") from None
             if not count:
                 raise self._damaged(f"it ends at byte {offset}, within {name}")
             offset, view = offset + count, view[count:]
 
-    def _damaged(self, what: str) -> ValueError:
-        return ValueError(f"{self.path} is damaged: {what}; {self._remedy}")
+    def _damaged(self, what: str) -> DamagedError:
+        return DamagedError(f"{self.path} is damaged: {what}; {self._remedy}")
 
 
 def open_checked(path: Path, wrong: str, remedy: str) -> SafetensorsFile:

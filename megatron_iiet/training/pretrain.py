@@ -17,8 +17,10 @@ from megatron_iiet.ops import resolve_backend
 from megatron_iiet.parallel import ParallelContext
 from megatron_iiet.parallel.launch import launch_environment
 from megatron_iiet.storage import checkpoint
+from megatron_iiet.storage.integrity import DamagedError
 from megatron_iiet.storage.source import Source
 from megatron_iiet.training import callbacks, record, resume
+from megatron_iiet.training.agreement import Succession, check_shared
 from megatron_iiet.training.corpora import Corpora, contents_of, describe_corpora, open_corpora
 from megatron_iiet.training.engine import Engine, engine_class
 from megatron_iiet.training.layout import describe_layout, layout_of
@@ -72,11 +74,14 @@ def prepare(
     """
     check_paths(config)
     backend, reason = resolve_backend(config.ops.backend, context.device)
-    newest = resume.newest_checkpoint(config)
+    succession = Succession(config.output_dir, context)
+    resume.check_may_resume(config, succession.candidates)
+    newest = succession.newest()
     done = "" if newest is None else resume.nothing_to_do(config, checkpoint.read_state(newest).step)
     if not done:
         with failing_together(context):
             record.check_output_dir(config.output_dir)
+        check_shared(config.output_dir, context)
     check_tokenizer(config)
     corpora = open_corpora(config.data, config.model.vocab_size)
     teacher = None if done else open_teacher(config)
@@ -87,7 +92,7 @@ def prepare(
     }
     found = None if newest is None else resume.check_resumable(newest, config, contents, accept)
     if done:
-        raise resume.NothingToDo(done)
+        raise resume.NothingToDo("\n".join([*succession.told, done]))
     if found is not None and config.training.initial_weights and not contents["initial_weights"]:
         contents["initial_weights"] = (found.state.data.get(resume.CONTENTS) or {}).get("initial_weights")
 
@@ -112,14 +117,13 @@ def prepare(
         run.say(warm.describe())
     if teacher is not None:
         run.say(describe_teacher(run, teacher))
-    layout = layout_of(context, engine.zero_stage)
+    for told in succession.told:
+        run.say(f"warning: {told}")
     if found is not None:
-        left_out = describe_left_out(found, engine) if found.accepted else []
-        run.say("\n".join((found.describe(), *describe_other_layout(found, layout), *left_out)))
-        run.resume(found.folder)
+        found = resume_from_newest(run, found, succession, accept)
     elif accept:
         run.say(f"--{ACCEPT_CHANGES} names {', '.join(accept)}, but there is no checkpoint to differ from")
-    start = record.start_of(context, layout, found)
+    start = record.start_of(context, layout_of(context, engine.zero_stage), found)
     if context.is_main:
         if found is None:
             record.write_configurations(config, ds_config)
@@ -127,6 +131,29 @@ def prepare(
             record.restore_configuration(config.output_dir, found.folder)
         record.append_start(config.output_dir, start)
     return run, build_callbacks(config, corpora, context)
+
+
+def resume_from_newest(
+    run: Run, found: resume.Resumption, succession: Succession, accept: Sequence[str]
+) -> resume.Resumption:
+    """Continue from the checkpoint found, or, if reading it shows damage, from the next that is whole.
+
+    Raises:
+        ConfigError: none is, or the next one does not fit.
+    """
+    layout = layout_of(run.context, run.engine.zero_stage)
+    while True:
+        left_out = describe_left_out(found, run.engine) if found.accepted else []
+        run.say("\n".join((found.describe(), *describe_other_layout(found, layout), *left_out)))
+        try:
+            run.resume(found.folder)
+        except DamagedError as error:
+            run.say(f"warning: {succession.leave_out(error)}")
+        else:
+            return found
+        next_one = succession.newest()
+        assert next_one is not None  # where there was one, it raises
+        found = resume.check_resumable(next_one, run.config, run.contents, accept)
 
 
 def reconciled_ds_config(loaded: LoadedConfig, world_size: int) -> dict[str, Any]:

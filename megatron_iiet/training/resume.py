@@ -18,7 +18,8 @@ from megatron_iiet.data.corpora.identity import identity_difference
 from megatron_iiet.data.loader.blend import Blend
 from megatron_iiet.models.iterations import iterations_at
 from megatron_iiet.storage import checkpoint
-from megatron_iiet.storage.integrity import REMEDY, digest_of, misfit
+from megatron_iiet.storage.integrity import REMEDY, DamagedError, digest_of, misfit
+from megatron_iiet.storage.selection import Candidates
 from megatron_iiet.storage.source import Source, open_model
 
 CONTENTS = "contents"
@@ -101,22 +102,18 @@ class Resumption:
         )
 
 
-def newest_checkpoint(config: RunConfig) -> Path | None:
-    """The folder of the checkpoint to continue from, which is not looked into; None to start from scratch.
+def check_may_resume(config: RunConfig, candidates: Candidates) -> None:
+    """Refuse a folder with checkpoints where ``checkpoint.resume`` says not to go on from one; none is read.
 
     Raises:
-        ConfigError: there is one, and it must not be resumed.
+        ConfigError: there are some.
     """
-    tag = checkpoint.latest_tag(config.output_dir)
-    if tag is None:
-        return None
-    folder = checkpoint.checkpoints_folder(config.output_dir) / tag
-    if not config.checkpoint.resume:
+    if candidates.began and not config.checkpoint.resume:
+        named = f"checkpoint {candidates.tags[0]}" if candidates.tags else "checkpoints"
         raise ConfigError(
-            f"{config.output_dir} already holds checkpoint {tag} and checkpoint.resume is false; "
-            "set it to true to continue, or choose another output_dir"
+            f"{config.output_dir} already holds {named} and checkpoint.resume is false; set it to true to "
+            "continue, or choose another output_dir"
         )
-    return folder
 
 
 def check_resumable(
@@ -134,7 +131,7 @@ def check_resumable(
     notes = []
     if lacks := checkpoint.lacks(folder):
         if wrong := misfit({"data": state.data, "layout": state.layout}, _FORM):
-            raise ConfigError(f"{folder / checkpoint.STATE} is damaged: {wrong}; {REMEDY}")
+            raise DamagedError(f"{folder / checkpoint.STATE} is damaged: {wrong}; {REMEDY}")
         notes.append(f"it is {lacks}")
     before = checkpoint.read_config(folder)
     done = nothing_to_do(config, state.step)
@@ -145,8 +142,6 @@ def check_resumable(
         for one in differences(before, config, state.step)
         if not (one.key in known and one.old and one.new)  # other paths, which say nothing
     ]
-    if not (folder.parent / "latest").is_file():
-        notes.append("'latest' is missing beside it; of the complete checkpoints it has the most steps")
     if not there:
         notes.append("the checkpoint does not say what its corpora held; they are taken to be the same")
     else:

@@ -14,13 +14,15 @@ from megatron_iiet.config.solvers import Euler
 from megatron_iiet.data.loader.batches import TrainBatches
 from megatron_iiet.models.iterations import iterations_at
 from megatron_iiet.parallel import ParallelContext
-from megatron_iiet.storage import checkpoint
+from megatron_iiet.storage import checkpoint, retention
 from megatron_iiet.storage.integrity import SaveIdentity
+from megatron_iiet.storage.selection import lineage_to, next_serial
 from megatron_iiet.training.engine import Engine
 from megatron_iiet.training.layout import layout_of
 from megatron_iiet.training.metrics import MetricWriter
 from megatron_iiet.training.record import copy_starts, write_configurations
 from megatron_iiet.training.resume import CONTENTS
+from megatron_iiet.training.stopping import failing_together
 from megatron_iiet.training.utilisation import memory_bytes
 
 
@@ -42,6 +44,10 @@ class Run:
     plan: IterationPlan | None = None
     """What guidance decided last; it goes before the iterations that the configuration has for a step."""
     step_seconds: float = 0.0
+    resumed_step: int | None = None
+    """Of the checkpoint that this process has read: of all, it is the one that is known to be whole."""
+    lineage: checkpoint.Lineage = field(default_factory=list)
+    """The checkpoints that led here."""
     _stage: tuple[list[int], bool] | None = None
     _values: dict[str, float] = field(default_factory=dict)
     _writer: MetricWriter | None = None
@@ -98,11 +104,22 @@ class Run:
             self.engine.set_iterations(before, merging=merging)
 
     def save(self) -> Path:
-        """Write a checkpoint of this step and make it the newest, and the run's configuration its own."""
+        """Write a checkpoint of this step and make it the newest, and the run's configuration its own.
+
+        Raises:
+            FloatingPointError: a weight or moment is no finite number; nothing was written.
+        """
+        bad = [f"{names} of rank {r}" for r, names in enumerate(self.not_finite()) if names]
+        if bad:
+            raise FloatingPointError(
+                f"step {self.step} is not saved: {'; '.join(bad[:4])} hold NaN or infinity; the newest "
+                "checkpoint is of before: resume from it with a smaller optimizer.lr (now "
+                f"{self.config.optimizer.lr}) or a larger optimizer.warmup_fraction"
+            )
         tag, output_dir = checkpoint.tag_of(self.step), Path(self.config.output_dir)
         folder = checkpoint.checkpoints_folder(output_dir)
-        if self.context.is_main:
-            checkpoint.invalidate(folder / tag)
+        if self.context.is_main and (moved := retention.make_way(folder / tag)):
+            self.say(f"warning: {moved}")
         drawn = SaveIdentity.draw(self.step, config_to_yaml(self.config))
         save = self.context.world.gather_objects(drawn)[0]  # nobody has it before the main rank is here
         self.engine.save(folder / tag, save)
@@ -113,11 +130,17 @@ class Run:
                 data={**self.batches.state_dict(), CONTENTS: self.contents},
                 layout=layout_of(self.context, self.engine.zero_stage),
                 plan=None if self.plan is None else self.plan.to_data(),
+                serial=next_serial(output_dir),
+                before=[one for one in self.lineage if (folder / checkpoint.tag_of(one[0])).is_dir()],
             )
             checkpoint.write_metadata(folder / tag, self.config, state, save)
-            warnings = checkpoint.commit(output_dir, self.step, self.config.checkpoint.keep)
+            retention.put_in_force(output_dir, self.step)
+            self.lineage = [*(state.before or []), (self.step, save.save)]
             write_configurations(self.config, self.ds_config)
-            for warning in warnings:
+            keep = self.config.checkpoint
+            for warning in retention.prune(
+                output_dir, self.lineage, keep=keep.keep, keep_every=keep.keep_every, spared=self.resumed_step
+            ):
                 self.say(f"warning: {warning}")
         self.context.barrier()
         return folder / tag
@@ -126,19 +149,28 @@ class Run:
         """Continue from a checkpoint of this run.
 
         Raises:
+            DamagedError: it is not as it was written.
             ValueError: it does not fit this run.
         """
-        state = checkpoint.read_state(folder)
-        with checkpoint.open_weights(folder) as reader:
+        with failing_together(self.context):
+            state, plan = checkpoint.read_state(folder), checkpoint.read_plan(folder)
+            reader = checkpoint.open_weights(folder)
+        with reader:
             self.engine.load(reader, state.step)
         self.batches.load_state_dict(state.data)
-        self.step = state.step
-        plan, guidance = checkpoint.read_plan(folder), self.config.guidance
+        self.step = self.resumed_step = state.step
+        if self.context.is_main:  # which writes
+            self.lineage = lineage_to(folder)
+        guidance = self.config.guidance
         if plan is not None and guidance.interval:
             # One made for another cap or budget no longer holds.
             full = iterations_per_layer(self.config)
             valid = ([plan.full] * len(full), plan.budget) == (full, guidance.budget)
             self.plan = plan if valid else None
+
+    def not_finite(self) -> list[str]:
+        """What each rank would save that is no finite number, the first one named; "" of most."""
+        return self.context.world.gather_objects(self.engine.not_finite())
 
     def memory_of_ranks(self) -> list[tuple[int, int]]:
         """Bytes that each rank holds of its device's memory, and the most it held; every rank asks."""

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 import torch
 
 from megatron_iiet.parallel import ParallelContext
+from megatron_iiet.storage.integrity import DamagedError
 
 
 @contextmanager
@@ -43,13 +44,14 @@ def failing_together(context: ParallelContext) -> Iterator[None]:
     first rank that has one is everybody's.
 
     Raises:
-        ValueError: what that rank's ValueError or OSError said.
+        ValueError: what that rank's ValueError or OSError said; its :class:`DamagedError` stays one.
     """
     failure = None
     try:
         yield
     except (ValueError, OSError) as error:
-        failure = str(error)
+        failure = DamagedError if isinstance(error, DamagedError) else ValueError, str(error)
     for told in context.world.gather_objects(failure):
         if told is not None:
-            raise ValueError(told)
+            kind, message = told
+            raise kind(message)

@@ -105,7 +105,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "interval": 200, "samples": 256, "tasks": [], "tasks_interval": 1000, "tasks_limit": 100,
         "tasks_data_dir": "", "tasks_include_path": "",
     },
-    "checkpoint": {"interval": 500, "keep": 2, "resume": True},
+    "checkpoint": {"interval": 500, "keep": 2, "keep_every": 0, "resume": True},
     "logging": {"interval": 10, "tensorboard": True, "solver_interval": 200, "peak_tflops": None},
     "ops": {"backend": "auto", "history_gradient": "transposed"},
     "guidance": {"interval": 0, "budget": 0.5, "start": 0.1, "samples": 32, "decay": 0.5, "inertia": 0.5},

@@ -13,6 +13,7 @@ from megatron_iiet.config import ConfigError, RunConfig, config_to_yaml
 from megatron_iiet.storage import checkpoint
 from megatron_iiet.storage.checkpoint_model import _settle_guidance, _settle_schedule, find_checkpoint
 from megatron_iiet.storage.integrity import SaveIdentity
+from megatron_iiet.storage.retention import make_way
 from tests.tiny import tiny_config
 
 
@@ -49,7 +50,7 @@ def test_a_checkpoint_without_its_state_is_none(tmp_path: Path) -> None:
 def test_what_is_written_over_names_no_files_meanwhile(tmp_path: Path) -> None:
     folder = saved(tmp_path, tiny_config({}, tmp_path), 2)
     (folder / "index.json").write_text("{}")
-    checkpoint.invalidate(folder)
+    make_way(folder)
     assert [path.name for path in folder.iterdir()] == ["config.yaml"]
 
 

@@ -19,11 +19,12 @@ from megatron_iiet.config.keys import key_changes, key_types
 from megatron_iiet.config.kinds import own_keys
 from megatron_iiet.config.solvers import IIET, SOLVERS, PCformer, ReleasedIIET, SolverConfig
 from megatron_iiet.storage import checkpoint
+from megatron_iiet.storage.selection import find_candidates
 from megatron_iiet.training.resume import (
     CONTENTS,
+    check_may_resume,
     check_resumable,
     differences,
-    newest_checkpoint,
     nothing_to_do,
 )
 from tests.config.resume_table import with_table
@@ -104,6 +105,7 @@ OTHER: dict[str, Any] = {
     "evaluation.tasks_include_path": "tasks",
     "checkpoint.interval": 5,
     "checkpoint.keep": 5,
+    "checkpoint.keep_every": 5,
     "checkpoint.resume": False,
     "logging.interval": 5,
     "logging.tensorboard": False,
@@ -355,17 +357,13 @@ def test_a_run_that_must_not_be_resumed_says_so(saved: Path, tmp_path: Path) -> 
     with pytest.raises(
         ConfigError, match=r"already holds checkpoint step_00000004 and checkpoint\.resume is"
     ):
-        newest_checkpoint(config)
+        check_may_resume(config, find_candidates(config.output_dir))
     fresh = tiny_config({"prefix": "a"}, tmp_path / "fresh", checkpoint={"resume": False})
-    assert newest_checkpoint(fresh) is None
+    check_may_resume(fresh, find_candidates(fresh.output_dir))
     config.checkpoint.resume = True
-    assert newest_checkpoint(config) == saved
+    check_may_resume(config, find_candidates(config.output_dir))
     found = check_resumable(saved, config, CONTENT)
     assert (found.folder, found.state.step, found.notes) == (saved, 4, [])
-    (saved.parent / "latest").unlink()
-    assert newest_checkpoint(config) == saved
-    found = check_resumable(saved, config, CONTENT)
-    assert found.notes == ["'latest' is missing beside it; of the complete checkpoints it has the most steps"]
     config.training.steps = 4
     assert nothing_to_do(config, 4).startswith("complete: 4 of 4 steps")
     assert not nothing_to_do(config, 3)

@@ -18,6 +18,7 @@ from megatron_iiet.data.tokenizers.loading import tokenizer_digest
 from megatron_iiet.parallel import ParallelContext
 from megatron_iiet.parallel.launch import launch_environment
 from megatron_iiet.storage import checkpoint
+from megatron_iiet.storage.selection import find_candidates
 from megatron_iiet.training import pretrain
 from megatron_iiet.training.callbacks import Callback
 from megatron_iiet.training.corpora import contents_of, describe_corpora, open_corpora
@@ -25,7 +26,7 @@ from megatron_iiet.training.engine import StepResult
 from megatron_iiet.training.loop import train
 from megatron_iiet.training.metrics import read_log
 from megatron_iiet.training.pretrain import prepare, reconciled_ds_config
-from megatron_iiet.training.resume import CONTENTS, check_resumable, newest_checkpoint
+from megatron_iiet.training.resume import CONTENTS, check_may_resume, check_resumable
 from megatron_iiet.training.run import Run
 from tests.distributed.harness import RanksFailedError, run_ranks
 from tests.distributed.runs import as_data, ds_json, pretrain_rank
@@ -258,15 +259,15 @@ def test_another_corpus_to_validate_on_is_told_by_its_key(
 
 
 def test_a_run_that_must_not_be_resumed(configured: Callable[..., RunConfig]) -> None:
-    """Its checkpoint is not even read."""
+    """Whether its checkpoint is whole or not."""
     config = configured(checkpoint={"resume": False})
-    assert newest_checkpoint(config) is None
+    check_may_resume(config, find_candidates(config.output_dir))
     folder = checkpoint.checkpoints_folder(config.output_dir)
     (folder / "step_00000004").mkdir(parents=True)
     (folder / "step_00000004" / "state.json").write_text("{}")
     (folder / "latest").write_text("step_00000004\n")
-    with pytest.raises(ConfigError, match=r"holds checkpoint step_00000004 and checkpoint\.resume is false"):
-        newest_checkpoint(config)
+    with pytest.raises(ConfigError, match=r"already holds checkpoints and checkpoint\.resume is false"):
+        check_may_resume(config, find_candidates(config.output_dir))
 
 
 def test_a_checkpoint_of_the_format_before(configured: Callable[..., RunConfig], tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,9 +12,14 @@ from typing import Any
 
 import pytest
 
-from megatron_iiet.storage import checkpoint
+from megatron_iiet.config import LoadedConfig, config_from_dict
+from megatron_iiet.parallel import ParallelContext
+from megatron_iiet.parallel.launch import launch_environment
+from megatron_iiet.storage import checkpoint, retention
+from megatron_iiet.training.pretrain import prepare, reconciled_ds_config
 from megatron_iiet.training.resume import check_resumable
-from tests.distributed.harness import run_ranks
+from megatron_iiet.training.run import Run
+from tests.distributed.harness import RanksFailedError, run_ranks
 from tests.distributed.runs import as_data, ds_json, pretrain_rank
 from tests.tiny import make_data, read_full, tiny_config
 
@@ -183,26 +189,67 @@ def test_every_damage_is_named(layout: str, runs: dict[str, Path], tmp_path: Pat
         assert str(copy) in str(caught.value), what
 
 
-def refusal(config: dict[str, Any], ds_path: Path) -> str:
-    """What a rank is told that tries to train on."""
-    with pytest.raises(ValueError, match="damaged") as caught:
-        pretrain_rank(config, ds_path)
-    return str(caught.value)
+def resumed_from(config: dict[str, Any], ds_path: Path) -> list[str]:
+    """Resume as a start does; what the main rank says of it, and the step."""
+    said: list[str] = []
+    Run.say = lambda run, text: said.append(text) if run.context.is_main else None  # type: ignore[method-assign]
+    loaded = LoadedConfig(config=config_from_dict(config), ds_config_path=ds_path)
+    ds_config = reconciled_ds_config(loaded, launch_environment().world_size)
+    with ParallelContext.start(loaded.config.parallel) as context:
+        run, _ = prepare(loaded.config, ds_config, context)
+        run.close()
+        return [*said, f"step {run.step}"]
 
 
 @pytest.mark.slow
-def test_all_ranks_are_told_what_one_found(runs: dict[str, Path], tmp_path: Path) -> None:
-    """Under ZeRO-3 of what lies in another's file too."""
+def test_all_ranks_leave_a_damaged_checkpoint_and_take_the_one_before(
+    runs: dict[str, Path], tmp_path: Path
+) -> None:
+    """Of what one rank reads, under ZeRO-3 also of another's file; and of what nobody needs to read."""
+    damages: dict[str, tuple[int, Damage]] = {
+        r"rank_00001\.safetensors is damaged: bytes \d+ to \d+": (
+            1,
+            lambda new, old: flip(new / RANKS[1], 0.9),
+        ),
+        r"rank_00000\.safetensors is damaged: bytes \d+ to \d+": (
+            3,
+            lambda new, old: flip(new / RANKS[0], 0.1),
+        ),
+        r"state\.json is missing|'latest' names 'step_00000004'": (
+            1,
+            lambda new, old: (new / "state.json").unlink(),
+        ),
+        r"rank_00000\.safetensors is of another save": (
+            1,
+            lambda new, old: shutil.copy(old / RANKS[0], new / RANKS[0]),
+        ),
+    }
+    for number, (message, (stage, damage)) in enumerate(damages.items()):
+        run = tmp_path / f"{number}"
+        shutil.copytree(runs["ZeRO-1"].parent, run)
+        old, new = (checkpoint.checkpoints_folder(run) / f"step_0000000{step}" for step in (2, 4))
+        config = replace(checkpoint.read_config(old), output_dir=str(run))
+        config.training.stop_after = None
+        damage(new, old)
+        said, others = run_ranks(resumed_from, 2, as_data(config), ds_json(tmp_path, stage))
+        assert said[-1] == others[-1] == "step 2", said
+        told = [text for text in said if text.startswith("warning: ")]
+        assert any(re.search(message, text) for text in told), (message, said)
+        assert f"resuming from {old}" in "\n".join(said)
+
+
+@pytest.mark.slow
+def test_beside_damaged_checkpoints_nobody_starts_from_scratch(runs: dict[str, Path], tmp_path: Path) -> None:
     shutil.copytree(runs["ZeRO-1"].parent, tmp_path / "run")
-    folder = checkpoint.checkpoints_folder(tmp_path / "run") / "step_00000004"
-    flip(folder / RANKS[1], 0.9)
-    config = replace(checkpoint.read_config(folder), output_dir=str(tmp_path / "run"))
+    folder = checkpoint.checkpoints_folder(tmp_path / "run")
+    config = replace(checkpoint.read_config(folder / "step_00000004"), output_dir=str(tmp_path / "run"))
     config.training.stop_after = None
-    for stage in (1, 3):
-        told = run_ranks(refusal, 2, as_data(config), ds_json(tmp_path, stage))
-        assert told[0] == told[1]
-        assert told[0].startswith(f"{folder / RANKS[1]} is damaged: bytes ")
-    assert not (tmp_path / "run" / "checkpoints" / "step_00000008").exists()
+    for step in (2, 4):
+        flip(folder / f"step_0000000{step}" / RANKS[0], 0.5)
+    log = (tmp_path / "run" / "log.jsonl").read_bytes()
+    with pytest.raises(RanksFailedError, match=r"ConfigError: .* has no checkpoint that can be gone on from"):
+        run_ranks(resumed_from, 2, as_data(config), ds_json(tmp_path, 1))
+    assert (tmp_path / "run" / "log.jsonl").read_bytes() == log
 
 
 @pytest.mark.slow
@@ -222,10 +269,6 @@ def test_without_latest_a_run_goes_on_from_most_steps(runs: dict[str, Path], tmp
     folder = checkpoint.checkpoints_folder(tmp_path / "run")
     (folder / "latest").unlink()
     assert checkpoint.latest_tag(tmp_path / "run") == "step_00000004"
-    state = checkpoint.read_state(folder / "step_00000004")
-    config = checkpoint.read_config(folder / "step_00000004")
-    found = check_resumable(folder / "step_00000004", config, state.data["contents"])
-    assert found.notes == ["'latest' is missing beside it; of the complete checkpoints it has the most steps"]
 
 
 @pytest.mark.slow
@@ -234,6 +277,6 @@ def test_a_link_in_the_way_of_a_save_is_replaced(runs: dict[str, Path], tmp_path
     there = tmp_path / "checkpoints" / "step_00000004"
     link = tmp_path / "step_00000004"
     link.symlink_to(there)
-    checkpoint.invalidate(link)
+    retention.make_way(link)
     assert not link.is_symlink()
     assert read_all(there)

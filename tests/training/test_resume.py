@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from megatron_iiet.config import LoadedConfig, config_from_dict, config_from_file
-from megatron_iiet.storage import checkpoint
+from megatron_iiet.storage import checkpoint, retention
 from megatron_iiet.storage.checkpoint_model import export_run
 from megatron_iiet.training.metrics import read_log
 from megatron_iiet.training.pretrain import pretrain
@@ -107,7 +107,7 @@ def test_a_save_over_an_older_one_is_never_a_mixture(data: dict[str, str], tmp_p
     config = tiny_config(data, tmp_path / "run", training={"stop_after": 4}, checkpoint={"interval": 2})
     run_ranks(pretrain_rank, 1, as_data(config), ds_json(tmp_path, 1))
     folder = checkpoint.checkpoints_folder(tmp_path / "run")
-    checkpoint.invalidate(folder / "step_00000004")
+    retention.make_way(folder / "step_00000004")
     with pytest.raises(ValueError, match="step_00000004 is not a complete checkpoint"):
         checkpoint.latest_tag(tmp_path / "run")
     (folder / "latest").write_text("step_00000002")
@@ -185,7 +185,7 @@ def test_refuses_a_checkpoint_of_another_format(data: dict[str, str], tmp_path: 
     config = tiny_config(data, tmp_path / "run", training={"stop_after": 1})
     run_ranks(pretrain_rank, 1, as_data(config), ds_json(tmp_path, 1))
     state = checkpoint.checkpoints_folder(tmp_path / "run") / "step_00000001" / "state.json"
-    state.write_text(state.read_text().replace('"format": 5', '"format": 1'))
+    state.write_text('{"format": 1, "step": 1}')
     with pytest.raises(
         RanksFailedError, match=r"ConfigError: .*state.json is of format 1, not 5; use the version that"
     ):

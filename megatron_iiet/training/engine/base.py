@@ -178,6 +178,16 @@ class Engine(ABC):
             write_index(folder, {file: part for file, part in parts if part is not None}, save)
         self.context.barrier()
 
+    def not_finite(self) -> str:
+        """Masters and moments that this rank would write and that are no finite numbers, the first named."""
+        found = [
+            f"{kind} of {fragment.name}"
+            for fragment in own_fragments(self._engine, self._names)
+            for kind, tensor in fragment.tensors.items()
+            if not tensor.isfinite().all()
+        ]
+        return "" if not found else found[0] if len(found) == 1 else f"{found[0]} and {len(found) - 1} more"
+
     def load(self, reader: FragmentReader, optimizer_steps: int) -> None:
         """Restore weights and optimizer from a checkpoint of any layout.
 
