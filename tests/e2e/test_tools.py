@@ -31,6 +31,7 @@ import megatron_iiet.training.summary
 from megatron_iiet.config.schema import ParallelConfig
 from megatron_iiet.distillation.plans import PlanRequest
 from megatron_iiet.hf.generation import Sampling
+from tests.storage.saves import FILE, Saves, flip_a_bit
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
 NAMES = sorted(path.stem for path in TOOLS.glob("*.py"))
@@ -77,6 +78,9 @@ def start(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -
 
 # An option: its names, what stands for its value, its default. "!": must be given; "-": without help.
 OPTIONS = {
+    "checkpoints": """
+        run RUN_DIR ! | --verify [STEP ...]:int | --pin STEP:int | --unpin STEP:int | --reject STEP:int
+        --accept STEP:int | --roll-back STEP:int | --reason REASON = 'by hand'""",
     "convert_checkpoint": """
         --from-hf DIR | --from-run RUN_DIR | --from-model DIR | --refresh EXPORT | --to DIR
         --to-hf DIR | --step STEP:int
@@ -724,3 +728,43 @@ def test_cuda_check(
     assert out.count("not disassembled") == 3
     skipped = "machine code (nvidia-cuda-nvdisasm could not be installed)"
     assert out.endswith(f"cuda-check: ok, 1 checks skipped: {skipped}\n")
+
+
+# --- checkpoints ---
+
+
+def test_checkpoints(load: Callable[[str], ModuleType], start: Start, tmp_path: Path) -> None:
+    """Listed, pinned, verified and rolled back, on real ones."""
+    tool, run = load("checkpoints"), Saves(tmp_path)
+    assert start(tool, str(tmp_path)) == (
+        2,
+        "",
+        f"error: {tmp_path} has no checkpoints; give the output_dir of a training run\n",
+    )
+    run.save(2, 4)
+    status, listed, _ = start(tool, str(tmp_path), "--pin", "2", "--reason", "best so far")
+    assert status == 0
+    first, second = listed.splitlines()
+    assert first.startswith("step_00000002 ")
+    assert first.endswith(", pinned (best so far)")
+    assert second.endswith(", in force")
+    assert start(tool, str(tmp_path), "--unpin", "2")[1].splitlines()[0] == first.removesuffix(
+        ", pinned (best so far)"
+    )
+    assert start(tool, str(tmp_path), "--reject", "4")[1].endswith(", in force, rejected (by hand)\n")
+    assert start(tool, str(tmp_path), "--accept", "4")[1].endswith(", in force\n")
+    status, _, error = start(tool, str(tmp_path), "--pin", "3")
+    assert (status, "step_00000003 is no complete checkpoint" in error) == (2, True)
+    verified = "step_00000002  verified, 0.0 MB\nstep_00000004  verified, 0.0 MB\n"
+    assert start(tool, str(tmp_path), "--verify") == (0, verified, "")
+    flip_a_bit(run.at(4) / FILE)
+    status, told, _ = start(tool, str(tmp_path), "--verify")
+    assert status == 1
+    assert "are not what was written there" in told.splitlines()[1]
+    assert start(tool, str(tmp_path), "--verify", "2")[0] == 0
+    status, _, error = start(tool, str(tmp_path), "--roll-back", "4")
+    assert (status, "are not what was written there" in error) == (2, True)
+    status, listed, _ = start(tool, str(tmp_path), "--roll-back", "2")
+    assert status == 0
+    assert listed.splitlines()[0].endswith(", in force")
+    assert listed.splitlines()[1].endswith("rejected (the run was set back to step_00000002)")

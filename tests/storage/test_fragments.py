@@ -277,7 +277,7 @@ def edit_index(folder: Path, edit: Callable[[dict[str, Any]], object], *, seal: 
         (lambda f: (f / "index.json").write_text("[]"), r"index\.json is damaged: it holds no object"),
         (
             lambda f: edit_index(f, lambda i: i.update(format=7)),
-            "is of format 7, not 5; use the version that wrote it",
+            "is damaged: it is of format 7, not 5; copy the whole",
         ),
         (lambda f: edit_index(f, lambda i: i.pop("format")), "is of format None, not 5"),
         (lambda f: edit_index(f, lambda i: i.pop("files")), "of format 5: KeyError.'files'"),
@@ -415,7 +415,7 @@ def test_a_folder_of_before_there_were_digests(folder: Path) -> None:
             "pieces is nan",
         ),
         (lambda index: index["files"].clear(), r"has no size of 0_0\.safetensors, which has "),
-        (lambda index: index.update(format=4), r"is of format 4, not 5; use the version that wrote it"),
+        (lambda index: index.update(format=4), r"is damaged: it is of format 4, not 5; copy the whole"),
     ],
 )
 def test_an_edited_index_without_digests(

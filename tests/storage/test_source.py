@@ -96,7 +96,7 @@ def test_what_a_path_may_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         folders[step].mkdir(parents=True)
         state = checkpoint.TrainState(step, {}, layout)
         checkpoint.write_metadata(folders[step], config, state, save_of(config, state))
-    checkpoint.commit(tmp_path, 4, 0)
+    retention.put_in_force(tmp_path, 4)
     for path, step, meant in (
         (tmp_path, None, 4),
         (tmp_path, 2, 2),
