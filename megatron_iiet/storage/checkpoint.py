@@ -77,8 +77,25 @@ def tag_of(step: int) -> str:
 
 def complete_tags(output_dir: str | Path) -> list[str]:
     """Names of the complete checkpoints of a run, by step; copies under other names are none."""
-    names = [file.parent.name for file in checkpoints_folder(output_dir).glob("step_*/state.json")]
+    folder = checkpoints_folder(output_dir)
+    if not os.path.lexists(folder):  # False of what is no path at all, too
+        return []
+    names = [file.parent.name for file in folder.glob("step_*/state.json")]
     return sorted((name for name in names if re.fullmatch(r"step_\d{8,}", name)), key=lambda n: int(n[5:]))
+
+
+def read_latest(output_dir: str | Path) -> str | None:
+    """What the ``latest`` of a run says, be it the name of a checkpoint or not; None if there is none.
+
+    Raises:
+        ConfigError: it is a folder.
+    """
+    marker = checkpoints_folder(output_dir) / LATEST
+    if not os.path.lexists(marker.parent):
+        return None
+    if marker.is_dir():
+        raise ConfigError(f"{marker} is a folder, not a file that names a checkpoint; remove it")
+    return marker.read_text(errors="replace").strip() if marker.is_file() else None
 
 
 def latest_tag(output_dir: str | Path) -> str | None:
@@ -88,19 +105,14 @@ def latest_tag(output_dir: str | Path) -> str | None:
     Raises:
         ConfigError: ``latest`` names a checkpoint that is not there, or is no file.
     """
-    folder = checkpoints_folder(output_dir)
-    marker = folder / LATEST
-    if not os.path.lexists(folder):  # False of what is no path at all, too
-        return None
-    if marker.is_dir():
-        raise ConfigError(f"{marker} is a folder, not a file that names a checkpoint; remove it")
-    if not marker.is_file():
+    tag = read_latest(output_dir)
+    if tag is None:
         return next(reversed(complete_tags(output_dir)), None)
-    tag = marker.read_text(errors="replace").strip()
+    folder = checkpoints_folder(output_dir)
     if not os.path.isfile(folder / tag / STATE):  # no path at all may stand there
         shown = repr(tag)[1:-1][:80]
         raise ConfigError(
-            f"{marker} names '{shown}', but {folder / shown} is not a complete checkpoint; "
+            f"{folder / LATEST} names '{shown}', but {folder / shown} is not a complete checkpoint; "
             f"tools/checkpoints.py {output_dir} shows those that are, and sets a run back to one"
         )
     return tag

@@ -16,6 +16,7 @@ from megatron_iiet.storage.checkpoint import (
     checkpoints_folder,
     lacks,
     lineage_of,
+    read_latest,
     read_state,
     readable_states,
     tag_of,
@@ -102,8 +103,7 @@ def describe_checkpoints(output_dir: str | Path) -> list[str]:
     """A line for each folder that is named as a checkpoint is, by step."""
     folder = checkpoints_folder(output_dir)
     states = readable_states(folder)
-    latest = folder / LATEST
-    named = latest.read_text(errors="replace").strip() if latest.is_file() else ""
+    named = read_latest(output_dir) or ""
     led_here = {tag_of(step) for step, _ in lineage_of(named, states)} if named in states else set(states)
     lines = []
     for step in sorted(_own_steps(folder)):

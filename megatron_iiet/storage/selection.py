@@ -15,6 +15,7 @@ from megatron_iiet.storage.checkpoint import (
     checkpoints_folder,
     complete_tags,
     lineage_of,
+    read_latest,
     read_state,
     readable_states,
     tag_of,
@@ -43,13 +44,9 @@ def find_candidates(output_dir: str | Path) -> Candidates:
         ConfigError: ``latest`` is a folder, or what it names is of a format that is not known here.
     """
     folder = checkpoints_folder(output_dir)
-    marker = folder / LATEST
-    if marker.is_dir():
-        raise ConfigError(f"{marker} is a folder, not a file that names a checkpoint; remove it")
-    complete = complete_tags(output_dir)
-    if not complete and not marker.is_file():
+    named, complete = read_latest(output_dir), complete_tags(output_dir)
+    if not complete and named is None:
         return Candidates()
-    named = marker.read_text(errors="replace").strip() if marker.is_file() else None
     states, notes = _read(folder, complete, named)
     # By the order of writing; of before there was one, by step.
     written = sorted(states, key=lambda tag: (states[tag].serial or 0, states[tag].step))
@@ -112,8 +109,8 @@ def seen_here(output_dir: str | Path) -> dict[str, str]:
     """What this host's file system shows of a run's checkpoints: a digest of every state, and 'latest'."""
     folder = checkpoints_folder(output_dir)
     seen = {tag: _digest(folder / tag / STATE) for tag in complete_tags(output_dir)}
-    if (folder / LATEST).is_file():
-        seen[LATEST] = (folder / LATEST).read_text(errors="replace").strip()
+    if (named := read_latest(output_dir)) is not None:
+        seen[LATEST] = named
     return seen
 
 

@@ -14,7 +14,7 @@ from megatron_iiet.config import ConfigError
 from megatron_iiet.hf.export import Extras, export_folder
 from megatron_iiet.models import Transformer
 from megatron_iiet.parallel.shard import Shard
-from megatron_iiet.storage import checkpoint, portable, source
+from megatron_iiet.storage import checkpoint, portable, retention, source
 from megatron_iiet.storage.fragments import Place
 from megatron_iiet.storage.source import KINDS, Source, open_model
 from tests.tiny import save_of, tiny_config
