@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, BinaryIO
 
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _NO_FSYNC = {errno.EINVAL, errno.ENOTSUP, errno.ENOSYS}  # what file systems without fsync answer
 
 
@@ -28,6 +29,13 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
             yield file
             sync_file(file)
         temporary.replace(path)
+    except OSError as error:
+        if error.errno in _FULL:  # which name no file
+            free = shutil.disk_usage(path.parent).free
+            raise OSError(
+                error.errno, f"{os.strerror(error.errno)}, {free:,} bytes free", str(path)
+            ) from None
+        raise
     finally:
         temporary.unlink(missing_ok=True)
     sync_folder(path.parent)

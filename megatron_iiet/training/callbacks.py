@@ -52,9 +52,8 @@ class Checkpointing(Callback):
             self._save(run)
 
     def _save(self, run: Run) -> None:
-        folder = run.save()
+        run.save()
         self.saved_step = run.step
-        run.say(f"step {run.step:>6} | checkpoint {folder}")
 
 
 class Validation(Callback):

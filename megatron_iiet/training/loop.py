@@ -25,11 +25,13 @@ def train(run: Run, callbacks: Sequence[Callback]) -> None:
         run.flush()
         while run.step < run.last_step:
             _train_step(run, callbacks)
+            run.continue_saving()
             if run.step < run.last_step and agreed_to_stop():
                 run.say(f"step {run.step:>6} | stopping on SIGUSR1; the same command goes on from here")
                 break
         for callback in callbacks:
             callback.on_end(run)
+        run.finish_saving()
 
 
 def _train_step(run: Run, callbacks: Sequence[Callback]) -> None:

@@ -53,6 +53,9 @@ def pretrain(loaded: LoadedConfig) -> None:
                 return
             try:
                 train(run, chosen)
+            except FloatingPointError:  # of all ranks: what was asked for before is still good
+                run.finish_saving()
+                raise
             finally:
                 run.close()
     except ConfigError:

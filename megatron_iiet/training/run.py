@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from megatron_iiet.data.loader.batches import TrainBatches
 from megatron_iiet.models.iterations import iterations_at
 from megatron_iiet.parallel import ParallelContext
 from megatron_iiet.storage import checkpoint, retention
+from megatron_iiet.storage.fragments import Fragment
 from megatron_iiet.storage.integrity import SaveIdentity
 from megatron_iiet.storage.selection import lineage_to, next_serial
 from megatron_iiet.training.engine import Engine
@@ -22,6 +25,7 @@ from megatron_iiet.training.layout import layout_of
 from megatron_iiet.training.metrics import MetricWriter
 from megatron_iiet.training.record import copy_starts, write_configurations
 from megatron_iiet.training.resume import CONTENTS
+from megatron_iiet.training.saving import HostCopies, Saving, has_room
 from megatron_iiet.training.stopping import failing_together
 from megatron_iiet.training.utilisation import memory_bytes
 
@@ -48,6 +52,9 @@ class Run:
     """Of the checkpoint that this process has read: of all, it is the one that is known to be whole."""
     lineage: checkpoint.Lineage = field(default_factory=list)
     """The checkpoints that led here."""
+    _saving: Saving | None = None
+    _copies: HostCopies = field(default_factory=HostCopies)
+    _in_background: bool | None = None
     _stage: tuple[list[int], bool] | None = None
     _values: dict[str, float] = field(default_factory=dict)
     _writer: MetricWriter | None = None
@@ -104,46 +111,97 @@ class Run:
             self.engine.set_iterations(before, merging=merging)
 
     def save(self) -> Path:
-        """Write a checkpoint of this step and make it the newest, and the run's configuration its own.
+        """Begin a checkpoint of this step, once the one before is in force. It is in force, and the run's
+        configuration its own, when :meth:`continue_saving` or :meth:`finish_saving` says so.
 
         Raises:
             FloatingPointError: a weight or moment is no finite number; nothing was written.
+            OSError: the one before could not be written.
         """
-        bad = [f"{names} of rank {r}" for r, names in enumerate(self.not_finite()) if names]
+        self.finish_saving()
+        self._refuse_bad_numbers()
+        folder = checkpoint.checkpoints_folder(self.config.output_dir) / checkpoint.tag_of(self.step)
+        if self.context.is_main and (moved := retention.make_way(folder)):
+            self.say(f"warning: {moved}")
+        drawn = SaveIdentity.draw(self.step, config_to_yaml(self.config))
+        save = self.context.world.gather_objects(drawn)[0]  # nobody has it before the main rank is here
+        state = checkpoint.TrainState(
+            step=self.step,
+            data=deepcopy({**self.batches.state_dict(), CONTENTS: self.contents}),
+            layout=layout_of(self.context, self.engine.zero_stage),
+            plan=None if self.plan is None else self.plan.to_data(),
+        )
+        fragments = self.engine.fragments()
+        copied = self._saves_in_background(fragments)
+        if copied:
+            fragments = self._copies.take(fragments)
+        self._saving = Saving(
+            self.context, folder, save, fragments, partial(self._commit, folder, state, save)
+        )
+        if copied:
+            self.say(f"step {self.step:>6} | checkpoint {folder} requested")
+        else:
+            self.finish_saving()
+        return folder
+
+    def continue_saving(self) -> None:
+        """Let the checkpoint that is being written come into force if it can; every rank, between steps.
+
+        Raises:
+            OSError: it could not be written.
+        """
+        if self._saving is not None and self._saving.advance():
+            self._saved(self._saving)
+
+    def finish_saving(self) -> None:
+        """Wait until the checkpoint that is being written is in force; every rank.
+
+        Raises:
+            OSError: it could not be written.
+        """
+        if self._saving is not None:
+            self._saving.finish()
+            self._saved(self._saving)
+
+    def _saved(self, saving: Saving) -> None:
+        self._saving = None
+        self.say(f"step {self.step:>6} | checkpoint {saving.folder} durable")
+        for warning in saving.warnings:
+            self.say(f"warning: {warning}")
+
+    def _commit(self, folder: Path, state: checkpoint.TrainState, save: SaveIdentity) -> list[str]:
+        """Make files the newest checkpoint, and remove what is too old; on the main rank, in a thread."""
+        output_dir, keep = Path(self.config.output_dir), self.config.checkpoint
+        there = [one for one in self.lineage if (folder.with_name(checkpoint.tag_of(one[0]))).is_dir()]
+        copy_starts(output_dir, folder)
+        state = replace(state, serial=next_serial(output_dir), before=there)
+        checkpoint.write_metadata(folder, self.config, state, save)
+        retention.put_in_force(output_dir, state.step)
+        write_configurations(self.config, self.ds_config)
+        self.lineage = [*there, (state.step, save.save)]
+        return retention.prune(
+            output_dir, self.lineage, keep=keep.keep, keep_every=keep.keep_every, spared=self.resumed_step
+        )
+
+    def _saves_in_background(self, fragments: Sequence[Fragment]) -> bool:
+        """Whether this run's checkpoints are written while it trains on, as its first one finds."""
+        if self._in_background is None:
+            mode = self.config.checkpoint.mode
+            lack = has_room(self.context, fragments) if mode == "auto" else ""
+            self._in_background = mode != "sync" and not lack
+            if lack:
+                self.say(f"checkpoints are written while training waits: {lack}")
+        return self._in_background
+
+    def _refuse_bad_numbers(self) -> None:
+        found = self.context.world.gather_objects(self.engine.not_finite())
+        bad = [f"{names} of rank {rank}" for rank, names in enumerate(found) if names]
         if bad:
             raise FloatingPointError(
                 f"step {self.step} is not saved: {'; '.join(bad[:4])} hold NaN or infinity; the newest "
                 "checkpoint is of before: resume from it with a smaller optimizer.lr (now "
                 f"{self.config.optimizer.lr}) or a larger optimizer.warmup_fraction"
             )
-        tag, output_dir = checkpoint.tag_of(self.step), Path(self.config.output_dir)
-        folder = checkpoint.checkpoints_folder(output_dir)
-        if self.context.is_main and (moved := retention.make_way(folder / tag)):
-            self.say(f"warning: {moved}")
-        drawn = SaveIdentity.draw(self.step, config_to_yaml(self.config))
-        save = self.context.world.gather_objects(drawn)[0]  # nobody has it before the main rank is here
-        self.engine.save(folder / tag, save)
-        if self.context.is_main:
-            copy_starts(output_dir, folder / tag)
-            state = checkpoint.TrainState(
-                step=self.step,
-                data={**self.batches.state_dict(), CONTENTS: self.contents},
-                layout=layout_of(self.context, self.engine.zero_stage),
-                plan=None if self.plan is None else self.plan.to_data(),
-                serial=next_serial(output_dir),
-                before=[one for one in self.lineage if (folder / checkpoint.tag_of(one[0])).is_dir()],
-            )
-            checkpoint.write_metadata(folder / tag, self.config, state, save)
-            retention.put_in_force(output_dir, self.step)
-            self.lineage = [*(state.before or []), (self.step, save.save)]
-            write_configurations(self.config, self.ds_config)
-            keep = self.config.checkpoint
-            for warning in retention.prune(
-                output_dir, self.lineage, keep=keep.keep, keep_every=keep.keep_every, spared=self.resumed_step
-            ):
-                self.say(f"warning: {warning}")
-        self.context.barrier()
-        return folder / tag
 
     def resume(self, folder: Path) -> None:
         """Continue from a checkpoint of this run.
@@ -152,6 +210,7 @@ class Run:
             DamagedError: it is not as it was written.
             ValueError: it does not fit this run.
         """
+        self.finish_saving()
         with failing_together(self.context):
             state, plan = checkpoint.read_state(folder), checkpoint.read_plan(folder)
             reader = checkpoint.open_weights(folder)
@@ -167,10 +226,6 @@ class Run:
             full = iterations_per_layer(self.config)
             valid = ([plan.full] * len(full), plan.budget) == (full, guidance.budget)
             self.plan = plan if valid else None
-
-    def not_finite(self) -> list[str]:
-        """What each rank would save that is no finite number, the first one named; "" of most."""
-        return self.context.world.gather_objects(self.engine.not_finite())
 
     def memory_of_ranks(self) -> list[tuple[int, int]]:
         """Bytes that each rank holds of its device's memory, and the most it held; every rank asks."""

@@ -105,7 +105,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "interval": 200, "samples": 256, "tasks": [], "tasks_interval": 1000, "tasks_limit": 100,
         "tasks_data_dir": "", "tasks_include_path": "",
     },
-    "checkpoint": {"interval": 500, "keep": 2, "keep_every": 0, "resume": True},
+    "checkpoint": {"interval": 500, "keep": 2, "keep_every": 0, "mode": "auto", "resume": True},
     "logging": {"interval": 10, "tensorboard": True, "solver_interval": 200, "peak_tflops": None},
     "ops": {"backend": "auto", "history_gradient": "transposed"},
     "guidance": {"interval": 0, "budget": 0.5, "start": 0.1, "samples": 32, "decay": 0.5, "inertia": 0.5},
@@ -301,7 +301,7 @@ FILE_ERRORS = [
         "optimizer.kind is 'muon' in run.yaml (line 1), but must be 'adamw'",
     ),
     ("lr: 1\n", "unknown key 'lr' in run.yaml (line 1); did you mean 'optimizer.lr'?"),
-    ("\nmodle:\n  a: 1\n", "unknown key 'modle' in run.yaml (line 2); did you mean 'model'?"),
+    ("\nmodle:\n  a: 1\n", "unknown key 'modle' in run.yaml (line 2); did you mean 'checkpoint.mode' or 'model'?"),
     (
         "solver:\n  optimizer.lr: 1\n",
         "unknown key 'solver.optimizer.lr' in run.yaml (line 2); did you mean 'optimizer.lr'?",

@@ -106,6 +106,7 @@ OTHER: dict[str, Any] = {
     "checkpoint.interval": 5,
     "checkpoint.keep": 5,
     "checkpoint.keep_every": 5,
+    "checkpoint.mode": "sync",
     "checkpoint.resume": False,
     "logging.interval": 5,
     "logging.tensorboard": False,

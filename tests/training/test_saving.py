@@ -2,19 +2,37 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
+import re
+import resource
 import sys
+import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
+import torch
 
+from megatron_iiet.config import LoadedConfig, config_from_dict
+from megatron_iiet.parallel import ParallelContext
+from megatron_iiet.parallel.group import Group
+from megatron_iiet.parallel.launch import launch_environment
 from megatron_iiet.storage import checkpoint
 from megatron_iiet.storage.checkpoint_model import export_run
+from megatron_iiet.storage.fragments import MASTER, Fragment, FragmentReader, place_of
+from megatron_iiet.storage.integrity import SaveIdentity
 from megatron_iiet.training.metrics import read_log
+from megatron_iiet.training.pretrain import prepare, reconciled_ds_config
+from megatron_iiet.training.run import Run
+from megatron_iiet.training.saving import HostCopies, Saving, has_room
 from tests.distributed.harness import RanksFailedError, run_ranks
 from tests.distributed.runs import as_data, ds_json, pretrain_rank
-from tests.tiny import make_data, tiny_config
+from tests.tiny import make_data, read_full, tiny_config
+from tests.training.bare_run import alone
 
 pytestmark = pytest.mark.slow
 
@@ -80,3 +98,101 @@ def test_retention_spares_a_checkpoint_older_than_what_is_there(
     run_ranks(pretrain_rank, 1, as_data(tiny_config(data, run, **sections)), ds_path)
     assert checkpoint.latest_tag(run) == "step_00000004"
     assert export_run(run).state
+
+
+# --- while training goes on ---
+
+
+def test_a_save_holds_the_moment_it_was_asked_for(tmp_path: Path) -> None:
+    """Weights change while it is written; it counts once the commit is through."""
+    weight, place = torch.arange(1000.0), place_of(None, (1000,), Group())
+    save, folder, go_on = SaveIdentity.draw(4, "config"), tmp_path / "step_00000004", threading.Event()
+
+    def commit() -> list[str]:
+        go_on.wait()
+        return ["a warning"]
+
+    copies = HostCopies()
+    fragments = [Fragment("weight", place, 1000, {MASTER: weight})]
+    saving = Saving(alone(), folder, save, copies.take(fragments), commit)
+    weight.fill_(-1.0)
+    saving._task.join()
+    assert not saving.advance(), "its files are there, but it is no checkpoint yet"
+    assert not saving.advance(), "nobody waits for the commit"
+    go_on.set()
+    saving.finish()
+    assert saving.warnings == ["a warning"]
+    with FragmentReader(folder, save) as reader:
+        assert torch.equal(read_full(reader, "weight"), torch.arange(1000.0))
+    again = copies.take(fragments)[0].tensors[MASTER]
+    assert again.data_ptr() == copies.take(fragments)[0].tensors[MASTER].data_ptr(), "memory grows"
+    assert torch.equal(again, weight)
+
+
+def test_copies_want_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    fragment = Fragment("weight", place_of(None, (1000,), Group()), 1000, {MASTER: torch.zeros(1000)})
+    for free, lack in ((8000, ""), (7999, "has 0.0 GiB of memory free, of which copies would take 0.0")):
+        monkeypatch.setattr(psutil, "virtual_memory", lambda free=free: SimpleNamespace(available=free))
+        assert has_room(alone(), [fragment]).endswith(lack)
+        assert bool(has_room(alone(), [fragment])) == bool(lack)
+
+
+def pretrain_short_of_room(config: dict[str, Any], ds_path: Path, victim: int) -> None:
+    """Train; rank ``victim`` may write no file larger than 2 KiB once it has taken a step."""
+
+    def limit(run: Run) -> None:
+        if os.environ["RANK"] == str(victim) and run.step == 3:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (2048, resource.RLIM_INFINITY))
+
+    go_on = Run.continue_saving
+    Run.continue_saving = lambda run: (limit(run), go_on(run))[1]  # type: ignore[method-assign]
+    pretrain_rank(config, ds_path)
+
+
+@pytest.mark.parametrize("mode", ["async", "sync"])
+def test_a_write_that_fails_ends_the_run_with_its_reason(
+    mode: str, data: dict[str, str], tmp_path: Path
+) -> None:
+    run, ds_path = tmp_path / "run", ds_json(tmp_path, 1)
+    checkpoints = {"interval": 2, "keep": 0, "mode": mode}
+    config = as_data(tiny_config(data, run, training={"steps": 6}, checkpoint=checkpoints))
+    with pytest.raises(
+        RanksFailedError,
+        match=r"OSError: the checkpoint .*step_00000004 was not written, rank 1 failed: .*large",
+    ):
+        run_ranks(pretrain_short_of_room, 2, config, ds_path, 1)
+    assert checkpoint.latest_tag(run) == "step_00000002"
+    run_ranks(pretrain_rank, 2, config, ds_path)
+    whole = tmp_path / "whole"
+    undisturbed = tiny_config(data, whole, training={"steps": 6}, checkpoint={"interval": 3, "mode": "sync"})
+    run_ranks(pretrain_rank, 2, as_data(undisturbed), ds_path)
+    assert losses(run) == losses(whole)
+    digests = [
+        json.loads((checkpoint.checkpoints_folder(each) / "step_00000006" / "index.json").read_text())[
+            "files"
+        ]
+        for each in (run, whole)
+    ]
+    assert digests[0] == digests[1], "what was written while training went on differs"
+
+
+def save_poisoned(config: dict[str, Any], ds_path: Path) -> str:
+    """What every rank is told that saves what another one has spoilt."""
+    loaded = LoadedConfig(config=config_from_dict(config), ds_config_path=ds_path)
+    ds_config = reconciled_ds_config(loaded, launch_environment().world_size)
+    with ParallelContext.start(loaded.config.parallel) as context:
+        run, _ = prepare(loaded.config, ds_config, context)
+        if context.rank == 1:
+            next(f for f in run.engine.fragments() if f.numel).tensors["exp_avg_sq"][-1] = math.inf
+        with pytest.raises(FloatingPointError) as caught:
+            run.save()
+        run.close()
+        return str(caught.value)
+
+
+def test_what_is_no_finite_number_is_not_saved(data: dict[str, str], tmp_path: Path) -> None:
+    config = as_data(tiny_config(data, tmp_path / "run"))
+    told = run_ranks(save_poisoned, 2, config, ds_json(tmp_path, 1))
+    assert told[0] == told[1]
+    assert re.match(r"step 0 is not saved: exp_avg_sq of \S+ of rank 1 hold NaN or infinity; ", told[0])
+    assert not checkpoint.checkpoints_folder(tmp_path / "run").exists()

@@ -24,11 +24,12 @@ from megatron_iiet.models.distilled import LossParts, teacher_config
 from megatron_iiet.models.pipeline import stage_plan
 from megatron_iiet.models.transformer import Transformer
 from megatron_iiet.parallel import ParallelContext
-from megatron_iiet.storage.fragments import FragmentReader, write_fragments, write_index
+from megatron_iiet.storage.fragments import Fragment, FragmentReader
 from megatron_iiet.storage.integrity import SaveIdentity
 from megatron_iiet.storage.source import Source
 from megatron_iiet.training.engine.corrected import CorrectedEngine, model_parallel_unit
 from megatron_iiet.training.engine.optimizer_state import load_fragments, own_fragments, start_from
+from megatron_iiet.training.saving import Saving
 from megatron_iiet.training.stopping import failing_together
 from megatron_iiet.training.warm_start import WarmStart
 
@@ -167,22 +168,19 @@ class Engine(ABC):
         parts = self.context.pipeline.gather_objects(own)
         return {name: norm for part in parts for name, norm in part.items()}
 
+    def fragments(self) -> list[Fragment]:
+        """What this rank writes of a checkpoint: views of masters and moments, which a step changes."""
+        return own_fragments(self._engine, self._names)
+
     def save(self, folder: Path, save: SaveIdentity) -> None:
-        """Write this rank's part of a checkpoint; returns when every rank has, and the index is there."""
-        folder.mkdir(parents=True, exist_ok=True)
-        file = f"rank_{self.context.rank:05d}.safetensors"
-        fragments = own_fragments(self._engine, self._names)
-        written = write_fragments(folder / file, fragments, save) if fragments else None
-        parts = self.context.world.gather_objects((file, written))
-        if self.context.is_main:
-            write_index(folder, {file: part for file, part in parts if part is not None}, save)
-        self.context.barrier()
+        """Write weights and moments, without what makes a checkpoint of them; every rank calls it."""
+        Saving(self.context, folder, save, self.fragments()).finish()
 
     def not_finite(self) -> str:
         """Masters and moments that this rank would write and that are no finite numbers, the first named."""
         found = [
             f"{kind} of {fragment.name}"
-            for fragment in own_fragments(self._engine, self._names)
+            for fragment in self.fragments()
             for kind, tensor in fragment.tensors.items()
             if not tensor.isfinite().all()
         ]
