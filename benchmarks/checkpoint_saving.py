@@ -3,9 +3,9 @@ beside ``torch.save`` of the same tensors, synced to disk.
 
     python benchmarks/checkpoint_saving.py --hidden 512 --layers 12 --output /path/on/the/disk
 
-Each round times all three, interleaved; the medians are printed. What is timed of the second is all that a step
-waits for: the copy, and the start of the writing thread. The first round, which allocates the memory of the
-copies, is shown apart.
+Each round times all three, interleaved; the medians are printed. What is timed of the second is all that a
+step waits for: the copy, and the start of the writing thread. The first round, which allocates the memory of
+the copies, is shown apart.
 """
 
 from __future__ import annotations

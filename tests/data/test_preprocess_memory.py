@@ -29,7 +29,7 @@ def proportional_memory(process: psutil.Process) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", ["one", "many"])
+@pytest.mark.parametrize("layout", ["one", pytest.param("many", marks=pytest.mark.long)])
 def test_a_giant_document_needs_little_memory(tmp_path: Path, sentencepiece_model: Path, layout: str) -> None:
     mistral = pytest.importorskip("mistral_common", reason="its tokenizer is of the usual size")
     tokenizer = Path(mistral.__file__).parent / "data" / "tokenizer.model.v1"

@@ -70,7 +70,7 @@ def broken(outcome: Outcome) -> list[str]:
     return [figure.name for figure in outcome.figures if not figure.holds]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_every_check_runs_at_toy_size(tmp_path: Path) -> None:
     command = [
         sys.executable,

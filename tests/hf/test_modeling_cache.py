@@ -254,7 +254,7 @@ def test_cache_of_another_model_is_refused() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["iiet", "released"])
+@pytest.mark.parametrize("name", ["iiet", pytest.param("released", marks=pytest.mark.long)])
 def test_compiled_decoding_step_with_static_cache(name: str) -> None:
     hf = hf_model(our_model(name, num_layers=2))
     ids = tokens(2, 10)

@@ -13,8 +13,15 @@ from tests.models.conftest import Build
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
-@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+@pytest.mark.parametrize(
+    ("backend", "compiler"),
+    [
+        ("cpu", "aot_eager"),
+        ("reference", "aot_eager"),
+        ("cpu", "inductor"),
+        pytest.param("reference", "inductor", marks=pytest.mark.long),
+    ],
+)
 def test_a_decoder_layer(backend: str, compiler: str, build: Build) -> None:
     from torch._dynamo.testing import CompileCounterWithBackend
 
