@@ -294,6 +294,16 @@ class DistillationConfig:
 
 
 @dataclass
+class DebugConfig:
+    """For trying a run out."""
+
+    inject: list[str] = key(factory=list, change=FREE)
+    """Faults that the run brings upon itself, KIND@step=N,rank=R each: kill, stop (SIGSTOP), raise and nan (a
+    gradient) before that step; enospc, slow_disk (seconds=S) and flip (a bit, once it is in force) at the
+    checkpoint of that step. Empty: none."""
+
+
+@dataclass
 class RunConfig:
     """Everything that defines one pretraining run."""
 
@@ -323,6 +333,8 @@ class RunConfig:
     """Influence-guided iteration counts."""
     distillation: DistillationConfig = field(default_factory=DistillationConfig)
     """Learning from a teacher."""
+    debug: DebugConfig = field(default_factory=DebugConfig)
+    """Injected faults."""
 
 
 KINDS: dict[str, Kinds[Any]] = {kinds.section: kinds for kinds in (SOLVERS, OPTIMIZERS)}

@@ -9,6 +9,7 @@ from dataclasses import fields, is_dataclass
 
 from megatron_iiet.config.combinations import check_layout
 from megatron_iiet.config.errors import ConfigError
+from megatron_iiet.config.injection import Injection
 from megatron_iiet.config.keys import join_words
 from megatron_iiet.config.rope import read_rope_scaling
 from megatron_iiet.config.schema import RunConfig, evaluations_in_budget
@@ -29,6 +30,8 @@ def validate(config: RunConfig) -> None:
     _check_batch(config)
     _check_guidance(config)
     _check_tasks(config)
+    for fault in config.debug.inject:
+        Injection.read(fault)
     check_layout(config)
 
 

@@ -23,6 +23,7 @@ from megatron_iiet.training import callbacks, record, resume
 from megatron_iiet.training.agreement import Succession, check_shared
 from megatron_iiet.training.corpora import Corpora, contents_of, describe_corpora, open_corpora
 from megatron_iiet.training.engine import Engine, engine_class
+from megatron_iiet.training.faults import Faults
 from megatron_iiet.training.layout import describe_layout, layout_of
 from megatron_iiet.training.loop import train
 from megatron_iiet.training.run import Run
@@ -105,6 +106,8 @@ def prepare(
     batches = train_batches(config, corpora, context)
     run = Run(config, ds_config, context, engine, batches, corpora.names, contents)
     run.say(describe_start(run))
+    if config.debug.inject:
+        run.say(f"warning: debug.inject brings faults upon this run: {', '.join(config.debug.inject)}")
     for package in outside_bounds():
         run.say(f"warning: {package}")
     run.say(describe_corpora(config, corpora))
@@ -224,6 +227,8 @@ def build_callbacks(
     if config.evaluation.tasks:
         chosen.append(TaskEvaluation(config))
     chosen.append(callbacks.Checkpointing(config.checkpoint.interval))
+    if config.debug.inject:
+        chosen.append(Faults(config.debug.inject, context.rank))
     return chosen
 
 

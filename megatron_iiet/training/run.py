@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
@@ -52,6 +52,10 @@ class Run:
     """Of the checkpoint that this process has read: of all, it is the one that is known to be whole."""
     lineage: checkpoint.Lineage = field(default_factory=list)
     """The checkpoints that led here."""
+    before_write: Callable[[Path, int], None] = lambda folder, step: None
+    """What is done before this rank's part of a checkpoint is written, given folder and step."""
+    after_commit: Callable[[Path, int], None] = lambda folder, step: None
+    """What every rank does once it is in force."""
     _saving: Saving | None = None
     _copies: HostCopies = field(default_factory=HostCopies)
     _in_background: bool | None = None
@@ -135,9 +139,9 @@ class Run:
         copied = self._saves_in_background(fragments)
         if copied:
             fragments = self._copies.take(fragments)
-        self._saving = Saving(
-            self.context, folder, save, fragments, partial(self._commit, folder, state, save)
-        )
+        before = partial(self.before_write, folder, self.step)
+        commit = partial(self._commit, folder, state, save)
+        self._saving = Saving(self.context, folder, save, fragments, commit, before)
         if copied:
             self.say(f"step {self.step:>6} | checkpoint {folder} requested")
         else:
@@ -165,6 +169,7 @@ class Run:
 
     def _saved(self, saving: Saving) -> None:
         self._saving = None
+        self.after_commit(saving.folder, saving.save.step)
         self.say(f"step {self.step:>6} | checkpoint {saving.folder} durable")
         for warning in saving.warnings:
             self.say(f"warning: {warning}")

@@ -33,10 +33,13 @@ class Saving:
         save: SaveIdentity,
         fragments: Sequence[Fragment],
         commit: Callable[[], list[str]] = list,
+        before: Callable[[], None] = lambda: None,
     ) -> None:
         """``fragments``: what this rank writes, which does not change until it is written; ``commit``: what
-        makes the folder a checkpoint once all files are there, on the main rank; what it returns is told."""
-        self.folder, self._context, self._save, self._commit = folder, context, save, commit
+        makes the folder a checkpoint once all files are there, on the main rank; what it returns is told;
+        ``before``: what is done before this rank writes."""
+        self.folder, self.save, self._context = folder, save, context
+        self._before, self._commit = before, commit
         self._file = f"rank_{context.rank:05d}.safetensors"
         self.warnings: list[str] = []
         """What the commit told, on the main rank."""
@@ -72,11 +75,12 @@ class Saving:
                 return
 
     def _write(self, fragments: Sequence[Fragment]) -> WrittenFile | None:
+        self._before()
         self.folder.mkdir(parents=True, exist_ok=True)
-        return write_fragments(self.folder / self._file, fragments, self._save) if fragments else None
+        return write_fragments(self.folder / self._file, fragments, self.save) if fragments else None
 
     def _finish(self, written: dict[str, WrittenFile]) -> list[str]:
-        write_index(self.folder, written, self._save)
+        write_index(self.folder, written, self.save)
         return self._commit()
 
     def _all_done(self) -> bool:

@@ -110,6 +110,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "ops": {"backend": "auto", "history_gradient": "transposed"},
     "guidance": {"interval": 0, "budget": 0.5, "start": 0.1, "samples": 32, "decay": 0.5, "inertia": 0.5},
     "distillation": {"teacher": "", "alpha": 0.01, "beta": 1.0, "temperature": 1.0},
+    "debug": {"inject": []},
 }  # fmt: skip
 OF_OTHER_SOLVERS: dict[str, dict[str, Any]] = {
     "kind euler": {"output_norm": "none"},

@@ -105,7 +105,7 @@ NOT_NEGATIVE_KEYS = """
     optimizer: weight_decay gradient_clipping
     training: seed
     evaluation: interval tasks_interval
-    checkpoint: interval keep
+    checkpoint: interval keep keep_every
     logging: solver_interval
     guidance: interval inertia
     distillation: alpha beta

@@ -121,6 +121,7 @@ OTHER: dict[str, Any] = {
     "guidance.decay": 0.1,
     "guidance.inertia": 0.1,
     "distillation.teacher": "runs/other",
+    "debug.inject": ["raise@step=9"],
     "distillation.alpha": 0.5,
     "distillation.beta": 0.5,
     "distillation.temperature": 2.0,
