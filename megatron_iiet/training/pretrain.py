@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from megatron_iiet.config import ConfigError, LoadedConfig, RunConfig, gradient_accumulation_steps
@@ -16,22 +17,27 @@ from megatron_iiet.installed import outside_bounds
 from megatron_iiet.ops import resolve_backend
 from megatron_iiet.parallel import ParallelContext
 from megatron_iiet.parallel.launch import launch_environment
+from megatron_iiet.signals import REQUEUE, Phase
 from megatron_iiet.storage import checkpoint
 from megatron_iiet.storage.source import Source
 from megatron_iiet.training import callbacks, record, resume
 from megatron_iiet.training.corpora import Corpora, contents_of, describe_corpora, open_corpora
 from megatron_iiet.training.engine import Engine, engine_class
 from megatron_iiet.training.layout import describe_layout, layout_of
+from megatron_iiet.training.lock import RunLock
 from megatron_iiet.training.loop import train
 from megatron_iiet.training.run import Run
-from megatron_iiet.training.stopping import failing_together
+from megatron_iiet.training.stopping import failing_together, heard
 from megatron_iiet.training.task_evaluation import TaskEvaluation
 from megatron_iiet.training.warm_start import open_teacher, open_warm_start
 
 
-def pretrain(loaded: LoadedConfig) -> None:
+def pretrain(loaded: LoadedConfig) -> int:
     """Train the model that a configuration describes, from scratch or from its newest checkpoint. A run that
     has taken its steps says so, and nothing is touched.
+
+    Returns:
+        the exit status: 0, or :data:`megatron_iiet.signals.REQUEUE` if it was asked to stop before its end.
 
     Raises:
         ConfigError: layout, configuration, data, tokenizer or checkpoint do not fit; raised before
@@ -42,17 +48,27 @@ def pretrain(loaded: LoadedConfig) -> None:
     gc.freeze()
     try:
         ds_config = reconciled_ds_config(loaded, launch_environment().world_size)
-        with ParallelContext.start(loaded.config.parallel) as context:
+        with (
+            heard(loaded.config, Phase.ALONE) as requests,
+            ParallelContext.start(loaded.config.parallel) as context,
+        ):
+            requests.enter(Phase.STARTING)
+            lock = RunLock(loaded.config.output_dir) if context.is_main else None
             try:
-                run, chosen = prepare(loaded.config, ds_config, context, loaded.accept_changes)
+                run, chosen = prepare(loaded.config, ds_config, context, loaded.accept_changes, lock)
+                try:
+                    finished = train(run, chosen)
+                finally:
+                    run.close()
             except resume.NothingToDo as done:
                 if context.is_main:
                     print(done, flush=True)
-                return
-            try:
-                train(run, chosen)
+                return 0
             finally:
-                run.close()
+                if lock is not None:
+                    lock.release()
+            context.barrier()  # so that all ranks end at once, see signals.leave
+            return 0 if finished else REQUEUE
     except ConfigError:
         raise
     except ValueError as error:  # the rooms below know nothing of configurations
@@ -60,11 +76,16 @@ def pretrain(loaded: LoadedConfig) -> None:
 
 
 def prepare(
-    config: RunConfig, ds_config: dict[str, Any], context: ParallelContext, accept: Sequence[str] = ()
+    config: RunConfig,
+    ds_config: dict[str, Any],
+    context: ParallelContext,
+    accept: Sequence[str] = (),
+    lock: RunLock | None = None,
 ) -> tuple[Run, list[callbacks.Callback]]:
     """Check everything, then build the run and its callbacks; the cheapest checks come first.
 
-    ``accept``: keys whose change this start accepts, see :func:`.resume.check_resumable`.
+    ``accept``: keys whose change this start accepts, see :func:`.resume.check_resumable`; ``lock``: the main
+    rank's, which is taken before anything is written.
 
     Raises:
         ConfigError: (and its base ValueError) something does not fit; nothing was written.
@@ -72,11 +93,13 @@ def prepare(
     """
     check_paths(config)
     backend, reason = resolve_backend(config.ops.backend, context.device)
-    newest = resume.newest_checkpoint(config)
-    done = "" if newest is None else resume.nothing_to_do(config, checkpoint.read_state(newest).step)
+    newest, done = newest_and_done(config)
     if not done:
         with failing_together(context):
             record.check_output_dir(config.output_dir)
+            if lock is not None:
+                lock.take()
+        newest, done = newest_and_done(config)  # who had the lock before may have saved meanwhile
     check_tokenizer(config)
     corpora = open_corpora(config.data, config.model.vocab_size)
     teacher = None if done else open_teacher(config)
@@ -96,6 +119,7 @@ def prepare(
     )
     batches = train_batches(config, corpora, context)
     run = Run(config, ds_config, context, engine, batches, corpora.names, contents)
+    run.lock = lock
     run.say(describe_start(run))
     for package in outside_bounds():
         run.say(f"warning: {package}")
@@ -127,6 +151,12 @@ def prepare(
             record.restore_configuration(config.output_dir, found.folder)
         record.append_start(config.output_dir, start)
     return run, build_callbacks(config, corpora, context)
+
+
+def newest_and_done(config: RunConfig) -> tuple[Path | None, str]:
+    """The newest checkpoint, if there is one, and why there is nothing to do, if there is not."""
+    newest = resume.newest_checkpoint(config)
+    return newest, "" if newest is None else resume.nothing_to_do(config, checkpoint.read_state(newest).step)
 
 
 def reconciled_ds_config(loaded: LoadedConfig, world_size: int) -> dict[str, Any]:
