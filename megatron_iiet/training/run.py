@@ -78,8 +78,8 @@ class Run:
         self._recorded = self.context.world.gather_objects(self._recorded)[0]
 
     def lacks(self, names: str) -> bool:
-        """Whether a resumed run has a record of its step, but no values in it whose names begin so: a stop came
-        before what was to be done after the step."""
+        """Whether a resumed run has a record of its step, but no values whose names begin so: a stop came
+        before what was to be done after that step."""
         return bool(self._recorded) and not any(name.startswith(names) for name in self._recorded)
 
     def flush(self, *, to_disk: bool = False) -> None:
