@@ -186,7 +186,7 @@ class TrainingConfig:
     stop_signals: list[Literal["USR1", "TERM"]] = key(factory=lambda: ["USR1", "TERM"], change=FREE)
     """Signals, of SIGUSR1 and SIGTERM, to any process of the run after which it finishes the step, saves and
     exits with status 75; one that is not named ends the process at once. Ctrl-C is always heard."""
-    max_wall_time: float | str | None = key(None, FREE, POSITIVE)
+    max_wall_time: str | float | None = key(None, FREE, POSITIVE)
     """Seconds, or a text H:MM:SS, from the start of the process, after which it does the same: a job's limit
     less the time of a step and a save. null: no limit."""
 
