@@ -30,7 +30,7 @@ def main() -> None:
     print(f"\n{summary}")
     sample = Path(arguments.run) / "sample.txt"
     if sample.is_file():
-        print(f"\nsampled text ({sample}):\n{sample.read_text().rstrip()}")
+        print(f"\nsampled text ({sample}):\n{sample.read_text(encoding='utf-8').rstrip()}")
     print("\nfiles:", *list_files(*arguments.also, arguments.run), sep="\n")
 
 

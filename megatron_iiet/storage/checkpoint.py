@@ -85,7 +85,7 @@ def latest_tag(output_dir: str | Path) -> str | None:
         raise ConfigError(f"{marker} is a folder, not a file that names a checkpoint; remove it")
     if not marker.is_file():
         return next(reversed(complete_tags(output_dir)), None)
-    tag = marker.read_text(errors="replace").strip()
+    tag = marker.read_text(errors="replace", encoding="utf-8").strip()
     if not os.path.isfile(folder / tag / STATE):  # no path at all may stand there
         shown = repr(tag)[1:-1][:80]
         raise ConfigError(
