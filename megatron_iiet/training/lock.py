@@ -121,6 +121,7 @@ class RunLock:
         self._say, self._clock, self._sleep, self._interval = say, clock, sleep, interval
         self._taken_by = ""
         self._held = False
+        self._made: list[Path] = []
         self._over = threading.Event()
         self._heart: threading.Thread | None = None
 
@@ -135,7 +136,9 @@ class RunLock:
         Raises:
             ValueError: another run has it.
         """
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        folder = self.path.parent
+        self._made = [path for path in (folder, *folder.parents) if not path.exists()]
+        folder.mkdir(parents=True, exist_ok=True)
         while not self._place(self.path):
             content = self._content()
             why = None if content is None else self._why_dead(content)
@@ -174,6 +177,8 @@ class RunLock:
             holder = Holder.from_bytes(self._content() or b"")
             if holder is not None and holder.id == self.me.id:
                 self.path.unlink()
+            for folder in self._made:  # a start that was refused later leaves nothing
+                folder.rmdir()
 
     def beat(self) -> None:
         """Say that this run lives. Into the file that was read: if another is put there meanwhile, it stays

@@ -21,6 +21,7 @@ from megatron_iiet import __version__, durable
 from megatron_iiet.config import ConfigError, RunConfig, config_to_yaml
 from megatron_iiet.parallel import ParallelContext
 from megatron_iiet.storage.checkpoint import CONFIG, checkpoints_folder
+from megatron_iiet.training.lock import LOCK
 from megatron_iiet.training.metrics import LOG
 from megatron_iiet.training.resume import Resumption
 
@@ -48,7 +49,7 @@ def check_output_dir(output_dir: str | Path) -> None:
                 f"output_dir is {output_dir}, where nothing can be written ({there}: {error.strerror}); make "
                 "room for it there, or choose another one"
             ) from None
-    for name in (CONFIG, DS_CONFIG, STARTS, LOG):
+    for name in (CONFIG, DS_CONFIG, STARTS, LOG, LOCK):
         if (run / name).is_dir():
             raise ConfigError(
                 f"output_dir is {output_dir}, where {run / name} is a folder, not the file that the run "

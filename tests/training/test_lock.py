@@ -63,7 +63,12 @@ def test_a_lock_is_there_while_it_is_held(tmp_path: Path) -> None:
     assert (held["pid"], held["beat"]) == (os.getpid(), 1)
     first.release()
     first.release()
-    assert list((tmp_path / "run").iterdir()) == []
+    assert list(tmp_path.iterdir()) == [], "nor is the folder, which was made for it and in which nothing is"
+    first = lock(tmp_path / "a/run")
+    first.take()
+    (tmp_path / "a/run/log.jsonl").touch()
+    first.release()
+    assert [path.name for path in (tmp_path / "a/run").iterdir()] == ["log.jsonl"]
 
 
 def test_a_second_start_is_refused_by_the_name_of_the_first(tmp_path: Path) -> None:
