@@ -41,6 +41,8 @@ CORPUS ?= $(DATA)/corpus.jsonl.zst
 SHARD := $(DATA)/corpus_text_document
 # One thread a rank: the ranks share the cores.
 LAUNCH := OMP_NUM_THREADS=1 deepspeed --num_accelerators $(RANKS)
+# The run says whether it is: a launcher that lost its ranks may not know.
+COMPLETE = $(BIN)/python tools/summarize_run.py --complete
 SETTINGS := --config examples/configs/demo.yaml --ds-config examples/ds_configs/zero1.json \
 	--data.prefix $(SHARD) --data.tokenizer $(DATA)/tokenizer.model
 
@@ -61,6 +63,7 @@ $(SHARD).shards: $(CORPUS) $(DATA)/tokenizer.model | setup
 
 $(RUN)/.trained: $(SHARD).shards | setup
 	$(LAUNCH) pretrain_iiet.py $(SETTINGS) --output_dir $(RUN)
+	$(COMPLETE) $(RUN)
 	touch $@
 
 $(RUN)/model/model.safetensors: $(RUN)/.trained
@@ -91,6 +94,7 @@ demo-distill: $(DISTILL)/e-iiet/.trained $(DISTILL)/continued/.trained
 
 $(DISTILL)/teacher/.trained: $(SHARD).shards | setup
 	$(LAUNCH) pretrain_iiet.py $(SETTINGS) $(FULL) --output_dir $(@D)
+	$(COMPLETE) $(@D)
 	touch $@
 
 $(PLAN): $(DISTILL)/teacher/.trained
@@ -98,10 +102,12 @@ $(PLAN): $(DISTILL)/teacher/.trained
 
 $(DISTILL)/e-iiet/.trained: $(PLAN)
 	$(LAUNCH) distill_iiet.py $(SETTINGS) $(REDUCED) --teacher $(DISTILL)/teacher --output_dir $(@D)
+	$(COMPLETE) $(@D)
 	touch $@
 
 $(DISTILL)/continued/.trained: $(PLAN)
 	$(LAUNCH) pretrain_iiet.py $(SETTINGS) $(REDUCED) --training.initial_weights $(DISTILL)/teacher --output_dir $(@D)
+	$(COMPLETE) $(@D)
 	touch $@
 
 test: setup

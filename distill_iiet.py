@@ -9,25 +9,30 @@
 all else is as in pretrain_iiet.py.
 """
 
-from megatron_iiet.config import exit_with_error, load_config_or_exit
+from megatron_iiet import signals
 
 SHORT = {"--teacher": "--distillation.teacher", "--plan": "--solver.iterations"}
 
 
 def main() -> None:
     """Load the configuration (fast, no torch), then train."""
-    loaded = load_config_or_exit(short=SHORT)
-    if not loaded.config.distillation.teacher:
-        exit_with_error(
-            "there is no teacher; give --teacher the folder of a trained model (without one, "
-            "pretrain_iiet.py --training.initial_weights goes on training)"
-        )
-    try:
-        from megatron_iiet.training.pretrain import pretrain
+    with signals.heard():  # before anything slow is imported
+        from megatron_iiet.config import exit_with_error, load_config_or_exit
 
-        pretrain(loaded)
-    except (ValueError, FloatingPointError, OSError) as error:
-        exit_with_error(str(error))
+        loaded = load_config_or_exit(short=SHORT)
+        if not loaded.config.distillation.teacher:
+            exit_with_error(
+                "there is no teacher; give --teacher the folder of a trained model (without one, "
+                "pretrain_iiet.py --training.initial_weights goes on training)"
+            )
+        try:
+            from megatron_iiet.training.pretrain import pretrain
+
+            status = pretrain(loaded)
+            if status:
+                signals.leave(status)
+        except (ValueError, FloatingPointError, OSError) as error:
+            exit_with_error(str(error))
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ def train(folder: Path, ranks: int, flags: list[str]) -> None:
     ]
     print("+", " ".join(command), flush=True)
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "console.log").open("a") as console:
+    with (folder / "console.log").open("a", encoding="utf-8") as console:
         environment = {"OMP_NUM_THREADS": "1", **os.environ}
         failed = subprocess.run(command, stdout=console, stderr=subprocess.STDOUT, env=environment).returncode
     if failed:
@@ -109,7 +109,9 @@ def main() -> None:
             train(folder, arguments.ranks, ["--training.seed", str(seed), *flags, *solver_flags])
             results[name].append(measure(folder))
     print(report(results, arguments.seeds))
-    (output / "results.json").write_text(json.dumps({"seeds": arguments.seeds, **results}, indent=2) + "\n")
+    (output / "results.json").write_text(
+        json.dumps({"seeds": arguments.seeds, **results}, indent=2) + "\n", encoding="utf-8"
+    )
     first = arguments.seeds[0]
     plot_losses(
         {label: output / f"{n}-seed{first}" for n, (label, _) in SYSTEMS.items()}, output / "losses.png"

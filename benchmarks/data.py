@@ -101,7 +101,7 @@ def _tree(pid: int) -> Iterator[int]:
     yield pid
     try:
         for task in Path(f"/proc/{pid}/task").iterdir():
-            for child in (task / "children").read_text().split():
+            for child in (task / "children").read_text(encoding="utf-8").split():
                 yield from _tree(int(child))
     except OSError:
         return  # it ended meanwhile
@@ -109,7 +109,7 @@ def _tree(pid: int) -> Iterator[int]:
 
 def _pss_kb(pid: int) -> float:
     try:
-        rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
+        rollup = Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="utf-8")
     except OSError:
         return 0
     return next(
@@ -206,7 +206,7 @@ def _fast_tokenizer(model: Path, work: Path) -> Path:
     folder = work / "fast"
     folder.mkdir()
     shutil.copy(model, folder / "tokenizer.model")
-    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}', encoding="utf-8")
     AutoTokenizer.from_pretrained(folder).backend_tokenizer.save(str(folder / "tokenizer.json"))
     return folder / "tokenizer.json"
 
@@ -440,7 +440,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory(dir=arguments.work_dir) as work:
             results[section] = measures[section](arguments, Path(work))
     if arguments.json:
-        arguments.json.write_text(json.dumps(results, indent=2) + "\n")
+        arguments.json.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     return None
 
 

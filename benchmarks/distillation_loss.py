@@ -152,7 +152,7 @@ def main() -> None:
     time_ratio, byte_ratio = (x["ours"] / x["plain"] for x in (medians, peaks))
     print(f"ratio    {time_ratio:12.2f} {byte_ratio:12.2f}")
     if arguments.json:
-        with open(arguments.json, "w") as file:
+        with open(arguments.json, "w", encoding="utf-8") as file:
             numbers = {"milliseconds": times, "peak bytes": peaks, "relative differences": errors}
             json.dump({**vars(arguments), **numbers}, file, indent=2)
 

@@ -158,7 +158,7 @@ def measure_speed(output: Path, found: dict[str, dict[str, Any]], folders: dict[
     speeds = {
         name: {"tokens_per_second": 1 / seconds[name], "cache": cache_bytes(models[name])} for name in models
     }
-    (output / SPEEDS).write_text(json.dumps(speeds, indent=1) + "\n")
+    (output / SPEEDS).write_text(json.dumps(speeds, indent=1) + "\n", encoding="utf-8")
 
 
 def table(found: dict[str, dict[str, Any]], speeds: dict[str, dict[str, float]]) -> str:
@@ -264,10 +264,10 @@ def main() -> None:
     if arguments.command == "speed":
         measure_speed(output, found, folders_of(output, teachers[0]))
         return
-    speeds = json.loads((output / SPEEDS).read_text()) if (output / SPEEDS).exists() else {}
+    speeds = json.loads((output / SPEEDS).read_text(encoding="utf-8")) if (output / SPEEDS).exists() else {}
     if arguments.earlier:
-        found = with_earlier(found, json.loads(arguments.earlier.read_text()))
-    (output / "distillation_results.json").write_text(json.dumps(found, indent=1) + "\n")
+        found = with_earlier(found, json.loads(arguments.earlier.read_text(encoding="utf-8")))
+    (output / "distillation_results.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     print(
         f"students: {STUDENT_STEPS * TOKENS_A_STEP / 1e6:.1f} M tokens at lr {LR:g}\n\n{table(found, speeds)}"
     )

@@ -269,7 +269,7 @@ def main() -> None:
     except ValueError as error:
         sys.exit(f"error: {error}")
     if arguments.json:
-        with open(arguments.json, "w") as file:
+        with open(arguments.json, "w", encoding="utf-8") as file:
             json.dump(results, file, indent=2)
 
 

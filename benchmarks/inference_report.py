@@ -118,7 +118,7 @@ def machine(device: torch.device) -> dict[str, Any]:
 def _processor() -> str:
     """The CPU's name, as Linux has it."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         lines = []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]

@@ -343,7 +343,7 @@ def main() -> None:
         results["training step"] = training_step(arguments)
     gpu_model(arguments)
     if arguments.json:
-        with open(arguments.json, "w") as file:
+        with open(arguments.json, "w", encoding="utf-8") as file:
             json.dump(results, file, indent=2)
 
 

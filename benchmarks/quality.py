@@ -72,7 +72,7 @@ def measure_speed(output: Path, data: dict[str, str], systems: list[str]) -> Non
             settings: dict[str, Any] = trial.config(dict(data), str(folder))
             settings["evaluation"] = {"interval": 0, "samples": 1}
             settings["logging"] |= {"interval": 12, "solver_interval": 0}
-            (folder / "trial.yaml").write_text(strict_yaml.dump(settings))
+            (folder / "trial.yaml").write_text(strict_yaml.dump(settings), encoding="utf-8")
             if not Runner(output, data, float("inf")).run(trial, folder, 24):
                 sys.exit(1)
             seconds = [
@@ -80,7 +80,7 @@ def measure_speed(output: Path, data: dict[str, str], systems: list[str]) -> Non
             ]
             rounds[name].append(TOKENS_A_STEP / sorted(seconds)[len(seconds) // 4])
     speeds = {name: max(values) for name, values in rounds.items()}
-    (output / "speed.json").write_text(json.dumps(speeds, indent=2) + "\n")
+    (output / "speed.json").write_text(json.dumps(speeds, indent=2) + "\n", encoding="utf-8")
     for name, speed in speeds.items():
         print(f"{SYSTEMS[name].label:45} {speed:8,.0f} tokens/s")
 
@@ -93,11 +93,11 @@ def write_report(output: Path, earlier: list[Result], speeds: dict[str, float]) 
         sys.exit(f"error: {output} has no complete trial yet; run `quality.py train` first")
     output.mkdir(parents=True, exist_ok=True)
     path = output / "speed.json"
-    speeds = json.loads(path.read_text()) if path.exists() else speeds
+    speeds = json.loads(path.read_text(encoding="utf-8")) if path.exists() else speeds
     save_results(results, speeds, output / "results.json")
     text = report(results, speeds)
     print(text)
-    (output / "report.md").write_text(text)
+    (output / "report.md").write_text(text, encoding="utf-8")
     plot(results, speeds, output / "curves.png")
 
 

@@ -107,14 +107,15 @@ def save_results(results: list[Result], speeds: dict[str, float], path: Path) ->
     machine = f"{platform.processor() or platform.machine()}, {platform.system()}"
     rows = [asdict(result) for result in results]
     path.write_text(
-        json.dumps({"date": str(date.today()), "machine": machine, "speeds": speeds, "trials": rows}) + "\n"
+        json.dumps({"date": str(date.today()), "machine": machine, "speeds": speeds, "trials": rows}) + "\n",
+        encoding="utf-8",
     )
 
 
 def load_results(path: Path) -> tuple[list[Result], dict[str, float]]:
     """What :func:`save_results` wrote; exits with a message where it is something else."""
     try:
-        stored = json.loads(path.read_text())
+        stored = json.loads(path.read_text(encoding="utf-8"))
         results = [
             Result(**row | {"trial": Trial(**row["trial"]), "curve": [tuple(at) for at in row["curve"]]})
             for row in stored["trials"]

@@ -140,7 +140,8 @@ class Runner:
 
     def _train(self, trial: Run, folder: Path) -> None:
         started = time.time()
-        (folder / "trial.yaml").write_text(strict_yaml.dump(trial.config(dict(self.data), str(folder))))
+        config = strict_yaml.dump(trial.config(dict(self.data), str(folder)))
+        (folder / "trial.yaml").write_text(config, encoding="utf-8")
         quarter = trial.steps // 4
         reference = None if trial.judge is None else self.output / "trials" / trial.judge.name
         if reference is not None and reference.joinpath(".trained").exists():
@@ -149,7 +150,8 @@ class Runner:
             behind = (validation_at(folder, quarter) or 0.0) - (validation_at(reference, quarter) or 0.0)
             if behind > HOPELESS:
                 (folder / ".given-up").write_text(
-                    f"{behind:.3f} nats behind {reference.name} at step {quarter}\n"
+                    f"{behind:.3f} nats behind {reference.name} at step {quarter}\n",
+                    encoding="utf-8",
                 )
                 self._finished += 1
                 print(f"{trial.name}: given up, {behind:.3f} nats behind", flush=True)
@@ -192,7 +194,7 @@ def validation_at(folder: Path, step: int) -> float | None:
 @contextmanager
 def _locked(folder: Path) -> Iterator[bool]:
     """Whether this process may work on the trial; another one that does has the lock."""
-    with (folder / ".lock").open("w") as handle:
+    with (folder / ".lock").open("w", encoding="utf-8") as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

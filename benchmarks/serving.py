@@ -63,7 +63,9 @@ class Server:
             if self._process.poll() is not None:
                 raise SystemExit("error: the server did not start; its message is above")
             time.sleep(0.1)
-        self._client = openai.OpenAI(base_url=ready.read_text().strip(), api_key="none", max_retries=0)
+        self._client = openai.OpenAI(
+            base_url=ready.read_text(encoding="utf-8").strip(), api_key="none", max_retries=0
+        )
 
     def texts(self, prompts: Sequence[list[int]], new_tokens: int, clients: int) -> list[str]:
         """Continuations, asked for by so many clients."""

@@ -95,7 +95,9 @@ def merge_norm(torch: Any, torch_is: str) -> Iterator[Check]:
 
 def gpus(torch: Any, torch_is: str) -> Iterator[Check]:
     """The GPUs that torch can use, or why there are none."""
-    release = re.search(r"\b\d{3,}\.\d[\d.]*", DRIVER.read_text()) if DRIVER.exists() else None
+    release = (
+        re.search(r"\b\d{3,}\.\d[\d.]*", DRIVER.read_text(encoding="utf-8")) if DRIVER.exists() else None
+    )
     driver = f"NVIDIA driver {release[0]}" if release else "no NVIDIA driver"
     if not torch.cuda.is_available():
         why = f"{driver}; torch {torch_is}; CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES')!r}"
@@ -163,7 +165,9 @@ def tested_versions() -> Check:
 def run(*command: str) -> str:
     """What a program prints; "" if it is not there or fails."""
     with suppress(OSError, subprocess.SubprocessError):
-        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
+        return subprocess.run(
+            command, capture_output=True, text=True, timeout=20, check=True, encoding="utf-8"
+        ).stdout.strip()
     return ""
 
 

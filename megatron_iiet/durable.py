@@ -57,8 +57,13 @@ def new_folder(folder: Path) -> Iterator[Path]:
 
 def write_text(path: Path, text: str) -> None:
     """Replace a file's text."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Replace a file's content."""
     with replacing(path) as file:
-        file.write(text.encode())
+        file.write(content)
 
 
 def append_line(path: Path, line: str) -> None:

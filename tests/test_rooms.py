@@ -18,7 +18,7 @@ PACKAGE = "megatron_iiet"
 ROOT = Path(__file__).parents[1]
 
 ROOMS = (
-    ("__init__", "durable", "installed"),
+    ("__init__", "durable", "installed", "signals"),
     ("config", "ops"),
     ("doctor", "parallel"),
     ("data", "models"),

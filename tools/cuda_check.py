@@ -86,7 +86,9 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def run(*command: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([str(c) for c in command], capture_output=True, text=True, cwd=ROOT, check=False)
+    return subprocess.run(
+        [str(c) for c in command], capture_output=True, text=True, cwd=ROOT, check=False, encoding="utf-8"
+    )
 
 
 def disassembler() -> Path | None:
@@ -117,7 +119,9 @@ def compile_unit(storage: str, target: str, nvdisasm: Path | None) -> Unit:
 
 
 def demangled(text: str) -> str:
-    return subprocess.run(["c++filt"], input=text, capture_output=True, text=True, check=True).stdout
+    return subprocess.run(
+        ["c++filt"], input=text, capture_output=True, text=True, check=True, encoding="utf-8"
+    ).stdout
 
 
 def short_name(demangled_name: str) -> str:

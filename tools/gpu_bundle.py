@@ -72,13 +72,16 @@ def fetch(name: str, version: str, python: str, folder: Path) -> str:
         target += ["--platform", each]
     pinned = f"{name}=={version}"
     got = subprocess.run(
-        [*pip, "download", "--no-deps", *target, "-d", folder, pinned], capture_output=True, text=True
+        [*pip, "download", "--no-deps", *target, "-d", folder, pinned],
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
     )
     if got.returncode == 0:
         return ""
     before = set(folder.glob("*.whl"))
     built = [*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", folder, pinned]
-    made = subprocess.run(built, capture_output=True, text=True)
+    made = subprocess.run(built, capture_output=True, text=True, encoding="utf-8")
     wheels = set(folder.glob("*.whl")) - before
     if made.returncode:
         return f"{pinned} has no wheel for Python {python} and cannot be built: {made.stderr.strip()[-300:]}"

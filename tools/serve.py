@@ -165,7 +165,11 @@ def serve(arguments: argparse.Namespace) -> None:
     try:
         run_server(app, engine, listening, grace=arguments.grace, ready=ready)
     finally:
-        if ready_file and ready_file.is_file() and ready_file.read_text() == f"{address}/v1\n":
+        if (
+            ready_file
+            and ready_file.is_file()
+            and ready_file.read_text(encoding="utf-8") == f"{address}/v1\n"
+        ):
             ready_file.unlink()
     print("stopped", flush=True)
 

@@ -17,10 +17,18 @@ def main() -> None:
         "--also", nargs="*", default=[], metavar="PATH", help="further files or folders to list"
     )
     parser.add_argument("--brief", action="store_true", help="what it achieved, without files and sample")
+    parser.add_argument(
+        "--complete",
+        action="store_true",
+        help="only whether it has taken all its steps: exit status 0, else 2",
+    )
     arguments = parser.parse_args()
-    from megatron_iiet.training.summary import list_files, summarize_run
+    from megatron_iiet.training.summary import check_complete, list_files, summarize_run
 
     try:
+        if arguments.complete:
+            check_complete(arguments.run)
+            return
         summary = summarize_run(arguments.run)
     except ValueError as error:
         exit_with_error(str(error))
@@ -30,7 +38,7 @@ def main() -> None:
     print(f"\n{summary}")
     sample = Path(arguments.run) / "sample.txt"
     if sample.is_file():
-        print(f"\nsampled text ({sample}):\n{sample.read_text().rstrip()}")
+        print(f"\nsampled text ({sample}):\n{sample.read_text(encoding='utf-8').rstrip()}")
     print("\nfiles:", *list_files(*arguments.also, arguments.run), sep="\n")
 
 

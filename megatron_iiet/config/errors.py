@@ -9,6 +9,8 @@ import time
 import warnings
 from typing import Any, NoReturn
 
+from megatron_iiet import signals
+
 _PATIENCE_SECONDS = 10.0
 _show_others = warnings.showwarning
 
@@ -33,6 +35,7 @@ def exit_with_error(message: str) -> NoReturn:
     The other ranks wait a little: launchers kill all ranks when the first one ends, and that must not be
     before the first rank has spoken. One that is still alive after that failed alone, and says so.
     """
+    signals.forget()
     if is_first_rank():
         print(f"error: {message}", file=sys.stderr, flush=True)
     else:

@@ -3,10 +3,12 @@ a field is its ``--help`` text."""
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from megatron_iiet.config.changes import BELOW_ONE, NOT_NEGATIVE, POSITIVE, Change, key
+from megatron_iiet.config.errors import ConfigError
 from megatron_iiet.config.kinds import Kinds
 from megatron_iiet.config.optimizers import OPTIMIZERS, OptimizerConfig
 from megatron_iiet.config.rope import RopeScaling, read_rope_scaling
@@ -181,6 +183,31 @@ class TrainingConfig:
     stop_after: int | None = key(None, FREE, POSITIVE)
     """Stop (with a checkpoint) once this step is reached, leaving schedules as they are; for tests and
     time limits. null: run to the end."""
+    stop_signals: list[Literal["USR1", "TERM"]] = key(factory=lambda: ["USR1", "TERM"], change=FREE)
+    """Signals, of SIGUSR1 and SIGTERM, to any process of the run after which it finishes the step, saves and
+    exits with status 75; one that is not named ends the process at once. Ctrl-C is always heard."""
+    max_wall_time: str | float | None = key(None, FREE, POSITIVE)
+    """Seconds, or a text H:MM:SS, from the start of the process, after which it does the same: a job's limit
+    less the time of a step and a save. null: no limit."""
+
+    @property
+    def wall_seconds(self) -> float | None:
+        """``max_wall_time`` in seconds.
+
+        Raises:
+            ConfigError: it is no time.
+        """
+        if not isinstance(self.max_wall_time, str):
+            return self.max_wall_time
+        parts = re.fullmatch(r"(\d+):([0-5]\d):([0-5]\d)", self.max_wall_time.strip())
+        hours, minutes, seconds = (int(part) for part in parts.groups()) if parts else (0, 0, 0)
+        total = 3600 * hours + 60 * minutes + seconds
+        if not total:
+            raise ConfigError(
+                f"training.max_wall_time is '{self.max_wall_time}', but must be seconds or H:MM:SS, more "
+                "than 0"
+            )
+        return total
 
 
 @dataclass

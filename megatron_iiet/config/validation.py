@@ -28,6 +28,7 @@ def validate(config: RunConfig) -> None:
     config.solver.check(config.model.num_layers)
     _check_schedule(config)
     _check_batch(config)
+    _ = config.training.wall_seconds
     _check_guidance(config)
     _check_tasks(config)
     for fault in config.debug.inject:

@@ -303,7 +303,7 @@ def _load_local(names: Sequence[str], data_dir: str | Path) -> dict[str, Any]:
                 "fewshot_split": None,
                 "test_split": _SPLIT,
             }
-            (Path(folder) / f"{name}.yaml").write_text(yaml.safe_dump(definition))
+            (Path(folder) / f"{name}.yaml").write_text(yaml.safe_dump(definition), encoding="utf-8")
         manager = TaskManager(include_path=folder, include_defaults=False)
         tasks: dict[str, Any] = {}
         for name, file in files.items():
@@ -370,7 +370,7 @@ def _usual_definition(name: str) -> Path | None:
     path = root / name / f"{name}.yaml"
     if not re.fullmatch(r"\w+", name) or not path.is_file():
         return None
-    return path if f"task: {name}" in path.read_text().splitlines() else None
+    return path if f"task: {name}" in path.read_text(encoding="utf-8").splitlines() else None
 
 
 def _check_known(name: str, own: Sequence[str], include_path: str | Path) -> None:

@@ -38,7 +38,7 @@ def load_extension() -> ExtensionStatus:
     if not libraries or not note.exists():
         return ExtensionStatus(False, f"the extension is not built ({REBUILD})")
     try:
-        build = json.loads(note.read_text())
+        build = json.loads(note.read_text(encoding="utf-8"))
         built, here = build["torch"], torch.__version__
     except (OSError, ValueError, KeyError) as error:
         return ExtensionStatus(False, f"{note.name} is damaged: {error!r} ({REBUILD} anew)")

@@ -47,7 +47,7 @@ def save(
         return TensorToWrite.whole(expected[name], lambda: without_padding(config, name, state[name]))
 
     with new_folder(folder) as partial:
-        (partial / CONFIG_FILE).write_text(config_to_yaml(config))
+        (partial / CONFIG_FILE).write_text(config_to_yaml(config), encoding="utf-8")
         write_safetensors(partial / WEIGHTS_FILE, {name: tensor(name) for name in expected}, {"format": "pt"})
         for file in extra_files:
             shutil.copy(file, partial / Path(file).name)

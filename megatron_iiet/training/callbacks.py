@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from megatron_iiet.config import iterations_per_layer
 from megatron_iiet.config.iteration_plan import IterationPlan
@@ -52,6 +53,7 @@ class Checkpointing(Callback):
             self._save(run)
 
     def _save(self, run: Run) -> None:
+        run.flush(to_disk=True)  # a checkpoint whose step is in no log would lose it for good
         run.save()
         self.saved_step = run.step
 
@@ -66,13 +68,23 @@ class Validation(Callback):
     def on_start(self, run: Run) -> None:
         if run.step == 0:
             self._validate(run)
+        elif self._is_due(run) and run.lacks("validation_loss"):
+            with run.as_after_step():
+                self._validate(run)
 
     def on_step(self, run: Run, result: StepResult) -> None:
-        if is_due(run.step, self.interval) or run.step == run.config.training.steps:
+        if self._is_due(run):
             self._validate(run)
 
+    def _is_due(self, run: Run) -> bool:
+        return is_due(run.step, self.interval) or run.step == run.config.training.steps
+
     def _validate(self, run: Run) -> None:
-        loss = run.engine.evaluate(self.batches)
+        run.stop_if_asked()
+        batches: Any = self.batches
+        if run.context.pipeline.size == 1:  # a schedule of stages is not left halfway
+            batches = run.stoppable(batches)
+        loss = run.engine.evaluate(batches)
         run.record({"validation_loss": loss, "validation_perplexity": math.exp(min(loss, 700.0))})
         run.say(
             f"step {run.step:>6} | validation loss {loss:.4f} | perplexity {math.exp(min(loss, 700.0)):.2f}"
@@ -87,9 +99,16 @@ class SolverDiagnostics(Callback):
         self.batch = batch
         self.interval = interval
 
+    def on_start(self, run: Run) -> None:
+        if run.step and is_due(run.step, self.interval) and run.lacks("relative_residual/"):
+            with run.as_after_step():
+                self._observe(run)
+
     def on_step(self, run: Run, result: StepResult) -> None:
-        if not is_due(run.step, self.interval):
-            return
+        if is_due(run.step, self.interval):
+            self._observe(run)
+
+    def _observe(self, run: Run) -> None:
         statistics = run.engine.observe(self.batch)
         values = {
             f"relative_residual/layer_{n}_iterate_{i}": v
@@ -202,11 +221,18 @@ class Guidance(Callback):
         """``batches``: this rank's part of the held-out sequences."""
         self.batches = batches
 
+    def on_start(self, run: Run) -> None:
+        if run.step and self._is_due(run) and run.lacks("guidance/"):
+            self._make_plan(run)
+
     def on_step(self, run: Run, result: StepResult) -> None:
+        if self._is_due(run):
+            self._make_plan(run)
+
+    def _is_due(self, run: Run) -> bool:
         guidance, steps = run.config.guidance, run.config.training.steps
         # After the last step a plan would describe a model that was never trained with it.
-        if is_due(run.step, guidance.interval) and round(guidance.start * steps) <= run.step < steps:
-            self._make_plan(run)
+        return is_due(run.step, guidance.interval) and round(guidance.start * steps) <= run.step < steps
 
     def _make_plan(self, run: Run) -> None:
         config, guidance = run.config, run.config.guidance
@@ -230,7 +256,7 @@ class Guidance(Callback):
         """Influence by (layer, iterate), the mean over the sequences of all ranks."""
         sums: dict[tuple[int, int], float] = {}
         rows = 0.0
-        for batch in self.batches:
+        for batch in run.stoppable(self.batches):
             weight = batch.weights.sum().item()
             for key, value in run.engine.observe(batch).influence.items():
                 sums[key] = sums.get(key, 0.0) + weight * value

@@ -6,32 +6,46 @@ import math
 import time
 from collections.abc import Sequence
 
+from megatron_iiet.signals import Phase
 from megatron_iiet.training.callbacks import Callback
 from megatron_iiet.training.run import Run
 from megatron_iiet.training.schedules import learning_rate
-from megatron_iiet.training.stopping import stop_requests
+from megatron_iiet.training.stopping import Stopped, heard
 
 
-def train(run: Run, callbacks: Sequence[Callback]) -> None:
-    """Train from ``run.step`` to ``run.last_step``, or to the step in which a rank is sent SIGUSR1.
+def train(run: Run, callbacks: Sequence[Callback]) -> bool:
+    """Train from ``run.step`` to ``run.last_step``, or to where the ranks agree that one of them was asked to
+    stop; whether they got to the end.
 
     Raises:
         FloatingPointError: loss or gradient stopped being finite; the checkpoints before are untouched.
+        ValueError: another run has taken the folder.
     """
-    with stop_requests(run.context) as agreed_to_stop:
-        run.enter_stage()  # before the callbacks, which may validate
-        for callback in callbacks:
-            callback.on_start(run)
+    first = run.step
+    with heard(run.config, Phase.TRAINING) as requests:
+        finished = True
+        try:
+            run.stop_if_asked()
+            run.enter_stage()  # before the callbacks, which may validate
+            run.open_record()
+            for callback in callbacks:
+                callback.on_start(run)
+            run.flush()
+            while run.step < run.last_step:
+                if run.step + 1 == run.last_step:
+                    requests.enter(Phase.ENDING)
+                _train_step(run, callbacks)
+                run.continue_saving()
+                run.stop_if_asked()
+        except Stopped as reason:
+            finished = False
+            run.say(f"step {run.step:>6} | stopping on {reason}; the same command goes on from here")
+        if finished or run.step > first:  # else there is nothing to save
+            for callback in callbacks:
+                callback.on_end(run)
         run.flush()
-        while run.step < run.last_step:
-            _train_step(run, callbacks)
-            run.continue_saving()
-            if run.step < run.last_step and agreed_to_stop():
-                run.say(f"step {run.step:>6} | stopping on SIGUSR1; the same command goes on from here")
-                break
-        for callback in callbacks:
-            callback.on_end(run)
         run.finish_saving()
+    return finished
 
 
 def _train_step(run: Run, callbacks: Sequence[Callback]) -> None:

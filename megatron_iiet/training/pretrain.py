@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from megatron_iiet.config import ConfigError, LoadedConfig, RunConfig, gradient_accumulation_steps
@@ -16,6 +17,7 @@ from megatron_iiet.installed import outside_bounds
 from megatron_iiet.ops import resolve_backend
 from megatron_iiet.parallel import ParallelContext
 from megatron_iiet.parallel.launch import launch_environment
+from megatron_iiet.signals import REQUEUE, Phase
 from megatron_iiet.storage import checkpoint
 from megatron_iiet.storage.integrity import DamagedError
 from megatron_iiet.storage.source import Source
@@ -25,16 +27,20 @@ from megatron_iiet.training.corpora import Corpora, contents_of, describe_corpor
 from megatron_iiet.training.engine import Engine, engine_class
 from megatron_iiet.training.faults import Faults
 from megatron_iiet.training.layout import describe_layout, layout_of
+from megatron_iiet.training.lock import RunLock
 from megatron_iiet.training.loop import train
 from megatron_iiet.training.run import Run
-from megatron_iiet.training.stopping import failing_together
+from megatron_iiet.training.stopping import failing_together, heard
 from megatron_iiet.training.task_evaluation import TaskEvaluation
 from megatron_iiet.training.warm_start import open_teacher, open_warm_start
 
 
-def pretrain(loaded: LoadedConfig) -> None:
+def pretrain(loaded: LoadedConfig) -> int:
     """Train the model that a configuration describes, from scratch or from its newest checkpoint. A run that
     has taken its steps says so, and nothing is touched.
+
+    Returns:
+        the exit status: 0, or :data:`megatron_iiet.signals.REQUEUE` if it was asked to stop before its end.
 
     Raises:
         ConfigError: layout, configuration, data, tokenizer or checkpoint do not fit; raised before
@@ -45,20 +51,30 @@ def pretrain(loaded: LoadedConfig) -> None:
     gc.freeze()
     try:
         ds_config = reconciled_ds_config(loaded, launch_environment().world_size)
-        with ParallelContext.start(loaded.config.parallel) as context:
+        with (
+            heard(loaded.config, Phase.ALONE) as requests,
+            ParallelContext.start(loaded.config.parallel) as context,
+        ):
+            requests.enter(Phase.STARTING)
+            lock = RunLock(loaded.config.output_dir) if context.is_main else None
             try:
-                run, chosen = prepare(loaded.config, ds_config, context, loaded.accept_changes)
+                run, chosen = prepare(loaded.config, ds_config, context, loaded.accept_changes, lock)
+                try:
+                    finished = train(run, chosen)
+                except FloatingPointError:  # of all ranks: what was asked for before is still good
+                    run.finish_saving()
+                    raise
+                finally:
+                    run.close()
             except resume.NothingToDo as done:
                 if context.is_main:
                     print(done, flush=True)
-                return
-            try:
-                train(run, chosen)
-            except FloatingPointError:  # of all ranks: what was asked for before is still good
-                run.finish_saving()
-                raise
+                return 0
             finally:
-                run.close()
+                if lock is not None:
+                    lock.release()
+            context.barrier()  # so that all ranks end at once, see signals.leave
+            return 0 if finished else REQUEUE
     except ConfigError:
         raise
     except ValueError as error:  # the rooms below know nothing of configurations
@@ -66,11 +82,16 @@ def pretrain(loaded: LoadedConfig) -> None:
 
 
 def prepare(
-    config: RunConfig, ds_config: dict[str, Any], context: ParallelContext, accept: Sequence[str] = ()
+    config: RunConfig,
+    ds_config: dict[str, Any],
+    context: ParallelContext,
+    accept: Sequence[str] = (),
+    lock: RunLock | None = None,
 ) -> tuple[Run, list[callbacks.Callback]]:
     """Check everything, then build the run and its callbacks; the cheapest checks come first.
 
-    ``accept``: keys whose change this start accepts, see :func:`.resume.check_resumable`.
+    ``accept``: keys whose change this start accepts, see :func:`.resume.check_resumable`; ``lock``: the main
+    rank's, which is taken before anything is written.
 
     Raises:
         ConfigError: (and its base ValueError) something does not fit; nothing was written.
@@ -78,14 +99,15 @@ def prepare(
     """
     check_paths(config)
     backend, reason = resolve_backend(config.ops.backend, context.device)
-    succession = Succession(config.output_dir, context)
-    resume.check_may_resume(config, succession.candidates)
-    newest = succession.newest()
-    done = "" if newest is None else resume.nothing_to_do(config, checkpoint.read_state(newest).step)
+    succession, newest, done = look(config, context)
     if not done:
         with failing_together(context):
             record.check_output_dir(config.output_dir)
         check_shared(config.output_dir, context)
+        with failing_together(context):
+            if lock is not None:
+                lock.take()
+        succession, newest, done = look(config, context)  # who had the lock may have saved meanwhile
     check_tokenizer(config)
     corpora = open_corpora(config.data, config.model.vocab_size)
     teacher = None if done else open_teacher(config)
@@ -105,6 +127,7 @@ def prepare(
     )
     batches = train_batches(config, corpora, context)
     run = Run(config, ds_config, context, engine, batches, corpora.names, contents)
+    run.lock = lock
     run.say(describe_start(run))
     if config.debug.inject:
         run.say(f"warning: debug.inject brings faults upon this run: {', '.join(config.debug.inject)}")
@@ -160,6 +183,19 @@ def resume_from_newest(
         next_one = succession.newest()
         assert next_one is not None  # where there was one, it raises
         found = resume.check_resumable(next_one, run.config, run.contents, accept)
+
+
+def look(config: RunConfig, context: ParallelContext) -> tuple[Succession, Path | None, str]:
+    """What there is to go on from, the first of that, and why there is nothing to do, if there is not.
+
+    Raises:
+        ConfigError: there are checkpoints, and none may be gone on from; ranks see different ones.
+    """
+    succession = Succession(config.output_dir, context)
+    resume.check_may_resume(config, succession.candidates)
+    newest = succession.newest()
+    done = "" if newest is None else resume.nothing_to_do(config, checkpoint.read_state(newest).step)
+    return succession, newest, done
 
 
 def reconciled_ds_config(loaded: LoadedConfig, world_size: int) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from megatron_iiet import __version__, durable
 from megatron_iiet.config import ConfigError, RunConfig, config_to_yaml
 from megatron_iiet.parallel import ParallelContext
 from megatron_iiet.storage.checkpoint import CONFIG, checkpoints_folder
+from megatron_iiet.training.lock import LOCK
 from megatron_iiet.training.metrics import LOG
 from megatron_iiet.training.resume import Resumption
 
@@ -42,13 +43,13 @@ def check_output_dir(output_dir: str | Path) -> None:
             with TemporaryDirectory(prefix=".probe", dir=there) as probe:
                 place = Path(probe) / os.path.relpath(path, there)
                 place.mkdir(parents=True, exist_ok=True)
-                (place / STARTS).write_text("\n")
+                (place / STARTS).write_text("\n", encoding="utf-8")
         except OSError as error:
             raise ConfigError(
                 f"output_dir is {output_dir}, where nothing can be written ({there}: {error.strerror}); make "
                 "room for it there, or choose another one"
             ) from None
-    for name in (CONFIG, DS_CONFIG, STARTS, LOG):
+    for name in (CONFIG, DS_CONFIG, STARTS, LOG, LOCK):
         if (run / name).is_dir():
             raise ConfigError(
                 f"output_dir is {output_dir}, where {run / name} is a folder, not the file that the run "
@@ -69,7 +70,7 @@ def restore_configuration(output_dir: str | Path, folder: Path) -> None:
     written, or a person may have left another."""
     there, here = folder / CONFIG, Path(output_dir) / CONFIG
     if not here.is_file() or here.read_bytes() != there.read_bytes():
-        durable.write_text(here, there.read_text())
+        durable.write_text(here, there.read_text(encoding="utf-8"))
 
 
 def start_of(context: ParallelContext, layout: dict[str, int], found: Resumption | None) -> dict[str, Any]:
@@ -103,13 +104,15 @@ def append_start(output_dir: str | Path, start: dict[str, Any]) -> None:
 def copy_starts(output_dir: Path, folder: Path) -> None:
     """Put a copy of the run's ``starts.jsonl``, if nobody has removed it, into a checkpoint's folder."""
     if (output_dir / STARTS).is_file():
-        durable.write_text(folder / STARTS, (output_dir / STARTS).read_text(errors="replace"))
+        durable.write_text(
+            folder / STARTS, (output_dir / STARTS).read_text(errors="replace", encoding="utf-8")
+        )
 
 
 def read_starts(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
     """The starts that a ``starts.jsonl`` holds, and a sentence for each line that a crash left half."""
     starts, broken = [], []
-    lines = path.read_text(errors="replace").splitlines() if path.is_file() else []
+    lines = path.read_text(errors="replace", encoding="utf-8").splitlines() if path.is_file() else []
     for number, line in enumerate(lines, start=1):
         try:
             start = json.loads(line)
@@ -143,6 +146,7 @@ def _git(folder: Path, *arguments: str) -> str | None:
             text=True,
             timeout=_GIT_SECONDS,
             env={**environment, "GIT_OPTIONAL_LOCKS": "0"},
+            encoding="utf-8",
         )
     except (OSError, subprocess.TimeoutExpired):
         return None

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from megatron_iiet.config import RunConfig, config_to_yaml, iterations_per_layer
 from megatron_iiet.config.iteration_plan import IterationPlan
@@ -22,12 +22,15 @@ from megatron_iiet.storage.integrity import SaveIdentity
 from megatron_iiet.storage.selection import lineage_to, next_serial
 from megatron_iiet.training.engine import Engine
 from megatron_iiet.training.layout import layout_of
+from megatron_iiet.training.lock import RunLock
 from megatron_iiet.training.metrics import MetricWriter
 from megatron_iiet.training.record import copy_starts, write_configurations
 from megatron_iiet.training.resume import CONTENTS
 from megatron_iiet.training.saving import HostCopies, Saving, has_room
-from megatron_iiet.training.stopping import failing_together
+from megatron_iiet.training.stopping import failing_together, stop_if_asked
 from megatron_iiet.training.utilisation import memory_bytes
+
+Measured = TypeVar("Measured")
 
 
 @dataclass(eq=False)
@@ -62,6 +65,9 @@ class Run:
     _stage: tuple[list[int], bool] | None = None
     _values: dict[str, float] = field(default_factory=dict)
     _writer: MetricWriter | None = None
+    lock: RunLock | None = None
+    """The main rank's on the run's folder, if it has one."""
+    _recorded: frozenset[str] = frozenset()
 
     @property
     def last_step(self) -> int:
@@ -78,15 +84,43 @@ class Run:
         """Add values to this step's record."""
         self._values.update(values)
 
-    def flush(self) -> None:
-        """Write this step's record (main rank) and start the next."""
+    def open_record(self) -> None:
+        """Open the record (main rank), to go on after this step; every rank calls it."""
         if self.context.is_main:
-            if self._writer is None:
-                self._writer = MetricWriter(
-                    self.config.output_dir, tensorboard=self.config.logging.tensorboard, first_step=self.step
-                )
+            self._writer = MetricWriter(
+                self.config.output_dir, tensorboard=self.config.logging.tensorboard, first_step=self.step
+            )
+            self._recorded = self._writer.recorded(self.step)
+        self._recorded = self.context.world.gather_objects(self._recorded)[0]
+
+    def lacks(self, names: str) -> bool:
+        """Whether a resumed run has a record of its step, but no values whose names begin so: a stop came
+        before what was to be done after that step."""
+        return bool(self._recorded) and not any(name.startswith(names) for name in self._recorded)
+
+    def flush(self, *, to_disk: bool = False) -> None:
+        """Write this step's record (main rank) and start the next."""
+        if self._writer is not None:
             self._writer.write(self.step, self._values)
+            if to_disk:
+                self._writer.sync()
         self._values = {}
+
+    def stop_if_asked(self) -> None:
+        """Where training may end, if it is to; every rank calls it at the same place. Not in its last step,
+        after which nobody would make up for what is left out.
+
+        Raises:
+            Stopped: on all ranks.
+        """
+        if self.step < self.last_step:
+            stop_if_asked(self.context, self.lock)
+
+    def stoppable(self, batches: Iterable[Measured]) -> Iterator[Measured]:
+        """The batches of a measurement, between which training may end."""
+        for batch in batches:
+            self.stop_if_asked()
+            yield batch
 
     def close(self) -> None:
         """End the reading threads and close the files of the record."""
@@ -96,23 +130,32 @@ class Run:
 
     def enter_stage(self) -> None:
         """Give the layers the iterations of the step about to run, and say so, if they have others."""
-        stage = (list(self.plan.iterations), True) if self.plan else iterations_at(self.config, self.step)
+        stage = self._stage_of(self.step)
         if stage == self._stage:
             return
         self._stage = iterations, merging = stage
         self.engine.set_iterations(iterations, merging=merging)
         self.say(f"step {self.step:>6} | {self.describe_solver()}")
 
+    def _stage_of(self, step: int) -> tuple[list[int], bool]:
+        return (list(self.plan.iterations), True) if self.plan else iterations_at(self.config, step)
+
     @contextmanager
-    def iterating(self, iterations: list[int]) -> Iterator[None]:
+    def iterating(self, iterations: list[int], *, merging: bool = True) -> Iterator[None]:
         """Other iterations inside the block, without a word; afterwards the stage's again."""
         assert self._stage is not None, "there is no stage to return to"
-        before, merging = self._stage
-        self.engine.set_iterations(iterations, merging=True)
+        before = self._stage
+        self.engine.set_iterations(iterations, merging=merging)
         try:
             yield
         finally:
-            self.engine.set_iterations(before, merging=merging)
+            self.engine.set_iterations(before[0], merging=before[1])
+
+    def as_after_step(self) -> AbstractContextManager[None]:
+        """The iterations that the last step had, inside the block: for what a stop kept from being done after
+        it."""
+        iterations, merging = self._stage_of(self.step - 1)
+        return self.iterating(iterations, merging=merging)
 
     def save(self) -> Path:
         """Begin a checkpoint of this step, once the one before is in force. It is in force, and the run's
@@ -180,6 +223,8 @@ class Run:
         there = [one for one in self.lineage if (folder.with_name(checkpoint.tag_of(one[0]))).is_dir()]
         copy_starts(output_dir, folder)
         state = replace(state, serial=next_serial(output_dir), before=there)
+        if self.lock is not None:
+            self.lock.check()
         checkpoint.write_metadata(folder, self.config, state, save)
         retention.put_in_force(output_dir, state.step)
         write_configurations(self.config, self.ds_config)

@@ -2,40 +2,53 @@
 
 from __future__ import annotations
 
-import signal
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 
+from megatron_iiet import signals
+from megatron_iiet.config import RunConfig
 from megatron_iiet.parallel import ParallelContext
+from megatron_iiet.signals import Phase, StopRequests
 from megatron_iiet.storage.integrity import DamagedError
+from megatron_iiet.training.lock import RunLock
+
+
+class Stopped(BaseException):
+    """The ranks have agreed to end; why, in a few words. No error, and nobody's to handle on the way."""
 
 
 @contextmanager
-def stop_requests(context: ParallelContext) -> Iterator[Callable[[], bool]]:
-    """Notes SIGUSR1 in the block, and gives what tells whether any rank was asked to stop. Every rank calls
-    that after the same step: a signal may reach one of them only, or each at another time.
+def heard(config: RunConfig, phase: Phase) -> Iterator[StopRequests]:
+    """Inside the block, what the configuration names asks for a stop."""
+    with signals.heard(phase) as requests:
+        signals.keep_only(config.training.stop_signals)
+        requests.limit = config.training.wall_seconds
+        requests.enter(phase)
+        yield requests
 
-    SIGTERM keeps its meaning: launchers send it to what is left of a run that failed, whose ranks wait for
-    one that is gone and would never come to the end of a step.
+
+def stop_if_asked(context: ParallelContext, lock: RunLock | None = None) -> None:
+    """End training on all ranks if one was asked to stop, be it by a signal that the others never saw. Every
+    rank calls it at the same place.
+
+    Raises:
+        Stopped: one was.
+        ValueError: the run's folder is another's by now; ``lock`` is the main rank's.
     """
-    asked = threading.Event()
-
-    def agreed() -> bool:
-        noted = torch.tensor(int(asked.is_set()), device=context.device)
-        context.world.all_reduce(noted)
-        return bool(noted.item())
-
-    before = None
-    if threading.current_thread() is threading.main_thread():  # no other thread may
-        before = signal.signal(signal.SIGUSR1, lambda number, frame: asked.set())
-    try:
-        yield agreed
-    finally:
-        if before is not None:
-            signal.signal(signal.SIGUSR1, before)
+    flags = [signals.requests.ask(), lock is not None and lock.lost]
+    noted = torch.tensor(flags, dtype=torch.int32, device=context.device)
+    context.world.all_reduce(noted)
+    asked, lost = noted.tolist()
+    if lost:
+        with failing_together(context):
+            if lock is not None:
+                lock.check()
+    if asked:
+        signals.requests.enter(Phase.ENDING)
+        reasons = context.world.gather_objects(signals.requests.reason)
+        raise Stopped(", ".join(dict.fromkeys(filter(None, reasons))))
 
 
 @contextmanager

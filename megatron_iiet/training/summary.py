@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_iiet.config import config_from_file
+from megatron_iiet.storage import checkpoint
 from megatron_iiet.training.metrics import read_log
 from megatron_iiet.training.record import STARTS, read_starts
 
@@ -27,9 +28,9 @@ def summarize_run(folder: str | Path) -> str:
     first, last = min(validation), max(validation)
     tokens = max(losses) * config.training.global_batch_size * config.data.sequence_length
     rates = [v["tokens_per_second"] for v in log.values() if "tokens_per_second" in v]
+    speed = f", median {sorted(rates)[len(rates) // 2]:,.0f} tokens/s" if rates else ""
     lines = [
-        f"{max(losses)} of {config.training.steps} steps, {tokens / 1e6:.2f} M tokens, "
-        f"median {sorted(rates)[len(rates) // 2]:,.0f} tokens/s",
+        f"{max(losses)} of {config.training.steps} steps, {tokens / 1e6:.2f} M tokens{speed}",
         f"validation perplexity {math.exp(validation[first]):.1f} at step {first} → "
         f"{math.exp(validation[last]):.2f} at step {last} (loss {validation[last]:.4f} nats per token)",
     ]
@@ -37,6 +38,21 @@ def summarize_run(folder: str | Path) -> str:
     if starts:
         lines.append(f"started {len(starts)} x, last {_describe_start(starts[-1])}")
     return "\n".join(lines + [f"warning: {sentence}" for sentence in broken])
+
+
+def check_complete(folder: str | Path) -> None:
+    """Refuse a run that has not saved all its steps, whatever its launcher said: one whose ranks are
+    gone may exit with 0.
+
+    Raises:
+        ValueError: it is not the folder of a run, or steps are missing.
+    """
+    folder = Path(folder)
+    steps = config_from_file(folder / "config.yaml").training.steps
+    tag = checkpoint.latest_tag(folder)
+    taken = 0 if tag is None else checkpoint.read_state(checkpoint.checkpoints_folder(folder) / tag).step
+    if taken < steps:
+        raise ValueError(f"{folder} has a checkpoint of {taken} of {steps} steps; the same command goes on")
 
 
 def _describe_start(start: dict[str, Any]) -> str:

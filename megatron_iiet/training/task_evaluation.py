@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -17,6 +17,8 @@ from megatron_iiet.training.callbacks import Callback, is_due
 from megatron_iiet.training.engine import Engine, StepResult
 from megatron_iiet.training.run import Run
 
+_PIPELINE_ROWS = 8
+"""Batches of each stage in one schedule; between schedules training may end."""
 _PAPER_METRIC = {task.name: task.metric for task in PAPER_TASKS}
 
 
@@ -26,8 +28,12 @@ class EngineScorer:
     Texts are cut to the length of training in every layout, so that all of them say the same.
     """
 
-    def __init__(self, engine: Engine, config: RunConfig) -> None:
+    def __init__(
+        self, engine: Engine, config: RunConfig, between: Callable[[], object] = lambda: None
+    ) -> None:
+        """``between``: called on every rank between batches, of a pipeline's between some."""
         self.engine = engine
+        self.between = between
         self.context: ParallelContext = engine.context
         self.max_length = config.data.sequence_length
         self.batch_size = config.training.micro_batch_size
@@ -37,8 +43,10 @@ class EngineScorer:
     def score(self, batches: Sequence[Tensor]) -> Iterator[TokenScores]:
         rows = [ValidationBatch(tokens, torch.ones(len(tokens))) for tokens in batches]
         with noting_scores(self.engine.model) as found:
-            if rows:
-                self.engine.evaluate(rows)
+            size = 1 if self.context.pipeline.size == 1 else _PIPELINE_ROWS * self.context.pipeline.size
+            for first in range(0, len(rows), size):
+                self.between()
+                self.engine.evaluate(rows[first : first + size])
         return iter(found)
 
 
@@ -67,18 +75,24 @@ class TaskEvaluation(Callback):
         limit = run.config.evaluation.tasks_limit
         shown = "all rows" if limit is None else f"the first {limit} rows of each"
         run.say(f"evaluation tasks: {names} on {shown}, every {run.config.evaluation.tasks_interval} steps")
+        if run.step and self._is_due(run) and run.lacks("tasks/"):
+            with run.as_after_step():
+                self._evaluate(run)
 
     def on_step(self, run: Run, result: StepResult) -> None:
-        last = run.step == run.config.training.steps
-        if is_due(run.step, run.config.evaluation.tasks_interval) or last:
+        if self._is_due(run):
             self._evaluate(run)
+
+    def _is_due(self, run: Run) -> bool:
+        last = run.step == run.config.training.steps
+        return is_due(run.step, run.config.evaluation.tasks_interval) or last
 
     def _evaluate(self, run: Run) -> None:
         # Imported late: a run without tasks needs no harness.
         from megatron_iiet.evaluation.harness import HarnessModel, own_text_codec, run_tasks
 
         codec = own_text_codec(self.tokenizer, run.config.data.text_follows)
-        model = HarnessModel(EngineScorer(run.engine, run.config), codec)
+        model = HarnessModel(EngineScorer(run.engine, run.config, run.stop_if_asked), codec)
         results = run_tasks(model, self.tasks, limit=run.config.evaluation.tasks_limit, errors=False)
         shown = []
         for name, metrics in results.metrics.items():

@@ -96,7 +96,7 @@ def memory_bytes(device: torch.device) -> tuple[int, int]:
     gave out of a GPU's, resident memory on a CPU."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated(device)
-    status = Path("/proc/self/status").read_text()
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
     now, most = (re.search(rf"{field}:\s+(\d+) kB", status) for field in ("VmRSS", "VmHWM"))
     assert now is not None
     assert most is not None

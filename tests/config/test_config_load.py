@@ -100,6 +100,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "training": {
         "steps": 1000, "global_batch_size": 128, "micro_batch_size": 8, "precision": "bf16",
         "recompute": "off", "seed": 1234, "initial_weights": "", "stop_after": None,
+        "stop_signals": ["USR1", "TERM"], "max_wall_time": None,
     },
     "evaluation": {
         "interval": 200, "samples": 256, "tasks": [], "tasks_interval": 1000, "tasks_limit": 100,

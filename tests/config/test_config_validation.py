@@ -71,6 +71,14 @@ RANGE_ERRORS = [
     ("training__micro_batch_size", 0, "training.micro_batch_size is 0, but must be greater than 0"),
     ("training__stop_after", 0, "training.stop_after is 0, but must be greater than 0"),
     ("training__seed", -1, "training.seed is -1, but must be 0 or greater"),
+    *(
+        (
+            "training__max_wall_time",
+            text,
+            f"training.max_wall_time is '{text}', but must be seconds or H:MM:SS, more than 0",
+        )
+        for text in ("", "0:00:00", "1:60:00", "90:00", "-1:00:00", "1h", "3600")
+    ),
     ("evaluation__interval", -1, "evaluation.interval is -1, but must be 0 or greater"),
     ("evaluation__samples", 0, "evaluation.samples is 0, but must be greater than 0"),
     ("checkpoint__interval", -1, "checkpoint.interval is -1, but must be 0 or greater"),
@@ -94,7 +102,7 @@ POSITIVE_KEYS = """
     parallel: tensor pipeline
     data: sequence_length timeout
     optimizer: lr eps
-    training: steps global_batch_size micro_batch_size stop_after
+    training: steps global_batch_size micro_batch_size stop_after max_wall_time
     evaluation: samples tasks_limit
     logging: interval peak_tflops
     guidance: samples

@@ -141,7 +141,7 @@ OPTIONS = {
         --kv-cache {all,first} | --trust-remote-code = False | --max-concurrent N:_positive = 8
         --max-waiting N:_whole = 64 | --context T:_positive | --max-tokens T:_positive
         --max-body BYTES:_positive = 1048576 | --grace S:_whole = 10""",
-    "summarize_run": "run RUN_DIR ! | --also [PATH ...] = [] | --brief = False",
+    "summarize_run": "run RUN_DIR ! | --also [PATH ...] = [] | --brief = False | --complete = False",
     "train_tokenizer": """
         --input INPUT [INPUT ...] ! | --output-prefix OUTPUT_PREFIX ! | --vocab-size VOCAB_SIZE:int = 32000
         --max-characters MAX_CHARACTERS:int = 30000000 | --json-key JSON_KEY = 'text'""",
@@ -432,6 +432,10 @@ def test_summarize_run(
     told = f"\nit went well\n\nsampled text ({sample}):\nOnce\nmore\n{listed}"
     assert start(tool, run, "--also", "a", "b") == (0, told, "")
     assert start(tool, run, "--brief") == (0, f"{run}: it went well\n", "")
+    monkeypatch.setattr(summary, "check_complete", lambda run: None)
+    assert start(tool, run, "--complete") == (0, "", "")
+    monkeypatch.setattr(summary, "check_complete", fail(ValueError("1 of 2 steps")))
+    assert start(tool, run, "--complete") == (2, "", "error: 1 of 2 steps\n")
     monkeypatch.setattr(summary, "summarize_run", fail(ValueError("no steps yet")))
     assert start(tool, run) == (2, "", "error: no steps yet\n")
 

@@ -96,6 +96,8 @@ OTHER: dict[str, Any] = {
     "training.seed": 5,
     "training.initial_weights": "runs/other",
     "training.stop_after": 5,
+    "training.stop_signals": ["USR1"],
+    "training.max_wall_time": "1:00:00",
     "evaluation.interval": 5,
     "evaluation.samples": 5,
     "evaluation.tasks": ["piqa"],

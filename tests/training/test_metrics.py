@@ -356,28 +356,81 @@ def test_events_of_repeated_steps_are_replaced(tmp_path: Path) -> None:
     assert {step: values["loss"] for step, values in read_log(tmp_path / "run").items()} == dict(found)
 
 
-def test_a_log_is_a_line_a_step_and_of_a_repeated_step_the_last_counts(tmp_path: Path) -> None:
-    for loss in (5.0, 4.0):
-        writer = MetricWriter(tmp_path, tensorboard=False, first_step=0)
-        writer.write(1, {})
-        writer.write(2, {"loss": loss})
-        writer.close()
-    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    assert [(line["step"], line["loss"]) for line in lines] == [(2, 5.0), (2, 4.0)]
-    assert read_log(tmp_path)[2]["loss"] == 4.0
-    assert not (tmp_path / "tensorboard").exists()
+def written(folder: Path, first_step: int, *steps: tuple[int, dict[str, float]]) -> bytes:
+    """The log after a start from the checkpoint of ``first_step`` has written these."""
+    writer = MetricWriter(folder, tensorboard=False, first_step=first_step)
+    for step, values in steps:
+        writer.write(step, values)
+    writer.sync()
+    writer.close()
+    return (folder / "log.jsonl").read_bytes()
 
 
-def test_half_a_line_is_told_and_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """As a crash leaves it; the next start's lines stay whole. So are lines of something else."""
-    for step, damage in ((1, -20), (2, None)):
-        writer = MetricWriter(tmp_path, tensorboard=False, first_step=0)
-        writer.write(step, {"loss": float(step)})
-        writer.write(step + 5, {"loss": 0.5})
-        writer.close()
-        path = tmp_path / "log.jsonl"
-        path.write_bytes(path.read_bytes()[:damage])
-    path.write_text(path.read_text() + '[1]\n{"loss": 1.0}\n\n')
-    assert {step: values["loss"] for step, values in read_log(tmp_path).items()} == {1: 1.0, 2: 2.0, 7: 0.5}
-    told = [f"warning: {path} (line {n}) is not a whole record; it is left out" for n in (2, 5, 6, 7)]
+def abandoned(folder: Path) -> list[tuple[int, float]]:
+    """Steps and losses in the files of what was set aside, in order."""
+    lines = [line for path in folder.glob("log.abandoned-*.jsonl") for line in path.read_bytes().splitlines()]
+    return sorted((record["step"], record["loss"]) for record in map(json.loads, lines))
+
+
+def test_a_log_is_a_line_a_step(tmp_path: Path) -> None:
+    """What else is found of a step, be it after a resume, goes into its line."""
+    written(tmp_path, 0, (1, {}), (2, {"loss": 5.0}), (2, {"lr": 0.5}))
+    log = written(tmp_path, 2, (2, {"validation_loss": 4.0}), (3, {"loss": 3.0}))
+    two, three = map(json.loads, log.splitlines())
+    assert (two.pop("time"), three.pop("time")) == pytest.approx((time.time(),) * 2, abs=100)
+    assert two == {"step": 2, "loss": 5.0, "lr": 0.5, "validation_loss": 4.0}
+    assert three == {"step": 3, "loss": 3.0}
+    assert [path.name for path in tmp_path.iterdir()] == ["log.jsonl"]
+
+
+@pytest.mark.parametrize(("first", "kept"), [(3, [1, 2, 3]), (1, [1]), (0, []), (9, [1, 2, 3, 4, 5])])
+def test_what_a_run_did_not_take_is_set_aside(first: int, kept: list[int], tmp_path: Path) -> None:
+    """From scratch it has taken nothing. A start that was killed in the midst of it leaves nothing twice."""
+    before = written(tmp_path, 0, *((step, {"loss": float(step)}) for step in range(1, 6)))
+    written(tmp_path, first)
+    (tmp_path / "log.jsonl").write_bytes(before)
+    written(tmp_path, first, (first + 1, {"loss": 0.5}))
+    assert [v["loss"] for v in read_log(tmp_path).values()] == [*map(float, kept), 0.5]
+    assert abandoned(tmp_path) == [(step, float(step)) for step in range(1, 6) if step not in kept]
+
+
+def test_logs_of_older_versions_have_a_step_once(tmp_path: Path) -> None:
+    """They repeat steps after a resume: the last line of each counts, for readers and for the next start."""
+    rows = [(1, 5.0), (2, 4.0), (2, 3.0), (3, 2.0)]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps({"step": s, "loss": v}) + "\n" for s, v in rows))
+    assert read_log(tmp_path)[2]["loss"] == 3.0
+    written(tmp_path, 2)
+    assert {step: values["loss"] for step, values in read_log(tmp_path).items()} == {1: 5.0, 2: 3.0}
+    assert abandoned(tmp_path) == [(2, 4.0), (3, 2.0)]
+
+
+def test_half_a_line_is_cut(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As a crash leaves it. One that only lacks its end is whole."""
+    whole = written(tmp_path, 0, (1, {"loss": 1.0}), (2, {"loss": 2.0}))
+    path = tmp_path / "log.jsonl"
+    path.write_bytes(whole[:-1])
+    assert written(tmp_path, 2) == whole
+    assert capsys.readouterr().out == ""
+    path.write_bytes(whole[:-20])
+    assert written(tmp_path, 2) == whole.splitlines(keepends=True)[0]
+    assert capsys.readouterr().out == f"{path} (line 2): half a line, which a crash left, is cut\n"
+
+
+ODD = ["", "null", "[1]", '{"loss": 1.0}', '{"step": "2"}', '{"step": true, "loss": 1.0}', '{"step": -1}',
+       '{"step": 2.0}', '{"step": 2, "loss": NaN}', '{"step": 2, "loss": 1e999}', '{"step": 2, "loss": "x"}',
+       '{"step": 2, "loss": [1.0]}', '{"step": 2, "loss"', "[" * 100_000, "\u2028", "\x00"]  # fmt: skip
+
+
+def test_what_is_no_record_is_told_and_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The next start leaves it where it is."""
+    whole = written(tmp_path, 0, (1, {"loss": 1.0}))
+    path = tmp_path / "log.jsonl"
+    path.write_bytes(whole + "\n".join([*ODD, '{"step": 2, "loss": 0.5}', ""]).encode() + b"\xff\n")
+    assert {step: values["loss"] for step, values in read_log(tmp_path).items()} == {1: 1.0, 2: 0.5}
+    lines = [*range(2, len(ODD) + 2), len(ODD) + 3]
+    told = [f"warning: {path} (line {n}) is not a whole record; it is left out" for n in lines]
     assert capsys.readouterr().err.splitlines() == told
+    before = path.read_bytes()
+    assert written(tmp_path, 2) == before
+    added = written(tmp_path, 2, (2, {"lr": 0.25}))
+    assert added == before.replace(b'{"step": 2, "loss": 0.5}', b'{"step": 2, "loss": 0.5, "lr": 0.25}')

@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_iiet.config import config_to_yaml
+from megatron_iiet.config import config_from_file, config_to_yaml
+from megatron_iiet.storage import checkpoint
 from megatron_iiet.training.curves import plot_losses
 from megatron_iiet.training.record import append_start
-from megatron_iiet.training.summary import list_files, summarize_run
-from tests.tiny import make_data, tiny_config
+from megatron_iiet.training.summary import check_complete, list_files, summarize_run
+from tests.tiny import make_data, save_of, tiny_config
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +64,20 @@ def test_the_last_start_is_described(run: Path, git: dict[str, Any], step: int |
     append_start(run, {"time": "late", "git": git, "resumed_step": step, "layout": {"world_size": 8}})
     last = summarize_run(run).splitlines()[-1]
     assert last == f"started 2 x, last late{' ' if step is not None else ', '}{code}, on 8 process(es)"
+
+
+def test_a_run_says_whether_it_is_complete(run: Path, data: dict[str, str]) -> None:
+    """By its newest checkpoint, not by its log: a save may have failed."""
+    with pytest.raises(
+        ValueError, match=f"^{run} has a checkpoint of 0 of 4 steps; the same command goes on"
+    ):
+        check_complete(run)
+    config = config_from_file(run / "config.yaml")
+    state = checkpoint.TrainState(step=4, data={}, layout={})
+    folder = run / "checkpoints/step_00000004"
+    folder.mkdir()
+    checkpoint.write_metadata(folder, config, state, save_of(config, state))
+    check_complete(run)
 
 
 def test_files_are_listed_a_checkpoint_in_one_line(run: Path) -> None:

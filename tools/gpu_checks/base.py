@@ -186,7 +186,7 @@ def descendants(pid: int) -> list[int]:
     while waiting:
         for children in Path(f"/proc/{waiting.pop()}/task").glob("*/children"):
             with suppress(OSError):  # it is gone
-                below = [int(child) for child in children.read_text().split()]
+                below = [int(child) for child in children.read_text(encoding="utf-8").split()]
                 found += below
                 waiting += below
     return found

@@ -44,7 +44,7 @@ def _build() -> Iterator[Figure]:
     subprocess.run([sys.executable, "setup.py", "build_ext", "--inplace"], cwd=ROOT, env=environ, check=True)
     seconds = time.monotonic() - start
     code = "from megatron_iiet.ops import resolve_backend; print(resolve_backend('auto', 'cuda'))"
-    chosen = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    chosen = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, encoding="utf-8")
     print(chosen.stdout, chosen.stderr)
     fused = float(chosen.stdout.startswith("('cuda'"))
     note = (chosen.stdout.strip() or chosen.stderr.strip())[-120:]
@@ -71,7 +71,11 @@ def _resources(setting: Setting) -> Iterator[Figure]:
 
 def _doctor() -> Figure:
     done = subprocess.run(
-        [sys.executable, "-m", "megatron_iiet.doctor"], cwd=ROOT, capture_output=True, text=True
+        [sys.executable, "-m", "megatron_iiet.doctor"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
     )
     print(done.stdout, done.stderr)
     wrong = [line for line in done.stdout.splitlines() if line.strip().startswith("!!")]

@@ -46,7 +46,7 @@ def configuration(setting: Setting) -> Path:
         "logging": {"interval": 1},
     }  # fmt: skip
     path = setting.folder / "run.yaml"
-    path.write_text(yaml.safe_dump(fields))
+    path.write_text(yaml.safe_dump(fields), encoding="utf-8")
     return path
 
 
@@ -111,7 +111,7 @@ def as_if_killed(run: Path, target: Path) -> None:
     """A run's folder as it was after its first checkpoint; without the log, so that none of it counts."""
     later = f"step_{STEPS:08}"
     shutil.copytree(run, target, ignore=shutil.ignore_patterns("log.jsonl", "tensorboard", later))
-    (target / "checkpoints/latest").write_text(f"step_{STEPS // 2:08}")
+    (target / "checkpoints/latest").write_text(f"step_{STEPS // 2:08}", encoding="utf-8")
 
 
 def difference(found: list[Step], wanted: list[Step]) -> float:

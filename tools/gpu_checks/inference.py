@@ -48,6 +48,7 @@ def measured(setting: Setting, name: str, options: list[str]) -> list[dict[str, 
             text=True,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
+            encoding="utf-8",
         )
     except subprocess.TimeoutExpired as late:
         print(late.output)
@@ -63,7 +64,7 @@ def measured(setting: Setting, name: str, options: list[str]) -> list[dict[str, 
     picture = folder / "inference.png"
     if picture.exists():
         picture.rename(setting.folder / f"{name}.png")
-    rows: list[dict[str, Any]] = json.loads((folder / "inference.json").read_text())["rows"]
+    rows: list[dict[str, Any]] = json.loads((folder / "inference.json").read_text(encoding="utf-8"))["rows"]
     return rows
 
 

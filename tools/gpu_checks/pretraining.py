@@ -70,7 +70,7 @@ def command(
         launcher: also for one rank, which needs none and starts ten seconds sooner without.
     """
     ds_path = config.with_suffix(".ds.json")
-    ds_path.write_text(json.dumps(ds_config))
+    ds_path.write_text(json.dumps(ds_config), encoding="utf-8")
     entry = ["pretrain_iiet.py", "--config", str(config), "--ds-config", str(ds_path), *options]
     if ranks == 1 and not launcher:
         return [sys.executable, *entry]
@@ -99,7 +99,7 @@ def run(
     if device == "cpu":
         environ |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     log = folder.with_suffix(".txt")
-    with log.open("w") as file:
+    with log.open("w", encoding="utf-8") as file:
         child = subprocess.Popen(arguments, cwd=ROOT, env=environ, stdout=file, stderr=subprocess.STDOUT)
     try:
         deadline = time.monotonic() + seconds
@@ -120,12 +120,14 @@ def run(
     if child.returncode and not stopped:
         raise RuntimeError(f"{folder.name} ended with status {child.returncode}: {said(log)}")
     rows = folder / "log.jsonl"
-    return [json.loads(line) for line in rows.read_text().splitlines()] if rows.exists() else []
+    return (
+        [json.loads(line) for line in rows.read_text(encoding="utf-8").splitlines()] if rows.exists() else []
+    )
 
 
 def said(log: Path) -> str:
     """The error of a run that failed, else its last line."""
-    lines = log.read_text(errors="replace").strip().splitlines() or ["nothing"]
+    lines = log.read_text(errors="replace", encoding="utf-8").strip().splitlines() or ["nothing"]
     return next((line for line in reversed(lines) if line.startswith("error:")), lines[-1])[:500]
 
 

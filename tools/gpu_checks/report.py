@@ -12,7 +12,9 @@ from gpu_checks.base import Outcome, shown
 def write_report(folder: Path, about: dict[str, str], outcomes: dict[str, Outcome]) -> None:
     """Replace the report of this folder."""
     stored = {"about": about, "checks": {name: outcome.as_dict() for name, outcome in outcomes.items()}}
-    (folder / "report.json").write_text(json.dumps(stored, indent=1, allow_nan=False) + "\n")
+    (folder / "report.json").write_text(
+        json.dumps(stored, indent=1, allow_nan=False) + "\n", encoding="utf-8"
+    )
     lines = ["# What held on this machine", ""]
     lines += [f"* {key}: {value}" for key, value in about.items()]
     lines += ["", "| check | status | seconds | reason |", "|---|---|---|---|"]
@@ -35,7 +37,7 @@ def write_report(folder: Path, about: dict[str, str], outcomes: dict[str, Outcom
                 f"| {f.name} | {shown(f.value)} {f.unit} | {f.against} | {f.bound} | {held} {f.note} |"
             )
         lines += [f"\n![{p.stem}]({name}/{p.name})" for p in sorted((folder / name).glob("*.png"))]
-    (folder / "report.md").write_text("\n".join(lines) + "\n")
+    (folder / "report.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def summary(about: dict[str, str], outcomes: dict[str, Outcome], folder: Path) -> str:

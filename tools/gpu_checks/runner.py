@@ -73,7 +73,7 @@ def _run(name: str, options: Options, seconds: float) -> Outcome:
     if options.shard and options.tokenizer:
         command += ["--shard", options.shard, "--tokenizer", options.tokenizer]
     start = time.monotonic()
-    with (folder / "log.txt").open("w") as log:
+    with (folder / "log.txt").open("w", encoding="utf-8") as log:
         child = subprocess.Popen(
             command, cwd=ENTRY.parents[1], stdout=log, stderr=subprocess.STDOUT, start_new_session=True
         )
@@ -92,11 +92,13 @@ def _run(name: str, options: Options, seconds: float) -> Outcome:
             child.wait()
     took = time.monotonic() - start
     if (folder / OUTCOME).exists():
-        return Outcome.from_dict(json.loads((folder / OUTCOME).read_text()))
+        return Outcome.from_dict(json.loads((folder / OUTCOME).read_text(encoding="utf-8")))
     known = folder / SO_FAR
-    figures = Outcome.from_dict(json.loads(known.read_text())).figures if known.exists() else []
+    figures = (
+        Outcome.from_dict(json.loads(known.read_text(encoding="utf-8"))).figures if known.exists() else []
+    )
     if late:
         return verdict(LATE, [f"it did not end within {seconds:.0f} s; see {name}/log.txt"], figures, took)
-    printed = (folder / "log.txt").read_text(errors="replace").strip().splitlines()
+    printed = (folder / "log.txt").read_text(errors="replace", encoding="utf-8").strip().splitlines()
     last = printed[-1] if printed else "nothing was printed"
     return verdict(FAILED, [f"it ended with status {child.returncode}: {last}"], figures, took)

@@ -47,7 +47,7 @@ def check(setting: Setting) -> Iterator[Figure]:
         seconds = max(setting.left - 2, 1)
         try:
             done = subprocess.run([program, "--tool", tool, sys.executable, "-c", code], timeout=seconds,
-                                  capture_output=True, text=True)  # fmt: skip
+                                  capture_output=True, text=True, encoding="utf-8")  # fmt: skip
         except subprocess.TimeoutExpired:
             raise TimeoutError(f"{tool} did not end within {seconds:.0f} s") from None
         output = done.stdout + done.stderr

@@ -55,7 +55,7 @@ def _train(
     setting: Setting, label: str, name: str, options: list[str], data: dict[str, str], seconds: float
 ) -> list[dict[str, Any]]:
     config = setting.folder / f"{name}-{len(options)}.yaml"
-    config.write_text(yaml.safe_dump({"base": str(CONFIGS / f"{name}.yaml")}))
+    config.write_text(yaml.safe_dump({"base": str(CONFIGS / f"{name}.yaml")}), encoding="utf-8")
     steps, batch, micro = (4, 4, 1) if setting.toy else (100_000, 64, 16)
     folder = setting.folder / label.replace(" ", "").replace("+", "p").replace("=", "")
     flags = {

@@ -1,0 +1,188 @@
+"""Requests to stop a process: what each of them does, and when."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_iiet import signals
+from megatron_iiet.signals import Phase, StopRequests
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+class Left(BaseException):
+    """Stands in for the end of the process."""
+
+
+class Watched:
+    """Requests with a clock that only moves by hand, of a process that ends by an exception."""
+
+    def __init__(self, phase: Phase) -> None:
+        self.now = self.age = 0.0
+        self.gone = False
+        self.requests = StopRequests(
+            clock=lambda: self.now, leave=self.leave, age=lambda: self.age, launcher=self  # type: ignore[arg-type]
+        )  # fmt: skip
+        self.requests.enter(phase)
+
+    def leave(self, status: int) -> None:
+        raise Left(status)
+
+    def status_at(self, seconds: float) -> int | None:
+        """What the process ends with at this time; None if it goes on."""
+        self.now = seconds
+        try:
+            self.requests.tick()
+        except Left as left:
+            return int(left.args[0])
+        return None
+
+
+def test_a_process_that_is_alone_ends_at_once() -> None:
+    watched = Watched(Phase.ALONE)
+    with pytest.raises(Left, match="75"):
+        watched.requests.note_signal(signal.SIGUSR1)
+
+
+def test_a_start_ends_in_order_or_soon() -> None:
+    watched = Watched(Phase.STARTING)
+    watched.requests.note_signal(signal.SIGTERM)
+    assert watched.requests.ask()
+    assert watched.status_at(signals.START_SECONDS - 0.1) is None
+    assert watched.status_at(signals.START_SECONDS) == 75
+
+
+def test_ranks_that_cannot_agree_end_without_a_checkpoint(capfd: pytest.CaptureFixture[str]) -> None:
+    """Not while a step takes long and always did."""
+    watched = Watched(Phase.TRAINING)
+    watched.now = 100.0
+    assert not watched.requests.ask()  # 100 s between two of them
+    watched.now = 110.0
+    watched.requests.note_signal(signal.SIGUSR1)
+    assert watched.status_at(309.0) is None
+    assert watched.status_at(310.0) == 1
+    assert "asked to stop by SIGUSR1, but the ranks have not come to agree" in capfd.readouterr().err
+
+
+def test_nothing_hurries_ranks_that_save() -> None:
+    watched = Watched(Phase.TRAINING)
+    watched.requests.note_signal(signal.SIGTERM)
+    watched.requests.enter(Phase.ENDING)
+    assert watched.status_at(1e6) is None
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "status"),
+    [("TERM", "TERM", 143), ("INT", "INT", 130), ("TERM", "INT", 130),
+     ("USR1", "TERM", 0), ("INT", "USR1", 0)],
+)  # fmt: skip
+def test_the_second_time_means_now(first: str, second: str, status: int) -> None:
+    """Of what people and schedulers send; Ctrl-C, which comes from terminal and launcher, is one request."""
+    watched = Watched(Phase.TRAINING)
+    watched.requests.note_signal(signals.STOP_SIGNALS[first])
+    watched.now = 0.9
+    watched.requests.note_signal(signals.STOP_SIGNALS[second])
+    watched.now = 2.0
+    if not status:
+        watched.requests.note_signal(signals.STOP_SIGNALS[second if second == "USR1" else first])
+        assert watched.requests.reason == f"SIG{first}"
+        return
+    with pytest.raises(Left, match=str(status)):
+        watched.requests.note_signal(signals.STOP_SIGNALS[second])
+
+
+def test_the_end_of_the_launcher_is_a_request_and_never_the_second() -> None:
+    watched = Watched(Phase.TRAINING)
+    watched.requests.note_signal(signal.SIGINT)
+    watched.gone, watched.now = True, 5.0
+    assert watched.status_at(6.0) is None
+    again = Watched(Phase.TRAINING)
+    again.gone = True
+    assert again.requests.ask()
+    assert again.requests.reason == "the end of its launcher"
+
+
+def test_time_counts_from_the_start_of_the_process() -> None:
+    watched = Watched(Phase.TRAINING)
+    watched.requests.limit, watched.age = 60.0, 59.9
+    assert not watched.requests.ask()
+    watched.age = 60.0
+    assert watched.requests.ask()
+    assert 0 < signals.seconds_since_start() < 86400 * 30
+
+
+CHILD = """
+import os, sys
+from megatron_iiet import signals
+with signals.heard(signals.Phase[sys.argv[1]]) as requests:
+    signals.keep_only(sys.argv[2].split(","))
+    if len(sys.argv) > 3:
+        child = os.fork()
+        if child:
+            status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+            print(status, requests.ask(), flush=True)
+            sys.exit()
+    print(os.getpid(), flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize(
+    ("kept", "sent", "status"),
+    [("USR1,TERM", "USR1", 75), ("USR1,TERM", "TERM", 75), ("USR1,TERM", "INT", 75), ("USR1", "TERM", -15),
+     ("TERM", "USR1", -10), ("", "INT", 75)],
+)  # fmt: skip
+def test_what_is_heard_before_torch_is_there(kept: str, sent: str, status: int) -> None:
+    """In a real process, whose main thread sits in a read."""
+    command = [sys.executable, "-c", CHILD, "ALONE", kept]
+    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+        assert child.stdout is not None
+        child.stdout.readline()
+        child.send_signal(signals.STOP_SIGNALS[sent])
+        assert child.wait(60) == status
+
+
+def test_a_fork_dies_as_any_process_and_its_parent_hears_nothing() -> None:
+    command = [sys.executable, "-c", CHILD, "TRAINING", "USR1,TERM", "fork"]
+    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+        assert child.stdout is not None
+        os.kill(int(child.stdout.readline()), signal.SIGTERM)
+        assert child.stdout.readline().split() == [b"-15", b"False"]
+
+
+LAUNCHER = """
+import subprocess, sys
+rank = [sys.executable, "-c", '''
+from megatron_iiet import signals
+with signals.heard(signals.Phase.TRAINING) as requests:
+    print("ready", flush=True)
+    while not requests.ask():
+        pass
+    print(requests.reason, flush=True)
+''']
+subprocess.run(rank)
+"""
+
+
+@pytest.mark.parametrize("killed", ["deepspeed", "torchrun", "another.py"])
+def test_ranks_outlive_no_launcher(killed: str, tmp_path: Path) -> None:
+    """SIGKILL to what started them, if it is a launcher: of anything else the end may be meant."""
+    script = tmp_path / killed
+    script.write_text(LAUNCHER)
+    environ = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen([sys.executable, script], env=environ, stdout=subprocess.PIPE) as launcher:
+        assert launcher.stdout is not None
+        launcher.stdout.readline()
+        [rank] = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+        launcher.kill()
+        launcher.wait()
+        if killed == "another.py":
+            os.kill(int(rank), signal.SIGUSR1)
+        expected = b"SIGUSR1\n" if killed == "another.py" else b"the end of its launcher\n"
+        assert launcher.stdout.readline() == expected
