@@ -16,7 +16,7 @@ from megatron_iiet.models.iterations import iterations_at
 from megatron_iiet.parallel import ParallelContext
 from megatron_iiet.storage import checkpoint
 from megatron_iiet.storage.integrity import SaveIdentity
-from megatron_iiet.training.engine import Engine
+from megatron_iiet.training.engine import Engine, StepResult, Verdict
 from megatron_iiet.training.layout import layout_of
 from megatron_iiet.training.metrics import MetricWriter
 from megatron_iiet.training.record import copy_starts, write_configurations
@@ -44,6 +44,9 @@ class Run:
     step_seconds: float = 0.0
     _stage: tuple[list[int], bool] | None = None
     _values: dict[str, float] = field(default_factory=dict)
+    _result: StepResult | None = None
+    _unwritten: list[tuple[int, StepResult | None, dict[str, float]]] = field(default_factory=list)
+    """Records of steps whose numbers are still on the device, and of those after them."""
     _writer: MetricWriter | None = None
 
     @property
@@ -61,15 +64,36 @@ class Run:
         """Add values to this step's record."""
         self._values.update(values)
 
+    def record_result(self, result: StepResult) -> None:
+        """Add what the step did to its record, once it is read."""
+        self._result = result
+
     def flush(self) -> None:
-        """Write this step's record (main rank) and start the next."""
+        """Write this step's record (main rank) and start the next. A record waits for its step's numbers, and
+        for the records before it."""
+        self._unwritten.append((self.step, self._result, self._values))
+        self._result, self._values = None, {}
+        self._write_known()
+
+    def forget_records(self, first: int) -> None:
+        """Write the records that wait, but those of steps from ``first`` on: they moved nothing and count for
+        nothing."""
+        self._unwritten = [record for record in self._unwritten if record[0] < first]
+        self._result, self._values = None, {}
+        self._write_known()
+
+    def _write_known(self) -> None:
+        while self._unwritten and ((result := self._unwritten[0][1]) is None or result.is_read):
+            step, _, values = self._unwritten.pop(0)
+            self._write(step, ({} if result is None else _numbers_of(result)) | values)
+
+    def _write(self, step: int, values: dict[str, float]) -> None:
         if self.context.is_main:
             if self._writer is None:
                 self._writer = MetricWriter(
                     self.config.output_dir, tensorboard=self.config.logging.tensorboard, first_step=self.step
                 )
-            self._writer.write(self.step, self._values)
-        self._values = {}
+            self._writer.write(step, values)
 
     def close(self) -> None:
         """End the reading threads and close the files of the record."""
@@ -129,9 +153,9 @@ class Run:
             ValueError: it does not fit this run.
         """
         state = checkpoint.read_state(folder)
-        with checkpoint.open_weights(folder) as reader:
-            self.engine.load(reader, state.step)
         self.batches.load_state_dict(state.data)
+        with checkpoint.open_weights(folder) as reader:
+            self.engine.load(reader, self.batches.trained_steps(state.step))
         self.step = state.step
         plan, guidance = checkpoint.read_plan(folder), self.config.guidance
         if plan is not None and guidance.interval:
@@ -139,6 +163,18 @@ class Run:
             full = iterations_per_layer(self.config)
             valid = ([plan.full] * len(full), plan.budget) == (full, guidance.budget)
             self.plan = plan if valid else None
+
+    def go_back(self, folder: Path) -> None:
+        """Continue from an earlier checkpoint of this run, in the same process.
+
+        Raises:
+            ValueError: it cannot be read.
+        """
+        if self._writer is not None:  # the next one takes the events after that step out
+            self._writer.close()
+            self._writer = None
+        self.plan, self._stage = None, None
+        self.resume(folder)
 
     def memory_of_ranks(self) -> list[tuple[int, int]]:
         """Bytes that each rank holds of its device's memory, and the most it held; every rank asks."""
@@ -161,3 +197,12 @@ class Run:
         used, full = sum(r + 1 for r in counts), sum(r + 1 for r in iterations_per_layer(self.config))
         source = "even until the first plan" if self.plan is None else f"planned after step {self.plan.step}"
         return f"{described}, {used} of {full} evaluations ({used / full:.0%}), {source}"
+
+
+def _numbers_of(result: StepResult) -> dict[str, float]:
+    """What a step's record has of it."""
+    if result.verdict is Verdict.LEFT_OUT:
+        return {"lr": result.lr, "skipped": 1.0}
+    numbers = {"loss": result.loss, "grad_norm": result.grad_norm, "lr": result.lr}
+    numbers |= {f"distillation/{name}": value for name, value in result.parts.items()}
+    return numbers if result.verdict is Verdict.TRAINED else numbers | {"skipped": 1.0}

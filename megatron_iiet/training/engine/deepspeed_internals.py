@@ -73,7 +73,10 @@ ENGINE = (
     Internal("global_steps", "optimizer steps done; set when a checkpoint is loaded"),
     Internal("zero_optimization_stage", "the stage in force; ZeRO-3 keeps no parameter in fp32", ()),
     Internal("gradient_clipping", "the norm to clip to; read by our own clipping", ()),
-    Internal("_global_grad_norm", "what get_global_grad_norm reports; set where DeepSpeed computes none"),
+    Internal(
+        "_global_grad_norm",
+        "what get_global_grad_norm reports, and before that its optimizer; set where DeepSpeed computes none",
+    ),
     Internal(
         "_cast_module_mixed_precision",
         "casts the model to bf16; overridden to leave merge coefficients out",
@@ -87,6 +90,11 @@ ENGINE = (
 PIPELINE_ENGINE = (
     Internal(
         "reset_activation_shape", "forgets the size of what stages hand on; called before it changes", ()
+    ),
+    Internal(
+        "_aggregate_total_loss",
+        "gives every stage the mean loss after the optimizer's step; called before it instead",
+        (),
     ),
 )
 PIPELINE_MODULE = (
@@ -218,6 +226,21 @@ def masters(engine: DeepSpeedEngine) -> list[Tensor]:
     if kind.masters is None:
         return [p for group in engine.basic_optimizer.param_groups for p in group["params"]]
     return list(getattr(engine.optimizer, kind.masters.name))
+
+
+def norm_of(engine: DeepSpeedEngine) -> Tensor | float:
+    """Global gradient norm of the step in progress, known once the optimizer is about to step; below 0 or
+    infinite where it is no number.
+
+    Raises:
+        ConfigError: it is not where DeepSpeed has it.
+    """
+    holder = engine if kind_of(engine) is PLAIN else engine.optimizer
+    try:
+        norm: Tensor | float = holder._global_grad_norm
+    except AttributeError:  # one kind of wrapper has it from the first step on only
+        refuse(f"has no {type(holder).__name__}._global_grad_norm, by which a step is judged")
+    return norm
 
 
 def lasting_gradients(engine: DeepSpeedEngine, *, offloaded: bool) -> list[Tensor]:
