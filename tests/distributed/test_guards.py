@@ -14,6 +14,7 @@ import torch
 
 from megatron_iiet.data.loader.batches import TrainBatches
 from megatron_iiet.parallel import ParallelContext
+from megatron_iiet.parallel.tensor import shard_of
 from megatron_iiet.training.engine import Engine, NotFinite, Verdict
 from megatron_iiet.training.engine.optimizer_state import _prepared_parts
 from tests.distributed.harness import run_ranks
@@ -50,9 +51,13 @@ MORE_CASES = [
 
 @contextmanager
 def multiplied(engine: Engine, factor: float) -> Iterator[str]:
-    """In the block the last rank's gradients of one parameter are multiplied, in the last micro-batch; its
+    """In the block the last rank's gradients of one matrix are multiplied, in the last micro-batch; its
     name."""
-    parameter, name = list(engine._names.items())[-2]
+    # Of what tensor-parallel ranks all hold, the norm is over the first one's.
+    matrices = [
+        (p, n) for p, n in engine._names.items() if n.startswith("layers.") and shard_of(p) is not None
+    ]
+    parameter, name = matrices[-1]
     passes = []
 
     def multiply(gradient: torch.Tensor) -> torch.Tensor:

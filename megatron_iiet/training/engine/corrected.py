@@ -22,6 +22,7 @@ from megatron_iiet.training.engine.deepspeed_internals import (
     DeepSpeedEngine,
     check_classes,
     check_engine,
+    drop_gradients_left_behind,
     kind_of,
     lasting_gradients,
     norm_of,
@@ -107,6 +108,7 @@ class CorrectedEngine(DeepSpeedEngine):
         if kind_of(self) is PLAIN:
             self._global_grad_norm = global_norm(self.module, self.context)
         super()._take_model_step(*args, **kwargs)
+        drop_gradients_left_behind(self)
         self.gate.decide(norm_of(self))  # where DeepSpeed did not ask the optimizer: some norms make it stop
 
     def clip_fp32_gradients(self) -> None:

@@ -162,7 +162,13 @@ BF16 = OptimizerKind(
 ZERO_1_2 = OptimizerKind(
     "DeepSpeedZeroOptimizer",
     "under ZeRO-1 and ZeRO-2",
-    (_UPDATE,),
+    (
+        _UPDATE,
+        Internal("overflow", "whether it left the last step out; what that leaves behind is dropped"),
+        Internal(
+            "averaged_gradients", "sums of gradients by group, None between steps; also after such a step"
+        ),
+    ),
     FLAT_PARAMETER,
     Internal("single_partition_of_fp32_groups", "this rank's part of the masters; read and filled"),
 )
@@ -241,6 +247,13 @@ def norm_of(engine: DeepSpeedEngine) -> Tensor | float:
     except AttributeError:  # one kind of wrapper has it from the first step on only
         refuse(f"has no {type(holder).__name__}._global_grad_norm, by which a step is judged")
     return norm
+
+
+def drop_gradients_left_behind(engine: DeepSpeedEngine) -> None:
+    """After a step: DeepSpeed keeps the sums of an offloaded one that it left out, and adds to them."""
+    wrapper = engine.optimizer
+    if kind_of(engine) is ZERO_1_2 and wrapper.overflow:
+        wrapper.averaged_gradients = dict.fromkeys(wrapper.averaged_gradients)
 
 
 def lasting_gradients(engine: DeepSpeedEngine, *, offloaded: bool) -> list[Tensor]:
