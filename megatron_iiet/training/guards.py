@@ -82,10 +82,8 @@ class Guards:
         most = run.config.guards.max_skips
         told = f"{_numbers(noted)}, {_reason(run, noted)}"
         if self._in_a_row > most:
-            raise _error(
-                run, noted, f"{told}, and is the {self._in_a_row}th in a row, guards.max_skips is {most}"
-            )
-        run.say(f"step {noted.step:>6} | left out: it {told}; {_samples(run, noted.first_sample)}")
+            raise _error(run, noted, f"{told}; the {most} steps before it were left out (guards.max_skips)")
+        run.say(f"step {noted.step:>6} | left out: it {told}; its are {_samples(run, noted.first_sample)}")
 
     def _go_back(self, run: Run, noted: _Noted) -> None:
         """To the newest checkpoint; the steps that led here from there are left out from now on."""

@@ -1,5 +1,5 @@
-"""A step that the gate leaves out moves nothing, in every layout: what follows is what would have followed had
-its batch never been there."""
+"""A step that the gate leaves out moves nothing, in every layout: what follows is what would have followed
+had its batch never been there."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ VERDICTS = [
     *(Verdict.TRAINED, Verdict.SPIKE, Verdict.TRAINED),
 ]
 CASES = [
-    Case(data=2, stage=0, accumulation=3),
     Case(data=2, stage=1, precision="bf16"),
     Case(data=2, stage=2, precision="bf16"),
     Case(data=2, stage=3, accumulation=3),
     Case(pipeline=2, stage=1, accumulation=3),
 ]
 MORE_CASES = [
+    Case(data=2, stage=0, accumulation=3),
     Case(data=2, stage=1),
     Case(data=2, stage=2, offload=True),
     Case(data=2, stage=2, precision="bf16", offload=True),
