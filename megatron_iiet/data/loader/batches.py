@@ -124,12 +124,10 @@ class TrainBatches:
         return self._start + self._delivered // self.micro_steps * self.global_batch_size
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the next global batch starts, what it is a place in, and what was left out."""
-        return {
-            "samples": self.consumed_samples,
-            "windows": [len(source) for source in self.sources],
-            "left_out": as_ranges(self.left_out),
-        }
+        """Where the next global batch starts, what it is a place in, and what was left out, if anything."""
+        windows = [len(source) for source in self.sources]
+        left_out = {"left_out": as_ranges(self.left_out)} if self.left_out else {}
+        return {"samples": self.consumed_samples, "windows": windows} | left_out
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue at a saved place, also under another batch size or number of ranks.

@@ -44,7 +44,10 @@ class StepResult:
         self.lr = lr
         """Learning rate of the step."""
         self._ring = ring
-        self._loss, self._grad_norm, self._verdict, self._parts = loss, grad_norm, verdict, dict(parts or {})
+        self._loss = loss
+        self._grad_norm = grad_norm
+        self._verdict = verdict
+        self._parts = dict(parts or {})
 
     @property
     def is_read(self) -> bool:
