@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
-from megatron_iiet.config.changes import BELOW_ONE, NOT_NEGATIVE, POSITIVE, Change, key
+from megatron_iiet.config.changes import BELOW_ONE, NOT_NEGATIVE, POSITIVE, Change, Range, key
 from megatron_iiet.config.errors import ConfigError
 from megatron_iiet.config.kinds import Kinds
 from megatron_iiet.config.optimizers import OPTIMIZERS, OptimizerConfig
@@ -148,6 +148,9 @@ class DataConfig:
     packed into samples instead of cut by them."""
     split: list[float] = key(factory=lambda: [0.98, 0.01, 0.01], change=ORDER)
     """Shares of documents for train, validation, test; must sum to 1."""
+    skip_steps: list[int | list[int]] = key(factory=list, change=ORDER)
+    """Steps, as numbers or [first, last], whose samples are left out: nothing is computed in them, while the
+    step's number, the learning rate and the place in the data go on. May be changed for steps ahead."""
     num_workers: int = key(1, FREE, NOT_NEGATIVE)
     """Threads per rank that read ahead; 0 reads in the training thread."""
     timeout: float = key(300.0, FREE, POSITIVE)
@@ -157,6 +160,12 @@ class DataConfig:
     def weights(self) -> dict[str, float]:
         """Weight of each corpus, by prefix; data.prefix alone is a blend of one."""
         return self.blend or {self.prefix: 1.0}
+
+    @property
+    def skipped(self) -> frozenset[int]:
+        """The numbers of all steps in skip_steps."""
+        ranges = [each if isinstance(each, list) else [each, each] for each in self.skip_steps]
+        return frozenset(step for first, last in ranges for step in range(first, last + 1))
 
 
 @dataclass
@@ -266,6 +275,27 @@ class LoggingConfig:
 
 
 @dataclass
+class GuardsConfig:
+    """What happens at numbers that training should not go on from."""
+
+    nonfinite: Literal["stop", "skip"] = key("stop", COURSE)
+    """At a loss or gradient that is no number: stop the run, or leave the step out. Either way it moves
+    nothing."""
+    spike: Literal["off", "skip", "rewind"] = key("off", COURSE)
+    """At a loss or gradient norm far above those of the steps before: off trains on it, skip leaves the step
+    out, rewind goes back to the newest checkpoint and leaves out the steps that led there, at most
+    guards.window of them."""
+    window: int = key(100, COURSE, Range("be at least 2", least=2))
+    """Steps over which mean and deviation of loss and gradient norm are taken; before that many there is no
+    spike."""
+    deviations: float = key(6.0, COURSE, POSITIVE)
+    """How many standard deviations above the mean a spike begins."""
+    max_skips: int = key(10, COURSE, POSITIVE)
+    """The run ends after more than that many steps in a row that guards left out, or as many returns to one
+    checkpoint."""
+
+
+@dataclass
 class OpsConfig:
     """Kernels."""
 
@@ -354,6 +384,8 @@ class RunConfig:
     """Saving and resuming."""
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     """Console and TensorBoard."""
+    guards: GuardsConfig = field(default_factory=GuardsConfig)
+    """Numbers that training should not go on from."""
     ops: OpsConfig = field(default_factory=OpsConfig)
     """Kernel choice."""
     guidance: GuidanceConfig = field(default_factory=GuidanceConfig)

@@ -25,6 +25,7 @@ def validate(config: RunConfig) -> None:
     _check_ranges(config)
     _check_attention(config)
     _check_data(config)
+    _check_skipped(config)
     config.solver.check(config.model.num_layers)
     _check_schedule(config)
     _check_batch(config)
@@ -95,6 +96,17 @@ def _check_data(config: RunConfig) -> None:
         )
     if abs(sum(split) - 1) > SUM_TOLERANCE:
         raise ConfigError(f"data.split is {split}, which sums to {sum(split):.6g}; the shares must sum to 1")
+
+
+def _check_skipped(config: RunConfig) -> None:
+    steps = config.training.steps
+    for each in config.data.skip_steps:
+        pair = each if isinstance(each, list) else [each, each]
+        if len(pair) != 2 or not 1 <= pair[0] <= pair[1] <= steps:
+            raise ConfigError(
+                f"data.skip_steps has {each}, but must have steps or pairs [first, last] of the steps 1 to "
+                f"training.steps = {steps}"
+            )
 
 
 def _check_blend(config: RunConfig) -> None:

@@ -11,9 +11,16 @@ from megatron_iiet.config.iteration_plan import IterationPlan
 from megatron_iiet.config.schema import evaluations_in_budget
 from megatron_iiet.data.loader.batches import Batch, ValidationBatch, ValidationBatches
 from megatron_iiet.models.iterations import most_influential
-from megatron_iiet.training.engine import StepResult
+from megatron_iiet.training.engine import StepResult, Verdict
 from megatron_iiet.training.run import Run
 from megatron_iiet.training.utilisation import peak_flops, step_flops
+
+_GROWTH = 2.0
+"""A relative residual that has grown by this factor is told; one of a contracting iteration falls."""
+_LARGE = 0.5
+"""Between two diagnostics only one above this: small ones grow as a model learns to use its corrector."""
+_NAMED = 4
+"""Layers that are named."""
 
 
 class Callback:
@@ -98,6 +105,7 @@ class SolverDiagnostics(Callback):
         """``batch``: this rank's; what the main rank sees in its own is recorded."""
         self.batch = batch
         self.interval = interval
+        self.before: dict[tuple[int, int], float] = {}
 
     def on_start(self, run: Run) -> None:
         if run.step and is_due(run.step, self.interval) and run.lacks("relative_residual/"):
@@ -110,6 +118,10 @@ class SolverDiagnostics(Callback):
 
     def _observe(self, run: Run) -> None:
         statistics = run.engine.observe(self.batch)
+        diverging = describe_divergence(statistics.relative_residual, self.before)
+        if diverging:
+            run.say(f"warning: step {run.step} | the corrector diverges in {diverging}")
+        self.before = statistics.relative_residual
         values = {
             f"relative_residual/layer_{n}_iterate_{i}": v
             for (n, i), v in statistics.relative_residual.items()
@@ -125,6 +137,30 @@ class SolverDiagnostics(Callback):
                 of_iterate = [v for (_, i), v in statistics.relative_residual.items() if i == iterate]
                 means.append(f"{sum(of_iterate) / len(of_iterate):.3f}")
             run.say(f"step {run.step:>6} | relative residual of iterations 1..{last}: {' '.join(means)}")
+
+
+def describe_divergence(
+    residuals: Mapping[tuple[int, int], float], before: Mapping[tuple[int, int], float]
+) -> str:
+    """The layers whose relative residual, by (layer, iterate), grows where it should fall: over the
+    iterations, or, where it is large, since the diagnostics ``before``; "" if there is none."""
+    found = []
+    for layer in sorted({layer for layer, _ in residuals}):
+        last = max(i for n, i in residuals if n == layer)
+        first, end = residuals.get((layer, 1), math.nan), residuals[layer, last]
+        earlier = before.get((layer, last), math.nan)
+        if last and not math.isfinite(end):
+            found.append(f"layer {layer} (relative residual {end} in iteration {last})")
+        elif last > 1 and end > _GROWTH * first:
+            found.append(
+                f"layer {layer} (relative residual {first:.3g} → {end:.3g} over iterations 1..{last})"
+            )
+        elif last and end > _GROWTH * earlier and end > _LARGE:
+            found.append(
+                f"layer {layer} (relative residual {earlier:.3g} → {end:.3g} since the last diagnostics)"
+            )
+    more = f" and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
+    return ", ".join(found[:_NAMED]) + more
 
 
 class MetricLogger(Callback):
@@ -152,6 +188,15 @@ class MetricLogger(Callback):
             run.say(f"utilisation is a share of {self.peak / 1e12:.3g} TFLOP/s a device ({reason})")
 
     def on_step(self, run: Run, result: StepResult) -> None:
+        run.record_result(result)
+        if not (result.is_read and result.verdict is Verdict.LEFT_OUT):
+            self._count(run)
+        if self.steps and (is_due(run.step, run.config.logging.interval) or run.step == run.last_step):
+            self._report(run, result)
+            self._reset()
+
+    def _count(self, run: Run) -> None:
+        """Add up what the step took."""
         config = run.config
         needed, done = step_flops(
             run.engine.meta_model, config.data.sequence_length, config.training.recompute
@@ -161,17 +206,12 @@ class MetricLogger(Callback):
         self.done_flops += done * config.training.global_batch_size
         self.steps += 1
         self.seconds += run.step_seconds
-        run.record({"loss": result.loss, "grad_norm": result.grad_norm, "lr": result.lr})
         # Of this step alone, so that sums over a resumed run's log are right.
         run.record({"flops": needed * config.training.global_batch_size, "step_seconds": run.step_seconds})
         if run.engine.meta_teacher is not None:
             taught = run.engine.meta_teacher.forward_flops(config.data.sequence_length)
             self.done_flops += taught * config.training.global_batch_size
             run.record({"teacher_flops": taught * config.training.global_batch_size})
-            run.record({f"distillation/{name}": value for name, value in result.parts.items()})
-        if is_due(run.step, config.logging.interval) or run.step == run.last_step:
-            self._report(run, result)
-            self._reset()
 
     def _report(self, run: Run, result: StepResult) -> None:
         config = run.config

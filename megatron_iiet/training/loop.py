@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Sequence
 
 from megatron_iiet.signals import Phase
 from megatron_iiet.training.callbacks import Callback
+from megatron_iiet.training.engine import StepResult, Verdict
+from megatron_iiet.training.guards import Guards, must_read
 from megatron_iiet.training.run import Run
 from megatron_iiet.training.schedules import learning_rate
 from megatron_iiet.training.stopping import Stopped, heard
@@ -18,10 +19,10 @@ def train(run: Run, callbacks: Sequence[Callback]) -> bool:
     stop; whether they got to the end.
 
     Raises:
-        FloatingPointError: loss or gradient stopped being finite; the checkpoints before are untouched.
+        BadNumbersError: loss or gradient stopped being finite, or a guard gave up; nothing was trained on it.
         ValueError: another run has taken the folder.
     """
-    first = run.step
+    first, guards = run.step, None
     with heard(run.config, Phase.TRAINING) as requests:
         finished = True
         try:
@@ -31,16 +32,19 @@ def train(run: Run, callbacks: Sequence[Callback]) -> bool:
             for callback in callbacks:
                 callback.on_start(run)
             run.flush()
+            guards = Guards(run)
             while run.step < run.last_step:
                 if run.step + 1 == run.last_step:
                     requests.enter(Phase.ENDING)
-                _train_step(run, callbacks)
+                _train_step(run, callbacks, guards)
                 run.continue_saving()
                 run.stop_if_asked()
         except Stopped as reason:
             finished = False
             run.say(f"step {run.step:>6} | stopping on {reason}; the same command goes on from here")
         if finished or run.step > first:  # else there is nothing to save
+            if guards is not None:
+                guards.settle(run)
             for callback in callbacks:
                 callback.on_end(run)
         run.flush()
@@ -48,22 +52,28 @@ def train(run: Run, callbacks: Sequence[Callback]) -> bool:
     return finished
 
 
-def _train_step(run: Run, callbacks: Sequence[Callback]) -> None:
-    config = run.config
+def _train_step(run: Run, callbacks: Sequence[Callback], guards: Guards) -> None:
     run.enter_stage()
+    first_sample = run.batches.consumed_samples
     started = time.perf_counter()
-    result = run.engine.train_step(
-        run.batches, learning_rate(config.optimizer, run.step, config.training.steps)
-    )
-    run.step_seconds = time.perf_counter() - started
+    result = _take_step(run)
     run.step += 1
-    if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
-        # DeepSpeed leaves such a step out without a word.
-        raise FloatingPointError(
-            f"step {run.step} has loss {result.loss} and gradient norm {result.grad_norm}; resume from "
-            f"the last checkpoint with a smaller optimizer.lr (now {config.optimizer.lr}) or a larger "
-            "optimizer.warmup_fraction"
-        )
+    guards.note(run, first_sample, result)
+    if must_read(run.config, run.step, run.last_step):
+        result.read()  # waits for the device, which is part of the step's time
+    run.step_seconds = time.perf_counter() - started
+    if result.is_read and guards.settle(run):
+        return
     for callback in callbacks:
         callback.on_step(run, result)
     run.flush()
+
+
+def _take_step(run: Run) -> StepResult:
+    config, batches = run.config, run.batches
+    lr = learning_rate(config.optimizer, run.step, config.training.steps)
+    if not batches.leaves_out(run.step + 1):
+        return run.engine.train_step(batches, lr)
+    batches.pass_over()
+    batches.left_out.add(run.step + 1)
+    return StepResult(lr=lr, verdict=Verdict.LEFT_OUT)

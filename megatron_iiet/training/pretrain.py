@@ -243,6 +243,7 @@ def train_batches(config: RunConfig, corpora: Corpora, context: ParallelContext)
         num_workers=config.data.num_workers,
         timeout=config.data.timeout,
         pin_memory=context.device.type == "cuda",
+        skipped=config.data.skipped,
     )
 
 

@@ -4,7 +4,7 @@ by name, and whether there is anything left to do. All of it before anything is 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -212,10 +212,11 @@ def differences(before: RunConfig, config: RunConfig, step: int) -> list[Differe
         kind = f"{section}.kind"
         if any(one.key == kind for one in found):  # the other keys there mean something else then
             found = [one for one in found if one.key == kind or not one.key.startswith(f"{section}.")]
-    return [
-        _refused_if_another_stage(one, before, config, step) if one.key == "training.steps" else one
-        for one in found
-    ]
+    judged: dict[str, Callable[..., Difference]] = {
+        "training.steps": _refused_if_another_stage,
+        "data.skip_steps": _refused_if_behind,
+    }
+    return [judged[one.key](one, before, config, step) if one.key in judged else one for one in found]
 
 
 def _refused_if_another_stage(
@@ -228,6 +229,15 @@ def _refused_if_another_stage(
         return difference
     note = f", which moves step {step} into another stage, from r = {there} to r = {here}"
     return replace(difference, change=Change.FUNCTION, note=note)
+
+
+def _refused_if_behind(difference: Difference, before: RunConfig, config: RunConfig, step: int) -> Difference:
+    """What was left out, and what was not, is past; of the steps ahead it may be said anew."""
+    changed = before.data.skipped ^ config.data.skipped
+    behind = sorted(number for number in changed if number <= step)
+    if not behind:
+        return replace(difference, change=Change.COURSE)
+    return replace(difference, note=f", which differ in step {behind[0]} of the {step} that are done")
 
 
 def content_differences(
@@ -300,6 +310,7 @@ def _in_force(config: RunConfig) -> dict[str, Any]:
         "data.blend": Blend(values["data.blend"]).shares,
         # Corpora are compared by what they hold.
         "data.validation_prefix": bool(data.validation_prefix),
+        "data.skip_steps": data.skipped,
     }
     if isinstance(config.solver, Iterating):
         values["solver.iterations"] = _number_or_list(iterations_per_layer(config))
@@ -311,6 +322,8 @@ def _in_force(config: RunConfig) -> dict[str, Any]:
         section = f"{decisive.split('.')[0]}."
         if not values[decisive]:
             without_effect += [key for key in values if key.startswith(section) and key != decisive]
+    if config.guards.spike == "off":
+        without_effect += ["guards.window", "guards.deviations"]
     if data.validation_prefix:
         without_effect.append("data.split")
     return {key: value for key, value in values.items() if key not in without_effect}

@@ -20,7 +20,7 @@ from megatron_iiet.storage import checkpoint, retention
 from megatron_iiet.storage.fragments import Fragment
 from megatron_iiet.storage.integrity import SaveIdentity
 from megatron_iiet.storage.selection import lineage_to, next_serial
-from megatron_iiet.training.engine import Engine
+from megatron_iiet.training.engine import Engine, StepResult, Verdict
 from megatron_iiet.training.layout import layout_of
 from megatron_iiet.training.lock import RunLock
 from megatron_iiet.training.metrics import MetricWriter
@@ -64,6 +64,9 @@ class Run:
     _in_background: bool | None = None
     _stage: tuple[list[int], bool] | None = None
     _values: dict[str, float] = field(default_factory=dict)
+    _result: StepResult | None = None
+    _unwritten: list[tuple[int, StepResult | None, dict[str, float]]] = field(default_factory=list)
+    """Records of steps whose numbers are still on the device, and of those after them."""
     _writer: MetricWriter | None = None
     lock: RunLock | None = None
     """The main rank's on the run's folder, if it has one."""
@@ -98,13 +101,31 @@ class Run:
         before what was to be done after that step."""
         return bool(self._recorded) and not any(name.startswith(names) for name in self._recorded)
 
+    def record_result(self, result: StepResult) -> None:
+        """Add what the step did to its record, once it is read."""
+        self._result = result
+
     def flush(self, *, to_disk: bool = False) -> None:
-        """Write this step's record (main rank) and start the next."""
-        if self._writer is not None:
-            self._writer.write(self.step, self._values)
-            if to_disk:
-                self._writer.sync()
-        self._values = {}
+        """Write this step's record (main rank) and start the next. A record waits for its step's numbers, and
+        for the records before it."""
+        self._unwritten.append((self.step, self._result, self._values))
+        self._result, self._values = None, {}
+        self._write_known()
+        if to_disk and self._writer is not None:
+            self._writer.sync()
+
+    def forget_records(self, first: int) -> None:
+        """Write the records that wait, but those of steps from ``first`` on: they moved nothing and count for
+        nothing."""
+        self._unwritten = [record for record in self._unwritten if record[0] < first]
+        self._result, self._values = None, {}
+        self._write_known()
+
+    def _write_known(self) -> None:
+        while self._unwritten and ((result := self._unwritten[0][1]) is None or result.is_read):
+            step, _, values = self._unwritten.pop(0)
+            if self._writer is not None:
+                self._writer.write(step, ({} if result is None else _numbers_of(result)) | values)
 
     def stop_if_asked(self) -> None:
         """Where training may end, if it is to; every rank calls it at the same place. Not in its last step,
@@ -264,9 +285,9 @@ class Run:
         with failing_together(self.context):
             state, plan = checkpoint.read_state(folder), checkpoint.read_plan(folder)
             reader = checkpoint.open_weights(folder)
-        with reader:
-            self.engine.load(reader, state.step)
         self.batches.load_state_dict(state.data)
+        with reader:
+            self.engine.load(reader, self.batches.trained_steps(state.step))
         self.step = self.resumed_step = state.step
         if self.context.is_main:  # which writes
             self.lineage = lineage_to(folder)
@@ -276,6 +297,19 @@ class Run:
             full = iterations_per_layer(self.config)
             valid = ([plan.full] * len(full), plan.budget) == (full, guidance.budget)
             self.plan = plan if valid else None
+
+    def go_back(self, folder: Path) -> None:
+        """Continue from an earlier checkpoint of this run, in the same process.
+
+        Raises:
+            ValueError: it cannot be read.
+        """
+        if self._writer is not None:  # the next one takes the events after that step out
+            self._writer.close()
+            self._writer = None
+        self.plan, self._stage = None, None
+        self.resume(folder)
+        self.open_record()
 
     def memory_of_ranks(self) -> list[tuple[int, int]]:
         """Bytes that each rank holds of its device's memory, and the most it held; every rank asks."""
@@ -298,3 +332,12 @@ class Run:
         used, full = sum(r + 1 for r in counts), sum(r + 1 for r in iterations_per_layer(self.config))
         source = "even until the first plan" if self.plan is None else f"planned after step {self.plan.step}"
         return f"{described}, {used} of {full} evaluations ({used / full:.0%}), {source}"
+
+
+def _numbers_of(result: StepResult) -> dict[str, float]:
+    """What a step's record has of it."""
+    if result.verdict is Verdict.LEFT_OUT:
+        return {"lr": result.lr, "skipped": 1.0}
+    numbers = {"loss": result.loss, "grad_norm": result.grad_norm, "lr": result.lr}
+    numbers |= {f"distillation/{name}": value for name, value in result.parts.items()}
+    return numbers if result.verdict is Verdict.TRAINED else numbers | {"skipped": 1.0}

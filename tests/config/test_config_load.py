@@ -90,7 +90,8 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "data": {
         "prefix": "", "blend": {}, "validation_prefix": "", "tokenizer": "", "text_follows": "eod",
         "sequence_length": 2048,
-        "documents": "ignore", "split": [0.98, 0.01, 0.01], "num_workers": 1, "timeout": 300.0,
+        "documents": "ignore", "split": [0.98, 0.01, 0.01], "skip_steps": [],
+        "num_workers": 1, "timeout": 300.0,
     },
     "optimizer": {
         "kind": "adamw", "lr": 3e-4, "min_lr_ratio": 0.1, "warmup_fraction": 0.05, "schedule": "cosine",
@@ -108,6 +109,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     },
     "checkpoint": {"interval": 500, "keep": 2, "keep_every": 0, "mode": "auto", "resume": True},
     "logging": {"interval": 10, "tensorboard": True, "solver_interval": 200, "peak_tflops": None},
+    "guards": {"nonfinite": "stop", "spike": "off", "window": 100, "deviations": 6.0, "max_skips": 10},
     "ops": {"backend": "auto", "history_gradient": "transposed"},
     "guidance": {"interval": 0, "budget": 0.5, "start": 0.1, "samples": 32, "decay": 0.5, "inertia": 0.5},
     "distillation": {"teacher": "", "alpha": 0.01, "beta": 1.0, "temperature": 1.0},

@@ -105,6 +105,7 @@ POSITIVE_KEYS = """
     training: steps global_batch_size micro_batch_size stop_after max_wall_time
     evaluation: samples tasks_limit
     logging: interval peak_tflops
+    guards: deviations max_skips
     guidance: samples
     distillation: temperature
 """
@@ -126,6 +127,7 @@ EDGES = [
     (POSITIVE_KEYS, "be greater than 0", [-1, 0], [1]),
     (NOT_NEGATIVE_KEYS, "be 0 or greater", [-1], [0, 1]),
     (BELOW_ONE_KEYS, "be at least 0 and less than 1", [-1e-9, 1.0, 2.0], [0.0, 0.999]),
+    ("guards: window", "be at least 2", [-1, 1], [2]),
     ("optimizer: min_lr_ratio", "lie between 0 and 1", [-1e-9, 1.001], [0.0, 1.0]),
     ("solver: damping", "lie between 0 and 1", [1.001], [1.0]),
 ]
@@ -258,6 +260,22 @@ COMBINATION_ERRORS: list[tuple[dict[str, Any], str]] = [
     (
         {"data__split": [0.9, 0.05, 0.01]},
         "data.split is [0.9, 0.05, 0.01], which sums to 0.96; the shares must sum to 1",
+    ),
+    (
+        {"data__skip_steps": [3, [5, 6, 7]]},
+        "data.skip_steps has [5, 6, 7], but must have steps or pairs [first, last] of the steps 1 to training.steps = 1000",
+    ),
+    (
+        {"data__skip_steps": [[5, 4]]},
+        "data.skip_steps has [5, 4], but must have steps or pairs [first, last] of the steps 1 to training.steps = 1000",
+    ),
+    (
+        {"data__skip_steps": [[1, 1000], 0]},
+        "data.skip_steps has 0, but must have steps or pairs [first, last] of the steps 1 to training.steps = 1000",
+    ),
+    (
+        {"data__skip_steps": [1001]},
+        "data.skip_steps has 1001, but must have steps or pairs [first, last] of the steps 1 to training.steps = 1000",
     ),
     (
         {"data__blend": {"a": 0.5, "b": 1.0}, "data__prefix": "c"},

@@ -261,6 +261,44 @@ def test_resume_is_exact(workers: int, delivered: int) -> None:
     assert take(third, 6) == uninterrupted[full + 4 : full + 10]
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_steps_left_out(workers: int) -> None:
+    """Their samples are consumed unread, and a place knows them."""
+    options: dict[str, Any] = {"micro_batch_size": 2, "skipped": {2}}
+    whole = take(batches(37, 1, 2, micro_batch_size=2), 10)
+    reader = batches(37, 1, 2, num_workers=workers, **options)
+    assert [reader.leaves_out(step) for step in (1, 2, 3)] == [False, True, False]
+    assert take(reader, 2) == whole[:2]
+    reader.pass_over()
+    reader.left_out |= {2, 3, 4, 9}
+    assert take(reader, 2) == whole[4:6]
+    state = reader.state_dict()
+    assert state == {"samples": 24, "windows": [37], "left_out": [[2, 4], [9, 9]]}
+    other = batches(37, 1, 2, **options)
+    other.load_state_dict(state)
+    assert other.left_out == {2, 3, 4, 9}
+    assert [other.trained_steps(step) for step in (1, 3, 4, 8, 9, 10)] == [1, 1, 1, 5, 5, 6]
+    other.load_state_dict({"samples": 24, "windows": [37]})
+    assert other.left_out == set()
+
+
+@pytest.mark.parametrize("documents", KINDS)
+def test_a_global_batch_again(documents: str) -> None:
+    """Without a change of the place; with the number, source and window of each row."""
+    sources = [numbered(37, documents), numbered(20, documents)]
+    options: dict[str, Any] = {"weights": (2.0, 1.0), "rank": 1, "ranks": 2, "micro_batch_size": 2}
+    reader = batches(sources, **options)
+    read = list(islice(reader, 8))
+    again = list(reader.again(16))
+    assert [windows(batch) for batch in again] == [windows(batch) for batch in read[4:6]]
+    assert [batch.count for batch in again] == [batch.count for batch in read[4:6]]
+    assert reader.consumed_samples == 32
+    rows = [row for micro_step in (0, 1) for row in reader.rows_of(16, micro_step)]
+    assert [sample for sample, _, _ in rows] == [18, 19, 22, 23]
+    of_order, windows_of_order = reader.order([18, 19, 22, 23])
+    assert [row[1:] for row in rows] == list(zip(of_order.tolist(), windows_of_order.tolist(), strict=True))
+
+
 @pytest.mark.parametrize("documents", KINDS)
 @pytest.mark.parametrize("at_once", [1, 20, 50])
 def test_the_order_is_computed_in_blocks(

@@ -114,6 +114,10 @@ class Case:
     """One of SHAPES."""
     teacher: str = ""
     """Solver of a model to learn from, see :func:`write_teacher`."""
+    offload: bool = False
+    """Whether the optimizer is in the memory of the CPU, as DeepSpeed means it."""
+    guards: tuple[tuple[str, Any], ...] = ()
+    """Keys of the section guards with their values."""
 
     @property
     def grid(self) -> tuple[int, int, int]:
@@ -179,6 +183,7 @@ class Case:
                     "precision": self.precision,
                     "recompute": self.recompute,
                 },
+                "guards": dict(self.guards),
                 "ops": {"backend": self.backend, "history_gradient": self.history},
                 "distillation": {
                     "teacher": self.teacher and str(Path(folder) / f"{self.teacher}-{self.tied}"),
@@ -318,6 +323,8 @@ def open_engine(
     zero: dict[str, Any] = {"stage": case.stage}
     if case.stage == 3 and case.accumulation == 1:  # DeepSpeed would keep parameters as small as these whole
         zero["stage3_param_persistence_threshold"] = 0
+    if case.offload:
+        zero["offload_optimizer"] = {"device": "cpu"}
     ds_json = {"zero_optimization": zero}
     size = check_combination(config, ds_json, world.world_size, "the test")
     ds_config = reconcile(ds_json, config, size)

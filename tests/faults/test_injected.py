@@ -18,7 +18,7 @@ pytestmark = pytest.mark.slow
 CASES = {
     "kill@step=4,rank=1": "rank [01] (died|failed)",  # the other one finds its peer gone
     "raise@step=4,rank=0": "debug.inject: a callback raises before step 4",
-    "nan@step=4,rank=1": "FloatingPointError: step 4 ",
+    "nan@step=4,rank=1": "BadNumbersError: step 4 ",
     "enospc@step=4,rank=0": r"step_00000004 was not written, rank 0 failed: .*No space left on device",
 }
 

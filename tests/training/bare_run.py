@@ -14,7 +14,7 @@ from megatron_iiet.models import Transformer
 from megatron_iiet.parallel import ParallelContext
 from megatron_iiet.parallel.group import Group
 from megatron_iiet.parallel.tensor import TensorParallel
-from megatron_iiet.training.engine import Engine, StepResult
+from megatron_iiet.training.engine import Engine, NotFinite, StepResult
 from megatron_iiet.training.run import Run
 from tests.tiny import tiny_config
 
@@ -61,6 +61,9 @@ class BareEngine:
         self.lrs.append(lr)
         return self._result(len(self.lrs), lr)
 
+    def look_again(self, micro_batches: object) -> list[NotFinite]:
+        return []
+
     def coefficient_norms(self) -> dict[str, float]:
         return {"layers.0.solver.coefficients": 2.0}
 
@@ -82,8 +85,15 @@ def bare_run(
     output_dir.mkdir(exist_ok=True)
     of_teacher = None if teacher is None else tiny_config(PATHS, output_dir, solver=teacher)
     engine = BareEngine(config, result, of_teacher)
+    skipped = config.data.skipped
     batches = SimpleNamespace(
-        close=lambda: None, consumed_samples=4, order=SimpleNamespace(epochs=lambda n: [n / 16])
+        close=lambda: None,
+        consumed_samples=4,
+        order=SimpleNamespace(epochs=lambda n: [n / 16]),
+        left_out=set(),
+        leaves_out=lambda step: step in skipped,
+        pass_over=lambda: None,
+        again=lambda first_sample: iter(()),
     )
     run = Run(config, {}, alone(world_size), cast(Engine, engine), cast(Any, batches), ["shard"], {})
     run.step = step

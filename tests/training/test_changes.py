@@ -75,6 +75,7 @@ OTHER: dict[str, Any] = {
     "data.sequence_length": 8,
     "data.documents": "reset",
     "data.split": [0.9, 0.1, 0.0],
+    "data.skip_steps": [1, [3, 4]],
     "data.num_workers": 3,
     "data.timeout": 1.0,
     "optimizer.kind": "momentum",
@@ -114,6 +115,11 @@ OTHER: dict[str, Any] = {
     "logging.tensorboard": False,
     "logging.solver_interval": 5,
     "logging.peak_tflops": 5.0,
+    "guards.nonfinite": "skip",
+    "guards.spike": "rewind",
+    "guards.window": 5,
+    "guards.deviations": 5.0,
+    "guards.max_skips": 5,
     "ops.backend": "reference",
     "ops.history_gradient": "per_edge",
     "guidance.interval": 5,
@@ -145,6 +151,7 @@ def everything_in_force(name: str = "solver.iterations") -> RunConfig:
     if section == "solver" and leaf not in ("kind", "variant"):
         config.solver = solver_with(leaf)
     config.guidance.interval = 2
+    config.guards.spike = "skip"
     config.distillation.teacher = "runs/teacher"
     return config
 
@@ -235,6 +242,19 @@ def test_what_is_told() -> None:
     ]
     assert told({}, {"guidance": {"interval": 2, "budget": 0.9}}) == ["FUNCTION guidance.interval: 0 → 2"]
     assert told({}, {"data": {"blend": {"a": 2, "b": 1}}}) == ["ORDER data.blend: [1.0] → [2.0, 1.0]"]
+
+
+def test_steps_ahead_may_be_left_out_and_no_longer_left_out() -> None:
+    def skipping(*steps: int | list[int]) -> dict[str, Any]:
+        return {"data": {"skip_steps": list(steps)}}
+
+    assert told(skipping(3, [6, 7]), skipping([3, 3], 8)) == [
+        "COURSE data.skip_steps: [3, [6, 7]] → [[3, 3], 8]"
+    ]
+    note = ", which differ in step 3 of the 4 that are done"
+    assert told(skipping(3), skipping()) == [f"ORDER data.skip_steps: [3] → []{note}"]
+    assert told(skipping(), skipping([3, 5])) == [f"ORDER data.skip_steps: [] → [[3, 5]]{note}"]
+    assert told(skipping([2, 4]), skipping(2, 3, [4, 4])) == []
 
 
 STAGED = {**ITERATING, "schedule": [[0.75, 0], [0.25, 3]]}

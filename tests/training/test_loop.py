@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from megatron_iiet.training.callbacks import Callback, Checkpointing, MetricLogger, Validation
-from megatron_iiet.training.engine import StepResult
+from megatron_iiet.training.engine import StepResult, Verdict
+from megatron_iiet.training.guards import BadNumbersError
 from megatron_iiet.training.lock import RunLock
 from megatron_iiet.training.loop import train
 from megatron_iiet.training.metrics import read_log
@@ -23,12 +24,14 @@ from tests.training.bare_run import bare_run
 
 @pytest.mark.parametrize(("loss", "norm"), [(math.nan, 1.0), (2.0, math.inf), (math.inf, math.nan)])
 def test_a_step_that_is_not_finite_ends_the_run(loss: float, norm: float, tmp_path: Path) -> None:
-    """Either of them is enough; nothing of the step is recorded."""
+    """Nothing of the step is recorded."""
     run = bare_run(
         tmp_path / "run",
-        lambda step, lr: StepResult(loss if step == 3 else 5.0, norm if step == 3 else 1.0, lr),
+        lambda step, lr: (
+            StepResult(loss, norm, lr, verdict=Verdict.NOT_FINITE) if step == 3 else StepResult(5.0, 1.0, lr)
+        ),
     )
-    with pytest.raises(FloatingPointError, match=r"^step 3 has loss .*optimizer\.lr \(now 0\.01\)"):
+    with pytest.raises(BadNumbersError, match=r"^step 3 has loss .*optimizer\.lr \(now 0\.01\)"):
         train(run, [])
     run.close()
     assert len(run.engine.lrs) == 3  # type: ignore[attr-defined]

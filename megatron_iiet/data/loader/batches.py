@@ -11,7 +11,7 @@ Shape suffixes: B micro-batch, T1 window of T + 1 tokens.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from functools import lru_cache
 from itertools import count
 from typing import Any, NamedTuple
@@ -69,6 +69,7 @@ class TrainBatches:
         num_workers: threads that read ahead; 0 reads in this one. The order does not depend on it.
         timeout: seconds to wait for a thread.
         pin_memory: put batches in page-locked memory, for copies to a GPU in the background.
+        skipped: steps, from 1, whose global batches are to be left out.
 
     Raises:
         ValueError: no windows, G is not a multiple of B * ranks, or the weights cannot be blended.
@@ -89,6 +90,7 @@ class TrainBatches:
         num_workers: int = 0,
         timeout: float = 300.0,
         pin_memory: bool = False,
+        skipped: Collection[int] = (),
     ) -> None:
         if (
             micro_batch_size < 1
@@ -108,6 +110,10 @@ class TrainBatches:
         self.micro_steps = global_batch_size // (micro_batch_size * data_parallel_size)
         self._rank, self._ranks = data_parallel_rank, data_parallel_size
         self._num_workers, self._timeout, self._pin_memory = num_workers, timeout, pin_memory
+        self.skipped = frozenset(skipped)
+        self.left_out: set[int] = set()
+        """Steps, from 1, whose samples did not train the model, or will not: a part of the place in the data,
+        so that whoever goes on from it knows them."""
         self._start = 0  # first sample of the first global batch since the last load
         self._delivered = 0  # micro-batches handed out since then
         self._batches: Iterator[Batch] | None = None
@@ -118,8 +124,10 @@ class TrainBatches:
         return self._start + self._delivered // self.micro_steps * self.global_batch_size
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the next global batch starts, and what it is a place in."""
-        return {"samples": self.consumed_samples, "windows": [len(source) for source in self.sources]}
+        """Where the next global batch starts, what it is a place in, and what was left out, if anything."""
+        windows = [len(source) for source in self.sources]
+        left_out = {"left_out": as_ranges(self.left_out)} if self.left_out else {}
+        return {"samples": self.consumed_samples, "windows": windows} | left_out
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue at a saved place, also under another batch size or number of ranks.
@@ -143,6 +151,32 @@ class TrainBatches:
         self.close()
         self._start = samples
         self._delivered = 0
+        self.left_out = of_ranges(state.get("left_out", []))
+
+    def leaves_out(self, step: int) -> bool:
+        """Whether the samples of a step, from 1, are not to be trained on."""
+        return step in self.skipped or step in self.left_out
+
+    def trained_steps(self, step: int) -> int:
+        """How many of the steps up to this one trained the model."""
+        return step - sum(left_out <= step for left_out in self.left_out)
+
+    def pass_over(self) -> None:
+        """Go on to the next global batch without reading this one."""
+        self.close()
+        self._delivered += self.micro_steps
+
+    def again(self, first_sample: int) -> Iterator[Batch]:
+        """This rank's micro-batches of the global batch that starts at a sample; the place stays."""
+        plan = _Plan(self, first_sample)
+        return (_MicroBatch(plan, number, self._pin_memory).run() for number in range(self.micro_steps))
+
+    def rows_of(self, first_sample: int, micro_step: int) -> list[tuple[int, int, int]]:
+        """Sample, source and window of each of this rank's rows of a micro-step of that global batch."""
+        plan = _Plan(self, first_sample)
+        sources, windows, _ = plan.rows(micro_step)
+        samples = range(plan.first_sample(micro_step), plan.first_sample(micro_step) + len(windows))
+        return list(zip(samples, sources, windows, strict=True))
 
     def close(self) -> None:
         """End the reading threads; they come back when another batch is wanted."""
@@ -166,7 +200,7 @@ class TrainBatches:
 
     def _read(self) -> Iterator[Batch]:
         # Nothing below may refer to self: threads end when their reader does, which a cycle would delay.
-        plan = _Plan(self)
+        plan = _Plan(self, self._start)
         jobs = (_MicroBatch(plan, number, self._pin_memory) for number in count(self._delivered))
         if self._num_workers == 0:
             return (job.run() for job in jobs)
@@ -179,12 +213,13 @@ class _Plan:
     Shape suffixes: M micro-steps of a global batch.
     """
 
-    def __init__(self, batches: TrainBatches) -> None:
+    def __init__(self, batches: TrainBatches, first: int) -> None:
+        """``first``: sample that the first global batch starts with."""
         self.sources = batches.sources
         self.shape = (batches.micro_batch_size, self.sources[0].sequence_length + 1)
         self.has_positions = self.sources[0].has_positions
         self._order = batches.order
-        self._first, self._global_size = batches._start, batches.global_batch_size
+        self._first, self._global_size = first, batches.global_batch_size
         self._micro_steps = batches.micro_steps
         self._micro_batches = self._micro_steps * batches._ranks
         dealt = np.arange(self._global_size).reshape(self._micro_steps, batches._ranks, self.shape[0])
@@ -325,3 +360,19 @@ class ValidationBatches:
 
 def _listed(numbers: Sequence[int]) -> str:
     return " + ".join(f"{number:,}" for number in numbers)
+
+
+def as_ranges(steps: Iterable[int]) -> list[list[int]]:
+    """Numbers as [first, last] of every run of them, in order."""
+    ranges: list[list[int]] = []
+    for step in sorted(steps):
+        if ranges and ranges[-1][1] == step - 1:
+            ranges[-1][1] = step
+        else:
+            ranges.append([step, step])
+    return ranges
+
+
+def of_ranges(ranges: Iterable[Sequence[int]]) -> set[int]:
+    """What :func:`as_ranges` was given."""
+    return {step for first, last in ranges for step in range(first, last + 1)}

@@ -5,12 +5,13 @@ from __future__ import annotations
 import warnings
 
 from megatron_iiet.parallel import ParallelContext
-from megatron_iiet.training.engine.base import Engine, StepResult
+from megatron_iiet.training.engine.base import Engine, NotFinite
 from megatron_iiet.training.engine.deepspeed_internals import forbid_shared_memory_collective
 from megatron_iiet.training.engine.pipelined import PipelinedEngine
 from megatron_iiet.training.engine.plain import PlainEngine
+from megatron_iiet.training.engine.results import StepResult, Verdict
 
-__all__ = ["Engine", "StepResult", "engine_class"]
+__all__ = ["Engine", "NotFinite", "StepResult", "Verdict", "engine_class"]
 
 forbid_shared_memory_collective()
 # DeepSpeed calls a collective by the name it had before torch 2.13; users cannot help it.

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,24 +30,24 @@ from megatron_iiet.storage.integrity import SaveIdentity
 from megatron_iiet.storage.source import Source
 from megatron_iiet.training.engine.corrected import CorrectedEngine, model_parallel_unit
 from megatron_iiet.training.engine.optimizer_state import load_fragments, own_fragments, start_from
+from megatron_iiet.training.engine.results import Ring, StepResult
 from megatron_iiet.training.saving import Saving
 from megatron_iiet.training.stopping import failing_together
 from megatron_iiet.training.warm_start import WarmStart
 
+_TERMS = tuple(LossParts.__annotations__)
+"""Of a loss that has several."""
+
 
 @dataclass(frozen=True)
-class StepResult:
-    """What one optimizer step did."""
+class NotFinite:
+    """What one rank finds in the gradients of a step, on its own micro-batches and before any exchange."""
 
-    loss: float
-    """What was minimised: mean cross-entropy in nats per token over the global batch's targets, and whatever
-    distillation adds."""
-    grad_norm: float
-    """Global gradient norm before clipping."""
-    lr: float
-    """Learning rate applied."""
-    parts: dict[str, float] = field(default_factory=dict)
-    """Terms of a loss that has several, unweighted, by name."""
+    rank: int
+    micro_steps: tuple[int, ...]
+    """Those that have gradients which are no numbers."""
+    parameters: tuple[str, ...]
+    """Whose they are, in the order of the backward pass."""
 
 
 class Engine(ABC):
@@ -61,6 +62,8 @@ class Engine(ABC):
     meta_teacher: Transformer | None
     """As :attr:`meta_model`."""
     _engine: CorrectedEngine
+    ring: Ring
+    """Numbers of the steps taken, until they are read."""
 
     def __init__(
         self,
@@ -100,6 +103,7 @@ class Engine(ABC):
             self.model.initialise(config.training.seed, writable=self._writable, keep=taken)
         self._names = {parameter: name for name, parameter in self.model.named_parameters()}
         self._engine = self._start(config, ds_config)
+        self.ring = Ring(at_once=context.device.type == "cpu")
         if warm is not None:
             start_from(self._engine, self._names, warm)
         self.set_iterations(iterations_per_layer(config), merging=True)
@@ -212,18 +216,52 @@ class Engine(ABC):
             return nullcontext()
         return deepspeed.zero.GatheredParameters(parameters, modifier_rank=modifier_rank)
 
-    def _step_result(self, loss: float, lr: float, parts: list[LossParts] | None) -> StepResult:
-        """Of the step that ends; ``parts``: this rank's of the loss, one a micro-batch, which it takes."""
-        norm = float(self._engine.get_global_grad_norm())
+    def look_again(self, micro_batches: Iterator[Batch]) -> list[NotFinite]:
+        """Go through a step's batch once more, moving nothing: which ranks have gradients that are no
+        numbers, of which parameters. Every rank calls it, between steps."""
+        found: dict[str, list[int]] = {}
+        passes: dict[str, int] = {}
+
+        def look(name: str, gradient: Tensor) -> None:
+            passes[name] = passes.get(name, -1) + 1
+            if not gradient.isfinite().all():
+                found.setdefault(name, []).append(passes[name])
+
+        named = [(name, p) for p, name in self._names.items() if p.requires_grad]
+        hooks = [parameter.register_hook(partial(look, name)) for name, parameter in named]
+        try:
+            with self._engine.gate.shut():
+                self.train_step(micro_batches, self._engine.optimizer.param_groups[0]["lr"])
+        finally:
+            for hook in hooks:
+                hook.remove()
+        self.ring.read()
+        self._engine.global_steps -= 1
+        self._engine.forget_gradients()
+        micro_steps = sorted({number for numbers in found.values() for number in numbers})
+        own = NotFinite(self.context.rank, tuple(micro_steps), tuple(found))
+        return [each for each in self.context.world.gather_objects(own) if each.parameters]
+
+    def open_gate(self, recent: Sequence[tuple[float, float]]) -> None:
+        """Let steps move the model again; ``recent``: loss and gradient norm of the last that did."""
+        self._engine.gate.open(recent)
+
+    def _numbers(self, loss: Tensor, parts: list[LossParts] | None) -> Tensor:
+        """Loss of a step and the terms of it, fp64 [1 + terms], before the optimizer steps; ``parts``: this
+        rank's of the terms, one a micro-batch, which it takes."""
         if parts is None:
-            return StepResult(loss, norm, lr)
+            return loss.detach().to(torch.float64).reshape(1)
         sums = torch.stack([torch.stack(each) for each in parts]).sum(0)
         parts.clear()
         means = self.context.data.mean(sums / self.accumulation)
         self.context.pipeline.all_reduce(means)  # a stage knows its own
-        whole = LossParts(*means.unbind())
-        total = whole.total(self.model.config.distillation).item()
-        return StepResult(total, norm, lr, {name: value.item() for name, value in whole._asdict().items()})
+        total = LossParts(*means.unbind()).total(self.model.config.distillation)
+        return torch.cat((total.reshape(1), means)).to(torch.float64)
+
+    def _step_result(self, lr: float) -> StepResult:
+        """Of the step that ends."""
+        numbers = self._engine.gate.decide(self._engine.get_global_grad_norm())
+        return self.ring.put(numbers, _TERMS if self.teacher is not None else (), lr)
 
     def _inputs(self, batch: Batch | ValidationBatch) -> Inputs:
         return inputs_of(batch, self.context.device)

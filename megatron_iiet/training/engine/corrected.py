@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Mapping
 from contextlib import redirect_stdout
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, Self
 
@@ -21,9 +22,12 @@ from megatron_iiet.training.engine.deepspeed_internals import (
     DeepSpeedEngine,
     check_classes,
     check_engine,
+    drop_gradients_left_behind,
     kind_of,
     lasting_gradients,
+    norm_of,
 )
+from megatron_iiet.training.engine.gate import Gate
 from megatron_iiet.training.optimizers import prepare_optimizer
 
 
@@ -43,6 +47,8 @@ class CorrectedEngine(DeepSpeedEngine):
     """Whether the optimizer is in another memory than the model."""
     moments: Mapping[nn.Parameter, tuple[str, ...]]
     """What the optimizer keeps of each parameter."""
+    gate: Gate
+    """Decides whether the optimizer steps; begun before every one."""
 
     @classmethod
     def start(
@@ -78,6 +84,8 @@ class CorrectedEngine(DeepSpeedEngine):
         engine.context = context
         engine.offloaded = offloads_optimizer(ds_config)
         engine.moments = prepared.moments
+        engine.gate = Gate(config.guards, context.world, context.device)
+        engine.gate.guard(engine.basic_optimizer, partial(norm_of, engine), offloaded=engine.offloaded)
         return engine
 
     def forget_gradients(self) -> None:
@@ -100,6 +108,8 @@ class CorrectedEngine(DeepSpeedEngine):
         if kind_of(self) is PLAIN:
             self._global_grad_norm = global_norm(self.module, self.context)
         super()._take_model_step(*args, **kwargs)
+        drop_gradients_left_behind(self)
+        self.gate.decide(norm_of(self))  # where DeepSpeed did not ask the optimizer: some norms make it stop
 
     def clip_fp32_gradients(self) -> None:
         torch.nn.utils.clip_grads_with_norm_(

@@ -73,7 +73,10 @@ ENGINE = (
     Internal("global_steps", "optimizer steps done; set when a checkpoint is loaded"),
     Internal("zero_optimization_stage", "the stage in force; ZeRO-3 keeps no parameter in fp32", ()),
     Internal("gradient_clipping", "the norm to clip to; read by our own clipping", ()),
-    Internal("_global_grad_norm", "what get_global_grad_norm reports; set where DeepSpeed computes none"),
+    Internal(
+        "_global_grad_norm",
+        "what get_global_grad_norm reports, and before that its optimizer; set where DeepSpeed computes none",
+    ),
     Internal(
         "_cast_module_mixed_precision",
         "casts the model to bf16; overridden to leave merge coefficients out",
@@ -87,6 +90,11 @@ ENGINE = (
 PIPELINE_ENGINE = (
     Internal(
         "reset_activation_shape", "forgets the size of what stages hand on; called before it changes", ()
+    ),
+    Internal(
+        "_aggregate_total_loss",
+        "gives every stage the mean loss after the optimizer's step; called before it instead",
+        (),
     ),
 )
 PIPELINE_MODULE = (
@@ -154,7 +162,13 @@ BF16 = OptimizerKind(
 ZERO_1_2 = OptimizerKind(
     "DeepSpeedZeroOptimizer",
     "under ZeRO-1 and ZeRO-2",
-    (_UPDATE,),
+    (
+        _UPDATE,
+        Internal("overflow", "whether it left the last step out; what that leaves behind is dropped"),
+        Internal(
+            "averaged_gradients", "sums of gradients by group, None between steps; also after such a step"
+        ),
+    ),
     FLAT_PARAMETER,
     Internal("single_partition_of_fp32_groups", "this rank's part of the masters; read and filled"),
 )
@@ -218,6 +232,28 @@ def masters(engine: DeepSpeedEngine) -> list[Tensor]:
     if kind.masters is None:
         return [p for group in engine.basic_optimizer.param_groups for p in group["params"]]
     return list(getattr(engine.optimizer, kind.masters.name))
+
+
+def norm_of(engine: DeepSpeedEngine) -> Tensor | float:
+    """Global gradient norm of the step in progress, known once the optimizer is about to step; below 0 or
+    infinite where it is no number.
+
+    Raises:
+        ConfigError: it is not where DeepSpeed has it.
+    """
+    holder = engine if kind_of(engine) is PLAIN else engine.optimizer
+    try:
+        norm: Tensor | float = holder._global_grad_norm
+    except AttributeError:  # one kind of wrapper has it from the first step on only
+        refuse(f"has no {type(holder).__name__}._global_grad_norm, by which a step is judged")
+    return norm
+
+
+def drop_gradients_left_behind(engine: DeepSpeedEngine) -> None:
+    """After a step: DeepSpeed keeps the sums of an offloaded one that it left out, and adds to them."""
+    wrapper = engine.optimizer
+    if kind_of(engine) is ZERO_1_2 and wrapper.overflow:
+        wrapper.averaged_gradients = dict.fromkeys(wrapper.averaged_gradients)
 
 
 def lasting_gradients(engine: DeepSpeedEngine, *, offloaded: bool) -> list[Tensor]:

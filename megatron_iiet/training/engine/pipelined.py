@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import redirect_stdout
 from functools import partial
 from typing import Any, cast
@@ -18,13 +18,14 @@ from megatron_iiet.models.distilled import DistilledStage, Prediction
 from megatron_iiet.models.pipeline import PipelineStage
 from megatron_iiet.models.transformer import Transformer
 from megatron_iiet.parallel import ParallelContext
-from megatron_iiet.training.engine.base import Engine, StepResult
+from megatron_iiet.training.engine.base import Engine
 from megatron_iiet.training.engine.corrected import CorrectedEngine
 from megatron_iiet.training.engine.deepspeed_internals import (
     PipelineEngine,
     PipelineModule,
     PipeModelDataParallelTopology,
 )
+from megatron_iiet.training.engine.results import StepResult
 
 Labels = Tensor | tuple[Tensor, Tensor]
 """Targets [b, T], or targets and what the sum of their losses is divided by."""
@@ -42,18 +43,20 @@ class PipelinedEngine(Engine):
             assert self.meta_teacher is not None
             self.distilled = DistilledStage(self.stage, self.teacher, self.meta_teacher, self.accumulation)
         self._module = _StageModule(self.stage, self.distilled, self.context)
-        return _CorrectedPipelineEngine.start(
+        engine = _CorrectedPipelineEngine.start(
             self._module, self.model, config, ds_config, self.context, self._module.mpu()
         )
+        parts = None if self.distilled is None else self.distilled.pair.parts
+        engine.numbers = partial(self._numbers, parts=parts)
+        return engine
 
     def train_step(self, micro_batches: Iterator[Batch], lr: float) -> StepResult:
         engine = self._engine
         self._let_payload_change()
         for group in engine.optimizer.param_groups:
             group["lr"] = lr
-        loss = engine.train_batch(self._feed(self._inputs(batch) for batch in micro_batches))
-        parts = None if self.distilled is None else self.distilled.pair.parts
-        return self._step_result(loss.item(), lr, parts)
+        engine.train_batch(self._feed(self._inputs(batch) for batch in micro_batches))
+        return self._step_result(lr)
 
     def evaluate(self, batches: ValidationBatches | list[ValidationBatch]) -> float:
         counted = torch.zeros((), dtype=torch.float64, device=self.context.device)
@@ -92,6 +95,20 @@ class PipelinedEngine(Engine):
 
 class _CorrectedPipelineEngine(CorrectedEngine, PipelineEngine):
     """DeepSpeed's pipeline engine with the corrections that every engine here has."""
+
+    numbers: Callable[[Tensor], Tensor]
+    """What a step is judged by, from its loss; every stage calls it."""
+    step_loss: Tensor
+    """Mean over the replicas of the step in progress, known before the optimizer steps."""
+
+    def _take_model_step(self, *args: Any, **kwargs: Any) -> None:
+        with torch.no_grad():
+            self.step_loss = super()._aggregate_total_loss()
+            self.gate.begin(self.numbers(self.step_loss))
+        super()._take_model_step(*args, **kwargs)
+
+    def _aggregate_total_loss(self) -> Tensor:
+        return self.step_loss
 
 
 class _Feed(Iterator[tuple[Tensor, Labels]]):

@@ -10,8 +10,9 @@ import torch
 from megatron_iiet.config import RunConfig
 from megatron_iiet.data.loader.batches import Batch, ValidationBatch, ValidationBatches
 from megatron_iiet.models.distilled import Distilled
-from megatron_iiet.training.engine.base import Engine, StepResult
+from megatron_iiet.training.engine.base import Engine
 from megatron_iiet.training.engine.corrected import CorrectedEngine, model_parallel_unit
+from megatron_iiet.training.engine.results import StepResult
 
 
 class PlainEngine(Engine):
@@ -28,14 +29,16 @@ class PlainEngine(Engine):
         for group in engine.optimizer.param_groups:
             group["lr"] = lr
         total = torch.zeros((), device=self.context.device)
-        for _ in range(self.accumulation):
+        module = engine.module
+        parts = module.parts if isinstance(module, Distilled) else None
+        for micro_step in range(1, self.accumulation + 1):
             loss = engine(*self._inputs(next(micro_batches)))
             engine.backward(loss)
             total += loss.detach()
+            if micro_step == self.accumulation:  # the optimizer is next
+                engine.gate.begin(self._numbers(self.context.data.mean(total / self.accumulation), parts))
             engine.step()
-        loss = self.context.data.mean(total / self.accumulation).item()
-        module = engine.module
-        return self._step_result(loss, lr, module.parts if isinstance(module, Distilled) else None)
+        return self._step_result(lr)
 
     @torch.no_grad()
     def evaluate(self, batches: ValidationBatches | list[ValidationBatch]) -> float:
