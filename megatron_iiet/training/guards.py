@@ -158,9 +158,9 @@ def _whose(run: Run, noted: _Noted) -> tuple[str, bool]:
         for row in run.batches.rows_of(noted.first_sample, micro_step)
     ]
     rows_of_ranks = run.context.world.gather_objects(rows)
-    told = [_of_rank(run, each, rows_of_ranks[each.rank]) for each in found[:_NAMED]]
+    named = [_of_rank(run, each, rows_of_ranks[each.rank]) for each in found[:_NAMED]]
     more = len(found) - _NAMED
-    return "; ".join(told) + (f"; and {more} more ranks" if more > 0 else ""), everywhere
+    return "; ".join(named) + (f"; and {more} more ranks" if more > 0 else ""), everywhere
 
 
 def _of_rank(run: Run, found: NotFinite, rows: list[tuple[int, int, int]]) -> str:
@@ -212,7 +212,7 @@ def _error(run: Run, noted: _Noted, what: str, *, everywhere: bool = False) -> B
         since = range(checkpoint.read_state(folder).step + 1, noted.step)
     first_after = since is not None and all(run.batches.leaves_out(step) for step in since)
     where = "there is no checkpoint yet" if folder is None else f"the newest checkpoint is {folder}"
-    if first_after:
+    if first_after and folder is not None:
         where += ", after which nothing was trained, so its weights may be what is wrong"
         older = run.context.world.gather_objects(len(run.lineage) > 1)[0]
         if everywhere and older:

@@ -16,6 +16,7 @@ from megatron_iiet.config.schema import GuardsConfig
 from megatron_iiet.parallel import ParallelContext
 from megatron_iiet.parallel.group import Group
 from megatron_iiet.parallel.launch import launch_environment
+from megatron_iiet.storage.selection import find_candidates
 from megatron_iiet.training.callbacks import describe_divergence
 from megatron_iiet.training.engine import StepResult, Verdict
 from megatron_iiet.training.engine.gate import Gate
@@ -137,7 +138,7 @@ def poison(run: Run, factors: dict[int, float]) -> None:
 
 
 def poisoned(config: dict[str, Any], ds_path: Path, factors: dict[int, float], at_once: bool = True) -> Any:
-    """Train to the end: the weights; or to its error: text and whether it is the first after a checkpoint."""
+    """Train to the end: the weights; or to an error: what it says."""
     loaded = LoadedConfig(config=config_from_dict(config), ds_config_path=ds_path)
     ds_config = reconciled_ds_config(loaded, launch_environment().world_size)
     with ParallelContext.start(loaded.config.parallel) as context:
@@ -147,7 +148,7 @@ def poisoned(config: dict[str, Any], ds_path: Path, factors: dict[int, float], a
         try:
             train(run, callbacks)
         except BadNumbersError as error:
-            return str(error), error.first_step_after_checkpoint
+            return str(error)
         finally:
             run.close()
         return dict(run.engine.gathered_parameters())
@@ -184,17 +185,39 @@ def test_the_end_names_what_and_the_ways_on(
 ) -> None:
     """Also where the numbers are read late; the same command says the same again."""
     late = {"interval": 7, "solver_interval": 0, "tensorboard": False}
-    text, first = trained("run", {step: math.nan}, at_once=False, logging=late)
+    text = trained("run", {step: math.nan}, at_once=False, logging=late)
     sample = (step - 1) * GLOBAL_BATCH
     assert text.startswith(f"step {step} has loss ")
     assert "rank 0 has no numbers in the gradients of 1 parameters, layers." in text
     assert f"from samples {sample} to {sample + 1} (windows " in text
     assert f"the newest checkpoint is {tmp_path / 'run' / 'checkpoints' / 'step_00000004'}" in text
-    assert ("nothing was trained" in text) is first is first_after
+    assert ("nothing was trained" in text) is first_after
+    assert "rejected" not in text, "it is the samples' fault"
     assert f"--guards.nonfinite skip, or --data.skip_steps [{step}], or a smaller optimizer.lr (now" in text
     assert list(losses(tmp_path / "run")) == list(range(1, step))
     if first_after:
-        assert trained("run", {step: math.nan}) == (text, first)
+        assert trained("run", {step: math.nan}) == text
+
+
+@pytest.mark.slow
+def test_a_checkpoint_whose_weights_are_at_fault_is_not_gone_on_from_for_ever(
+    trained: Poisoned, tmp_path: Path
+) -> None:
+    """Finite, but so large that no step after it is: the same command would end there again and again."""
+    each: dict[str, Any] = {"checkpoint": {"interval": 1, "keep": 0}, "training": {"stop_after": 2}}
+    trained("run", {}, **each)
+    each["training"]["stop_after"] = None
+    text = trained("run", {}, optimizer={"lr": 1e19}, **each)
+    assert text.startswith("step 4 has loss ")
+    assert (
+        "step_00000003, after which nothing was trained, so its weights may be what is wrong: it is rej"
+        in text
+    )
+    found = find_candidates(tmp_path / "run")
+    assert found.tags == ["step_00000002", "step_00000001"]
+    trained("run", {}, **each)
+    assert list(losses(tmp_path / "run")) == list(range(1, 9))
+    assert find_candidates(tmp_path / "run").tags[-2:] == ["step_00000002", "step_00000001"]
 
 
 @pytest.mark.slow
@@ -238,10 +261,9 @@ def test_going_back_leaves_out_what_led_there(
 @pytest.mark.slow
 def test_without_a_checkpoint_there_is_no_way_back(trained: Poisoned) -> None:
     guards = {"spike": "rewind", "window": 2, "deviations": 300.0}
-    text, first = trained("run", {3: 1e7}, guards=guards)
+    text = trained("run", {3: 1e7}, guards=guards)
     assert "more than 300 deviations above the last 2 steps, and there is no checkpoint to go back to" in text
     assert "there is no checkpoint yet; resume with --guards.nonfinite skip" in text
-    assert not first
 
 
 # --- the loop, with results that are given ---
