@@ -1,4 +1,4 @@
-# make demo | demo-compare | demo-distill | setup | test | test-long | test-layouts | test-kills | test-versions | test-vllm | check | mutants | cuda-check | gpu-check | gpu-bundle | format | clean    (see README.md and CONTRIBUTING.md)
+# make demo | demo-compare | demo-distill | setup | test | test-long | test-layouts | test-kills | test-faults | test-versions | test-vllm | check | mutants | cuda-check | gpu-check | gpu-bundle | format | clean    (see README.md and CONTRIBUTING.md)
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
@@ -9,7 +9,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 unexport PYTHONDONTWRITEBYTECODE
 CSRC := $(shell find csrc -type f \( -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.inl' -o -name '*.cuh' \) 2>/dev/null)
 
-.PHONY: setup demo demo-compare demo-distill test test-long test-layouts test-kills test-versions test-transformers test-vllm check mutants cuda-check gpu-check gpu-bundle format clean
+.PHONY: setup demo demo-compare demo-distill test test-long test-layouts test-kills test-faults test-versions test-transformers test-vllm check mutants cuda-check gpu-check gpu-bundle format clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.package
@@ -124,6 +124,12 @@ test-layouts: setup
 # Preprocessing killed at 50 random moments and resumed: the shards must be those of an undisturbed run.
 test-kills: setup
 	$(BIN)/python -m pytest -m kills tests/faults
+
+# Kills, damages, double starts, hosts that see different folders: counted, in a table; half an hour:
+#   make test-faults FAULTS="--only kills --kills 20"
+FAULTS ?=
+test-faults: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m tests.faults.matrix $(FAULTS)
 
 # Other releases of torch than the locked one, each in an environment of its own, 7 GB that go again:
 #   make test-versions TORCH="2.11.0 2.14.1"
