@@ -13,6 +13,7 @@ from megatron_iiet.storage import checkpoint
 from megatron_iiet.training.engine import NotFinite, StepResult, Verdict
 from megatron_iiet.training.metrics import LOG, read_log
 from megatron_iiet.training.run import Run
+from megatron_iiet.training.stopping import failing_together
 
 _NAMED = 3
 """Ranks, and windows of one, that a message names; more are counted."""
@@ -165,7 +166,7 @@ def _of_rank(run: Run, found: NotFinite, rows: list[tuple[int, int, int]]) -> st
     windows = [f"{window} of {run.corpora[source]}" for _, source, window in rows[:_NAMED]]
     others = f" and {len(rows) - _NAMED} more" if len(rows) > _NAMED else ""
     return (
-        f"rank {found.rank} has no numbers in the gradients of {len(found.parameters)} parameters, "
+        f"rank {found.rank} has no numbers in the gradients of {len(found.parameters)} parameter(s), "
         f"{found.parameters[0]} first, from samples {samples} (windows {', '.join(windows)}{others})"
     )
 
@@ -193,7 +194,8 @@ def _say_left_out(run: Run, noted: _Noted) -> None:
 
 def _newest(run: Run) -> Path | None:
     """The folder of the newest checkpoint, as the main rank sees it."""
-    tag = checkpoint.latest_tag(run.config.output_dir) if run.context.is_main else None
+    with failing_together(run.context):
+        tag = checkpoint.latest_tag(run.config.output_dir) if run.context.is_main else None
     tag = run.context.world.gather_objects(tag)[0]
     return None if tag is None else checkpoint.checkpoints_folder(run.config.output_dir) / tag
 
@@ -209,7 +211,9 @@ def _error(run: Run, noted: _Noted, what: str) -> BadNumbersError:
     where = "there is no checkpoint yet" if folder is None else f"the newest checkpoint is {folder}"
     if first_after:
         where += ", after which nothing was trained, so its weights may be what is wrong"
-    ways = [] if config.guards.nonfinite == "skip" else ["--guards.nonfinite skip"]
+    ways = [f"a larger guards.deviations (now {config.guards.deviations:g})"]
+    if noted.result.verdict is Verdict.NOT_FINITE:
+        ways = ["--guards.nonfinite skip"] if config.guards.nonfinite == "stop" else []
     ways += [f"--data.skip_steps [{noted.step}]", f"a smaller optimizer.lr (now {config.optimizer.lr})"]
     if folder is not None:
         ways.append(
