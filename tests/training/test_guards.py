@@ -78,7 +78,7 @@ def test_a_spike_is_measured_against_steps_that_trained() -> None:
     told = gate(spike="skip", window=3, deviations=3.0)
     told.open([(9.0, 9.0), *steps])
     for each in (seen, told):
-        assert verdict(each, 5.0, 1.65) is Verdict.SPIKE
+        assert [verdict(each, 5.0, 1.65) for _ in range(3)] == [Verdict.SPIKE] * 3
         assert verdict(each, 5.65, 1.0) is Verdict.SPIKE
         assert verdict(each, 5.65, math.nan) is Verdict.NOT_FINITE
         each.open(steps)
