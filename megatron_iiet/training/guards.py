@@ -14,6 +14,7 @@ from megatron_iiet.storage.retention import REJECTED, mark
 from megatron_iiet.training.engine import NotFinite, StepResult, Verdict
 from megatron_iiet.training.metrics import LOG, read_log
 from megatron_iiet.training.run import Run
+from megatron_iiet.training.stopping import failing_together
 
 _NAMED = 3
 """Ranks, and windows of one, that a message names; more are counted."""
@@ -168,7 +169,7 @@ def _of_rank(run: Run, found: NotFinite, rows: list[tuple[int, int, int]]) -> st
     windows = [f"{window} of {run.corpora[source]}" for _, source, window in rows[:_NAMED]]
     others = f" and {len(rows) - _NAMED} more" if len(rows) > _NAMED else ""
     return (
-        f"rank {found.rank} has no numbers in the gradients of {len(found.parameters)} parameters, "
+        f"rank {found.rank} has no numbers in the gradients of {len(found.parameters)} parameter(s), "
         f"{found.parameters[0]} first, from samples {samples} (windows {', '.join(windows)}{others})"
     )
 
@@ -197,7 +198,8 @@ def _say_left_out(run: Run, noted: _Noted) -> None:
 def _newest(run: Run) -> Path | None:
     """The folder of the newest checkpoint, as the main rank sees it, once all that was asked for is there."""
     run.finish_saving()
-    tag = checkpoint.latest_tag(run.config.output_dir) if run.context.is_main else None
+    with failing_together(run.context):
+        tag = checkpoint.latest_tag(run.config.output_dir) if run.context.is_main else None
     tag = run.context.world.gather_objects(tag)[0]
     return None if tag is None else checkpoint.checkpoints_folder(run.config.output_dir) / tag
 
@@ -219,7 +221,9 @@ def _error(run: Run, noted: _Noted, what: str, *, everywhere: bool = False) -> B
             where += ": it is rejected, and the next start goes on from the one before"
             if run.context.is_main:
                 mark(folder, REJECTED, f"step {noted.step}, the first after it, had no finite gradient")
-    ways = [] if config.guards.nonfinite == "skip" else ["--guards.nonfinite skip"]
+    ways = [f"a larger guards.deviations (now {config.guards.deviations:g})"]
+    if noted.result.verdict is Verdict.NOT_FINITE:
+        ways = ["--guards.nonfinite skip"] if config.guards.nonfinite == "stop" else []
     ways += [f"--data.skip_steps [{noted.step}]", f"a smaller optimizer.lr (now {config.optimizer.lr})"]
     if folder is not None:
         ways.append(
