@@ -40,6 +40,7 @@ def main() -> None:
     arguments = parser.parse_args()
     from megatron_iiet.storage.checkpoint import STATE, checkpoints_folder, tag_of
     from megatron_iiet.storage.retention import PINNED, REJECTED, mark, roll_back, unmark
+    from megatron_iiet.training.lock import RunLock
 
     def folder_of(step: int) -> Path:
         folder = checkpoints_folder(arguments.run) / tag_of(step)
@@ -49,10 +50,12 @@ def main() -> None:
             )
         return folder
 
-    sound = True
+    sound, lock = True, RunLock(arguments.run)
     try:
         if not checkpoints_folder(arguments.run).is_dir():
             raise ValueError(f"{arguments.run} has no checkpoints; give the output_dir of a training run")
+        if {arguments.reject, arguments.accept, arguments.roll_back} != {None}:
+            lock.take()  # a run that is going on would not notice
         if arguments.pin is not None:
             mark(folder_of(arguments.pin), PINNED, arguments.reason)
         elif arguments.unpin is not None:
@@ -69,6 +72,8 @@ def main() -> None:
             _print_list(arguments.run)
     except (ValueError, OSError) as error:
         exit_with_error(str(error))
+    finally:
+        lock.release()
     if not sound:
         raise SystemExit(1)
 

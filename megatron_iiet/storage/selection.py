@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -105,10 +106,13 @@ def no_candidate(output_dir: str | Path, candidates: Candidates, reasons: list[s
     )
 
 
-def seen_here(output_dir: str | Path) -> dict[str, str]:
-    """What this host's file system shows of a run's checkpoints: a digest of every state, and 'latest'."""
+def seen_here(output_dir: str | Path, looked_into: Sequence[str]) -> dict[str, str]:
+    """What this host's file system shows of a run's checkpoints: which are complete, a digest of the state of
+    some, and 'latest'."""
     folder = checkpoints_folder(output_dir)
-    seen = {tag: _digest(folder / tag / STATE) for tag in complete_tags(output_dir)}
+    seen = {
+        tag: _digest(folder / tag / STATE) if tag in looked_into else "" for tag in complete_tags(output_dir)
+    }
     if (named := read_latest(output_dir)) is not None:
         seen[LATEST] = named
     return seen

@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 import socket
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_iiet.config import ConfigError
@@ -18,6 +19,8 @@ PATIENCE_SECONDS = 8.0
 """How long another host may take to see what the main rank's has: network file systems keep what they saw for
 some seconds."""
 _POLL_SECONDS = 0.25
+_LOOKED_INTO = 4
+"""Checkpoints whose states are compared; of a thousand, every rank of a thousand would read them all."""
 _REMEDY = "choose one on a file system that all hosts share"
 
 
@@ -36,7 +39,7 @@ class Succession:
             if context.is_main:
                 found = find_candidates(output_dir)
         self.candidates = context.world.gather_objects(found)[0]
-        _compare_views(output_dir, context)
+        _compare_views(output_dir, self.candidates.tags[:_LOOKED_INTO], context)
         self.told: list[str] = list(self.candidates.notes)
         """What there is to say of those that were left out."""
 
@@ -98,13 +101,13 @@ def check_shared(output_dir: str, context: ParallelContext) -> None:
         )
 
 
-def _compare_views(output_dir: str, context: ParallelContext) -> None:
+def _compare_views(output_dir: str, looked_into: Sequence[str], context: ParallelContext) -> None:
     if context.world_size == 1:
         return
     deadline = time.monotonic() + PATIENCE_SECONDS
     while True:
         late = time.monotonic() > deadline
-        views = context.world.gather_objects((socket.gethostname(), seen_here(output_dir), late))
+        views = context.world.gather_objects((socket.gethostname(), seen_here(output_dir, looked_into), late))
         others = {rank: host for rank, (host, seen, _) in enumerate(views) if seen != views[0][1]}
         if not others:
             return

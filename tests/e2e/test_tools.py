@@ -31,6 +31,7 @@ import megatron_iiet.training.summary
 from megatron_iiet.config.schema import ParallelConfig
 from megatron_iiet.distillation.plans import PlanRequest
 from megatron_iiet.hf.generation import Sampling
+from megatron_iiet.training.lock import Holder
 from tests.storage.saves import FILE, Saves, flip_a_bit
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
@@ -768,6 +769,10 @@ def test_checkpoints(load: Callable[[str], ModuleType], start: Start, tmp_path: 
     assert start(tool, str(tmp_path), "--verify", "2")[0] == 0
     status, _, error = start(tool, str(tmp_path), "--roll-back", "4")
     assert (status, "are not what was written there" in error) == (2, True)
+    (tmp_path / "run.lock").write_bytes(Holder.of_this_process().to_bytes())
+    status, _, error = start(tool, str(tmp_path), "--roll-back", "2")
+    assert (status, "where another run writes" in error) == (2, True)
+    (tmp_path / "run.lock").unlink()
     status, listed, _ = start(tool, str(tmp_path), "--roll-back", "2")
     assert status == 0
     assert listed.splitlines()[0].endswith(", in force")
