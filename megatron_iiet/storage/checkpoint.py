@@ -95,7 +95,7 @@ def read_latest(output_dir: str | Path) -> str | None:
         return None
     if marker.is_dir():
         raise ConfigError(f"{marker} is a folder, not a file that names a checkpoint; remove it")
-    return marker.read_text(errors="replace").strip() if marker.is_file() else None
+    return marker.read_text(errors="replace", encoding="utf-8").strip() if marker.is_file() else None
 
 
 def latest_tag(output_dir: str | Path) -> str | None:

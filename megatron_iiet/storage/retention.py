@@ -47,7 +47,7 @@ def unmark(folder: Path, name: str) -> None:
 def reason_of(folder: Path, name: str) -> str | None:
     """Why a checkpoint is pinned or rejected; None if it is not."""
     path = folder / name
-    return path.read_text(errors="replace").strip() if path.is_file() else None
+    return path.read_text(errors="replace", encoding="utf-8").strip() if path.is_file() else None
 
 
 def make_way(folder: Path) -> str:
