@@ -25,20 +25,25 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     """
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        with temporary.open("wb") as file:
+        with naming(path), temporary.open("wb") as file:
             yield file
             sync_file(file)
         temporary.replace(path)
-    except OSError as error:
-        if error.errno in _FULL:  # which name no file
-            free = shutil.disk_usage(path.parent).free
-            raise OSError(
-                error.errno, f"{os.strerror(error.errno)}, {free:,} bytes free", str(path)
-            ) from None
-        raise
     finally:
         temporary.unlink(missing_ok=True)
     sync_folder(path.parent)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Inside the block, a write that found no room says to which file, and how much room there is."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _FULL or error.filename:
+            raise
+        free = shutil.disk_usage(path.parent).free
+        raise OSError(error.errno, f"{os.strerror(error.errno)}, {free:,} bytes free", str(path)) from None
 
 
 @contextmanager
@@ -69,7 +74,7 @@ def write_bytes(path: Path, content: bytes) -> None:
 def append_line(path: Path, line: str) -> None:
     """Add a line to a file, in one write, and put it on disk; half a line that a crash left before it stays a
     line of its own."""
-    with path.open("ab+", buffering=0) as file:
+    with naming(path), path.open("ab+", buffering=0) as file:
         torn = b""
         if file.tell():
             file.seek(-1, os.SEEK_END)

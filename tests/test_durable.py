@@ -118,6 +118,20 @@ def test_file_systems_without_fsync(code: int, tmp_path: Path, monkeypatch: pyte
         assert (tmp_path / "file").read_bytes() == b"x", "it is handed to the system in any case"
 
 
+def test_a_full_disk_is_told_with_the_file(tmp_path: Path) -> None:
+    """Writes say neither."""
+    path = tmp_path / "log"
+
+    def fill() -> None:
+        with durable.naming(path), Path("/dev/full").open("wb", buffering=0) as full:
+            full.write(b"x")
+
+    with pytest.raises(OSError, match=rf"No space left on device, [\d,]+ bytes free: '{path}'$"):
+        fill()
+    with pytest.raises(OSError, match=r"Permission denied$"), durable.naming(path):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+
 def test_no_descriptor_is_left_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = len(os.listdir("/proc/self/fd"))
     durable.sync_folder(tmp_path)

@@ -47,7 +47,9 @@ def find_candidates(output_dir: str | Path) -> Candidates:
     folder = checkpoints_folder(output_dir)
     named, complete = read_latest(output_dir), complete_tags(output_dir)
     if not complete and named is None:
-        return Candidates()
+        begun = sorted(path.name for path in folder.glob("step_*") if path.is_dir())
+        told = f"{folder / begun[0]} is not complete, as a kill leaves a first save" if begun else ""
+        return Candidates(notes=[f"{told}; starting from scratch"] if begun else [])
     states, notes = _read(folder, complete, named)
     # By the order of writing; of before there was one, by step.
     written = sorted(states, key=lambda tag: (states[tag].serial or 0, states[tag].step))
@@ -95,15 +97,14 @@ def next_serial(output_dir: str | Path) -> int:
 def no_candidate(output_dir: str | Path, candidates: Candidates, reasons: list[str]) -> ConfigError:
     """There are checkpoints, and none can be gone on from."""
     told = "; ".join([*candidates.notes, *reasons]) or "'latest' names one, and there is none"
-    way = "put a whole one back, or choose another output_dir"
+    folder = checkpoints_folder(output_dir)
+    way = f"put a whole one back, remove {folder} to start from scratch, or choose another output_dir"
     if candidates.others:
         way = (
             f"go on from one of {', '.join(candidates.others)} with tools/checkpoints.py {output_dir} "
             "--roll-back STEP, or choose another output_dir"
         )
-    return ConfigError(
-        f"{checkpoints_folder(output_dir)} has no checkpoint that can be gone on from ({told}); {way}"
-    )
+    return ConfigError(f"{folder} has no checkpoint that can be gone on from ({told}); {way}")
 
 
 def seen_here(output_dir: str | Path, looked_into: Sequence[str]) -> dict[str, str]:

@@ -53,15 +53,17 @@ class MetricWriter:
             self._replace_last(_line(*self._last))
         else:
             self._last = (step, {"time": round(time.time(), 3), **numbers})
-            self._log.write(_line(*self._last))
-            self._log.flush()
+            with durable.naming(self._path):
+                self._log.write(_line(*self._last))
+                self._log.flush()
         if self._events is not None:
             for name, value in values.items():
                 self._events.add_scalar(name, value, step)
 
     def sync(self) -> None:
         """Put everything written to the log on disk."""
-        durable.sync_file(self._log)
+        with durable.naming(self._path):
+            durable.sync_file(self._log)
         durable.sync_folder(self._path.parent)
 
     def close(self) -> None:

@@ -26,6 +26,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from typing import Any
 from megatron_iiet.config import config_to_yaml
 from megatron_iiet.storage import checkpoint
 from megatron_iiet.training.metrics import read_log
+from megatron_iiet.training.resume import NothingToDo
 from tests.distributed.harness import RanksFailedError, run_ranks
 from tests.distributed.runs import as_data, ds_json, pretrain_rank
 from tests.storage.saves import Saves
@@ -62,7 +64,13 @@ def train_until_killed(config: dict[str, Any], ds_path: Path, victim: int, secon
         kill = threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGKILL))
         kill.daemon = True
         kill.start()
-    pretrain_rank(config, ds_path)
+    finish(config, ds_path)
+
+
+def finish(config: dict[str, Any], ds_path: Path) -> None:
+    """The same command once more, which may find that the last kill came too late."""
+    with suppress(NothingToDo):
+        pretrain_rank(config, ds_path)
 
 
 def learned(run: Path) -> tuple[dict[int, str], Any]:
@@ -77,9 +85,10 @@ def kills(folder: Path, number: int, chance: random.Random) -> Tally:
     data = make_data(folder)
     expected: dict[int, Any] = {}
     durations: dict[int, float] = {}
-    hits = good = 0
+    hits = good = runs = 0
+    run_ranks(os.getpid, 1)  # the first one starts the server of ranks
     while hits < number:
-        case = chance.randrange(len(LAYOUTS))
+        case, runs = chance.randrange(len(LAYOUTS)), runs + 1
         ranks, stage, grid = LAYOUTS[case]
         ds_path = ds_json(folder, stage)
         sections = {"training": {"steps": STEPS}, "checkpoint": {"interval": 1, "keep": 2}, "parallel": grid}
@@ -88,18 +97,19 @@ def kills(folder: Path, number: int, chance: random.Random) -> Tally:
             started = time.monotonic()
             run_ranks(pretrain_rank, ranks, as_data(tiny_config(data, whole, **sections)), ds_path)
             expected[case], durations[case] = learned(whole), time.monotonic() - started
-        run = folder / f"run_{hits}"
+        run = folder / f"run_{runs}"
         config, here = as_data(tiny_config(data, run, **sections)), 0
         for _ in range(chance.randint(1, 3)):
             moment = chance.uniform(0.0, durations[case])
             try:
                 run_ranks(train_until_killed, ranks, config, ds_path, chance.randrange(ranks), moment)
+                break
             except RanksFailedError:
                 here += 1
+        else:
+            run_ranks(finish, ranks, config, ds_path)
         if not here:
             continue
-        if checkpoint.latest_tag(run) != checkpoint.tag_of(STEPS):
-            run_ranks(pretrain_rank, ranks, config, ds_path)
         hits, same = hits + here, learned(run) == expected[case]
         good += here * same
         if not same:

@@ -42,7 +42,8 @@ def test_a_run_without_any(tmp_path: Path) -> None:
     killed = checkpoint.checkpoints_folder(tmp_path) / "step_00000002"
     killed.mkdir(parents=True)
     (killed / "index.json").write_text("{}")
-    assert find_candidates(tmp_path) == Candidates(), "a first save that was killed is none"
+    told = f"{killed} is not complete, as a kill leaves a first save; starting from scratch"
+    assert find_candidates(tmp_path) == Candidates(notes=[told])
 
 
 def test_without_latest_what_was_written_last(run: Saves) -> None:
