@@ -88,6 +88,34 @@ def swap_offsets(path: Path) -> None:
     path.write_bytes(content[:8] + text + content[8 + length :])
 
 
+def resize(path: Path, share: float, more: int = 0) -> None:
+    """Cut a file, or add zeros."""
+    with path.open("r+b") as file:
+        file.truncate(int(path.stat().st_size * share) + more)
+
+
+def spoil(path: Path, after: bytes, offset: int, byte: bytes = b"~") -> None:
+    """Another byte, so far behind where a text begins."""
+    content = bytearray(path.read_bytes())
+    where = content.index(after) + (offset or len(after))
+    assert content[where : where + 1] != byte
+    content[where : where + 1] = byte
+    path.write_bytes(content)
+
+
+def swap_values(path: Path) -> None:
+    """Of two tensors of one size."""
+    content = bytearray(path.read_bytes())
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:start])
+    (a, b), (c, d) = (
+        (start + low, start + high)
+        for low, high in (header[f"{kind}/norm.weight"]["data_offsets"] for kind in ("exp_avg", "exp_avg_sq"))
+    )
+    content[a:b], content[c:d] = content[c:d], content[a:b]
+    path.write_bytes(content)
+
+
 def holding(folder: Path, name: str) -> Path:
     """The file that has something of a parameter."""
     index = json.loads((folder / "index.json").read_text())
@@ -166,6 +194,83 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     ),
     "the configuration of another run": (
         lambda new, old: (new / "config.yaml").write_text("model: {}\n"),
+        r"config\.yaml was edited or damaged",
+    ),
+    "half a file of a rank": (
+        lambda new, old: resize(new / RANKS[0], 0.5),
+        r"rank_00000\.safetensors has \d+ bytes, but index\.json says",
+    ),
+    "a file of a rank without its last byte": (
+        lambda new, old: resize(new / RANKS[1], 1, -1),
+        r"rank_00001\.safetensors has \d+ bytes, but index\.json says",
+    ),
+    "a file of a rank with a byte more": (
+        lambda new, old: resize(new / RANKS[1], 1, 1),
+        r"rank_00001\.safetensors has \d+ bytes, but index\.json says",
+    ),
+    "an empty file of a rank": (lambda new, old: resize(new / RANKS[0], 0), "has 0 bytes, but index"),
+    "a folder in the place of a rank's file": (
+        lambda new, old: ((new / RANKS[0]).unlink(), (new / RANKS[0]).mkdir()),
+        r"rank_00000\.safetensors is no file",
+    ),
+    "one rank's file twice": (
+        lambda new, old: shutil.copy(new / RANKS[0], new / RANKS[1]),
+        "damaged|has .* bytes",
+    ),
+    "the save in a file's header": (
+        lambda new, old: spoil(new / RANKS[0], b'"save":"', 8),
+        r"rank_00000\.safetensors is of another save than index\.json",
+    ),
+    "the name of a tensor in a header": (
+        lambda new, old: spoil(holding(new, "norm.weight"), b'"exp_avg/norm.', 0),
+        r"for exp_avg/norm\.weight it has nothing",
+    ),
+    "the type of a tensor in a header": (
+        lambda new, old: spoil(holding(new, "norm.weight"), b'"dtype":"F32"', 9, b"I"),
+        "it has I32 of shape|its header cannot be read",
+    ),
+    "the length of a header": (
+        lambda new, old: spoil(new / RANKS[0], b"", 0, b"\xff"),
+        "its header cannot be read",
+    ),
+    "the values of two tensors": (
+        lambda new, old: swap_values(holding(new, "norm.weight")),
+        "are not what was written there",
+    ),
+    "files and index of an older step": (
+        lambda new, old: [shutil.copy(old / name, new / name) for name in (*RANKS, "index.json")],
+        "index.json is of save .* of step 2, but the checkpoint of save .* of step 4",
+    ),
+    "everything of an older step": (
+        lambda new, old: shutil.copytree(old, new, dirs_exist_ok=True),
+        "step_00000004 holds the checkpoint of step 2",
+    ),
+    "half an index": (lambda new, old: resize(new / "index.json", 0.5), r"index\.json is damaged \("),
+    "an empty index": (lambda new, old: resize(new / "index.json", 0), r"index\.json is damaged \("),
+    "an index that holds nothing": (
+        lambda new, old: (new / "index.json").write_text("{}"),
+        r"index\.json is damaged: it is of format None",
+    ),
+    "an index of before there were saves": (
+        lambda new, old: edit(new / "index.json", '"format":5', '"format":1'),
+        r"index\.json is damaged",
+    ),
+    "an empty state": (lambda new, old: resize(new / "state.json", 0), r"state\.json is damaged \("),
+    "a state that is a list": (lambda new, old: (new / "state.json").write_text("[]"), "it holds no object"),
+    "a state that says nothing": (
+        lambda new, old: (new / "state.json").write_text("{}"),
+        r"state\.json is damaged: its format is None",
+    ),
+    "another layout": (
+        lambda new, old: edit(new / "state.json", '"tensor": 1', '"tensor": 2'),
+        r"state\.json is damaged or was edited",
+    ),
+    "an empty configuration": (
+        lambda new, old: resize(new / "config.yaml", 0),
+        r"config\.yaml was edited or damaged",
+    ),
+    "a line more in the configuration": (
+        lambda new, old: resize(new / "config.yaml", 1, 1),
         r"config\.yaml was edited or damaged",
     ),
     "no configuration": (lambda new, old: (new / "config.yaml").unlink(), "has no config.yaml, so it is not"),
