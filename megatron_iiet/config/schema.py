@@ -251,6 +251,9 @@ class CheckpointConfig:
     (tools/checkpoints.py) stay, and the one that a start has gone on from stays until the next start."""
     keep_every: int = key(0, FREE, NOT_NEGATIVE)
     """Checkpoints at multiples of so many steps are kept for good; 0: none."""
+    mirror: str = key("", FREE)
+    """Folder of another file system, as fsspec names it (s3://bucket/run, with s3fs installed; file:///…), to
+    which every checkpoint is copied once it is in force; before that none is removed here. Empty: none."""
     mode: Literal["auto", "async", "sync"] = key("auto", FREE)
     """async: a checkpoint is copied to the host's memory and written while training goes on; it counts once
     all of it is on disk. sync: training waits. auto: async where the copies take at most half of every host's

@@ -24,12 +24,12 @@ from megatron_iiet.storage.checkpoint import (
 )
 from megatron_iiet.storage.fragments import INDEX
 
-PINNED, REJECTED = "pinned", "rejected"
+PINNED, REJECTED, MIRRORED = "pinned", "rejected", "mirrored"
 
 # What a checkpoint holds, temporary names of a save that was killed included, and what NFS leaves of a file
 # that a reader has open.
 _OWN_FILE = re.compile(
-    r"(config\.yaml|starts\.jsonl|state\.json|index\.json|rank_\d+\.safetensors|pinned|rejected)"
+    r"(config\.yaml|starts\.jsonl|state\.json|index\.json|rank_\d+\.safetensors|pinned|rejected|mirrored)"
     r"(\.[0-9a-f]+\.tmp)?|\.nfs\w+"
 )
 
@@ -66,7 +66,7 @@ def make_way(folder: Path) -> str:
         aside = next(path for path in names if not path.exists())
         folder.rename(aside)
         return f"{folder} is pinned, and this step is saved anew; it is {aside} now"
-    for name in (STATE, INDEX, REJECTED):
+    for name in (STATE, INDEX, REJECTED, MIRRORED):
         (folder / name).unlink(missing_ok=True)
     return ""
 
@@ -117,7 +117,7 @@ def describe_checkpoints(output_dir: str | Path) -> list[str]:
             what += [] if path.name in led_here else ["of another branch"]
         else:
             what.append("damaged" if (path / STATE).exists() else "incomplete")
-        for name in (PINNED, REJECTED):
+        for name in (PINNED, REJECTED, MIRRORED):
             if (reason := reason_of(path, name)) is not None:
                 what.append(f"{name} ({reason})")
         lines.append(f"{path.name}  {', '.join(what)}")
@@ -125,10 +125,17 @@ def describe_checkpoints(output_dir: str | Path) -> list[str]:
 
 
 def prune(
-    output_dir: str | Path, lineage: Lineage, *, keep: int, keep_every: int = 0, spared: int | None = None
+    output_dir: str | Path,
+    lineage: Lineage,
+    *,
+    keep: int,
+    keep_every: int = 0,
+    spared: int | None = None,
+    mirror: str = "",
 ) -> list[str]:
     """Remove all of a lineage but its last ``keep`` (0: all), those of each ``keep_every``-th step (0: none),
-    the pinned ones and the step ``spared``; and what killed saves left of earlier steps.
+    the pinned ones and the step ``spared``; and what killed saves left of earlier steps. With a ``mirror``,
+    of complete ones only those that have been copied there.
 
     Other checkpoints stay: a run that was set back has left them behind, or somebody has put them there. So
     does what is no folder, or holds what this program does not write.
@@ -146,6 +153,8 @@ def prune(
         path = folder / tag_of(step)
         half = step < newest and not (path / STATE).exists()
         if step == spared or not (half or (step in outdated and _is_of(path, outdated[step]))):
+            continue
+        if mirror and not half and reason_of(path, MIRRORED) != mirror:
             continue
         if reason_of(path, PINNED) is None and (warning := _remove(path)):
             warnings.append(warning)

@@ -49,6 +49,8 @@ def train(run: Run, callbacks: Sequence[Callback]) -> bool:
                 callback.on_end(run)
         run.flush()
         run.finish_saving()
+        if finished:  # a stop has no time for it; the next start makes up for it
+            run.finish_mirror()
     return finished
 
 

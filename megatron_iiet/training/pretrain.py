@@ -29,6 +29,7 @@ from megatron_iiet.training.faults import Faults
 from megatron_iiet.training.layout import describe_layout, layout_of
 from megatron_iiet.training.lock import RunLock
 from megatron_iiet.training.loop import train
+from megatron_iiet.training.mirror import Mirror
 from megatron_iiet.training.run import Run
 from megatron_iiet.training.stopping import failing_together, heard
 from megatron_iiet.training.task_evaluation import TaskEvaluation
@@ -108,6 +109,10 @@ def prepare(
             if lock is not None:
                 lock.take()
         succession, newest, done = look(config, context)  # who had the lock may have saved meanwhile
+    mirror = None
+    if config.checkpoint.mirror and not done:
+        with failing_together(context):
+            mirror = Mirror(config.checkpoint.mirror) if context.is_main else None
     check_tokenizer(config)
     corpora = open_corpora(config.data, config.model.vocab_size)
     teacher = None if done else open_teacher(config)
@@ -127,7 +132,7 @@ def prepare(
     )
     batches = train_batches(config, corpora, context)
     run = Run(config, ds_config, context, engine, batches, corpora.names, contents)
-    run.lock = lock
+    run.lock, run.mirror = lock, mirror
     run.say(describe_start(run))
     if config.debug.inject:
         run.say(f"warning: debug.inject brings faults upon this run: {', '.join(config.debug.inject)}")

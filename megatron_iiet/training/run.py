@@ -24,6 +24,7 @@ from megatron_iiet.training.engine import Engine, StepResult, Verdict
 from megatron_iiet.training.layout import layout_of
 from megatron_iiet.training.lock import RunLock
 from megatron_iiet.training.metrics import MetricWriter
+from megatron_iiet.training.mirror import Mirror
 from megatron_iiet.training.record import copy_starts, write_configurations
 from megatron_iiet.training.resume import CONTENTS
 from megatron_iiet.training.saving import HostCopies, Saving, has_room
@@ -68,6 +69,8 @@ class Run:
     _unwritten: list[tuple[int, StepResult | None, dict[str, float]]] = field(default_factory=list)
     """Records of steps whose numbers are still on the device, and of those after them."""
     _writer: MetricWriter | None = None
+    mirror: Mirror | None = None
+    """The main rank's, if checkpoints are copied away."""
     lock: RunLock | None = None
     """The main rank's on the run's folder, if it has one."""
     _recorded: frozenset[str] = frozenset()
@@ -250,9 +253,36 @@ class Run:
         retention.put_in_force(output_dir, state.step)
         write_configurations(self.config, self.ds_config)
         self.lineage = [*there, (state.step, save.save)]
-        return retention.prune(
-            output_dir, self.lineage, keep=keep.keep, keep_every=keep.keep_every, spared=self.resumed_step
+        told = []
+        if self.mirror is not None:
+            for step, _ in self.lineage:  # those before this start too, if it was cut short
+                self.mirror.give(folder.with_name(checkpoint.tag_of(step)))
+            told = self.mirror.told()
+        return told + retention.prune(
+            output_dir,
+            self.lineage,
+            keep=keep.keep,
+            keep_every=keep.keep_every,
+            spared=self.resumed_step,
+            mirror=keep.mirror,
         )
+
+    def finish_mirror(self) -> None:
+        """Wait until the checkpoints are copied away, and remove what had to wait for that (main rank)."""
+        if self.mirror is None:
+            return
+        keep = self.config.checkpoint
+        told = self.mirror.finish()
+        told += retention.prune(
+            self.config.output_dir,
+            self.lineage,
+            keep=keep.keep if self.lineage else 0,
+            keep_every=keep.keep_every,
+            spared=self.resumed_step,
+            mirror=keep.mirror,
+        )
+        for warning in told:
+            self.say(f"warning: {warning}")
 
     def _saves_in_background(self, fragments: Sequence[Fragment]) -> bool:
         """Whether this run's checkpoints are written while it trains on, as its first one finds."""

@@ -107,7 +107,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "interval": 200, "samples": 256, "tasks": [], "tasks_interval": 1000, "tasks_limit": 100,
         "tasks_data_dir": "", "tasks_include_path": "",
     },
-    "checkpoint": {"interval": 500, "keep": 2, "keep_every": 0, "mode": "auto", "resume": True},
+    "checkpoint": {"interval": 500, "keep": 2, "keep_every": 0, "mirror": "", "mode": "auto", "resume": True},
     "logging": {"interval": 10, "tensorboard": True, "solver_interval": 200, "peak_tflops": None},
     "guards": {"nonfinite": "stop", "spike": "off", "window": 100, "deviations": 6.0, "max_skips": 10},
     "ops": {"backend": "auto", "history_gradient": "transposed"},

@@ -53,9 +53,11 @@ class Saves:
         """As a start does that goes on from an earlier checkpoint."""
         self.lineage = [one for one in self.lineage if one[0] <= step]
 
-    def prune(self, keep: int, keep_every: int = 0, spared: int | None = None) -> list[str]:
+    def prune(self, keep: int, keep_every: int = 0, spared: int | None = None, mirror: str = "") -> list[str]:
         """Retention after the last save."""
-        return retention.prune(self.output_dir, self.lineage, keep=keep, keep_every=keep_every, spared=spared)
+        return retention.prune(
+            self.output_dir, self.lineage, keep=keep, keep_every=keep_every, spared=spared, mirror=mirror
+        )
 
     def kept(self) -> list[str]:
         """What is in the folder, a checkpoint as the end of its step."""

@@ -109,6 +109,7 @@ OTHER: dict[str, Any] = {
     "checkpoint.interval": 5,
     "checkpoint.keep": 5,
     "checkpoint.keep_every": 5,
+    "checkpoint.mirror": "file:///elsewhere",
     "checkpoint.mode": "sync",
     "checkpoint.resume": False,
     "logging.interval": 5,
