@@ -360,7 +360,7 @@ class DebugConfig:
     inject: list[str] = key(factory=list, change=FREE)
     """Faults that the run brings upon itself, KIND@step=N,rank=R each: kill, stop (SIGSTOP), raise and nan (a
     gradient) before that step; enospc, slow_disk (seconds=S) and flip (a bit, once it is in force) at the
-    checkpoint of that step. Empty: none."""
+    checkpoint of that step; not in what torchrun restarts. Empty: none."""
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ import torch.distributed as dist
 
 from megatron_iiet.config.schema import ParallelConfig
 from megatron_iiet.parallel.group import Group
-from megatron_iiet.parallel.launch import launch_environment
+from megatron_iiet.parallel.launch import LaunchEnvironment, launch_environment, restarts
 from megatron_iiet.parallel.tensor import TensorParallel
 
 
@@ -71,8 +72,7 @@ class ParallelContext:
         else:
             device, backend = torch.device("cpu"), "gloo"
         with environment.published():
-            # One process meets nobody: no port, which another could take between finding and using it.
-            store = dist.HashStore() if environment.world_size == 1 else None
+            store = _store(environment, timeout)
             dist.init_process_group(
                 backend,
                 timeout=timeout,
@@ -115,6 +115,21 @@ class ParallelContext:
     def barrier(self) -> None:
         """Wait for every rank."""
         dist.barrier()
+
+
+def _store(environment: LaunchEnvironment, timeout: timedelta) -> dist.Store | None:
+    """Where the ranks meet; None: torch makes it where the environment says.
+
+    One process meets nobody: no port, which another could take between finding and using it. And torchrun's
+    agent restarts ranks with the store that it has: there torch would find what the ones before left.
+    """
+    if environment.world_size == 1:
+        return dist.HashStore()
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return None
+    address, port = environment.master_address, environment.master_port
+    store = dist.TCPStore(address, port, environment.world_size, is_master=False, timeout=timeout)
+    return dist.PrefixStore(f"start {restarts()}", store)
 
 
 def grid_ranks(world_size: int, tensor: int, pipeline: int) -> torch.Tensor:

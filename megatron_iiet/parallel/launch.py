@@ -45,6 +45,11 @@ class LaunchEnvironment:
         )
 
 
+def restarts() -> int:
+    """How often torchrun has started this process's ranks before; 0 under other launchers."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
 @contextmanager
 def variables_set(**variables: str) -> Iterator[None]:
     """Environment variables with these values inside the block, and what they were afterwards."""

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_iiet.config.injection import Injection
+from megatron_iiet.parallel.launch import restarts
 from megatron_iiet.training.callbacks import Callback
 from megatron_iiet.training.engine import StepResult
 from megatron_iiet.training.run import Run
@@ -20,7 +21,8 @@ class Faults(Callback):
     """The last callback of a run: what it does after a step is before the next one."""
 
     def __init__(self, injections: Sequence[str], rank: int) -> None:
-        self._own = [each for each in map(Injection.read, injections) if each.rank == rank]
+        own = [each for each in map(Injection.read, injections) if each.rank == rank]
+        self._own = [] if restarts() else own  # torchrun's restarts are to go on
         self._poisoned: Any = None
 
     def on_start(self, run: Run) -> None:
