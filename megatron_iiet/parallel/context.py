@@ -72,14 +72,22 @@ class ParallelContext:
         else:
             device, backend = torch.device("cpu"), "gloo"
         with environment.published():
-            store = _store(environment, timeout)
-            dist.init_process_group(
-                backend,
-                timeout=timeout,
-                store=store,
-                rank=environment.rank,
-                world_size=environment.world_size,
-            )
+            try:
+                store = _store(environment, timeout)
+                dist.init_process_group(
+                    backend,
+                    timeout=timeout,
+                    store=store,
+                    rank=environment.rank,
+                    world_size=environment.world_size,
+                )
+            except dist.DistNetworkError as error:
+                where = f"{environment.master_address}:{environment.master_port}"
+                why = str(error).splitlines()[0]
+                raise ValueError(
+                    f"rank {environment.rank} cannot meet the others at {where} ({why}); if another job listens "
+                    "there, give this one's launcher another --master_port"
+                ) from None
             try:
                 yield cls.on_grid(
                     config, environment.rank, environment.world_size, environment.local_rank, device

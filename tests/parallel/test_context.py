@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Sequence
 from types import SimpleNamespace
 
@@ -44,3 +45,22 @@ def test_groups_of_a_grid(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
         assert group.size == 1 or group.handle == f"handle of {list(group.ranks)}"
     assert context.data.size == DATA
     assert len(made) == 6 + 6 + 4 + 4, "every rank makes every group"
+
+
+def test_a_port_that_another_job_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the second job on a node finds it that was started with the launcher's default port."""
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = str(other.getsockname()[1])
+        environment = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+        with (
+            pytest.raises(
+                ValueError, match=rf"rank 0 cannot meet the others at 127\.0\.0\.1:{port} \(.*in use"
+            ),
+            ParallelContext.start(),
+        ):
+            pytest.fail("there is a group")
