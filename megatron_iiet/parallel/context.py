@@ -85,8 +85,8 @@ class ParallelContext:
                 where = f"{environment.master_address}:{environment.master_port}"
                 why = str(error).splitlines()[0]
                 raise ValueError(
-                    f"rank {environment.rank} cannot meet the others at {where} ({why}); if another job listens "
-                    "there, give this one's launcher another --master_port"
+                    f"rank {environment.rank} cannot meet the others at {where} ({why}); if another job "
+                    "listens there, give this one's launcher another --master_port"
                 ) from None
             try:
                 yield cls.on_grid(
