@@ -15,6 +15,7 @@ from megatron_iiet.data.preprocess import PreprocessOptions, PreprocessReport, p
 from megatron_iiet.data.tokenizers.loading import load_tokenizer, tokenizer_digest
 from tests.data.inputs import make_texts
 from tests.data.preprocess_runs import ROOT, documents, leftovers, published, run_tool, write_rows
+from tests.marks import long_but
 
 TEXTS = make_texts(140, seed=3)
 
@@ -119,7 +120,7 @@ ALL_FILTERS = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("filters", [{}, ALL_FILTERS], ids=["plain", "all filters"])
+@pytest.mark.parametrize("filters", long_but([{}, ALL_FILTERS], ALL_FILTERS), ids=["plain", "all filters"])
 def test_jobs_and_workers_do_not_change_many_shards(
     many: PreprocessOptions, tmp_path: Path, filters: dict[str, object]
 ) -> None:
@@ -192,8 +193,8 @@ def test_several_keys_and_empty_texts(options: PreprocessOptions, tmp_path: Path
     assert "left out: 1 empty documents" in str(report)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.long), 2])
+@pytest.mark.long
+@pytest.mark.parametrize("workers", [1, 2])
 def test_a_giant_document_gets_the_same_tokens(
     options: PreprocessOptions, tmp_path: Path, workers: int
 ) -> None:

@@ -25,6 +25,7 @@ from tests.distributed.parity import (
     reference_evaluation,
     train_cases,
 )
+from tests.marks import long_but
 from tests.tiny import read_full, write_shard
 
 # The extremes of every two axes of the grid, with and without sequence parallelism.
@@ -161,13 +162,13 @@ def test_weights_are_excused_by_rounding_only_where_it_is_large(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("cases", by_grid(DOCUMENTS), ids=name_of)
+@pytest.mark.parametrize("cases", long_but(by_grid(DOCUMENTS), by_grid(DOCUMENTS)[0]), ids=name_of)
 def test_documents(cases: list[Case], paths: dict[str, str], tmp_path: Path) -> None:
     """Against documents that never met: each in a sequence of its own, nothing of it known to the model."""
     check(cases, paths, tmp_path)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("cases", by_grid(SLOW_DOCUMENTS), ids=name_of)
 def test_documents_in_larger_grids(cases: list[Case], paths: dict[str, str], tmp_path: Path) -> None:
     check(cases, paths, tmp_path)
@@ -195,7 +196,7 @@ def test_matrix(cases: list[Case], paths: dict[str, str], tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("cases", by_grid(READINGS), ids=name_of)
+@pytest.mark.parametrize("cases", long_but(by_grid(READINGS), by_grid(READINGS)[0]), ids=name_of)
 def test_readings(cases: list[Case], paths: dict[str, str], tmp_path: Path) -> None:
     check(cases, paths, tmp_path)
 

@@ -13,6 +13,7 @@ from megatron_iiet.storage.checkpoint_model import export_run
 from megatron_iiet.training.metrics import read_log
 from tests.distributed.harness import run_ranks
 from tests.distributed.runs import as_data, ds_json, pretrain_rank
+from tests.marks import long_but
 from tests.tiny import make_data, tiny_config, validation_loss
 
 TWO_STAGE = {"kind": "iiet", "iterations": 2, "schedule": [[0.5, 0], [0.5, 2]], "coefficient_init": "average"}
@@ -62,8 +63,7 @@ def assert_same(
 @pytest.mark.parametrize(
     "name",
     [
-        *("pipeline", "pipeline x data", "all"),
-        *(pytest.param(name, marks=pytest.mark.long) for name in ("tensor", "sequence", "pipeline 3")),
+        *long_but(["pipeline", "pipeline x data", "all", "tensor", "sequence", "pipeline 3"], "all"),
     ],
 )
 def test_log_is_the_one_of_one_process(

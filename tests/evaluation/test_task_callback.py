@@ -72,7 +72,7 @@ def settings(folder: Path, **sections: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=pytest.mark.long if name == "tensor" else pytest.mark.slow)
+        pytest.param(name, marks=pytest.mark.slow if name == "ZeRO-3" else pytest.mark.long)
         for name in LAYOUTS
     ],
 )

@@ -26,6 +26,7 @@ from tests.data.preprocess_runs import (
     wait_until,
     write_rows,
 )
+from tests.marks import long_but
 
 TEXTS = make_texts(3000, seed=11)
 FILES = 5
@@ -228,7 +229,7 @@ def test_workers_die_with_the_parent(long_corpus: Path, tokenizer: Path, tmp_pat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", ["one", "many"])
+@pytest.mark.parametrize("layout", long_but(["one", "many"], "many"))
 def test_killed_worker(long_corpus: Path, tokenizer: Path, tmp_path: Path, layout: str) -> None:
     """Its shard has failed, and the other is made; the same command then makes the one that is missing."""
     process = begin(long_corpus, tokenizer, tmp_path, layout)
@@ -254,7 +255,10 @@ def test_killed_worker(long_corpus: Path, tokenizer: Path, tmp_path: Path, layou
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("layout", "workers"), [("one", 1), ("one", 2), ("many", 2)])
+@pytest.mark.parametrize(
+    ("layout", "workers"),
+    [*(pytest.param("one", workers, marks=pytest.mark.long) for workers in (1, 2)), ("many", 2)],
+)
 def test_no_room(long_corpus: Path, tokenizer: Path, tmp_path: Path, layout: str, workers: int) -> None:
     """A limit on file sizes stands for the full disk."""
 

@@ -16,6 +16,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, Qwen2Conf
 
 from megatron_iiet.evaluation.models import ModelOptions, prepare_model
 from megatron_iiet.hf.generation import open_generator
+from tests.marks import long_but
 
 pytestmark = pytest.mark.slow
 TOOL = Path(__file__).resolve().parents[2] / "tools/convert_checkpoint.py"
@@ -72,8 +73,8 @@ def same_ids(folder: Path) -> None:
     assert one.eos_token_id == other.eos_token_id is not None
 
 
-@pytest.mark.parametrize("flags", [[], ["--as-llama"]], ids=["iiet", "plain"])
-@pytest.mark.parametrize("named", [None, "PreTrainedTokenizerFast", "Qwen2Tokenizer"])
+@pytest.mark.parametrize("flags", long_but([[], ["--as-llama"]], []), ids=["iiet", "plain"])
+@pytest.mark.parametrize("named", long_but([None, "PreTrainedTokenizerFast", "Qwen2Tokenizer"], None))
 def test_a_class_that_the_kind_of_model_chose(
     named: str | None, flags: list[str], definition: Tokenizer, tmp_path: Path
 ) -> None:
@@ -125,7 +126,7 @@ def test_a_tokenizer_that_is_damaged_or_missing(tmp_path: Path) -> None:
     assert not (tmp_path / "llama-export/tokenizer_config.json").exists()
 
 
-@pytest.mark.parametrize("to", ["--to-hf", "--to"])
+@pytest.mark.parametrize("to", long_but(["--to-hf", "--to"], "--to-hf"))
 @pytest.mark.parametrize("follows", ["bos", "nothing"])
 def test_a_text_follows_what_the_source_puts_before_it(
     follows: str, to: str, definition: Tokenizer, tmp_path: Path

@@ -91,7 +91,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "project"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_found_missed_stale(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = {path: path.read_text() for path in project.rglob("*.py")}
     assert run.main(["--limit", "20"], project) == 1

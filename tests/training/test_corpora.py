@@ -30,6 +30,7 @@ from megatron_iiet.training.resume import CONTENTS, check_may_resume, check_resu
 from megatron_iiet.training.run import Run
 from tests.distributed.harness import RanksFailedError, run_ranks
 from tests.distributed.runs import as_data, ds_json, pretrain_rank
+from tests.marks import long_but
 from tests.tiny import make_data, save_of, tiny_config, write_shard
 from tests.training.bare_run import alone
 
@@ -288,7 +289,7 @@ def curve(folder: Path) -> dict[int, tuple[str, ...]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("documents", ["pack", "ignore", "reset"])
+@pytest.mark.parametrize("documents", long_but(["pack", "ignore", "reset"], "pack"))
 def test_a_blended_run_resumes_to_the_bit(
     documents: str, configured: Callable[..., RunConfig], tmp_path: Path
 ) -> None:

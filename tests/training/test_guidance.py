@@ -35,6 +35,7 @@ from megatron_iiet.training.metrics import read_log
 from megatron_iiet.training.pretrain import prepare, reconciled_ds_config
 from tests.distributed.harness import run_ranks
 from tests.distributed.runs import as_data, ds_json, pretrain_rank
+from tests.marks import long_but
 from tests.tiny import make_data, tiny_config, validation_loss
 from tests.training.bare_run import bare_run
 
@@ -564,7 +565,7 @@ LAYOUTS: dict[str, tuple[int, int, dict[str, Any]]] = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", long_but(LAYOUTS, "zero3", "zero2 offload", "pipeline"))
 def test_every_layout_makes_the_same_plans(
     name: str, whole: Path, data: dict[str, str], tmp_path: Path
 ) -> None:

@@ -223,7 +223,7 @@ def test_tasks_are_said_by_the_metric_that_the_paper_reports(
     monkeypatch.setattr(
         task_evaluation, "load_tokenizer", lambda path: SimpleNamespace(eod_id=0, bos_id=None)
     )
-    monkeypatch.setattr(task_evaluation, "EngineScorer", lambda engine, config: None)
+    monkeypatch.setattr(task_evaluation, "EngineScorer", lambda engine, config, between: None)
     monkeypatch.setattr(harness, "run_tasks", run_tasks)
     run = bare_run(
         tmp_path / "run", evaluation={"tasks": ["piqa"], "tasks_interval": 3, "tasks_limit": limit}

@@ -23,6 +23,7 @@ from megatron_iiet.training.pretrain import pretrain
 from megatron_iiet.training.record import read_starts
 from tests.distributed.harness import RanksFailedError, run_ranks
 from tests.distributed.runs import as_data, ds_json, pretrain_rank
+from tests.marks import long_but
 from tests.tiny import make_data, tiny_config, write_shard
 
 
@@ -54,7 +55,7 @@ JSON_OPTIMIZER = {"optimizer": {"type": "AdamW", "params": {"torch_adam": True}}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", long_but(CASES, "two-stage", "zero3", "bf16"))
 def test_resumed_twice_equals_uninterrupted(case: str, data: dict[str, str], tmp_path: Path) -> None:
     """Stops after steps 3 and 5 of 8 (two-stage training switches between), resumes with the same command."""
     stage, sections = CASES[case]

@@ -15,7 +15,7 @@ from tests.versions import exports, transformers_matrix
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_locked_transformers_passes_every_check(tmp_path: Path) -> None:
     with torch.no_grad():
         exports.write(tmp_path, ["iiet-plan"])
@@ -33,6 +33,7 @@ def test_a_row_counts_what_applies_and_tells_what_is_wrong() -> None:
     assert wrong == ["5.0.0 two, static: WrongError: [1] instead of [2]"]
 
 
+@pytest.mark.long
 def test_a_process_that_fails_is_no_verdict(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match=r"expected\.json"):
         transformers_matrix.verdicts(ROOT, tmp_path, ["none"])
