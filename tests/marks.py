@@ -9,5 +9,6 @@ import pytest
 
 
 def long_but(values: Iterable[Any], *kept: Any) -> list[Any]:
-    """Values of a parameter, of which all but ``kept`` are for ``make test-long`` alone."""
-    return [value if value in kept else pytest.param(value, marks=pytest.mark.long) for value in values]
+    """Values of a parameter, or tuples of several; all but ``kept`` are for ``make test-long`` alone."""
+    parts = [(value, value if isinstance(value, tuple) else (value,)) for value in values]
+    return [v if v in kept else pytest.param(*each, marks=pytest.mark.long) for v, each in parts]
