@@ -96,7 +96,7 @@ def next_serial(output_dir: str | Path) -> int:
 
 def no_candidate(output_dir: str | Path, candidates: Candidates, reasons: list[str]) -> ConfigError:
     """There are checkpoints, and none can be gone on from."""
-    told = "; ".join([*candidates.notes, *reasons]) or "'latest' names one, and there is none"
+    told = "; ".join(reasons) or "'latest' names one, and there is none"
     folder = checkpoints_folder(output_dir)
     way = f"put a whole one back, remove {folder} to start from scratch, or choose another output_dir"
     if candidates.others:

@@ -136,6 +136,8 @@ class RunLock:
         Raises:
             ValueError: another run has it.
         """
+        if self._held:
+            return
         folder = self.path.parent
         self._made = [path for path in (folder, *folder.parents) if not path.exists()]
         folder.mkdir(parents=True, exist_ok=True)

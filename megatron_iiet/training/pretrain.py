@@ -100,6 +100,11 @@ def prepare(
     """
     check_paths(config)
     backend, reason = resolve_backend(config.ops.backend, context.device)
+    with failing_together(context):
+        if (
+            lock is not None and lock.path.exists()
+        ):  # what a live run saves and removes is not for us to judge
+            lock.take()
     succession, newest, done = look(config, context)
     if not done:
         with failing_together(context):
