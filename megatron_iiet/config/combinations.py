@@ -8,7 +8,7 @@ from typing import Any
 
 from megatron_iiet.config.errors import ConfigError
 from megatron_iiet.config.keys import join_words
-from megatron_iiet.config.rules import DEEPSPEED_RULES, Rule, Setup
+from megatron_iiet.config.rules import DEEPSPEED_RULES, STAGE, Rule, Setup
 from megatron_iiet.config.schema import RunConfig
 
 
@@ -146,6 +146,16 @@ def _batch_problem(config: RunConfig, data_parallel_size: int) -> str | None:
     )
 
 
+def _replicas_problem(setup: Setup) -> str | None:
+    interval = setup.config.guards.replicas
+    if not interval or setup.setting(STAGE) != 3:
+        return None
+    return (
+        f"guards.replicas is {interval}, but with ZeRO stage 3 ({setup.source}) every rank holds a part of "
+        "the parameters and there is nothing to compare; set it to 0, or zero_optimization.stage to 2"
+    )
+
+
 LAYOUT_RULES = (
     Rule(
         "`parallel.tensor` that does not divide query heads, key/value heads, feed-forward width and padded "
@@ -184,6 +194,12 @@ COMBINATIONS: tuple[Rule, ...] = (
         "every rank does the same number of equal micro-batches",
         "a multiple",
         lambda setup: _batch_problem(setup.config, setup.data_parallel_size),
+    ),
+    Rule(
+        "`guards.replicas` > 0 with `zero_optimization.stage` 3",
+        "every rank holds a part of the parameters, and there is nothing to compare",
+        "set it to 0, or the stage to 2",
+        _replicas_problem,
     ),
     *DEEPSPEED_RULES,
 )

@@ -12,6 +12,7 @@ KINDS = {
     "stop": ("step", "rank"),
     "raise": ("step", "rank"),
     "nan": ("step", "rank"),
+    "drift": ("step", "rank"),
     "enospc": ("step", "rank"),
     "slow_disk": ("step", "rank", "seconds"),
     "flip": ("step", "rank"),
@@ -26,7 +27,7 @@ class Injection:
 
     kind: str
     step: int | None = None
-    """Before which step (kill, stop, raise, nan), or at whose checkpoint; None: at every one."""
+    """Before which step (kill, stop, raise, nan, drift), or at whose checkpoint; None: at every one."""
     rank: int = 0
     seconds: float = 0.0
     """How much longer a write takes."""

@@ -13,6 +13,7 @@ from megatron_iiet.config.kinds import Kinds
 from megatron_iiet.config.optimizers import OPTIMIZERS, OptimizerConfig
 from megatron_iiet.config.rope import RopeScaling, read_rope_scaling
 from megatron_iiet.config.solvers import SOLVERS, Iterating, SolverConfig
+from megatron_iiet.config.timeouts import Timeouts, read_timeouts
 
 FUNCTION, ORDER, COURSE, FREE = Change
 
@@ -119,6 +120,20 @@ class ParallelConfig:
     sequence: bool = key(False, COURSE)
     """Sequence parallelism: residual stream, norms, merges and history on 1/tensor of the sequence each.
     Saves activation memory at the same traffic. No effect with tensor 1."""
+    timeouts: dict[str, float] = key(factory=dict, change=FREE)
+    """Seconds after which a run that gets no further names the rank that is to blame, writes every rank's
+    stacks into output_dir and ends: {start: 1800, step: 120, save: 1800}. start is also for validation, tasks
+    and diagnostics. Without step it is learned: ten times the longest step, at least 120 (for a rank that
+    waits for data, at least 1.2 data.timeout)."""
+
+    @property
+    def resolved_timeouts(self) -> Timeouts:
+        """The bounds, those not given as by default.
+
+        Raises:
+            ConfigError: ``timeouts`` is no such object.
+        """
+        return read_timeouts(self.timeouts)
 
 
 @dataclass
@@ -296,6 +311,9 @@ class GuardsConfig:
     max_skips: int = key(10, COURSE, POSITIVE)
     """The run ends after more than that many steps in a row that guards left out, or as many returns to one
     checkpoint."""
+    replicas: int = key(0, FREE, NOT_NEGATIVE)
+    """Steps between comparisons of the parameters that several ranks hold, by checksums: a rank that holds
+    others is named, and the run ends. 0: never. Not with ZeRO-3, where every rank holds a part."""
 
 
 @dataclass
@@ -358,9 +376,9 @@ class DebugConfig:
     """For trying a run out."""
 
     inject: list[str] = key(factory=list, change=FREE)
-    """Faults that the run brings upon itself, KIND@step=N,rank=R each: kill, stop (SIGSTOP), raise and nan (a
-    gradient) before that step; enospc, slow_disk (seconds=S) and flip (a bit, once it is in force) at the
-    checkpoint of that step; not in what torchrun restarts. Empty: none."""
+    """Faults that the run brings upon itself, KIND@step=N,rank=R each: kill, stop (SIGSTOP), raise, nan (a
+    gradient) and drift (a weight) before that step; enospc, slow_disk (seconds=S) and flip (a bit, once it is
+    in force) at the checkpoint of that step; not in what torchrun restarts. Empty: none."""
 
 
 @dataclass

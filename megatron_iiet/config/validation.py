@@ -14,6 +14,7 @@ from megatron_iiet.config.keys import join_words
 from megatron_iiet.config.rope import read_rope_scaling
 from megatron_iiet.config.schema import RunConfig, evaluations_in_budget
 from megatron_iiet.config.solvers import SOLVERS, SUM_TOLERANCE, Iterating
+from megatron_iiet.config.timeouts import read_timeouts
 
 
 def validate(config: RunConfig) -> None:
@@ -24,6 +25,7 @@ def validate(config: RunConfig) -> None:
     """
     _check_ranges(config)
     _check_attention(config)
+    read_timeouts(config.parallel.timeouts)
     _check_data(config)
     _check_skipped(config)
     config.solver.check(config.model.num_layers)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -15,6 +16,9 @@ from megatron_iiet.config.schema import ParallelConfig
 from megatron_iiet.parallel.group import Group
 from megatron_iiet.parallel.launch import LaunchEnvironment, launch_environment, restarts
 from megatron_iiet.parallel.tensor import TensorParallel
+
+_FLIGHT_RECORDER = ("TORCH_FR_BUFFER_SIZE", "512")
+"""Collectives of a process that torch remembers, for when one of them does not end."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,8 @@ class ParallelContext:
     """First and last rank of the pipeline, which both hold a tied embedding; alone in between."""
     tensor_parallel: TensorParallel
     """What layers are built with."""
+    store: dist.Store | None = None
+    """Where the ranks met, and may leave each other notes; None where they met elsewhere."""
 
     @property
     def is_main(self) -> bool:
@@ -53,9 +59,7 @@ class ParallelContext:
 
     @classmethod
     @contextmanager
-    def start(
-        cls, config: ParallelConfig | None = None, timeout: timedelta = timedelta(minutes=30)
-    ) -> Iterator[ParallelContext]:
+    def start(cls, config: ParallelConfig | None = None) -> Iterator[ParallelContext]:
         """Join the process group that the launcher's environment describes; leave it at the end.
 
         Started by the DeepSpeed launcher, torchrun or srun. Without a launcher the process is a world of
@@ -65,12 +69,14 @@ class ParallelContext:
             ValueError: the environment is broken.
         """
         config = config or ParallelConfig()
+        timeout = timedelta(seconds=config.resolved_timeouts.longest)
         environment = launch_environment()
         if torch.cuda.is_available():
             device, backend = torch.device("cuda", environment.local_rank), "nccl"
             torch.cuda.set_device(device)
         else:
             device, backend = torch.device("cpu"), "gloo"
+        os.environ.setdefault(*_FLIGHT_RECORDER)
         with environment.published():
             try:
                 store = _store(environment, timeout)
@@ -89,9 +95,10 @@ class ParallelContext:
                     "listens there, give this one's launcher another --master_port"
                 ) from None
             try:
-                yield cls.on_grid(
+                context = cls.on_grid(
                     config, environment.rank, environment.world_size, environment.local_rank, device
                 )
+                yield replace(context, store=store)
             finally:
                 # Left to the interpreter's exit, live process groups sometimes abort it.
                 dist.destroy_process_group()
@@ -105,7 +112,12 @@ class ParallelContext:
         Every rank calls it, in the same order, for it makes process groups.
         """
         grid = grid_ranks(world_size, config.tensor, config.pipeline)
-        tensor = _own_group(grid.flatten(0, 1), rank)
+        timeout = timedelta(seconds=config.resolved_timeouts.longest)
+
+        def own_group(lines: torch.Tensor, name: str, *, handle_for_one: bool = False) -> Group:
+            return _own_group(lines, rank, name, timeout, handle_for_one=handle_for_one)
+
+        tensor = own_group(grid.flatten(0, 1), "tensor")
         ends = grid[[0, -1]] if config.pipeline > 1 else grid
         return cls(
             rank=rank,
@@ -114,9 +126,9 @@ class ParallelContext:
             device=device,
             world=Group(range(world_size), rank, dist.group.WORLD),
             tensor=tensor,
-            data=_own_group(grid.transpose(1, 2).flatten(0, 1), rank, handle_for_one=True),
-            pipeline=_own_group(grid.flatten(1).t(), rank),
-            tied=_own_group(ends.flatten(1).t(), rank),
+            data=own_group(grid.transpose(1, 2).flatten(0, 1), "data", handle_for_one=True),
+            pipeline=own_group(grid.flatten(1).t(), "pipeline"),
+            tied=own_group(ends.flatten(1).t(), "tied"),
             tensor_parallel=TensorParallel(tensor, config.sequence),
         )
 
@@ -125,18 +137,18 @@ class ParallelContext:
         dist.barrier()
 
 
-def _store(environment: LaunchEnvironment, timeout: timedelta) -> dist.Store | None:
-    """Where the ranks meet; None: torch makes it where the environment says.
+def _store(environment: LaunchEnvironment, timeout: timedelta) -> dist.Store:
+    """Where the ranks meet.
 
     One process meets nobody: no port, which another could take between finding and using it. And torchrun's
     agent restarts ranks with the store that it has: there torch would find what the ones before left.
     """
     if environment.world_size == 1:
         return dist.HashStore()
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        return None
     address, port = environment.master_address, environment.master_port
-    store = dist.TCPStore(address, port, environment.world_size, is_master=False, timeout=timeout)
+    of_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    is_master = environment.rank == 0 and not of_agent
+    store = dist.TCPStore(address, port, environment.world_size, is_master, timeout, multi_tenant=True)
     return dist.PrefixStore(f"start {restarts()}", store)
 
 
@@ -146,14 +158,29 @@ def grid_ranks(world_size: int, tensor: int, pipeline: int) -> torch.Tensor:
     return torch.arange(world_size).view(pipeline, -1, tensor)
 
 
-def _own_group(lines: torch.Tensor, rank: int, *, handle_for_one: bool = False) -> Group:
+@contextmanager
+def groups_with_timeout(seconds: float) -> Iterator[None]:
+    """Process groups that a library makes inside the block wait so long, unless it says otherwise."""
+    make = dist.new_group
+    dist.new_group = partial(make, timeout=timedelta(seconds=seconds))
+    try:
+        yield
+    finally:
+        dist.new_group = make
+
+
+def _own_group(
+    lines: torch.Tensor, rank: int, name: str, timeout: timedelta, *, handle_for_one: bool
+) -> Group:
     """The group of the line [number, size] that ``rank`` is in; every rank must make every group.
 
     A rank alone sends nothing, but DeepSpeed asks for the handle of a data-parallel group of one.
     """
     own = Group((rank,))
     for line in lines.tolist():
-        handle = dist.new_group(line) if len(line) > 1 or handle_for_one else None
+        handle = None
+        if len(line) > 1 or handle_for_one:
+            handle = dist.new_group(line, timeout=timeout, group_desc=name)
         if rank in line:
             own = Group(line, line.index(rank), handle)
     return own

@@ -13,7 +13,7 @@ from megatron_iiet.data.loader.batches import Batch, ValidationBatch, Validation
 from megatron_iiet.models.iterations import most_influential
 from megatron_iiet.training.engine import StepResult, Verdict
 from megatron_iiet.training.run import Run
-from megatron_iiet.training.utilisation import peak_flops, step_flops
+from megatron_iiet.training.utilisation import peak_flops, slowest, step_flops
 
 _GROWTH = 2.0
 """A relative residual that has grown by this factor is told; one of a contracting iteration falls."""
@@ -223,18 +223,22 @@ class MetricLogger(Callback):
             mfu, hfu = self.needed_flops / base, self.done_flops / base
             run.record({"mfu": mfu, "hfu": hfu})
             utilisation = f"MFU {mfu:.1%} HFU {hfu:.1%}"
-        now, most = (max(each) for each in zip(*run.memory_of_ranks(), strict=True))
+        ranks = run.ranks()
+        now, most = max(each.memory for each in ranks), max(each.peak_memory for each in ranks)
         run.record({"memory_bytes": now, "peak_memory_bytes": most})
         run.record(
             {f"coefficient_norm/{name}": norm for name, norm in run.engine.coefficient_norms().items()}
         )
         run.record({f"epoch/{name}": epochs for name, epochs in run.epochs().items()})
+        rank, ratio = slowest(ranks)
+        run.record({"slowest_rank": rank, "slowest_over_median": ratio})
+        others = f" | slowest rank {rank} ({ranks[rank].host}) {ratio:.2f} x median" if len(ranks) > 1 else ""
         left = _clock((run.last_step - run.step) * self.seconds / self.steps)
         run.say(
             f"step {run.step:>6}/{config.training.steps} | loss {result.loss:.4f}{_parts(result)} | "
             f"lr {result.lr:.2e} | "
             f"grad norm {result.grad_norm:.3f} | {tokens / self.seconds:,.0f} tok/s | "
-            f"{utilisation} | {now / 2**30:.2f} GiB, peak {most / 2**30:.2f} | {left} left"
+            f"{utilisation} | {now / 2**30:.2f} GiB, peak {most / 2**30:.2f}{others} | {left} left"
         )
 
 

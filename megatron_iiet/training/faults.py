@@ -12,6 +12,7 @@ from typing import Any
 
 from megatron_iiet.config.injection import Injection
 from megatron_iiet.parallel.launch import restarts
+from megatron_iiet.storage.fragments import MASTER
 from megatron_iiet.training.callbacks import Callback
 from megatron_iiet.training.engine import StepResult
 from megatron_iiet.training.run import Run
@@ -46,6 +47,9 @@ class Faults(Callback):
             elif each.kind == "nan":
                 parameter = next(p for p in run.engine.model.parameters() if p.requires_grad)
                 self._poisoned = parameter.register_hook(lambda gradient: gradient * float("nan"))
+            elif each.kind == "drift":
+                of_a_norm = next(f for f in run.engine.fragments() if f.name.endswith("norm.weight"))
+                of_a_norm.tensors[MASTER].view(-1)[0] += 1.0
 
     def _before_write(self, folder: Path, step: int) -> None:
         """In the thread that is about to write this rank's part of a checkpoint."""

@@ -9,6 +9,7 @@ from megatron_iiet.signals import Phase
 from megatron_iiet.training.callbacks import Callback
 from megatron_iiet.training.engine import StepResult, Verdict
 from megatron_iiet.training.guards import Guards, must_read
+from megatron_iiet.training.progress import Activity
 from megatron_iiet.training.run import Run
 from megatron_iiet.training.schedules import learning_rate
 from megatron_iiet.training.stopping import Stopped, heard
@@ -33,10 +34,14 @@ def train(run: Run, callbacks: Sequence[Callback]) -> bool:
                 callback.on_start(run)
             run.flush()
             guards = Guards(run)
+            activity = Activity.START  # the first step compiles kernels
             while run.step < run.last_step:
                 if run.step + 1 == run.last_step:
                     requests.enter(Phase.ENDING)
+                run.progress.begin(activity, run.step + 1)
                 _train_step(run, callbacks, guards)
+                run.progress.begin(activity, run.step)  # what waits for the device is of the step
+                activity = Activity.STEP
                 run.continue_saving()
                 run.stop_if_asked()
         except Stopped as reason:
@@ -64,6 +69,7 @@ def _train_step(run: Run, callbacks: Sequence[Callback], guards: Guards) -> None
     if must_read(run.config, run.step, run.last_step):
         result.read()  # waits for the device, which is part of the step's time
     run.step_seconds = time.perf_counter() - started
+    run.progress.begin(Activity.START, run.step)
     if result.is_read and guards.settle(run):
         return
     for callback in callbacks:

@@ -30,10 +30,13 @@ from megatron_iiet.training.layout import describe_layout, layout_of
 from megatron_iiet.training.lock import RunLock
 from megatron_iiet.training.loop import train
 from megatron_iiet.training.mirror import Mirror
+from megatron_iiet.training.progress import Progress
+from megatron_iiet.training.replicas import Replicas
 from megatron_iiet.training.run import Run
 from megatron_iiet.training.stopping import failing_together, heard
 from megatron_iiet.training.task_evaluation import TaskEvaluation
 from megatron_iiet.training.warm_start import open_teacher, open_warm_start
+from megatron_iiet.training.watchdog import Watchdog
 
 
 def pretrain(loaded: LoadedConfig) -> int:
@@ -58,8 +61,11 @@ def pretrain(loaded: LoadedConfig) -> int:
         ):
             requests.enter(Phase.STARTING)
             lock = RunLock(loaded.config.output_dir) if context.is_main else None
+            progress = Progress(loaded.config.parallel.resolved_timeouts, loaded.config.data.timeout)
+            watchdog = Watchdog(context, progress, loaded.config.output_dir)
             try:
                 run, chosen = prepare(loaded.config, ds_config, context, loaded.accept_changes, lock)
+                run.progress = progress
                 try:
                     finished = train(run, chosen)
                 except FloatingPointError:  # of all ranks: what was asked for before is still good
@@ -72,6 +78,7 @@ def pretrain(loaded: LoadedConfig) -> int:
                     print(done, flush=True)
                 return 0
             finally:
+                watchdog.close()
                 if lock is not None:
                     lock.release()
             context.barrier()  # so that all ranks end at once, see signals.leave
@@ -273,6 +280,8 @@ def build_callbacks(
             chosen.append(callbacks.SolverDiagnostics(batch, config.logging.solver_interval))
     if config.evaluation.tasks:
         chosen.append(TaskEvaluation(config))
+    if config.guards.replicas:  # before what a drift must not get into
+        chosen.append(Replicas(config.guards.replicas))
     chosen.append(callbacks.Checkpointing(config.checkpoint.interval))
     if config.debug.inject:
         chosen.append(Faults(config.debug.inject, context.rank))

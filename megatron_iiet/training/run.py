@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from copy import deepcopy
@@ -25,11 +26,12 @@ from megatron_iiet.training.layout import layout_of
 from megatron_iiet.training.lock import RunLock
 from megatron_iiet.training.metrics import MetricWriter
 from megatron_iiet.training.mirror import Mirror
+from megatron_iiet.training.progress import Activity, Progress
 from megatron_iiet.training.record import copy_starts, write_configurations
 from megatron_iiet.training.resume import CONTENTS
 from megatron_iiet.training.saving import HostCopies, Saving, has_room
 from megatron_iiet.training.stopping import failing_together, stop_if_asked
-from megatron_iiet.training.utilisation import memory_bytes
+from megatron_iiet.training.utilisation import RankReport, memory_bytes
 
 Measured = TypeVar("Measured")
 
@@ -52,6 +54,8 @@ class Run:
     plan: IterationPlan | None = None
     """What guidance decided last; it goes before the iterations that the configuration has for a step."""
     step_seconds: float = 0.0
+    progress: Progress = field(default_factory=Progress)
+    """What it is at."""
     resumed_step: int | None = None
     """Of the checkpoint that this process has read: of all, it is the one that is known to be whole."""
     lineage: checkpoint.Lineage = field(default_factory=list)
@@ -189,6 +193,10 @@ class Run:
             FloatingPointError: a weight or moment is no finite number; nothing was written.
             OSError: the one before could not be written.
         """
+        with self.progress.at(Activity.SAVE):
+            return self._save()
+
+    def _save(self) -> Path:
         self.finish_saving()
         self._refuse_bad_numbers()
         folder = checkpoint.checkpoints_folder(self.config.output_dir) / checkpoint.tag_of(self.step)
@@ -208,7 +216,8 @@ class Run:
             fragments = self._copies.take(fragments)
         before = partial(self.before_write, folder, self.step)
         commit = partial(self._commit, folder, state, save)
-        self._saving = Saving(self.context, folder, save, fragments, commit, before)
+        seconds = self.config.parallel.resolved_timeouts.save
+        self._saving = Saving(self.context, folder, save, fragments, commit, before, seconds)
         if copied:
             self.say(f"step {self.step:>6} | checkpoint {folder} requested")
         else:
@@ -231,8 +240,9 @@ class Run:
             OSError: it could not be written.
         """
         if self._saving is not None:
-            self._saving.finish()
-            self._saved(self._saving)
+            with self.progress.at(Activity.SAVE):
+                self._saving.finish()
+                self._saved(self._saving)
 
     def _saved(self, saving: Saving) -> None:
         self._saving = None
@@ -272,7 +282,8 @@ class Run:
         if self.mirror is None:
             return
         keep = self.config.checkpoint
-        told = self.mirror.finish()
+        with self.progress.at(Activity.SAVE):
+            told = self.mirror.finish()
         told += retention.prune(
             self.config.output_dir,
             self.lineage,
@@ -341,9 +352,13 @@ class Run:
         self.resume(folder)
         self.open_record()
 
-    def memory_of_ranks(self) -> list[tuple[int, int]]:
-        """Bytes that each rank holds of its device's memory, and the most it held; every rank asks."""
-        return self.context.world.gather_objects(memory_bytes(self.context.device))
+    def ranks(self) -> list[RankReport]:
+        """What each rank used since this was asked last; every rank asks."""
+        now, most = memory_bytes(self.context.device)
+        own = RankReport(
+            socket.gethostname(), self.context.pipeline.rank, now, most, self.engine.own_time.take()
+        )
+        return self.context.world.gather_objects(own)
 
     def epochs(self) -> dict[str, float]:
         """How many times each corpus has been read, by name."""

@@ -3,8 +3,10 @@ all have, the main rank makes it whole and puts it in force."""
 
 from __future__ import annotations
 
+import math
 import socket
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -34,16 +36,19 @@ class Saving:
         fragments: Sequence[Fragment],
         commit: Callable[[], list[str]] = list,
         before: Callable[[], None] = lambda: None,
+        seconds: float = math.inf,
     ) -> None:
         """``fragments``: what this rank writes, which does not change until it is written; ``commit``: what
         makes the folder a checkpoint once all files are there, on the main rank; what it returns is told;
-        ``before``: what is done before this rank writes."""
+        ``before``: what is done before this rank writes; ``seconds``: what all of it may take while training
+        goes on."""
         self.folder, self.save, self._context = folder, save, context
         self._before, self._commit = before, commit
         self._file = f"rank_{context.rank:05d}.safetensors"
         self.warnings: list[str] = []
         """What the commit told, on the main rank."""
         self._committing = False
+        self._seconds, self._began = seconds, time.monotonic()
         self._task = _Task(partial(self._write, fragments))
 
     def advance(self) -> bool:
@@ -84,11 +89,14 @@ class Saving:
         return self._commit()
 
     def _all_done(self) -> bool:
-        counts = torch.tensor([self._task.failed, self._task.done], device=self._context.device).int()
+        error = self._task.error if self._task.failed else ""
+        if not self._task.over and time.monotonic() - self._began > self._seconds:
+            error = f"its disk took longer than {self._seconds:g} s (parallel.timeouts.save)"
+        counts = torch.tensor([bool(error), self._task.done], device=self._context.device).int()
         self._context.world.all_reduce(counts)
         failed, done = counts.tolist()
         if failed:
-            reasons = self._context.world.gather_objects(self._task.error)
+            reasons = self._context.world.gather_objects(error)
             rank, reason = next((rank, reason) for rank, reason in enumerate(reasons) if reason)
             raise OSError(f"the checkpoint {self.folder} was not written, rank {rank} failed: {reason}")
         return bool(done == self._context.world_size)
@@ -113,12 +121,16 @@ class _Task:
         self._thread.join()
 
     @property
+    def over(self) -> bool:
+        return not self._thread.is_alive()
+
+    @property
     def failed(self) -> bool:
-        return not self._thread.is_alive() and bool(self.error)
+        return self.over and bool(self.error)
 
     @property
     def done(self) -> bool:
-        return not self._thread.is_alive() and not self.error
+        return self.over and not self.error
 
 
 class HostCopies:

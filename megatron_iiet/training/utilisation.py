@@ -7,7 +7,9 @@ full T × T attention scores); HFU adds what recomputation repeats. Both are sha
 from __future__ import annotations
 
 import re
+import statistics
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -89,6 +91,29 @@ def peaks_of(name: str) -> Peaks | None:
     words = re.split(r"[\s-]+", name)
     known = [key for key in PEAKS if set(key.split()) <= set(words)]
     return PEAKS[max(known, key=lambda key: len(key.split()))] if known else None
+
+
+class RankReport(NamedTuple):
+    """What one rank used."""
+
+    host: str
+    stage: int
+    """Of the pipeline; one has other work than the next."""
+    memory: int
+    """Bytes that it holds of its device's."""
+    peak_memory: int
+    own_seconds: float
+    """What it needed for itself, see :class:`.engine.results.OwnTime`."""
+
+
+def slowest(reports: Sequence[RankReport]) -> tuple[int, float]:
+    """The rank that needs most beside the others of its stage, and its time over their (lower) median."""
+    ratios = []
+    for report in reports:
+        median = statistics.median_low(other.own_seconds for other in reports if other.stage == report.stage)
+        ratios.append(report.own_seconds / median if median else 1.0)
+    rank = max(range(len(reports)), key=ratios.__getitem__)
+    return rank, ratios[rank]
 
 
 def memory_bytes(device: torch.device) -> tuple[int, int]:

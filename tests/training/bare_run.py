@@ -15,6 +15,7 @@ from megatron_iiet.parallel import ParallelContext
 from megatron_iiet.parallel.group import Group
 from megatron_iiet.parallel.tensor import TensorParallel
 from megatron_iiet.training.engine import Engine, NotFinite, StepResult
+from megatron_iiet.training.engine.results import OwnTime
 from megatron_iiet.training.run import Run
 from tests.tiny import tiny_config
 
@@ -51,6 +52,7 @@ class BareEngine:
         self.meta_model = Transformer.on_meta(config)
         self.meta_teacher = None if teacher is None else Transformer.on_meta(teacher)
         self.zero_stage = 1
+        self.own_time = OwnTime(torch.device("cpu"))
         self.lrs: list[float] = []
         self._result = result
 

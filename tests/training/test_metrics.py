@@ -19,7 +19,7 @@ from megatron_iiet.training import loop, utilisation
 from megatron_iiet.training.callbacks import MetricLogger
 from megatron_iiet.training.engine import StepResult
 from megatron_iiet.training.metrics import MetricWriter, read_log
-from megatron_iiet.training.utilisation import PEAKS, memory_bytes, peak_flops, peaks_of
+from megatron_iiet.training.utilisation import PEAKS, RankReport, memory_bytes, peak_flops, peaks_of, slowest
 from tests.distributed.harness import run_ranks
 from tests.distributed.runs import as_data, ds_json, pretrain_rank
 from tests.tiny import make_data, tiny_config
@@ -273,12 +273,30 @@ def test_memory_is_that_of_the_rank_with_most(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = bare_run(tmp_path / "run", training={"steps": 2})
-    monkeypatch.setattr(run, "memory_of_ranks", lambda: [(2**30, 3 * 2**30), (2**31, 2**31)])
+    ranks = [RankReport("a", 0, 2**30, 3 * 2**30, 1.0), RankReport("b", 0, 2**31, 2**31, 1.5)]
+    monkeypatch.setattr(run, "ranks", lambda: ranks)
     loop.train(run, [MetricLogger()])
     run.close()
     log = read_log(tmp_path / "run")[2]
     assert (log["memory_bytes"], log["peak_memory_bytes"]) == (2**31, 3 * 2**30)
-    assert " | 2.00 GiB, peak 3.00 | " in capsys.readouterr().out
+    assert (log["slowest_rank"], log["slowest_over_median"]) == (1, 1.5)
+    assert " | 2.00 GiB, peak 3.00 | slowest rank 1 (b) 1.50 x median | " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("stages_and_seconds", "expected"),
+    [
+        ([(0, 1.0), (0, 1.0), (0, 1.25)], (2, 1.25)),
+        ([(0, 2.0), (0, 1.0)], (0, 2.0)),  # of two, the faster one is what is usual
+        ([(0, 4.0), (0, 4.0), (1, 1.0), (1, 1.5)], (3, 1.5)),  # stages have other work
+        ([(0, 0.0), (0, 0.0)], (0, 1.0)),
+    ],
+)
+def test_the_slowest_rank_is_found_among_its_like(
+    stages_and_seconds: list[tuple[int, float]], expected: tuple[int, float]
+) -> None:
+    reports = [RankReport("host", stage, 0, 0, seconds) for stage, seconds in stages_and_seconds]
+    assert slowest(reports) == expected
 
 
 def test_memory_of_a_gpu_is_what_torch_gave_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -306,7 +324,7 @@ def test_the_line_of_a_step(
         optimizer={"lr": 2e-3, "warmup_fraction": 0.0, "schedule": "constant"},
         logging={"peak_tflops": 1e-6},
     )
-    monkeypatch.setattr(run, "memory_of_ranks", lambda: [(3 * 2**29, 2**31)])
+    monkeypatch.setattr(run, "ranks", lambda: [RankReport("host", 0, 3 * 2**29, 2**31, 1.0)])
     loop.train(run, [MetricLogger()])
     run.close()
     needed = 2 * step_flops(2) / 90.0 / 1e6

@@ -25,12 +25,13 @@ from megatron_iiet.models.distilled import LossParts, teacher_config
 from megatron_iiet.models.pipeline import stage_plan
 from megatron_iiet.models.transformer import Transformer
 from megatron_iiet.parallel import ParallelContext
+from megatron_iiet.parallel.context import groups_with_timeout
 from megatron_iiet.storage.fragments import Fragment, FragmentReader
 from megatron_iiet.storage.integrity import SaveIdentity
 from megatron_iiet.storage.source import Source
 from megatron_iiet.training.engine.corrected import CorrectedEngine, model_parallel_unit
 from megatron_iiet.training.engine.optimizer_state import load_fragments, own_fragments, start_from
-from megatron_iiet.training.engine.results import Ring, StepResult
+from megatron_iiet.training.engine.results import OwnTime, Ring, StepResult
 from megatron_iiet.training.saving import Saving
 from megatron_iiet.training.stopping import failing_together
 from megatron_iiet.training.warm_start import WarmStart
@@ -64,6 +65,8 @@ class Engine(ABC):
     _engine: CorrectedEngine
     ring: Ring
     """Numbers of the steps taken, until they are read."""
+    own_time: OwnTime
+    """What this rank needs for itself in training."""
 
     def __init__(
         self,
@@ -102,7 +105,9 @@ class Engine(ABC):
             taken = warm.taken if warm is not None else frozenset()
             self.model.initialise(config.training.seed, writable=self._writable, keep=taken)
         self._names = {parameter: name for name, parameter in self.model.named_parameters()}
-        self._engine = self._start(config, ds_config)
+        self.own_time = OwnTime(context.device)
+        with groups_with_timeout(config.parallel.resolved_timeouts.longest):
+            self._engine = self._start(config, ds_config)
         self.ring = Ring(at_once=context.device.type == "cpu")
         if warm is not None:
             start_from(self._engine, self._names, warm)

@@ -25,7 +25,7 @@ from megatron_iiet.training.engine.deepspeed_internals import (
     PipelineModule,
     PipeModelDataParallelTopology,
 )
-from megatron_iiet.training.engine.results import StepResult
+from megatron_iiet.training.engine.results import OwnTime, StepResult
 
 Labels = Tensor | tuple[Tensor, Tensor]
 """Targets [b, T], or targets and what the sum of their losses is divided by."""
@@ -42,7 +42,7 @@ class PipelinedEngine(Engine):
         if self.teacher is not None:
             assert self.meta_teacher is not None
             self.distilled = DistilledStage(self.stage, self.teacher, self.meta_teacher, self.accumulation)
-        self._module = _StageModule(self.stage, self.distilled, self.context)
+        self._module = _StageModule(self.stage, self.distilled, self.context, self.own_time)
         engine = _CorrectedPipelineEngine.start(
             self._module, self.model, config, ds_config, self.context, self._module.mpu()
         )
@@ -148,9 +148,13 @@ class _StageModule(PipelineModule):
     _model: Transformer
 
     def __init__(
-        self, stage: PipelineStage, distilled: DistilledStage | None, context: ParallelContext
+        self,
+        stage: PipelineStage,
+        distilled: DistilledStage | None,
+        context: ParallelContext,
+        own_time: OwnTime,
     ) -> None:
-        self._context = context
+        self._context, self._own_time = context, own_time
         object.__setattr__(self, "_model", stage.model)  # no submodule: the stage has it
         topology = PipeModelDataParallelTopology(
             num_pp=context.pipeline.size, num_mp=context.tensor.size, num_dp=context.data.size
@@ -167,6 +171,12 @@ class _StageModule(PipelineModule):
             self._tied_weight().ds_pipe_replicated = True  # counts once in the gradient norm
 
     def forward(self, x: Any) -> Any:
+        if not self.training:
+            return self._forward(x)
+        with self._own_time.counted():
+            return self._forward(x)
+
+    def _forward(self, x: Any) -> Any:
         stage, inputs = self.forward_funcs[0], self.feed.begin()
         if not isinstance(stage, DistilledStage):
             return stage(x, inputs.positions)

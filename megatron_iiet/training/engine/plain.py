@@ -32,7 +32,8 @@ class PlainEngine(Engine):
         module = engine.module
         parts = module.parts if isinstance(module, Distilled) else None
         for micro_step in range(1, self.accumulation + 1):
-            loss = engine(*self._inputs(next(micro_batches)))
+            with self.own_time.counted():
+                loss = engine(*self._inputs(next(micro_batches)))
             engine.backward(loss)
             total += loss.detach()
             if micro_step == self.accumulation:  # the optimizer is next

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from enum import IntEnum
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -89,6 +92,47 @@ class StepResult:
         """Have the numbers here, and those of all steps before."""
         if self._ring is not None:
             self._ring.read()
+
+
+class OwnTime:
+    """Seconds that this rank needs for itself, between waits for others: reading data and running forward.
+
+    On a GPU they are between events that are read later. A rank that is waited for within a forward pass, by
+    a neighbour in tensor parallelism or under ZeRO-3, makes the others' longer too.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_device = device.type == "cuda"
+        self._seconds = 0.0
+        self._pairs: list[tuple[Any, Any]] = []
+
+    @contextmanager
+    def counted(self) -> Iterator[None]:
+        """What is done inside the block counts."""
+        if not self._on_device:
+            started = time.perf_counter()
+            yield
+            self._seconds += time.perf_counter() - started
+            return
+        pair = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        pair[0].record()
+        yield
+        pair[1].record()
+        self._pairs.append(pair)
+        if len(self._pairs) == _MOST_WAITING:
+            self._read()
+
+    def take(self) -> float:
+        """The seconds since this was asked last."""
+        self._read()
+        seconds, self._seconds = self._seconds, 0.0
+        return seconds
+
+    def _read(self) -> None:
+        pairs, self._pairs = self._pairs, []
+        for first, last in pairs:
+            last.synchronize()
+            self._seconds += first.elapsed_time(last) / 1000
 
 
 class Ring:
