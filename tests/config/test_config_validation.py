@@ -79,6 +79,16 @@ RANGE_ERRORS = [
         )
         for text in ("", "0:00:00", "1:60:00", "90:00", "-1:00:00", "1h", "3600")
     ),
+    *(
+        ("parallel__timeouts", value, message)
+        for value, message in (
+            ({"stop": 5}, "parallel.timeouts has the key 'stop', but its keys are start, step, save"),
+            ({"step": 0}, "parallel.timeouts.step is 0, but must be seconds, more than 0"),
+            ({"save": -1.5}, "parallel.timeouts.save is -1.5, but must be seconds, more than 0"),
+            ({"start": float("inf")}, "parallel.timeouts.start is inf, but must be seconds, more than 0"),
+            ({"step": True}, "parallel.timeouts.step is True, but must be seconds, more than 0"),
+        )
+    ),
     ("evaluation__interval", -1, "evaluation.interval is -1, but must be 0 or greater"),
     ("evaluation__samples", 0, "evaluation.samples is 0, but must be greater than 0"),
     ("checkpoint__interval", -1, "checkpoint.interval is -1, but must be 0 or greater"),
@@ -116,6 +126,7 @@ NOT_NEGATIVE_KEYS = """
     evaluation: interval tasks_interval
     checkpoint: interval keep keep_every
     logging: solver_interval
+    guards: replicas
     guidance: interval inertia
     distillation: alpha beta
 """

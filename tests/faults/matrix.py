@@ -7,6 +7,9 @@
               under ZeRO-1 and with a pipeline: it must be named, and the older one taken
     starts    two starts of one folder at once: one must train, the other be refused
     views     ranks that see different folders: all must end, and name the one that does
+    signals   SIGUSR1 or SIGTERM in start-up, training, validation, save, commit and the last step, to a rank
+              alone, to a rank or the launcher of torchrun and deepspeed: saved, ended, nobody left after 10 s
+    hangs     a rank stopped by SIGSTOP: named within three bounds of a step, the others' stacks on disk
 
 Minutes to an hour; exit status 1 if anything was not as it must be.
 """
@@ -37,6 +40,7 @@ from megatron_iiet.training.metrics import read_log
 from megatron_iiet.training.resume import NothingToDo
 from tests.distributed.harness import RanksFailedError, run_ranks
 from tests.distributed.runs import as_data, ds_json, pretrain_rank
+from tests.faults.launched import Tally, hangs, signals
 from tests.storage.saves import Saves
 from tests.tiny import make_data, tiny_config
 from tests.training.test_agreement import look
@@ -54,8 +58,7 @@ LAYOUTS: list[tuple[int, int, dict[str, int]]] = [
     (4, 1, {"pipeline": 2}),
 ]
 """Ranks, ZeRO stage, grid."""
-Tally = tuple[int, int]
-"""As it must be, of how many."""
+PARTS = ("views", "hangs", "signals", "damages", "starts", "kills")
 
 
 def train_until_killed(config: dict[str, Any], ds_path: Path, victim: int, seconds: float) -> None:
@@ -215,11 +218,13 @@ def main() -> None:
     )
     parser.add_argument("--kills", type=int, default=100, help="number of kills")
     parser.add_argument("--pairs", type=int, default=20, help="number of pairs of starts")
-    parser.add_argument("--only", nargs="+", choices=("kills", "damages", "starts", "views"), default=[])
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=[])
     parser.add_argument("--seed", type=int, default=0, help="of the kills' moments")
     arguments = parser.parse_args()
     parts: dict[str, Callable[[Path], Tally]] = {
         "views": views,
+        "hangs": hangs,
+        "signals": signals,
         "damages": damages,
         "starts": lambda folder: starts(folder, arguments.pairs),
         "kills": lambda folder: kills(folder, arguments.kills, random.Random(arguments.seed)),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Sequence
+from datetime import timedelta
 from types import SimpleNamespace
 
 import pytest
@@ -28,15 +29,22 @@ def test_groups_of_a_grid(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stages are outermost, as DeepSpeed's pipeline counts them, then replicas, then tensor-parallel ranks;
     a stage between the first and the last has no part of a tied embedding."""
     made: list[Sequence[int]] = []
+    timeouts, names = set(), []
 
-    def new_group(ranks: Sequence[int]) -> str:
+    def new_group(ranks: Sequence[int], timeout: timedelta, group_desc: str) -> str:
         made.append(ranks)
+        timeouts.add(timeout)
+        names.append(group_desc)
         return f"handle of {ranks}"
 
     dist = SimpleNamespace(new_group=new_group, group=SimpleNamespace(WORLD="all"))
     monkeypatch.setattr(context_module, "dist", dist)
     context = ParallelContext.on_grid(
-        ParallelConfig(tensor=TENSOR, pipeline=PIPELINE), rank, 12, 0, torch.device("cpu")
+        ParallelConfig(tensor=TENSOR, pipeline=PIPELINE, timeouts={"start": 50, "save": 70}),
+        rank,
+        12,
+        0,
+        torch.device("cpu"),
     )
     groups = (context.tensor, context.data, context.pipeline, context.tied)
     assert tuple(list(group.ranks) for group in groups) == PLACES[rank]
@@ -45,6 +53,8 @@ def test_groups_of_a_grid(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
         assert group.size == 1 or group.handle == f"handle of {list(group.ranks)}"
     assert context.data.size == DATA
     assert len(made) == 6 + 6 + 4 + 4, "every rank makes every group"
+    assert timeouts == {timedelta(seconds=70)}, "any of them may wait for the longest"
+    assert names == ["tensor"] * 6 + ["data"] * 6 + ["pipeline"] * 4 + ["tied"] * 4
 
 
 def test_a_port_that_another_job_has(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -401,3 +401,26 @@ def test_a_run_ends_with_one_sentence_and_status_2(
     assert named in error[0]
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "run").exists()
+
+
+# ------------------------------------------------------------------------------------------- timeouts
+
+
+def timeouts_of_groups(config: dict[str, Any], ds_path: Path) -> set[float]:
+    """Seconds that the process groups wait for which there are once an engine is built."""
+    loaded = LoadedConfig(config=config_from_dict(config), ds_config_path=ds_path)
+    ds_config = reconciled_ds_config(loaded, launch_environment().world_size)
+    with ParallelContext.start(loaded.config.parallel) as context:
+        engine_class(context)(loaded.config, ds_config, context, "reference")
+        groups = torch.distributed.distributed_c10d._world.pg_map
+        return {group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for group in groups}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("grid", [{"pipeline": 2}, {"tensor": 2}])
+def test_every_process_group_waits_for_the_longest_timeout(grid: dict[str, int], tmp_path: Path) -> None:
+    """DeepSpeed's groups too, which it makes with torch's default."""
+    parallel = {**grid, "timeouts": {"start": 100, "save": 123}}
+    config = tiny_config(make_data(tmp_path), tmp_path / "run", parallel=parallel)
+    for seconds in run_ranks(timeouts_of_groups, 2, as_data(config), ds_json(tmp_path, 1)):
+        assert seconds == {123.0}

@@ -60,8 +60,8 @@ def test_a_silent_rank_is_named_though_the_others_stand_still_too() -> None:
     assert verdict is not None
     assert ranks.now == 15.0
     assert verdict.sentence == (
-        "rank 2 (process 102 on host2) gave no sign of life for 10 s in step 7: it is stopped, or its host is "
-        "gone (the bound is 10 s, parallel.timeouts.step)"
+        "rank 2 (process 102 on host2) gave no sign of life for 10 s in step 7: it is stopped, or its host "
+        "is gone (the bound is 10 s, parallel.timeouts.step)"
     )
     assert verdict.silent == (ranks.pulses[2],)
     assert ranks.warnings == [
