@@ -125,11 +125,14 @@ test-layouts: setup
 test-kills: setup
 	$(BIN)/python -m pytest -m kills tests/faults
 
-# Kills, damages, double starts, hosts that see different folders: counted, in a table; half an hour:
+# Kills, damages, double starts, hosts that see different folders, signals, hangs: counted, in a table; then what
+# saving and guards cost. An hour:
 #   make test-faults FAULTS="--only kills --kills 20"
 FAULTS ?=
 test-faults: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m tests.faults.matrix $(FAULTS)
+	$(BIN)/python -W ignore benchmarks/checkpoint_saving.py --output $(RUN)/saving
+	$(BIN)/python -W ignore benchmarks/guards.py
 
 # Other releases of torch than the locked one, each in an environment of its own, 7 GB that go again:
 #   make test-versions TORCH="2.11.0 2.14.1"

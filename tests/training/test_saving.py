@@ -129,6 +129,22 @@ def test_a_save_holds_the_moment_it_was_asked_for(tmp_path: Path) -> None:
     assert torch.equal(again, weight)
 
 
+def test_a_disk_that_takes_too_long_ends_the_run(tmp_path: Path) -> None:
+    """And one that has just come through in time does not, however late that is looked at."""
+    save, go_on = SaveIdentity.draw(4, "config"), threading.Event()
+
+    def hang() -> None:
+        go_on.wait()
+
+    saving = Saving(alone(), tmp_path / "step_00000004", save, [], before=hang, seconds=0.0)
+    with pytest.raises(
+        OSError, match=r"rank 0 failed: its disk took longer than 0 s \(parallel\.timeouts\.save"
+    ):
+        saving.advance()
+    go_on.set()
+    saving.finish()
+
+
 def test_copies_want_room(monkeypatch: pytest.MonkeyPatch) -> None:
     fragment = Fragment("weight", place_of(None, (1000,), Group()), 1000, {MASTER: torch.zeros(1000)})
     for free, lack in ((8000, ""), (7999, "has 0.0 GiB of memory free, of which copies would take 0.0")):
