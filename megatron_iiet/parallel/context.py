@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from megatron_iiet.config.schema import ParallelConfig
 from megatron_iiet.parallel.group import Group
-from megatron_iiet.parallel.launch import LaunchEnvironment, launch_environment, restarts
+from megatron_iiet.parallel.launch import LaunchEnvironment, launch_environment, listening_socket, restarts
 from megatron_iiet.parallel.tensor import TensorParallel
 
 
@@ -125,18 +125,19 @@ class ParallelContext:
         dist.barrier()
 
 
-def _store(environment: LaunchEnvironment, timeout: timedelta) -> dist.Store | None:
-    """Where the ranks meet; None: torch makes it where the environment says.
+def _store(environment: LaunchEnvironment, timeout: timedelta) -> dist.Store:
+    """Where the ranks meet; not the one that torch would make, which listens on all interfaces.
 
     One process meets nobody: no port, which another could take between finding and using it. And torchrun's
-    agent restarts ranks with the store that it has: there torch would find what the ones before left.
+    agent restarts ranks with the store that it has, where the ones before left what these must not find.
     """
     if environment.world_size == 1:
         return dist.HashStore()
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        return None
     address, port = environment.master_address, environment.master_port
-    store = dist.TCPStore(address, port, environment.world_size, is_master=False, timeout=timeout)
+    has_it = environment.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    own = listening_socket(address, port) if has_it else None
+    listening = None if own is None else own.detach()  # torch closes it
+    store = dist.TCPStore(address, port, environment.world_size, has_it, timeout, master_listen_fd=listening)
     return dist.PrefixStore(f"start {restarts()}", store)
 
 
