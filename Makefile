@@ -1,4 +1,4 @@
-# make demo | demo-compare | demo-distill | setup | test | test-long | test-layouts | test-kills | test-faults | test-versions | test-vllm | check | mutants | cuda-check | gpu-check | gpu-bundle | format | clean    (see README.md and CONTRIBUTING.md)
+# make demo | demo-compare | demo-distill | setup | lock | test | test-long | test-layouts | test-kills | test-faults | test-versions | test-vllm | check | mutants | cuda-check | gpu-check | gpu-bundle | format | clean    (see README.md and CONTRIBUTING.md)
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
@@ -9,7 +9,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 unexport PYTHONDONTWRITEBYTECODE
 CSRC := $(shell find csrc -type f \( -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.inl' -o -name '*.cuh' \) 2>/dev/null)
 
-.PHONY: setup demo demo-compare demo-distill test test-long test-layouts test-kills test-faults test-versions test-transformers test-vllm check mutants cuda-check gpu-check gpu-bundle format clean
+.PHONY: setup lock demo demo-compare demo-distill test test-long test-layouts test-kills test-faults test-versions test-transformers test-vllm check mutants cuda-check gpu-check gpu-bundle format clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.package
@@ -21,14 +21,32 @@ $(VENV)/.python:
 
 # Compiling every installed module would double the time; importing compiles the ones in use.
 WARM_UP := import deepspeed, torch._dynamo, torch._inductor.compile_fx, torch.utils.tensorboard, transformers
-$(VENV)/.requirements: requirements.lock $(VENV)/.python
-	$(BIN)/pip install --quiet --quiet --no-compile --disable-pip-version-check -r requirements.lock
+# Which of the two lock files, both with the hash of every file; by whether there is an NVIDIA GPU:
+#   make setup ACCELERATOR=cpu
+ACCELERATOR ?= $(shell nvidia-smi -L > /dev/null 2>&1 && echo cuda || echo cpu)
+LOCK := requirements-$(ACCELERATOR).lock
+# Has torch's CPU build, which PyPI has not; asked only if no index that pip knows has it.
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+INSTALL := $(BIN)/pip install --quiet --quiet --no-compile --disable-pip-version-check --require-hashes -r $(LOCK)
+$(VENV)/.requirements-$(ACCELERATOR): $(LOCK) $(VENV)/.python
+	$(INSTALL) $(if $(filter cpu,$(ACCELERATOR)),|| $(INSTALL) --extra-index-url $(TORCH_INDEX))
 	$(BIN)/python -W ignore -c "$(WARM_UP)" 2> $(VENV)/warm-up.log || { cat $(VENV)/warm-up.log; exit 1; }
 	touch $@
 
-$(VENV)/.package: pyproject.toml setup.py $(CSRC) $(VENV)/.requirements
+$(VENV)/.package: pyproject.toml setup.py $(CSRC) $(VENV)/.requirements-$(ACCELERATOR)
 	$(BIN)/pip install --quiet --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	touch $@
+
+# The lock files anew, after a change of requirements.in; needs uv (pip install uv).
+RESOLVE := uv pip compile --quiet --python-version 3.11 --python-platform x86_64-manylinux_2_28 --generate-hashes \
+	--no-header --no-annotate --default-index https://pypi.org/simple
+lock:
+	{ echo "# Made of requirements.in by \`make lock\`. torch is PyPI's, built for CUDA 13. Linux, Python 3.11."; \
+		$(RESOLVE) requirements.in; } > requirements-cuda.lock.new
+	{ echo "# Made of requirements.in by \`make lock\`. torch is PyTorch's CPU build. Linux, Python 3.11."; \
+		sed 's/^torch==.*/&+cpu/' requirements.in | $(RESOLVE) --no-deps --index $(TORCH_INDEX) -; } > requirements-cpu.lock.new
+	mv requirements-cuda.lock.new requirements-cuda.lock
+	mv requirements-cpu.lock.new requirements-cpu.lock
 
 # The demo: text -> tokenizer -> shards -> training -> model -> sample and curve. Every step is made once and
 # reused; an interrupted training goes on from its newest checkpoint. With text of your own:

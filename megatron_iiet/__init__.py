@@ -6,6 +6,8 @@ A LLaMA decoder layer is a function F; a *solver* integrates it. See README.md.
 import io
 import sys
 
+from megatron_iiet import caches
+
 __version__ = "0.1.0"
 
 
@@ -18,3 +20,4 @@ def _print_anything() -> None:
 
 
 _print_anything()
+caches.keep_where_it_can_be()  # before a library looks for its folder

@@ -1,4 +1,4 @@
-"""pyproject.toml, requirements.lock and setup.py agree, and a build for another torch is refused."""
+"""pyproject.toml, the lock files and setup.py agree, and a build for another torch is refused."""
 
 from __future__ import annotations
 
@@ -27,11 +27,13 @@ ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 
-def pins() -> dict[str, str]:
-    """Name → version of requirements.lock."""
-    lines = (ROOT / "requirements.lock").read_text().splitlines()
-    pairs = [line.split("==") for line in lines if not line.startswith("#")]
-    return {canonicalize_name(name): version for name, version in pairs}
+LOCKS = ("requirements-cpu.lock", "requirements-cuda.lock")
+
+
+def pins(file: str = "requirements.in") -> dict[str, str]:
+    """Name → version."""
+    found = re.findall(r"^([\w.-]+)==([\w.+]+)", (ROOT / file).read_text(), re.MULTILINE)
+    return {canonicalize_name(name): version for name, version in found}
 
 
 def requirements(texts: list[str]) -> dict[str, Requirement]:
@@ -46,6 +48,27 @@ ASKED = requirements(
 @pytest.mark.parametrize("name", ASKED)
 def test_the_lock_pins_a_version_within_the_bounds(name: str) -> None:
     assert ASKED[name].specifier.contains(pins()[name]), f"{ASKED[name]}, but the lock has {pins()[name]}"
+
+
+@pytest.mark.parametrize("file", LOCKS)
+def test_a_lock_has_every_version_and_hashes(file: str) -> None:
+    """And nothing else but what the CUDA build of torch brings, which pip would not add by itself."""
+    text, locked = (ROOT / file).read_text(), pins(file)
+    assert {
+        name: version.removesuffix("+cpu") for name, version in locked.items() if name in pins()
+    } == pins()
+    more = sorted(locked.keys() - pins().keys())
+    assert [n for n in more if not re.match("nvidia-|cuda-|triton$", n)] == []
+    assert bool(more) is (file == LOCKS[1])
+    assert locked["torch"].endswith("+cpu") is not bool(more)
+    entries = re.split(r"\n(?=\S)", text.strip())[1:]
+    assert len(entries) == len(locked)
+    assert all(re.fullmatch(r"\S+( \\\n +--hash=sha256:[0-9a-f]{64})+", entry) for entry in entries)
+
+
+def test_the_locks_have_what_is_installed() -> None:
+    locked = pins(LOCKS["+cpu" not in installed.version("torch")])
+    assert {n: installed.version(n) for n in ("torch", "deepspeed", "numpy")}.items() <= locked.items()
 
 
 def test_the_extension_is_built_for_a_torch_that_the_package_takes() -> None:

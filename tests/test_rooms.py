@@ -18,6 +18,7 @@ PACKAGE = "megatron_iiet"
 ROOT = Path(__file__).parents[1]
 
 ROOMS = (
+    ("caches",),
     ("__init__", "durable", "installed", "signals"),
     ("config", "ops"),
     ("doctor", "parallel"),

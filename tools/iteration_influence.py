@@ -69,14 +69,14 @@ def main() -> None:
     """Parse, analyse."""
     arguments = parse_arguments()
     values = vars(arguments)
-    from megatron_iiet.distillation.analysis import Options, analyse
-    from megatron_iiet.distillation.plans import PlanRequest
-
     rules = (arguments.threshold, arguments.budget, arguments.flops_ratio, arguments.lower_bound or None)
     if all(rule is None for rule in rules):
         arguments.threshold = "auto"
     grid = [values[f"parallel.{axis}"] for axis in ("tensor", "pipeline", "sequence")]
     try:
+        from megatron_iiet.distillation.analysis import Options, analyse
+        from megatron_iiet.distillation.plans import PlanRequest
+
         request = PlanRequest(
             arguments.threshold,
             arguments.budget,

@@ -17,11 +17,11 @@ def main() -> None:
     runs = dict(run.rpartition("=")[::2] for run in arguments.run)
     if "" in runs or "" in runs.values():
         exit_with_error(f"--run wants LABEL=DIR, found {' '.join(arguments.run)}")
-    from megatron_iiet.training.curves import plot_losses
-
     try:
+        from megatron_iiet.training.curves import plot_losses
+
         plot_losses(runs, arguments.output)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         exit_with_error(str(error))
 
 

@@ -36,6 +36,8 @@ def exit_with_error(message: str) -> NoReturn:
     before the first rank has spoken. One that is still alive after that failed alone, and says so.
     """
     signals.forget()
+    if "No usable temporary directory" in message:  # Python's, of whatever library asked for one
+        message += "; set TMPDIR to a folder that can be written"
     if is_first_rank():
         print(f"error: {message}", file=sys.stderr, flush=True)
     else:

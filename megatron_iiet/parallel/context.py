@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from megatron_iiet.config.schema import ParallelConfig
 from megatron_iiet.parallel.group import Group
-from megatron_iiet.parallel.launch import LaunchEnvironment, launch_environment, restarts
+from megatron_iiet.parallel.launch import LaunchEnvironment, launch_environment, listening_socket, restarts
 from megatron_iiet.parallel.tensor import TensorParallel
 
 _FLIGHT_RECORDER = ("TORCH_FR_BUFFER_SIZE", "512")
@@ -138,17 +138,18 @@ class ParallelContext:
 
 
 def _store(environment: LaunchEnvironment, timeout: timedelta) -> dist.Store:
-    """Where the ranks meet.
+    """Where the ranks meet; not the one that torch would make, which listens on all interfaces.
 
     One process meets nobody: no port, which another could take between finding and using it. And torchrun's
-    agent restarts ranks with the store that it has: there torch would find what the ones before left.
+    agent restarts ranks with the store that it has, where the ones before left what these must not find.
     """
     if environment.world_size == 1:
         return dist.HashStore()
     address, port = environment.master_address, environment.master_port
-    of_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    is_master = environment.rank == 0 and not of_agent
-    store = dist.TCPStore(address, port, environment.world_size, is_master, timeout, multi_tenant=True)
+    has_it = environment.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    own = listening_socket(address, port) if has_it else None
+    listening = None if own is None else own.detach()  # torch closes it
+    store = dist.TCPStore(address, port, environment.world_size, has_it, timeout, master_listen_fd=listening)
     return dist.PrefixStore(f"start {restarts()}", store)
 
 

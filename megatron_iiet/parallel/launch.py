@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import re
+import socket
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
 _FIRST_PORT = 10_000
 _PORTS = 20_000  # up to 29,999: below Linux's ephemeral ports (32768 and up), above well-known services
+_BACKLOG = 2048  # as torch's own; the kernel may have less
 _STEPS_PER_JOB = 101  # steps of one job, and jobs started one after another, get ports of their own
 
 
@@ -43,6 +46,25 @@ class LaunchEnvironment:
             MASTER_ADDR=self.master_address,
             MASTER_PORT=str(self.master_port),
         )
+
+
+def listening_socket(address: str, port: int) -> socket.socket | None:
+    """A socket on the interface of the address where ranks meet, and on no other: whoever reaches the store
+    may write into it. None where that cannot be had: the port is taken, the address is a service's, which no
+    interface here has, or a name that this host alone gives a loopback address (Debian's 127.0.1.1)."""
+    try:
+        found = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)
+    except OSError:
+        return None
+    for family, _, _, _, place in found:
+        numeric = str(place[0])
+        if ipaddress.ip_address(numeric).is_loopback and address not in (numeric, "localhost"):
+            return None
+        try:
+            return socket.create_server(place, family=family, backlog=_BACKLOG)
+        except OSError:
+            continue
+    return None
 
 
 def restarts() -> int:

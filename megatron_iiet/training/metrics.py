@@ -13,7 +13,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from megatron_iiet import durable
 
-LOG = "log.jsonl"
+LOG, EVENTS = "log.jsonl", "tensorboard"
 
 Values = dict[str, float | None]
 
@@ -30,7 +30,7 @@ class MetricWriter:
         self._path = Path(output_dir) / LOG
         self._last = self._keep_up_to(first_step)
         self._log = self._path.open("ab")
-        events = self._path.parent / "tensorboard"
+        events = self._path.parent / EVENTS
         self._events = (
             SummaryWriter(str(events), purge_step=first_step + 1 if first_step else None)
             if tensorboard

@@ -22,7 +22,7 @@ from megatron_iiet.config import ConfigError, RunConfig, config_to_yaml
 from megatron_iiet.parallel import ParallelContext
 from megatron_iiet.storage.checkpoint import CONFIG, checkpoints_folder
 from megatron_iiet.training.lock import LOCK
-from megatron_iiet.training.metrics import LOG
+from megatron_iiet.training.metrics import EVENTS, LOG
 from megatron_iiet.training.resume import Resumption
 
 DS_CONFIG, STARTS = "ds_config.json", "starts.jsonl"
@@ -31,13 +31,13 @@ _GIT_SECONDS = 10.0
 
 def check_output_dir(output_dir: str | Path) -> None:
     """Refuse a folder that a run could not write into, before it begins: a folder and a file in it are made
-    where the run's first ones will be, and removed again.
+    where the run's first ones will be, and removed again; what it will go on with is opened.
 
     Raises:
         ConfigError: saying why not.
     """
     run = Path(output_dir)
-    for path in (run, checkpoints_folder(run)):
+    for path in (run, checkpoints_folder(run), run / EVENTS):
         there = next(folder for folder in (path, *path.absolute().parents) if os.path.lexists(folder))
         try:
             with TemporaryDirectory(prefix=".probe", dir=there) as probe:
@@ -55,6 +55,15 @@ def check_output_dir(output_dir: str | Path) -> None:
                 f"output_dir is {output_dir}, where {run / name} is a folder, not the file that the run "
                 "writes; remove it, or choose another output_dir"
             )
+    for name in (STARTS, LOG):
+        try:
+            if (run / name).exists():
+                (run / name).open("ab").close()
+        except OSError as error:
+            raise ConfigError(
+                f"output_dir is {output_dir}, where {run / name} cannot be gone on with ({error.strerror}); "
+                "give this user the right to write it, or choose another output_dir"
+            ) from None
 
 
 def write_configurations(config: RunConfig, ds_config: dict[str, Any]) -> None:

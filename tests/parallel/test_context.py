@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from collections.abc import Sequence
 from datetime import timedelta
@@ -13,6 +14,7 @@ import torch
 from megatron_iiet.config.schema import ParallelConfig
 from megatron_iiet.parallel import ParallelContext
 from megatron_iiet.parallel import context as context_module
+from tests.distributed.harness import free_port, run_ranks
 
 TENSOR, PIPELINE, DATA = 2, 3, 2
 PLACES = {
@@ -37,8 +39,8 @@ def test_groups_of_a_grid(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
         names.append(group_desc)
         return f"handle of {ranks}"
 
-    dist = SimpleNamespace(new_group=new_group, group=SimpleNamespace(WORLD="all"))
-    monkeypatch.setattr(context_module, "dist", dist)
+    distributed = SimpleNamespace(new_group=new_group, group=SimpleNamespace(WORLD="all"))
+    monkeypatch.setattr(context_module, "dist", distributed)
     context = ParallelContext.on_grid(
         ParallelConfig(tensor=TENSOR, pipeline=PIPELINE, timeouts={"start": 50, "save": 70}),
         rank,
@@ -74,3 +76,20 @@ def test_a_port_that_another_job_has(monkeypatch: pytest.MonkeyPatch) -> None:
             ParallelContext.start(),
         ):
             pytest.fail("there is a group")
+
+
+def meet(port: int) -> list[int]:
+    """As the launchers other than torchrun have it; the addresses at which the store answers."""
+    os.environ.pop("TORCHELASTIC_USE_AGENT_STORE")
+    os.environ.update(MASTER_ADDR="127.0.0.2", MASTER_PORT=str(port))
+    with ParallelContext.start() as context:
+        answers = []
+        for host in range(1, 4):
+            with socket.socket() as caller:
+                answers += [host] if caller.connect_ex((f"127.0.0.{host}", port)) == 0 else []
+        assert context.world.gather_objects(context.rank) == [0, 1]
+    return answers
+
+
+def test_the_store_listens_where_the_ranks_meet() -> None:
+    assert run_ranks(meet, 2, free_port()) == [[2], [2]]

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import os
+import socket
 from dataclasses import replace
 
 import pytest
 
 from megatron_iiet.parallel import launch
-from megatron_iiet.parallel.launch import LaunchEnvironment, first_host, launch_environment
+from megatron_iiet.parallel.launch import (
+    LaunchEnvironment,
+    first_host,
+    launch_environment,
+    listening_socket,
+)
 
 # As SLURM 22.05 sets them for a job of 2 nodes with 2 tasks each.
 BATCH_BODY = {
@@ -221,3 +227,44 @@ def _without(environ: dict[str, str], *names: str) -> dict[str, str]:
 def test_a_broken_environment_is_named(environ: dict[str, str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         launch_environment(environ)
+
+
+def of_hosts_file(*addresses: str) -> object:
+    """What getaddrinfo gives for a name."""
+
+    def resolve(_: str, port: int, **__: object) -> list[object]:
+        kinds = [socket.AF_INET6 if ":" in address else socket.AF_INET for address in addresses]
+        return [(kind, 1, 6, "", (address, port)) for kind, address in zip(kinds, addresses, strict=True)]
+
+    return resolve
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", "127.0.0.3", "::1", "localhost"])
+def test_listens_where_ranks_meet_and_nowhere_else(address: str) -> None:
+    with listening_socket(address, 0) or pytest.fail("no socket") as listening:
+        assert listening.getsockname()[0] in ("127.0.0.1", "::1", address)
+        taken = listening.getsockname()[1]
+        assert listening_socket(address, taken) is None, "torch says so in its words"
+
+
+def test_an_address_that_no_interface_has_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(socket, "getaddrinfo", of_hosts_file("192.0.2.1"))
+    assert listening_socket("service", 0) is None
+    monkeypatch.setattr(socket, "getaddrinfo", of_hosts_file("192.0.2.1", "0.0.0.0"))
+    with listening_socket("both", 0) or pytest.fail("no socket") as listening:
+        assert listening.getsockname()[0] == "0.0.0.0"
+
+
+def test_a_loopback_address_of_this_host_alone_would_shut_the_others_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(socket, "getaddrinfo", of_hosts_file("127.0.1.1"))
+    assert listening_socket("gpu003", 0) is None
+
+
+def test_a_name_that_nobody_knows(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(*_: object, **__: object) -> None:
+        raise socket.gaierror(-2, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    assert listening_socket("nowhere", 0) is None

@@ -57,6 +57,10 @@ def place(what: str, folder: Path) -> str:
     (folder / "other").mkdir()
     (folder / "other" / "checkpoints").write_text("")
     (folder / "run" / "log.jsonl").mkdir()
+    (folder / "kept").mkdir()
+    (folder / "kept" / "log.jsonl").symlink_to("/proc/sys/kernel/ostype")  # which root may not write either
+    (folder / "events").mkdir()
+    (folder / "events" / "tensorboard").write_text("")
     places = {
         "a file": folder / "file",
         "below a file": folder / "file" / "a" / "b",
@@ -64,6 +68,8 @@ def place(what: str, folder: Path) -> str:
         "a link to nowhere": folder / "link",
         "checkpoints is a file": folder / "other",
         "the log is a folder": folder / "run",
+        "the log may not be written": folder / "kept",
+        "tensorboard is a file": folder / "events",
         "a file system without files": "/proc",
     }
     return str(places[what])
@@ -81,6 +87,8 @@ def place(what: str, folder: Path) -> str:
         ("a link to nowhere", r"where nothing can be written \(/.*/link: No such file or directory\)"),
         ("checkpoints is a file", r"nothing can be written \(/.*/other/checkpoints: Not a directory\)"),
         ("the log is a folder", r"where /.*/run/log\.jsonl is a folder, not the file that the run writes"),
+        ("the log may not be written", r"kept/log\.jsonl cannot be gone on with \(Permission denied\); give"),
+        ("tensorboard is a file", r"nothing can be written \(/.*/events/tensorboard: Not a directory\)"),
         ("a file system without files", r"where nothing can be written \(/proc: "),
     ],
 )

@@ -3,7 +3,7 @@
     python tests/versions/check.py 2.11.0 2.14.1                  # releases of torch
     python tests/versions/check.py --of transformers 5.19.0
 
-An environment (about 7 GB with a CUDA build of torch) has requirements.lock but for that one package, and the
+An environment (about 7 GB with a CUDA build of torch) has requirements.in but for that one package, and the
 extension built in it from a copy of this checkout; it is removed before the next. The losses of the fp32 run
 are compared with those of the environment that this runs in. One line a version on standard output, progress
 on the other; exit status 1 if any is not right. MEGATRON_IIET_CUDA=0 spares the build of the CUDA kernels.
@@ -64,7 +64,7 @@ def prepare(folder: Path, package: str, version: str) -> Path:
     packed = subprocess.run(pack, cwd=ROOT, input=there, capture_output=True, check=True)
     subprocess.run(["tar", "-xf", "-"], cwd=folder / "source", input=packed.stdout, check=True)
     python = folder / PYTHON
-    lock = (ROOT / "requirements.lock").read_text().splitlines()
+    lock = (ROOT / "requirements.in").read_text().splitlines()
     free = (f"{package}==", "setuptools==")  # torch 2.11 takes no setuptools above 81, which the lock has
     asked = [*(line for line in lock if not line.startswith(free)), f"{package}=={version}", "setuptools>=77"]
     (folder / "requirements.txt").write_text("\n".join(asked) + "\n")
