@@ -151,7 +151,7 @@ class Watchdog:
             self._own = self._look_at_self(now)
             held = self._held_seconds()
             if armed_at is None or now - armed_at >= held / 8:
-                # For a library that keeps the interpreter's lock; others see its silence, and nobody its place.
+                # A library that keeps the interpreter locked is seen by its silence; this tells its place.
                 faulthandler.dump_traceback_later(held)
                 armed_at = now
             verdict = self._judgement(now)
