@@ -4,6 +4,7 @@ whatever else fsspec knows. Until a checkpoint is copied, retention leaves it wh
 from __future__ import annotations
 
 import queue
+import re
 import secrets
 import threading
 from pathlib import Path
@@ -22,6 +23,11 @@ class Mirror:
         Raises:
             ConfigError: there is no such place, or nothing can be written there.
         """
+        if not re.match(r"[a-z][a-z0-9+.-]*://.", url):
+            raise ConfigError(
+                f"checkpoint.mirror is {url}, which is no URL; write s3://bucket/run, or file:///path for a "
+                "folder"
+            )
         try:
             from fsspec.core import url_to_fs
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import faulthandler
 import json
 import os
+import re
 import signal
 import socket
 import sys
@@ -26,6 +27,7 @@ from typing import Any
 import torch.distributed as dist
 from torch._C import _distributed_c10d
 
+import megatron_iiet
 from megatron_iiet.parallel import ParallelContext
 from megatron_iiet.signals import process
 from megatron_iiet.training.judge import Judge, Pulse, Verdict
@@ -44,6 +46,8 @@ _ANSWER = timedelta(seconds=30)
 _RECORDERS = ("_dump_nccl_trace_json", "_dump_fr_trace_json")
 """torch's lists of the collectives that a process began, under the names they have in some versions."""
 _NAMED_COLLECTIVES = 32
+_PACKAGE = str(Path(megatron_iiet.__file__).parent)
+_LIBRARY = re.compile(r"/site-packages/|/lib/python3|^<")
 
 
 class Elapsed:
@@ -134,13 +138,21 @@ class Watchdog:
         faulthandler.cancel_dump_traceback_later()
 
     def _watch(self) -> None:
+        try:
+            self._watch_until_over()
+        except Exception as error:  # of ours: a run need not end because nobody watches it
+            faulthandler.cancel_dump_traceback_later()
+            _say(f"warning: nobody watches rank {self._rank} any more: {error!r}")
+
+    def _watch_until_over(self) -> None:
         armed_at: float | None = None
         while not self._over.wait(self._beat_seconds):
             now = self._clock.tick()
             self._own = self._look_at_self(now)
             held = self._held_seconds()
             if armed_at is None or now - armed_at >= held / 8:
-                faulthandler.dump_traceback_later(held, exit=True)
+                # A library that keeps the interpreter locked is seen by its silence; this tells its place.
+                faulthandler.dump_traceback_later(held)
                 armed_at = now
             verdict = self._judgement(now)
             if verdict is not None:
@@ -300,7 +312,7 @@ def position() -> tuple[str, bool]:
         for inner, line in traceback.walk_stack(frame):
             file = inner.f_code.co_filename
             waits = waits or file.endswith("/torch/distributed/distributed_c10d.py")
-            if not found and "/site-packages/" not in file and "/lib/python" not in file:
+            if not found and (file.startswith(_PACKAGE) or not _LIBRARY.search(file)):
                 found = f"{Path(file).name}:{line} ({inner.f_code.co_name})"
         if thread == main and found:
             place = found

@@ -68,6 +68,16 @@ def test_what_is_not_copied_is_not_removed(tmp_path: Path) -> None:
     assert run.kept() == ["6"]
 
 
+@pytest.mark.parametrize("url", ["s3:/bucket/run", "bucket/run", "/data/run", "s3://"])
+def test_what_is_no_url_is_no_folder_here(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        ConfigError, match=f"checkpoint.mirror is {url}, which is no URL; write s3://bucket/run"
+    ):
+        Mirror(url)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("url", ["nothing://here/run", "file:///proc/nowhere"])
 def test_a_place_that_cannot_be_written_to(url: str) -> None:
     with pytest.raises(ConfigError, match=f"checkpoint.mirror is {url}, where nothing can be written "):
