@@ -27,7 +27,7 @@ ACCELERATOR ?= $(shell nvidia-smi -L > /dev/null 2>&1 && echo cuda || echo cpu)
 LOCK := requirements-$(ACCELERATOR).lock
 # Has torch's CPU build, which PyPI has not; asked only if no index that pip knows has it.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
-INSTALL := $(BIN)/pip install --quiet --quiet --no-compile --disable-pip-version-check --require-hashes -r $(LOCK)
+INSTALL := $(BIN)/pip install --quiet --quiet --no-compile --disable-pip-version-check --no-deps --require-hashes -r $(LOCK)
 $(VENV)/.requirements-$(ACCELERATOR): $(LOCK) $(VENV)/.python
 	$(INSTALL) $(if $(filter cpu,$(ACCELERATOR)),|| $(INSTALL) --extra-index-url $(TORCH_INDEX))
 	$(BIN)/python -W ignore -c "$(WARM_UP)" 2> $(VENV)/warm-up.log || { cat $(VENV)/warm-up.log; exit 1; }

@@ -23,6 +23,7 @@ from pathlib import Path
 
 from megatron_iiet.training.curves import plot_losses
 from megatron_iiet.training.metrics import read_log
+from megatron_iiet.training.summary import check_complete
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "examples/configs/demo.yaml"
@@ -34,7 +35,8 @@ SYSTEMS = {
 
 
 def train(folder: Path, ranks: int, flags: list[str]) -> None:
-    """One run in ``folder``, unless it is complete already."""
+    """One run in ``folder``, unless it is complete already; the run's own record says whether it is, for a
+    launcher that lost its ranks may end with 0."""
     done = folder / ".trained"
     if done.exists():
         return
@@ -47,9 +49,11 @@ def train(folder: Path, ranks: int, flags: list[str]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "console.log").open("a", encoding="utf-8") as console:
         environment = {"OMP_NUM_THREADS": "1", **os.environ}
-        failed = subprocess.run(command, stdout=console, stderr=subprocess.STDOUT, env=environment).returncode
-    if failed:
-        sys.exit(f"error: training in {folder} ended with status {failed}; see {console.name}")
+        status = subprocess.run(command, stdout=console, stderr=subprocess.STDOUT, env=environment).returncode
+    try:
+        check_complete(folder)
+    except ValueError as error:
+        sys.exit(f"error: {error} (its launcher's status is {status}; see {console.name})")
     done.touch()
 
 

@@ -24,7 +24,7 @@ REQUEUE = 75
 STOP_SIGNALS = {"USR1": signal.SIGUSR1, "TERM": signal.SIGTERM, "INT": signal.SIGINT}
 ONE_REQUEST_SECONDS = 1.0
 """Ctrl-C reaches a rank from the terminal and from its launcher: within this they are one request."""
-START_SECONDS = 10.0
+START_SECONDS = 5.0
 """How long a start, which has nothing to save, may take to end in order."""
 STEP_SECONDS = 120.0
 """How long ranks may take to agree to stop, unless their steps take half of that or more."""
@@ -154,7 +154,7 @@ class StopRequests:
     def enter(self, phase: Phase) -> None:
         """From now on, requests mean what ``phase`` says."""
         self.phase = phase
-        self._asked_before = self._clock()
+        self._asked_before, self._longest_gap = self._clock(), 0.0
 
     def ask(self) -> bool:
         """Whether this process was asked to stop; called between steps, and noting how far apart."""

@@ -33,7 +33,7 @@ from megatron_iiet.training.mirror import Mirror
 from megatron_iiet.training.progress import Progress
 from megatron_iiet.training.replicas import Replicas
 from megatron_iiet.training.run import Run
-from megatron_iiet.training.stopping import failing_together, heard
+from megatron_iiet.training.stopping import Stopped, failing_together, heard, stop_if_asked
 from megatron_iiet.training.task_evaluation import TaskEvaluation
 from megatron_iiet.training.warm_start import open_teacher, open_warm_start
 from megatron_iiet.training.watchdog import Watchdog
@@ -77,6 +77,10 @@ def pretrain(loaded: LoadedConfig) -> int:
                 if context.is_main:
                     print(done, flush=True)
                 return 0
+            except Stopped as reason:
+                finished = False
+                if context.is_main:
+                    print(f"stopping on {reason} before the first step", flush=True)
             finally:
                 watchdog.close()
                 if lock is not None:
@@ -104,6 +108,7 @@ def prepare(
     Raises:
         ConfigError: (and its base ValueError) something does not fit; nothing was written.
         NothingToDo: the run has taken its steps; nothing was built or written.
+        Stopped: a rank was asked to stop; nothing was trained.
     """
     check_paths(config)
     backend, reason = resolve_backend(config.ops.backend, context.device)
@@ -120,6 +125,7 @@ def prepare(
         with failing_together(context):
             if lock is not None:
                 lock.take()
+        stop_if_asked(context, lock)
         succession, newest, done = look(config, context)  # who had the lock may have saved meanwhile
     mirror = None
     if config.checkpoint.mirror and not done:
@@ -139,9 +145,11 @@ def prepare(
     if found is not None and config.training.initial_weights and not contents["initial_weights"]:
         contents["initial_weights"] = (found.state.data.get(resume.CONTENTS) or {}).get("initial_weights")
 
+    stop_if_asked(context, lock)
     engine = engine_class(context)(
         config, ds_config, context, backend, initialise=found is None, warm=warm, teacher=teacher
     )
+    stop_if_asked(context, lock)
     batches = train_batches(config, corpora, context)
     run = Run(config, ds_config, context, engine, batches, corpora.names, contents)
     run.lock, run.mirror = lock, mirror

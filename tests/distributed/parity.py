@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -523,7 +523,7 @@ PORTIONS = (1, 2, 4, 5, 7)
 
 def reference(case: Case, paths: dict[str, str]) -> Reference:
     """Train with torch alone: no kernels of ours, no gradient but autograd's."""
-    train = partial(_train_alone, case, paths, write_teacher(case, paths) if case.teacher else None)
+    train = partial(train_alone, case, paths, write_teacher(case, paths) if case.teacher else None)
     losses, norms, first, weights = train()
 
     def noise_of(which: int, steps: int) -> dict[str, float]:
@@ -534,15 +534,19 @@ def reference(case: Case, paths: dict[str, str]) -> Reference:
     return Reference(losses, norms, first, noise_of(2, 1), weights, cache(partial(noise_of, 3, STEPS)))
 
 
-def _train_alone(
+def train_alone(
     case: Case,
     paths: dict[str, str],
-    teacher: Transformer | None,
+    teacher: Transformer | None = None,
     portion: int = GLOBAL_BATCH,
     steps: int = STEPS,
+    *,
+    of: int = STEPS,
+    left_out: Container[int] = (),
 ) -> tuple[list[float], list[float], dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """Losses, gradient norms, the first step's gradients before clipping, and the last weights."""
-    config = case.config(paths)
+    """The first ``steps`` of a training of ``of``, with torch alone, but for those ``left_out``: losses,
+    gradient norms, the first step's gradients before clipping, and the last weights."""
+    config = case.config(paths, of)
     config.ops.history_gradient = "per_edge"
     model = Transformer(config, backend="reference")
     model.initialise(config.training.seed)
@@ -561,7 +565,10 @@ def _train_alone(
     reader = batches_of(case, config)
     losses, norms, first = [], [], {}
     for step in range(steps):
-        loss, gradients = gradients_of(model, next(reader), portion, teacher)
+        batch = next(reader)
+        if step in left_out:
+            continue
+        loss, gradients = gradients_of(model, batch, portion, teacher)
         first = first or gradients
         norm = torch.nn.utils.clip_grad_norm_(list(named.values()), config.optimizer.gradient_clipping)
         for group in optimizer.param_groups:

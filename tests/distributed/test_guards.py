@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,11 +16,12 @@ import torch
 from megatron_iiet.data.loader.batches import TrainBatches
 from megatron_iiet.parallel import ParallelContext
 from megatron_iiet.parallel.tensor import shard_of
+from megatron_iiet.storage.fragments import FragmentReader
 from megatron_iiet.training.engine import Engine, NotFinite, Verdict
 from megatron_iiet.training.engine.optimizer_state import _prepared_parts
 from tests.distributed.harness import run_ranks
-from tests.distributed.parity import Case, open_engine, step_once
-from tests.tiny import write_shard
+from tests.distributed.parity import SAVE, Case, open_engine, step_once, train_alone
+from tests.tiny import read_full, write_shard
 
 STEPS = 6
 GUARDS = (("nonfinite", "skip"), ("spike", "skip"), ("window", 2), ("deviations", 200.0))
@@ -34,6 +36,7 @@ CASES = [
     Case(data=2, stage=2, precision="bf16"),
     Case(data=2, stage=3, accumulation=3),
     Case(pipeline=2, stage=1, accumulation=3),
+    Case(tensor=2, stage=1),
 ]
 MORE_CASES = [
     Case(data=2, stage=0, accumulation=3),
@@ -44,20 +47,22 @@ MORE_CASES = [
     Case(data=2, stage=3, offload=True),
     Case(pipeline=2, stage=0, accumulation=3),
     Case(pipeline=2, stage=1, accumulation=3, precision="bf16"),
-    Case(tensor=2, stage=1),
-    Case(tensor=2, stage=0),
+    Case(tensor=2, stage=0, accumulation=3),
+    Case(tensor=2, stage=1, precision="bf16"),
+    Case(tensor=2, stage=2),
+    Case(tensor=2, stage=3),
 ]
 
 
 @contextmanager
 def multiplied(engine: Engine, factor: float) -> Iterator[str]:
-    """In the block the last rank's gradients of one matrix are multiplied, in the last micro-batch; its
+    """In the block the last rank's gradients of one parameter are multiplied, in the last micro-batch; its
     name."""
-    # Of what tensor-parallel ranks all hold, the norm is over the first one's.
-    matrices = [
-        (p, n) for p, n in engine._names.items() if n.startswith("layers.") and shard_of(p) is not None
-    ]
-    parameter, name = matrices[-1]
+    # Of what tensor-parallel ranks all hold, the norm is over the first one's: there only what is no number
+    # is seen.
+    replicated = engine.context.tensor.size > 1 and math.isnan(factor)
+    of_layers = [(p, n) for p, n in engine._names.items() if n.startswith("layers.")]
+    parameter, name = [(p, n) for p, n in of_layers if (shard_of(p) is None) is replicated][-1]
     passes = []
 
     def multiply(gradient: torch.Tensor) -> torch.Tensor:
@@ -66,6 +71,10 @@ def multiplied(engine: Engine, factor: float) -> Iterator[str]:
 
     last = engine.context.rank == engine.context.world_size - 1
     hook = parameter.register_hook(multiply) if last else None
+    if hook is not None:  # before all others: as if it had been computed so
+        hooks = parameter._backward_hooks  # torch goes by the order of insertion
+        others = [hooks.popitem(last=False) for _ in range(len(hooks) - 1)]
+        hooks.update(others)
     yield name
     if hook is not None:
         hook.remove()
@@ -149,6 +158,33 @@ def of_grid(cases: list[Case]) -> list[list[Case]]:
 @pytest.mark.parametrize("cases", of_grid(CASES), ids=lambda cases: str(cases[0].grid))
 def test_a_step_left_out_moves_nothing(cases: list[Case], paths: dict[str, str]) -> None:
     check(cases, paths)
+
+
+def trained_around(case: Case, paths: dict[str, str], folder: Path) -> list[float]:
+    """On every rank: losses of all but the bad steps; weights are left in ``folder``."""
+    with ParallelContext.start(case.config(paths).parallel) as world:
+        config, engine, own = open_engine(replace(case, guards=GUARDS), paths, world, STEPS)
+        results = []
+        for step in range(STEPS):
+            with multiplied(engine, BAD.get(step, 1.0)):
+                results.append(step_once(config, engine, own, step))
+        engine.save(folder, SAVE)
+    return [result.loss for result in results if result.verdict is Verdict.TRAINED]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [CASES[2], CASES[4]], ids=str)
+def test_what_remains_is_what_one_process_trains(case: Case, paths: dict[str, str], tmp_path: Path) -> None:
+    """Of plain torch, which reads the batches left out and makes nothing of them."""
+    one = Case(solver=case.solver)
+    losses, _, _, weights = train_alone(one, paths, steps=STEPS, of=STEPS, left_out=BAD)
+    found = run_ranks(trained_around, 2, case, paths, tmp_path)
+    assert found[0] == found[1] == pytest.approx(losses, rel=1e-5)
+    with FragmentReader(tmp_path, SAVE) as reader:
+        assert reader.parameters.keys() == weights.keys()
+        for name, weight in weights.items():
+            difference = (read_full(reader, name) - weight).abs().max()
+            assert difference <= 1e-5 * weight.abs().max(), name
 
 
 @pytest.mark.long

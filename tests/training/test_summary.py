@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import struct
 from pathlib import Path
@@ -72,12 +73,38 @@ def test_a_run_says_whether_it_is_complete(run: Path, data: dict[str, str]) -> N
         ValueError, match=f"^{run} has a checkpoint of 0 of 4 steps; the same command goes on"
     ):
         check_complete(run)
-    config = config_from_file(run / "config.yaml")
-    state = checkpoint.TrainState(step=4, data={}, layout={})
+    make_complete(run)
+    check_complete(run)
+
+
+def make_complete(run: Path) -> None:
+    """As the last save leaves it."""
+    config, state = config_from_file(run / "config.yaml"), checkpoint.TrainState(step=4, data={}, layout={})
     folder = run / "checkpoints/step_00000004"
     folder.mkdir()
     checkpoint.write_metadata(folder, config, state, save_of(config, state))
-    check_complete(run)
+
+
+@pytest.mark.parametrize("complete", [False, True])
+def test_a_comparison_asks_its_runs_and_not_their_launcher(
+    complete: bool, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that lost its ranks ends with 0, and one may fail after the last save."""
+    launcher = tmp_path / "deepspeed"
+    launcher.write_text(f"#!/bin/sh\nexit {int(complete)}\n")
+    launcher.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
+    train = importlib.import_module("compare_demo").train
+    if complete:
+        make_complete(run)
+        train(run, 2, [])
+    else:
+        with pytest.raises(
+            SystemExit, match=r"0 of 4 steps.* \(its launcher's status is 0; see .*console.log"
+        ):
+            train(run, 2, [])
+    assert (run / ".trained").exists() is complete
 
 
 def test_files_are_listed_a_checkpoint_in_one_line(run: Path) -> None:

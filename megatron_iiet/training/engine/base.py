@@ -33,7 +33,7 @@ from megatron_iiet.training.engine.corrected import CorrectedEngine, model_paral
 from megatron_iiet.training.engine.optimizer_state import load_fragments, own_fragments, start_from
 from megatron_iiet.training.engine.results import OwnTime, Ring, StepResult
 from megatron_iiet.training.saving import Saving
-from megatron_iiet.training.stopping import failing_together
+from megatron_iiet.training.stopping import failing_together, stop_if_asked
 from megatron_iiet.training.warm_start import WarmStart
 
 _TERMS = tuple(LossParts.__annotations__)
@@ -104,6 +104,7 @@ class Engine(ABC):
         if initialise:
             taken = warm.taken if warm is not None else frozenset()
             self.model.initialise(config.training.seed, writable=self._writable, keep=taken)
+        stop_if_asked(context)
         self._names = {parameter: name for name, parameter in self.model.named_parameters()}
         self.own_time = OwnTime(context.device)
         with groups_with_timeout(config.parallel.resolved_timeouts.longest):

@@ -85,6 +85,8 @@ class CorrectedEngine(DeepSpeedEngine):
         engine.offloaded = offloads_optimizer(ds_config)
         engine.moments = prepared.moments
         engine.gate = Gate(config.guards, context.world, context.device)
+        if context.tensor.rank:
+            engine.gate.watch(p for p in trained.parameters() if p.requires_grad and shard_of(p) is None)
         engine.gate.guard(engine.basic_optimizer, partial(norm_of, engine), offloaded=engine.offloaded)
         return engine
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -31,9 +31,21 @@ class Gate:
         if guards.spike != "off":
             self._recent = torch.full((guards.window, 2), math.nan, dtype=torch.float64, device=device)
         self._held = torch.zeros((), dtype=torch.bool, device=device)
+        self._unseen = torch.zeros((), device=device)
+        """0, or no number if a gradient was none that no norm has."""
         self._shut = False
         self._numbers: Tensor | None = None
         self._decided: Tensor | None = None
+
+    def watch(self, parameters: Iterable[Tensor]) -> None:
+        """Judge steps also by the gradients that this rank computes of these, which the norm leaves out: of
+        what tensor-parallel ranks all hold, it has the first one's."""
+
+        def note(gradient: Tensor) -> None:
+            self._unseen += (gradient.detach() * 0).sum()
+
+        for parameter in parameters:
+            parameter.register_hook(note)
 
     def begin(self, numbers: Tensor) -> None:
         """A step is about to be decided; ``numbers``: its loss and the terms of it, fp64 [1 + terms]."""
@@ -49,12 +61,13 @@ class Gate:
             norm = torch.where(norm < 0, math.inf, norm)
             seen = torch.stack((self._numbers[0], norm))
             verdict = torch.full_like(norm, Verdict.HELD) if self._shut else self._judge(seen)
+            self._unseen.zero_()
             self._decided = torch.cat((seen, verdict.reshape(1), self._numbers[1:]))
         return self._decided
 
     def _judge(self, seen: Tensor) -> Tensor:
         """The verdict on loss and norm [2]."""
-        finite = seen.isfinite().all()
+        finite = seen.isfinite().all() & self._unseen.isfinite()
         spike = torch.zeros_like(finite)
         if self._recent is not None:  # NaN, as long as the window is not full, is above nothing
             deviation, mean = torch.std_mean(self._recent, dim=0)
