@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,7 +12,8 @@ import torch.distributed as dist
 
 from megatron_iiet.config.schema import ParallelConfig
 from megatron_iiet.parallel.group import Group
-from megatron_iiet.parallel.launch import LaunchEnvironment, launch_environment, restarts
+from megatron_iiet.parallel.launch import launch_environment, variables_set
+from megatron_iiet.parallel.meeting import meet
 from megatron_iiet.parallel.tensor import TensorParallel
 
 
@@ -73,14 +73,7 @@ class ParallelContext:
             device, backend = torch.device("cpu"), "gloo"
         with environment.published():
             try:
-                store = _store(environment, timeout)
-                dist.init_process_group(
-                    backend,
-                    timeout=timeout,
-                    store=store,
-                    rank=environment.rank,
-                    world_size=environment.world_size,
-                )
+                meeting = meet(environment, timeout)
             except dist.DistNetworkError as error:
                 where = f"{environment.master_address}:{environment.master_port}"
                 why = str(error).splitlines()[0]
@@ -88,13 +81,21 @@ class ParallelContext:
                     f"rank {environment.rank} cannot meet the others at {where} ({why}); if another job "
                     "listens there, give this one's launcher another --master_port"
                 ) from None
-            try:
-                yield cls.on_grid(
-                    config, environment.rank, environment.world_size, environment.local_rank, device
+            with variables_set(**meeting.variables()), meeting.explaining():
+                dist.init_process_group(
+                    backend,
+                    timeout=timeout,
+                    store=meeting.store,
+                    rank=environment.rank,
+                    world_size=environment.world_size,
                 )
-            finally:
-                # Left to the interpreter's exit, live process groups sometimes abort it.
-                dist.destroy_process_group()
+                try:
+                    yield cls.on_grid(
+                        config, environment.rank, environment.world_size, environment.local_rank, device
+                    )
+                finally:
+                    # Left to the interpreter's exit, live process groups sometimes abort it.
+                    dist.destroy_process_group()
 
     @classmethod
     def on_grid(
@@ -123,21 +124,6 @@ class ParallelContext:
     def barrier(self) -> None:
         """Wait for every rank."""
         dist.barrier()
-
-
-def _store(environment: LaunchEnvironment, timeout: timedelta) -> dist.Store | None:
-    """Where the ranks meet; None: torch makes it where the environment says.
-
-    One process meets nobody: no port, which another could take between finding and using it. And torchrun's
-    agent restarts ranks with the store that it has: there torch would find what the ones before left.
-    """
-    if environment.world_size == 1:
-        return dist.HashStore()
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        return None
-    address, port = environment.master_address, environment.master_port
-    store = dist.TCPStore(address, port, environment.world_size, is_master=False, timeout=timeout)
-    return dist.PrefixStore(f"start {restarts()}", store)
 
 
 def grid_ranks(world_size: int, tensor: int, pipeline: int) -> torch.Tensor:

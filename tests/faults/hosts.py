@@ -1,0 +1,242 @@
+"""Hosts on one machine: network, mount, UTS and process-id namespaces, on a switch of their own.
+
+Each has a name, an address, a boot id, its own /tmp, /dev/shm and processes; everything else of the file
+system is what all share, as a network file system would be. The machine's own network stays as it is, and
+nothing outlives the processes that hold the namespaces, which end with the test (``tests/processes.py``).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+from tests.processes import die_with_parent
+
+ROOT = Path(__file__).resolve().parents[2]
+_KINDS = ("net", "uts", "mnt", "pid")  # the last one: entered by the children of whoever enters it
+
+
+@functools.cache
+def why_not() -> str:
+    """Why there can be no hosts here; empty if there can."""
+    tried = (
+        "ip link add one type veth peer name two && ip link add switch type bridge && mount -t tmpfs t /mnt"
+    )
+    try:
+        done = subprocess.run(
+            ["unshare", "--net", "--mount", "--uts", "--pid", "--fork", "--mount-proc", "sh", "-c", tried],
+            capture_output=True,
+            text=True,
+        )
+    except OSError as error:
+        return f"no namespaces: {error}"
+    return "" if done.returncode == 0 else f"no namespaces: {done.stderr.strip()}"
+
+
+class Host:
+    """One of :class:`Hosts`; made anew when it is started again after its end."""
+
+    def __init__(self, number: int, folder: Path) -> None:
+        self.number = number
+        self.name = f"host-{'abcdefgh'[number]}"
+        self.address = f"10.77.0.{number + 1}"
+        self.port = f"port{number}"
+        self.files = folder / self.name
+        self.process: subprocess.Popen[str] | None = None
+        self.pid = 0
+        """Of its first process, as the machine sees it."""
+
+    def inside(self, *command: str) -> list[str]:
+        """A command line that runs another one in this host."""
+        namespaces = ["--net", "--uts", "--mount", "--pid"]
+        return ["nsenter", "--target", str(self.pid), *namespaces, "env", "-C", str(ROOT), *command]
+
+
+class Hosts:
+    """``with Hosts(tmp_path, 2) as hosts:``. All of them see ``shared``, at its own path."""
+
+    def __init__(self, shared: Path, number: int = 2) -> None:
+        self.shared = shared
+        self._files = shared / ".hosts"
+        self.hosts = [Host(n, self._files) for n in range(number)]
+        self._switch: subprocess.Popen[str] | None = None
+        self._started: list[subprocess.Popen[str]] = []
+
+    def __getitem__(self, number: int) -> Host:
+        return self.hosts[number]
+
+    def __enter__(self) -> Hosts:
+        try:
+            self._switch = _holding("unshare", "--net", "sh", "-c", "echo here; exec sleep infinity")
+            self._on_switch("link", "add", "switch", "type", "bridge")
+            self._on_switch("link", "set", "switch", "up")
+            for host in self.hosts:
+                self.start(host.number)
+        except BaseException:
+            self._end()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._end()
+
+    def start(self, number: int) -> None:
+        """Boot a host, which is down."""
+        host = self.hosts[number]
+        host.files.mkdir(parents=True, exist_ok=True)
+        names = "".join(f"{one.address} {one.name}\n" for one in self.hosts)
+        (host.files / "hosts").write_text(f"127.0.0.1 localhost\n{names}")
+        (host.files / "boot_id").write_text(f"{uuid.uuid4()}\n")
+        flags = ["--net", "--mount", "--uts", "--pid", "--fork", "--kill-child", "--mount-proc"]
+        host.process = _holding("unshare", *flags, "sh", "-ec", self._booting(host))
+        host.pid = int(Path(f"/proc/{host.process.pid}/task/{host.process.pid}/children").read_text())
+        peer = ["type", "veth", "peer", "name", "eth0", "netns", str(host.pid)]
+        with suppress(RuntimeError):  # the kernel takes its time to remove what a dead host had
+            self._on_switch("link", "delete", host.port)
+        self._on_switch("link", "add", host.port, *peer)
+        self._on_switch("link", "set", host.port, "master", "switch", "up")
+        in_it = ["nsenter", "--target", str(host.pid), "--net"]
+        _do(*in_it, "ip", "address", "add", f"{host.address}/24", "dev", "eth0")
+        _do(*in_it, "ip", "link", "set", "eth0", "up")
+
+    def run(
+        self, number: int, *command: str, environ: Mapping[str, str] | None = None, **options: Any
+    ) -> subprocess.Popen[str]:
+        """Start a command there, in the repository's root; its output is read as text."""
+        streams: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        process = subprocess.Popen(
+            self[number].inside(*command),
+            env={**os.environ, "OMP_NUM_THREADS": "1", **(environ or {})},
+            **(streams | options),
+        )
+        self._started.append(process)
+        return process
+
+    def kill(self, number: int) -> None:
+        """All its processes are gone at once; the kernel still closes their connections, as that of a host
+        does not that loses power: for that, take its link down before."""
+        host = self.hosts[number]
+        if host.process is not None:
+            with suppress(ProcessLookupError):
+                os.kill(host.pid, signal.SIGKILL)
+            host.process.wait()
+            host.process = None
+
+    def link(self, number: int, up: bool) -> None:
+        """Pull a host's cable out of the switch, or put it back: what it sends and is sent is lost."""
+        self._on_switch("link", "set", self[number].port, "up" if up else "down")
+
+    def slow(self, number: int, rate: str) -> None:
+        """Limit what a host sends and is sent to so much each, as tc writes it: ``2mbit``."""
+        limit = ["root", "tbf", "rate", rate, "burst", "16kb", "latency", "500ms"]
+        self._on_switch("qdisc", "replace", "dev", self[number].port, *limit, tool="tc")
+        _do(*self[number].inside("tc", "qdisc", "replace", "dev", "eth0", *limit))
+
+    def unshare(self, number: int, folder: Path) -> None:
+        """From now on a host has a folder of its own at that path, which is empty."""
+        folder.mkdir(parents=True, exist_ok=True)
+        _do(*self[number].inside("mount", "-t", "tmpfs", "tmpfs", str(folder)))
+
+    def write(self, number: int, path: str, content: str) -> None:
+        """Put a file of its own in the place of one that all have."""
+        own = self[number].files / path.replace("/", "_")
+        own.write_text(content)
+        _do(*self[number].inside("mount", "--bind", str(own), path))
+
+    def _booting(self, host: Host) -> str:
+        """The shell script of a host's first process; it says when it is through."""
+        lines = [
+            f"hostname {host.name}",
+            f"mount --bind {_quoted(host.files / 'hosts')} /etc/hosts",
+            f"mount --bind {_quoted(host.files / 'boot_id')} /proc/sys/kernel/random/boot_id",
+            "mount -t tmpfs tmpfs /dev/shm",
+            "mount --rbind /tmp /mnt",
+            "mount -t tmpfs tmpfs /tmp",
+        ]
+        for kept in (self.shared, ROOT, Path(sys.prefix).resolve()):
+            if kept.is_relative_to("/tmp"):
+                there = _quoted(Path("/mnt") / kept.relative_to("/tmp"))
+                lines += [f"mkdir -p {_quoted(kept)}", f"mount --bind {there} {_quoted(kept)}"]
+        lines += ["umount -l /mnt", "ip link set lo up", "echo here", "exec sleep infinity"]
+        return "\n".join(lines)
+
+    def _on_switch(self, *arguments: str, tool: str = "ip") -> None:
+        assert self._switch is not None
+        _do("nsenter", "--target", str(self._switch.pid), "--net", tool, *arguments)
+
+    def _end(self) -> None:
+        for host in self.hosts:
+            self.kill(host.number)
+        if self._switch is not None:
+            self._switch.kill()
+            self._switch.wait()
+        for process in self._started:
+            process.kill()
+            for stream in (process.stdout, process.stderr):
+                _close(stream)
+            process.wait()
+
+
+def enter(host_pid: int) -> None:
+    """Take this process, a fork of one thread, into a host: from here on it goes on there, in a child of its
+    own, for which it waits."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    files = [os.open(f"/proc/{host_pid}/ns/{kind}", os.O_RDONLY) for kind in _KINDS]
+    folder = os.getcwd()
+    for file in files:
+        if libc.setns(file, 0):
+            raise OSError(ctypes.get_errno(), "setns")
+        os.close(file)
+    os.chdir(folder)
+    child = os.fork()
+    if child:
+        os._exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    die_with_parent()
+
+
+def _holding(*command: str) -> subprocess.Popen[str]:
+    """A process that holds namespaces, once it has said that it is ready."""
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    if process.stdout.readline() != "here\n":
+        raise RuntimeError(f"{shlex.join(command)}: {process.stderr.read()}")
+    process.stdout.close()
+    process.stderr.close()
+    return process
+
+
+def _do(*command: str) -> None:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{shlex.join(command)}: {done.stderr.strip()}")
+
+
+def _quoted(path: Path) -> str:
+    return shlex.quote(str(path))
+
+
+def _close(stream: IO[str] | None) -> None:
+    if stream is not None:
+        stream.close()
+
+
+def ended(processes: Sequence[subprocess.Popen[str]], seconds: float) -> list[tuple[int, str, str]]:
+    """Exit status, output and errors of each, all of which end in so long; else TimeoutExpired."""
+    deadline = time.monotonic() + seconds
+    said = [process.communicate(timeout=max(0.0, deadline - time.monotonic())) for process in processes]
+    return [(p.returncode, *each) for p, each in zip(processes, said, strict=True)]
