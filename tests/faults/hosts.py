@@ -16,16 +16,16 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
+from tests.distributed.harness import run_ranks
 from tests.processes import die_with_parent
 
 ROOT = Path(__file__).resolve().parents[2]
-_KINDS = ("net", "uts", "mnt", "pid")  # the last one: entered by the children of whoever enters it
 
 
 @functools.cache
@@ -191,21 +191,39 @@ class Hosts:
             process.wait()
 
 
-def enter(host_pid: int) -> None:
-    """Take this process, a fork of one thread, into a host: from here on it goes on there, in a child of its
-    own, for which it waits."""
+def on_hosts(hosts: Hosts, places: Sequence[int], function: Callable[..., Any], *args: Any) -> list[Any]:
+    """As ``run_ranks``, rank r in host ``places[r]``; the result of a rank whose host is killed is None."""
+    first = hosts[places[0]]
+    pids = [hosts[place].pid for place in places]
+    return run_ranks(_in_its_host, len(places), pids, first.address, function, args)
+
+
+def _in_its_host(pids: list[int], address: str, function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    if not _enter(pids[int(os.environ["RANK"])]):
+        return None
+    os.environ.update(MASTER_ADDR=address, MASTER_PORT="29500", TORCHELASTIC_USE_AGENT_STORE="False")
+    return function(*args)
+
+
+def _enter(host_pid: int) -> bool:
+    """Take this process, a fork of one thread, into a host: it goes on there, in a child of its own. False:
+    that was killed, and this is the process outside again."""
     libc = ctypes.CDLL(None, use_errno=True)
-    files = [os.open(f"/proc/{host_pid}/ns/{kind}", os.O_RDONLY) for kind in _KINDS]
     folder = os.getcwd()
-    for file in files:
+    kinds = ("net", "uts", "mnt", "pid")  # the last one is entered by children
+    for file in [os.open(f"/proc/{host_pid}/ns/{kind}", os.O_RDONLY) for kind in kinds]:
         if libc.setns(file, 0):
             raise OSError(ctypes.get_errno(), "setns")
         os.close(file)
     os.chdir(folder)
     child = os.fork()
-    if child:
-        os._exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
-    die_with_parent()
+    if child == 0:
+        die_with_parent()
+        return True
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if status != -signal.SIGKILL:
+        os._exit(status)
+    return False
 
 
 def _holding(*command: str) -> subprocess.Popen[str]:
