@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import psutil
 import torch.distributed as dist
@@ -26,6 +27,7 @@ _LAST_WORDS_SECONDS = 5.0
 _LOST = re.compile(
     r"gloo/transport/.*\] (?P<what>.*?) ?\[(?P<address>[0-9a-fA-F.:]+)\]:\d+(?:: (?P<why>[^.]*))?"
 )
+_GRACE = timedelta(seconds=5)
 _LISTED = 8
 
 
@@ -170,19 +172,25 @@ def meet(environment: LaunchEnvironment, timeout: timedelta) -> Meeting:
     deadline = time.monotonic() + timeout.total_seconds()
     if rank == 0:
         start = secrets.token_hex(8)
-        _welcome(store, start, size, deadline)
-        for_all = [json.loads(store.get(f"{start} {other}")) for other in range(1, size)]
-        members = [me, *(Member(host, tuple(addresses)) for host, addresses in for_all)]
-        store.set(f"{start} members", json.dumps([[m.host, m.addresses] for m in members]))
-        return Meeting(rank, members, dist.PrefixStore(start, store), where)
-    start = _greet(store, rank, deadline, f"{where[0]}:{where[1]}")
-    store.set(f"{start} {rank}", json.dumps([me.host, me.addresses]))
-    told = json.loads(store.get(f"{start} members"))
-    return Meeting(rank, [Member(host, tuple(a)) for host, a in told], dist.PrefixStore(start, store), where)
+        told = _welcome(store, start, me, size, deadline)
+        store.set(f"{start} told", json.dumps(told))
+    else:
+        start = _greet(store, rank, deadline, where)
+        store.set(f"{start} {rank}", json.dumps([me.host, me.addresses]))
+        with suppress(RuntimeError):  # not in time
+            store.wait([f"{start} told"], timeout + _GRACE)
+        if not store.check([f"{start} told"]):
+            raise ValueError(_no_answer(rank, where))
+        told = json.loads(store.get(f"{start} told"))
+    if isinstance(told, str):
+        raise ValueError(told)
+    members = [Member(host, tuple(addresses)) for host, addresses in told]
+    return Meeting(rank, members, dist.PrefixStore(start, store), where)
 
 
-def _welcome(store: dist.Store, start: str, size: int, deadline: float) -> None:
-    """Answer whoever greets, until all have come. A greeting may be of a rank that is dead by now."""
+def _welcome(store: dist.Store, start: str, me: Member, size: int, deadline: float) -> list[Any] | str:
+    """Answer whoever greets, until all have come; host and addresses of each, or a sentence about who does
+    not come. A greeting may be of a rank that is dead by now."""
     answered: dict[int, bytes] = {}
     missing = set(range(1, size))
     while missing:
@@ -193,25 +201,31 @@ def _welcome(store: dist.Store, start: str, size: int, deadline: float) -> None:
                 store.set(f"welcome {rank}", f"{hello.decode()} {start}")
                 answered[rank] = hello
         if missing and time.monotonic() > deadline:
-            raise ValueError(
+            return (
                 f"{_listed(sorted(missing))} of {size} did not come: look on their hosts for why they ended "
                 "or were not started"
             )
         time.sleep(_POLL_SECONDS if missing else 0)
+    others = [json.loads(store.get(f"{start} {rank}")) for rank in range(1, size)]
+    return [[me.host, me.addresses], *others]
 
 
-def _greet(store: dist.Store, rank: int, deadline: float, where: str) -> str:
-    hello = secrets.token_hex(8)
+def _greet(store: dist.Store, rank: int, deadline: float, where: tuple[str, int]) -> str:
+    """The number of this start, which rank 0 answers with."""
+    hello, key = secrets.token_hex(8), f"welcome {rank}"
     store.set(f"hello {rank}", hello)
-    key = f"welcome {rank}"
     while not store.check([key]) or not (answer := store.get(key).decode()).startswith(hello):
         if time.monotonic() > deadline:
-            raise ValueError(
-                f"rank {rank} on {socket.gethostname()} has found {where}, but rank 0 does not answer there: "
-                "look on its host for why it ended"
-            )
+            raise ValueError(_no_answer(rank, where))
         time.sleep(_POLL_SECONDS)
     return answer.split()[1]
+
+
+def _no_answer(rank: int, where: tuple[str, int]) -> str:
+    return (
+        f"rank {rank} on {socket.gethostname()} has found {where[0]}:{where[1]}, but rank 0 does not answer "
+        "there: look on its host for why it ended"
+    )
 
 
 def _address_towards(host: str, port: int) -> str:

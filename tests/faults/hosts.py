@@ -126,6 +126,16 @@ class Hosts:
         self._started.append(process)
         return process
 
+    def ask_to_stop(self, process: subprocess.Popen[str]) -> None:
+        """SIGTERM to what :meth:`run` has started."""
+        (child,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        os.kill(int(child), signal.SIGTERM)
+
+    def processes(self, number: int) -> list[str]:
+        """Command lines of what runs there, but for the host's own."""
+        listed = _do(*self[number].inside("ps", "-e", "-o", "args=")).splitlines()
+        return [line for line in listed if "sleep infinity" not in line and "ps -e -o args=" not in line]
+
     def kill(self, number: int) -> None:
         """All its processes are gone at once; the kernel still closes their connections, as that of a host
         does not that loses power: for that, take its link down before."""
@@ -191,6 +201,43 @@ class Hosts:
             process.wait()
 
 
+def clock_apart(folder: Path, seconds: int) -> dict[str, str]:
+    """Environment of a process that reads another time of day: a time namespace shifts monotonic clocks
+    only. What the kernel itself stamps, as a file's time, stays."""
+    library = folder / "clock_apart.so"
+    if not library.exists():
+        source = folder / "clock_apart.c"
+        source.write_text(_CLOCK)
+        _do("cc", "-shared", "-fPIC", "-o", str(library), str(source))
+    return {"LD_PRELOAD": str(library), "CLOCK_APART": str(seconds)}
+
+
+_CLOCK = """
+#define _GNU_SOURCE
+#include <stdlib.h>
+#include <sys/syscall.h>
+#include <sys/time.h>
+#include <time.h>
+#include <unistd.h>
+static long apart(void) { const char *s = getenv("CLOCK_APART"); return s ? atol(s) : 0; }
+int clock_gettime(clockid_t clock, struct timespec *now) {
+    int status = syscall(SYS_clock_gettime, clock, now);
+    if (!status && clock == CLOCK_REALTIME) now->tv_sec += apart();
+    return status;
+}
+int gettimeofday(struct timeval *now, void *zone) {
+    int status = syscall(SYS_gettimeofday, now, zone);
+    if (!status) now->tv_sec += apart();
+    return status;
+}
+time_t time(time_t *out) {
+    time_t now = syscall(SYS_time, NULL) + apart();
+    if (out) *out = now;
+    return now;
+}
+"""
+
+
 def on_hosts(hosts: Hosts, places: Sequence[int], function: Callable[..., Any], *args: Any) -> list[Any]:
     """As ``run_ranks``, rank r in host ``places[r]``; the result of a rank whose host is killed is None."""
     first = hosts[places[0]]
@@ -238,10 +285,11 @@ def _holding(*command: str) -> subprocess.Popen[str]:
     return process
 
 
-def _do(*command: str) -> None:
+def _do(*command: str) -> str:
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{shlex.join(command)}: {done.stderr.strip()}")
+    return done.stdout
 
 
 def _quoted(path: Path) -> str:
