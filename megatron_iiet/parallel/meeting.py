@@ -10,7 +10,7 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -24,6 +24,8 @@ from megatron_iiet.parallel.launch import LaunchEnvironment
 _POLL_SECONDS = 0.02
 _LAST_WORDS_SECONDS = 5.0
 """How long a rank that ends may take to say so and to hear others: their store may be gone as well."""
+_PAUSE_SECONDS = 2.0
+_WAITED = re.compile(r"gloo/transport/.*\] Timed out waiting (?P<ms>\d+)ms")
 _LOST = re.compile(
     r"gloo/transport/.*\] (?P<what>.*?) ?\[(?P<address>[0-9a-fA-F.:]+)\]:\d+(?:: (?P<why>[^.]*))?"
 )
@@ -78,33 +80,49 @@ class Meeting:
             raise LostConnectionError(sentence) from error
 
     def _why(self, error: Exception) -> str | None:
-        lost = _LOST.search(str(error)) if isinstance(error, RuntimeError) else None
-        blamed = "" if lost is None else self._host_of(lost["address"])
-        notes = self._exchange({"why": _first_line(error), "blames": blamed})
-        if lost is None:
+        """A sentence, if a connection was lost; what else went wrong is left for the others to read."""
+        text = str(error) if isinstance(error, RuntimeError) else ""
+        if len(self.members) == 1:
             return None
-        me = self._name(self.rank)
-        if "connectFullMesh" in str(error):
+        if "connectFullMesh" in text:
             return (
-                f"{me} cannot reach the other ranks ({_first_line(error)}); name the network interface that "
-                "leads to the other hosts: GLOO_SOCKET_IFNAME=eth0"
+                f"{self._name(self.rank)} cannot reach the other ranks ({_first_line(error)}); name the "
+                "network interface that leads to the other hosts: GLOO_SOCKET_IFNAME=eth0"
             )
+        if (waited := _WAITED.search(text)) is not None:
+            return self._in_vain(int(waited["ms"]) / 1000)
+        if (lost := _LOST.search(text)) is not None:
+            return self._lost(self._host_of(lost["address"]), lost["why"] or lost["what"])
+        self._exchange({"why": _first_line(error), "blames": ""})
+        return None
+
+    def _lost(self, host: str, what: str) -> str:
+        me, notes = self._name(self.rank), self._exchange({"why": what, "blames": host})
         for rank, note in sorted(notes.items()):
             if not note["blames"]:
                 return f"{me} ends because {self._name(rank)} did: {note['why']}"
         seen: set[str] = set()
-        while blamed not in seen:  # who left because of another did not cause it
-            seen.add(blamed)
-            blamed = next((n["blames"] for r, n in notes.items() if self.members[r].host == blamed), blamed)
-        gone = [
-            rank
-            for rank, member in enumerate(self.members)
-            if member.host == blamed and rank != self.rank and rank not in notes
-        ]
+        while host not in seen:  # who left because of another did not cause it
+            seen.add(host)
+            host = next((n["blames"] for r, n in notes.items() if self.members[r].host == host), host)
+        gone = [r for r in self._silent(notes) if self.members[r].host == host]
         return (
-            f"{me} has lost the connection to {_listed(gone)} on {blamed} ({lost['why'] or lost['what']}): "
-            "it ended, or its host is gone; the same command goes on from the newest checkpoint"
+            f"{me} has lost the connection to {_listed(gone)} on {host} ({what}): it ended, or its host is "
+            "gone; the same command goes on from the newest checkpoint"
         )
+
+    def _in_vain(self, seconds: float) -> str:
+        waited = f"has waited {seconds:g} s for the others in vain"
+        silent = self._silent(self._exchange({"why": waited, "blames": ""}, pause=_PAUSE_SECONDS))
+        hosts = {host: [r for r in silent if self.members[r].host == host] for host in self.hosts}
+        named = ", ".join(f"{_listed(ranks)} on {host}" for host, ranks in hosts.items() if ranks)
+        return (
+            f"{self._name(self.rank)} {waited}; nothing is heard of {named or 'what they waited for'}: it "
+            "hangs, or the link to its host is down; the same command goes on from the newest checkpoint"
+        )
+
+    def _silent(self, notes: Mapping[int, object]) -> list[int]:
+        return [rank for rank in range(len(self.members)) if rank != self.rank and rank not in notes]
 
     def _host_of(self, address: str) -> str:
         for member in self.members:
@@ -112,14 +130,16 @@ class Meeting:
                 return member.host
         return self.members[self.rank].host  # a loopback address
 
-    def _exchange(self, note: dict[str, str]) -> dict[int, dict[str, str]]:
-        """Leave this rank's last words, and read those of the others; what cannot be had is left out."""
+    def _exchange(self, note: dict[str, str], pause: float = 0.0) -> dict[int, dict[str, str]]:
+        """Leave this rank's last words, and read those of the others; what cannot be had is left out.
+        ``pause``: for those who leave theirs now."""
         found: dict[int, dict[str, str]] = {}
 
         def exchange() -> None:
             with suppress(RuntimeError, OSError):  # the store is gone too; torch would tell that at length
                 socket.create_connection(self.where).close()
                 self.store.set(f"left {self.rank}", json.dumps(note))
+                time.sleep(pause)
                 for rank in range(len(self.members)):
                     if rank != self.rank and self.store.check([key := f"left {rank}"]):
                         found[rank] = json.loads(self.store.get(key))

@@ -7,11 +7,14 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from megatron_iiet.parallel import ParallelContext
 from megatron_iiet.storage import checkpoint
 from megatron_iiet.training import agreement
 from megatron_iiet.training.lock import RunLock
@@ -172,3 +175,32 @@ def test_a_lock_of_another_host(hosts: Hosts, tmp_path: Path) -> None:
 
 def first_holds_second_takes(run: Path) -> Any:
     return hold(run) if os.environ["RANK"] == "0" else take(run)
+
+
+def wait_in_vain(folder: Path) -> str:
+    """What a rank is told whose link goes down between two reductions."""
+    try:
+        with ParallelContext.start(timeout=timedelta(seconds=3)) as context:
+            context.world.all_reduce(torch.ones(2))
+            (folder / f"met {context.rank}").touch()
+            while not (folder / "down").exists():
+                time.sleep(0.02)
+            context.world.all_reduce(torch.ones(2))
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def test_a_link_that_drops(hosts: Hosts, tmp_path: Path) -> None:
+    def drop() -> None:
+        hosts.link(1, up=False)
+        (tmp_path / "down").touch()
+
+    dropping = when(lambda: len(list(tmp_path.glob("met ?"))) == 2, drop)
+    said = on_hosts(hosts, [0, 1], wait_in_vain, tmp_path)
+    dropping.join()
+    for me, other in ((0, 1), (1, 0)):
+        assert said[me].startswith(
+            f"LostConnectionError: rank {me} on {hosts[me].name} has waited 3 s for the others in vain; nothing "
+            f"is heard of rank {other} on {hosts[other].name}: it hangs, or the link to its host is down; "
+        )

@@ -104,6 +104,20 @@ def test_the_others_hear_why_a_rank_ended(meetings: list[Meeting]) -> None:
     )
 
 
+def test_whoever_waits_in_vain_names_the_silent(
+    meetings: list[Meeting], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(meeting_module, "_PAUSE_SECONDS", 0.0)
+    error = (
+        "[/gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 3000ms for recv operation to complete"
+    )
+    assert said(meetings[3], RuntimeError(error)).startswith(
+        "rank 3 on host-c has waited 3 s for the others in vain; nothing is heard of ranks 0, 1 on host-a, "
+        "rank 2 on host-b: it hangs"
+    )
+    assert "heard of rank 1 on host-a, rank 2 on host-b: " in said(meetings[0], RuntimeError(error))
+
+
 def test_what_is_no_lost_connection_stays_what_it_was(meetings: list[Meeting]) -> None:
     error = RuntimeError("shape '[2]' is invalid for input [of size] [3]:4")
     with pytest.raises(RuntimeError) as told, meetings[0].explaining():
