@@ -126,10 +126,10 @@ class Hosts:
         self._started.append(process)
         return process
 
-    def ask_to_stop(self, process: subprocess.Popen[str]) -> None:
-        """SIGTERM to what :meth:`run` has started."""
+    def signal(self, process: subprocess.Popen[str], number: int) -> None:
+        """Send a signal to what :meth:`run` has started."""
         (child,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-        os.kill(int(child), signal.SIGTERM)
+        os.kill(int(child), number)
 
     def processes(self, number: int) -> list[str]:
         """Command lines of what runs there, but for the host's own."""

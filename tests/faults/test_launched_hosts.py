@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -119,39 +120,47 @@ def test_deepspeed_on_each_host_of_a_hostfile_and_one_dies(
     assert starts(run) == [(["host-a", "host-b"], None), (["host-a", "host-b"], 2)]
 
 
-@pytest.mark.skipif(
-    not (shutil.which("pdsh") and Path("/usr/sbin/sshd").exists()),
-    reason="no pdsh or sshd: apt-get install pdsh openssh-server",
-)
-def test_deepspeed_over_ssh(hosts: Hosts, data: dict[str, str], undisturbed: Path, run: Path) -> None:
-    """As its user has it: one command on one host, pdsh and ssh to all."""
-    key = run.with_suffix(".key")
+@pytest.fixture
+def over_ssh(hosts: Hosts, run: Path) -> list[str]:
+    """The beginning of a deepspeed command that starts ranks on all hosts, each of which has an sshd."""
+    if not (shutil.which("pdsh") and Path("/usr/sbin/sshd").exists()):
+        pytest.skip("no pdsh or sshd: apt-get install pdsh openssh-server")
+    key, settings = run.with_suffix(".key"), run.with_suffix(".sshd")
     subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(key)], check=True)
-    client = f"IdentityFile {key}\nStrictHostKeyChecking no\nUserKnownHostsFile /dev/null\nLogLevel ERROR\n"
-    allowed = [
-        f"HostKey {key}",
-        f"AuthorizedKeysFile {key}.pub",
-        "PermitRootLogin yes",
-        "StrictModes no",
-        "UsePAM no",
-    ]
-    run.with_suffix(".sshd").write_text(
-        "\n".join([*allowed, "PidFile none", "AcceptEnv MEGATRON_IIET_STARTED_BY"])
-    )
-    server = (
-        f"mount -t tmpfs tmpfs /run; mkdir /run/sshd; exec /usr/sbin/sshd -D -e -f {run.with_suffix('.sshd')}"
-    )
+    settings.write_text(_SSHD.format(key=key))
     servers = []
     for n in (0, 1):
-        hosts.write(n, "/etc/ssh/ssh_config", client)
+        hosts.write(n, "/etc/ssh/ssh_config", _SSH.format(key=key))
+        server = f"mount -t tmpfs tmpfs /run; mkdir /run/sshd; exec /usr/sbin/sshd -D -f {settings}"
         servers.append(hosts.run(n, "sh", "-c", server))
-    for n in (0, 1):
-        reached = hosts.run(0, "sh", "-c", f"until ssh {hosts[n].name} true; do sleep 0.1; done")
-        wait_for(lambda reached=reached: reached.poll() is not None, *servers)  # type: ignore[misc]
-    command = [*deepspeed(run), *script(data, run)]
-    ((status, _, errors),) = ended([hosts.run(0, *command, environ={"PDSH_RCMD_TYPE": "ssh"})], SECONDS)
+    for host in hosts.hosts:
+        knock = hosts.run(0, "sh", "-c", f"until ssh {host.name} true; do sleep 0.1; done")
+        wait_for(lambda knock=knock: knock.poll() is not None, *servers)  # type: ignore[misc]
+    return ["env", "PDSH_RCMD_TYPE=ssh", *deepspeed(run)]
+
+
+_SSH = "IdentityFile {key}\nStrictHostKeyChecking no\nUserKnownHostsFile /dev/null\nLogLevel ERROR\n"
+_SSHD = "HostKey {key}\nAuthorizedKeysFile {key}.pub\nPermitRootLogin yes\nStrictModes no\nUsePAM no\n"
+
+
+def test_deepspeed_over_ssh(
+    over_ssh: list[str], hosts: Hosts, data: dict[str, str], undisturbed: Path, run: Path
+) -> None:
+    """As its user has it: one command on one host."""
+    ((status, _, errors),) = ended([hosts.run(0, *over_ssh, *script(data, run))], SECONDS)
     assert status == 0, errors
     assert what_was_learned(run) == what_was_learned(undisturbed)
+
+
+def test_the_end_of_deepspeed_over_ssh_is_heard_on_all_hosts(
+    over_ssh: list[str], hosts: Hosts, data: dict[str, str], run: Path
+) -> None:
+    """Nobody reads any more what the ranks print; nevertheless they save."""
+    launcher = hosts.run(0, *over_ssh, *script(data, run, steps=1_000_000))
+    wait_for(at_step(run, 3), launcher)
+    hosts.signal(launcher, signal.SIGTERM)
+    wait_for(lambda: not any("pretrain_iiet.py" in line for n in (0, 1) for line in hosts.processes(n)))
+    assert checkpoint.latest_tag(run) == checkpoint.tag_of(max(losses(run)))
 
 
 def test_torchrun_goes_on_with_the_hosts_that_are_left(
@@ -209,7 +218,7 @@ def test_a_stop_asked_of_one_hosts_launcher_is_heard_on_all(
     command = [*torchrun("2"), *script(data, run, steps=1_000_000)]
     both = [hosts.run(n, *command) for n in (0, 1)]
     wait_for(at_step(run, 3), *both)
-    hosts.ask_to_stop(both[1])
+    hosts.signal(both[1], signal.SIGTERM)
     (_, said, errors), _ = ended(both, 60)
     assert "stopping on SIGTERM; the same command goes on from here" in said, errors
     last = max(losses(run))
