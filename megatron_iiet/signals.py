@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from enum import Enum
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn, TextIO, cast
 
 REQUEUE = 75
 """Exit status of a run that was asked to stop, and that the same command goes on with (EX_TEMPFAIL)."""
@@ -255,6 +255,37 @@ class _Ear:
         os.close(self._writer)
 
 
+class _Unread:
+    """A stream that nobody may read any more: what stops a run (Ctrl-C to `... | tee log`, the end of an ssh
+    connection) ends its reader first, and the run is still to be saved."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        """As a text stream's."""
+        with self._reader_may_be_gone():
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """As a text stream's."""
+        with self._reader_may_be_gone():
+            self._stream.flush()
+
+    @contextmanager
+    def _reader_may_be_gone(self) -> Iterator[None]:
+        try:
+            yield
+        except BrokenPipeError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self._stream.fileno())
+            os.close(nowhere)
+
+
 def _note(number: int, frame: object) -> None:
     """The interpreter has written the number into a pipe; without a handler it would not."""
 
@@ -285,6 +316,8 @@ def heard(phase: Phase = Phase.ALONE) -> Iterator[StopRequests]:
         return
     requests = StopRequests(launcher=Launcher())
     requests.enter(phase)
+    streams = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = (cast(TextIO, _Unread(stream)) for stream in streams)
     # A shell's background job ignores SIGINT, and should.
     ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     _ear = _Ear(requests, [n for n in STOP_SIGNALS.values() if n != signal.SIGINT or not ignored])
@@ -292,6 +325,7 @@ def heard(phase: Phase = Phase.ALONE) -> Iterator[StopRequests]:
         yield requests
     finally:
         forget()
+        sys.stdout, sys.stderr = streams
 
 
 def forget() -> None:

@@ -148,6 +148,26 @@ def test_what_is_heard_before_torch_is_there(kept: str, sent: str, status: int) 
         assert child.wait(60) == status
 
 
+UNREAD = """
+import sys
+from megatron_iiet import signals
+with signals.heard():
+    sys.stdin.read()
+    for stream in (sys.stdout, sys.stderr) * 2:
+        print("to nobody", file=stream, flush=True)
+signals.leave(signals.REQUEUE)
+"""
+
+
+def test_a_run_outlives_whoever_reads_what_it_prints() -> None:
+    """`... | tee log` ends with the same Ctrl-C, an ssh connection with the launcher."""
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", UNREAD], cwd=ROOT, **pipes) as child:  # type: ignore[call-overload]
+        for pipe in (child.stdout, child.stderr, child.stdin):
+            pipe.close()
+    assert child.returncode == signals.REQUEUE
+
+
 def test_a_fork_dies_as_any_process_and_its_parent_hears_nothing() -> None:
     command = [sys.executable, "-c", CHILD, "TRAINING", "USR1,TERM", "fork"]
     with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:

@@ -25,15 +25,18 @@ def is_first_rank() -> bool:
     Reads what a launcher left in the environment (RANK; SLURM_PROCID under a bare ``srun``), because
     configuration errors appear before any process group exists. Without a launcher the answer is yes.
     """
-    rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
-    return rank == "0"
+    return _rank() == "0"
+
+
+def _rank() -> str:
+    return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
 
 
 def exit_with_error(message: str) -> NoReturn:
     """Print ``error: message`` to stderr, once for all ranks, and exit with status 2 on every rank.
 
     The other ranks wait a little: launchers kill all ranks when the first one ends, and that must not be
-    before the first rank has spoken. One that is still alive after that failed alone, and says so.
+    before the first rank has spoken. One that is still alive after that failed alone, or on another host.
     """
     signals.forget()
     if "No usable temporary directory" in message:  # Python's, of whatever library asked for one
@@ -42,7 +45,7 @@ def exit_with_error(message: str) -> NoReturn:
         print(f"error: {message}", file=sys.stderr, flush=True)
     else:
         time.sleep(_PATIENCE_SECONDS)
-        print(f"error on one rank: {message}", file=sys.stderr, flush=True)
+        print(f"error on rank {_rank()}: {message}", file=sys.stderr, flush=True)
     sys.exit(2)
 
 

@@ -14,7 +14,8 @@ import torch.distributed as dist
 
 from megatron_iiet.config.schema import ParallelConfig
 from megatron_iiet.parallel.group import Group
-from megatron_iiet.parallel.launch import LaunchEnvironment, launch_environment, listening_socket, restarts
+from megatron_iiet.parallel.launch import launch_environment, variables_set
+from megatron_iiet.parallel.meeting import meet
 from megatron_iiet.parallel.tensor import TensorParallel
 
 _FLIGHT_RECORDER = ("TORCH_FR_BUFFER_SIZE", "512")
@@ -79,14 +80,7 @@ class ParallelContext:
         os.environ.setdefault(*_FLIGHT_RECORDER)
         with environment.published():
             try:
-                store = _store(environment, timeout)
-                dist.init_process_group(
-                    backend,
-                    timeout=timeout,
-                    store=store,
-                    rank=environment.rank,
-                    world_size=environment.world_size,
-                )
+                meeting = meet(environment, timeout)
             except dist.DistNetworkError as error:
                 where = f"{environment.master_address}:{environment.master_port}"
                 why = str(error).splitlines()[0]
@@ -94,14 +88,22 @@ class ParallelContext:
                     f"rank {environment.rank} cannot meet the others at {where} ({why}); if another job "
                     "listens there, give this one's launcher another --master_port"
                 ) from None
-            try:
-                context = cls.on_grid(
-                    config, environment.rank, environment.world_size, environment.local_rank, device
+            with variables_set(**meeting.variables()), meeting.explaining():
+                dist.init_process_group(
+                    backend,
+                    timeout=timeout,
+                    store=meeting.store,
+                    rank=environment.rank,
+                    world_size=environment.world_size,
                 )
-                yield replace(context, store=store)
-            finally:
-                # Left to the interpreter's exit, live process groups sometimes abort it.
-                dist.destroy_process_group()
+                try:
+                    context = cls.on_grid(
+                        config, environment.rank, environment.world_size, environment.local_rank, device
+                    )
+                    yield replace(context, store=meeting.store)
+                finally:
+                    # Left to the interpreter's exit, live process groups sometimes abort it.
+                    dist.destroy_process_group()
 
     @classmethod
     def on_grid(
@@ -135,22 +137,6 @@ class ParallelContext:
     def barrier(self) -> None:
         """Wait for every rank."""
         dist.barrier()
-
-
-def _store(environment: LaunchEnvironment, timeout: timedelta) -> dist.Store:
-    """Where the ranks meet; not the one that torch would make, which listens on all interfaces.
-
-    One process meets nobody: no port, which another could take between finding and using it. And torchrun's
-    agent restarts ranks with the store that it has, where the ones before left what these must not find.
-    """
-    if environment.world_size == 1:
-        return dist.HashStore()
-    address, port = environment.master_address, environment.master_port
-    has_it = environment.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    own = listening_socket(address, port) if has_it else None
-    listening = None if own is None else own.detach()  # torch closes it
-    store = dist.TCPStore(address, port, environment.world_size, has_it, timeout, master_listen_fd=listening)
-    return dist.PrefixStore(f"start {restarts()}", store)
 
 
 def grid_ranks(world_size: int, tensor: int, pipeline: int) -> torch.Tensor:
