@@ -16,6 +16,7 @@ from megatron_iiet.training import agreement
 from megatron_iiet.training.agreement import Succession, check_shared
 from tests.distributed.harness import run_ranks
 from tests.storage.saves import Saves
+from tests.training.bare_run import alone
 
 
 def look(folders: list[str]) -> tuple[str, list[str]]:
@@ -88,3 +89,14 @@ def test_a_fresh_folder_that_is_not_shared(tmp_path: Path) -> None:
         r"what rank 0 on \S+ writes there, rank 1 on \S+ cannot see; choose one on a file", found
     )
     assert not list(tmp_path.glob("*/*")), "a probe was left"
+
+
+def test_a_file_system_that_is_slow_is_given_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    slept: list[float] = []
+    there = Path.exists
+    late = lambda path: there(path) and (not path.name.startswith(".probe") or len(slept) == 3)  # noqa: E731
+    monkeypatch.setattr(Path, "exists", late)
+    monkeypatch.setattr(agreement.time, "sleep", slept.append)
+    check_shared(str(tmp_path), alone(2))
+    assert len(slept) == 3
+    assert not list(tmp_path.iterdir()), "a probe was left"

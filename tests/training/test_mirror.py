@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import shutil
+import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from megatron_iiet.config import ConfigError
 from megatron_iiet.storage import checkpoint
-from megatron_iiet.storage.retention import MIRRORED, reason_of
+from megatron_iiet.storage.retention import MIRRORED, PINNED, mark, reason_of
 from megatron_iiet.training.metrics import read_log
 from megatron_iiet.training.mirror import Mirror
 from tests.distributed.harness import run_ranks
@@ -22,6 +25,7 @@ def test_what_is_copied_is_a_checkpoint_there(tmp_path: Path) -> None:
     run, away = Saves(tmp_path / "run"), tmp_path / "away"
     mirror = Mirror(f"file://{away}")
     run.save(2)
+    mark(run.at(2), PINNED, "here")
     mirror.give(run.at(2))
     mirror.give(run.at(2))
     run.save(4)
@@ -33,6 +37,61 @@ def test_what_is_copied_is_a_checkpoint_there(tmp_path: Path) -> None:
         assert checkpoint.verify(away / f"step_0000000{step}") == 4000
         assert reason_of(run.at(step), MIRRORED) == f"file://{away}"
         assert not (away / f"step_0000000{step}" / MIRRORED).exists()
+        assert not (away / f"step_0000000{step}" / PINNED).exists()
+    shutil.rmtree(away / "step_00000002")
+    again = Mirror(f"file://{away}")
+    again.give(run.at(2))
+    assert again.finish() == []
+    assert not (away / "step_00000002").exists(), "what was copied is copied once"
+
+
+def test_one_mirror_tries_again(tmp_path: Path) -> None:
+    run, away = Saves(tmp_path / "run"), tmp_path / "away"
+    run.save(2)
+    mirror = Mirror(f"file://{away}")
+    (away / "step_00000002").write_text("in the way")
+    mirror.give(run.at(2))
+    for _ in range(1000):
+        if not mirror._given:
+            break
+        time.sleep(0.01)
+    (away / "step_00000002").unlink()
+    mirror.give(run.at(2))
+    assert len(mirror.finish()) == 1
+    assert checkpoint.verify(away / "step_00000002") == 4000
+
+
+def test_a_copy_that_is_cut_short_is_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where another save of that step was whole before."""
+    run, away = Saves(tmp_path / "run"), tmp_path / "away"
+    url = f"file://{away}"
+    for cut in (False, True):
+        run.save(2)
+        mirror = Mirror(url)
+        if cut:
+            monkeypatch.setattr(mirror._fs, "put_file", partial(_fails_at, FILE, mirror._fs.put_file))
+        mirror.give(run.at(2))
+        assert len(mirror.finish()) == cut
+    assert not (away / "step_00000002" / checkpoint.STATE).exists()
+
+
+def _fails_at(name: str, put: Callable[[str, str], None], here: str, there: str) -> None:
+    if here.endswith(name):
+        raise OSError("the link is gone")
+    put(here, there)
+
+
+def test_what_is_saved_anew_meanwhile_does_not_count_as_copied(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Saves(tmp_path / "run")
+    run.save(2)
+    mirror = Mirror(f"file://{tmp_path / 'away'}")
+    copy = mirror._copy
+    monkeypatch.setattr(mirror, "_copy", lambda folder: (copy(folder), run.save(2)))
+    mirror.give(run.at(2))
+    assert mirror.finish() == []
+    assert reason_of(run.at(2), MIRRORED) is None
 
 
 def test_a_copy_that_fails_is_told_and_tried_again(tmp_path: Path) -> None:

@@ -127,6 +127,15 @@ def test_a_save_holds_the_moment_it_was_asked_for(tmp_path: Path) -> None:
     again = copies.take(fragments)[0].tensors[MASTER]
     assert again.data_ptr() == copies.take(fragments)[0].tensors[MASTER].data_ptr(), "memory grows"
     assert torch.equal(again, weight)
+    shorter = Fragment("weight", place_of(None, (10,), Group()), 10, {MASTER: torch.arange(10.0)})
+    assert torch.equal(copies.take([shorter])[0].tensors[MASTER], torch.arange(10.0))
+
+
+def test_nothing_is_in_force_before_all_ranks_have_written(tmp_path: Path) -> None:
+    saving = Saving(alone(2), tmp_path / "step_00000004", SaveIdentity.draw(4, "config"), [])
+    for _ in range(3):
+        saving._task.join()
+        assert not saving.advance(), "the other rank writes for ever"
 
 
 def test_a_disk_that_takes_too_long_ends_the_run(tmp_path: Path) -> None:
@@ -151,6 +160,9 @@ def test_copies_want_room(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(psutil, "virtual_memory", lambda free=free: SimpleNamespace(available=free))
         assert has_room(alone(), [fragment]).endswith(lack)
         assert bool(has_room(alone(), [fragment])) == bool(lack)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=8000))
+    two_of_a_host = SimpleNamespace(world=SimpleNamespace(gather_objects=lambda view: [view, view]))
+    assert has_room(two_of_a_host, [fragment]), "each has room, but not both"  # type: ignore[arg-type]
 
 
 def pretrain_short_of_room(config: dict[str, Any], ds_path: Path, victim: int) -> None:
