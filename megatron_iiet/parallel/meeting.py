@@ -45,6 +45,11 @@ class Member:
     addresses: tuple[str, ...] = ()
     """Of its host; the first is that by which it reaches rank 0."""
 
+    @property
+    def place(self) -> tuple[str, ...]:
+        """The same for ranks of one host."""
+        return self.host, *self.addresses[:1]
+
 
 @dataclass(frozen=True)
 class Meeting:
@@ -156,10 +161,11 @@ class Meeting:
         """What gloo has to be told of the network: the interface, where this host's own name would lead it to
         an address that other hosts cannot reach (Debian's /etc/hosts: 127.0.1.1)."""
         own = self.members[self.rank]
-        if "GLOO_SOCKET_IFNAME" in os.environ or len(self.hosts) == 1 or not _is_loopback(own.host):
+        # By address, too: machines made of one image may all be called localhost.
+        others = [m.addresses[0] for m in self.members if m.addresses and m.place != own.place]
+        if "GLOO_SOCKET_IFNAME" in os.environ or not others or not _is_loopback(own.host):
             return {}
-        others = [m.addresses[0] for m in self.members if m.host != own.host and m.addresses]
-        reached = [*own.addresses[:1], *(_address_towards(other, 1) for other in others[:1])]
+        reached = [*own.addresses[:1], _address_towards(others[0], 1)]
         names = [name for a in reached if a and not _is_loopback(a) for name in _interfaces(a)]
         return {"GLOO_SOCKET_IFNAME": names[0]} if names else {}
 
