@@ -133,7 +133,7 @@ test-faults: setup
 
 # Jobs of examples/slurm on the SLURM of this machine, two nodes of two ranks; where there is none, how to get it:
 test-slurm: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -rs -m slurm tests/slurm
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -rs -m slurm --timeout 1800 tests/slurm
 
 # Other releases of torch than the locked one, each in an environment of its own, 7 GB that go again:
 #   make test-versions TORCH="2.11.0 2.14.1"
