@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Sequence
+from datetime import timedelta
 from types import SimpleNamespace
 
 import pytest
@@ -77,13 +78,12 @@ def test_a_port_that_another_job_has(
             pytest.fail("there is a group")
 
 
-@pytest.mark.timeout(60)  # torch looks for it longer
 def test_a_master_without_an_address(monkeypatch: pytest.MonkeyPatch) -> None:
     """SLURM's name of a node need not be one that hosts know."""
     for name, value in (SRUN_TASK | {"MASTER_ADDR": "no host"}).items():
         monkeypatch.setenv(name, value)
     with (
         pytest.raises(ValueError, match=r"rank 3 on \S+ finds no address of no host, .*: set MASTER_ADDR to"),
-        ParallelContext.start(),
+        ParallelContext.start(timeout=timedelta(seconds=2)),
     ):
         pytest.fail("there is a group")

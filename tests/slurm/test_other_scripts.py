@@ -52,7 +52,8 @@ def test_influence(cluster: Cluster, undisturbed: Training, tmp_path: Path) -> N
     found, expected = (
         json.loads((tmp_path / name / "influence.json").read_text()) for name in ("here", "alone")
     )
-    assert found["layers"] == pytest.approx(expected["layers"], rel=1e-4)
+    for layer, wanted in zip(found["influence"], expected["influence"], strict=True):
+        assert layer == pytest.approx(wanted, rel=1e-4)
 
 
 def test_evaluation(cluster: Cluster, undisturbed: Training, tmp_path: Path) -> None:
