@@ -1,4 +1,4 @@
-# make demo | demo-compare | demo-distill | setup | lock | test | test-long | test-layouts | test-kills | test-faults test-hosts | test-versions | test-vllm | check | mutants | cuda-check | gpu-check | gpu-bundle | format | clean    (see README.md and CONTRIBUTING.md)
+# make demo | demo-compare | demo-distill | setup | lock | test | test-long | test-layouts | test-kills | test-faults | test-hosts | test-slurm | test-versions | test-vllm | check | mutants | cuda-check | gpu-check | gpu-bundle | format | clean    (see README.md and CONTRIBUTING.md)
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
@@ -9,7 +9,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 unexport PYTHONDONTWRITEBYTECODE
 CSRC := $(shell find csrc -type f \( -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.inl' -o -name '*.cuh' \) 2>/dev/null)
 
-.PHONY: setup lock demo demo-compare demo-distill test test-long test-layouts test-kills test-faults test-hosts test-versions test-transformers test-vllm check mutants cuda-check gpu-check gpu-bundle format clean
+.PHONY: setup lock demo demo-compare demo-distill test test-long test-layouts test-kills test-faults test-hosts test-slurm test-versions test-transformers test-vllm check mutants cuda-check gpu-check gpu-bundle format clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.package
@@ -156,6 +156,10 @@ test-faults: setup
 test-hosts: setup
 	$(BIN)/python -m pytest -m hosts -rs tests/faults
 
+# Jobs of examples/slurm on the SLURM of this machine, two nodes of two ranks; where there is none, how to get it:
+test-slurm: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -rs -m slurm --timeout 1800 tests/slurm
+
 # Other releases of torch than the locked one, each in an environment of its own, 7 GB that go again:
 #   make test-versions TORCH="2.11.0 2.14.1"
 TORCH ?= 2.11.0 2.13.0 2.14.1
@@ -176,7 +180,7 @@ check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not long and not layouts and not kills and not hosts"
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not long and not layouts and not kills and not hosts and not slurm"
 
 # Do the tests fail where they should? Single-line faults are seeded one at a time, in a copy; all rooms, or some:
 #   make mutants PLACES="config hf"      make mutants PLACES=schedules.py

@@ -72,6 +72,7 @@ class ParallelContext:
         config = config or ParallelConfig()
         timeout = timedelta(seconds=config.resolved_timeouts.longest)
         environment = launch_environment()
+        environment.check_master()
         if torch.cuda.is_available():
             device, backend = torch.device("cuda", environment.local_rank), "nccl"
             torch.cuda.set_device(device)
@@ -86,7 +87,7 @@ class ParallelContext:
                 why = str(error).splitlines()[0]
                 raise ValueError(
                     f"rank {environment.rank} cannot meet the others at {where} ({why}); if another job "
-                    "listens there, give this one's launcher another --master_port"
+                    f"listens there, {environment.port_remedy}"
                 ) from None
             with variables_set(**meeting.variables()), meeting.explaining():
                 dist.init_process_group(

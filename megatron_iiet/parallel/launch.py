@@ -33,6 +33,32 @@ class LaunchEnvironment:
     master_port: int
     """Where rank 0 listens; a world of one does not."""
 
+    def check_master(self) -> None:
+        """Make sure that the host of rank 0 has a name that is known here; torch would ask for it again and
+        again for half an hour.
+
+        Raises:
+            ValueError: it has none.
+        """
+        if self.world_size == 1:
+            return
+        try:
+            socket.getaddrinfo(self.master_address, self.master_port)
+        except (socket.gaierror, UnicodeError) as error:
+            if isinstance(error, socket.gaierror) and error.errno == socket.EAI_AGAIN:
+                return  # the name server may answer later
+            raise ValueError(
+                f"rank {self.rank} on {socket.gethostname()} finds no address of {self.master_address}, the "
+                "host of rank 0: set MASTER_ADDR to an address of that host that all hosts reach"
+            ) from None
+
+    @property
+    def port_remedy(self) -> str:
+        """How to have rank 0 listen elsewhere."""
+        if self.launcher == "srun":
+            return "set MASTER_PORT to another"
+        return "give this one's launcher another --master_port"
+
     def published(self) -> AbstractContextManager[None]:
         """Tell torch.distributed and DeepSpeed, which look for it in environment variables.
 
@@ -68,8 +94,9 @@ def listening_socket(address: str, port: int) -> socket.socket | None:
 
 
 def restarts() -> int:
-    """How often torchrun has started this process's ranks before; 0 under other launchers."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    """How often torchrun or SLURM has started this process's ranks before; 0 under other launchers."""
+    counts = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
+    return sum(int(os.environ.get(name, "0")) for name in counts)
 
 
 @contextmanager

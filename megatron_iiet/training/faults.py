@@ -23,7 +23,7 @@ class Faults(Callback):
 
     def __init__(self, injections: Sequence[str], rank: int) -> None:
         own = [each for each in map(Injection.read, injections) if each.rank == rank]
-        self._own = [] if restarts() else own  # torchrun's restarts are to go on
+        self._own = [] if restarts() else own  # restarts are to go on
         self._poisoned: Any = None
 
     def on_start(self, run: Run) -> None:

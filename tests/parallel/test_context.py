@@ -15,6 +15,7 @@ from megatron_iiet.config.schema import ParallelConfig
 from megatron_iiet.parallel import ParallelContext
 from megatron_iiet.parallel import context as context_module
 from tests.distributed.harness import free_port, run_ranks
+from tests.parallel.test_launch import SRUN_TASK
 
 TENSOR, PIPELINE, DATA = 2, 3, 2
 PLACES = {
@@ -59,19 +60,29 @@ def test_groups_of_a_grid(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
     assert names == ["tensor"] * 6 + ["data"] * 6 + ["pipeline"] * 4 + ["tied"] * 4
 
 
-def test_a_port_that_another_job_has(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("launched", "remedy"),
+    [
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "give this one's launcher another --master_port"),
+        (SRUN_TASK | {"SLURM_PROCID": "0"}, "set MASTER_PORT to another"),
+    ],
+    ids=["deepspeed", "srun"],
+)
+def test_a_port_that_another_job_has(
+    launched: dict[str, str], remedy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As the second job on a node finds it that was started with the launcher's default port."""
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
         port = str(other.getsockname()[1])
-        environment = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        for name, value in environment.items():
+        for name, value in (launched | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}).items():
             monkeypatch.setenv(name, value)
         monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
         with (
             pytest.raises(
-                ValueError, match=rf"rank 0 cannot meet the others at 127\.0\.0\.1:{port} \(.*in use"
+                ValueError,
+                match=rf"rank 0 cannot meet the others at 127\.0\.0\.1:{port} \(.*in use.*{remedy}$",
             ),
             ParallelContext.start(),
         ):
@@ -93,3 +104,14 @@ def meet(port: int) -> list[int]:
 
 def test_the_store_listens_where_the_ranks_meet() -> None:
     assert run_ranks(meet, 2, free_port()) == [[2], [2]]
+
+
+def test_a_master_without_an_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SLURM's name of a node need not be one that hosts know."""
+    for name, value in (SRUN_TASK | {"MASTER_ADDR": "no host"}).items():
+        monkeypatch.setenv(name, value)
+    with (
+        pytest.raises(ValueError, match=r"rank 3 on \S+ finds no address of no host, .*: set MASTER_ADDR to"),
+        ParallelContext.start(ParallelConfig(timeouts={"start": 2, "save": 2})),
+    ):
+        pytest.fail("there is a group")

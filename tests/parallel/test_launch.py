@@ -149,6 +149,20 @@ def test_whether_there_is_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not launch._has_terminal()
 
 
+@pytest.mark.parametrize(
+    ("environ", "times"),
+    [({}, 0), ({"TORCHELASTIC_RESTART_COUNT": "2"}, 2), ({"SLURM_RESTART_COUNT": "1"}, 1)],
+)
+def test_how_often_the_ranks_were_started_before(
+    environ: dict[str, str], times: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    assert launch.restarts() == times
+
+
 @pytest.mark.parametrize("environ", [SRUN_TASK, {"RANK": "7", "KEPT": "x"}, {}], ids=["srun", "set", "empty"])
 def test_published_for_others_as_long_as_it_is_asked_for(
     environ: dict[str, str], monkeypatch: pytest.MonkeyPatch
