@@ -8,13 +8,13 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterator
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from megatron_iiet.config.schema import ParallelConfig
 from megatron_iiet.parallel import ParallelContext, meeting
 from megatron_iiet.storage import checkpoint
 from megatron_iiet.training import agreement
@@ -67,10 +67,13 @@ def what_was_learned(run: Path) -> tuple[dict[int, float], Any]:
 
 
 def when(condition: Callable[[], bool], action: Callable[[], object]) -> threading.Thread:
-    """Do something as soon as something is so."""
+    """Do something as soon as something is so, in time or never."""
 
     def wait() -> None:
+        until = time.monotonic() + 180.0
         while not condition():
+            if time.monotonic() > until:
+                return
             time.sleep(0.02)
         action()
 
@@ -194,7 +197,7 @@ def wait_in_vain(folder: Path) -> str:
     """What a rank is told whose link goes down between two reductions."""
     meeting._LAST_WORDS_SECONDS, meeting._PAUSE_SECONDS = 1.0, 0.5
     try:
-        with ParallelContext.start(timeout=timedelta(seconds=1)) as context:
+        with ParallelContext.start(ParallelConfig(timeouts={"start": 10, "save": 10})) as context:
             context.world.all_reduce(torch.ones(2))
             (folder / f"met {context.rank}").touch()
             while not (folder / "down").exists():
@@ -215,6 +218,6 @@ def test_a_link_that_drops(hosts: Hosts, tmp_path: Path) -> None:
     dropping.join()
     for me, other in ((0, 1), (1, 0)):
         assert said[me].startswith(
-            f"LostConnectionError: rank {me} on {hosts[me].name} has waited 1 s for the others in vain; "
+            f"LostConnectionError: rank {me} on {hosts[me].name} has waited 10 s for the others in vain; "
             f"nothing is heard of rank {other} on {hosts[other].name}: it hangs, or the link to its host is "
         )
