@@ -128,6 +128,8 @@ class Watchdog:
             notes = Notes(context.store, context.world_size)
             if context.is_main:
                 notes.lay_out()
+            else:  # whoever stops before its first beat is known too
+                notes.write(context.rank, {"pulse": asdict(self._own)})
             threading.Thread(target=self._exchange, args=(notes,), name="notes", daemon=True).start()
 
     def close(self) -> None:
