@@ -115,8 +115,6 @@ class Watchdog:
         self._got_on_at = 0.0
         self._pulses: dict[int, Pulse] = {}
         """The main rank's of all, the others' of the main rank."""
-        self._allowed = progress.bound(Activity.START)
-        """Seconds that the main rank may be silent."""
         self._verdict: Verdict | None = None
         self._lost_at: float | None = None
         self._over = threading.Event()
@@ -203,16 +201,14 @@ class Watchdog:
         if pulse is None:
             return None
         heard_at = self._judge.heard_at(0, pulse, now)
-        why = ""
+        why, allowed = "", self._allowed_silence()
         if self._lost_at is not None and now - self._lost_at >= _LOST_SECONDS:
             why = "closed its connections and is gone, and this rank did not end by itself"
-        elif now - heard_at >= self._allowed + 3 * self._beat_seconds:
+        elif now - heard_at >= allowed + 3 * self._beat_seconds:
             why = f"gave no sign of life for {now - heard_at:.0f} s: it is stopped, or its host is gone"
         if not why:
             return None
-        return Verdict(
-            f"rank 0 ({pulse}) {why} (the bound is {self._allowed:.4g} s)", (pulse,), _folder(pulse)
-        )
+        return Verdict(f"rank 0 ({pulse}) {why} (the bound is {allowed:.4g} s)", (pulse,), _folder(pulse))
 
     def _exchange(self, notes: Notes) -> None:
         while not self._over.is_set():
@@ -230,7 +226,6 @@ class Watchdog:
     def _exchange_once(self, notes: Notes) -> None:
         own: dict[str, Any] = {"pulse": asdict(self._own)}
         if self._is_main:
-            own["allowed"] = self._allowed_silence()
             own["verdict"] = None if self._verdict is None else asdict(self._verdict)
         notes.write(self._rank, own)
         if self._is_main:
@@ -240,7 +235,6 @@ class Watchdog:
         if note is None:
             return
         self._pulses = {0: Pulse(**note["pulse"])}
-        self._allowed = note["allowed"]
         if note["verdict"] is not None:
             silent = tuple(Pulse(**pulse) for pulse in note["verdict"].pop("silent"))
             self._verdict = Verdict(**note["verdict"], silent=silent)
