@@ -126,8 +126,7 @@ class Watchdog:
             notes = Notes(context.store, context.world_size)
             if context.is_main:
                 notes.lay_out()
-            else:  # whoever stops before its first beat is known too
-                notes.write(context.rank, {"pulse": asdict(self._own)})
+            self._tell(notes)  # whoever stops before its first beat is known too
             threading.Thread(target=self._exchange, args=(notes,), name="notes", daemon=True).start()
 
     def close(self) -> None:
@@ -223,11 +222,14 @@ class Watchdog:
             except (RuntimeError, ValueError):  # an answer that is late; the other thread knows how late
                 pass
 
-    def _exchange_once(self, notes: Notes) -> None:
+    def _tell(self, notes: Notes) -> None:
         own: dict[str, Any] = {"pulse": asdict(self._own)}
         if self._is_main:
             own["verdict"] = None if self._verdict is None else asdict(self._verdict)
         notes.write(self._rank, own)
+
+    def _exchange_once(self, notes: Notes) -> None:
+        self._tell(notes)
         if self._is_main:
             self._pulses = {rank: Pulse(**note["pulse"]) for rank, note in notes.read_all().items()}
             return
