@@ -143,10 +143,13 @@ def test_no_temporary_folder_at_all_is_a_sentence(locked: Path, tmp_path: Path) 
         *("--output", tmp_path / "loss.png"),
     ]
     (tmp_path / "log.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
-    mounts = "for d in /tmp /var/tmp /usr/tmp; do [ ! -d $d ] || mount --bind /proc $d; done; cd /proc; "
+    # The checkout may be in a temporary folder itself.
+    mounts = f"mount --bind {ROOT} /mnt; "
+    mounts += "for d in /tmp /var/tmp /usr/tmp; do [ ! -d $d ] || mount --bind /proc $d; done; cd /proc; "
+    words = [str(word).replace(f"{ROOT}/", "/mnt/") for word in command]
     done = subprocess.run(
-        ["unshare", "--mount", "sh", "-c", mounts + 'exec "$@"', "sh", *NAMELESS, *map(str, command)],
-        env={"HOME": str(locked), "TMPDIR": "/nowhere", "PYTHONPATH": str(ROOT)},
+        ["unshare", "--mount", "sh", "-c", mounts + 'exec "$@"', "sh", *NAMELESS, *words],
+        env={"HOME": str(locked), "TMPDIR": "/nowhere", "PYTHONPATH": "/mnt"},
         capture_output=True,
         text=True,
     )

@@ -64,6 +64,12 @@ ERRORS: list[tuple[dict[str, Any], dict[str, Any], int, str]] = [
         4,
         "data.sequence_length is 2046, but parallel.sequence cuts it into parallel.tensor = 4 equal parts; set it to 2044 or 2048, or parallel.sequence to false",
     ),
+    (
+        {"guards__replicas": 10},
+        zero(3),
+        4,
+        "guards.replicas is 10, but with ZeRO stage 3 (ds.json) every rank holds a part of the parameters and there is nothing to compare; set it to 0, or zero_optimization.stage to 2",
+    ),
     # --- number of processes ---
     (
         {"parallel__tensor": 4, "parallel__pipeline": 2},

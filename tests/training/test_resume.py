@@ -195,6 +195,7 @@ def test_a_signal_ends_all_ranks_with_a_checkpoint_of_the_step_in_progress(
 def untimed(folder: Path) -> dict[int, dict[str, float]]:
     """All values of a log that are no matter of time or memory."""
     timed = ("time", "step_seconds", "tokens_per_second", "mfu", "hfu", "memory_bytes", "peak_memory_bytes")
+    timed += ("slowest_rank", "slowest_over_median")
     log = read_log(folder)
     return {step: {k: v for k, v in values.items() if k not in timed} for step, values in log.items()}
 

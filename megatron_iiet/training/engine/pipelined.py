@@ -154,7 +154,8 @@ class _StageModule(PipelineModule):
         context: ParallelContext,
         own_time: OwnTime,
     ) -> None:
-        self._context, self._own_time = context, own_time
+        self._context = context
+        self._own_time = own_time
         object.__setattr__(self, "_model", stage.model)  # no submodule: the stage has it
         topology = PipeModelDataParallelTopology(
             num_pp=context.pipeline.size, num_mp=context.tensor.size, num_dp=context.data.size
