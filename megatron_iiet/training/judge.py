@@ -90,10 +90,11 @@ class Judge:
 
     def _share(self, rank: int, pulse: Pulse, now: float) -> float:
         """What a rank has used of the time that it may take, at its worst."""
-        activity = Activity(pulse.activity)
-        stuck = (now - self._counts[rank][1]) / self._progress.bound(activity)
-        mute = self._silence_of(rank, now) / self._progress.silence if activity is not Activity.START else 0.0
-        return max(stuck, mute)
+        stuck = (now - self._counts[rank][1]) / self._progress.bound(Activity(pulse.activity))
+        # By what this rank is at: a pulse may be from before the rank was stopped, in its start.
+        if self._progress.now[0] is Activity.START:
+            return stuck
+        return max(stuck, self._silence_of(rank, now) / self._progress.silence)
 
     def _silence_of(self, rank: int, now: float) -> float:
         """Seconds without a sign of life, if they are more than a busy machine explains."""

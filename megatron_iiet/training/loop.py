@@ -69,7 +69,7 @@ def _train_step(run: Run, callbacks: Sequence[Callback], guards: Guards) -> None
     if must_read(run.config, run.step, run.last_step):
         result.read()  # waits for the device, which is part of the step's time
     run.step_seconds = time.perf_counter() - started
-    run.progress.begin(Activity.START, run.step)
+    run.progress.begin(Activity.BETWEEN, run.step)
     if result.is_read and guards.settle(run):
         return
     for callback in callbacks:

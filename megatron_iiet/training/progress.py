@@ -21,8 +21,10 @@ class Activity(StrEnum):
     """What a run is at; each has a bound of its own."""
 
     START = "start"
-    """Neither a step nor a save, and the first step: kernels are compiled in it."""
+    """All until the first step is done: kernels are compiled in it."""
     STEP = "step"
+    BETWEEN = "between"
+    """Validation, tasks, diagnostics."""
     SAVE = "save"
 
 
@@ -70,7 +72,7 @@ class Progress:
     def bound(self, activity: Activity) -> float:
         """Seconds that an activity may take."""
         if activity is not Activity.STEP:
-            return self._timeouts.start if activity is Activity.START else self._timeouts.save
+            return self._timeouts.save if activity is Activity.SAVE else self._timeouts.start
         given = self._timeouts.step is not None
         return self.silence if given else max(self.silence, 1.2 * self._data_timeout)
 
@@ -79,4 +81,4 @@ class Progress:
         if activity is Activity.STEP and self._timeouts.step is None:
             longest = max(self._durations, default=0.0)
             return f"learned from steps of up to {longest:.3g} s; parallel.timeouts.step sets another"
-        return f"parallel.timeouts.{activity}"
+        return f"parallel.timeouts.{'start' if activity is Activity.BETWEEN else activity}"

@@ -18,7 +18,9 @@ class Ranks:
     """Pulses second by second, as the main rank reads them."""
 
     def __init__(self, number: int, timeouts: Timeouts, activity: Activity = Activity.STEP) -> None:
-        self.judge = Judge(Progress(timeouts), 1.0)
+        progress = Progress(timeouts)
+        progress.begin(activity, 7)
+        self.judge = Judge(progress, 1.0)
         self.pulses = {
             rank: Pulse(f"host{rank}", 100 + rank, 0, activity=activity, step=7, place="plain.py:1 (f)")
             for rank in range(number)
@@ -76,6 +78,24 @@ def test_a_silent_rank_is_found_during_a_save_by_the_bound_of_a_step() -> None:
     assert verdict is not None
     assert "rank 1 " in verdict.sentence
     assert ranks.now < 15
+
+
+def test_a_rank_that_was_last_heard_in_its_start_is_found_by_the_bound_of_a_step() -> None:
+    ranks = Ranks(2, Timeouts(start=1000, step=10))
+    ranks.change(1, activity=Activity.START)
+    verdict = ranks.run(2000, silent=(1,), stuck=())
+    assert verdict is not None
+    assert "rank 1 " in verdict.sentence
+    assert ranks.now < 15
+
+
+def test_validation_takes_its_time_but_is_not_silent() -> None:
+    ranks = Ranks(2, Timeouts(start=100, step=10), Activity.BETWEEN)
+    assert ranks.run(90, stuck=(0, 1)) is None
+    verdict = ranks.run(20, silent=(1,), stuck=(0,))
+    assert verdict is not None
+    assert "rank 1 " in verdict.sentence
+    assert ranks.now <= 100
 
 
 def test_a_start_may_be_silent_as_long_as_it_may_take() -> None:
