@@ -16,6 +16,7 @@ from typing import IO, Any
 import psutil
 
 from megatron_iiet.config import config_to_yaml
+from megatron_iiet.signals import REQUEUE
 from megatron_iiet.storage import checkpoint
 from megatron_iiet.training.metrics import read_log
 from tests.distributed.harness import free_port
@@ -161,8 +162,10 @@ def _signalled(folder: Path, data: dict[str, str], moment: str, launcher: str, t
             return f"{len(left)} processes are left"
     if (run / "run.lock").exists():
         return "its lock is left"
-    if "Traceback" in said.replace("torch/distributed/", "") and launcher == "none":
-        return said[-300:]
+    # Launchers end with statuses of their own.
+    expected = (0, REQUEUE) if moment == "last step" else (REQUEUE,)
+    if launcher == "none" and process.returncode not in expected:
+        return f"exit status {process.returncode}: {said[-300:]}"
     log = run / "log.jsonl"
     if moment == "start-up" and not log.exists():
         return ""
