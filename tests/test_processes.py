@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.marks import long_but
 from tests.processes import MARK, Session, marked
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -114,7 +115,10 @@ def start_pytest(folder: Path, name: str, witness: str, *options: str) -> subpro
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "options"),
-    [*((name, ()) for name in BODIES), ("launcher that is gone", ("-n", "1"))],
+    long_but(
+        [*((name, ()) for name in BODIES), ("launcher that is gone", ("-n", "1"))],
+        *(("launcher", ()), ("fork", ()), ("launcher that is gone", ("-n", "1"))),
+    ),
     ids=lambda value: value if isinstance(value, str) else " ".join(value),
 )
 def test_a_pytest_that_is_killed_leaves_nothing_behind(

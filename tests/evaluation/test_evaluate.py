@@ -35,6 +35,7 @@ from megatron_iiet.storage import portable
 from tests.data.hub_server import serve_hub
 from tests.evaluation.task_data import ROWS, write_task_data
 from tests.tiny import make_data, tiny_config
+from tests.tool_runs import run_here
 
 torch.set_num_threads(1)
 
@@ -471,6 +472,6 @@ def test_tool_online(model: Path, data: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_tool_names_the_missing_file(model: Path, data: Path, tmp_path: Path) -> None:
-    done = run_tool("--model", str(model), "--data-dir", str(tmp_path))
-    assert done.returncode == 2
-    assert done.stderr.startswith(f"error: {tmp_path}/wikitext.jsonl is missing")
+    done = run_here("tools/evaluate.py", "--model", str(model), "--data-dir", str(tmp_path))
+    assert done.code == 2
+    assert done.err.startswith(f"error: {tmp_path}/wikitext.jsonl is missing")

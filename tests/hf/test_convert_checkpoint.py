@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import runpy
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,7 +16,6 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from megatron_iiet import models
-from megatron_iiet.config import config_to_yaml
 from megatron_iiet.data.tokenizers.loading import load_tokenizer
 from megatron_iiet.hf import folders
 from megatron_iiet.models import Transformer
@@ -26,6 +24,7 @@ from megatron_iiet.training.metrics import read_log
 from tests.distributed.harness import run_ranks
 from tests.distributed.runs import as_data, ds_json, pretrain_rank
 from tests.tiny import make_data, tiny_config, validation_loss
+from tests.tool_runs import Ended, run_here
 
 torch.set_num_threads(1)
 
@@ -38,43 +37,14 @@ STAGES = [
 ]
 
 
-@dataclass
-class Result:
-    """What a user sees of a command."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def error(self) -> str:
-        assert self.code == 2
-        assert "wrote" not in self.out
-        lines = self.err.splitlines()
-        assert len(lines) == 1, self.err
-        assert lines[0].startswith("error: ")
-        return lines[0].removeprefix("error: ")
-
-
-Convert = Callable[..., Result]
+Convert = Callable[..., Ended]
 
 
 @pytest.fixture
-def convert(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Convert:
-    """Runs the tool in ``tmp_path`` and in this process: starting torch takes longer than all the rest."""
+def convert(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Convert:
+    """Runs the tool in ``tmp_path``."""
     monkeypatch.chdir(tmp_path)
-
-    def run(*arguments: str) -> Result:
-        monkeypatch.setattr(sys, "argv", [str(TOOL), *arguments])
-        code = 0
-        capsys.readouterr()
-        try:
-            runpy.run_path(str(TOOL), run_name="__main__")
-        except SystemExit as stop:
-            code = stop.code if isinstance(stop.code, int) else 1
-        return Result(code, *capsys.readouterr())
-
-    return run
+    return partial(run_here, "tools/convert_checkpoint.py")
 
 
 @pytest.fixture
@@ -365,11 +335,7 @@ def test_from_run(
         checkpoint={"interval": 2, "keep": 0},
         logging={"tensorboard": False},
     )
-    (tmp_path / "run.yaml").write_text(config_to_yaml(config))
-    (tmp_path / "ds.json").write_text(json.dumps({"zero_optimization": {"stage": zero_stage}}))
-    command = [sys.executable, ROOT / "pretrain_iiet.py", "--config", "run.yaml", "--ds-config", "ds.json"]
-    trained = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    assert trained.returncode == 0, trained.stderr
+    run_ranks(pretrain_rank, 1, as_data(config), ds_json(tmp_path, zero_stage))
     records = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     logged = {record["step"]: record["validation_loss"] for record in records if "validation_loss" in record}
 

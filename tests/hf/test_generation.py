@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import io
 import json
-import runpy
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -29,9 +25,9 @@ from megatron_iiet.hf.tokenizer import extras_of_tokenizer
 from megatron_iiet.models import Transformer
 from megatron_iiet.storage import portable
 from tests.tiny import make_data, tiny_config
+from tests.tool_runs import run_here
 
 GREEDY = Sampling(temperature=0)
-TOOLS = Path(__file__).resolve().parents[2] / "tools"
 
 
 @pytest.fixture(scope="module")
@@ -175,28 +171,17 @@ def test_half_a_character_is_not_written() -> None:
     assert streamer.finish() == "".join(pieces) == "é €\N{REPLACEMENT CHARACTER}"
 
 
-@pytest.fixture
-def tool(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """tools/generate.py in this process: flags → what it prints, errors too."""
-
-    def run(*flags: str, typed: str = "") -> str:
-        monkeypatch.setattr(sys, "argv", ["generate.py", *flags])
-        monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
-        try:
-            runpy.run_path(str(TOOLS / "generate.py"), run_name="__main__")
-        except SystemExit:
-            return capsys.readouterr().err
-        return capsys.readouterr().out
-
-    return run
+def tool(*flags: str, typed: str = "") -> str:
+    """tools/generate.py: flags → what it prints, errors too."""
+    ended = run_here("tools/generate.py", *flags, typed=typed)
+    return ended.err if ended.code else ended.out
 
 
 @pytest.mark.slow
-def test_tool(folder: Path, generator: TextGenerator, tmp_path: Path, tool: Callable[..., str]) -> None:
+def test_tool(folder: Path, generator: TextGenerator, tmp_path: Path) -> None:
     """A portable folder and its export give the same text, asked for once or typed in."""
     exported = str(tmp_path / "exported")
-    convert = [sys.executable, str(TOOLS / "convert_checkpoint.py"), "--from-model", str(folder)]
-    subprocess.run([*convert, "--to-hf", exported], check=True, capture_output=True)
+    assert run_here("tools/convert_checkpoint.py", "--from-model", str(folder), "--to-hf", exported).code == 0
     wanted = f"[the]{generator.generate('the', GREEDY, max_new_tokens=8).text}\n\n"
     greedy = ("--temperature", "0", "--max-new-tokens", "8")
     for flags in (("--model", str(folder)), ("--model", exported), ("--model", exported, "--draft", "0")):
@@ -222,22 +207,20 @@ def test_tool(folder: Path, generator: TextGenerator, tmp_path: Path, tool: Call
     ],
     ids=lambda value: "".join(value[:2]) if isinstance(value, list) else "",
 )
-def test_refusals(folder: Path, tool: Callable[..., str], flags: list[str], sentence: str) -> None:
+def test_refusals(folder: Path, flags: list[str], sentence: str) -> None:
     shown = tool("--model", str(folder), *flags)
     assert shown.splitlines()[-1].startswith("error: ")
     assert sentence in shown
 
 
-def test_the_cache_of_a_foreign_model_is_its_own(tmp_path: Path, tool: Callable[..., str]) -> None:
+def test_the_cache_of_a_foreign_model_is_its_own(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     assert tool("--model", str(tmp_path), "--kv-cache", "last").strip() == (
         f"error: --kv-cache is given, but {tmp_path} is no IIET; leave it out"
     )
 
 
-def test_folders_that_are_refused(
-    folder: Path, data: dict[str, str], tmp_path: Path, tool: Callable[..., str]
-) -> None:
+def test_folders_that_are_refused(folder: Path, data: dict[str, str], tmp_path: Path) -> None:
     stored = portable.StoredModel(folder)
     extras = extras_of_tokenizer(Path(data["tokenizer"]))
 

@@ -11,6 +11,7 @@ from transformers import Cache, DynamicCache, StaticCache
 
 from megatron_iiet.hf.modeling_iiet import IIETForCausalLM
 from tests.hf.solvers_under_test import EVERY_SOLVER, MODEL, SOLVERS, hf_model, our_model, tokens
+from tests.marks import long_but
 
 EXACT = 1e-4
 
@@ -254,11 +255,14 @@ def test_cache_of_another_model_is_refused() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["iiet", pytest.param("released", marks=pytest.mark.long)])
-def test_compiled_decoding_step_with_static_cache(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "compiler"),
+    long_but([("iiet", "aot_eager"), ("iiet", "inductor"), ("released", "inductor")], ("iiet", "aot_eager")),
+)
+def test_compiled_decoding_step_with_static_cache(name: str, compiler: str) -> None:
     hf = hf_model(our_model(name, num_layers=2))
     ids = tokens(2, 10)
-    step = torch.compile(hf.forward, fullgraph=True, dynamic=False)
+    step = torch.compile(hf.forward, fullgraph=True, dynamic=False, backend=compiler)
     cache = StaticCache(config=hf.config, max_cache_len=16)
     with torch.no_grad():
         logits = [hf(ids[:, :6], past_key_values=cache).logits]

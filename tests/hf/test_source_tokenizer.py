@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,9 +15,9 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, Qwen2Conf
 from megatron_iiet.evaluation.models import ModelOptions, prepare_model
 from megatron_iiet.hf.generation import open_generator
 from tests.marks import long_but
+from tests.tool_runs import run_here
 
 pytestmark = pytest.mark.slow
-TOOL = Path(__file__).resolve().parents[2] / "tools/convert_checkpoint.py"
 SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
 TEXTS = ["The solver of", "a  b\t\n\n c", "é漢😀", "12345 + 678", "İstanbul \x00 \x01", " lead"]
 
@@ -52,17 +50,8 @@ def source(folder: Path, family: str, vocab_size: int = 320) -> Path:
 
 
 def converted(folder: Path, *flags: str, to: str = "--to-hf") -> tuple[int, str]:
-    command = [
-        sys.executable,
-        str(TOOL),
-        "--from-hf",
-        str(folder),
-        to,
-        str(folder) + "-export",
-        *flags,
-    ]
-    ended = subprocess.run(command, capture_output=True, text=True)
-    return ended.returncode, ended.stdout + ended.stderr
+    ended = run_here("tools/convert_checkpoint.py", "--from-hf", str(folder), to, f"{folder}-export", *flags)
+    return ended.code, ended.out + ended.err
 
 
 def same_ids(folder: Path) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from megatron_iiet.ops import backends, chosen_backend, extension, merge_norm, resolve_backend
+from tests.marks import long_but
 from tests.ops.inputs import EPS, assert_close, draw, needs_extension, slabs
 
 torch.set_num_threads(1)
@@ -164,12 +165,10 @@ FORMS: dict[str, Form] = {
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("backend", "compiler"),
-    [
+    long_but(
+        [("cpu", "aot_eager"), ("reference", "aot_eager"), ("cpu", "inductor"), ("reference", "inductor")],
         ("cpu", "aot_eager"),
-        ("reference", "aot_eager"),
-        ("cpu", "inductor"),
-        pytest.param("reference", "inductor", marks=pytest.mark.long),
-    ],
+    ),
 )
 def test_compiled_equals_eager(backend: str, compiler: str) -> None:
     """As one graph, whatever the number of rows, once the backend was looked up, which every run does at its

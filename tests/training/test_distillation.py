@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +21,7 @@ from megatron_iiet.training.warm_start import open_teacher
 from tests.distributed.harness import RanksFailedError, run_ranks
 from tests.distributed.runs import as_data, ds_json, pretrain_rank
 from tests.tiny import make_data, tiny_config
+from tests.tool_runs import run_here
 
 FULL = {"kind": "iiet", "iterations": 2}
 REDUCED = {"kind": "iiet", "iterations": [1, 0, 2]}
@@ -245,18 +244,15 @@ def test_weights_that_are_refused(key: str, value: float, words: str) -> None:
 @pytest.mark.slow
 def test_script() -> None:
     """Without a teacher it says so; its short flags stand for the keys they name."""
-    script = Path(__file__).resolve().parents[2] / "distill_iiet.py"
 
     def error(*flags: str) -> str:
-        ended = subprocess.run([sys.executable, str(script), *flags], capture_output=True, text=True)
-        assert ended.returncode != 0
-        return ended.stderr
+        return run_ranks(run_here, 1, "distill_iiet.py", *flags)[0].error
 
-    assert error().startswith("error: there is no teacher; give --teacher")
+    assert error().startswith("there is no teacher; give --teacher")
     assert "distillation.teacher is nowhere" in error("--teacher=nowhere", "--guidance.interval", "5")
     assert "cannot read the iteration plan none.json" in error("--teacher", "nowhere", "--plan", "none.json")
     assert "unknown key '--teachr' on the command line; did you mean '--teacher'" in error("--teachr", "x")
-    shown = subprocess.run([sys.executable, str(script), "--help"], capture_output=True, text=True)
-    assert shown.returncode == 0
-    assert "--teacher TEACHER     Short for --distillation.teacher." in shown.stdout
-    assert "--plan ITERATIONS     Short for --solver.iterations." in shown.stdout
+    [shown] = run_ranks(run_here, 1, "distill_iiet.py", "--help")
+    assert shown.code == 0
+    assert "--teacher TEACHER     Short for --distillation.teacher." in shown.out
+    assert "--plan ITERATIONS     Short for --solver.iterations." in shown.out
