@@ -90,19 +90,25 @@ def processes_of(file: Path, rank: int | None = None) -> list[psutil.Process]:
 
 
 def rank_process(file: Path, rank: int, ranks: int) -> psutil.Process:
-    """That of a rank, once all are there."""
+    """That of a rank, once all are there and heed SIGUSR1: Python itself takes a moment to be there."""
     until = time.monotonic() + _PATIENCE_SECONDS
     while time.monotonic() < until:
         there = [
             p
             for r in range(ranks)
             for p in processes_of(file, r)[-1:]
-            if "pretrain_iiet.py" in " ".join(p.cmdline()[:4]) and not _launches(p)
+            if "pretrain_iiet.py" in " ".join(p.cmdline()[:4]) and not _launches(p) and _hears(p)
         ]
         if len({p.pid for p in there}) == ranks:
             return there[rank]
         time.sleep(0.2)
     raise AssertionError(f"the ranks of {file} did not start")
+
+
+def _hears(process: psutil.Process) -> bool:
+    """Whether it has a handler of SIGUSR1."""
+    status = Path(f"/proc/{process.pid}/status").read_text()
+    return bool(int(re.findall(r"^SigCgt:\s*(\w+)", status, re.MULTILINE)[0], 16) & 1 << signal.SIGUSR1 - 1)
 
 
 def _launches(process: psutil.Process) -> bool:
