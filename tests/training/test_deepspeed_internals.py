@@ -239,28 +239,6 @@ def remove(patch: pytest.MonkeyPatch, owner: Any, name: str) -> None:
             patch.delattr(cls, name)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ENGINES)
-def test_an_engine_passes_and_every_missing_name_is_told(
-    name: str, data: dict[str, str], tmp_path: Path
-) -> None:
-    ranks, stage, precision, zero, parallel, kind = ENGINES[name]
-    config = tiny_config(data, tmp_path, training={"precision": precision}, parallel=parallel)
-    path = ds_json(tmp_path, stage, zero_optimization={"stage": stage} | zero)
-    said = run_ranks(on_engine, ranks, as_data(config), path, without_each)[0]
-    assert said.pop("whole") == ""
-    assert said.pop("kind") == kind.description
-    assert len(said) >= len(internals.ENGINE)
-    for removed, told in said.items():
-        attribute = removed.partition(".")[2]
-        if attribute == "__init__":  # there is always one; object's takes no such arguments
-            continue
-        assert told.startswith(f"DeepSpeed {internals.deepspeed.__version__} has no "), (removed, told)
-        assert f".{attribute} (" in told
-        assert told.endswith(f"; tested is {internals.TESTED} (pip install deepspeed=={internals.TESTED})")
-        assert told.count("\n") == 0
-
-
 def leave_gradients(engine: Any) -> list[float]:
     """Largest number in each lasting buffer of gradients, filled and then forgotten."""
     wrapped = engine._engine
@@ -285,21 +263,53 @@ def hide_gradients(engine: Any) -> list[str]:
     return said
 
 
+def looked_at(engine: Any) -> tuple[dict[str, str], list[float], list[str]]:
+    return without_each(engine), leave_gradients(engine), hide_gradients(engine)
+
+
+Seen = tuple[str, dict[str, str], list[float], list[str]]
+
+
+@pytest.fixture(scope="module", params=ENGINES)
+def of_engine(
+    request: pytest.FixtureRequest, data: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> Seen:
+    """An engine's name, and what was seen of it: to build one takes longer than to look at it."""
+    ranks, stage, precision, zero, parallel, _ = ENGINES[request.param]
+    folder = tmp_path_factory.mktemp("engine")
+    config = tiny_config(data, folder, training={"precision": precision}, parallel=parallel)
+    path = ds_json(folder, stage, zero_optimization={"stage": stage} | zero)
+    return request.param, *run_ranks(on_engine, ranks, as_data(config), path, looked_at)[0]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in ENGINES if ENGINES[name][-1] is not internals.PLAIN])
-def test_forgetting_gradients_is_never_nothing(name: str, data: dict[str, str], tmp_path: Path) -> None:
-    ranks, stage, precision, zero, parallel, kind = ENGINES[name]
-    config = tiny_config(data, tmp_path, training={"precision": precision}, parallel=parallel)
-    path = ds_json(tmp_path, stage, zero_optimization={"stage": stage} | zero)
-    left = run_ranks(on_engine, ranks, as_data(config), path, leave_gradients)[0]
-    lasts = kind.gradients is not None or "offload_optimizer" in zero
-    assert bool(left) is lasts
+def test_an_engine_passes_and_every_missing_name_is_told(of_engine: Seen) -> None:
+    name, said = of_engine[:2]
+    assert said["whole"] == ""
+    assert said["kind"] == ENGINES[name][-1].description
+    of_names = {removed: told for removed, told in said.items() if "." in removed}
+    assert len(of_names) >= len(internals.ENGINE)
+    for removed, told in of_names.items():
+        attribute = removed.partition(".")[2]
+        if attribute == "__init__":  # there is always one; object's takes no such arguments
+            continue
+        assert told.startswith(f"DeepSpeed {internals.deepspeed.__version__} has no "), (removed, told)
+        assert f".{attribute} (" in told
+        assert told.endswith(f"; tested is {internals.TESTED} (pip install deepspeed=={internals.TESTED})")
+        assert told.count("\n") == 0
+
+
+@pytest.mark.slow
+def test_forgetting_gradients_is_never_nothing(of_engine: Seen) -> None:
+    name, _, left, said = of_engine
+    *_, zero, _, kind = ENGINES[name]
+    assert bool(left) is (kind.gradients is not None or "offload_optimizer" in zero)
     assert all(value == 0 for value in left)
-    if kind is internals.BF16:
-        return
-    for told in run_ranks(on_engine, ranks, as_data(config), path, hide_gradients)[0]:
-        assert "gradient" in told
-        assert told.endswith(f"(pip install deepspeed=={internals.TESTED})")
+    if kind not in (internals.PLAIN, internals.BF16):
+        assert said
+        for told in said:
+            assert "gradient" in told
+            assert told.endswith(f"(pip install deepspeed=={internals.TESTED})")
 
 
 def test_a_method_that_asks_for_more_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
