@@ -87,25 +87,40 @@ class Launcher:
             pid = found.parent
         last = max((n for n, (_, _, launches) in enumerate(above) if launches), default=-1)
         self._chain = [(pid, found.start) for pid, found, _ in above[: last + 1]]
-        self._late = _was_started_by_one(os.environ) and _lacks_one(above)
+        self._wanted = _was_started_by_one(os.environ)
 
     @property
     def gone(self) -> bool:
         """Whether one of them has ended, perhaps before this process looked."""
         now = [(process(pid), start) for pid, start in self._chain]
-        return self._late or any(p is None or p.start != start or not p.lives for p, start in now)
+        return any(p is None or p.start != start or not p.lives for p, start in now) or self._lacks_one()
+
+    def _lacks_one(self) -> bool:
+        """Whether a launcher is gone that was not seen: it had ended before, or was about to, when a process
+        shows no command line any more. Then the topmost of those that were seen, or this process, has been
+        handed to an init. (deepspeed runs a second process, which starts the ranks.)"""
+        top = self._chain[-1][0] if self._chain else os.getpid()
+        if not self._wanted or (self._chain and "deepspeed.launcher.launch" not in _words(top)):
+            return False
+        found = process(top)
+        adopter, comm = found.parent if found else 0, ""
+        with suppress(OSError):
+            comm = Path(f"/proc/{adopter}/comm").read_text(encoding="utf-8").strip()
+        if adopter == 1:  # of a container it may be a launcher that is not known here
+            return "python" not in _words(adopter)[0].rsplit("/", 1)[-1]
+        return comm in _INITS
 
 
 def _words(pid: int) -> list[str]:
     try:
         return Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
     except OSError:
-        return []
+        return [""]
 
 
 def _is_launcher(pid: int) -> bool:
     """Python, running a launcher."""
-    command, *words = _words(pid) or [""]
+    command, *words = _words(pid)
     names = {word.rsplit("/", 1)[-1] for word in words[:6]} | set(words[:6])
     known = {"deepspeed", "torchrun", "deepspeed.launcher.launch", "deepspeed.launcher.runner"}
     return "python" in command.rsplit("/", 1)[-1] and bool(names & (known | {"torch.distributed.run"}))
@@ -113,19 +128,6 @@ def _is_launcher(pid: int) -> bool:
 
 def _was_started_by_one(environ: os._Environ[str]) -> bool:
     return "TORCHELASTIC_RUN_ID" in environ or {"CROSS_RANK", "LOCAL_SIZE"} <= environ.keys()
-
-
-def _lacks_one(above: Sequence[tuple[int, Process, bool]]) -> bool:
-    """Whether the launcher had ended before: the topmost of its processes, or this one, has been handed to
-    an init. (deepspeed runs a second process, which starts the ranks.)"""
-    last = max((n for n, (_, _, launches) in enumerate(above) if launches), default=-1)
-    if last >= 0 and "deepspeed.launcher.launch" not in _words(above[last][0]):
-        return False
-    adopter = above[last + 1][0] if last + 1 < len(above) else 0
-    comm = ""
-    with suppress(OSError):
-        comm = Path(f"/proc/{adopter}/comm").read_text(encoding="utf-8").strip()
-    return adopter == 1 or comm in _INITS
 
 
 class StopRequests:

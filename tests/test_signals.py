@@ -176,6 +176,31 @@ def test_a_fork_dies_as_any_process_and_its_parent_hears_nothing() -> None:
         assert child.stdout.readline().split() == [b"-15", b"False"]
 
 
+@pytest.mark.parametrize("chain", ["deepspeed.launcher.launch", ""])
+def test_a_launcher_that_ends_as_its_ranks_begin_is_missed(
+    chain: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that is dying shows no command line any more, and what it started is handed to an init later."""
+    adopters = {os.getppid(): 50, os.getpid(): 50}
+    if chain:  # what started this process
+        adopters[os.getpid()] = os.getppid()
+    words = {os.getppid(): ["python", "-m", chain]}
+    monkeypatch.setattr(signals, "_words", lambda pid: words.get(pid, ["init"]))
+    monkeypatch.setattr(
+        signals, "process", lambda pid: signals.Process("S", adopters[pid], 7) if pid in adopters else None
+    )
+    launcher = signals.Launcher()
+    assert not launcher.gone  # this test was started by none
+    monkeypatch.setenv("CROSS_RANK", "0")
+    monkeypatch.setenv("LOCAL_SIZE", "2")
+    launcher = signals.Launcher()
+    assert not launcher.gone
+    adopters[os.getppid() if chain else os.getpid()] = 1
+    assert launcher.gone
+    words[1] = ["/usr/bin/python3", "an-unknown-launcher"]  # the first process of a container
+    assert not launcher.gone
+
+
 LAUNCHER = """
 import subprocess, sys
 rank = [sys.executable, "-c", '''

@@ -89,10 +89,10 @@ def processes_of(file: Path, rank: int | None = None) -> list[psutil.Process]:
     return found
 
 
-def rank_process(file: Path, rank: int, ranks: int) -> psutil.Process:
+def rank_process(run: subprocess.Popen[str], file: Path, rank: int, ranks: int) -> psutil.Process:
     """That of a rank, once all are there and heed SIGUSR1: Python itself takes a moment to be there."""
     until = time.monotonic() + _PATIENCE_SECONDS
-    while time.monotonic() < until:
+    while time.monotonic() < until and run.poll() is None:
         there = [
             p
             for r in range(ranks)
@@ -102,12 +102,17 @@ def rank_process(file: Path, rank: int, ranks: int) -> psutil.Process:
         if len({p.pid for p in there}) == ranks:
             return there[rank]
         time.sleep(0.2)
-    raise AssertionError(f"the ranks of {file} did not start")
+    for process in processes_of(file):
+        process.kill()
+    raise AssertionError(f"the ranks did not start: {run.communicate()[0][-2000:]}")
 
 
 def _hears(process: psutil.Process) -> bool:
     """Whether it has a handler of SIGUSR1."""
-    status = Path(f"/proc/{process.pid}/status").read_text()
+    try:
+        status = Path(f"/proc/{process.pid}/status").read_text()
+    except OSError:
+        return False
     return bool(int(re.findall(r"^SigCgt:\s*(\w+)", status, re.MULTILINE)[0], 16) & 1 << signal.SIGUSR1 - 1)
 
 
@@ -134,7 +139,10 @@ def signals(folder: Path) -> Tally:
         for launcher, target in cases:
             name = ("USR1", "TERM")[number % 2]
             number += 1
-            told = _signalled(folder / f"signal_{number}", data, moment, launcher, target, name)
+            try:
+                told = _signalled(folder / f"signal_{number}", data, moment, launcher, target, name)
+            except AssertionError as error:
+                told = str(error)
             good += not told
             if told:
                 print(f"  signals: SIG{name} in {moment} to {target} of {launcher}: {told}", flush=True)
@@ -156,7 +164,7 @@ def _signalled(folder: Path, data: dict[str, str], moment: str, launcher: str, t
     file.write_text(config_to_yaml(tiny_config(data, run, **sections)))
     with launched(launcher, file, ranks) as process:
         assert process.stdout is not None
-        victim = rank_process(file, 0 if target == "the launcher" else int(target[-1]), ranks).pid
+        victim = rank_process(process, file, 0 if target == "the launcher" else int(target[-1]), ranks).pid
         said = read_until(process.stdout, pattern) if pattern else ""
         os.kill(process.pid if target == "the launcher" else victim, getattr(signal, f"SIG{name}"))
         try:
@@ -208,7 +216,7 @@ def _stopped(folder: Path, data: dict[str, str], launcher: str, rank: int, given
     file.write_text(config_to_yaml(config))
     with launched(launcher, file, 2) as process:
         assert process.stdout is not None
-        victim = rank_process(file, rank, 2)
+        victim = rank_process(process, file, rank, 2)
         read_until(process.stdout, r"step +5/")
         victim.suspend()
         began = time.monotonic()

@@ -225,12 +225,13 @@ class Job:
         return self.field("JobState")
 
     def restart(self) -> None:
-        """Wait until it is in the queue again; without the two minutes that SLURM would leave it there."""
+        """Wait until it is in the queue again; without the two minutes that SLURM would leave it there. Not
+        at once: a node refuses the credential of a job that it ended within the same second."""
         self.cluster.wait_until(
             lambda: self.field("JobState") == "PENDING" and self.field("Restarts") == "1",
             f"job {self.id} is in the queue again",
         )
-        self.cluster.call("scontrol", "update", f"JobId={self.id}", "StartTime=now")
+        self.cluster.call("scontrol", "update", f"JobId={self.id}", "StartTime=now+3seconds")
 
     def cancel(self) -> None:
         """End it now."""
