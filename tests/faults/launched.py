@@ -85,40 +85,35 @@ def processes_of(file: Path, rank: int | None = None) -> list[psutil.Process]:
                 continue
             of = process.environ().get("RANK")
             if rank is None or of == str(rank) or (of is None and rank == 0):
-                found.append(process)
-    return found
+                found.append((process.create_time(), process))  # ids begin again at some time
+    return [process for _, process in sorted(found, key=lambda one: one[0])]
 
 
 def rank_process(run: subprocess.Popen[str], file: Path, rank: int, ranks: int) -> psutil.Process:
     """That of a rank, once all are there and heed SIGUSR1: Python itself takes a moment to be there."""
     until = time.monotonic() + _PATIENCE_SECONDS
     while time.monotonic() < until and run.poll() is None:
-        there = [
-            p
-            for r in range(ranks)
-            for p in processes_of(file, r)[-1:]
-            if "pretrain_iiet.py" in " ".join(p.cmdline()[:4]) and not _launches(p) and _hears(p)
-        ]
-        if len({p.pid for p in there}) == ranks:
-            return there[rank]
+        there = [next(filter(_is_rank, processes_of(file, r)), None) for r in range(ranks)]
+        if (found := there[rank]) is not None and None not in there:
+            return found
         time.sleep(0.2)
     for process in processes_of(file):
-        process.kill()
+        with suppress(psutil.Error):
+            process.kill()
     raise AssertionError(f"the ranks did not start: {run.communicate()[0][-2000:]}")
 
 
-def _hears(process: psutil.Process) -> bool:
-    """Whether it has a handler of SIGUSR1."""
+def _is_rank(process: psutil.Process) -> bool:
+    """Whether it is no launcher, and has a handler of SIGUSR1."""
     try:
+        words = process.cmdline()[:4]
         status = Path(f"/proc/{process.pid}/status").read_text()
-    except OSError:
+    except (OSError, psutil.Error):
         return False
-    return bool(int(re.findall(r"^SigCgt:\s*(\w+)", status, re.MULTILINE)[0], 16) & 1 << signal.SIGUSR1 - 1)
-
-
-def _launches(process: psutil.Process) -> bool:
-    words = " ".join(process.cmdline()[:3])
-    return "deepspeed" in words or "torch.distributed.run" in words
+    if not any(word.endswith("pretrain_iiet.py") for word in words) or any("deepspeed" in w for w in words):
+        return False
+    caught = int(re.findall(r"^SigCgt:\s*(\w+)", status, re.MULTILINE)[0], 16)
+    return bool(caught >> signal.SIGUSR1 - 1 & 1)
 
 
 def read_until(stream: IO[str], pattern: str) -> str:
