@@ -12,8 +12,12 @@ from megatron_iiet.data.preprocess import PreprocessOptions, preprocess
 from megatron_iiet.data.tokenizers.loading import load_tokenizer
 from tests.data.inputs import GOOD_TEXTS, INPUT_CASES, InputCase, jsonl
 from tests.data.preprocess_runs import documents, leftovers, published, run_tool
+from tests.marks import long_but
 
 pytestmark = pytest.mark.slow  # a process for each of many files; test_text.py has the outcomes without
+
+
+SOME_CASES = long_but(INPUT_CASES, *INPUT_CASES[::5])
 
 
 @pytest.fixture
@@ -27,7 +31,7 @@ def options(tmp_path: Path, sentencepiece_model: Path) -> PreprocessOptions:
     )
 
 
-@pytest.mark.parametrize("case", INPUT_CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", SOME_CASES, ids=lambda case: case.name)
 def test_bad_rows_are_errors(options: PreprocessOptions, tmp_path: Path, case: InputCase) -> None:
     path = case.write(tmp_path)
     options = replace(options, inputs=[str(path)])
@@ -53,7 +57,7 @@ def test_bad_rows_are_errors(options: PreprocessOptions, tmp_path: Path, case: I
         assert documents(f"{options.output_prefix}_text_document") == expected_documents
 
 
-@pytest.mark.parametrize("case", INPUT_CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", SOME_CASES, ids=lambda case: case.name)
 def test_bad_rows_are_skipped(options: PreprocessOptions, tmp_path: Path, case: InputCase) -> None:
     path = case.write(tmp_path)
     good = tmp_path / "good.jsonl"
