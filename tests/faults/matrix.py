@@ -38,6 +38,7 @@ from megatron_iiet.config import config_to_yaml
 from megatron_iiet.storage import checkpoint
 from megatron_iiet.training.metrics import read_log
 from megatron_iiet.training.resume import NothingToDo
+from tests import processes
 from tests.distributed.harness import RanksFailedError, run_ranks
 from tests.distributed.runs import as_data, ds_json, pretrain_rank
 from tests.faults.launched import Tally, hangs, signals
@@ -221,6 +222,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=PARTS, default=[])
     parser.add_argument("--seed", type=int, default=0, help="of the kills' moments")
     arguments = parser.parse_args()
+    processes.guard()  # whatever ends this ends its runs
     parts: dict[str, Callable[[Path], Tally]] = {
         "views": views,
         "hangs": hangs,
