@@ -10,6 +10,7 @@ import sys
 from megatron_iiet.data.preprocess import PreprocessOptions, preprocess
 from megatron_iiet.data.preprocess.options import parse_count, share_of_work
 from megatron_iiet.data.preprocess.pool import give_back_large_blocks
+from megatron_iiet.data.tokenizers.base import MAX_UNCUT_BYTES
 from megatron_iiet.durable import leave_cleanly_on_sigterm
 
 
@@ -35,6 +36,14 @@ def build_parser() -> argparse.ArgumentParser:
 
     add = parser.add_argument_group("tokens").add_argument
     add("--tokenizer-model", required=True, help="SentencePiece .model, tokenizer.json or .tiktoken")
+    add(
+        "--max-uncut-bytes",
+        type=int,
+        default=MAX_UNCUT_BYTES,
+        metavar="N",
+        help="longest text that is encoded whole, where the tokenizer cannot take it in parts; 44 times its "
+        "bytes of memory (default: 8 MiB)",
+    )
     add("--append-eod", action="store_true", help="end every document with the eod token")
 
     add = parser.add_argument_group("outputs").add_argument
