@@ -131,11 +131,14 @@ OPTIONS = {
     "preprocess_data": """
         --input PATH [PATH ...] = [] | --dataset NAME | --split SPLIT | --streaming = False
         --json-keys KEY [KEY ...] = ['text'] | --bad-rows {error,skip} = 'error'
-        --tokenizer-model TOKENIZER_MODEL ! | --max-uncut-bytes N:int = 8388608 | --append-eod = False
+        --tokenizer-model FILE | --max-uncut-bytes N:int = 8388608 | --append-eod = False
         --output-prefix P | --output-dir D | --inputs-per-shard K:int = 1 | --split-by KEY
         --holdout-validation X:float = 0.0 | --holdout-test X:float = 0.0 | --overwrite = False
         --sample-tokens N | --corpus-tokens N | --seed SEED:int = 1234 | --deduplicate = False
-        --workers N:int | --num-jobs N:int | --job I:int""",
+        --workers N:int | --num-jobs N:int | --job I:int
+        --vocab-file FILE | --merge-file FILE | --tokenizer-type TYPE | --dataset-impl {mmap}
+        --keep-newlines = False | --keep-sequential-samples = False | --log-interval N:int
+        --split-sentences = False | --lang NAME | --partitions N:int""",
     "serve": """
         --model DIR ! | --step STEP:int | --tokenizer FILE | --name NAME
         --host HOST = '127.0.0.1' | --port PORT:_port = 8000 | --ready-file FILE

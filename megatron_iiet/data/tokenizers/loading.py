@@ -77,7 +77,24 @@ def tokenizer_digest(path: str | os.PathLike[str]) -> str:
     return digest.hexdigest()
 
 
+def kind_of_tokenizer(path: str | os.PathLike[str]) -> str:
+    """What a tokenizer's file is, for people.
+
+    Raises:
+        ValueError: the file is missing or unreadable.
+    """
+    file = Path(path)
+    return _NAMES[_kind(file, _read(file))]
+
+
 Kind = type[SentencePieceTokenizer | HuggingFaceTokenizer]
+_NAMES: dict[Kind, str] = {
+    SentencePieceTokenizer: "SentencePiece",
+    HuggingFaceTokenizer: "tokenizer.json",
+    VocabularyAndMergesTokenizer: "vocabulary and merges",
+    TiktokenTokenizer: "tiktoken's ranks",
+    TekkenTokenizer: "tekken.json",
+}
 
 
 def _kind(path: Path, content: bytes) -> Kind:
