@@ -55,7 +55,7 @@ def test_what_has_no_effect_is_told(vocabulary: Path) -> None:
         (("--tokenizer-model", "{}", "--split-sentences"), "--split-sentences: a GPT's samples are cut"),
         (("--tokenizer-model", "{}", "--lang", "english"), "--lang: it is the language of --split-sentences"),
         (("--tokenizer-model", "{}", "--partitions", "4"), "--partitions: inputs are shared by --num-jobs"),
-        (("--vocab-file", "{}", "--tokenizer-type", "BertWordPieceCase"), "no data for a GPT; there are GPT2"),
+        (("--vocab-file", "{}", "--tokenizer-type", "Bert"), "no data for a GPT; there are GPT2"),
         (
             ("--vocab-file", "{}", "--tokenizer-type", "Llama2Tokenizer"),
             "reads SentencePiece, but .*gpt2-vocab.json is vocabulary and merges; leave the type out",
