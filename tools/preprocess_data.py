@@ -7,9 +7,10 @@ import argparse
 import os
 import sys
 
-from megatron_iiet.data.preprocess import PreprocessOptions, preprocess
+from megatron_iiet.data.preprocess import PreprocessOptions, megatron_flags, preprocess
 from megatron_iiet.data.preprocess.options import parse_count, share_of_work
 from megatron_iiet.data.preprocess.pool import give_back_large_blocks
+from megatron_iiet.data.tokenizers.base import MAX_UNCUT_BYTES
 from megatron_iiet.durable import leave_cleanly_on_sigterm
 
 
@@ -34,7 +35,19 @@ def build_parser() -> argparse.ArgumentParser:
     add("--bad-rows", choices=["error", "skip"], default="error", help="fail, or count and leave out")
 
     add = parser.add_argument_group("tokens").add_argument
-    add("--tokenizer-model", required=True, help="SentencePiece .model, tokenizer.json or .tiktoken")
+    add(
+        "--tokenizer-model",
+        metavar="FILE",
+        help="SentencePiece .model, tokenizer.json, vocab.json, tekken.json or .tiktoken",
+    )
+    add(
+        "--max-uncut-bytes",
+        type=int,
+        default=MAX_UNCUT_BYTES,
+        metavar="N",
+        help="longest text that is encoded whole, where the tokenizer cannot take it in parts; 44 times its "
+        "bytes of memory (default: 8 MiB)",
+    )
     add("--append-eod", action="store_true", help="end every document with the eod token")
 
     add = parser.add_argument_group("outputs").add_argument
@@ -71,6 +84,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--num-jobs", type=int, metavar="N", help="jobs that share the work (default: as SLURM says, else 1)")
     add("--job", type=int, metavar="I", help="number of this job, from 0 (default: as SLURM says)")
+    megatron_flags.add_flags(parser)
     return parser
 
 
@@ -81,6 +95,7 @@ def parse_arguments() -> PreprocessOptions:
         ValueError: values that are out of range or contradict each other.
     """
     values = vars(build_parser().parse_args())
+    megatron_flags.translate(values, log=print)
     for name in ("sample_tokens", "corpus_tokens"):
         values[name] = None if values[name] is None else parse_count(values[name])
     values["num_jobs"], values["job"] = share_of_work(os.environ, values["num_jobs"], values["job"])

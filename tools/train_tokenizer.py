@@ -17,7 +17,10 @@ def main() -> int:
     parser.add_argument("--output-prefix", required=True, help="writes OUTPUT_PREFIX.model")
     parser.add_argument("--vocab-size", type=int, default=32000, help="number of pieces")
     parser.add_argument(
-        "--max-characters", type=int, default=30_000_000, help="read no more text than this, from the start"
+        "--max-characters",
+        type=int,
+        default=30_000_000,
+        help="text to train on, from all inputs by their sizes",
     )
     parser.add_argument("--json-key", default="text", help="key of the text in each line")
     arguments = parser.parse_args()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from megatron_iiet.data.preprocess import PreprocessOptions, preprocess
 from megatron_iiet.data.tokenizers.loading import load_tokenizer
 from tests.data.inputs import GOOD_TEXTS, INPUT_CASES, InputCase, jsonl
 from tests.data.preprocess_runs import documents, leftovers, published, run_tool
+from tests.data.test_cutting import byte_level
 from tests.marks import long_but
 
 pytestmark = pytest.mark.slow  # a process for each of many files; test_text.py has the outcomes without
@@ -104,3 +106,30 @@ def test_first_offenders_of_many(options: PreprocessOptions, tmp_path: Path) -> 
         assert [int(line.split("line ")[1].split(":")[0]) for line in report[1:]] == [11, 22, 33, 44, 55]
         assert expected in (None, report)
         expected = report
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_text_that_cannot_be_cut_is_a_bad_row(
+    options: PreprocessOptions, tmp_path: Path, workers: int
+) -> None:
+    """Where the tokenizer takes texts in no parts; a giant line as well as one that is read whole."""
+    words = tmp_path / "words"
+    words.mkdir()
+    definition = json.loads(byte_level(words, r"\p{L}+|\P{L}").read_text())
+    (words / "tokenizer.json").write_text(json.dumps(definition))
+    texts = ["ba ce", "x y " * 300_000, "de", "x y " * 2_500_000, "fi"]
+    (tmp_path / "in.jsonl").write_bytes(jsonl(texts))
+    options = replace(
+        options,
+        inputs=[str(tmp_path / "in.jsonl")],
+        tokenizer_model=str(words / "tokenizer.json"),
+        max_uncut_bytes=1_100_000,
+        workers=workers,
+    )
+    (failure,) = preprocess(options, log=lambda _: None).failures
+    assert re.search(
+        r"in\.jsonl, line 2: the text has no place for 1,100,000 bytes where .*json may cut", str(failure)
+    )
+    report = preprocess(replace(options, bad_rows="skip"), log=lambda _: None)
+    assert report.all_units.counts.rejected == {"too long to encode": 2}
+    assert len(documents(f"{options.output_prefix}_text_document")) == 3

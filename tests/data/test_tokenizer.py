@@ -17,8 +17,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from megatron_iiet.data.tokenizers import base
-from megatron_iiet.data.tokenizers.base import Tokenizer, split_text
+from megatron_iiet.data.tokenizers.base import Tokenizer
 from megatron_iiet.data.tokenizers.hard_texts import HARD_TEXTS as HARDER_TEXTS
 from megatron_iiet.data.tokenizers.loading import load_encoder, load_tokenizer, tokenizer_digest
 from megatron_iiet.data.tokenizers.tiktoken import PRESETS, read_ranks
@@ -101,17 +100,6 @@ def test_pickles(tokenizer: Tokenizer) -> None:
     assert copy.encode("ba ce").tolist() == tokenizer.encode("ba ce").tolist()
 
 
-def test_giant_texts_in_parts(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
-    text = "\n".join(make_texts(30))
-    whole = tokenizer.encode(text)
-    assert tokenizer.encode_parts(split_text(text, 200)).tolist() == whole.tolist()
-    monkeypatch.setattr(base, "MAX_PART_CHARACTERS", 200)
-    monkeypatch.setattr(split_text, "__defaults__", (200,))
-    assert tokenizer.encode(text).tolist() == whole.tolist()
-    batch = tokenizer.encode_batch(["ba", text, ""])
-    assert [ids.tolist() for ids in batch] == [tokenizer.encode("ba").tolist(), whole.tolist(), []]
-
-
 def test_no_parts(tokenizer: Tokenizer) -> None:
     assert tokenizer.encode_parts([]).tolist() == []
     assert tokenizer.encode_parts(["", "ba ce", ""]).tolist() == tokenizer.encode("ba ce").tolist()
@@ -123,14 +111,6 @@ def test_lone_surrogate(tokenizer: Tokenizer) -> None:
             ValueError, match=r"lone surrogate '\\ud83d' at character 6 \('broken\\ud83dtext'\)"
         ):
             encode("broken\ud83dtext")
-
-
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(text=st.text("ab\n", max_size=60), limit=st.integers(2, 10))
-def test_split_text(text: str, limit: int) -> None:
-    parts = list(split_text(text, limit))
-    assert "".join(parts) == text
-    assert all(0 < len(part) <= limit for part in parts) or parts == [""]
 
 
 class TestLoading:
@@ -263,7 +243,7 @@ class TestTiktoken:
         )
         ours, fast = load_tokenizer(path), load_encoder(path)
         assert ours.eod_id in theirs._special_tokens.values()
-        assert ours.vocab_size == max(used["special_tokens"].values()) + 1
+        assert ours.vocab_size == used.get("vocab_size", max(used["special_tokens"].values()) + 1)
         for text in [
             *HARDER_TEXTS,
             *make_texts(10),
@@ -314,6 +294,13 @@ class TestTiktoken:
                 "<|end_header_id|>": 128007,
                 "<|eot_id|>": 128009,
             },
+            "llama4": {
+                "<|begin_of_text|>": 200000,
+                "<|end_of_text|>": 200001,
+                "<|header_start|>": 200005,
+                "<|header_end|>": 200006,
+                "<|eot|>": 200008,
+            },
         }
 
     def test_fast(self, ranks_file: Path) -> None:
@@ -325,12 +312,16 @@ class TestTiktoken:
         [
             (
                 None,
-                r'leave open how .*; write .*a\.tiktoken\.json with \{"preset": "cl100k\|o200k\|llama3"\} or',
+                r'leave open how .*; write .*tiktoken\.json with \{"preset": "cl100k\|o200k\|llama3\|llama4',
             ),
             ("{", r"a\.tiktoken\.json is not valid JSON"),
             ("[]", "lacks a pattern or special_tokens; write"),
             ('{"pattern": "a"}', "lacks a pattern or special_tokens; write"),
-            ('{"preset": "gpt9"}', "asks for preset 'gpt9'; there are cl100k, o200k, llama3"),
+            ('{"preset": "gpt9"}', "asks for preset 'gpt9'; there are cl100k, o200k, llama3, llama4"),
+            (
+                '{"preset": "llama3", "vocab_size": "many"}',
+                "gives the vocab_size 'many'; give an integer, or none",
+            ),
             ('{"pattern": "a", "special_tokens": {"<eos>": "9"}}', "'<eos>' the id '9'; give an integer"),
             ('{"pattern": "a", "special_tokens": {"<eos>": 3}}', "'<eos>' the id 3, which is a rank in"),
             ('{"pattern": "a", "special_tokens": {"<eos>": -3}}', "'<eos>' the id -3, which is negative in"),
@@ -409,6 +400,22 @@ class TestTraining:
         with pytest.raises(ValueError, match=r"a\.jsonl, line 31: 'text' is"):
             train_tokenizer([str(tmp_path / "a.jsonl")], tmp_path / "t", vocab_size=300)
         assert not list(tmp_path.glob("t*"))
+
+    def test_every_input_has_its_share(self, tmp_path: Path) -> None:
+        """Once the first characters decided, and the files behind them were never seen."""
+        for name, alphabet in (("a", "abc"), ("b", "xyz"), ("c", "αβγ")):
+            words = np.random.default_rng(0).choice([*alphabet], (400, 50, 3))
+            texts = [" ".join(map("".join, text)) for text in words]
+            (tmp_path / f"{name}.jsonl").write_bytes(jsonl(texts))
+        result = train_tokenizer([str(tmp_path)], tmp_path / "t", 320, max_characters=30_000)
+        assert result.inputs == 3
+        assert 30_000 <= result.characters < 30_800
+        seen = {piece for piece in map(load_tokenizer(result.path).decode, range(320)) if piece.strip()}
+        assert {*"abcxyzαβγ"} <= seen
+        last = texts[-1]
+        assert len(last.encode()) / len(load_tokenizer(result.path).encode(last)) > 2.5
+        assert 1.5 < result.bytes_per_token < 5
+        assert str(result).endswith(f"of 3 files, {result.bytes_per_token:.2f} bytes a token")
 
     def test_reads_no_more_than_asked(self, tmp_path: Path) -> None:
         (tmp_path / "a.jsonl").write_bytes(jsonl(make_texts(300)))

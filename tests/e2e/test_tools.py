@@ -131,10 +131,14 @@ OPTIONS = {
     "preprocess_data": """
         --input PATH [PATH ...] = [] | --dataset NAME | --split SPLIT | --streaming = False
         --json-keys KEY [KEY ...] = ['text'] | --bad-rows {error,skip} = 'error'
-        --tokenizer-model TOKENIZER_MODEL ! | --append-eod = False | --output-prefix P | --output-dir D
-        --inputs-per-shard K:int = 1 | --split-by KEY | --holdout-validation X:float = 0.0
-        --holdout-test X:float = 0.0 | --overwrite = False | --sample-tokens N | --corpus-tokens N
-        --seed SEED:int = 1234 | --deduplicate = False | --workers N:int | --num-jobs N:int | --job I:int""",
+        --tokenizer-model FILE | --max-uncut-bytes N:int = 8388608 | --append-eod = False
+        --output-prefix P | --output-dir D | --inputs-per-shard K:int = 1 | --split-by KEY
+        --holdout-validation X:float = 0.0 | --holdout-test X:float = 0.0 | --overwrite = False
+        --sample-tokens N | --corpus-tokens N | --seed SEED:int = 1234 | --deduplicate = False
+        --workers N:int | --num-jobs N:int | --job I:int
+        --vocab-file FILE | --merge-file FILE | --tokenizer-type TYPE | --dataset-impl {mmap}
+        --keep-newlines = False | --keep-sequential-samples = False | --log-interval N:int
+        --split-sentences = False | --lang NAME | --partitions N:int""",
     "serve": """
         --model DIR ! | --step STEP:int | --tokenizer FILE | --name NAME
         --host HOST = '127.0.0.1' | --port PORT:_port = 8000 | --ready-file FILE
@@ -274,6 +278,7 @@ def test_preprocess_hands_on(preprocess: ModuleType, start: Start, monkeypatch: 
         "append_eod": True, "split_by": "k", "sample_tokens": 2000, "corpus_tokens": 3_000_000, "seed": 7,
         "holdout_validation": 0.1, "holdout_test": 0.2, "deduplicate": True, "bad_rows": "skip",
         "overwrite": False, "workers": 4, "num_jobs": 5, "job": 2, "chunk_bytes": 1 << 20, "progress": True,
+            "max_uncut_bytes": 8 << 20,
     }  # fmt: skip
 
 

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from megatron_iiet.data.tokenizers.base import MAX_UNCUT_BYTES
+
 _COUNT = re.compile(r"([0-9]+(?:\.[0-9]+)?)([KMBT]?)")
 _FACTORS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 
@@ -28,6 +30,7 @@ class PreprocessOptions:
     output_dir: str | None = None  # many shards an output, listed in OUTPUT_DIR/text_document.shards
     inputs_per_shard: int = 1  # input files that make one shard; with output_dir only
     json_keys: Sequence[str] = ("text",)  # each key makes its own output
+    max_uncut_bytes: int = MAX_UNCUT_BYTES  # of a text that the tokenizer cannot take in parts
     append_eod: bool = False  # put the tokenizer's end-of-document id behind every document
     split_by: str | None = None  # dotted key of the name of a row's source; each source makes its own output
     sample_tokens: int | None = None  # keep a uniform sample of documents of about this many tokens
@@ -58,6 +61,7 @@ def _problems_of_inputs(options: PreprocessOptions) -> dict[str, bool]:
         "--dataset and --split go together, as in --dataset NAME --split train.": (
             (options.dataset is not None) != (options.split is not None)
         ),
+        f"--max-uncut-bytes is {options.max_uncut_bytes}; give at least 1.": options.max_uncut_bytes < 1,
         "--streaming goes with --dataset.": options.streaming and options.dataset is None,
         f"--json-keys are {list(options.json_keys)}; give one or more, each once.": (
             not options.json_keys or len(set(options.json_keys)) != len(options.json_keys)

@@ -24,7 +24,7 @@ from megatron_iiet.data.reading.compression import decompressed_blocks
 from megatron_iiet.data.reading.long_text import parts_of
 from megatron_iiet.data.reading.sources import InputFile, open_input
 from megatron_iiet.data.reading.text import Chunk, parse_rows
-from megatron_iiet.data.tokenizers.base import Tokenizer
+from megatron_iiet.data.tokenizers.base import Tokenizer, UncuttableError
 from megatron_iiet.durable import replacing
 
 _FORMAT = 1
@@ -274,8 +274,9 @@ def _look_at(file: InputFile, options: PreprocessOptions, encoder: Tokenizer) ->
     tokens = 0
     for row in parse_rows(Chunk(file.path, 1, bytes(text[:whole])), options.json_keys, options.split_by)[0]:
         for content in row.texts:
-            ids = encoder.encode_parts(parts_of(content))
-            tokens += ids.size + (options.append_eod and ids.size > 0)
+            with suppress(UncuttableError):
+                ids = encoder.encode_parts(parts_of(content))
+                tokens += ids.size + (options.append_eod and ids.size > 0)
     return tokens, stored * whole / max(1, len(text))
 
 

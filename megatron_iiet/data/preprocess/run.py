@@ -169,6 +169,7 @@ def _load_encoder(wanted: Wanted, log: Log) -> Tokenizer:
     path = wanted.options.tokenizer_model
     inputs = wanted.inputs[:_SAMPLE_INPUTS]
     encoder = in_a_process_of_its_own(_checked_encoder, path, inputs, wanted.options.json_keys)
+    encoder.max_uncut_bytes = wanted.options.max_uncut_bytes
     log(f"tokenizer: {path}, {encoder.vocab_size} ids, by {encoder.name}")
     return encoder
 

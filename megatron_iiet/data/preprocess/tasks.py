@@ -14,7 +14,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
@@ -27,7 +27,7 @@ from megatron_iiet.data.preprocess.records import Counts, OutputRecord, UnitReco
 from megatron_iiet.data.reading.long_text import LongText, parts_of
 from megatron_iiet.data.reading.sources import InputFile
 from megatron_iiet.data.reading.text import Chunk, Row, parse_rows, raise_first, read_chunks
-from megatron_iiet.data.tokenizers.base import Tokenizer
+from megatron_iiet.data.tokenizers.base import MAX_PART_CHARACTERS, Tokenizer, UncuttableError
 
 _SPLIT_KEY = b"held-out split"
 _MAX_OUTPUTS = 256  # each holds files open
@@ -110,8 +110,12 @@ class Packed:
         A giant one is held once, in the stored type.
         """
         start = len(self.tokens)
-        for ids in pieces:
-            self.tokens += ids.astype(recipe.dtype, copy=False).data
+        try:
+            for ids in pieces:
+                self.tokens += ids.astype(recipe.dtype, copy=False).data
+        except UncuttableError:
+            del self.tokens[start:]
+            raise
         length = (len(self.tokens) - start) // recipe.dtype.itemsize
         if not length:
             return False
@@ -148,18 +152,23 @@ class EncodeChunk:
         rows = list(self._selected(recipe, counts))
         for column, key in enumerate(recipe.options.json_keys):
             texts = [row.texts[column] for row, _ in rows]
-            encoded = iter(recipe.encoder.encode_batch([text for text in texts if isinstance(text, str)]))
+            short = [text for text in texts if _is_short(text)]
+            encoded = iter(recipe.encoder.encode_batch(short))
             for (row, split), text in zip(rows, texts, strict=True):
-                pieces = (
-                    [next(encoded)] if isinstance(text, str) else recipe.encoder.encode_pieces(text.parts())
-                )
+                pieces = [next(encoded)] if _is_short(text) else recipe.encoder.encode_pieces(parts_of(text))
                 output = output_name(row.source, split, key)
                 packed = result.outputs.get(output) or result.outputs.setdefault(output, Packed())
-                # Some normalisers leave nothing of a text of white space: that is an empty document as well.
-                if packed.add(recipe, pieces):
-                    counts.text_bytes += _utf8_bytes(text)
-                else:
-                    counts.empty += 1
+                try:
+                    # Some normalisers leave nothing of a text of white space: an empty document as well.
+                    if packed.add(recipe, pieces):
+                        counts.text_bytes += _utf8_bytes(text)
+                    else:
+                        counts.empty += 1
+                except UncuttableError as error:
+                    message = f"{self.chunk.path}, line {row.line}: {error}"
+                    if recipe.options.bad_rows == "error":
+                        raise ValueError(message) from None
+                    counts.reject("too long to encode", message)
         result.outputs = {output: packed for output, packed in result.outputs.items() if packed.lengths}
         report(sum(sum(packed.lengths) for packed in result.outputs.values()))
         return result
@@ -215,6 +224,10 @@ def proper_rows(recipe: Recipe, chunk: Chunk, counts: Counts) -> list[Row]:
 def identity(row: Row) -> Text:
     """The text that decides a row's fate: that of the first key, of the next where it is empty."""
     return next((text for text in row.texts if text), "")
+
+
+def _is_short(text: Text) -> TypeGuard[str]:
+    return isinstance(text, str) and len(text) <= MAX_PART_CHARACTERS
 
 
 def _utf8_bytes(text: Text) -> int:

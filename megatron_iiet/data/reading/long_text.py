@@ -13,8 +13,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from megatron_iiet.data.tokenizers.base import MAX_PART_CHARACTERS, split_text
-
 LONG_LITERAL_BYTES = 1 << 20
 _PIECE_BYTES = 1 << 18
 _LITERAL = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
@@ -53,16 +51,9 @@ class LongText:
                 lone_surrogate = lone_surrogate or piece[error.start]
         return cls(raw, start, stop, characters, utf8_bytes, lone_surrogate)
 
-    def parts(self, limit: int = MAX_PART_CHARACTERS, piece_bytes: int = _PIECE_BYTES) -> Iterator[str]:
-        """The text in the parts that :func:`split_text` cuts it into, ``limit`` characters at most each."""
-        pending = ""
-        for piece in _decoded(self.raw, self.start, self.stop, piece_bytes):
-            pending += piece
-            if len(pending) > limit:
-                # Where a part ends depends on its first ``limit`` characters only, so all but the last stand.
-                *done, pending = split_text(pending, limit)
-                yield from done
-        yield pending
+    def parts(self, piece_bytes: int = _PIECE_BYTES) -> Iterator[str]:
+        """The text, decoded in parts of about ``piece_bytes``."""
+        return _decoded(self.raw, self.start, self.stop, piece_bytes)
 
 
 def parts_of(text: str | LongText) -> Iterator[str]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from typing import Any
@@ -62,7 +62,7 @@ class Reject:
     """One sentence with file, line, what was found and what to do."""
 
 
-def iter_documents(inputs: Iterable[InputFile | str | os.PathLike[str]], key: str = "text") -> Iterator[str]:
+def iter_documents(inputs: Iterable[InputFile | str | os.PathLike[str]], key: str = "text") -> Generator[str]:
     """Texts of all documents of all files, in order, empty ones included.
 
     Raises:

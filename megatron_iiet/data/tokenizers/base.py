@@ -11,10 +11,16 @@ from typing import Any, AnyStr
 import numpy as np
 import numpy.typing as npt
 
+from megatron_iiet.data.tokenizers.cutting import Cutting
+
 TokenIds = npt.NDArray[np.int32]
 
-# SentencePiece needs about 44 bytes of memory per byte of one string; longer texts are encoded in parts.
 MAX_PART_CHARACTERS = 1_000_000
+"""Longer texts are encoded in parts of about so many."""
+MAX_UNCUT_BYTES = 8 << 20
+"""Most bytes of a part, where a text has no place to be cut at before."""
+BYTES_A_BYTE = 44
+"""Memory that SentencePiece needs for a byte of one text; the others need less."""
 
 EOD_NAMES = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>", "<|eos|>", "[EOS]", "<eod>")
 BOS_NAMES = ("<s>", "<|begin_of_text|>", "<bos>", "[BOS]", "<|startoftext|>")
@@ -22,6 +28,10 @@ BOS_NAMES = ("<s>", "<|begin_of_text|>", "<bos>", "[BOS]", "<|startoftext|>")
 
 class NotSupportedError(Exception):
     """Why gigatoken cannot stand in for a tokenizer, as the end of a sentence."""
+
+
+class UncuttableError(ValueError):
+    """A text is too long to be encoded whole, and cannot be cut for certain."""
 
 
 class Tokenizer(ABC):
@@ -33,7 +43,8 @@ class Tokenizer(ABC):
     eod_id: int  # id put behind every document
     bos_id: int | None  # id put in front of a prompt; None where the tokenizer has none
     control_ids: frozenset[int]  # ids that no text may yield, eod_id among them
-    prefix_id: int | None = None  # id of the space that the model puts before every text, where it does
+    cutting: Cutting | None = None  # where long texts may be cut; None: nowhere
+    max_uncut_bytes = MAX_UNCUT_BYTES
 
     @property
     def spelled_out(self) -> tuple[str, ...]:
@@ -68,25 +79,64 @@ class Tokenizer(ABC):
     def encode_batch(self, texts: Sequence[str]) -> list[TokenIds]:
         """:meth:`encode` of every text, in the calling thread."""
         if any(len(text) > MAX_PART_CHARACTERS for text in texts):
-            return [self.encode_parts(split_text(text)) for text in texts]
+            return [self.encode_parts([text]) for text in texts]
         return [ids.view(np.int32) for ids in self._encode_checked(list(texts))]
 
     def encode_parts(self, parts: Iterable[str]) -> TokenIds:
-        """:meth:`encode` of one text given in the parts that :func:`split_text` cuts it into."""
+        """:meth:`encode` of one text given in parts, however they are cut."""
         joined = bytearray()  # grows in place: a giant text's ids are never held twice
         for ids in self.encode_pieces(parts):
             joined += ids.tobytes()
         return np.frombuffer(joined, np.int32)
 
     def encode_pieces(self, parts: Iterable[str]) -> Iterator[TokenIds]:
-        """The ids of :meth:`encode_parts` part by part."""
-        is_first = True
+        """The ids of :meth:`encode_parts` piece by piece.
+
+        Raises:
+            UncuttableError: the text is longer than :attr:`max_uncut_bytes` without a place to cut it.
+        """
+        is_first, text = True, ""
         for part in parts:
-            ids = self._encode_checked([part])[0].view(np.int32)
-            if ids.size:
-                # Inside a document the space that a model puts before every text was not written.
-                yield ids if is_first or ids[0] != self.prefix_id else ids[1:]
-                is_first = False
+            start, text = 0, text + part
+            while at := self._cut(text, start):
+                yield self._encode_part(text[start:at], is_first)
+                start, is_first = at, False
+            text = text[start:]
+        if text or is_first:
+            yield self._encode_part(text, is_first)
+
+    def _cut(self, text: str, start: int) -> int:
+        """Where the part that begins at ``start`` ends for certain; 0 if that is not known yet."""
+        end = len(text) - 2  # how a text goes on may matter
+        for low in range(start, end, MAX_PART_CHARACTERS):
+            high = low + MAX_PART_CHARACTERS
+            if len(text) <= high:
+                break
+            if self.cutting and (at := self.cutting.last(text, low, min(high, end))):
+                return at
+        left = len(text) - start
+        if left > self.max_uncut_bytes // 4 and len(text[start:].encode()) > self.max_uncut_bytes:
+            needed = BYTES_A_BYTE * self.max_uncut_bytes // 10**6
+            raise UncuttableError(
+                f"the text has no place for {self.max_uncut_bytes:,} bytes where {self.path} may cut it for "
+                f"certain; raise --max-uncut-bytes (a text may now take {needed:,} MB of memory), or leave "
+                "such texts out with --bad-rows skip."
+            )
+        return 0
+
+    @cached_property
+    def _lead_ids(self) -> TokenIds:
+        lead = self.cutting.lead if self.cutting else ""
+        return self._encode_checked([lead])[0].view(np.int32) if lead else np.empty(0, np.int32)
+
+    def _encode_part(self, text: str, is_first: bool) -> TokenIds:
+        if is_first or self.cutting is None:
+            return self._encode_checked([text])[0].view(np.int32)
+        ids = self._encode_checked([self.cutting.lead + text])[0].view(np.int32)
+        lead = self._lead_ids
+        if not np.array_equal(ids[: len(lead)], lead):
+            raise RuntimeError(f"{self.name} with {self.path} encodes {self.cutting.lead!r} in another way.")
+        return ids[len(lead) :]
 
     def _encode_checked(self, texts: list[str]) -> list[npt.NDArray[Any]]:
         try:
@@ -99,8 +149,10 @@ class Tokenizer(ABC):
         return documents
 
     @cached_property
-    def _control_range(self) -> tuple[int, int]:
-        return min(self.control_ids), max(self.control_ids)
+    def _is_control(self) -> npt.NDArray[np.bool_]:
+        table = np.zeros(self.vocab_size, bool)
+        table[[*self.control_ids]] = True
+        return table
 
     def _refuse_control_ids(self, ids: npt.NDArray[Any]) -> None:
         """A second lock on the door; the first is how each kind of tokenizer is set up."""
@@ -112,31 +164,12 @@ class Tokenizer(ABC):
                 f"{self.name} made id {lowest if lowest < 0 else highest} of a text, but {self.path} has "
                 f"{self.vocab_size} ids; this is a defect of the tokenizer library, please report it."
             )
-        # Control ids stand at one end of nearly every vocabulary: two comparisons settle it.
-        first, last = self._control_range
-        if highest < first or last < lowest:
-            return
-        leaked = np.intersect1d(ids, [*self.control_ids])
+        leaked = ids[self._is_control[ids]]
         if leaked.size:
             raise RuntimeError(
                 f"{self.name} made control id {leaked[0]} of plain text with {self.path}: a document "
                 "would end or begin inside another; use another tokenizer file."
             )
-
-
-def split_text(text: str, limit: int = MAX_PART_CHARACTERS) -> Iterator[str]:
-    """Cut ``text`` into parts of at most ``limit`` characters, before a line break where there is one.
-
-    Texts within the limit come back whole. Tokens across a cut are the only ones that can differ from
-    encoding in one piece.
-    """
-    start = 0
-    while len(text) - start > limit:
-        newline = text.rfind("\n", start + 1, start + limit)
-        cut = newline if newline > 0 else start + limit
-        yield text[start:cut]
-        start = cut
-    yield text[start:] if start else text
 
 
 def possible_merges(order: Mapping[AnyStr, float]) -> list[tuple[AnyStr, AnyStr]]:

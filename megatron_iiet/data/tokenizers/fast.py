@@ -77,7 +77,7 @@ class FastEncoder(Tokenizer):
         self.path = exact.path
         self.name = f"gigatoken (checked against {exact.name})"
         self.vocab_size, self.eod_id, self.bos_id = exact.vocab_size, exact.eod_id, exact.bos_id
-        self.control_ids, self.prefix_id = exact.control_ids, exact.prefix_id
+        self.control_ids, self.cutting = exact.control_ids, exact.cutting
         self._symbols = tuple(symbols)
         self._fast = BoundedEncoder(definition)
         self._exact: Tokenizer | None = exact
@@ -88,6 +88,7 @@ class FastEncoder(Tokenizer):
         """The tokenizer that defines the ids, loaded when first asked for."""
         if self._exact is None:
             self._exact = self._load_exact()
+        self._exact.max_uncut_bytes = self.max_uncut_bytes
         return self._exact
 
     def _encode_short(self, texts: list[str]) -> list[npt.NDArray[Any]]:

@@ -11,6 +11,14 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_iiet.data.tokenizers.base import BOS_NAMES, EOD_NAMES, NotSupportedError, Tokenizer
+from megatron_iiet.data.tokenizers.cutting import (
+    GPT2,
+    KNOWN_PATTERNS,
+    SPACE,
+    BetweenPieces,
+    BetweenWords,
+    Cutting,
+)
 
 
 class HuggingFaceTokenizer(Tokenizer):
@@ -40,6 +48,7 @@ class HuggingFaceTokenizer(Tokenizer):
             raise ValueError(
                 f"{path} is not a Hugging Face tokenizer file ({error}); give the tokenizer.json itself."
             ) from None
+        self.cutting = cutting_of(json.loads(self._model.to_str()))
         self._model.encode_special_tokens = True  # text never yields control ids
         self._model.no_truncation()
         self._model.no_padding()
@@ -67,10 +76,10 @@ class HuggingFaceTokenizer(Tokenizer):
         """Probe that text spelling a control token does not become it, as in word-level vocabularies."""
         texts = [text for name in self.spelled_out for text in (name, f"a{name}b", f" {name} ")]
         for text, ids in zip(texts, self._encode_short(texts), strict=True):
-            leaked = self.control_ids & set(ids.tolist())
-            if leaked:
+            leaked = ids[self._is_control[ids]]
+            if leaked.size:
                 raise ValueError(
-                    f"{self.path} turns the plain text {text!r} into control id {min(leaked)}: documents "
+                    f"{self.path} turns the plain text {text!r} into control id {leaked.min()}: documents "
                     "could end themselves; use a tokenizer with byte or sub-word pieces."
                 )
 
@@ -96,7 +105,92 @@ class HuggingFaceTokenizer(Tokenizer):
         return json.dumps(definition, ensure_ascii=False).encode(), symbols
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.path,), {"name": self.name}
+        return type(self), (self.path,), {"name": self.name, "max_uncut_bytes": self.max_uncut_bytes}
+
+
+class VocabularyAndMergesTokenizer(HuggingFaceTokenizer):
+    """GPT-2's ``vocab.json`` with the ``merges.txt`` beside it."""
+
+    name = "tokenizers (vocabulary and merges)"
+
+    def __init__(self, path: Path) -> None:
+        vocabulary = json.loads(path.read_text(encoding="utf-8"))
+        file = merges_file(path)
+        if not file.is_file():
+            raise ValueError(f"{path} is a vocabulary whose merges, {file}, are missing; put them beside it.")
+        lines = [line.rstrip("\r") for line in file.read_text(encoding="utf-8").split("\n")]
+        merges = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
+        declared = declared_tokens(path.with_name("tokenizer_config.json"))
+        names = [name for name in vocabulary if name in {*declared.values(), *EOD_NAMES, *BOS_NAMES}]
+        byte_level = {
+            "type": "ByteLevel",
+            "add_prefix_space": False,
+            "trim_offsets": False,
+            "use_regex": True,
+        }
+        definition = {
+            "version": "1.0",
+            "added_tokens": [special_token(name, vocabulary[name]) for name in names],
+            "pre_tokenizer": byte_level,
+            "decoder": byte_level,
+            "model": {"type": "BPE", "vocab": vocabulary, "merges": merges},
+        }
+        eod, bos = declared.get("eos_token"), declared.get("bos_token")
+        eod_names, bos_names = [eod] if eod else EOD_NAMES, [bos] if bos else BOS_NAMES
+        self._set_up(path, json.dumps(definition), eod_names, bos_names)
+
+
+def merges_file(vocabulary: Path) -> Path:
+    """Where the merges of a vocabulary are looked for."""
+    return vocabulary.with_name(vocabulary.name.replace("vocab", "merges")).with_suffix(".txt")
+
+
+def special_token(content: str, number: int) -> dict[str, Any]:
+    """A token of a tokenizer.json that no text yields."""
+    plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    return {"id": number, "content": content, "special": True, **plain}
+
+
+def cutting_of(definition: dict[str, Any]) -> Cutting | None:
+    """Where a tokenizer.json lets long texts be cut."""
+    model: dict[str, Any] = definition["model"]
+    words, normalizer = definition.get("pre_tokenizer"), definition.get("normalizer")
+    steps = [normalizer] if normalizer else []
+    if normalizer and normalizer["type"] == "Sequence":
+        steps = normalizer["normalizers"]
+    symbols = [token for token in definition["added_tokens"] if not token["special"]]
+    if model.get("dropout"):
+        return None
+    if words is not None:
+        careless = [
+            token
+            for token in symbols
+            if token["lstrip"] or token["rstrip"] or token["single_word"] or {" ", "\n"} & {*token["content"]}
+        ]
+        known = _pattern_of(words) in KNOWN_PATTERNS and all(step["type"] == "NFC" for step in steps)
+        return BetweenWords() if known and not careless else None
+    space = {"type": "Prepend", "prepend": SPACE}
+    others = [
+        s
+        for s in steps
+        if s not in (space, {"type": "Replace", "pattern": {"String": " "}, "content": SPACE})
+    ]
+    unfit = [model.get(key) for key in ("continuing_subword_prefix", "end_of_word_suffix", "ignore_merges")]
+    if model["type"] != "BPE" or not model["byte_fallback"] or any(unfit) or others or symbols:
+        return None
+    return BetweenPieces.of(model["vocab"], adds_space=space in steps)
+
+
+def _pattern_of(words: dict[str, Any]) -> str | None:
+    """The pattern that cuts text into words for a byte-level vocabulary; None for other ways."""
+    if words["type"] == "ByteLevel" and not words["add_prefix_space"]:
+        return GPT2 if words["use_regex"] else None
+    parts = words.get("pretokenizers", [])
+    if [part["type"] for part in parts] != ["Split", "ByteLevel"]:
+        return None
+    split, byte_level = parts
+    plain = split["behavior"] == "Isolated" and not split["invert"] and not byte_level["add_prefix_space"]
+    return split["pattern"].get("Regex") if plain and not byte_level["use_regex"] else None
 
 
 def declared_tokens(config: Path) -> dict[str, str]:

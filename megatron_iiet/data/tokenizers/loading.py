@@ -1,4 +1,5 @@
-"""Tokenizers by their files: SentencePiece, Hugging Face ``tokenizer.json``, tiktoken ranks."""
+"""Tokenizers by their files: SentencePiece, Hugging Face ``tokenizer.json``, GPT-2's ``vocab.json`` with
+``merges.txt``, tiktoken ranks, Mistral's ``tekken.json``."""
 
 from __future__ import annotations
 
@@ -10,13 +11,23 @@ from pathlib import Path
 
 from megatron_iiet.data.tokenizers.base import NotSupportedError, Tokenizer
 from megatron_iiet.data.tokenizers.fast import fast_encoder
-from megatron_iiet.data.tokenizers.hugging_face import HuggingFaceTokenizer, declared_tokens
+from megatron_iiet.data.tokenizers.hugging_face import (
+    HuggingFaceTokenizer,
+    VocabularyAndMergesTokenizer,
+    declared_tokens,
+    merges_file,
+)
 from megatron_iiet.data.tokenizers.sentencepiece import SentencePieceTokenizer
-from megatron_iiet.data.tokenizers.tiktoken import TiktokenTokenizer, looks_like_ranks, ranks_side_file
+from megatron_iiet.data.tokenizers.tiktoken import (
+    TekkenTokenizer,
+    TiktokenTokenizer,
+    looks_like_ranks,
+    ranks_side_file,
+)
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
-    """Load a SentencePiece ``.model``, a Hugging Face ``tokenizer.json``, or a file of tiktoken ranks.
+    """Load a tokenizer of any kind, by its file.
 
     Raises:
         ValueError: the file is missing, unreadable, of no such kind, or has no end-of-document token.
@@ -51,11 +62,13 @@ def tokenizer_digest(path: str | os.PathLike[str]) -> str:
     file = Path(path)
     contents = [_read(file)]
     kind = _kind(file, contents[0])
-    if kind is HuggingFaceTokenizer:
-        if declared := declared_tokens(file.with_name("tokenizer_config.json")):
-            contents.append(json.dumps(declared, sort_keys=True).encode())
-    elif kind is TiktokenTokenizer and ranks_side_file(file).is_file():
+    declares = kind in (HuggingFaceTokenizer, VocabularyAndMergesTokenizer)
+    if declares and (declared := declared_tokens(file.with_name("tokenizer_config.json"))):
+        contents.append(json.dumps(declared, sort_keys=True).encode())
+    if kind is TiktokenTokenizer and ranks_side_file(file).is_file():
         contents.append(_read(ranks_side_file(file)))
+    elif kind is VocabularyAndMergesTokenizer and merges_file(file).is_file():
+        contents.append(_read(merges_file(file)))
     digest = hashlib.blake2b(digest_size=16)
     for content in contents:
         if len(contents) > 1:
@@ -64,13 +77,41 @@ def tokenizer_digest(path: str | os.PathLike[str]) -> str:
     return digest.hexdigest()
 
 
-def _kind(path: Path, content: bytes) -> type[SentencePieceTokenizer | HuggingFaceTokenizer]:
+def kind_of_tokenizer(path: str | os.PathLike[str]) -> str:
+    """What a tokenizer's file is, for people.
+
+    Raises:
+        ValueError: the file is missing or unreadable.
+    """
+    file = Path(path)
+    return _NAMES[_kind(file, _read(file))]
+
+
+Kind = type[SentencePieceTokenizer | HuggingFaceTokenizer]
+_NAMES: dict[Kind, str] = {
+    SentencePieceTokenizer: "SentencePiece",
+    HuggingFaceTokenizer: "tokenizer.json",
+    VocabularyAndMergesTokenizer: "vocabulary and merges",
+    TiktokenTokenizer: "tiktoken's ranks",
+    TekkenTokenizer: "tekken.json",
+}
+
+
+def _kind(path: Path, content: bytes) -> Kind:
     """By content: LLaMA-3's ranks are called tokenizer.model as well."""
     if path.suffix == ".tiktoken" or looks_like_ranks(content):
         return TiktokenTokenizer
-    if path.suffix == ".json" or content.lstrip()[:1] == b"{":
-        return HuggingFaceTokenizer
-    return SentencePieceTokenizer
+    if path.suffix != ".json" and content.lstrip()[:1] != b"{":
+        return SentencePieceTokenizer
+    try:
+        found = json.loads(content)
+    except (ValueError, RecursionError):
+        return HuggingFaceTokenizer  # which says what is wrong with it
+    if isinstance(found, dict) and isinstance(found.get("vocab"), list) and "config" in found:
+        return TekkenTokenizer
+    if isinstance(found, dict) and found and all(isinstance(number, int) for number in found.values()):
+        return VocabularyAndMergesTokenizer
+    return HuggingFaceTokenizer
 
 
 def _read(path: Path) -> bytes:

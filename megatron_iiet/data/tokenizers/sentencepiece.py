@@ -12,8 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_iiet.data.tokenizers.base import NotSupportedError, Tokenizer, possible_merges
-
-_SPACE = "▁"
+from megatron_iiet.data.tokenizers.cutting import SPACE, BetweenPieces, Cutting
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -41,8 +40,22 @@ class SentencePieceTokenizer(Tokenizer):
         self.bos_id = bos if bos >= 0 else None
         is_control = self._model.is_control(list(range(self.vocab_size)))
         self.control_ids = frozenset(number for number, control in enumerate(is_control) if control)
-        if self._model.normalize("a").startswith(_SPACE):
-            self.prefix_id = int(self._model.piece_to_id(_SPACE))
+
+    @cached_property
+    def cutting(self) -> Cutting | None:  # type: ignore[override]
+        model = read_model(self.path.read_bytes())
+        trainer, normalizer = model.trainer_spec, model.normalizer_spec
+        if (
+            trainer.model_type != trainer.BPE
+            or not trainer.byte_fallback
+            or trainer.treat_whitespace_as_suffix
+            or normalizer.precompiled_charsmap
+            or normalizer.remove_extra_whitespaces
+            or not normalizer.escape_whitespaces
+        ):
+            return None
+        pieces = texts_of(model, "NORMAL", "USER_DEFINED", "UNUSED").values()
+        return BetweenPieces.of(pieces, adds_space=normalizer.add_dummy_prefix)
 
     @cached_property
     def spelled_out(self) -> tuple[str, ...]:
@@ -59,7 +72,8 @@ class SentencePieceTokenizer(Tokenizer):
         return gigatoken_definition(self.path.read_bytes())
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return SentencePieceTokenizer, (self.path,), {"name": self.name}
+        state = {"name": self.name, "max_uncut_bytes": self.max_uncut_bytes}
+        return SentencePieceTokenizer, (self.path,), state
 
 
 def read_model(content: bytes) -> Any:
@@ -95,8 +109,8 @@ def gigatoken_definition(content: bytes) -> tuple[bytes, tuple[str, ...]]:
     vocabulary = {reached.get(number, f"\0{number}"): number for number in range(len(model.pieces))}
     unknown = f"\0{next(iter(texts_of(model, 'UNKNOWN')))}"
     order = {text: -model.pieces[number].score for number, text in texts_of(model, "NORMAL").items()}
-    prefix = [{"type": "Prepend", "prepend": _SPACE}] if model.normalizer_spec.add_dummy_prefix else []
-    spaces = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
+    prefix = [{"type": "Prepend", "prepend": SPACE}] if model.normalizer_spec.add_dummy_prefix else []
+    spaces = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
     definition = {
         "version": "1.0",
         "added_tokens": [],
@@ -123,7 +137,7 @@ def _refuse_unsupported(model: Any, symbols: Sequence[str]) -> None:
         "it removes extra spaces": normalizer.remove_extra_whitespaces,
         "it does not write spaces as ▁": not normalizer.escape_whitespaces,
         "it writes spaces behind words": trainer.treat_whitespace_as_suffix,
-        "a user-defined symbol has a space": any({_SPACE, " "} & set(symbol) for symbol in symbols),
+        "a user-defined symbol has a space": any({SPACE, " "} & set(symbol) for symbol in symbols),
         "it has unused pieces": bool(texts_of(model, "UNUSED")),
         "a piece has a character without a piece of its own": not set("".join(normal)) <= normal,
     }

@@ -15,29 +15,16 @@ from pathlib import Path
 from typing import Any
 
 from megatron_iiet.data.tokenizers.base import BOS_NAMES, EOD_NAMES, possible_merges
-from megatron_iiet.data.tokenizers.hugging_face import HuggingFaceTokenizer
+from megatron_iiet.data.tokenizers.cutting import CL100K, O200K
+from megatron_iiet.data.tokenizers.hugging_face import HuggingFaceTokenizer, special_token
 
 _LINE = re.compile(rb"[A-Za-z0-9+/]+={0,2} [0-9]+")
 _ESCAPES_AND_SETS = re.compile(r"\\.|\[(?:\\.|[^\]\\])*\]")
 _POSSESSIVE = re.compile(r"([?*+]|\{[0-9]+(?:,[0-9]*)?\})\+")
 
-_LETTERS_AND_MARKS = r"[^\r\n\p{L}\p{N}]?"
-_LOWER = r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
-_UPPER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]"
-_CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-_SPACES = r"\s*[\r\n]+|\s+(?!\S)|\s+"
-_CL100K = (
-    rf"{_CONTRACTION}|{_LETTERS_AND_MARKS}\p{{L}}+|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{_SPACES}"
-)
-_O200K = (
-    rf"{_LETTERS_AND_MARKS}{_UPPER}*{_LOWER}+{_CONTRACTION}?"
-    rf"|{_LETTERS_AND_MARKS}{_UPPER}+{_LOWER}*{_CONTRACTION}?"
-    rf"|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_SPACES}"
-)
-
 PRESETS: dict[str, dict[str, Any]] = {
     "cl100k": {
-        "pattern": _CL100K,
+        "pattern": CL100K,
         "special_tokens": {
             "<|endoftext|>": 100257,
             "<|fim_prefix|>": 100258,
@@ -47,11 +34,11 @@ PRESETS: dict[str, dict[str, Any]] = {
         },
     },
     "o200k": {
-        "pattern": _O200K,
+        "pattern": O200K,
         "special_tokens": {"<|endoftext|>": 199999, "<|endofprompt|>": 200018},
     },
     "llama3": {
-        "pattern": _CL100K,
+        "pattern": CL100K,
         "special_tokens": {
             "<|begin_of_text|>": 128000,
             "<|end_of_text|>": 128001,
@@ -59,9 +46,22 @@ PRESETS: dict[str, dict[str, Any]] = {
             "<|end_header_id|>": 128007,
             "<|eot_id|>": 128009,
         },
+        "vocab_size": 128256,
+    },
+    "llama4": {
+        "pattern": O200K,
+        "special_tokens": {
+            "<|begin_of_text|>": 200000,
+            "<|end_of_text|>": 200001,
+            "<|header_start|>": 200005,
+            "<|header_end|>": 200006,
+            "<|eot|>": 200008,
+        },
+        "vocab_size": 202048,
     },
 }
-"""What the published files are used with, by the names that ``FILE.json`` may give as "preset"."""
+"""What the published files are used with, by the names that ``FILE.json`` may give as "preset". The models'
+vocabularies have more ids than the files: reserved ones."""
 
 _PRINTABLE = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
 _OTHERS = iter(range(0x100, 0x200))
@@ -85,7 +85,7 @@ class TiktokenTokenizer(HuggingFaceTokenizer):
     def __init__(self, path: Path) -> None:
         ranks = read_ranks(path)
         side_file = ranks_side_file(path)
-        pattern, special_tokens = _read_side_file(path, side_file)
+        pattern, special_tokens, vocab_size = _read_side_file(path, side_file)
         taken = {rank: token for token, rank in ranks.items()}
         for name, number in special_tokens.items():
             if number in taken or number < 0:
@@ -103,6 +103,37 @@ class TiktokenTokenizer(HuggingFaceTokenizer):
             [name for name in names if name in special_tokens] for names in (EOD_NAMES, BOS_NAMES)
         )
         self._set_up(path, definition, eod_names, bos_names)
+        self.vocab_size = max(self.vocab_size, vocab_size)
+
+
+class TekkenTokenizer(HuggingFaceTokenizer):
+    """Mistral's ``tekken.json``: ranks with their pattern, behind the ids of special tokens."""
+
+    name = "tokenizers (tekken)"
+
+    def __init__(self, path: Path) -> None:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            config = content["config"]
+            first, size = config["default_num_special_tokens"], config["default_vocab_size"]
+            named = {token["rank"]: token["token_str"] for token in content.get("special_tokens") or []}
+            ranks = {
+                base64.b64decode(token["token_bytes"]): first + token["rank"]
+                for token in content["vocab"][: size - first]
+            }
+            pattern = config["pattern"]
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{path} is no tekken.json ({type(error).__name__}: {error}); fetch it again."
+            ) from None
+        names = {
+            number: named.get(number, _TEKKEN.get(number, f"<SPECIAL_{number}>")) for number in range(first)
+        }
+        special_tokens = {name: number for number, name in names.items()}
+        self._set_up(path, json.dumps(_definition(ranks, pattern, special_tokens)), ["</s>"], ["<s>"])
+
+
+_TEKKEN = {0: "<unk>", 1: "<s>", 2: "</s>"}
 
 
 def read_ranks(path: Path) -> dict[bytes, int]:
@@ -137,7 +168,8 @@ def read_ranks(path: Path) -> dict[bytes, int]:
     return ranks
 
 
-def _read_side_file(path: Path, side_file: Path) -> tuple[str, dict[str, int]]:
+def _read_side_file(path: Path, side_file: Path) -> tuple[str, dict[str, int], int]:
+    """Pattern, special tokens, ids of the model's vocabulary or 0."""
     wanted = f'{{"preset": "{"|".join(PRESETS)}"}} or {{"pattern": REGEX, "special_tokens": {{NAME: ID}}}}'
     if not side_file.is_file():
         raise ValueError(
@@ -169,7 +201,10 @@ def _read_side_file(path: Path, side_file: Path) -> tuple[str, dict[str, int]]:
             f"The pattern in {side_file} has the possessive repetition {found[0]!r}, which the tokenizers "
             f"library reads otherwise; write {found[1]!r}."
         )
-    return pattern, special_tokens
+    vocab_size = content.get("vocab_size", 0)
+    if not isinstance(vocab_size, int) or isinstance(vocab_size, bool):
+        raise ValueError(f"{side_file} gives the vocab_size {vocab_size!r}; give an integer, or none.")
+    return pattern, special_tokens, vocab_size
 
 
 def _definition(ranks: dict[bytes, int], pattern: str, special_tokens: dict[str, int]) -> dict[str, Any]:
@@ -177,11 +212,10 @@ def _definition(ranks: dict[bytes, int], pattern: str, special_tokens: dict[str,
     text = {token: "".join(map(_BYTE_CHARACTERS.__getitem__, token)) for token in ranks}
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
     split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
-    plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     return {
         "version": "1.0",
         "added_tokens": [
-            {"id": number, "content": name, "special": True, **plain}
+            special_token(name, number)
             for name, number in sorted(special_tokens.items(), key=lambda item: item[1])
         ],
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
