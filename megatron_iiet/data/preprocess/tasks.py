@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from hashlib import blake2b
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from megatron_iiet.data.preprocess.dedup import DigestFiles, Duplicates
 from megatron_iiet.data.preprocess.layout import Layout, output_name
 from megatron_iiet.data.preprocess.options import PreprocessOptions
 from megatron_iiet.data.preprocess.records import Counts, OutputRecord, UnitRecord
-from megatron_iiet.data.reading.long_text import LongText, parts_of
+from megatron_iiet.data.reading.long_text import LongText, Text, parts_of, strings_of
 from megatron_iiet.data.reading.sources import InputFile
 from megatron_iiet.data.reading.text import Chunk, Row, parse_rows, raise_first, read_chunks
 from megatron_iiet.data.tokenizers.base import Tokenizer
@@ -32,13 +33,15 @@ from megatron_iiet.data.tokenizers.base import Tokenizer
 _SPLIT_KEY = b"held-out split"
 _MAX_OUTPUTS = 256  # each holds files open
 
-Text = str | LongText
 Report = Callable[[int], None]
 
 
 def text_digest(text: Text) -> bytes:
-    """128-bit BLAKE2b of the text's UTF-8 bytes."""
+    """128-bit BLAKE2b of the text's UTF-8 bytes; of a list of strings, of their digests in a row."""
     state = blake2b(digest_size=DIGEST_BYTES)
+    if isinstance(text, tuple):
+        state.update(b"".join(map(text_digest, text)))
+        return state.digest()
     for part in parts_of(text):
         state.update(part.encode())
     return state.digest()
@@ -46,12 +49,14 @@ def text_digest(text: Text) -> bytes:
 
 @dataclass(frozen=True)
 class Filters:
-    """The random choices over documents."""
+    """The choices over documents, by their lengths and random ones."""
 
     rate: float | None = None  # fraction of documents in the sample; None keeps all
     seed: int = 0
     validation: float = 0.0
     test: float = 0.0
+    min_characters: int = 0
+    max_characters: float = inf
 
     @property
     def splits(self) -> bool:
@@ -62,6 +67,11 @@ class Filters:
     def need_digest(self) -> bool:
         """Whether any choice is to be made."""
         return self.splits or (self.rate is not None and self.rate < 1)
+
+    def fits(self, text: Text) -> bool:
+        """Whether a document has as many characters as are wanted."""
+        lengths = (text.characters if isinstance(text, LongText) else len(text) for text in strings_of(text))
+        return self.min_characters <= sum(lengths) <= self.max_characters
 
     def sampled(self, digest: bytes) -> bool:
         """Whether a document is in the sample."""
@@ -148,10 +158,17 @@ class EncodeChunk:
         rows = list(self._selected(recipe, counts))
         for column, key in enumerate(recipe.options.json_keys):
             texts = [row.texts[column] for row, _ in rows]
-            encoded = iter(recipe.encoder.encode_batch([text for text in texts if isinstance(text, str)]))
+            strings = [string for text in texts for string in strings_of(text)]
+            encoded = iter(recipe.encoder.encode_batch([text for text in strings if isinstance(text, str)]))
             for (row, split), text in zip(rows, texts, strict=True):
                 pieces = (
-                    [next(encoded)] if isinstance(text, str) else recipe.encoder.encode_pieces(text.parts())
+                    ids
+                    for string in strings_of(text)
+                    for ids in (
+                        [next(encoded)]
+                        if isinstance(string, str)
+                        else recipe.encoder.encode_pieces(string.parts())
+                    )
                 )
                 output = output_name(row.source, split, key)
                 packed = result.outputs.get(output) or result.outputs.setdefault(output, Packed())
@@ -170,7 +187,9 @@ class EncodeChunk:
         for row in proper_rows(recipe, self.chunk, counts):
             text = identity(row)
             digest = text_digest(text) if text and filters.need_digest else bytes(DIGEST_BYTES)
-            if text and not filters.sampled(digest):
+            if text and not filters.fits(text):
+                counts.wrong_length += 1
+            elif text and not filters.sampled(digest):
                 counts.sampled_out += 1
             elif self.duplicates and self.duplicates[row.line - self.chunk.first_line]:
                 counts.duplicates += 1
@@ -190,7 +209,7 @@ class DigestChunk:
         digests = bytearray(lines * DIGEST_BYTES)
         for row in proper_rows(recipe, self.chunk, Counts()):
             text = identity(row)
-            digest = text_digest(text) if text else None
+            digest = text_digest(text) if text and recipe.filters.fits(text) else None
             if digest and recipe.filters.sampled(digest):
                 start = (row.line - self.chunk.first_line) * DIGEST_BYTES
                 digests[start : start + DIGEST_BYTES] = digest
@@ -204,7 +223,7 @@ def proper_rows(recipe: Recipe, chunk: Chunk, counts: Counts) -> list[Row]:
     Raises:
         ValueError: a row is defective, and such rows are not to be skipped.
     """
-    rows, rejects = parse_rows(chunk, recipe.options.json_keys, recipe.options.split_by)
+    rows, rejects = parse_rows(chunk, recipe.options.reading)
     if recipe.options.bad_rows == "error":
         raise_first(rejects)
     for reject in rejects:
@@ -218,6 +237,8 @@ def identity(row: Row) -> Text:
 
 
 def _utf8_bytes(text: Text) -> int:
+    if isinstance(text, tuple):
+        return sum(map(_utf8_bytes, text))
     if isinstance(text, LongText):
         return text.utf8_bytes
     return len(text) if text.isascii() else len(text.encode())
@@ -249,7 +270,7 @@ class DigestUnit(UnitTask):
 
     def chunks(self, recipe: Recipe) -> Iterator[DigestChunk]:
         for file in self.inputs:
-            for chunk in read_chunks(file, recipe.options.chunk_bytes):
+            for chunk in read_chunks(file, recipe.options.reading, recipe.options.chunk_bytes):
                 yield DigestChunk(chunk)
 
     def write(self, recipe: Recipe, results: Iterable[tuple[str, int, bytes]]) -> None:
@@ -265,7 +286,7 @@ class EncodeUnit(UnitTask):
     def chunks(self, recipe: Recipe) -> Iterator[EncodeChunk]:
         duplicates = Duplicates(recipe.layout.records) if recipe.options.deduplicate else None
         for number, file in enumerate(self.inputs, start=self.unit * recipe.options.inputs_per_shard):
-            for chunk in read_chunks(file, recipe.options.chunk_bytes):
+            for chunk in read_chunks(file, recipe.options.reading, recipe.options.chunk_bytes):
                 if duplicates is None:
                     yield EncodeChunk(chunk)
                 else:
