@@ -519,7 +519,11 @@ def test_standard_input(tmp_path: Path, sentencepiece_model: Path, shards: Calla
     (tmp_path / "stdin").mkdir()
     for _ in range(2):
         done = run_tool(
-            *arguments, "--output-prefix", tmp_path / "stdin" / "p", "--overwrite", stdin=FILES["a.csv"]
+            *arguments,
+            "--output-prefix",
+            tmp_path / "stdin" / "p",
+            "--overwrite",
+            stdin=FILES["a.csv"].decode(),
         )
         assert done.returncode == 0, done.stderr
         made = published(tmp_path / "stdin")

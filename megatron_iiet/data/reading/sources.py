@@ -62,7 +62,7 @@ class Found:
     def __str__(self) -> str:
         kinds = Counter(kind_name(file.path) for file in self.files)
         said = ", ".join(f"{number:,} {kind}" for kind, number in kinds.most_common())
-        return f"inputs: {len(self.files):,} files ({said})" + self.said_left_out("; left out: ")
+        return f"inputs: {said}{self.said_left_out('; left out: ')}"
 
     def said_left_out(self, introduction: str) -> str:
         """Reasons, numbers and examples; nothing where nothing is left out."""

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import count
 from typing import IO, TYPE_CHECKING, Any
 
 from megatron_iiet.data.reading.rows import DefectError, escaped
@@ -66,12 +66,12 @@ def arrow_rows(file: IO[bytes], path: str, columns: Sequence[str]) -> Iterator[b
     """
     import pyarrow as pa
 
-    start = file.read(6)
-    is_stream = start != b"ARROW1"
+    head = file.read(6)
+    is_stream = head != b"ARROW1"
     if is_stream:
         file.seek(max(0, file.seek(0, 2) - 8))
         # Streams of Arrow before 0.15 have no mark before each length.
-        if not file.read().endswith(_END if start.startswith(_MARK) else _END[4:]):
+        if not file.read().endswith(_END if head.startswith(_MARK) else _END[4:]):
             raise ValueError(f"{path} is cut short: its Arrow stream has no end; fetch the file again.")
     file.seek(0)
     open_it = pa.ipc.open_stream if is_stream else pa.ipc.open_file
@@ -189,7 +189,7 @@ def csv_rows(
     reader = csv.reader(texts(), delimiter=delimiter, strict=True)
     header: list[str] = []
     places: dict[bytes, int] = {}
-    for number in count():
+    for number in itertools.count():
         begin = reader.line_num + 1
         try:
             row = next(reader)
