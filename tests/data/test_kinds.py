@@ -23,7 +23,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from megatron_iiet.data.preprocess import PreprocessOptions, PreprocessReport, preprocess, run
+from megatron_iiet.data.preprocess import PreprocessOptions, PreprocessReport, plan, preprocess, run
 from megatron_iiet.data.reading import compression, kinds, tables
 from megatron_iiet.data.reading.kinds import DEFAULT, Reading, parse_template
 from megatron_iiet.data.reading.rows import escaped
@@ -528,3 +528,30 @@ def test_standard_input(tmp_path: Path, sentencepiece_model: Path, shards: Calla
         assert done.returncode == 0, done.stderr
         made = published(tmp_path / "stdin")
         assert {name: made[name] for name in expected} == expected
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.json", "groups.pq", "stream.arrow", "a.txt"])
+def test_a_corpus_is_estimated_by_the_starts_of_its_files(
+    tmp_path: Path, sentencepiece_model: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    rows = [{"id": number, "text": text} for number, text in enumerate(make_texts(3000))]
+    table = pa.Table.from_pylist(rows)
+    content = {
+        "jsonl": lines(rows),
+        "csv": delimited(",", rows),
+        "json": json.dumps(rows).encode(),
+        "pq": parquet(table, row_group_size=200),
+        "arrow": arrow(pa.ipc.new_stream, table),
+        "txt": "\n\n".join(row["text"] for row in rows).encode(),
+    }
+    (tmp_path / name).write_bytes(content[name.rpartition(".")[2]])
+    monkeypatch.setattr(plan, "_LOOKED_AT_BYTES", 60_000)
+    monkeypatch.setattr(plan, "_LOOKED_AT_CHUNK_BYTES", 1000)
+    monkeypatch.setattr(compression, "READ_BYTES", 1000)
+    options = PreprocessOptions(
+        inputs=["a"], output_prefix="p", tokenizer_model="t", txt_documents="blank-line", sample_tokens=1
+    )
+    tokenizer = load_tokenizer(str(sentencepiece_model))
+    estimate, _ = plan._estimate(options, list_inputs([str(tmp_path / name)]), tokenizer)
+    true = sum(len(tokenizer.encode(row["text"])) for row in rows)
+    assert abs(estimate / true - 1) < 0.1
