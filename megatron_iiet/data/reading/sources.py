@@ -241,7 +241,7 @@ def _refuse_none(paths: list[str], pattern: str, found: Found) -> list[str]:
     if not paths:
         raise ValueError(
             f"The input {pattern} holds or matches no {ALL_KINDS} files"
-            f"{found.said_left_out(', only what is left out: ')}; check the path."
+            f"{found.said_left_out('; left out: ')}; check the path."
         )
     return paths
 
