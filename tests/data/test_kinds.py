@@ -12,6 +12,7 @@ import os
 import re
 import threading
 from collections.abc import Callable, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -176,19 +177,22 @@ def test_folders_of_datasets(tmp_path: Path) -> None:
         ("file", b'\n a\r\n\r\n"b"\n\n', ['\n a\r\n\r\n"b"\n\n']),
         ("file", BOM + b"a", ["a"]),
         ("file", b"", []),
+        ("file", b"a\n" * 300_000, ["a\n" * 300_000]),
         ("blank-line", b"\n \na\n b\n\t\nc\r\nd\r\n\r\n\r\ne", ["a\n b", "c\r\nd", "e"]),
         ("blank-line", BOM + b"a\n", ["a"]),
         ("blank-line", b"\n\n", []),
     ],
 )
-@pytest.mark.parametrize("block_bytes", [1, 1 << 18])
+@pytest.mark.parametrize("block_bytes", [30, 1 << 18])
 def test_plain_text(
     tmp_path: Path, documents_are: Any, content: bytes, texts: list[str], block_bytes: int
 ) -> None:
     (tmp_path / "a.txt").write_bytes(content)
-    with patch.multiple(compression, READ_BYTES=block_bytes):
-        found, rejects = rows_of(tmp_path / "a.txt", Reading(txt_documents=documents_are))
-    assert ([row.texts[0] for row in found], rejects) == (texts, [])
+    (tmp_path / "a.txt.xz").write_bytes(lzma.compress(content))
+    for name in ("a.txt", "a.txt.xz"):
+        with patch.multiple(compression, READ_BYTES=block_bytes):
+            found, rejects = rows_of(tmp_path / name, Reading(txt_documents=documents_are))
+        assert ([row.texts[0] for row in found], rejects) == (texts, [])
 
 
 OTHER = {"text": pa.array(["a", None]), "b": pa.array([b"x", b"y"]), "n": pa.array([1, 2])}
@@ -326,6 +330,42 @@ def test_faults(tmp_path: Path, name: str, content: bytes, key: str, message: st
 def test_a_file_of_no_bytes_has_no_documents(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(b"")
     assert rows_of(tmp_path / name) == ([], [])
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.arrow", "a.json"])
+def test_keys_that_lead_into_objects(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(FILES[name])
+    how = Reading(keys=["meta.set", "text"], source_key="meta.set")
+    found, rejects = rows_of(tmp_path / name, how)
+    assert [(row.texts, row.source) for row in found] == [(("s", text), "s") for text in TEXTS]
+    assert rejects == []
+    _, rejects = rows_of(tmp_path / name, Reading(keys=["meta.other"]))
+    assert re.search(r"missing key \| .*row 1: no key 'meta\.other', only \['set'\]", rejects[0])
+
+
+def test_columns_of_all_types(tmp_path: Path) -> None:
+    """Text in any of them is the same text, and nothing else is text."""
+    table = pa.table(
+        {
+            "a.b": ["é", "x"],
+            "struct": [{"s": "\xa0", "n": 1, "d": datetime(2020, 1, 2)}, None],
+            "lists": pa.array([["a", None], None]).slice(0),
+            "map": pa.array([[("k", "v")], []], pa.map_(pa.string(), pa.string())),
+            "float": [float("nan"), 1.5],
+        }
+    )
+    pq.write_table(table, tmp_path / "a.parquet")
+    columns = table.column_names
+    (chunk,) = read_chunks(tmp_path / "a.parquet", Reading(keys=columns))
+    assert list(map(json.loads, chunk.data.decode().split("\n")[1:])) == [
+        {"a.b": "x", "struct": None, "lists": None, "map": [], "float": 1.5}
+    ]
+    first = json.loads(chunk.data.split(b"\n")[0])
+    assert first.pop("float") != first
+    day = {"datetime": "2020-01-02 00:00:00"}
+    assert first == {
+        "a.b": "é", "struct": {"s": "\xa0", "n": 1, "d": day}, "lists": ["a", None], "map": [["k", "v"]]
+    }  # fmt: skip
 
 
 def test_mixed_schemas(tmp_path: Path, shards: Callable[..., Any]) -> None:

@@ -131,6 +131,7 @@ def test_what_a_folder_leaves_out_is_named(tree: Path, scheme: str) -> None:
         (["empty"], r"input .*empty holds or matches no"),
         (["no.jsonl"], r"no\.jsonl is missing"),
         (["broken.jsonl"], r"broken\.jsonl is missing"),
+        (["chunk2/*.fifo.jsonl"], r"a\.fifo\.jsonl can be read only once; name it by itself"),
         (["socket.jsonl"], r"socket\.jsonl is no regular file"),
         (["a.docx"], r"a\.docx is of an unknown kind; give \.jsonl.* files, or --input-format"),
         (["f.jsonl.partial"], r"f\.jsonl\.partial is of an unknown kind"),
@@ -146,9 +147,10 @@ def test_bad_inputs(tree: Path, patterns: list[str], message: str) -> None:
     (tree / "broken.jsonl").symlink_to("nowhere")
     (tree / "linked.jsonl").symlink_to("d.ndjson")
     (tree / "a.docx").write_bytes(GOOD)
+    os.mkfifo(tree / "chunk2" / "a.fifo.jsonl")
     os.mknod(tree / "socket.jsonl", stat.S_IFSOCK | 0o600)
     if patterns[0] == "":
-        for name in ("broken.jsonl", "linked.jsonl", "socket.jsonl"):
+        for name in ("broken.jsonl", "linked.jsonl", "socket.jsonl", "chunk2/a.fifo.jsonl"):
             (tree / name).unlink()
     with pytest.raises(ValueError, match=message):
         list_inputs([f"{tree}/{pattern}" for pattern in patterns])

@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from string import Formatter
@@ -66,6 +66,28 @@ def kind_name(path: str) -> str:
     return ((os.path.splitext(stem)[1] + suffix if packing_of(name) else suffix) or name).lower()
 
 
+@cache
+def fitting_document_bytes() -> int:
+    """Bytes of the longest row that several processes can each hold in the memory there is."""
+    return max(_MIN_DOCUMENT_BYTES, _memory_limit() // _MEMORY_SHARE)
+
+
+def _memory_limit() -> int:
+    """The machine's memory in bytes, or less where a cgroup says so."""
+    limits = [psutil.virtual_memory().total]
+    with suppress(OSError):
+        for line in Path("/proc/self/cgroup").read_text().splitlines():
+            _, controllers, place = line.split(":", 2)
+            kind, name = ("memory", "memory.limit_in_bytes") if controllers else ("", "memory.max")
+            if controllers and "memory" not in controllers.split(","):
+                continue
+            folder = Path("/sys/fs/cgroup", kind)
+            for parent in (folder / place.lstrip("/"), folder):  # in a container its own is the root
+                with suppress(OSError, ValueError):
+                    limits.append(int((parent / name).read_text()))
+    return min(limits)
+
+
 @dataclass(frozen=True)
 class Reading:
     """How rows are read."""
@@ -75,7 +97,7 @@ class Reading:
     template: Template = ()  # makes the only text, in place of the keys
     input_format: str | None = None  # of files whose name tells none
     txt_documents: Literal["file", "blank-line"] = "file"
-    max_document_bytes: int = 1 << 62  # of a line or row; longer ones are rejected
+    max_document_bytes: int = field(default_factory=fitting_document_bytes)  # of a line or row
 
     @property
     def columns(self) -> list[str]:
@@ -109,25 +131,3 @@ def parse_template(text: str) -> Template:
     if not any(key for _, key, _, _ in parts):
         raise ValueError(f"--text-template is {text!r}, which names no key, as {{title}} does.")
     return tuple((literal, key) for literal, key, _, _ in parts)
-
-
-@cache
-def fitting_document_bytes() -> int:
-    """Bytes of the longest row that several processes can each hold in the memory there is."""
-    return max(_MIN_DOCUMENT_BYTES, _memory_limit() // _MEMORY_SHARE)
-
-
-def _memory_limit() -> int:
-    """The machine's memory in bytes, or less where a cgroup says so."""
-    limits = [psutil.virtual_memory().total]
-    with suppress(OSError):
-        for line in Path("/proc/self/cgroup").read_text().splitlines():
-            _, controllers, place = line.split(":", 2)
-            kind, name = ("memory", "memory.limit_in_bytes") if controllers else ("", "memory.max")
-            if controllers and "memory" not in controllers.split(","):
-                continue
-            folder = Path("/sys/fs/cgroup", kind)
-            for parent in (folder / place.lstrip("/"), folder):  # in a container its own is the root
-                with suppress(OSError, ValueError):
-                    limits.append(int((parent / name).read_text()))
-    return min(limits)

@@ -138,8 +138,9 @@ def documents_of_text(blocks: Iterable[bytes], between: str, limit: int) -> Iter
     for part in blocks if between == "file" else lines(blocks, limit):
         if isinstance(part, DefectError):
             row.size += part.size  # its document is too long as well
-        elif between == "file" and part:
-            add(part)
+        elif between == "file":
+            if part:
+                add(part)
         elif part.strip():
             add((line_end if row.size else b"") + part.removesuffix(b"\r"))
             line_end = b"\r\n" if part.endswith(b"\r") else b"\n"

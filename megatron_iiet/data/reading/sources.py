@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import IO, Any
 
 from megatron_iiet.data.reading.kinds import ALL_KINDS, format_of, kind_name, tells_nothing
@@ -214,7 +215,10 @@ def _expand(pattern: str, found: Found, input_format: str | None) -> list[str]:
         paths = glob.glob(pattern, recursive=True)
         if folder := next(filter(os.path.isdir, paths), None):
             raise ValueError(f"The input {folder} is a folder.")
-    return _refuse_none(_sort_out(paths, os.path.exists, found, input_format), pattern, found)
+    taken = _sort_out(paths, os.path.exists, found, input_format)
+    if fifo := next((path for path in taken if Path(path).is_fifo()), None):
+        raise ValueError(f"The input {fifo} can be read only once; name it by itself, or move it away.")
+    return _refuse_none(taken, pattern, found)
 
 
 def _files_below(folder: str, found: Found) -> Iterator[str]:

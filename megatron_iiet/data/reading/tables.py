@@ -185,7 +185,7 @@ def csv_rows(
                 raise ValueError(f"{path}, row {number}: {line}")
             yield line.decode("utf-8", "surrogateescape") + "\n"
 
-    csv.field_size_limit(limit)
+    csv.field_size_limit(limit // 4)  # characters, of four bytes each
     reader = csv.reader(texts(), delimiter=delimiter, strict=True)
     header: list[str] = []
     places: dict[bytes, int] = {}
