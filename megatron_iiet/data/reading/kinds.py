@@ -63,7 +63,8 @@ def kind_name(path: str) -> str:
     """A file's suffixes, for people."""
     name = os.path.basename(path)
     stem, suffix = os.path.splitext(name)
-    return ((os.path.splitext(stem)[1] + suffix if packing_of(name) else suffix) or name).lower()
+    suffixes = os.path.splitext(stem)[1] + suffix if packing_of(name) else suffix
+    return suffixes.lower() or "without a suffix"
 
 
 @cache

@@ -74,11 +74,14 @@ def lines(blocks: Iterable[bytes], limit: int) -> Iterator[bytes | DefectError]:
     """Lines without their breaks."""
     row = _Row(limit)
     for block in blocks:
-        *ends, rest = block.split(b"\n")
-        for end in ends:
-            row.add(end)
+        end, *whole = block.split(b"\n")
+        row.add(end)
+        if whole:
             yield row.end()
-        row.add(rest)
+            rest = whole.pop()
+            for line in whole:
+                yield line if len(line) <= limit else too_long(len(line), limit)
+            row.add(rest)
     if row.size:
         yield row.end()
 
