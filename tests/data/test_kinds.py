@@ -11,6 +11,7 @@ import lzma
 import os
 import re
 import threading
+import tracemalloc
 from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -21,6 +22,7 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -376,27 +378,38 @@ def test_mixed_schemas(tmp_path: Path, shards: Callable[..., Any]) -> None:
     assert re.search(r"b\.parquet has no column 'text' among \['content'\]", str(report.failures[0]))
 
 
+@pytest.mark.parametrize("block_bytes", [100, 1 << 18])
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.zst", "a.json", "a.txt", "b.txt", "a.parquet"])
-def test_a_row_that_is_too_long_is_left_out_and_never_held(tmp_path: Path, name: str) -> None:
-    giant = {"text": "x" * 5000}
+def test_a_row_that_is_too_long_is_left_out(tmp_path: Path, name: str, block_bytes: int) -> None:
+    rows = [ROWS[0], {"text": "x" * 5000}, *ROWS[1:3]]
+    texts = [text.replace("\n", " ") for text in TEXTS[:3]]
     content = {
-        "jsonl": lines([giant, *ROWS[:3]]),
-        "zst": zstd(lines([giant, *ROWS[:3]])),
-        "json": json.dumps([giant, *ROWS[:3]]).encode(),
-        "txt": b"x" * 5000
-        + b"\nend\n\n"
-        + "\n\n".join(text.replace("\n", " ") for text in TEXTS[:3]).encode(),
-        "parquet": parquet(pa.Table.from_pylist([giant, *ROWS[:3]])),
+        "jsonl": lines(rows),
+        "zst": zstd(lines(rows)),
+        "json": json.dumps(rows).encode(),
+        "txt": "\n\n".join([texts[0], "x" * 5000 + "\nend", *texts[1:]]).encode(),
+        "parquet": parquet(pa.Table.from_pylist(rows)),
     }
     (tmp_path / name).write_bytes(content[name.rpartition(".")[2]])
     between: Any = "blank-line" if name == "a.txt" else "file"
-    with patch.multiple(compression, READ_BYTES=100):
-        found, rejects = rows_of(tmp_path / name, Reading(max_document_bytes=4000, txt_documents=between))
-    assert [row.line for row in found] == ([] if name == "b.txt" else [2, 3, 4])
-    (reject,) = rejects
-    assert re.search(
-        r"too long \| .*(line|row) 1: [59],\d{3} bytes, more than the 4,000 of --max-document-b", reject
-    )
+    with patch.multiple(compression, READ_BYTES=block_bytes):
+        found, (reject,) = rows_of(tmp_path / name, Reading(max_document_bytes=4000, txt_documents=between))
+    assert [row.line for row in found] == ([] if name == "b.txt" else [1, 3, 4])
+    said = r"too long \| .*(line|row) [12]: [5-9],\d{3} bytes, more than the 4,000 of --max-document-bytes"
+    assert re.search(said, reject)
+
+
+def test_what_is_too_long_is_not_held(tmp_path: Path) -> None:
+    """Some kilobytes of a bomb are 300 MB of a line."""
+    with zstandard.ZstdCompressor().stream_writer((tmp_path / "a.jsonl.zst").open("wb")) as file:
+        for _ in range(300):
+            file.write(b"x" * 1_000_000)
+    tracemalloc.start()
+    _, (reject,) = rows_of(tmp_path / "a.jsonl.zst", Reading(max_document_bytes=1_000_000))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert "300,000,000 bytes, more than the 1,000,000" in reject
+    assert peak < 10e6
 
 
 def test_a_csv_field_that_is_too_long_ends_the_file(tmp_path: Path) -> None:
@@ -543,31 +556,15 @@ def test_a_fifo_is_read_once(tmp_path: Path, shards: Callable[..., Any], workers
 
 
 @pytest.mark.slow
-def test_standard_input(tmp_path: Path, sentencepiece_model: Path, shards: Callable[..., Any]) -> None:
+def test_standard_input(tmp_path: Path, sentencepiece_model: Path) -> None:
+    """Workers have none: what it holds is sent to them."""
     (tmp_path / "a.csv").write_bytes(FILES["a.csv"])
-    expected, _ = shards(tmp_path / "a.csv")
-    arguments = (
-        "--input",
-        "-",
-        "--input-format",
-        "csv",
-        "--tokenizer-model",
-        sentencepiece_model,
-        "--workers",
-        2,
-    )
-    (tmp_path / "stdin").mkdir()
-    for _ in range(2):
-        done = run_tool(
-            *arguments,
-            "--output-prefix",
-            tmp_path / "stdin" / "p",
-            "--overwrite",
-            stdin=FILES["a.csv"].decode(),
-        )
-        assert done.returncode == 0, done.stderr
-        made = published(tmp_path / "stdin")
-        assert {name: made[name] for name in expected} == expected
+    arguments = ["--input", "-", tmp_path / "a.csv", "--input-format", "csv", "--workers", 2]
+    arguments += ["--tokenizer-model", sentencepiece_model, "--output-dir", tmp_path / "out"]
+    done = run_tool(*arguments, stdin=FILES["a.csv"].decode())
+    assert done.returncode == 0, done.stderr
+    first, second = ((tmp_path / "out" / "text_document" / f"00000{n}.bin").read_bytes() for n in (0, 1))
+    assert first == second
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.json", "groups.pq", "stream.arrow", "a.txt"])

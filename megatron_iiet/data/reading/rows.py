@@ -79,8 +79,7 @@ def lines(blocks: Iterable[bytes], limit: int) -> Iterator[bytes | DefectError]:
         if whole:
             yield row.end()
             rest = whole.pop()
-            for line in whole:
-                yield line if len(line) <= limit else too_long(len(line), limit)
+            yield from whole  # no longer than a block
             row.add(rest)
     if row.size:
         yield row.end()
