@@ -196,7 +196,7 @@ def csv_rows(
         except StopIteration:
             return
         except csv.Error as error:
-            if not header or reader.line_num > begin:
+            if not header or reader.line_num > begin or "limit" in str(error):
                 raise ValueError(
                     f"{path}, row {number}, from line {begin} on: no end can be told ({error}); repair its "
                     "quotes, or raise --max-document-bytes."
