@@ -35,7 +35,7 @@ def parse_arguments() -> argparse.Namespace:
         "--data",
         default="",
         metavar="PATH",
-        help="prefix of a corpus, or a file .jsonl or .txt (.zst, .gz); default: what the run validates on",
+        help="prefix of a corpus, or a file of text (docs/data.md); default: what the run validates on",
     )
     add("--tokenizer", default="", metavar="FILE", help="default: the model's")
     add("--sequences", type=int, default=256, metavar="N", help="to measure on (default: 256)")

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Tokenize JSON-lines text into the shards that pretraining reads; run it again to do what is missing."""
+"""Tokenize text files into the shards that pretraining reads; run it again to do what is missing."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import sys
 from megatron_iiet.data.preprocess import PreprocessOptions, megatron_flags, preprocess
 from megatron_iiet.data.preprocess.options import parse_count, share_of_work
 from megatron_iiet.data.preprocess.pool import give_back_large_blocks
+from megatron_iiet.data.reading.kinds import ALL_KINDS, FORMATS
 from megatron_iiet.data.tokenizers.base import MAX_UNCUT_BYTES
 from megatron_iiet.durable import leave_cleanly_on_sigterm
 
@@ -22,7 +23,18 @@ def build_parser() -> argparse.ArgumentParser:
         nargs="+",
         default=[],
         metavar="PATH",
-        help="files, folders or quoted globs of .jsonl[.gz|.zst]",
+        help=f"files, folders, quoted globs or urls of {ALL_KINDS}; - is standard input",
+    )
+    add(
+        "--input-format",
+        choices=sorted({*FORMATS.values()}),
+        help="what standard input, FIFOs and files without a suffix are (default: jsonl)",
+    )
+    add(
+        "--txt-documents",
+        choices=["file", "blank-line"],
+        default="file",
+        help="a document of a .txt: all of it, or what stands between blank lines",
     )
     add(
         "--dataset", metavar="NAME", help="or a Hugging Face dataset, by name on the hub or as a local folder"
@@ -32,6 +44,16 @@ def build_parser() -> argparse.ArgumentParser:
         "--streaming", action="store_true", help="read the dataset's files where they are, without a download"
     )
     add("--json-keys", nargs="+", default=["text"], metavar="KEY", help="one output for each (default: text)")
+    add(
+        "--text-template",
+        metavar="T",
+        help=r"or one text made of several keys, such as '{title}\n\n{text}'",
+    )
+    add(
+        "--max-document-bytes",
+        metavar="N",
+        help="a longer line or row is a bad one, never held in memory (default: a sixteenth of the memory)",
+    )
     add("--bad-rows", choices=["error", "skip"], default="error", help="fail, or count and leave out")
 
     add = parser.add_argument_group("tokens").add_argument
@@ -73,6 +95,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--corpus-tokens", metavar="N", help="tokens of the whole corpus (default: estimated)")
     add("--seed", type=int, default=1234, help="of the sample")
+    add("--min-characters", type=int, default=0, metavar="N", help="leave shorter documents out")
+    add("--max-characters", type=int, metavar="N", help="leave longer documents out")
     add("--deduplicate", action="store_true", help="drop documents that repeat an earlier one exactly")
 
     add = parser.add_argument_group("work").add_argument
@@ -96,7 +120,7 @@ def parse_arguments() -> PreprocessOptions:
     """
     values = vars(build_parser().parse_args())
     megatron_flags.translate(values, log=print)
-    for name in ("sample_tokens", "corpus_tokens"):
+    for name in ("sample_tokens", "corpus_tokens", "max_document_bytes"):
         values[name] = None if values[name] is None else parse_count(values[name])
     values["num_jobs"], values["job"] = share_of_work(os.environ, values["num_jobs"], values["job"])
     if values["workers"] is None:

@@ -1,18 +1,19 @@
 #!/usr/bin/env python
-"""Train a SentencePiece BPE tokenizer on JSON-lines text."""
+"""Train a SentencePiece BPE tokenizer on text."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 
+from megatron_iiet.data.reading.kinds import ALL_KINDS
 from megatron_iiet.data.tokenizers.training import train_tokenizer
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "--input", nargs="+", required=True, help="files or quoted globs: .jsonl, .jsonl.gz, .jsonl.zst"
+        "--input", nargs="+", required=True, help=f"files, folders or quoted globs of {ALL_KINDS}"
     )
     parser.add_argument("--output-prefix", required=True, help="writes OUTPUT_PREFIX.model")
     parser.add_argument("--vocab-size", type=int, default=32000, help="number of pieces")

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,16 +12,12 @@ from megatron_iiet.config.schema import DataConfig
 from megatron_iiet.data.corpora.mmididx import Int64Array
 from megatron_iiet.data.corpora.streams import TokenStream
 from megatron_iiet.data.loader.samples import KINDS, Samples, build_splits
-from megatron_iiet.data.reading.compression import decompressed_blocks
-from megatron_iiet.data.reading.sources import SUFFIXES, list_inputs
+from megatron_iiet.data.reading.kinds import format_of
+from megatron_iiet.data.reading.sources import list_inputs
 from megatron_iiet.data.reading.text import iter_documents
 from megatron_iiet.data.tokenizers.base import Tokenizer
 from megatron_iiet.data.tokenizers.loading import load_tokenizer
 from megatron_iiet.training.corpora import check_tokenizers, open_corpora
-
-PLAIN_SUFFIXES = tuple(".txt" + packed for packed in ("", ".gz", ".zst"))
-TEXT_SUFFIXES = (*SUFFIXES, *PLAIN_SUFFIXES)
-"""How the names of files of text end: JSON lines, a document each, or plain text, one document a file."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +38,7 @@ def open_text_set(path: str, data: DataConfig, vocab_size: int, samples: int) ->
     Raises:
         ValueError: there is no such text, too little of it, or it or its tokenizer belongs to another model.
     """
-    if path.endswith(TEXT_SUFFIXES):
+    if format_of(path):
         return _text_set(path, data, vocab_size, samples)
     tokenizer_file = _tokenizer_of(data)
     if path:
@@ -119,7 +114,7 @@ def read_text(path: str, tokenizer: Tokenizer, enough: int) -> TokenStream:
         ValueError: the file is missing, damaged or no text.
     """
     parts, lengths, total = [], [], 0
-    for text in _documents(path):
+    for text in iter_documents(list_inputs([path])):
         tokens = tokenizer.encode(text)
         if len(tokens):
             tokens = np.append(tokens, np.int32(tokenizer.eod_id))
@@ -130,17 +125,3 @@ def read_text(path: str, tokenizer: Tokenizer, enough: int) -> TokenStream:
             break
     tokens = np.concatenate(parts) if parts else np.zeros(0, np.int32)
     return TokensInMemory(path, tokens, lengths)
-
-
-def _documents(path: str) -> Iterator[str]:
-    if not path.endswith(PLAIN_SUFFIXES):
-        return iter_documents(list_inputs([path]))
-    if not Path(path).is_file():
-        raise ValueError(f"the text {path} is missing or no file")
-    try:
-        with open(path, "rb") as file:
-            return iter([b"".join(decompressed_blocks(file, path)).decode("utf-8-sig")])
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{path} is not UTF-8 text (byte {error.start}); convert it, e.g. with iconv"
-        ) from None

@@ -29,11 +29,12 @@ def command(*arguments: object) -> list[str]:
 
 
 def run_tool(
-    *arguments: object, environment: dict[str, str] | None = None
+    *arguments: object, environment: dict[str, str] | None = None, stdin: str | None = None
 ) -> subprocess.CompletedProcess[str]:
     """Run the tool to its end."""
     return subprocess.run(
         command(*arguments),
+        input=stdin,
         capture_output=True,
         text=True,
         env={**ENVIRONMENT, **(environment or {})},

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from megatron_iiet.data.reading.long_text import LongText, parse_long_line
+from megatron_iiet.data.reading.kinds import Reading
+from megatron_iiet.data.reading.long_text import LongText, parse_long_line, parts_of, strings_of
 from megatron_iiet.data.reading.text import LONG_LINE_BYTES, Chunk, parse_rows
 
 HALVES = st.sampled_from([chr(code) for code in (0xD800, 0xDBFF, 0xDC00, 0xDFFF)])
@@ -131,6 +132,13 @@ def test_lines_are_read_as_json_reads_them(value: object, ascii_only: bool, min_
     assert is_same({"": found}, {"": expected}) or (isinstance(expected, str) and len(found) > 32)
 
 
+def test_giant_items_of_a_list_are_texts() -> None:
+    line = json.dumps({"text": ["short", GIANT]}).encode()
+    ((row,), rejects) = parse_rows(Chunk("a.jsonl", 3, line))
+    assert rejects == []
+    assert ["".join(parts_of(text)) for text in strings_of(row.texts[0])] == ["short", GIANT]
+
+
 def test_values_of_objects_are_put_back_at_any_depth() -> None:
     value = parse_long_line(b'{"a": {"b": "long"}, "c": [{"d": "long"}], "e": "no"}', min_bytes=4)
     assert ["".join(text.parts()) for text in (value["a"]["b"], value["c"][0]["d"])] == ["long", "long"]
@@ -142,7 +150,7 @@ GIANT = "x" * LONG_LINE_BYTES
 
 
 def reject_of(line: bytes) -> tuple[str, str]:
-    rows, (reject,) = parse_rows(Chunk("a.jsonl", 3, line), ["text"], "set")
+    rows, (reject,) = parse_rows(Chunk("a.jsonl", 3, line), Reading(source_key="set"))
     assert rows == []
     assert reject.message.startswith("a.jsonl, line 3: ")
     assert len(reject.message) < 300
@@ -164,7 +172,7 @@ def reject_of(line: bytes) -> tuple[str, str]:
         (f'{{"set": "C4", "other": "{GIANT}\\x", "text": ""}}', "invalid JSON", "Invalid"),
         (f'{{"set": "C4", "text": "{GIANT}\\ud83d"}}', "lone surrogate", r"'text' holds half.*\\ud83d"),
         (f'{{"set": "C4", "txt": "{GIANT}"}}', "missing key", r"only \['set', 'txt'\]"),
-        (f'{{"set": "C4", "text": ["{GIANT}"]}}', "not a string", r"'text' is .*\(list\)"),
+        (f'{{"set": "C4", "text": [["{GIANT}"]]}}', "not a string", r"'text\[0\]' is .*\(list\)"),
         (f'{{"text": "", "set": "{GIANT}"}}', "not a string", "'set' holds 8,388,608 characters, not a name"),
         (f'["{GIANT}"]', "not an object", "a JSON list instead of an object"),
         (f'"{GIANT}"', "not an object", "a JSON str instead of an object"),
@@ -192,7 +200,7 @@ def test_giant_lines_give_rows() -> None:
     line = (
         f'{{"short": "s", "text": "{GIANT}\\n世", "meta": {{"set": "C4"}}, "other": {other_half}}}'.encode()
     )
-    (row,), rejects = parse_rows(Chunk("a.jsonl", 3, line), ["text", "short"], "meta.set")
+    (row,), rejects = parse_rows(Chunk("a.jsonl", 3, line), Reading(["text", "short"], "meta.set"))
     text, short = row.texts
     assert isinstance(text, LongText)
     assert "".join(text.parts()) == GIANT + "\n世"
@@ -212,7 +220,7 @@ def test_a_giant_text_is_never_decoded_whole(unit: str, ascii_only: bool) -> Non
     chunk = Chunk("a.jsonl", 1, line)
     tracemalloc.start()
     try:
-        (row,), _ = parse_rows(chunk, ["text"])
+        (row,), _ = parse_rows(chunk)
         assert isinstance(row.texts[0], LongText)
         assert sum(map(len, row.texts[0].parts())) == length
         _, peak = tracemalloc.get_traced_memory()

@@ -247,14 +247,16 @@ def test_tool(options: PreprocessOptions, tmp_path: Path) -> None:
     arguments = ["--input", *options.inputs, "--tokenizer-model", options.tokenizer_model, "--append-eod"]
     done = run_tool(*arguments, "--output-prefix", options.output_prefix, "--workers", 2)
     assert done.returncode == 0, done.stderr
-    assert "500 ids, by " in done.stdout.splitlines()[0]
+    first, second = done.stdout.splitlines()[:2]
+    assert first.startswith("inputs: ")
+    assert "500 ids, by " in second
     assert "text_document: 140 documents, " in done.stdout
     assert "tokens/CPU-s" in done.stdout.splitlines()[-1]
     from_tool = published(tmp_path / "out")
     run(replace(options, overwrite=True))
     assert published(tmp_path / "out") == from_tool
     again = run_tool(*arguments, "--output-prefix", options.output_prefix)
-    assert (again.returncode, again.stdout.splitlines()[0]) == (0, "nothing to do: all 1 shards are finished")
+    assert (again.returncode, again.stdout.splitlines()[1]) == (0, "nothing to do: all 1 shards are finished")
 
 
 @pytest.mark.slow

@@ -133,6 +133,12 @@ def test_what_is_made_unless_told_otherwise() -> None:
     """Another default would make another corpus of the same command."""
     given: dict[str, Any] = {"inputs": ["a.jsonl"], "output_dir": "d", "tokenizer_model": "t.model"}
     assert asdict(PreprocessOptions(**given)) == given | {
+        "input_format": None,
+        "txt_documents": "file",
+        "text_template": None,
+        "max_document_bytes": None,
+        "min_characters": 0,
+        "max_characters": None,
         "dataset": None,
         "split": None,
         "streaming": False,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,10 +13,16 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from megatron_iiet.data.reading.sources import InputFile, list_dataset, list_inputs, open_input
+from megatron_iiet.data.reading.sources import (
+    InputFile,
+    find_inputs,
+    list_dataset,
+    list_inputs,
+    open_input,
+)
 from megatron_iiet.data.reading.text import iter_documents, read_chunks
 from tests.data.hub_server import REVISION, serve_hub
-from tests.data.inputs import GOOD, INPUT_CASES, InputCase, jsonl, zstd
+from tests.data.inputs import GOOD, GOOD_TEXTS, INPUT_CASES, InputCase, jsonl, zstd
 
 
 def names(files: list[InputFile], root: Path | str) -> list[str]:
@@ -42,7 +49,21 @@ def tree(tmp_path: Path) -> Path:
     return tmp_path / "tree"
 
 
-IN_TREE = ["chunk10/c.jsonl", "chunk2/a.json.gz", "chunk2/b.jsonl.zst", "d.ndjson"]
+IN_TREE = ["chunk10/c.jsonl", "chunk2/a.json.gz", "chunk2/b.jsonl.zst", "d.ndjson", "h.parquet", "notes.txt"]
+LEFT_OUT = [
+    ("README.md", "licences, readmes and the like"),
+    ("License-MIT.txt", "licences, readmes and the like"),
+    ("dataset_info.json", "files about datasets or caches of them"),
+    ("saved/state.json", "files about datasets or caches of them"),
+    ("saved/cache-1f.arrow", "files about datasets or caches of them"),
+    ("a.pdf", "of unknown kinds"),
+    ("part-00000", "of unknown kinds"),
+    ("b.parquet.gz", "of unknown kinds"),
+    ("f.jsonl.partial", "unfinished"),
+    ("g.jsonl.tmp", "unfinished"),
+    ("out/preprocess/job-00000-of-00001.jsonl", "records of preprocessing"),
+    ("p.preprocess/digests/deep/x.jsonl", "records of preprocessing"),
+]
 
 
 def test_folders(tree: Path) -> None:
@@ -59,13 +80,13 @@ def test_linked_folders_are_followed_once(tree: Path, tmp_path: Path) -> None:
     (tmp_path / "other" / "z.jsonl").write_bytes(GOOD)
     (tree / "link").symlink_to(tmp_path / "other")
     (tree / "chunk2" / "loop").symlink_to(tree)
-    assert names(list_inputs([str(tree)]), tree) == [*IN_TREE, "link/z.jsonl"]
+    assert names(list_inputs([str(tree)]), tree) == sorted([*IN_TREE, "link/z.jsonl"])
 
 
 def test_globs_and_paths(tree: Path) -> None:
     (tree / "x[1].jsonl").write_bytes(GOOD)
     found = list_inputs([f"{tree}/x[1].jsonl", f"{tree}/chunk*/*.json*", f"{tree}/**/d.*"])
-    assert names(found, tree) == ["x[1].jsonl", *IN_TREE]
+    assert names(found, tree) == ["x[1].jsonl", *IN_TREE[:4]]
 
 
 def test_size_and_stamp(tree: Path) -> None:
@@ -76,15 +97,43 @@ def test_size_and_stamp(tree: Path) -> None:
     assert list_inputs([str(path)]) == [InputFile(str(path), len(GOOD), "1")]
 
 
+@pytest.mark.parametrize("scheme", ["", "file://"])
+def test_what_a_folder_leaves_out_is_named(tree: Path, scheme: str) -> None:
+    for name, _ in LEFT_OUT:
+        (tree / name).parent.mkdir(parents=True, exist_ok=True)
+        (tree / name).write_bytes(GOOD)
+    for name in ("out/preprocess/plan.json", "p.preprocess/plan.json"):
+        (tree / name).write_text("{}")
+    (tree / "preprocess").mkdir()
+    (tree / "preprocess" / "mine.jsonl").write_bytes(GOOD)
+    found = find_inputs([f"{scheme}{tree}"])
+    assert names(found.files, f"{scheme}{tree}") == [*IN_TREE, "preprocess/mine.jsonl"]
+    left_out = {path: reason for reason, paths in found.left_out.items() for path in paths}
+    assert {str(tree / name): reason for name, reason in LEFT_OUT}.items() <= left_out.items()
+    assert sorted(left_out.values()).count("hidden") == 2
+    assert str(found).startswith(
+        "inputs: 2 .jsonl, 1 .json.gz, 1 .jsonl.zst, 1 .ndjson, 1 .parquet, 1 .txt; left"
+    )
+    assert "3 of unknown kinds (a.pdf, b.parquet.gz, part-00000)" in str(found)
+    part = f"{scheme}{tree}/part-00000"
+    assert part in [file.path for file in find_inputs([f"{scheme}{tree}"], "jsonl").files]
+    assert list(iter_documents(list_inputs([part, f"{tree}/License-MIT.txt"])))[:10] == GOOD_TEXTS
+    with pytest.raises(ValueError, match=r"preprocess holds .* left out: 2 records of preprocessing \("):
+        list_inputs([f"{scheme}{tree}/out/preprocess"])
+    with pytest.raises(ValueError, match=r"left out: 1 records of preprocessing \(job-00000"):
+        list_inputs([f"{scheme}{tree}/out/**/*.jsonl"])
+
+
 @pytest.mark.parametrize(
     ("patterns", "message"),
     [
-        (["*.gz"], r"input .*\*\.gz holds or matches no \.jsonl, \.json or"),
+        (["*.gz"], r"input .*\*\.gz holds or matches no \.jsonl, \.json, .* files; check"),
         (["empty"], r"input .*empty holds or matches no"),
         (["no.jsonl"], r"no\.jsonl is missing"),
         (["broken.jsonl"], r"broken\.jsonl is missing"),
-        (["fifo.jsonl"], r"fifo\.jsonl is no regular file"),
-        (["notes.txt"], r"notes\.txt is of an unknown kind; give \.jsonl"),
+        (["chunk2/*.fifo.jsonl"], r"a\.fifo\.jsonl can be read only once; name it by itself"),
+        (["socket.jsonl"], r"socket\.jsonl is no regular file"),
+        (["a.docx"], r"a\.docx is of an unknown kind; give \.jsonl.* files, or --input-format"),
         (["f.jsonl.partial"], r"f\.jsonl\.partial is of an unknown kind"),
         (["chunk*"], r"chunk10 is a folder"),
         (["d.ndjson", "*.ndjson"], r"d\.ndjson is named twice; name every file once"),
@@ -97,9 +146,11 @@ def test_bad_inputs(tree: Path, patterns: list[str], message: str) -> None:
     (tree / "empty").mkdir()
     (tree / "broken.jsonl").symlink_to("nowhere")
     (tree / "linked.jsonl").symlink_to("d.ndjson")
-    os.mkfifo(tree / "fifo.jsonl")
+    (tree / "a.docx").write_bytes(GOOD)
+    os.mkfifo(tree / "chunk2" / "a.fifo.jsonl")
+    os.mknod(tree / "socket.jsonl", stat.S_IFSOCK | 0o600)
     if patterns[0] == "":
-        for name in ("broken.jsonl", "linked.jsonl", "fifo.jsonl"):
+        for name in ("broken.jsonl", "linked.jsonl", "socket.jsonl", "chunk2/a.fifo.jsonl"):
             (tree / name).unlink()
     with pytest.raises(ValueError, match=message):
         list_inputs([f"{tree}/{pattern}" for pattern in patterns])
@@ -119,7 +170,7 @@ def store(request: pytest.FixtureRequest, tree: Path) -> Iterator[str]:
 
 def test_urls(store: str) -> None:
     files = list_inputs([store])
-    root = files[-1].path.removesuffix("/d.ndjson")
+    root = files[-1].path.removesuffix("/notes.txt")
     assert names(files, root) == IN_TREE
     assert {file.size for file in files} == {len(GOOD)}
     assert all(file.stamp != "unknown" for file in files)
@@ -136,7 +187,7 @@ def test_urls(store: str) -> None:
         ("no.jsonl", r"no\.jsonl is missing"),
         ("no/no.jsonl", r"no\.jsonl is missing"),
         ("*.txt.gz", r"\*\.txt\.gz holds or matches no"),
-        ("notes.txt", r"notes\.txt is of an unknown kind"),
+        ("notes.docx", r"notes\.docx is of an unknown kind"),
     ],
 )
 def test_bad_urls(store: str, pattern: str, message: str) -> None:
@@ -249,8 +300,8 @@ def test_bad_datasets(dataset: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"empty cannot be opened: "):
         list_dataset(str(tmp_path / "empty"))
     (tmp_path / "csv").mkdir()
-    (tmp_path / "csv" / "train.csv").write_text("text\na\n")
-    with pytest.raises(ValueError, match=r"keeps its text in .*train\.csv; \.jsonl.* can be read"):
+    (tmp_path / "csv" / "train.xml").write_text("<a/>")
+    with pytest.raises(ValueError, match=r"keeps its text in .*train\.xml; \.jsonl.* files can be read"):
         list_dataset(str(tmp_path / "csv"))
 
 

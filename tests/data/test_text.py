@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import json
+import lzma
 import random
 import re
 from pathlib import Path
@@ -15,6 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from megatron_iiet.data.reading import compression, text
+from megatron_iiet.data.reading.kinds import Reading
 from megatron_iiet.data.reading.long_text import LongText
 from megatron_iiet.data.reading.sources import list_inputs
 from megatron_iiet.data.reading.text import (
@@ -29,15 +32,21 @@ from megatron_iiet.data.reading.text import (
 )
 from tests.data.inputs import GOOD, GOOD_TEXTS, INPUT_CASES, InputCase, jsonl, make_texts, zstd
 
-PACK = {"a.jsonl": bytes, "a.jsonl.gz": gzip.compress, "a.jsonl.zst": zstd}
+PACK = {
+    "a.jsonl": bytes,
+    "a.jsonl.gz": gzip.compress,
+    "a.jsonl.zst": zstd,
+    "a.jsonl.bz2": bz2.compress,
+    "a.jsonl.xz": lzma.compress,
+}
 
 
 def read(path: Path, chunk_bytes: int = 1 << 20) -> tuple[list[Row], list[Reject]]:
     """All rows and rejects of a file."""
     rows: list[Row] = []
     rejects: list[Reject] = []
-    for chunk in read_chunks(path, chunk_bytes):
-        good, bad = parse_rows(chunk, ["text"])
+    for chunk in read_chunks(path, chunk_bytes=chunk_bytes):
+        good, bad = parse_rows(chunk)
         rows += good
         rejects += bad
     return rows, rejects
@@ -45,7 +54,7 @@ def read(path: Path, chunk_bytes: int = 1 << 20) -> tuple[list[Row], list[Reject
 
 def parse(line: str | bytes, *keys: str, source: str | None = None) -> Row:
     data = line if isinstance(line, bytes) else line.encode()
-    rows, rejects = parse_rows(Chunk("a.jsonl", 7, data), keys or ["text"], source)
+    rows, rejects = parse_rows(Chunk("a.jsonl", 7, data), Reading(keys or ["text"], source))
     raise_first(rejects)
     (row,) = rows
     return row
@@ -91,7 +100,7 @@ def test_files_larger_than_a_chunk(tmp_path: Path, name: str) -> None:
     texts = make_texts(10_000)
     (tmp_path / name).write_bytes(PACK[name](jsonl(texts)))
     assert list(iter_documents([tmp_path / name])) == texts
-    sizes = [len(chunk.data) for chunk in read_chunks(tmp_path / name, 300_000)]
+    sizes = [len(chunk.data) for chunk in read_chunks(tmp_path / name, chunk_bytes=300_000)]
     assert len(sizes) > 3
     assert all(300_000 <= size < 600_000 for size in sizes[:-1])
 
@@ -130,8 +139,8 @@ def test_chunks_lose_nothing(
         patch.multiple(compression, READ_BYTES=block_bytes, _CRUMB_BYTES=block_bytes),
         patch("megatron_iiet.data.reading.text.LONG_LINE_BYTES", long_line_bytes),
     ):
-        chunks = list(read_chunks(tmp_path / name, chunk_bytes))
-        parsed = [parse_rows(chunk, ["text"]) for chunk in chunks]
+        chunks = list(read_chunks(tmp_path / name, chunk_bytes=chunk_bytes))
+        parsed = [parse_rows(chunk) for chunk in chunks]
     assert [row.texts[0] for rows, _ in parsed for row in rows] == texts
     blanks = range(place + 1, place + 1 + len(blank_lines))
     assert [(reject.line, reject.reason) for _, rejects in parsed for reject in rejects] == [
@@ -223,10 +232,10 @@ def test_a_giant_line_is_a_chunk_of_its_own(tmp_path: Path) -> None:
     giant = "é\n" * (LONG_LINE_BYTES // 8)  # eight bytes each in JSON
     texts = [*GOOD_TEXTS, giant, giant, *GOOD_TEXTS, "", giant + "end"]
     (tmp_path / "a.jsonl").write_bytes(jsonl(texts)[:-1])
-    chunks = list(read_chunks(tmp_path / "a.jsonl", 1 << 24))  # longer than a giant line
+    chunks = list(read_chunks(tmp_path / "a.jsonl", chunk_bytes=1 << 24))  # longer than a giant line
     assert [chunk.first_line for chunk in chunks] == [1, 11, 12, 13, 24]
     assert [chunk.data.count(b"\n") for chunk in chunks] == [9, 0, 0, 10, 0]
-    rows = [row for chunk in chunks for row in parse_rows(chunk, ["text"])[0]]
+    rows = [row for chunk in chunks for row in parse_rows(chunk)[0]]
     assert [row.line for row in rows if isinstance(row.texts[0], LongText)] == [11, 12, 24]
     assert list(iter_documents([tmp_path / "a.jsonl"])) == texts
 
@@ -234,7 +243,7 @@ def test_a_giant_line_is_a_chunk_of_its_own(tmp_path: Path) -> None:
 def test_a_giant_line_in_a_small_chunk_of_a_caller() -> None:
     """What a text is given as depends on its line's length alone."""
     line = jsonl(["a" * LONG_LINE_BYTES])
-    rows, _ = parse_rows(Chunk("a.jsonl", 1, GOOD + line + GOOD[:-1]), ["text"])
+    rows, _ = parse_rows(Chunk("a.jsonl", 1, GOOD + line + GOOD[:-1]))
     assert [row.line for row in rows if isinstance(row.texts[0], LongText)] == [11]
 
 
@@ -277,7 +286,7 @@ def test_a_key_that_is_there_with_its_dots_comes_first() -> None:
 )
 def test_bad_sources(meta: str, reason: str, message: str) -> None:
     chunk = Chunk("a.jsonl", 7, f'{{"text": "T", "meta": {meta}}}'.encode())
-    rows, (reject,) = parse_rows(chunk, ["text"], "meta.set")
+    rows, (reject,) = parse_rows(chunk, Reading(source_key="meta.set"))
     assert (rows, reject.reason) == ([], reason)
     assert re.search(message, reject.message)
 
@@ -301,7 +310,7 @@ def test_bad_sources(meta: str, reason: str, message: str) -> None:
 )
 def test_what_was_found_is_shown_in_a_bearable_length(line: str, said: str) -> None:
     """60 characters of a value, eight names or 200 characters of them."""
-    _, (reject,) = parse_rows(Chunk("a.jsonl", 7, line.encode()), ["text"])
+    _, (reject,) = parse_rows(Chunk("a.jsonl", 7, line.encode()))
     assert said in reject.message
 
 
@@ -310,10 +319,16 @@ def test_the_longest_line_that_is_not_giant(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(compression, "READ_BYTES", 6)
     lines = [b"a" * length for length in (3, 20, 3, 21, 3, 20)]
     (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines) + b"\n")
-    found = [(chunk.first_line, chunk.data.split(b"\n")) for chunk in read_chunks(tmp_path / "a.jsonl", 1000)]
+    found = [
+        (chunk.first_line, chunk.data.split(b"\n"))
+        for chunk in read_chunks(tmp_path / "a.jsonl", chunk_bytes=1000)
+    ]
     assert found == [(1, lines[:3]), (4, lines[3:4]), (5, lines[4:])]
     (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines[2:4]))
-    found = [(chunk.first_line, chunk.data.split(b"\n")) for chunk in read_chunks(tmp_path / "a.jsonl", 1000)]
+    found = [
+        (chunk.first_line, chunk.data.split(b"\n"))
+        for chunk in read_chunks(tmp_path / "a.jsonl", chunk_bytes=1000)
+    ]
     assert found == [(1, lines[2:3]), (2, lines[3:4])]
 
 
@@ -321,7 +336,7 @@ def test_a_bad_byte_costs_its_own_line_only() -> None:
     lines = [json.dumps({"text": f"é{i}"}, ensure_ascii=False).encode() for i in range(20)]
     lines[3] = lines[3].replace("é".encode(), b"\xc3")
     lines[17] = b"\xff"
-    rows, rejects = parse_rows(Chunk("a.jsonl", 1, b"\n".join(lines)), ["text"])
+    rows, rejects = parse_rows(Chunk("a.jsonl", 1, b"\n".join(lines)))
     assert [row.texts[0] for row in rows] == [f"é{i}" for i in range(20) if i not in (3, 17)]
     assert [(reject.line, reject.reason) for reject in rejects] == [
         (4, "invalid UTF-8"),

@@ -331,8 +331,8 @@ def test_a_corpus_of_another_tokenizer_is_refused(data: dict[str, str], tmp_path
     ("path", "changes", "message"),
     [
         ("none.jsonl", {}, "The input none.jsonl is missing."),
-        ("none.txt", {}, "the text none.txt is missing or no file"),
-        ("bytes.txt", {}, "bytes.txt is not UTF-8 text (byte 1); convert it, e.g. with iconv"),
+        ("none.txt", {}, "The input none.txt is missing."),
+        ("bytes.txt", {}, "bytes.txt, row 1: byte b'\\xff' is not valid UTF-8; convert"),
         ("none", {}, "none.idx is missing"),
         (
             "plain.txt",
@@ -528,7 +528,7 @@ def test_what_the_pictures_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         (["--parallel.tensor", "3"], "parallel.tensor is 3, but does not divide model.num_attention_heads = 2"),
         (["--parallel.tensor", "2"], "the number of processes is 1, but must be a multiple of parallel.tensor x "),
         (["--model", "nowhere"], "--model is nowhere, which does not exist; give "),
-        (["--data", "nowhere.txt"], "the text nowhere.txt is missing or no file"),
+        (["--data", "nowhere.txt"], "The input nowhere.txt is missing."),
     ],
     ids=str,
 )  # fmt: skip

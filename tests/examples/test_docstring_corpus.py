@@ -10,6 +10,7 @@ import pytest
 
 from examples.demo import docstring_corpus
 from examples.demo.docstring_corpus import SET_NAME, build_corpus, extract, installed_packages, prose_share
+from megatron_iiet.data.reading.kinds import Reading
 from megatron_iiet.data.reading.text import iter_documents, parse_rows, read_chunks
 from tests.data.inputs import make_texts
 
@@ -173,5 +174,5 @@ def test_a_real_package(tmp_path: Path) -> None:
     assert all(len(text) >= 200 for text in texts)
     assert {share.package for share in report.packages} == {"pytest", "tqdm"}
     (first, *_) = read_chunks(tmp_path / "c.jsonl.zst")
-    rows, rejects = parse_rows(first, ["text"], "meta.redpajama_set_name")
+    rows, rejects = parse_rows(first, Reading(source_key="meta.redpajama_set_name"))
     assert (rows[0].texts, rows[0].source, rejects) == ((texts[0],), SET_NAME, [])

@@ -180,6 +180,7 @@ class PreprocessReport:
         numbers = [
             (counts.empty, "empty documents"),
             (counts.duplicates, "duplicates"),
+            (counts.wrong_length, "documents shorter or longer than wanted"),
             (counts.sampled_out, "documents outside the sample"),
         ]
         lines = [f"left out: {number:,} {what}" for number, what in numbers if number]

@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
+from megatron_iiet.data.reading.kinds import FORMATS, Reading, fitting_document_bytes, parse_template
 from megatron_iiet.data.tokenizers.base import MAX_UNCUT_BYTES
 
 _COUNT = re.compile(r"([0-9]+(?:\.[0-9]+)?)([KMBT]?)")
@@ -22,7 +24,9 @@ class PreprocessOptions:
     """
 
     tokenizer_model: str  # SentencePiece .model or Hugging Face tokenizer.json
-    inputs: Sequence[str] = ()  # files, folders or globs of .jsonl, .jsonl.gz, .jsonl.zst; or dataset
+    inputs: Sequence[str] = ()  # files, folders or globs, "-" is standard input; or dataset
+    input_format: str | None = None  # of standard input and of files whose names tell nothing; None: jsonl
+    txt_documents: Literal["file", "blank-line"] = "file"  # a document of plain text, or where it ends
     dataset: str | None = None  # a Hugging Face dataset, hub name or local folder, whose data files to read
     split: str | None = None  # split of dataset
     streaming: bool = False  # read the dataset's files from where they are, without downloading them first
@@ -31,6 +35,8 @@ class PreprocessOptions:
     inputs_per_shard: int = 1  # input files that make one shard; with output_dir only
     json_keys: Sequence[str] = ("text",)  # each key makes its own output
     max_uncut_bytes: int = MAX_UNCUT_BYTES  # of a text that the tokenizer cannot take in parts
+    text_template: str | None = None  # makes the text of the output "text" of several keys: {title}\\n{text}
+    max_document_bytes: int | None = None  # a longer row is defective; None: what the memory can hold
     append_eod: bool = False  # put the tokenizer's end-of-document id behind every document
     split_by: str | None = None  # dotted key of the name of a row's source; each source makes its own output
     sample_tokens: int | None = None  # keep a uniform sample of documents of about this many tokens
@@ -38,6 +44,8 @@ class PreprocessOptions:
     seed: int = 1234  # another seed gives another sample
     holdout_validation: float = 0.0  # fraction of documents for the outputs of split validation
     holdout_test: float = 0.0  # fraction of documents for the outputs of split test
+    min_characters: int = 0  # documents of fewer characters are left out
+    max_characters: int | None = None  # documents of more characters are left out
     deduplicate: bool = False  # drop documents whose text is exactly that of an earlier one
     bad_rows: Literal["error", "skip"] = "error"  # a defective row fails its shard, or is left out
     overwrite: bool = False  # remove what an earlier run wrote to this output first
@@ -52,6 +60,19 @@ class PreprocessOptions:
             for problem, applies in problems.items():
                 if applies:
                     raise ValueError(problem)
+        _ = self.reading  # a bad template is told at once
+
+    @cached_property
+    def reading(self) -> Reading:
+        """How rows are read."""
+        return Reading(
+            keys=self.json_keys,
+            source_key=self.split_by,
+            template=parse_template(self.text_template) if self.text_template is not None else (),
+            input_format=self.input_format,
+            txt_documents=self.txt_documents,
+            max_document_bytes=self.max_document_bytes or fitting_document_bytes(),
+        )
 
 
 def _problems_of_inputs(options: PreprocessOptions) -> dict[str, bool]:
@@ -62,6 +83,17 @@ def _problems_of_inputs(options: PreprocessOptions) -> dict[str, bool]:
             (options.dataset is not None) != (options.split is not None)
         ),
         f"--max-uncut-bytes is {options.max_uncut_bytes}; give at least 1.": options.max_uncut_bytes < 1,
+        f"--input-format is {options.input_format!r}; give {' or '.join(sorted({*FORMATS.values()}))}.": (
+            options.input_format not in (None, *FORMATS.values())
+        ),
+        f"--txt-documents is {options.txt_documents!r}; give file or blank-line.": (
+            options.txt_documents not in ("file", "blank-line")
+        ),
+        f"--max-document-bytes is {options.max_document_bytes}; give at least 1.": (
+            options.max_document_bytes is not None and options.max_document_bytes < 1
+        ),
+        f"--text-template makes the only text, but --json-keys are {list(options.json_keys)}; give one "
+        "of the two.": options.text_template is not None and tuple(options.json_keys) != ("text",),
         "--streaming goes with --dataset.": options.streaming and options.dataset is None,
         f"--json-keys are {list(options.json_keys)}; give one or more, each once.": (
             not options.json_keys or len(set(options.json_keys)) != len(options.json_keys)
@@ -106,6 +138,10 @@ def _problems_of_filters(options: PreprocessOptions) -> dict[str, bool]:
         f"--holdout-test is {test}; give a fraction of at least 0, below 1.": not 0 <= test < 1,
         f"--holdout-validation {validation} and --holdout-test {test} leave nothing to train on; together "
         "they must stay below 1.": validation + test >= 1,
+        f"--min-characters is {options.min_characters}; give at least 0.": options.min_characters < 0,
+        f"--max-characters is {options.max_characters}; give at least 1 and --min-characters.": (
+            options.max_characters is not None and options.max_characters < max(1, options.min_characters)
+        ),
         f"--bad-rows is {options.bad_rows!r}; give error or skip.": options.bad_rows not in ("error", "skip"),
     }
 

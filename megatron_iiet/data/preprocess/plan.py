@@ -20,16 +20,17 @@ from megatron_iiet.data.preprocess.dedup import DigestFiles, duplicates_path
 from megatron_iiet.data.preprocess.layout import Layout, output_name
 from megatron_iiet.data.preprocess.options import PreprocessOptions
 from megatron_iiet.data.preprocess.records import JobRecords, UnitRecord, read_records
-from megatron_iiet.data.reading.compression import decompressed_blocks
 from megatron_iiet.data.reading.long_text import parts_of
 from megatron_iiet.data.reading.sources import InputFile, open_input
-from megatron_iiet.data.reading.text import Chunk, parse_rows
+from megatron_iiet.data.reading.tables import parquet_row_count
+from megatron_iiet.data.reading.text import chunks_of, parse_rows
 from megatron_iiet.data.tokenizers.base import Tokenizer, UncuttableError
 from megatron_iiet.durable import replacing
 
 _FORMAT = 1
 _LOOKED_AT_INPUTS = 16
 _LOOKED_AT_BYTES = 2 << 20  # of the text of each
+_LOOKED_AT_CHUNK_BYTES = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,12 @@ def deciding_options(options: PreprocessOptions, tokenizer_digest: str) -> dict[
     return {
         "tokenizer": tokenizer_digest,
         "json_keys": list(options.json_keys),
+        "text_template": options.text_template,
+        "input_format": options.input_format,
+        "txt_documents": None if options.txt_documents == "file" else options.txt_documents,
+        "max_document_bytes": options.max_document_bytes,
+        "min_characters": options.min_characters or None,
+        "max_characters": options.max_characters,
         "append_eod": options.append_eod,
         "split_by": options.split_by,
         "sample_tokens": options.sample_tokens,
@@ -260,24 +267,26 @@ def _estimate(options: PreprocessOptions, inputs: Sequence[InputFile], encoder: 
 
 def _look_at(file: InputFile, options: PreprocessOptions, encoder: Tokenizer) -> tuple[int, float]:
     """Tokens in the first megabytes of a file, and the bytes that these take as stored."""
-    text = bytearray()
-    stored, whole = 0, 0
+    read, tokens, stored = 0, 0, 0.0
+    kind = options.reading.format_of(file.path)
     with suppress(ValueError), open_input(file) as opened:  # whoever makes the shard will complain
-        for block in decompressed_blocks(opened, file.path):
-            text += block
-            stored = opened.tell()
-            whole = text.rfind(b"\n") + 1
-            if len(text) >= _LOOKED_AT_BYTES and whole and stored < file.size:
+        rows = parquet_row_count(opened, file.path) if kind == "parquet" and file.size else 0
+        for chunk in chunks_of(opened, file.path, options.reading, _LOOKED_AT_CHUNK_BYTES):
+            read += len(chunk.data) + 1
+            for row in parse_rows(chunk, options.reading)[0]:
+                for content in row.texts:
+                    with suppress(UncuttableError):
+                        ids = encoder.encode_parts(parts_of(content))
+                        tokens += ids.size + (options.append_eod and ids.size > 0)
+            if rows:
+                stored = file.size * (chunk.first_line + chunk.data.count(b"\n")) / rows
+            else:  # a plain file's block reaches beyond the chunk
+                stored = min(read, opened.tell()) if kind == "jsonl" else opened.tell()
+            if read >= _LOOKED_AT_BYTES:
                 break
         else:
-            whole = len(text)
-    tokens = 0
-    for row in parse_rows(Chunk(file.path, 1, bytes(text[:whole])), options.json_keys, options.split_by)[0]:
-        for content in row.texts:
-            with suppress(UncuttableError):
-                ids = encoder.encode_parts(parts_of(content))
-                tokens += ids.size + (options.append_eod and ids.size > 0)
-    return tokens, stored * whole / max(1, len(text))
+            stored = file.size
+    return tokens, stored
 
 
 def _refuse_foreign_outputs(wanted: Wanted) -> None:

@@ -28,6 +28,7 @@ class Counts:
 
     text_bytes: int = 0  # UTF-8 bytes of the documents written
     empty: int = 0  # texts that gave no token
+    wrong_length: int = 0  # rows of too few or too many characters
     sampled_out: int = 0  # rows outside the sample
     duplicates: int = 0  # rows with the text of an earlier one
     rejected: dict[str, int] = field(default_factory=dict)  # defective rows a reason
@@ -41,6 +42,7 @@ class Counts:
         """Add the counts of text that follows."""
         self.text_bytes += other.text_bytes
         self.empty += other.empty
+        self.wrong_length += other.wrong_length
         self.sampled_out += other.sampled_out
         self.duplicates += other.duplicates
         for reason, count in other.rejected.items():

@@ -10,6 +10,7 @@ from contextlib import ExitStack, closing, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from itertools import islice
+from math import inf
 
 from megatron_iiet.data.preprocess.dedup import DigestFiles, duplicates_path, find_duplicates
 from megatron_iiet.data.preprocess.layout import Layout
@@ -20,8 +21,9 @@ from megatron_iiet.data.preprocess.pool import Pool, in_a_process_of_its_own
 from megatron_iiet.data.preprocess.records import JobRecords, UnitRecord, exclusive
 from megatron_iiet.data.preprocess.tasks import DigestUnit, EncodeUnit, Filters, Recipe, UnitTask
 from megatron_iiet.data.preprocess.workshop import Failure, Finish, Progress, run_units
+from megatron_iiet.data.reading.kinds import TABLES, Reading
 from megatron_iiet.data.reading.long_text import parts_of
-from megatron_iiet.data.reading.sources import InputFile, list_dataset, list_inputs
+from megatron_iiet.data.reading.sources import Found, InputFile, find_inputs, list_dataset
 from megatron_iiet.data.reading.text import parse_rows, read_chunks
 from megatron_iiet.data.tokenizers.base import Tokenizer
 from megatron_iiet.data.tokenizers.loading import load_encoder, tokenizer_digest
@@ -52,7 +54,7 @@ def preprocess(options: PreprocessOptions, log: Log = print) -> PreprocessReport
     wanted = Wanted(
         options=options,
         layout=layout,
-        inputs=_list_inputs(options),
+        inputs=_list_inputs(options, log),
         tokenizer_digest=tokenizer_digest(options.tokenizer_model),
         encoder=cache(lambda: _load_encoder(wanted, log)),
     )
@@ -91,7 +93,14 @@ class _Job:
         failures: list[Failure] = []
         waiting = ""
         if pending:
-            filters = Filters(self.plan.rate, options.seed, options.holdout_validation, options.holdout_test)
+            filters = Filters(
+                self.plan.rate,
+                options.seed,
+                options.holdout_validation,
+                options.holdout_test,
+                options.min_characters,
+                inf if options.max_characters is None else options.max_characters,
+            )
             recipe = Recipe(options, self.wanted.encoder(), layout, filters)
             with Pool(options.workers, recipe) if options.workers > 1 else nullcontext() as pool:
                 run = partial(run_units, recipe, pool)
@@ -153,37 +162,64 @@ class _Job:
         self.this_run.add(record)
 
 
-def _list_inputs(options: PreprocessOptions) -> list[InputFile]:
-    """The inputs, under paths that mean the same wherever a job is started."""
+def _list_inputs(options: PreprocessOptions, log: Log) -> list[InputFile]:
+    """The inputs, under paths that mean the same wherever a job is started.
+
+    Raises:
+        ValueError: what is wanted has to read an input that can be read once several times.
+    """
     if options.dataset is not None:
         # Importing datasets takes 100 MB.
         files = in_a_process_of_its_own(
             list_dataset, options.dataset, options.split or "train", options.streaming
         )
+        found = Found(files)
     else:
-        files = list_inputs(options.inputs)
-    return [file if "://" in file.path else replace(file, path=os.path.abspath(file.path)) for file in files]
+        found = find_inputs(options.inputs, options.input_format)
+    log(str(found))
+    for file in found.files:
+        if file.is_stream:
+            _check_stream(file, options)
+    return [
+        file if "://" in file.path else replace(file, path=os.path.abspath(file.path)) for file in found.files
+    ]
+
+
+def _check_stream(file: InputFile, options: PreprocessOptions) -> None:
+    problems = {
+        "--deduplicate reads it twice": options.deduplicate,
+        "--num-jobs share files, not what one process reads": options.num_jobs > 1,
+        "the size of its sample cannot be estimated: give --corpus-tokens": (
+            options.sample_tokens is not None and options.corpus_tokens is None
+        ),
+        "parquet and arrow are read from several places": options.reading.format_of(file.path) in TABLES,
+    }
+    for problem, applies in problems.items():
+        if applies:
+            raise ValueError(
+                f"The input {file.path} can be read only once, but {problem}; or write it to a file."
+            )
 
 
 def _load_encoder(wanted: Wanted, log: Log) -> Tokenizer:
     path = wanted.options.tokenizer_model
-    inputs = wanted.inputs[:_SAMPLE_INPUTS]
-    encoder = in_a_process_of_its_own(_checked_encoder, path, inputs, wanted.options.json_keys)
+    inputs = [file for file in wanted.inputs[:_SAMPLE_INPUTS] if not file.is_stream]
+    encoder = in_a_process_of_its_own(_checked_encoder, path, inputs, wanted.options.reading)
     encoder.max_uncut_bytes = wanted.options.max_uncut_bytes
     log(f"tokenizer: {path}, {encoder.vocab_size} ids, by {encoder.name}")
     return encoder
 
 
-def _checked_encoder(path: str, inputs: Sequence[InputFile], keys: Sequence[str]) -> Tokenizer:
-    return load_encoder(path, _first_documents(inputs, keys))
+def _checked_encoder(path: str, inputs: Sequence[InputFile], how: Reading) -> Tokenizer:
+    return load_encoder(path, _first_documents(inputs, how))
 
 
-def _first_documents(inputs: Sequence[InputFile], keys: Sequence[str]) -> Iterator[str]:
+def _first_documents(inputs: Sequence[InputFile], how: Reading) -> Iterator[str]:
     """Texts from the start of the corpus; what is wrong with it is told later."""
     for file in inputs:
         try:
-            for chunk in islice(read_chunks(file, _SAMPLE_CHUNK_BYTES), _SAMPLE_CHUNKS):
-                for row in parse_rows(chunk, keys)[0]:
+            for chunk in islice(read_chunks(file, how, _SAMPLE_CHUNK_BYTES), _SAMPLE_CHUNKS):
+                for row in parse_rows(chunk, how)[0]:
                     for text in row.texts:
                         yield next(parts_of(text))
         except (ValueError, OSError):

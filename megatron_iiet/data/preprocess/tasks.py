@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from hashlib import blake2b
+from itertools import chain
+from math import inf
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -24,7 +26,7 @@ from megatron_iiet.data.preprocess.dedup import DigestFiles, Duplicates
 from megatron_iiet.data.preprocess.layout import Layout, output_name
 from megatron_iiet.data.preprocess.options import PreprocessOptions
 from megatron_iiet.data.preprocess.records import Counts, OutputRecord, UnitRecord
-from megatron_iiet.data.reading.long_text import LongText, parts_of
+from megatron_iiet.data.reading.long_text import LongText, Text, parts_of, strings_of
 from megatron_iiet.data.reading.sources import InputFile
 from megatron_iiet.data.reading.text import Chunk, Row, parse_rows, raise_first, read_chunks
 from megatron_iiet.data.tokenizers.base import MAX_PART_CHARACTERS, Tokenizer, UncuttableError
@@ -32,13 +34,15 @@ from megatron_iiet.data.tokenizers.base import MAX_PART_CHARACTERS, Tokenizer, U
 _SPLIT_KEY = b"held-out split"
 _MAX_OUTPUTS = 256  # each holds files open
 
-Text = str | LongText
 Report = Callable[[int], None]
 
 
 def text_digest(text: Text) -> bytes:
-    """128-bit BLAKE2b of the text's UTF-8 bytes."""
+    """128-bit BLAKE2b of the text's UTF-8 bytes; of a list of strings, of their digests in a row."""
     state = blake2b(digest_size=DIGEST_BYTES)
+    if isinstance(text, tuple):
+        state.update(b"".join(map(text_digest, text)))
+        return state.digest()
     for part in parts_of(text):
         state.update(part.encode())
     return state.digest()
@@ -46,12 +50,14 @@ def text_digest(text: Text) -> bytes:
 
 @dataclass(frozen=True)
 class Filters:
-    """The random choices over documents."""
+    """The choices over documents, by their lengths and random ones."""
 
     rate: float | None = None  # fraction of documents in the sample; None keeps all
     seed: int = 0
     validation: float = 0.0
     test: float = 0.0
+    min_characters: int = 0
+    max_characters: float = inf
 
     @property
     def splits(self) -> bool:
@@ -62,6 +68,11 @@ class Filters:
     def need_digest(self) -> bool:
         """Whether any choice is to be made."""
         return self.splits or (self.rate is not None and self.rate < 1)
+
+    def fits(self, text: Text) -> bool:
+        """Whether a document has as many characters as are wanted."""
+        lengths = (text.characters if isinstance(text, LongText) else len(text) for text in strings_of(text))
+        return self.min_characters <= sum(lengths) <= self.max_characters
 
     def sampled(self, digest: bytes) -> bool:
         """Whether a document is in the sample."""
@@ -152,10 +163,17 @@ class EncodeChunk:
         rows = list(self._selected(recipe, counts))
         for column, key in enumerate(recipe.options.json_keys):
             texts = [row.texts[column] for row, _ in rows]
-            short = [text for text in texts if _is_short(text)]
-            encoded = iter(recipe.encoder.encode_batch(short))
+            strings = [string for text in texts for string in strings_of(text)]
+            encoded = iter(recipe.encoder.encode_batch([text for text in strings if _is_short(text)]))
             for (row, split), text in zip(rows, texts, strict=True):
-                pieces = [next(encoded)] if _is_short(text) else recipe.encoder.encode_pieces(parts_of(text))
+                pieces = chain.from_iterable(
+                    [
+                        [next(encoded)]
+                        if _is_short(string)
+                        else recipe.encoder.encode_pieces(parts_of(string))
+                        for string in strings_of(text)
+                    ]
+                )
                 output = output_name(row.source, split, key)
                 packed = result.outputs.get(output) or result.outputs.setdefault(output, Packed())
                 try:
@@ -165,7 +183,7 @@ class EncodeChunk:
                     else:
                         counts.empty += 1
                 except UncuttableError as error:
-                    message = f"{self.chunk.path}, line {row.line}: {error}"
+                    message = f"{self.chunk.path}, {self.chunk.word} {row.line}: {error}"
                     if recipe.options.bad_rows == "error":
                         raise ValueError(message) from None
                     counts.reject("too long to encode", message)
@@ -179,7 +197,9 @@ class EncodeChunk:
         for row in proper_rows(recipe, self.chunk, counts):
             text = identity(row)
             digest = text_digest(text) if text and filters.need_digest else bytes(DIGEST_BYTES)
-            if text and not filters.sampled(digest):
+            if text and not filters.fits(text):
+                counts.wrong_length += 1
+            elif text and not filters.sampled(digest):
                 counts.sampled_out += 1
             elif self.duplicates and self.duplicates[row.line - self.chunk.first_line]:
                 counts.duplicates += 1
@@ -199,7 +219,7 @@ class DigestChunk:
         digests = bytearray(lines * DIGEST_BYTES)
         for row in proper_rows(recipe, self.chunk, Counts()):
             text = identity(row)
-            digest = text_digest(text) if text else None
+            digest = text_digest(text) if text and recipe.filters.fits(text) else None
             if digest and recipe.filters.sampled(digest):
                 start = (row.line - self.chunk.first_line) * DIGEST_BYTES
                 digests[start : start + DIGEST_BYTES] = digest
@@ -213,7 +233,7 @@ def proper_rows(recipe: Recipe, chunk: Chunk, counts: Counts) -> list[Row]:
     Raises:
         ValueError: a row is defective, and such rows are not to be skipped.
     """
-    rows, rejects = parse_rows(chunk, recipe.options.json_keys, recipe.options.split_by)
+    rows, rejects = parse_rows(chunk, recipe.options.reading)
     if recipe.options.bad_rows == "error":
         raise_first(rejects)
     for reject in rejects:
@@ -231,6 +251,8 @@ def _is_short(text: Text) -> TypeGuard[str]:
 
 
 def _utf8_bytes(text: Text) -> int:
+    if isinstance(text, tuple):
+        return sum(map(_utf8_bytes, text))
     if isinstance(text, LongText):
         return text.utf8_bytes
     return len(text) if text.isascii() else len(text.encode())
@@ -262,7 +284,7 @@ class DigestUnit(UnitTask):
 
     def chunks(self, recipe: Recipe) -> Iterator[DigestChunk]:
         for file in self.inputs:
-            for chunk in read_chunks(file, recipe.options.chunk_bytes):
+            for chunk in read_chunks(file, recipe.options.reading, recipe.options.chunk_bytes):
                 yield DigestChunk(chunk)
 
     def write(self, recipe: Recipe, results: Iterable[tuple[str, int, bytes]]) -> None:
@@ -278,7 +300,7 @@ class EncodeUnit(UnitTask):
     def chunks(self, recipe: Recipe) -> Iterator[EncodeChunk]:
         duplicates = Duplicates(recipe.layout.records) if recipe.options.deduplicate else None
         for number, file in enumerate(self.inputs, start=self.unit * recipe.options.inputs_per_shard):
-            for chunk in read_chunks(file, recipe.options.chunk_bytes):
+            for chunk in read_chunks(file, recipe.options.reading, recipe.options.chunk_bytes):
                 if duplicates is None:
                     yield EncodeChunk(chunk)
                 else:

@@ -106,7 +106,8 @@ def run_units(
     """
     failures: list[Failure] = []
     waiting = deque(tasks)
-    if pool is not None and len(tasks) >= len(pool):
+    streams = any(file.is_stream for task in tasks for file in task.inputs)  # only this process has them
+    if pool is not None and len(tasks) >= len(pool) and not streams:
         outcomes = _side_by_side(pool, waiting, progress)
     else:
         outcomes = _one_by_one(recipe, pool, waiting, progress)

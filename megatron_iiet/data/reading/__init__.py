@@ -1,2 +1,3 @@
-"""Rows of text from files: :mod:`sources` (which files), :mod:`compression`, :mod:`text` (chunks of lines,
-rows), :mod:`long_text` (documents too long to be held decoded)."""
+"""Rows of text from files: :mod:`sources` (which files), :mod:`kinds` (what they are), :mod:`compression`,
+:mod:`rows` and :mod:`tables` (each row as a line of JSON), :mod:`text` (chunks of those, texts),
+:mod:`long_text` (documents too long to be held decoded)."""

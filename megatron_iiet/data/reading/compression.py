@@ -1,16 +1,20 @@
-"""Bytes of plain, gzip and zstd files, block after block; damage and cut ends raise, never a short read."""
+"""Bytes of plain and compressed files, block after block; damage and cut ends raise, never a short read."""
 
 from __future__ import annotations
 
+import bz2
 import gzip
+import lzma
 import zlib
-from collections.abc import Iterator
-from typing import IO
+from collections.abc import Callable, Iterator
+from typing import IO, Any
+
+from megatron_iiet.data.reading.kinds import packing_of
 
 READ_BYTES = 1 << 18
 """Read at a time."""
 
-_ZSTD_READ_BYTES = 1 << 12  # little: how far a file was read tells what its text takes on disk
+_PACKED_READ_BYTES = 1 << 12  # little: how far a file was read tells what its text takes on disk
 _CRUMB_BYTES = 1 << 8
 
 
@@ -20,11 +24,21 @@ def decompressed_blocks(file: IO[bytes], name: str) -> Iterator[bytes]:
     Raises:
         ValueError: the compression is damaged, cut short, or followed by something else.
     """
-    if name.endswith(".zst"):
-        return _zstd_blocks(file, name)
-    if name.endswith(".gz"):
-        return _gzip_blocks(file, name)
-    return iter(lambda: file.read(READ_BYTES), b"")
+    match packing_of(name):
+        case None:
+            return iter(lambda: file.read(READ_BYTES), b"")
+        case "gzip":
+            return _gzip_blocks(file, name)
+        case "zstd":
+            import zstandard
+
+            # Files made with --long have windows of up to 2 GiB.
+            context = zstandard.ZstdDecompressor(max_window_size=1 << 31)
+            return _blocks(file, name, "zstd", context.decompressobj, zstandard.ZstdError)
+        case "bzip2":
+            return _blocks(file, name, "bzip2", bz2.BZ2Decompressor, OSError)
+        case _:
+            return _blocks(file, name, "xz", lzma.LZMADecompressor, lzma.LZMAError)
 
 
 def _gzip_blocks(file: IO[bytes], name: str) -> Iterator[bytes]:
@@ -38,28 +52,39 @@ def _gzip_blocks(file: IO[bytes], name: str) -> Iterator[bytes]:
         raise ValueError(f"{name} is damaged gzip ({error}); fetch the file again.") from None
 
 
-def _zstd_blocks(file: IO[bytes], name: str) -> Iterator[bytes]:
-    """Blocks of all frames.
+def _blocks(
+    file: IO[bytes], name: str, packing: str, frame_of: Callable[[], Any], damage: type[Exception]
+) -> Iterator[bytes]:
+    """Blocks of all frames (streams), each decompressed by an object of its own.
 
-    The library's stream reader stops silently where a file was cut, and its decompression object gives
-    everything its input holds at once, which for 50 MB of repetitive text is a few kilobytes. So that is fed
-    crumbs: a block, 128 KiB decompressed, takes at least four bytes.
+    The libraries' file readers stop silently where a file was cut or something else follows. zstd's object
+    gives everything its input holds at once, which for 50 MB of repetitive text is a few kilobytes. So that
+    is fed crumbs: a block, 128 KiB decompressed, takes at least four bytes.
     """
-    import zstandard
-
-    context = zstandard.ZstdDecompressor(max_window_size=1 << 31)  # files made with --long
     frame = None
-    try:
-        while stored := file.read(_ZSTD_READ_BYTES):
-            for start in range(0, len(stored), _CRUMB_BYTES):
-                crumb = stored[start : start + _CRUMB_BYTES]
-                while crumb:
-                    frame = frame or context.decompressobj()
-                    data = frame.decompress(crumb)
-                    for at in range(0, len(data), READ_BYTES):
-                        yield data[at : at + READ_BYTES]
-                    crumb, frame = (frame.unused_data, None) if frame.eof else (b"", frame)
-    except zstandard.ZstdError as error:
-        raise ValueError(f"{name} is damaged zstd ({error}); fetch the file again.") from None
+    while stored := file.read(_PACKED_READ_BYTES):
+        for start in range(0, len(stored), _CRUMB_BYTES):
+            crumb = stored[start : start + _CRUMB_BYTES]
+            while crumb:
+                frame = frame or frame_of()
+                try:
+                    yield from _decompressed(frame, crumb)
+                except damage as error:
+                    raise ValueError(
+                        f"{name} is damaged {packing} ({error}); fetch the file again."
+                    ) from None
+                crumb, frame = (frame.unused_data, None) if frame.eof else (b"", frame)
     if frame:
-        raise ValueError(f"{name} is cut short: its last zstd frame has no end; fetch the file again.")
+        raise ValueError(f"{name} is cut short: its last {packing} frame has no end; fetch the file again.")
+
+
+def _decompressed(frame: Any, crumb: bytes) -> Iterator[bytes]:
+    """What a crumb gives, in blocks."""
+    if hasattr(frame, "needs_input"):  # the standard library's
+        yield frame.decompress(crumb, READ_BYTES)
+        while not (frame.eof or frame.needs_input):
+            yield frame.decompress(b"", READ_BYTES)
+        return
+    data = frame.decompress(crumb)
+    for at in range(0, len(data), READ_BYTES):
+        yield data[at : at + READ_BYTES]

@@ -56,17 +56,29 @@ class LongText:
         return _decoded(self.raw, self.start, self.stop, piece_bytes)
 
 
-def parts_of(text: str | LongText) -> Iterator[str]:
-    """A text in parts that can be held; one that is held already is its only part."""
-    return iter([text]) if isinstance(text, str) else text.parts()
+Text = str | LongText | tuple[str | LongText, ...]
+"""Text of a document; of several strings, that are encoded one by one, where it came as a list of them."""
+
+
+def strings_of(text: Text) -> tuple[str | LongText, ...]:
+    """What is encoded one by one."""
+    return text if isinstance(text, tuple) else (text,)
+
+
+def parts_of(text: Text) -> Iterator[str]:
+    """A text in parts that can be held; a string that is held already is its only part."""
+    for string in strings_of(text):
+        if isinstance(string, str):
+            yield string
+        else:
+            yield from string.parts()
 
 
 def parse_long_line(line: bytes, min_bytes: int = LONG_LITERAL_BYTES) -> Any:
-    """``json.loads`` of a line, but with :class:`LongText` for long values of objects.
+    """``json.loads`` of a line, but with :class:`LongText` for long values of objects and of lists in them.
 
     String literals of ``min_bytes`` or more are checked where they are. The rest of the line is parsed with
-    short unique stand-ins in their places; those that are no value of an object, but a key or an item of a
-    list, stay.
+    short unique stand-ins in their places; those elsewhere, in a key or a list of lists, stay.
 
     Raises:
         ValueError: the line is not UTF-8 (UnicodeDecodeError) or not JSON.
@@ -84,12 +96,15 @@ def parse_long_line(line: bytes, min_bytes: int = LONG_LITERAL_BYTES) -> Any:
             copied = stop
     rest.append(line[copied:])
 
-    def put_back(row: dict[str, Any]) -> dict[str, Any]:
-        return {
-            key: texts.get(value, value) if isinstance(value, str) else value for key, value in row.items()
-        }
+    def put_back(value: Any) -> Any:
+        if isinstance(value, list):
+            return [texts.get(item, item) if isinstance(item, str) else item for item in value]
+        return texts.get(value, value) if isinstance(value, str) else value
 
-    return json.loads(b"".join(rest).decode("utf-8"), object_hook=put_back)
+    def put_back_all(row: dict[str, Any]) -> dict[str, Any]:
+        return {key: put_back(value) for key, value in row.items()}
+
+    return json.loads(b"".join(rest).decode("utf-8"), object_hook=put_back_all)
 
 
 def _literals(line: bytes) -> Iterator[tuple[int, int]]:

@@ -5,16 +5,28 @@ from __future__ import annotations
 import glob
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+import stat
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import IO, Any
 
-SUFFIXES = tuple(kind + packed for kind in (".jsonl", ".json", ".ndjson") for packed in ("", ".gz", ".zst"))
-_KINDS = ".jsonl, .json or .ndjson files, plain or packed as .gz or .zst"
-_UNFINISHED = (".partial", ".tmp")
+from megatron_iiet.data.reading.kinds import ALL_KINDS, format_of, kind_name, tells_nothing
+
+_UNFINISHED = (".partial", ".tmp", ".incomplete", ".part")
+_PAPERS = re.compile(
+    r"(licen[cs]e|readme|notice|copying|changelog|authors|contributors|contributing|citation)\b.*",
+    re.IGNORECASE,
+)
+_DATASET_FILES = re.compile(r"(dataset_infos?|dataset_dict|state)\.json|cache-.*\.arrow")
+_STREAM = "stream "
+_STANDARD_INPUT = "/dev/stdin"
 _GLOB_CHARACTERS = frozenset("*?[")
 _HUB_TIMEOUT_S = 20.0
+_EXAMPLES = 3
 
 
 @dataclass(frozen=True)
@@ -31,27 +43,68 @@ class InputFile:
         """What records say of it: its first three fields."""
         return [self.path, self.size, self.stamp]
 
+    @property
+    def is_stream(self) -> bool:
+        """Whether it can be read only once: standard input or a FIFO. Its stamp is another one every time."""
+        return self.stamp.startswith(_STREAM)
 
-def list_inputs(patterns: Iterable[str]) -> list[InputFile]:
+
+@dataclass
+class Found:
+    """Files behind patterns."""
+
+    files: list[InputFile] = field(default_factory=list)
+    left_out: dict[str, list[str]] = field(default_factory=dict)  # paths by the reason
+
+    def leave_out(self, reason: str, path: str) -> None:
+        """Note a file or folder that is not read."""
+        self.left_out.setdefault(reason, []).append(path)
+
+    def __str__(self) -> str:
+        kinds = Counter(kind_name(file.path) for file in self.files)
+        said = ", ".join(f"{number:,} {kind}" for kind, number in kinds.most_common())
+        return f"inputs: {said}{self.said_left_out('; left out: ')}"
+
+    def said_left_out(self, introduction: str) -> str:
+        """Reasons, numbers and examples; nothing where nothing is left out."""
+        phrases = []
+        for reason, paths in self.left_out.items():
+            more = ", …" if len(paths) > _EXAMPLES else ""
+            names = ", ".join(os.path.basename(path) for path in paths[:_EXAMPLES])
+            phrases.append(f"{len(paths):,} {reason} ({names}{more})")
+        return introduction + ", ".join(phrases) if phrases else ""
+
+
+def list_inputs(patterns: Iterable[str], input_format: str | None = None) -> list[InputFile]:
+    """The files of :func:`find_inputs`."""
+    return find_inputs(patterns, input_format).files
+
+
+def find_inputs(patterns: Iterable[str], input_format: str | None = None) -> Found:
     """Files behind paths, folders and globs, local or as urls: in the order given, each pattern's sorted.
 
-    A folder stands for all files of JSON lines below it; hidden and unfinished ones (``.name``,
-    ``*.partial``, ``*.tmp``) are left out.
+    A folder stands for all files below it, and a glob for all that it matches, but for those that
+    :func:`_why_not` tells; one named by itself is read whatever its name. ``-`` is standard input.
+    ``input_format`` says what files are whose names tell nothing.
 
     Raises:
-        ValueError: a file is missing or of an unknown kind, a pattern matches nothing, a file occurs twice.
+        ValueError: a file is missing or of an unknown kind, a pattern matches nothing that is read, a file
+            occurs twice.
     """
-    files: list[InputFile] = []
+    found = Found()
     for pattern in patterns:
-        files += _describe_urls(_expand_url(pattern)) if "://" in pattern else _describe(_expand(pattern))
+        is_url = "://" in pattern
+        expand, describe = (_expand_url, _describe_urls) if is_url else (_expand, _describe)
+        paths = expand(_STANDARD_INPUT if pattern == "-" else pattern, found, input_format)
+        found.files += describe(paths)
     first: dict[str, str] = {}
-    for file in files:
+    for file in found.files:
         place = file.path if "://" in file.path else os.path.realpath(file.path)
         if place in first:
             also = "" if first[place] == file.path else f" (also as {first[place]})"
             raise ValueError(f"The input {file.path} is named twice{also}; name every file once.")
         first[place] = file.path
-    return files
+    return found
 
 
 def list_dataset(name: str, split: str = "train", streaming: bool = False) -> list[InputFile]:
@@ -73,8 +126,8 @@ def list_dataset(name: str, split: str = "train", streaming: bool = False) -> li
         raise ValueError(f"The dataset {name} has no split {split!r}, only {', '.join(sorted(splits))}.")
     paths = sorted(path for path in splits[split] if not path.endswith(_UNFINISHED))
     for path in paths:
-        if not path.endswith(SUFFIXES):
-            raise ValueError(f"The dataset {name} keeps its text in {path}; {_KINDS} can be read.")
+        if not format_of(path):
+            raise ValueError(f"The dataset {name} keeps its text in {path}; {ALL_KINDS} files can be read.")
     local = [path for path in paths if "://" not in path]
     remote = [path for path in paths if "://" in path]
     return _describe(local) + [replace(file, download=not streaming) for file in _describe_urls(remote)]
@@ -88,6 +141,10 @@ def open_input(source: InputFile | str | os.PathLike[str]) -> Iterator[IO[bytes]
         OSError: it cannot be opened, or, for urls, what is done with the open file fails to read on.
     """
     path = source.path if isinstance(source, InputFile) else os.fspath(source)
+    if path == _STANDARD_INPUT:
+        with open(0, "rb", closefd=False) as file:
+            yield file
+        return
     if "://" not in path:
         with open(path, "rb") as file:
             yield file
@@ -107,16 +164,65 @@ def open_input(source: InputFile | str | os.PathLike[str]) -> Iterator[IO[bytes]
         raise OSError(f"{path} cannot be read ({_one_line(error)}); run again when it can.") from error
 
 
-def _expand(pattern: str) -> list[str]:
+def _why_not(path: str, input_format: str | None) -> str | None:
+    """Why a file that a folder holds or a glob matches is not read."""
+    name = os.path.basename(path)
+    if name.startswith("."):
+        return "hidden"
+    if name.lower().endswith(_UNFINISHED):
+        return "unfinished"
+    if _PAPERS.fullmatch(name) and format_of(name) in (None, "txt"):
+        return "licences, readmes and the like"
+    if _DATASET_FILES.fullmatch(name):
+        return "files about datasets or caches of them"
+    if not format_of(name) and not (input_format and tells_nothing(name)):
+        return "of unknown kinds"
+    return None
+
+
+def _sort_out(
+    paths: Iterable[str], exists: Callable[[str], bool], found: Found, input_format: str | None
+) -> list[str]:
+    """Those of a folder's or glob's files that are read, sorted; the others are noted."""
+    is_plan: dict[str, bool] = {}
+
+    def of_a_plan(folder: str) -> bool:
+        """Whether preprocessing keeps its plan and records there, or in a folder around it."""
+        if folder not in is_plan:
+            around, _, name = folder.rpartition("/")
+            is_plan[folder] = bool(around) and of_a_plan(around)
+            if name == "preprocess" or name.endswith(".preprocess"):
+                is_plan[folder] |= exists(f"{folder}/plan.json")
+        return is_plan[folder]
+
+    taken = []
+    for path in sorted(paths):
+        is_record = of_a_plan(path.rpartition("/")[0])
+        if reason := "records of preprocessing" if is_record else _why_not(path, input_format):
+            found.leave_out(reason, path)
+        else:
+            taken.append(path)
+    return taken
+
+
+def _expand(pattern: str, found: Found, input_format: str | None) -> list[str]:
     if os.path.isdir(pattern):
-        return _found(sorted(_files_below(pattern)), pattern)
-    if os.path.exists(pattern) or _GLOB_CHARACTERS.isdisjoint(pattern):
+        paths: Iterable[str] = _files_below(pattern, found)
+    elif os.path.exists(pattern) or _GLOB_CHARACTERS.isdisjoint(pattern):
+        _check_kind(pattern, input_format)
         return [pattern]
-    return _found(sorted(glob.glob(pattern, recursive=True)), pattern)
+    else:
+        paths = glob.glob(pattern, recursive=True)
+        if folder := next(filter(os.path.isdir, paths), None):
+            raise ValueError(f"The input {folder} is a folder.")
+    taken = _sort_out(paths, os.path.exists, found, input_format)
+    if fifo := next((path for path in taken if Path(path).is_fifo()), None):
+        raise ValueError(f"The input {fifo} can be read only once; name it by itself, or move it away.")
+    return _refuse_none(taken, pattern, found)
 
 
-def _files_below(folder: str) -> Iterator[str]:
-    """Files of JSON lines at any depth, also behind linked folders, but in no folder twice."""
+def _files_below(folder: str, found: Found) -> Iterator[str]:
+    """Files at any depth, also behind linked folders, but in no folder twice and in no hidden one."""
 
     def fail(error: OSError) -> None:
         raise ValueError(f"The input folder {error.filename} cannot be listed ({error.strerror}).") from None
@@ -128,15 +234,19 @@ def _files_below(folder: str) -> Iterator[str]:
             folders.clear()
             continue
         visited.add(place)
+        for name in folders:
+            if name.startswith("."):
+                found.leave_out("hidden", os.path.join(parent, name))
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in names:
-            if name.endswith(SUFFIXES) and not name.startswith("."):
-                yield os.path.join(parent, name)
+        yield from (os.path.join(parent, name) for name in names)
 
 
-def _found(paths: list[str], pattern: str) -> list[str]:
+def _refuse_none(paths: list[str], pattern: str, found: Found) -> list[str]:
     if not paths:
-        raise ValueError(f"The input {pattern} holds or matches no {_KINDS}; check the path.")
+        raise ValueError(
+            f"The input {pattern} holds or matches no {ALL_KINDS} files"
+            f"{found.said_left_out('; left out: ')}; check the path."
+        )
     return paths
 
 
@@ -144,29 +254,44 @@ def _describe(paths: Iterable[str]) -> list[InputFile]:
     """Size and stamp of local files."""
     files = []
     for path in paths:
-        if not os.path.isfile(path):
-            found = "is no regular file" if os.path.exists(path) else "is missing"
-            raise ValueError(f"The input {path} {'is a folder' if os.path.isdir(path) else found}.")
-        _check_kind(path)
-        status = os.stat(path)
-        files.append(InputFile(path, status.st_size, str(status.st_mtime_ns)))
+        try:
+            status = os.stat(path)
+        except OSError as error:
+            is_missing = isinstance(error, FileNotFoundError)
+            problem = "is missing" if is_missing else f"cannot be read ({error.strerror})"
+            raise ValueError(f"The input {path} {problem}.") from None
+        if path == _STANDARD_INPUT or stat.S_ISFIFO(status.st_mode):
+            files.append(InputFile(path, 0, f"{_STREAM}{time.time_ns()}"))
+        elif stat.S_ISREG(status.st_mode):
+            files.append(InputFile(path, status.st_size, str(status.st_mtime_ns)))
+        else:
+            what = "a folder" if os.path.isdir(path) else "no regular file"
+            raise ValueError(f"The input {path} is {what}.")
     return files
 
 
-def _expand_url(pattern: str) -> list[str]:
+def _expand_url(pattern: str, found: Found, input_format: str | None) -> list[str]:
     with _listing(pattern):
         from fsspec.core import url_to_fs
 
         store, path = url_to_fs(pattern)
-        found, fixed = [path], len(path)  # only what comes behind the fixed part may be hidden
+        paths, fixed = None, len(path)  # only what comes behind the fixed part may be hidden
         if glob_part := re.search(r"[*?[]", path):
-            found, fixed = store.glob(path), glob_part.start() - 1
+            paths, fixed = store.glob(path), glob_part.start() - 1
         elif store.isdir(path):
-            found = [name for name in store.find(path) if name.endswith(SUFFIXES)]
-        hidden = re.compile(r"/\.")
-        found = [name for name in found if not hidden.search(name, max(0, fixed))]
-        found = sorted(map(store.unstrip_protocol, found))
-    return _found(found, pattern)
+            paths = store.find(path)
+    if paths is None:
+        _check_kind(pattern, input_format)
+        return [store.unstrip_protocol(path)]
+    hidden = re.compile(r"/\.")
+    seen = []
+    for name in paths:
+        if hidden.search(name, max(0, fixed)):
+            found.leave_out("hidden", name)
+        else:
+            seen.append(name)
+    taken = _sort_out(seen, store.exists, found, input_format)
+    return _refuse_none([store.unstrip_protocol(name) for name in taken], pattern, found)
 
 
 def _describe_urls(urls: Iterable[str]) -> list[InputFile]:
@@ -174,7 +299,6 @@ def _describe_urls(urls: Iterable[str]) -> list[InputFile]:
     folders: dict[str, dict[str, Mapping[str, Any]]] = {}
     files = []
     for url in urls:
-        _check_kind(url)
         with _listing(url):
             from fsspec.core import url_to_fs
 
@@ -195,9 +319,12 @@ def _stamp(entry: Mapping[str, Any]) -> str:
     return next((str(entry[name]) for name in names if entry.get(name)), "unknown")
 
 
-def _check_kind(path: str) -> None:
-    if not path.endswith(SUFFIXES):
-        raise ValueError(f"The input {path} is of an unknown kind; give {_KINDS}.")
+def _check_kind(path: str, input_format: str | None) -> None:
+    """Refuse a file named by itself whose name tells a kind that is not read."""
+    if not (format_of(path) or input_format or tells_nothing(path)):
+        raise ValueError(
+            f"The input {path} is of an unknown kind; give {ALL_KINDS} files, or --input-format."
+        )
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Rows of files of JSON lines: ``.jsonl``, ``.json``, ``.ndjson``, plain or packed as ``.gz`` or ``.zst``.
+"""Rows of files of every kind (:mod:`kinds`), each as a line of JSON.
 
 Nothing is guessed and nothing is dropped silently: a line that is not a JSON object with the wanted texts
 gives a :class:`Reject`, which callers raise or count, and a damaged or cut file raises. Blank lines are
@@ -16,11 +16,14 @@ import os
 import re
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from io import BytesIO
-from typing import Any
+from itertools import chain
+from typing import IO, Any
 
+from megatron_iiet.data.reading import rows, tables
 from megatron_iiet.data.reading.compression import decompressed_blocks
-from megatron_iiet.data.reading.long_text import LongText, parse_long_line, parts_of
+from megatron_iiet.data.reading.kinds import DEFAULT, TABLES, Reading, Template
+from megatron_iiet.data.reading.long_text import LongText, Text, parse_long_line, parts_of
+from megatron_iiet.data.reading.rows import DefectError
 from megatron_iiet.data.reading.sources import InputFile, open_input
 from megatron_iiet.data.tokenizers.base import lone_surrogate
 
@@ -33,19 +36,21 @@ _SOURCE = re.compile(r"\w[\w.+ -]{0,99}")
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Whole lines of one file."""
+    """Whole rows of one file."""
 
     path: str
-    first_line: int  # number of the first line, counted from 1
-    data: bytes  # lines joined by line breaks; one line if it is longer than LONG_LINE_BYTES
+    first_line: int  # number of the first line or row, counted from 1
+    data: bytes  # rows, joined by line breaks; one row if it is longer than LONG_LINE_BYTES
+    word: str = "line"  # what a row is called: "row" where it is no line
+    defect: DefectError | None = None  # of the only row, which has no data
 
 
 @dataclass(slots=True)
 class Row:
     """The texts of one line."""
 
-    line: int  # number of the line in its file, counted from 1
-    texts: tuple[str | LongText, ...]  # in the order of the keys asked for
+    line: int  # number of the line or row in its file, counted from 1
+    texts: tuple[Text, ...]  # in the order of the keys asked for
     source: str | None = None  # the string under the source key, fit to be part of a file name
 
 
@@ -54,10 +59,10 @@ class Reject:
     """A line that gives no row."""
 
     line: int
-    """Number of the line in its file, counted from 1."""
+    """Number of the line or row in its file, counted from 1."""
     reason: str
     """One of: blank line, byte-order mark, invalid UTF-8, invalid JSON, not an object, missing key, not a
-    string, lone surrogate, bad source name."""
+    string, lone surrogate, bad source name, too long; of csv also malformed csv, ragged row, NUL."""
     message: str
     """One sentence with file, line, what was found and what to do."""
 
@@ -68,11 +73,12 @@ def iter_documents(inputs: Iterable[InputFile | str | os.PathLike[str]], key: st
     Raises:
         ValueError: a file or line is bad; see the module's description.
     """
+    how = Reading(keys=(key,))
     for file in inputs:
-        for chunk in read_chunks(file):
-            rows, rejects = parse_rows(chunk, [key])
+        for chunk in read_chunks(file, how):
+            found, rejects = parse_rows(chunk, how)
             raise_first(rejects)
-            for row in rows:
+            for row in found:
                 yield "".join(parts_of(row.texts[0]))
 
 
@@ -82,85 +88,98 @@ def raise_first(rejects: Sequence[Reject]) -> None:
         raise ValueError(rejects[0].message)
 
 
-def read_chunks(source: InputFile | str | os.PathLike[str], chunk_bytes: int = 1 << 20) -> Iterator[Chunk]:
-    """Whole lines of a file or url in chunks of about ``chunk_bytes``.
+def read_chunks(
+    source: InputFile | str | os.PathLike[str], how: Reading = DEFAULT, chunk_bytes: int = 1 << 20
+) -> Iterator[Chunk]:
+    """Rows of a file or url in chunks of about ``chunk_bytes``.
 
-    A line longer than ``LONG_LINE_BYTES`` is a chunk of its own, and its bytes are held once. Blank lines
+    A row longer than ``LONG_LINE_BYTES`` is a chunk of its own, and its bytes are held once. Blank lines
     wait until a line with content follows, so those that end a file are dropped.
 
     Raises:
-        ValueError: the file is empty, or its compression is damaged or cut short.
+        ValueError: the file is damaged, cut short, or lacks a column.
         OSError: it cannot be read.
     """
-    path = source.path if isinstance(source, InputFile) else os.fspath(source)
-    waiting: list[bytes] = []
-    content = size = 0  # lines of these up to the last one that is not blank, and bytes of those
-    first_line = 1
     with open_input(source) as file:
-        for line in _lines(decompressed_blocks(file, path)):
-            is_blank = not line or line.isspace()
-            if len(line) > LONG_LINE_BYTES and not is_blank:
-                if waiting:
-                    yield Chunk(path, first_line, b"\n".join(waiting))
-                yield Chunk(path, first_line + len(waiting), line)
-                first_line += len(waiting) + 1
-                waiting, content, size = [], 0, 0
-                continue
-            waiting.append(line)
-            if not is_blank:
-                content, size = len(waiting), size + len(line) + 1
-            if size > chunk_bytes:
-                yield Chunk(path, first_line, b"\n".join(waiting))
-                first_line += len(waiting)
-                waiting, content, size = [], 0, 0
-        if content:
-            yield Chunk(path, first_line, b"\n".join(waiting[:content]))
-        elif first_line == 1:
-            found = "holds no documents (no line with content)" if file.tell() else "is empty (0 bytes)"
-            raise ValueError(f"{path} {found}; remove it from the inputs.")
+        path = source.path if isinstance(source, InputFile) else os.fspath(source)
+        yield from chunks_of(file, path, how, chunk_bytes)
 
 
-def _lines(blocks: Iterable[bytes]) -> Iterator[bytes]:
-    """Lines of consecutive blocks, without their breaks; a giant one is held once."""
-    begun = BytesIO()  # a line whose end is to come
-    for block in blocks:
-        *ends, rest = block.split(b"\n")
-        for end in ends:
-            begun.write(end)
-            yield begun.getvalue()  # the buffer itself, not a copy of it
-            begun = BytesIO()
-        begun.write(rest)
-    if begun.tell():
-        yield begun.getvalue()
+def chunks_of(file: IO[bytes], path: str, how: Reading, chunk_bytes: int) -> Iterator[Chunk]:
+    """:func:`read_chunks` of an open file."""
+    word = "line" if how.format_of(path) == "jsonl" else "row"
+    waiting: list[bytes] = []
+    content = size = 0  # rows of these up to the last one that is not blank, and bytes of those
+    first = 1
+    longest = min(LONG_LINE_BYTES, how.max_document_bytes)
+    for line in _json_lines(file, path, how):
+        is_blank = isinstance(line, bytes) and (not line or line.isspace())
+        if isinstance(line, DefectError) or (len(line) > longest and not is_blank):
+            if waiting:
+                yield Chunk(path, first, b"\n".join(waiting), word)
+            first += len(waiting)
+            if isinstance(line, bytes) and len(line) <= how.max_document_bytes:
+                yield Chunk(path, first, line, word)
+            else:
+                defect = rows.too_long(len(line), how.max_document_bytes) if isinstance(line, bytes) else line
+                yield Chunk(path, first, b"", word, defect)
+            first += 1
+            waiting, content, size = [], 0, 0
+            continue
+        waiting.append(line)
+        if not is_blank:
+            content, size = len(waiting), size + len(line) + 1
+        if size > chunk_bytes:
+            yield Chunk(path, first, b"\n".join(waiting), word)
+            first += len(waiting)
+            waiting, content, size = [], 0, 0
+    if content:
+        yield Chunk(path, first, b"\n".join(waiting[:content]), word)
 
 
-def parse_rows(
-    chunk: Chunk, keys: Sequence[str], source_key: str | None = None
-) -> tuple[list[Row], list[Reject]]:
-    """The strings under ``keys``, and under ``source_key``, of every line of a chunk.
+def _json_lines(file: IO[bytes], path: str, how: Reading) -> Iterator[bytes | DefectError]:
+    """Every row as a line of JSON, or what is wrong with it; none of a file of no bytes."""
+    kind, limit = how.format_of(path), how.max_document_bytes
+    if kind in TABLES:
+        if file.seek(0, 2) == 0:
+            return iter(())
+        file.seek(0)
+        read = tables.parquet_rows if kind == "parquet" else tables.arrow_rows
+        return read(file, path, how.columns)
+    start, rest = rows.without_mark(decompressed_blocks(file, path))
+    if kind == "json" and start.lstrip().startswith(b"["):
+        return rows.array_items(chain([start.lstrip()[1:]], rest), path, limit)
+    blocks = chain([start], rest)
+    if kind == "txt":
+        tables.present(path, how.columns, ["text"])
+        return rows.documents_of_text(blocks, how.txt_documents, limit)
+    lines = rows.lines(blocks, limit)
+    if kind in ("csv", "tsv"):
+        return tables.csv_rows(lines, path, "," if kind == "csv" else "\t", how.columns, limit)
+    return lines
 
-    A key may lead into nested objects with dots (``meta.redpajama_set_name``); a key that is there literally,
-    dots and all, comes first. Nothing is raised for bad lines.
+
+def parse_rows(chunk: Chunk, how: Reading = DEFAULT) -> tuple[list[Row], list[Reject]]:
+    """The texts under the keys, or the one that the template makes, of every row of a chunk, and its source.
+
+    A text is a string or, as Megatron-LM takes it, a list of strings. A key may lead into nested objects with
+    dots (``meta.redpajama_set_name``); a key that is there literally, dots and all, comes first. Nothing is
+    raised for bad rows.
     """
-    rows: list[Row] = []
+    found: list[Row] = []
     rejects: list[Reject] = []
     for number, line in enumerate(chunk.data.split(b"\n"), start=chunk.first_line):
         try:
+            if chunk.defect:
+                raise chunk.defect
             row = _parse_line(line)
-            texts = tuple([_string(row, key, "--json-keys") for key in keys])
-            source = source_key and _source(row, source_key)
-            rows.append(Row(number, texts, source))
-        except _BadLineError as error:
-            rejects.append(Reject(number, error.reason, f"{chunk.path}, line {number}: {error}"))
-    return rows, rejects
-
-
-class _BadLineError(ValueError):
-    """A line's defect, without file and line."""
-
-    def __init__(self, reason: str, message: str) -> None:
-        super().__init__(message)
-        self.reason = reason
+            texts: Iterable[Text] = (
+                [_text(row, key) for key in how.keys] if not how.template else (_filled(row, how.template),)
+            )
+            found.append(Row(number, tuple(texts), how.source_key and _source(row, how.source_key)))
+        except DefectError as error:
+            rejects.append(Reject(number, error.reason, f"{chunk.path}, {chunk.word} {number}: {error}"))
+    return found, rejects
 
 
 def _parse_line(line: bytes) -> dict[str, Any]:
@@ -169,13 +188,13 @@ def _parse_line(line: bytes) -> dict[str, Any]:
         value = _load(line) if len(line) <= LONG_LINE_BYTES else parse_long_line(line)
     except UnicodeDecodeError as error:
         found = error.object[error.start : error.start + 1]
-        raise _BadLineError(
+        raise DefectError(
             "invalid UTF-8", f"byte {found!r} is not valid UTF-8; convert the file to UTF-8."
         ) from None
     except (ValueError, RecursionError) as error:
         raise _json_error(line, error) from None
     if not isinstance(value, dict):
-        raise _BadLineError(
+        raise DefectError(
             "not an object", f"a JSON {type(value).__name__} instead of an object: {_excerpt(line)}."
         )
     return value
@@ -198,24 +217,22 @@ def _load(line: bytes) -> Any:
     return value if end == len(text) or text[end:] == "\r" else json.loads(text)
 
 
-def _json_error(line: bytes, error: Exception) -> _BadLineError:
+def _json_error(line: bytes, error: Exception) -> DefectError:
     if not line or line.isspace():
-        return _BadLineError("blank line", "blank line between documents; remove it.")
+        return DefectError("blank line", "blank line between documents; remove it.")
     if line.startswith(_BOM):
-        return _BadLineError(
-            "byte-order mark", "starts with a byte-order mark; save it as UTF-8 without BOM."
-        )
-    return _BadLineError(
+        return DefectError("byte-order mark", "starts with a byte-order mark; save it as UTF-8 without BOM.")
+    return DefectError(
         "invalid JSON", f"not valid JSON ({error}): {_excerpt(line)}; repair or remove the line."
     )
 
 
 def _source(row: dict[str, Any], key: str) -> str:
-    name = _string(row, key, "--split-by")
+    name = _checked(row[key] if key in row else _nested(row, key, "--split-by"), key)
     if isinstance(name, LongText):
-        raise _BadLineError("not a string", f"{key!r} holds {name.characters:,} characters, not a name.")
+        raise DefectError("not a string", f"{key!r} holds {name.characters:,} characters, not a name.")
     if not _SOURCE.fullmatch(name):
-        raise _BadLineError(
+        raise DefectError(
             "bad source name",
             f"{key!r} is {name!r}, which cannot be part of a file name; use letters, digits and . _ + - "
             "only.",
@@ -223,9 +240,33 @@ def _source(row: dict[str, Any], key: str) -> str:
     return name
 
 
-def _string(row: dict[str, Any], key: str, option: str) -> str | LongText:
-    """The text under a key; ``option`` is where the user gave the key."""
-    text = row[key] if key in row else _nested(row, key, option)
+def _text(row: dict[str, Any], key: str) -> Text:
+    """The text under a key."""
+    value = row[key] if key in row else _nested(row, key, "--json-keys")
+    if not isinstance(value, list):
+        return _checked(value, key)
+    # Empty strings have no ids, and a single string is that text.
+    texts = [text for number, item in enumerate(value) if (text := _checked(item, f"{key}[{number}]"))]
+    return tuple(texts) if len(texts) > 1 else texts[0] if texts else ""
+
+
+def _filled(row: dict[str, Any], template: Template) -> str:
+    """The text that a template makes of a row."""
+    parts = []
+    for literal, key in template:
+        parts.append(literal)
+        if key is None:
+            continue
+        value = row[key] if key in row else _nested(row, key, "--text-template")
+        if isinstance(value, bool | int | float):
+            parts.append(json.dumps(value))
+        else:
+            parts += parts_of(_checked(value, key))
+    return "".join(parts)
+
+
+def _checked(text: Any, key: str) -> str | LongText:
+    """What is found under a key, if it is a proper text."""
     half = None
     if isinstance(text, LongText):
         half = text.lone_surrogate
@@ -234,10 +275,10 @@ def _string(row: dict[str, Any], key: str, option: str) -> str | LongText:
             half = text[at]
     else:
         found = "null" if text is None else f"{_json_excerpt(text)} ({type(text).__name__})"
-        raise _BadLineError("not a string", f"{key!r} is {found}, not a string; repair or remove the line.")
+        raise DefectError("not a string", f"{key!r} is {found}, not a string; repair or remove it.")
     if half:
-        raise _BadLineError(
-            "lone surrogate", f"{key!r} holds half a surrogate pair, \\u{ord(half):04x}; repair the line."
+        raise DefectError(
+            "lone surrogate", f"{key!r} holds half a surrogate pair, \\u{ord(half):04x}; repair the text."
         )
     return text
 
@@ -248,7 +289,7 @@ def _nested(row: dict[str, Any], key: str, option: str) -> Any:
     for name in key.split("."):
         if not isinstance(value, dict) or name not in value:
             found = str(sorted(value)[:8])[:200] if isinstance(value, dict) else _json_excerpt(value)
-            raise _BadLineError("missing key", f"no key {key!r}, only {found}; check {option}.")
+            raise DefectError("missing key", f"no key {key!r}, only {found}; check {option}.")
         value = value[name]
     return value
 

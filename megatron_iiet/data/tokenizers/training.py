@@ -15,7 +15,7 @@ from megatron_iiet.data.reading.text import iter_documents
 from megatron_iiet.data.tokenizers.sentencepiece import SentencePieceTokenizer
 from megatron_iiet.durable import check_output, make_parent, replacing
 
-_PLAIN = (".jsonl", ".json", ".ndjson")
+_PLAIN = (".jsonl", ".json", ".ndjson", ".txt", ".csv", ".tsv")
 _TEXT_A_BYTE = 4  # of a compressed file, about
 _SPREAD = 16
 _SHOWN_CHARACTERS = 500
@@ -100,9 +100,9 @@ class _Sample:
 
     def lines(self) -> Iterator[str]:
         """Lines of the documents, in pieces that the trainer takes."""
-        share, size = 0.0, sum(file.size for file in self._files)
+        share, size = 0.0, sum(max(1, file.size) for file in self._files)  # a stream has none
         for file in self._files:
-            share += self._most * file.size / max(1, size)
+            share += self._most * max(1, file.size) / size
             text = file.size * (1 if file.path.endswith(_PLAIN) else _TEXT_A_BYTE)
             every = max(1, min(_SPREAD, int(text / max(1.0, share - self.characters))))
             self.inputs += self.characters < share
