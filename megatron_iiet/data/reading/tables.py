@@ -27,8 +27,10 @@ def parquet_rows(file: IO[bytes], path: str, columns: Sequence[str]) -> Iterator
     Raises:
         ValueError: it is damaged or cut short, or lacks a column.
     """
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
+    pa.set_memory_pool(pa.system_memory_pool())  # the others keep what a giant document took
     with _damage(path, "parquet"):
         table = pq.ParquetFile(file, buffer_size=_BUFFER_BYTES, pre_buffer=False)
     names = present(path, columns, table.schema_arrow.names)
@@ -42,8 +44,10 @@ def parquet_rows(file: IO[bytes], path: str, columns: Sequence[str]) -> Iterator
                 if chunk.path_in_schema.split(".")[0] in names or chunk.path_in_schema in names
             )
             rows = min(_BATCH_ROWS, max(1, about.num_rows * _BATCH_BYTES // max(1, size)))
-            for batch in table.iter_batches(rows, [group], names, use_threads=False):
-                yield from _lines(batch)
+            for columns_of_batch in map(
+                _columns, table.iter_batches(rows, [group], names, use_threads=False)
+            ):
+                yield from _lines(columns_of_batch)
 
 
 def parquet_row_count(file: IO[bytes], path: str) -> int:
@@ -87,7 +91,7 @@ def arrow_rows(file: IO[bytes], path: str, columns: Sequence[str]) -> Iterator[b
         batches = reader if is_stream else map(reader.get_batch, range(reader.num_record_batches))
         for batch in batches:
             for start in range(0, batch.num_rows, _BATCH_ROWS):
-                yield from _lines(batch.slice(start, _BATCH_ROWS))
+                yield from _lines(_columns(batch.slice(start, _BATCH_ROWS)))
 
 
 @contextmanager
@@ -125,11 +129,16 @@ def present(path: str, columns: Iterable[str], names: Sequence[str]) -> list[str
     return list(dict.fromkeys(found))
 
 
-def _lines(batch: pa.RecordBatch) -> Iterator[bytes]:
-    """Rows of a batch."""
-    keys = [_key(name) for name in batch.schema.names]
-    for values in zip(*map(_values, batch.columns), strict=True):
-        yield _object(keys, values)
+def _columns(batch: pa.RecordBatch) -> dict[bytes, list[bytes]]:
+    """JSON of a batch's values by their keys, last row first."""
+    names = batch.schema.names
+    return {_key(name): _values(column)[::-1] for name, column in zip(names, batch.columns, strict=True)}
+
+
+def _lines(columns: dict[bytes, list[bytes]]) -> Iterator[bytes]:
+    """Rows of a batch, which is forgotten by and by: it may hold a giant one."""
+    for _ in range(len(next(iter(columns.values())))):
+        yield _object(columns, [column.pop() for column in columns.values()])
 
 
 def _values(array: pa.Array) -> list[bytes]:
@@ -224,4 +233,5 @@ def _key(name: str) -> bytes:
 
 
 def _object(keys: Iterable[bytes], values: Iterable[bytes]) -> bytes:
-    return b"{" + b", ".join([key + value for key, value in zip(keys, values, strict=True)]) + b"}"
+    parts = [part for key, value in zip(keys, values, strict=True) for part in (b", ", key, value)]
+    return b"".join([b"{", *parts[1:], b"}"])
