@@ -57,7 +57,9 @@ def pretrain(loaded: LoadedConfig) -> int:
         ds_config = reconciled_ds_config(loaded, launch_environment().world_size)
         with (
             heard(loaded.config, Phase.ALONE) as requests,
-            ParallelContext.start(loaded.config.parallel) as context,
+            ParallelContext.start(
+                loaded.config.parallel, counting=loaded.config.data.documents != "ignore"
+            ) as context,
         ):
             requests.enter(Phase.STARTING)
             lock = RunLock(loaded.config.output_dir) if context.is_main else None
@@ -269,6 +271,7 @@ def train_batches(config: RunConfig, corpora: Corpora, context: ParallelContext)
         timeout=config.data.timeout,
         pin_memory=context.device.type == "cuda",
         skipped=config.data.skipped,
+        add_up=context.counting.all_reduce if context.counting.size > 1 else None,
     )
 
 
