@@ -294,7 +294,7 @@ def batches_of(
     from megatron_iiet.data.loader.samples import build_splits
 
     return TrainBatches(
-        [build_splits(prefix, T, [0.98, 0.01, 0.01], documents, vocab_size=2**31).train],
+        [build_splits(prefix, T, [0.98, 0.02, 0.0], documents, vocab_size=2**31).train],
         global_batch_size=B if ranks == 1 else GLOBAL_BATCH,
         micro_batch_size=B,
         data_parallel_rank=0,

@@ -12,6 +12,7 @@ from megatron_iiet.config.schema import DataConfig
 from megatron_iiet.data.corpora.identity import corpus_identity
 from megatron_iiet.data.loader.blend import Blend
 from megatron_iiet.data.loader.samples import Samples, Splits, build_splits
+from megatron_iiet.data.loader.validation import FIRST, ValidationBatches
 from megatron_iiet.data.tokenizers.loading import tokenizer_digest
 
 MANY_EPOCHS = 4
@@ -106,8 +107,25 @@ def describe_corpora(config: RunConfig, corpora: Corpora) -> str:
                 "lower its weight in data.blend, train fewer steps, or add text"
             )
     if config.data.validation_prefix:
+        lines.append("  all documents of these train: data.split has no effect beside data.validation_prefix")
+    return "\n".join(lines)
+
+
+def describe_validation(batches: ValidationBatches, wanted: int) -> str:
+    """What is validated on: which windows, and how many of each corpus; and where there are too few."""
+    parts = [
+        f"{count:,} of {len(source):,} of {source.stream.prefix}"
+        for source, count in zip(batches.sources, batches.counts, strict=True)
+    ]
+    lines = [f"validation: {batches.samples:,} windows, rule {batches.rule}: {', '.join(parts)}"]
+    if batches.rule == FIRST:
         lines.append(
-            f"  validation: {len(corpora.validation[0]):,} samples of {config.data.validation_prefix}; all "
-            "documents of the others train, data.split has no effect"
+            "  the first ones, as this run began before there was another rule; a new run spreads them over "
+            "the split"
+        )
+    if batches.samples < wanted:
+        lines.append(
+            f"  warning: evaluation.samples asks for {wanted:,}; give validation a larger share in "
+            "data.split, or a data.validation_prefix, or ask for fewer"
         )
     return "\n".join(lines)

@@ -18,7 +18,7 @@ from megatron_iiet.data.loader.samples import KINDS
 from tests.data.test_batches import Int64Array, Stream, T, batches, numbered
 
 RANKS = 3
-SECONDS = 60.0
+SECONDS = 20.0
 
 
 class Exchange:

@@ -1,4 +1,4 @@
-"""Micro-batches for training and validation, the same whatever the number of ranks.
+"""Micro-batches for training, the same whatever the number of ranks.
 
 Samples are numbered over all sources and epochs; which window of which source a number stands for is
 :class:`~.order.SampleOrder`. Global batch s is samples [s G, (s + 1) G). Data-parallel size
@@ -20,7 +20,6 @@ import numpy as np
 import torch
 
 from megatron_iiet.data.corpora.mmididx import Int64Array
-from megatron_iiet.data.loader.blend import Blend
 from megatron_iiet.data.loader.counting import Targets
 from megatron_iiet.data.loader.order import SampleOrder
 from megatron_iiet.data.loader.read_ahead import ReadAhead
@@ -45,14 +44,6 @@ class Batch(NamedTuple):
     """With positions: counted targets of the global batch / (micro-steps * data-parallel ranks). The sum of a
     micro-batch's losses divided by it, averaged over micro-batches and ranks, is the exact mean over the
     global batch's counted targets in every layout."""
-
-
-class ValidationBatch(NamedTuple):
-    """One rank's rows of a validation batch."""
-
-    tokens: torch.Tensor  # int64 [B, T + 1]
-    weights: torch.Tensor  # float32 [B]: 1 for a sample, 0 for a filler row
-    positions: torch.Tensor | None = None  # int64 [B, T + 1] as in Batch
 
 
 class TrainBatches:
@@ -147,11 +138,11 @@ class TrainBatches:
             found = f"more than {state['sample']:,}"
         else:
             samples, fits = state["samples"], state["windows"] == windows
-            found = _listed(state["windows"])
+            found = listed(state["windows"])
         if not fits:
             raise ValueError(
                 f"The checkpoint was trained on {found} windows, but the training split has "
-                f"{_listed(windows)}; resume with the corpora, data.split and data.sequence_length of the "
+                f"{listed(windows)}; resume with the corpora, data.split and data.sequence_length of the "
                 "checkpoint."
             )
         self.settle()
@@ -332,65 +323,7 @@ class _MicroBatch:
         return f"sample {first + row} (window {window} of {self._plan.sources[source].stream.prefix})"
 
 
-class ValidationBatches:
-    """The first samples of the validation splits, dealt to the ranks as in training; re-iterable.
-
-    Every rank gets the same number of batches of the same shape, so collectives match by construction. Where
-    the samples run out, rows are filled with copies of the first one of weight 0: a mean weighted by
-    ``ValidationBatch.weights`` is over exactly :attr:`samples` samples whatever the number of ranks.
-
-    Args:
-        sources: what to read, each from its beginning.
-        weights: of the sources, as in training.
-        samples: wanted; fewer if a source ends before.
-        micro_batch_size: B.
-        dp_rank, dp_size: this data-parallel rank and the number of ranks.
-
-    Raises:
-        ValueError: there is nothing to read.
-    """
-
-    def __init__(
-        self,
-        sources: Sequence[Samples],
-        weights: Sequence[float] = (1.0,),
-        *,
-        samples: int,
-        micro_batch_size: int,
-        dp_rank: int,
-        dp_size: int,
-    ) -> None:
-        self._sources = sources
-        self._of, self._windows = Blend(weights)(np.arange(samples))
-        missing = self._windows >= np.array([len(source) for source in sources])[self._of]
-        self.samples = int(np.argmax(missing)) if missing.any() else samples
-        if self.samples < 1:
-            raise ValueError(
-                f"Nothing to validate on: {samples} samples wanted, the split has "
-                f"{_listed([len(source) for source in sources])} windows; give validation a share in "
-                "data.split and evaluation.samples at least 1."
-            )
-        self._size, self._rank, self._ranks = micro_batch_size, dp_rank, dp_size
-
-    def __len__(self) -> int:
-        """Batches of every rank."""
-        return -(-self.samples // (self._size * self._ranks))
-
-    def __iter__(self) -> Iterator[ValidationBatch]:
-        for batch in range(len(self)):
-            first = (batch * self._ranks + self._rank) * self._size
-            rows = range(first, first + self._size)
-            tokens = torch.empty(self._size, self._sources[0].sequence_length + 1, dtype=torch.int64)
-            positions = torch.empty_like(tokens) if self._sources[0].has_positions else None
-            for row, sample in enumerate(row if row < self.samples else 0 for row in rows):
-                own = None if positions is None else positions[row].numpy()
-                source = self._sources[int(self._of[sample])]
-                source.fill(int(self._windows[sample]), tokens[row].numpy(), own)
-            weights = torch.tensor([float(row < self.samples) for row in rows])
-            yield ValidationBatch(tokens, weights, positions)
-
-
-def _listed(numbers: Sequence[int]) -> str:
+def listed(numbers: Sequence[int]) -> str:
     return " + ".join(f"{number:,}" for number in numbers)
 
 
