@@ -29,6 +29,7 @@ from megatron_iiet.training.corpora import (
     contents_of,
     describe_corpora,
     describe_validation,
+    doubts_about,
     open_corpora,
 )
 from megatron_iiet.training.engine import Engine, engine_class
@@ -146,6 +147,7 @@ def prepare(
             config, told = resume.with_own_split(config, newest, accept)
     check_tokenizer(config)
     corpora = open_corpora(config.data, config.model.vocab_size)
+    doubts = doubts_about(config.data, corpora)
     teacher = None if done else open_teacher(config)
     warm = open_warm_start(config) if newest is None else None
     contents = contents_of(config.data, corpora) | {
@@ -174,6 +176,8 @@ def prepare(
     for package in outside_bounds():
         run.say(f"warning: {package}")
     run.say(describe_corpora(config, corpora))
+    for doubt in doubts:
+        run.say(f"warning: {doubt}")
     if held_out is not None:
         run.say(describe_validation(held_out, config.evaluation.samples))
     run.say(describe_layout(config, engine))

@@ -14,14 +14,21 @@ import pytest
 from megatron_iiet.config import ConfigError, LoadedConfig, RunConfig, config_from_dict
 from megatron_iiet.data.corpora.indexed_writer import IndexedDatasetWriter
 from megatron_iiet.data.corpora.shard_list import write_shards
-from megatron_iiet.data.tokenizers.loading import tokenizer_digest
+from megatron_iiet.data.loader.samples import KINDS
+from megatron_iiet.data.tokenizers.loading import load_tokenizer, tokenizer_digest
 from megatron_iiet.parallel import ParallelContext
 from megatron_iiet.parallel.launch import launch_environment
 from megatron_iiet.storage import checkpoint
 from megatron_iiet.storage.selection import find_candidates
 from megatron_iiet.training import pretrain
 from megatron_iiet.training.callbacks import Callback
-from megatron_iiet.training.corpora import contents_of, describe_corpora, describe_validation, open_corpora
+from megatron_iiet.training.corpora import (
+    contents_of,
+    describe_corpora,
+    describe_validation,
+    doubts_about,
+    open_corpora,
+)
 from megatron_iiet.training.engine import StepResult
 from megatron_iiet.training.loop import train
 from megatron_iiet.training.metrics import read_log
@@ -186,6 +193,37 @@ def test_names_that_are_the_same(tmp_path: Path, data: dict[str, str]) -> None:
     blend = {str(tmp_path / name / "text"): 1.0 for name in ("one", "two")}
     config = tiny_config({"tokenizer": data["tokenizer"]}, tmp_path / "run", data={"blend": blend})
     assert open_corpora(config.data, VOCABULARY).names == list(blend)
+
+
+@pytest.mark.parametrize("appended", [True, False, None])
+@pytest.mark.parametrize("documents", KINDS)
+def test_documents_that_nothing_parts(
+    documents: str, appended: bool | None, data: dict[str, str], tmp_path: Path
+) -> None:
+    """By what the list says, or by the last tokens of some documents of a corpus that says nothing."""
+    eod = load_tokenizer(data["tokenizer"]).eod_id
+    for name, end in (("ended", eod), ("open", 5)):
+        with IndexedDatasetWriter(tmp_path / name, 300) as writer:
+            for _ in range(100):
+                writer.add_document(np.array([7] * 40 + [end]))
+            shard = writer.close()
+        if appended is not None:
+            said = {"digest": tokenizer_digest(data["tokenizer"])}
+            info = {"tokenizer": said, "append_eod": appended and name == "ended"}
+            write_shards(tmp_path / name, [shard], writer.dtype, info)
+    blend = {str(tmp_path / name): 1.0 for name in ("ended", "open")}
+    own = {"tokenizer": data["tokenizer"]}
+    config = tiny_config(own, tmp_path / "run", data={"blend": blend, "documents": documents})
+    told = doubts_about(config.data, open_corpora(config.data, VOCABULARY))
+    nameless = [line for line in told if "does not name its tokenizer; that" in line]
+    assert len(nameless) == (2 if appended is None else 0)
+    open_ended = [
+        line.partition(" has ")[0] for line in told if "--append-eod, or set data.documents" in line
+    ]
+    expected = [str(tmp_path / "open")] if appended is not False else list(blend)
+    assert open_ended == (expected if documents == "ignore" else [])
+    if documents == "ignore" and appended is None:
+        assert f"(32 of 32 looked at do not end with the id {eod})" in told[-1]
 
 
 def test_a_weight_too_small_to_deal(configured: Callable[..., RunConfig]) -> None:
