@@ -170,24 +170,8 @@ def prepare(
     run.lock, run.mirror = lock, mirror
     contents[resume.RULE] = rule = SPREAD if found is None else found.validation_rule
     held_out = validation_batches(config, corpora, context, config.evaluation.samples, rule)
-    run.say(describe_start(run))
-    if config.debug.inject:
-        run.say(f"warning: debug.inject brings faults upon this run: {', '.join(config.debug.inject)}")
-    for package in outside_bounds():
-        run.say(f"warning: {package}")
-    run.say(describe_corpora(config, corpora))
-    for doubt in doubts:
-        run.say(f"warning: {doubt}")
-    if held_out is not None:
-        run.say(describe_validation(held_out, config.evaluation.samples))
-    run.say(describe_layout(config, engine))
+    say_start(run, corpora, held_out, [*doubts, *outside_bounds()])
     run.say(f"merge_norm backend: {backend} ({reason})")
-    if (
-        engine.zero_stage == 3
-        and config.training.precision == "bf16"
-        and engine.meta_model.num_solver_parameters()
-    ):
-        run.say("merge coefficients: bf16 working copy, fp32 master copy (ZeRO-3 keeps one type)")
     if warm is not None:
         run.say(warm.describe())
     if teacher is not None:
@@ -208,6 +192,26 @@ def prepare(
             record.restore_configuration(config.output_dir, found.folder)
         record.append_start(config.output_dir, start)
     return run, build_callbacks(config, corpora, context, held_out)
+
+
+def say_start(run: Run, corpora: Corpora, held_out: ValidationBatches | None, doubts: Sequence[str]) -> None:
+    """Say what is trained on what and where, and ``doubts`` about it."""
+    config, engine = run.config, run.engine
+    run.say(describe_start(run))
+    if config.debug.inject:
+        run.say(f"warning: debug.inject brings faults upon this run: {', '.join(config.debug.inject)}")
+    for doubt in doubts:
+        run.say(f"warning: {doubt}")
+    run.say(describe_corpora(config, corpora))
+    if held_out is not None:
+        run.say(describe_validation(held_out, config.evaluation.samples))
+    run.say(describe_layout(config, engine))
+    if (
+        engine.zero_stage == 3
+        and config.training.precision == "bf16"
+        and engine.meta_model.num_solver_parameters()
+    ):
+        run.say("merge coefficients: bf16 working copy, fp32 master copy (ZeRO-3 keeps one type)")
 
 
 def resume_from_newest(
