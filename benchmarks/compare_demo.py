@@ -22,7 +22,7 @@ import sys
 from pathlib import Path
 
 from megatron_iiet.training.curves import plot_losses
-from megatron_iiet.training.metrics import read_log
+from megatron_iiet.training.metrics import incomparable, read_log
 from megatron_iiet.training.summary import check_complete
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -112,6 +112,8 @@ def main() -> None:
             folder = output / f"{name}-seed{seed}"
             train(folder, arguments.ranks, ["--training.seed", str(seed), *flags, *solver_flags])
             results[name].append(measure(folder))
+    if found := incomparable({str(f): read_log(f) for f in output.glob("*-seed*")}):
+        sys.exit(f"error: {found}; train those of one rule anew")
     print(report(results, arguments.seeds))
     (output / "results.json").write_text(
         json.dumps({"seeds": arguments.seeds, **results}, indent=2) + "\n", encoding="utf-8"

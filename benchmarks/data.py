@@ -7,6 +7,8 @@
     open       opening a corpus for training: 10 MB in one shard against 1 TB (sparse files) in 100,000 shards
     loader     samples per second of the training loader, the share of permutation and blend in it, and
                megatron-core's GPTDataset on the same shard
+    scale      CPU time that one rank of 64 spends on windows, packing and counting, as a share of a step
+               of 4,096 samples and 0.5 s; beside a rank that counts the targets of all of them
 
 Every round runs all contenders, the best of the rounds is compared (neighbours on the machine only ever slow
 it down), ratios say how many times better ours is, CPU time and memory are those of the whole process tree.
@@ -32,7 +34,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import zstandard
@@ -45,7 +47,8 @@ if TYPE_CHECKING:
 
 T, B = 2048, 8
 ROOT = Path(__file__).resolve().parents[1]
-SECTIONS = ("tokenize", "memory", "open", "loader")
+SECTIONS = ("tokenize", "memory", "open", "loader", "scale")
+RANKS, GLOBAL_BATCH, STEP_SECONDS = 64, 4096, 0.5
 MEGATRON = 25_696_542 / 27.6
 """Tokens per CPU-second of Megatron-LM 0.16.1's tools/preprocess_data.py, 32k SentencePiece model, two
 workers, 100 MB of English jsonl, measured once on two cores of the same kind: the tool is not on PyPI."""
@@ -283,19 +286,22 @@ def open_once(prefix: Path) -> None:
     print(time.perf_counter() - start)
 
 
-def batches_of(prefix: Path, *, documents: str = "ignore", num_workers: int = 0) -> TrainBatches:
-    """The training loader on a corpus: micro-batches of 8 x (2048 + 1) tokens."""
+def batches_of(
+    prefix: Path, *, documents: str = "ignore", num_workers: int = 0, ranks: int = 1, **options: Any
+) -> TrainBatches:
+    """The first rank's training loader on a corpus: micro-batches of 8 x (2048 + 1) tokens."""
     from megatron_iiet.data.loader.batches import TrainBatches
     from megatron_iiet.data.loader.samples import build_splits
 
     return TrainBatches(
-        [build_splits(prefix, T, [0.98, 0.01, 0.01], documents, vocab_size=2**31).train],
-        global_batch_size=B,
+        [build_splits(prefix, T, [0.98, 0.02, 0.0], documents, vocab_size=2**31).train],
+        global_batch_size=B if ranks == 1 else GLOBAL_BATCH,
         micro_batch_size=B,
         data_parallel_rank=0,
-        data_parallel_size=1,
+        data_parallel_size=ranks,
         seed=1234,
         num_workers=num_workers,
+        **options,
     )
 
 
@@ -303,12 +309,7 @@ def loader(arguments: argparse.Namespace, work: Path) -> dict[str, object]:
     """Samples per second, ours in every mode and Megatron's; the share of our order in the time."""
     from megatron_iiet.data.loader.order import SampleOrder
 
-    prefix = work / "loader_text_document"
-    rng = np.random.default_rng(0)
-    lengths = np.minimum(rng.lognormal(6.2, 1.2, 60_000).astype(np.int64) + 1, 200_000)
-    with IndexedDatasetWriter(prefix, 32_000) as writer:
-        for length in lengths.tolist():
-            writer.add_document(rng.integers(0, 32_000, length, dtype=np.uint16))
+    prefix = _crawled(work, 60_000)
     megabytes = prefix.with_name(prefix.name + ".bin").stat().st_size / 1e6
     print(
         f"\nloader: T = {T}, micro-batches of {B}, one process, a shard of {megabytes:.0f} MB in page cache"
@@ -342,6 +343,45 @@ def loader(arguments: argparse.Namespace, work: Path) -> dict[str, object]:
         rates[f"share of {name}"] = share
         print(f"{name:28}{1e6 * seconds / samples:10.3f} us a sample, {share:.2%} of the loader's time")
     return dict(rates)
+
+
+def _crawled(work: Path, documents: int) -> Path:
+    """A corpus whose documents are as long as those of crawled text."""
+    prefix = work / "loader_text_document"
+    rng = np.random.default_rng(0)
+    lengths = np.minimum(rng.lognormal(6.2, 1.2, documents).astype(np.int64) + 1, 200_000)
+    with IndexedDatasetWriter(prefix, 32_000) as writer:
+        for length in lengths.tolist():
+            writer.add_document(rng.integers(0, 32_000, length, dtype=np.uint16))
+    return prefix
+
+
+def scale(arguments: argparse.Namespace, work: Path) -> dict[str, object]:
+    """CPU-seconds a step of one rank of many, whose part of the exchange is one sum of two numbers."""
+    prefix = _crawled(work, 300_000)  # more blocks than a step packs, so that none is packed before
+    print(f"\nscale: rank 0 of {RANKS}, {GLOBAL_BATCH:,} samples of {T} tokens a step of {STEP_SECONDS} s")
+    found: dict[str, object] = {}
+    for documents in ("ignore", "reset", "pack"):
+        own = batches_of(prefix, documents=documents, ranks=RANKS, add_up=lambda numbers: None)
+        seconds = min(_cpu_seconds_of_step(own) for _ in range(4 * arguments.rounds))
+        alone = (
+            seconds
+            if documents == "ignore"
+            else _cpu_seconds_of_step(batches_of(prefix, documents=documents, ranks=RANKS))
+        )
+        found[documents] = {"seconds": seconds, "share": seconds / STEP_SECONDS, "alone": alone}
+        print(
+            f"{documents:8}{1000 * seconds:8.1f} ms CPU, {seconds / STEP_SECONDS:.2%} of a step (asked: 2 %);"
+            f" counting the rows of all: {alone / seconds:.1f} x"
+        )
+    return found
+
+
+def _cpu_seconds_of_step(batches: TrainBatches) -> float:
+    start = time.process_time()
+    for _ in range(batches.micro_steps):
+        next(batches)
+    return time.process_time() - start
 
 
 def _rate(batches: TrainBatches, seconds: float = 1.0) -> float:
@@ -434,7 +474,7 @@ def main() -> None:
         parser.error(f"unknown sections {', '.join(sorted(unknown))}; there are {', '.join(SECTIONS)}")
     if {"tokenize", "memory"} & set(chosen):
         _find_inputs(arguments)
-    measures = {"tokenize": tokenize, "memory": memory, "open": opening, "loader": loader}
+    measures = {"tokenize": tokenize, "memory": memory, "open": opening, "loader": loader, "scale": scale}
     results = {}
     for section in chosen:
         with tempfile.TemporaryDirectory(dir=arguments.work_dir) as work:

@@ -47,9 +47,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megatron_iiet import models
-from megatron_iiet.data.loader.batches import ValidationBatches
 from megatron_iiet.data.loader.inputs import Inputs, inputs_of
 from megatron_iiet.data.loader.samples import build_splits
+from megatron_iiet.data.loader.validation import ValidationBatches
 from megatron_iiet.models import Transformer
 from megatron_iiet.models.history import History
 from megatron_iiet.models.solvers import IncrementFn, Solver

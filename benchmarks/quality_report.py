@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from quality_trials import FULL, SHORT, SYSTEMS, TOKENS_A_STEP, Trial, ablations
 
-from megatron_iiet.training.metrics import read_log
+from megatron_iiet.training.metrics import incomparable, read_log
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,8 @@ def read_results(output: Path, earlier: Iterable[Result] = ()) -> list[Result]:
     """Every trial of a folder that is complete or given up, and those of ``earlier`` it does not have; the
     same trial from two kinds of CPU counts twice."""
     marks = [*output.glob("trials/*/.trained"), *output.glob("trials/*/.given-up")]
+    if found := incomparable({mark.parent.name: read_log(mark.parent) for mark in marks}):
+        raise ValueError(f"{output}: {found}; keep those of one rule")
     own = [
         _read_result(mark.parent, mark.name == ".given-up")
         for mark in sorted(marks)

@@ -12,9 +12,9 @@ import torch
 
 from megatron_iiet.config import RunConfig, config_from_dict, config_to_yaml
 from megatron_iiet.data.corpora.indexed_writer import IndexedDatasetWriter
-from megatron_iiet.data.loader.batches import ValidationBatches
 from megatron_iiet.data.loader.inputs import inputs_of
 from megatron_iiet.data.loader.samples import build_splits
+from megatron_iiet.data.loader.validation import ValidationBatches
 from megatron_iiet.data.tokenizers.training import train_tokenizer
 from megatron_iiet.models import Transformer
 from megatron_iiet.storage.checkpoint import TrainState

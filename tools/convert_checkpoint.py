@@ -218,7 +218,7 @@ def open_source(arguments: argparse.Namespace) -> Source:
 def facts_of_run(run: Path, checkpoint: Path) -> dict[str, str]:
     """What the run's folder says of the training up to a checkpoint."""
     from megatron_iiet.storage.checkpoint import read_config, read_state
-    from megatron_iiet.training.metrics import LOG, read_log
+    from megatron_iiet.training.metrics import LOG, read_log, validation_rules
 
     config, state = read_config(checkpoint), read_state(checkpoint)
     tokens = state.step * config.training.global_batch_size * config.data.sequence_length
@@ -229,7 +229,10 @@ def facts_of_run(run: Path, checkpoint: Path) -> dict[str, str]:
     log = read_log(run) if (run / LOG).is_file() else {}
     losses = {step: v["validation_loss"] for step, v in log.items() if "validation_loss" in v}
     if seen := [step for step in losses if step <= state.step]:
-        facts["validation loss"] = f"{losses[seen[-1]]:.4f} nats a token at step {seen[-1]:,}"
+        rule = validation_rules({0: log[seen[-1]]})[0]
+        facts["validation loss"] = (
+            f"{losses[seen[-1]]:.4f} nats a token at step {seen[-1]:,} (windows: rule {rule})"
+        )
     return facts
 
 

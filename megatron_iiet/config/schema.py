@@ -161,8 +161,8 @@ class DataConfig:
     """Samples and borders of documents. ignore: windows of the stream, attention crosses borders. reset: the
     same windows, attention and positions start anew at each document. pack: the same, and documents are
     packed into samples instead of cut by them."""
-    split: list[float] = key(factory=lambda: [0.98, 0.01, 0.01], change=ORDER)
-    """Shares of documents for train, validation, test; must sum to 1."""
+    split: list[float] = key(factory=lambda: [0.98, 0.02, 0.0], change=ORDER)
+    """Shares of documents for train, validation, test; must sum to 1. Nothing reads a test share."""
     skip_steps: list[int | list[int]] = key(factory=list, change=ORDER)
     """Steps, as numbers or [first, last], whose samples are left out: nothing is computed in them, while the
     step's number, the learning rate and the place in the data go on. May be changed for steps ahead."""
@@ -241,7 +241,8 @@ class EvaluationConfig:
     interval: int = key(200, FREE, NOT_NEGATIVE)
     """Steps between validations; 0: only before the first and after the last step."""
     samples: int = key(256, COURSE, POSITIVE)
-    """Validation sequences read each time (the same ones every time); fewer if the split is smaller."""
+    """Validation sequences read each time, always the same ones, which a rule spreads over the whole split
+    (docs/data.md); fewer if it is smaller."""
     tasks: list[str] = key(factory=list, change=FREE)
     """Tasks of lm-evaluation-harness to run while training, e.g. [lambada_openai, piqa]; 'paper' stands for
     the paper's seven. Texts are cut to data.sequence_length. Empty: none."""

@@ -90,7 +90,7 @@ def _check_data(config: RunConfig) -> None:
     if len(split) != 3:
         raise ConfigError(
             f"data.split is {split}, but must have three shares (train, validation, test), "
-            "e.g. [0.98, 0.01, 0.01]"
+            "e.g. [0.98, 0.02, 0.0]"
         )
     if not all(math.isfinite(share) and 0 <= share <= 1 for share in split) or split[0] == 0:
         raise ConfigError(

@@ -16,7 +16,7 @@ from megatron_iiet.config.iteration_plan import IterationPlan
 from megatron_iiet.config.keys import join_words
 from megatron_iiet.config.schema import ParallelConfig
 from megatron_iiet.config.solvers import SOLVERS, Iterating
-from megatron_iiet.data.loader.batches import ValidationBatches
+from megatron_iiet.data.loader.validation import ValidationBatches
 from megatron_iiet.distillation import figures
 from megatron_iiet.distillation.influence import Ablation, Measurement, ablate, measure_influence
 from megatron_iiet.distillation.plans import PlanRequest, rank_correlation
@@ -155,7 +155,10 @@ def run(options: Options, prepared: Prepared, context: ParallelContext) -> Resul
             print(line, flush=True)
 
     say(f"model: {source.description}: {layers} layers of {full} iterations, {config.training.precision}")
-    say(f"data: {text.description}: {batches.samples} sequences of {config.data.sequence_length} tokens")
+    say(
+        f"data: {text.description}: {batches.samples} sequences of {config.data.sequence_length} tokens, "
+        f"windows by the rule {batches.rule}"
+    )
     started = time.perf_counter()
     measured = measure_influence(model, batches, with_loss=options.ablation)
     seconds = time.perf_counter() - started
@@ -173,6 +176,7 @@ def run(options: Options, prepared: Prepared, context: ParallelContext) -> Resul
         "model": source.description,
         "data": text.description,
         "sequences": measured.sequences,
+        "windows": batches.rule,
         "tokens": measured.tokens,
         "sequence_length": config.data.sequence_length,
     }

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_iiet.data.loader.batches import ValidationBatches
 from megatron_iiet.data.loader.inputs import Inputs, inputs_of
+from megatron_iiet.data.loader.validation import ValidationBatches
 from megatron_iiet.evaluation.forward import ForwardModel
 from megatron_iiet.models.diagnostics import InfluenceSums
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -50,6 +51,8 @@ class ParallelContext:
     """First and last rank of the pipeline, which both hold a tied embedding; alone in between."""
     tensor_parallel: TensorParallel
     """What layers are built with."""
+    counting: Group = field(default_factory=Group)
+    """The data-parallel ranks once more, on the host, for the threads that read; alone where none counts."""
     store: dist.Store | None = None
     """Where the ranks met, and may leave each other notes; None where they met elsewhere."""
 
@@ -60,8 +63,11 @@ class ParallelContext:
 
     @classmethod
     @contextmanager
-    def start(cls, config: ParallelConfig | None = None) -> Iterator[ParallelContext]:
+    def start(
+        cls, config: ParallelConfig | None = None, *, counting: bool = False
+    ) -> Iterator[ParallelContext]:
         """Join the process group that the launcher's environment describes; leave it at the end.
+        ``counting``: whether threads that read add up over the data-parallel ranks.
 
         Started by the DeepSpeed launcher, torchrun or srun. Without a launcher the process is a world of
         its own.
@@ -99,7 +105,12 @@ class ParallelContext:
                 )
                 try:
                     context = cls.on_grid(
-                        config, environment.rank, environment.world_size, environment.local_rank, device
+                        config,
+                        environment.rank,
+                        environment.world_size,
+                        environment.local_rank,
+                        device,
+                        counting=counting,
                     )
                     yield replace(context, store=meeting.store)
                 finally:
@@ -108,7 +119,14 @@ class ParallelContext:
 
     @classmethod
     def on_grid(
-        cls, config: ParallelConfig, rank: int, world_size: int, local_rank: int, device: torch.device
+        cls,
+        config: ParallelConfig,
+        rank: int,
+        world_size: int,
+        local_rank: int,
+        device: torch.device,
+        *,
+        counting: bool = False,
     ) -> ParallelContext:
         """This process's place on the configured grid; the world's process group exists already.
 
@@ -117,9 +135,10 @@ class ParallelContext:
         grid = grid_ranks(world_size, config.tensor, config.pipeline)
         timeout = timedelta(seconds=config.resolved_timeouts.longest)
 
-        def own_group(lines: torch.Tensor, name: str, *, handle_for_one: bool = False) -> Group:
-            return _own_group(lines, rank, name, timeout, handle_for_one=handle_for_one)
+        def own_group(lines: torch.Tensor, name: str, **options: Any) -> Group:
+            return _own_group(lines, rank, name, timeout, **options)
 
+        replicas = grid.transpose(1, 2).flatten(0, 1)
         tensor = own_group(grid.flatten(0, 1), "tensor")
         ends = grid[[0, -1]] if config.pipeline > 1 else grid
         return cls(
@@ -129,10 +148,11 @@ class ParallelContext:
             device=device,
             world=Group(range(world_size), rank, dist.group.WORLD),
             tensor=tensor,
-            data=own_group(grid.transpose(1, 2).flatten(0, 1), "data", handle_for_one=True),
+            data=own_group(replicas, "data", handle_for_one=True),
             pipeline=own_group(grid.flatten(1).t(), "pipeline"),
             tied=own_group(ends.flatten(1).t(), "tied"),
             tensor_parallel=TensorParallel(tensor, config.sequence),
+            counting=own_group(replicas, "counting", backend="gloo") if counting else Group(),
         )
 
     def barrier(self) -> None:
@@ -158,7 +178,13 @@ def groups_with_timeout(seconds: float) -> Iterator[None]:
 
 
 def _own_group(
-    lines: torch.Tensor, rank: int, name: str, timeout: timedelta, *, handle_for_one: bool
+    lines: torch.Tensor,
+    rank: int,
+    name: str,
+    timeout: timedelta,
+    *,
+    handle_for_one: bool = False,
+    backend: str | None = None,
 ) -> Group:
     """The group of the line [number, size] that ``rank`` is in; every rank must make every group.
 
@@ -168,7 +194,7 @@ def _own_group(
     for line in lines.tolist():
         handle = None
         if len(line) > 1 or handle_for_one:
-            handle = dist.new_group(line, timeout=timeout, group_desc=name)
+            handle = dist.new_group(line, timeout=timeout, backend=backend, group_desc=name)
         if rank in line:
             own = Group(line, line.index(rank), handle)
     return own

@@ -9,7 +9,8 @@ from typing import Any
 from megatron_iiet.config import iterations_per_layer
 from megatron_iiet.config.iteration_plan import IterationPlan
 from megatron_iiet.config.schema import evaluations_in_budget
-from megatron_iiet.data.loader.batches import Batch, ValidationBatch, ValidationBatches
+from megatron_iiet.data.loader.batches import Batch
+from megatron_iiet.data.loader.validation import RULES, ValidationBatch, ValidationBatches
 from megatron_iiet.models.iterations import most_influential
 from megatron_iiet.training.engine import StepResult, Verdict
 from megatron_iiet.training.run import Run
@@ -93,6 +94,7 @@ class Validation(Callback):
             batches = run.stoppable(batches)
         loss = run.engine.evaluate(batches)
         run.record({"validation_loss": loss, "validation_perplexity": math.exp(min(loss, 700.0))})
+        run.record({"validation_rule": RULES[self.batches.rule], "validation_samples": self.batches.samples})
         run.say(
             f"step {run.step:>6} | validation loss {loss:.4f} | perplexity {math.exp(min(loss, 700.0)):.2f}"
         )

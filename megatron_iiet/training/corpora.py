@@ -10,10 +10,14 @@ from typing import Any
 from megatron_iiet.config import ConfigError, RunConfig
 from megatron_iiet.config.schema import DataConfig
 from megatron_iiet.data.corpora.identity import corpus_identity
+from megatron_iiet.data.corpora.streams import TokenStream
 from megatron_iiet.data.loader.blend import Blend
 from megatron_iiet.data.loader.samples import Samples, Splits, build_splits
-from megatron_iiet.data.tokenizers.loading import tokenizer_digest
+from megatron_iiet.data.loader.validation import FIRST, ValidationBatches, spread_over
+from megatron_iiet.data.tokenizers.loading import load_tokenizer, tokenizer_digest
 
+_LOOKED_AT = 32
+"""Documents of a corpus that does not say how they end."""
 MANY_EPOCHS = 4
 """Times a corpus may be read before repetition clearly costs quality (Muennighoff et al. 2023)."""
 
@@ -106,8 +110,65 @@ def describe_corpora(config: RunConfig, corpora: Corpora) -> str:
                 "lower its weight in data.blend, train fewer steps, or add text"
             )
     if config.data.validation_prefix:
+        lines.append("  all documents of these train: data.split has no effect beside data.validation_prefix")
+    return "\n".join(lines)
+
+
+def doubts_about(data: DataConfig, corpora: Corpora) -> list[str]:
+    """Sentences: which corpora do not name their tokenizer, and in which nobody sees where a document ends.
+
+    Raises:
+        ValueError: a corpus is damaged.
+    """
+    told = []
+    streams = {part.stream.prefix: part.stream for part in (*corpora.train, *corpora.validation)}
+    for prefix, stream in streams.items():
+        info = getattr(stream, "info", {})
+        if not info.get("tokenizer", {}).get("digest"):
+            told.append(
+                f"{prefix} does not name its tokenizer; that {data.tokenizer} made it is believed, and its "
+                "ids are checked against model.vocab_size alone, as they are read"
+            )
+        lack = _lacks_ends(stream, info.get("append_eod"), data)
+        if lack:
+            told.append(
+                f"{prefix} has documents without an end-of-document token ({lack}), and with data.documents "
+                "ignore nothing else parts them; make it with --append-eod, or set data.documents to reset "
+                "or pack"
+            )
+    return told
+
+
+def _lacks_ends(stream: TokenStream, appended: bool | None, data: DataConfig) -> str:
+    """How it is known that documents go on without a sign; "" if they do not, by what the list says or, if
+    it does not, as some of them show. Empty ones, which Megatron writes, have no end."""
+    if data.documents != "ignore" or appended:
+        return ""
+    if appended is not None:
+        return "its list says so"
+    eod = load_tokenizer(data.tokenizer).eod_id
+    numbers = spread_over(stream.num_documents, min(_LOOKED_AT, stream.num_documents)).tolist()
+    bounds = [(stream.document_start(number), stream.document_start(number + 1)) for number in numbers]
+    last = [int(stream.read(stop - 1, stop)[0]) for start, stop in bounds if stop > start]
+    without = sum(token != eod for token in last)
+    return f"{without} of {len(last)} looked at do not end with the id {eod}" if without else ""
+
+
+def describe_validation(batches: ValidationBatches, wanted: int) -> str:
+    """What is validated on: which windows, and how many of each corpus; and where there are too few."""
+    parts = [
+        f"{count:,} of {len(source):,} of {source.stream.prefix}"
+        for source, count in zip(batches.sources, batches.counts, strict=True)
+    ]
+    lines = [f"validation: {batches.samples:,} windows, rule {batches.rule}: {', '.join(parts)}"]
+    if batches.rule == FIRST:
         lines.append(
-            f"  validation: {len(corpora.validation[0]):,} samples of {config.data.validation_prefix}; all "
-            "documents of the others train, data.split has no effect"
+            "  the first ones, as this run began before there was another rule; a new run spreads them over "
+            "the split"
+        )
+    if batches.samples < wanted:
+        lines.append(
+            f"  warning: evaluation.samples asks for {wanted:,}; give validation a larger share in "
+            "data.split, or a data.validation_prefix, or ask for fewer"
         )
     return "\n".join(lines)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
 from megatron_iiet.durable import check_output, make_parent
-from megatron_iiet.training.metrics import read_log
+from megatron_iiet.training.metrics import incomparable, read_log, validation_rules
 
 SMOOTHING_STEPS = 20
 """Width of the running mean drawn over the training loss."""
@@ -27,8 +28,11 @@ def plot_losses(runs: Mapping[str, str | Path], output: str | Path) -> None:
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    for color, (label, folder) in zip(plt.cm.tab10.colors, runs.items(), strict=False):  # type: ignore[attr-defined]
-        log = read_log(folder)
+    logs = {label: read_log(folder) for label, folder in runs.items()}
+    if warning := incomparable(logs):
+        print(f"warning: {warning}", file=sys.stderr)
+    for color, (label, log) in zip(plt.cm.tab10.colors, logs.items(), strict=False):  # type: ignore[attr-defined]
+        rule = f" ({' and '.join(validation_rules(log))})" if warning else ""
         steps = np.array([s for s, values in log.items() if "loss" in values])
         losses = np.array([log[s]["loss"] for s in steps])
         axes.plot(steps, losses, color=color, linewidth=0.4, alpha=0.4)
@@ -42,7 +46,7 @@ def plot_losses(runs: Mapping[str, str | Path], output: str | Path) -> None:
         }
         axes.plot(
             list(validation), list(validation.values()), "o--", color=color, markersize=4, linewidth=0.8,
-            label=f"{label}, validation",
+            label=f"{label}, validation{rule}",
         )  # fmt: skip
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("loss (nats per token)")

@@ -53,6 +53,7 @@ def train(run: Run, callbacks: Sequence[Callback]) -> bool:
             for callback in callbacks:
                 callback.on_end(run)
         run.flush()
+        run.batches.settle()
         run.finish_saving()
         if finished:  # a stop has no time for it; the next start makes up for it
             run.finish_mirror()

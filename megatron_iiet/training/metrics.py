@@ -6,12 +6,14 @@ import json
 import math
 import sys
 import time
+from collections.abc import Mapping
 from hashlib import sha256
 from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
 
 from megatron_iiet import durable
+from megatron_iiet.data.loader.validation import FIRST, RULES
 
 LOG, EVENTS = "log.jsonl", "tensorboard"
 
@@ -161,3 +163,19 @@ def read_log(output_dir: str | Path) -> dict[int, dict[str, float]]:
             continue
         steps[record[0]] = {name: value for name, value in record[1].items() if value is not None}
     return dict(sorted(steps.items()))
+
+
+def validation_rules(log: Mapping[int, Mapping[str, float]]) -> list[str]:
+    """By which rules the windows of a log's validation losses were chosen; what does not say is older."""
+    names = {number: name for name, number in RULES.items()}
+    found = {v.get("validation_rule", RULES[FIRST]) for v in log.values() if "validation_loss" in v}
+    return [names.get(int(number), f"number {number:g}") for number in sorted(found)]
+
+
+def incomparable(logs: Mapping[str, Mapping[int, Mapping[str, float]]]) -> str:
+    """A sentence where validation losses of these runs, by label, are over windows of two rules; else ""."""
+    rules = {label: " and ".join(validation_rules(log)) for label, log in logs.items()}
+    if len(set(filter(None, rules.values()))) < 2 and not any(" and " in each for each in rules.values()):
+        return ""
+    listed = ", ".join(f"{label}: {rule}" for label, rule in rules.items() if rule)
+    return f"the validation losses are over windows of different rules and cannot be compared ({listed})"

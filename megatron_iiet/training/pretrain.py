@@ -11,7 +11,8 @@ from megatron_iiet.config import ConfigError, LoadedConfig, RunConfig, gradient_
 from megatron_iiet.config.changes import ACCEPT_CHANGES
 from megatron_iiet.config.combinations import check_combination
 from megatron_iiet.config.deepspeed import load_ds_config, reconcile
-from megatron_iiet.data.loader.batches import TrainBatches, ValidationBatches
+from megatron_iiet.data.loader.batches import TrainBatches
+from megatron_iiet.data.loader.validation import SPREAD, ValidationBatches
 from megatron_iiet.data.tokenizers.loading import load_tokenizer
 from megatron_iiet.installed import outside_bounds
 from megatron_iiet.ops import resolve_backend
@@ -23,7 +24,14 @@ from megatron_iiet.storage.integrity import DamagedError
 from megatron_iiet.storage.source import Source
 from megatron_iiet.training import callbacks, record, resume
 from megatron_iiet.training.agreement import Succession, check_shared
-from megatron_iiet.training.corpora import Corpora, contents_of, describe_corpora, open_corpora
+from megatron_iiet.training.corpora import (
+    Corpora,
+    contents_of,
+    describe_corpora,
+    describe_validation,
+    doubts_about,
+    open_corpora,
+)
 from megatron_iiet.training.engine import Engine, engine_class
 from megatron_iiet.training.faults import Faults
 from megatron_iiet.training.layout import describe_layout, layout_of
@@ -57,7 +65,9 @@ def pretrain(loaded: LoadedConfig) -> int:
         ds_config = reconciled_ds_config(loaded, launch_environment().world_size)
         with (
             heard(loaded.config, Phase.ALONE) as requests,
-            ParallelContext.start(loaded.config.parallel) as context,
+            ParallelContext.start(
+                loaded.config.parallel, counting=loaded.config.data.documents != "ignore"
+            ) as context,
         ):
             requests.enter(Phase.STARTING)
             lock = RunLock(loaded.config.output_dir) if context.is_main else None
@@ -131,8 +141,13 @@ def prepare(
     if config.checkpoint.mirror and not done:
         with failing_together(context):
             mirror = Mirror(config.checkpoint.mirror) if context.is_main else None
+    told = ""
+    if newest is not None:
+        with failing_together(context):
+            config, told = resume.with_own_split(config, newest, accept)
     check_tokenizer(config)
     corpora = open_corpora(config.data, config.model.vocab_size)
+    doubts = doubts_about(config.data, corpora)
     teacher = None if done else open_teacher(config)
     warm = open_warm_start(config) if newest is None else None
     contents = contents_of(config.data, corpora) | {
@@ -153,38 +168,50 @@ def prepare(
     batches = train_batches(config, corpora, context)
     run = Run(config, ds_config, context, engine, batches, corpora.names, contents)
     run.lock, run.mirror = lock, mirror
-    run.say(describe_start(run))
-    if config.debug.inject:
-        run.say(f"warning: debug.inject brings faults upon this run: {', '.join(config.debug.inject)}")
-    for package in outside_bounds():
-        run.say(f"warning: {package}")
-    run.say(describe_corpora(config, corpora))
-    run.say(describe_layout(config, engine))
+    contents[resume.RULE] = rule = SPREAD if found is None else found.validation_rule
+    held_out = validation_batches(config, corpora, context, config.evaluation.samples, rule)
+    say_start(run, corpora, held_out, [*doubts, *outside_bounds()])
     run.say(f"merge_norm backend: {backend} ({reason})")
-    if (
-        engine.zero_stage == 3
-        and config.training.precision == "bf16"
-        and engine.meta_model.num_solver_parameters()
-    ):
-        run.say("merge coefficients: bf16 working copy, fp32 master copy (ZeRO-3 keeps one type)")
     if warm is not None:
         run.say(warm.describe())
     if teacher is not None:
         run.say(describe_teacher(run, teacher))
-    for told in succession.told:
-        run.say(f"warning: {told}")
+    for warning in succession.told:
+        run.say(f"warning: {warning}")
+    if told:
+        run.say(told)
     if found is not None:
         found = resume_from_newest(run, found, succession, accept)
     elif accept:
         run.say(f"--{ACCEPT_CHANGES} names {', '.join(accept)}, but there is no checkpoint to differ from")
-    start = record.start_of(context, layout_of(context, engine.zero_stage), found)
+    start = record.start_of(context, layout_of(context, engine.zero_stage), found, held_out)
     if context.is_main:
         if found is None:
             record.write_configurations(config, ds_config)
         else:  # it says what the weights there were made with, until there are newer ones
             record.restore_configuration(config.output_dir, found.folder)
         record.append_start(config.output_dir, start)
-    return run, build_callbacks(config, corpora, context)
+    return run, build_callbacks(config, corpora, context, held_out)
+
+
+def say_start(run: Run, corpora: Corpora, held_out: ValidationBatches | None, doubts: Sequence[str]) -> None:
+    """Say what is trained on what and where, and ``doubts`` about it."""
+    config, engine = run.config, run.engine
+    run.say(describe_start(run))
+    if config.debug.inject:
+        run.say(f"warning: debug.inject brings faults upon this run: {', '.join(config.debug.inject)}")
+    for doubt in doubts:
+        run.say(f"warning: {doubt}")
+    run.say(describe_corpora(config, corpora))
+    if held_out is not None:
+        run.say(describe_validation(held_out, config.evaluation.samples))
+    run.say(describe_layout(config, engine))
+    if (
+        engine.zero_stage == 3
+        and config.training.precision == "bf16"
+        and engine.meta_model.num_solver_parameters()
+    ):
+        run.say("merge coefficients: bf16 working copy, fp32 master copy (ZeRO-3 keeps one type)")
 
 
 def resume_from_newest(
@@ -269,22 +296,23 @@ def train_batches(config: RunConfig, corpora: Corpora, context: ParallelContext)
         timeout=config.data.timeout,
         pin_memory=context.device.type == "cuda",
         skipped=config.data.skipped,
+        add_up=context.counting.all_reduce if context.counting.size > 1 else None,
     )
 
 
 def build_callbacks(
-    config: RunConfig, corpora: Corpora, context: ParallelContext
+    config: RunConfig, corpora: Corpora, context: ParallelContext, held_out: ValidationBatches | None
 ) -> list[callbacks.Callback]:
-    """What happens around a step, in order."""
+    """What happens around a step, in order; ``held_out``: what is validated on."""
     chosen: list[callbacks.Callback] = [callbacks.MetricLogger()]
-    if corpora.validation:
+    if held_out is not None:
         if config.guidance.interval:  # before validation, which is of the plan in force
-            held_out = validation_batches(config, corpora, context, config.guidance.samples)
-            chosen.append(callbacks.Guidance(held_out))
-        batches = validation_batches(config, corpora, context, config.evaluation.samples)
-        chosen.append(callbacks.Validation(batches, config.evaluation.interval))
+            guiding = validation_batches(config, corpora, context, config.guidance.samples, held_out.rule)
+            assert guiding is not None
+            chosen.append(callbacks.Guidance(guiding))
+        chosen.append(callbacks.Validation(held_out, config.evaluation.interval))
         if config.logging.solver_interval and config.solver.corrects:
-            batch = next(iter(batches))
+            batch = next(iter(held_out))
             chosen.append(callbacks.SolverDiagnostics(batch, config.logging.solver_interval))
     if config.evaluation.tasks:
         chosen.append(TaskEvaluation(config))
@@ -297,9 +325,11 @@ def build_callbacks(
 
 
 def validation_batches(
-    config: RunConfig, corpora: Corpora, context: ParallelContext, samples: int
-) -> ValidationBatches:
-    """This rank's part of the first ``samples`` sequences of the validation split."""
+    config: RunConfig, corpora: Corpora, context: ParallelContext, samples: int, rule: str
+) -> ValidationBatches | None:
+    """This rank's part of ``samples`` windows of the validation split, if there is one."""
+    if not corpora.validation:
+        return None
     return ValidationBatches(
         corpora.validation,
         corpora.validation_weights,
@@ -307,6 +337,7 @@ def validation_batches(
         micro_batch_size=config.training.micro_batch_size,
         dp_rank=context.data.rank,
         dp_size=context.data.size,
+        rule=rule,
     )
 
 

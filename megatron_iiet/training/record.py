@@ -19,6 +19,7 @@ import torch
 
 from megatron_iiet import __version__, durable
 from megatron_iiet.config import ConfigError, RunConfig, config_to_yaml
+from megatron_iiet.data.loader.validation import ValidationBatches
 from megatron_iiet.parallel import ParallelContext
 from megatron_iiet.storage.checkpoint import CONFIG, checkpoints_folder
 from megatron_iiet.training.lock import LOCK
@@ -82,8 +83,14 @@ def restore_configuration(output_dir: str | Path, folder: Path) -> None:
         durable.write_text(here, there.read_text(encoding="utf-8"))
 
 
-def start_of(context: ParallelContext, layout: dict[str, int], found: Resumption | None) -> dict[str, Any]:
-    """The record of a start. Every rank calls it: each says on which host it is."""
+def start_of(
+    context: ParallelContext,
+    layout: dict[str, int],
+    found: Resumption | None,
+    held_out: ValidationBatches | None = None,
+) -> dict[str, Any]:
+    """The record of a start; ``held_out``: what is validated on. Every rank calls it: each says on which host
+    it is."""
     hosts = context.world.gather_objects(socket.gethostname())
     commit, dirty = git_state(Path(__file__).resolve().parent)
     return {
@@ -99,6 +106,15 @@ def start_of(context: ParallelContext, layout: dict[str, int], found: Resumption
         },
         "hosts": list(dict.fromkeys(hosts)),
         "layout": {"world_size": context.world_size, **layout},
+        "validation": None
+        if held_out is None
+        else {
+            "rule": held_out.rule,
+            "samples": {
+                source.stream.prefix: count
+                for source, count in zip(held_out.sources, held_out.counts, strict=True)
+            },
+        },
         "resumed_step": None if found is None else found.state.step,
         "changed": [] if found is None else [difference.as_data() for difference in found.changed],
         "accepted": [] if found is None else [difference.as_data() for difference in found.accepted],

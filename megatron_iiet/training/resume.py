@@ -16,6 +16,7 @@ from megatron_iiet.config.schema import KINDS
 from megatron_iiet.config.solvers import Iterating, Merging, one_per_layer
 from megatron_iiet.data.corpora.identity import identity_difference
 from megatron_iiet.data.loader.blend import Blend
+from megatron_iiet.data.loader.validation import FIRST
 from megatron_iiet.models.iterations import iterations_at
 from megatron_iiet.storage import checkpoint
 from megatron_iiet.storage.integrity import REMEDY, DamagedError, digest_of, misfit
@@ -24,6 +25,8 @@ from megatron_iiet.storage.source import Source, open_model
 
 CONTENTS = "contents"
 """Where the state of the sample reader in a checkpoint has what its corpora and tokenizer hold."""
+RULE = "validation_rule"
+"""Where those contents have which windows the run validates on, so that a curve is over one set of them."""
 _MODELS = {"distillation.teacher": "teacher", "training.initial_weights": "initial_weights"}
 """Keys that name other models, and where their contents have what those compute: by that they are known, by
 their paths only where the checkpoint does not say it."""
@@ -39,7 +42,7 @@ _CONTENTS = {
     "train": [_CORPUS],
     "validation": (None, _CORPUS),
     "tokenizer": str,
-    **dict.fromkeys(_MODELS.values(), (None, str)),
+    **dict.fromkeys((*_MODELS.values(), RULE), (None, str)),
 }
 _PLACES = ({"samples": int, "windows": [int]}, {"epoch": int, "sample": int})
 _FORM = {
@@ -89,6 +92,11 @@ class Resumption:
     """What would be refused, had the start not named it."""
     notes: list[str] = field(default_factory=list)
     """What else there is to say."""
+
+    @property
+    def validation_rule(self) -> str:
+        """Which windows the run validates on; one that does not say began before there was another rule."""
+        return str((self.state.data.get(CONTENTS) or {}).get(RULE) or FIRST)
 
     def describe(self) -> str:
         """The lines of a start, the layout apart."""
@@ -160,6 +168,16 @@ def check_resumable(
     ]
     changed = [difference for difference in found if not difference.change.refused]
     return Resumption(folder, state, changed, critical, notes)
+
+
+def with_own_split(config: RunConfig, folder: Path, accept: Sequence[str] = ()) -> tuple[RunConfig, str]:
+    """A configuration without a test share, as the default is, for a run whose checkpoint in ``folder`` has
+    one: nothing reads it, so the run keeps its split; and what to tell ("": nothing)."""
+    before, split = checkpoint.read_config(folder).data.split, config.data.split
+    if "data.split" in accept or before[0] != split[0] or split[2] or not before[2]:
+        return config, ""
+    told = f"data.split stays {before}, as this run began: validation goes on over the same documents"
+    return replace(config, data=replace(config.data, split=before)), told
 
 
 def _refusal(folder: Path, config: RunConfig, refused: Sequence[Difference]) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 from megatron_iiet.config import config_from_file
 from megatron_iiet.storage import checkpoint
-from megatron_iiet.training.metrics import read_log
+from megatron_iiet.training.metrics import incomparable, read_log, validation_rules
 from megatron_iiet.training.record import STARTS, read_starts
 
 
@@ -32,8 +32,11 @@ def summarize_run(folder: str | Path) -> str:
     lines = [
         f"{max(losses)} of {config.training.steps} steps, {tokens / 1e6:.2f} M tokens{speed}",
         f"validation perplexity {math.exp(validation[first]):.1f} at step {first} → "
-        f"{math.exp(validation[last]):.2f} at step {last} (loss {validation[last]:.4f} nats per token)",
+        f"{math.exp(validation[last]):.2f} at step {last} (loss {validation[last]:.4f} nats per token; "
+        f"windows: rule {' and '.join(validation_rules(log))})",
     ]
+    if warning := incomparable({str(folder): log}):
+        lines.append(f"warning: {warning}")
     starts, broken = read_starts(folder / STARTS)
     if starts:
         lines.append(f"started {len(starts)} x, last {_describe_start(starts[-1])}")

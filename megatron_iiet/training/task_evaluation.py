@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from megatron_iiet.config import ConfigError, RunConfig
-from megatron_iiet.data.loader.batches import ValidationBatch
+from megatron_iiet.data.loader.validation import ValidationBatch
 from megatron_iiet.data.tokenizers.loading import load_tokenizer
 from megatron_iiet.evaluation.scoring import TokenScores, noting_scores
 from megatron_iiet.evaluation.tasks import PAPER_TASKS, load_tasks, task_names

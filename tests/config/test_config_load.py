@@ -91,7 +91,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "data": {
         "prefix": "", "blend": {}, "validation_prefix": "", "tokenizer": "", "text_follows": "eod",
         "sequence_length": 2048,
-        "documents": "ignore", "split": [0.98, 0.01, 0.01], "skip_steps": [],
+        "documents": "ignore", "split": [0.98, 0.02, 0.0], "skip_steps": [],
         "num_workers": 1, "timeout": 300.0,
     },
     "optimizer": {
@@ -542,7 +542,7 @@ def test_round_trip_through_yaml(config: RunConfig, tmp_path_factory: pytest.Tem
 def test_written_yaml_is_readable() -> None:
     text = config_to_yaml(RunConfig())
     assert "optimizer:\n  kind: adamw\n  lr: 0.0003\n" in text
-    assert "  split: [0.98, 0.01, 0.01]\n" in text
+    assert "  split: [0.98, 0.02, 0.0]\n" in text
     assert "recompute: 'off'" in text  # quoted, so that YAML 1.1 readers agree
 
 

@@ -258,7 +258,7 @@ COMBINATION_ERRORS: list[tuple[dict[str, Any], str]] = [
     ),
     (
         {"data__split": [0.9, 0.1]},
-        "data.split is [0.9, 0.1], but must have three shares (train, validation, test), e.g. [0.98, 0.01, 0.01]",
+        "data.split is [0.9, 0.1], but must have three shares (train, validation, test), e.g. [0.98, 0.02, 0.0]",
     ),
     (
         {"data__split": [1.1, -0.1, 0.0]},

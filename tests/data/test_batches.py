@@ -18,9 +18,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_iiet.data.corpora.indexed_writer import IndexedDatasetWriter
-from megatron_iiet.data.loader.batches import Batch, TrainBatches, ValidationBatches
+from megatron_iiet.data.loader.batches import Batch, TrainBatches
 from megatron_iiet.data.loader.order import SampleOrder
-from megatron_iiet.data.loader.samples import KINDS, Samples, TokenWindows, build_splits
+from megatron_iiet.data.loader.samples import KINDS, Samples, build_splits
 
 Int64Array = npt.NDArray[np.int64]
 T = 2
@@ -455,56 +455,3 @@ def test_epoch_boundary_of_a_huge_dataset() -> None:
     assert all(0 <= row < n for row in rows[0] + rows[1])
     assert rows[0] != rows[1]
     assert reader.state_dict() == {"samples": 4 * n + 4, "windows": [n]}
-
-
-class TestValidation:
-    @given(n=st.integers(1, 40), samples=st.integers(1, 50), micro=st.integers(1, 5), ranks=st.integers(1, 4))
-    def test_every_sample_once_on_equal_ranks(self, n: int, samples: int, micro: int, ranks: int) -> None:
-        readers = [
-            ValidationBatches(
-                [numbered(n)], samples=samples, micro_batch_size=micro, dp_rank=rank, dp_size=ranks
-            )
-            for rank in range(ranks)
-        ]
-        assert len({len(reader) for reader in readers}) == 1
-        seen = []
-        for reader in readers:
-            found = list(reader)
-            assert len(found) == len(reader)
-            for tokens, weights, positions in found:
-                assert (tokens.shape, weights.shape, positions) == ((micro, 3), (micro,), None)
-                seen += (tokens[weights == 1, 0] // T).tolist()
-                assert set(weights.tolist()) <= {0.0, 1.0}
-        assert sorted(seen) == list(range(min(n, samples)))
-        assert readers[0].samples == min(n, samples)
-
-    def test_the_same_every_time(self) -> None:
-        reader = ValidationBatches([numbered(9)], samples=5, micro_batch_size=2, dp_rank=0, dp_size=1)
-        once, again = list(reader), list(reader)
-        assert all(torch.equal(a.tokens, b.tokens) for a, b in zip(once, again, strict=True))
-        assert (once[0].tokens.dtype, once[0].weights.dtype) == (torch.int64, torch.float32)
-
-    def test_blended(self) -> None:
-        """The first windows of each source in turn, until one of them ends."""
-        sources = [numbered(30), TokenWindows(Stream(2000), 1000, 1011, T)]
-        options: dict[str, Any] = {"micro_batch_size": 4, "dp_rank": 0, "dp_size": 1}
-        reader = ValidationBatches(sources, [0.75, 0.25], samples=12, **options)
-        first = [token for batch in reader for token in batch.tokens[:, 0].tolist()]
-        assert first == [0, 2, 4, 1000, 6, 8, 10, 1002, 12, 14, 16, 1004]
-        assert ValidationBatches(sources, [0.75, 0.25], samples=100, **options).samples == 23
-
-    @pytest.mark.parametrize("documents", ["reset", "pack"])
-    def test_positions(self, documents: str, corpora: list[Path]) -> None:
-        source = build_splits(corpora[0], 11, [0.5, 0.5, 0], documents, vocab_size=VOCABULARY).validation
-        (batch,) = ValidationBatches([source], samples=5, micro_batch_size=6, dp_rank=0, dp_size=1)
-        assert batch.positions is not None
-        for row, index in enumerate([0, 1, 2, 3, 4, 0]):
-            tokens, positions = np.empty((2, 12), dtype=np.int64)
-            source.fill(index, tokens, positions)
-            assert batch.tokens[row].tolist() == tokens.tolist()
-            assert batch.positions[row].tolist() == positions.tolist()
-
-    @pytest.mark.parametrize(("n", "samples"), [(0, 5), (5, 0)])
-    def test_nothing_to_read(self, n: int, samples: int) -> None:
-        with pytest.raises(ValueError, match=f"Nothing to validate on: {samples} samples wanted"):
-            ValidationBatches([numbered(n)], samples=samples, micro_batch_size=1, dp_rank=0, dp_size=1)

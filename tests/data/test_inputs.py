@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from megatron_iiet.data.loader.batches import Batch, ValidationBatch
+from megatron_iiet.data.loader.batches import Batch
 from megatron_iiet.data.loader.inputs import inputs_of
+from megatron_iiet.data.loader.validation import ValidationBatch
 from megatron_iiet.parallel.vocabulary import IGNORED
 
 TOKENS = torch.tensor([[10, 11, 12, 13, 14], [20, 21, 22, 23, 24]])

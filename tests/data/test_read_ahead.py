@@ -20,6 +20,8 @@ from megatron_iiet.data.loader.read_ahead import ReadAhead
 class Call:
     """A job that calls a function with its number."""
 
+    waits_for_ranks = False
+
     def __init__(self, function: Callable[[int], Any], number: int) -> None:
         self.function, self.number = function, number
 

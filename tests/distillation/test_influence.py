@@ -25,9 +25,9 @@ from megatron_iiet.config.iteration_plan import IterationPlan
 from megatron_iiet.config.schema import DataConfig, ParallelConfig
 from megatron_iiet.data.corpora.indexed_writer import IndexedDatasetWriter
 from megatron_iiet.data.corpora.shard_list import write_shards
-from megatron_iiet.data.loader.batches import ValidationBatches
 from megatron_iiet.data.loader.inputs import Inputs, inputs_of
 from megatron_iiet.data.loader.samples import KINDS, build_splits
+from megatron_iiet.data.loader.validation import ValidationBatches
 from megatron_iiet.data.tokenizers.loading import load_tokenizer
 from megatron_iiet.distillation import figures
 from megatron_iiet.distillation.analysis import Options, Result, _report, analyse, prepare, run

@@ -15,9 +15,10 @@ import torch.nn.functional as F
 from megatron_iiet.config import RunConfig, config_from_dict
 from megatron_iiet.config.combinations import check_combination
 from megatron_iiet.config.deepspeed import reconcile
-from megatron_iiet.data.loader.batches import Batch, TrainBatches, ValidationBatch, ValidationBatches
+from megatron_iiet.data.loader.batches import Batch, TrainBatches
 from megatron_iiet.data.loader.inputs import inputs_of
 from megatron_iiet.data.loader.samples import build_splits
+from megatron_iiet.data.loader.validation import ValidationBatch, ValidationBatches
 from megatron_iiet.models import Transformer
 from megatron_iiet.models.diagnostics import IterateStatistics, observe_iterates
 from megatron_iiet.models.iterations import iterations_at

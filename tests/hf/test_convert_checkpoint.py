@@ -304,7 +304,8 @@ def test_a_run_for_transformers_alone(tmp_path: Path, convert: Convert, data: di
         "| evaluations of the layers | 9 for each token |",
         f"| data | {Path(data['prefix']).name} |",
         "| trained | 8 steps, 1,024 tokens in sequences of 16 |",
-        f"| validation loss | {losses[last]['validation_loss']:.4f} nats a token at step {last} |",
+        f"| validation loss | {losses[last]['validation_loss']:.4f} nats a token at step {last} "
+        "(windows: rule spread) |",
     ]
     assert [row for row in rows if row not in card] == []
     assert card.startswith("---\nlibrary_name: transformers\n")

@@ -34,10 +34,11 @@ def test_groups_of_a_grid(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[Sequence[int]] = []
     timeouts, names = set(), []
 
-    def new_group(ranks: Sequence[int], timeout: timedelta, group_desc: str) -> str:
+    def new_group(ranks: Sequence[int], timeout: timedelta, backend: str | None, group_desc: str) -> str:
         made.append(ranks)
         timeouts.add(timeout)
         names.append(group_desc)
+        assert backend == ("gloo" if group_desc == "counting" else None), "threads that read have no GPU"
         return f"handle of {ranks}"
 
     distributed = SimpleNamespace(new_group=new_group, group=SimpleNamespace(WORLD="all"))
@@ -48,16 +49,18 @@ def test_groups_of_a_grid(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
         12,
         0,
         torch.device("cpu"),
+        counting=True,
     )
+    assert context.counting.ranks == context.data.ranks
     groups = (context.tensor, context.data, context.pipeline, context.tied)
     assert tuple(list(group.ranks) for group in groups) == PLACES[rank]
     for group in groups:
         assert group.ranks[group.rank] == rank
         assert group.size == 1 or group.handle == f"handle of {list(group.ranks)}"
     assert context.data.size == DATA
-    assert len(made) == 6 + 6 + 4 + 4, "every rank makes every group"
+    assert len(made) == 6 + 6 + 4 + 4 + 6, "every rank makes every group"
     assert timeouts == {timedelta(seconds=70)}, "any of them may wait for the longest"
-    assert names == ["tensor"] * 6 + ["data"] * 6 + ["pipeline"] * 4 + ["tied"] * 4
+    assert names == ["tensor"] * 6 + ["data"] * 6 + ["pipeline"] * 4 + ["tied"] * 4 + ["counting"] * 6
 
 
 @pytest.mark.parametrize(

@@ -89,6 +89,7 @@ def bare_run(
     engine = BareEngine(config, result, of_teacher)
     skipped = config.data.skipped
     batches = SimpleNamespace(
+        settle=lambda: None,
         close=lambda: None,
         consumed_samples=4,
         order=SimpleNamespace(epochs=lambda n: [n / 16]),
@@ -115,3 +116,10 @@ class Clock:
         self._now += next(self._steps) if self._running else 1000.0
         self._running = not self._running
         return self._now
+
+
+class HeldOut(list[Any]):
+    """Batches that an engine of :class:`BareEngine` validates on."""
+
+    rule = "spread"
+    samples = 8

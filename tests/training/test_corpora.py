@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +14,34 @@ import pytest
 from megatron_iiet.config import ConfigError, LoadedConfig, RunConfig, config_from_dict
 from megatron_iiet.data.corpora.indexed_writer import IndexedDatasetWriter
 from megatron_iiet.data.corpora.shard_list import write_shards
-from megatron_iiet.data.tokenizers.loading import tokenizer_digest
+from megatron_iiet.data.loader.samples import KINDS
+from megatron_iiet.data.tokenizers.loading import load_tokenizer, tokenizer_digest
 from megatron_iiet.parallel import ParallelContext
 from megatron_iiet.parallel.launch import launch_environment
 from megatron_iiet.storage import checkpoint
 from megatron_iiet.storage.selection import find_candidates
 from megatron_iiet.training import pretrain
 from megatron_iiet.training.callbacks import Callback
-from megatron_iiet.training.corpora import contents_of, describe_corpora, open_corpora
+from megatron_iiet.training.corpora import (
+    contents_of,
+    describe_corpora,
+    describe_validation,
+    doubts_about,
+    open_corpora,
+)
 from megatron_iiet.training.engine import StepResult
 from megatron_iiet.training.loop import train
 from megatron_iiet.training.metrics import read_log
 from megatron_iiet.training.pretrain import prepare, reconciled_ds_config
-from megatron_iiet.training.resume import CONTENTS, check_may_resume, check_resumable
+from megatron_iiet.training.record import STARTS, read_starts, start_of
+from megatron_iiet.training.resume import (
+    CONTENTS,
+    RULE,
+    Resumption,
+    check_may_resume,
+    check_resumable,
+    with_own_split,
+)
 from megatron_iiet.training.run import Run
 from tests.distributed.harness import RanksFailedError, run_ranks
 from tests.distributed.runs import as_data, ds_json, pretrain_rank
@@ -113,7 +128,10 @@ def test_guidance_and_validation_have_samples_of_their_own(configured: Callable[
     config = configured(
         guidance=guidance, evaluation={"samples": 5}, solver={"kind": "iiet", "iterations": 1}
     )
-    chosen = pretrain.build_callbacks(config, open_corpora(config.data, VOCABULARY), alone())
+    corpora = open_corpora(config.data, VOCABULARY)
+    held_out = pretrain.validation_batches(config, corpora, alone(), 5, "first")
+    chosen = pretrain.build_callbacks(config, corpora, alone(), held_out)
+    assert {each.batches.rule for each in chosen if hasattr(each, "batches")} == {"first"}
     found = {type(each).__name__: each.batches.samples for each in chosen if hasattr(each, "batches")}
     assert found == {"Guidance": 3, "Validation": 5}
 
@@ -127,8 +145,7 @@ def test_validation_on_a_corpus_of_its_own(configured: Callable[..., RunConfig])
     assert held_out.stream.prefix == config.data.validation_prefix
     assert (held_out.num_tokens, corpora.validation_weights) == (held_out.stream.num_tokens, [1.0])
     assert describe_corpora(config, corpora).splitlines()[-1] == (
-        f"  validation: {len(held_out)} samples of {config.data.validation_prefix}; all documents of the "
-        "others train, data.split has no effect"
+        "  all documents of these train: data.split has no effect beside data.validation_prefix"
     )
 
 
@@ -142,6 +159,33 @@ def test_validation_on_the_blend_and_on_nothing(configured: Callable[..., RunCon
         assert len(corpora.validation) == len(corpora.validation_weights) == validated
 
 
+@pytest.mark.parametrize(("rule", "read"), [("spread", [31, 9]), ("first", [10, 9])])
+def test_what_is_validated_on_is_described(
+    rule: str, read: list[int], configured: Callable[..., RunConfig]
+) -> None:
+    """A small source never ends the set in silence, and what is lacking is told."""
+    corpora = open_corpora(configured({"shard": 1, "more": 1}).data, VOCABULARY)
+    for part, length in zip(corpora.validation, (31, 9), strict=True):
+        part.stop = part.start + length * part.sequence_length + 1
+    config = configured(evaluation={"samples": 64})
+    held_out = pretrain.validation_batches(config, corpora, alone(), 64, rule)
+    assert held_out is not None
+    lines = describe_validation(held_out, 64).splitlines()
+    large, small = corpora.prefixes
+    assert lines[0] == (
+        f"validation: {sum(read)} windows, rule {rule}: {read[0]} of 31 of {large}, {read[1]} of 9 of {small}"
+    )
+    assert ("the first ones, as this run began" in lines[1]) == (rule == "first")
+    assert "warning: evaluation.samples asks for 64; give validation a larger share" in lines[-1]
+    assert start_of(alone(), {}, None, held_out)["validation"] == {
+        "rule": rule,
+        "samples": {large: read[0], small: read[1]},
+    }
+    few = pretrain.validation_batches(config, corpora, alone(), 8, "spread")
+    assert few is not None
+    assert describe_validation(few, 8).endswith(f"4 of 31 of {large}, 4 of 9 of {small}")
+
+
 def test_names_that_are_the_same(tmp_path: Path, data: dict[str, str]) -> None:
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
@@ -149,6 +193,37 @@ def test_names_that_are_the_same(tmp_path: Path, data: dict[str, str]) -> None:
     blend = {str(tmp_path / name / "text"): 1.0 for name in ("one", "two")}
     config = tiny_config({"tokenizer": data["tokenizer"]}, tmp_path / "run", data={"blend": blend})
     assert open_corpora(config.data, VOCABULARY).names == list(blend)
+
+
+@pytest.mark.parametrize("appended", [True, False, None])
+@pytest.mark.parametrize("documents", KINDS)
+def test_documents_that_nothing_parts(
+    documents: str, appended: bool | None, data: dict[str, str], tmp_path: Path
+) -> None:
+    """By what the list says, or by the last tokens of some documents of a corpus that says nothing."""
+    eod = load_tokenizer(data["tokenizer"]).eod_id
+    for name, end in (("ended", eod), ("open", 5)):
+        with IndexedDatasetWriter(tmp_path / name, 300) as writer:
+            for _ in range(100):
+                writer.add_document(np.array([7] * 40 + [end]))
+            shard = writer.close()
+        if appended is not None:
+            said = {"digest": tokenizer_digest(data["tokenizer"])}
+            info = {"tokenizer": said, "append_eod": appended and name == "ended"}
+            write_shards(tmp_path / name, [shard], writer.dtype, info)
+    blend = {str(tmp_path / name): 1.0 for name in ("ended", "open")}
+    own = {"tokenizer": data["tokenizer"]}
+    config = tiny_config(own, tmp_path / "run", data={"blend": blend, "documents": documents})
+    told = doubts_about(config.data, open_corpora(config.data, VOCABULARY))
+    nameless = [line for line in told if "does not name its tokenizer; that" in line]
+    assert len(nameless) == (2 if appended is None else 0)
+    open_ended = [
+        line.partition(" has ")[0] for line in told if "--append-eod, or set data.documents" in line
+    ]
+    expected = [str(tmp_path / "open")] if appended is not False else list(blend)
+    assert open_ended == (expected if documents == "ignore" else [])
+    if documents == "ignore" and appended is None:
+        assert f"(32 of 32 looked at do not end with the id {eod})" in told[-1]
 
 
 def test_a_weight_too_small_to_deal(configured: Callable[..., RunConfig]) -> None:
@@ -259,6 +334,46 @@ def test_another_corpus_to_validate_on_is_told_by_its_key(
         check_resumable(tmp_path / "step", config, here)
 
 
+@pytest.mark.parametrize(
+    ("contents", "rule"),
+    [({}, "first"), ({CONTENTS: None}, "first"), ({CONTENTS: {RULE: "spread"}}, "spread")],
+)
+def test_a_run_keeps_the_rule_of_its_windows(contents: dict[str, Any], rule: str) -> None:
+    """Checkpoints of before there were two do not say it."""
+    state = checkpoint.TrainState(5, {"samples": 40, "windows": [1], **contents}, {})
+    assert Resumption(Path(), state).validation_rule == rule
+
+
+@pytest.mark.parametrize(
+    ("there", "here", "accept", "kept"),
+    [
+        ([0.8, 0.1, 0.1], [0.8, 0.2, 0.0], (), True),  # as where the default had a test share
+        ([0.8, 0.1, 0.1], [0.8, 0.2, 0.0], ("data.split",), False),
+        ([0.8, 0.1, 0.1], [0.7, 0.3, 0.0], (), False),
+        ([0.8, 0.1, 0.1], [0.8, 0.15, 0.05], (), False),
+        ([0.8, 0.2, 0.0], [0.8, 0.1, 0.1], (), False),
+        ([0.8, 0.2, 0.0], [0.8, 0.2, 0.0], (), False),
+    ],
+)
+def test_a_run_keeps_its_own_test_share(
+    there: list[float],
+    here: list[float],
+    accept: Sequence[str],
+    kept: bool,
+    configured: Callable[..., RunConfig],
+    tmp_path: Path,
+) -> None:
+    """Nothing reads it, and without it validation would be over other documents."""
+    (tmp_path / "step").mkdir()
+    before, config = (configured(data={"split": split}) for split in (there, here))
+    state = checkpoint.TrainState(5, {"samples": 40, "windows": [1]}, {})
+    checkpoint.write_metadata(tmp_path / "step", before, state, save_of(before, state))
+    found, told = with_own_split(config, tmp_path / "step", accept)
+    assert found.data.split == (there if kept else here)
+    assert bool(told) == kept
+    assert not told or told.startswith("data.split stays [0.8, 0.1, 0.1], as this run began")
+
+
 def test_a_run_that_must_not_be_resumed(configured: Callable[..., RunConfig]) -> None:
     """Whether its checkpoint is whole or not."""
     config = configured(checkpoint={"resume": False})
@@ -301,6 +416,12 @@ def test_a_blended_run_resumes_to_the_bit(
         part = configured(blend, "parts", data=dict(own), training={"steps": 6, "stop_after": stop})
         run_ranks(pretrain_rank, 2, as_data(part), ds_json(tmp_path, 1))
     assert curve(tmp_path / "parts") == curve(tmp_path / "whole")
+    parts = read_log(tmp_path / "parts")
+    assert all(
+        parts[step]["validation_rule"] == 1 and parts[step]["validation_samples"] == 8 for step in (0, 6)
+    )
+    starts = read_starts(tmp_path / "parts" / STARTS)[0]
+    assert [start["validation"]["rule"] for start in starts] == ["spread"] * 2
     lengths = [len(part) for part in open_corpora(whole.data, VOCABULARY).train]
     log = read_log(tmp_path / "whole")
     assert log[6]["epoch/shard"] == 34 / lengths[0]  # of 48 samples

@@ -20,9 +20,9 @@ from megatron_iiet.config import ConfigError, LoadedConfig, RunConfig, config_fr
 from megatron_iiet.config.iteration_plan import IterationPlan
 from megatron_iiet.config.schema import GuidanceConfig
 from megatron_iiet.config.solvers import SOLVERS
-from megatron_iiet.data.loader.batches import ValidationBatches
 from megatron_iiet.data.loader.inputs import inputs_of
 from megatron_iiet.data.loader.samples import build_splits
+from megatron_iiet.data.loader.validation import ValidationBatches
 from megatron_iiet.models.diagnostics import IterateStatistics, observe_iterates
 from megatron_iiet.models.iterations import even_iterations, iterations_at, mean_evaluations, most_influential
 from megatron_iiet.parallel import ParallelContext

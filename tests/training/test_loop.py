@@ -19,7 +19,7 @@ from megatron_iiet.training.lock import RunLock
 from megatron_iiet.training.loop import train
 from megatron_iiet.training.metrics import read_log
 from megatron_iiet.training.run import Run
-from tests.training.bare_run import bare_run
+from tests.training.bare_run import HeldOut, bare_run
 
 
 @pytest.mark.parametrize(("loss", "norm"), [(math.nan, 1.0), (2.0, math.inf), (math.inf, math.nan)])
@@ -52,7 +52,7 @@ def test_a_step_is_in_the_log_before_its_checkpoint_is_there(
     calls: list[Any] = []
     monkeypatch.setattr(os, "fsync", lambda file: calls.append("on disk"))
     monkeypatch.setattr(run, "save", lambda: calls.append(read_log(tmp_path / "run")[run.step]))
-    train(run, [MetricLogger(), Validation([], 4), Checkpointing(4)])  # type: ignore[arg-type]
+    train(run, [MetricLogger(), Validation(HeldOut(), 4), Checkpointing(4)])  # type: ignore[arg-type]
     run.close()
     assert [call for call in calls if call != "on disk"] == [read_log(tmp_path / "run")[s] for s in (4, 8)]
     assert all("validation_loss" in call for call in calls if call != "on disk")
@@ -102,7 +102,7 @@ def test_validates_before_the_first_step_at_the_interval_and_in_the_end(
     interval: int, first: int, validated: list[int], tmp_path: Path
 ) -> None:
     run = bare_run(tmp_path / "run", step=first)
-    train(run, [Validation([], interval)])  # type: ignore[arg-type]
+    train(run, [Validation(HeldOut(), interval)])  # type: ignore[arg-type]
     run.close()
     log = read_log(tmp_path / "run")
     assert list(log) == validated
@@ -114,7 +114,7 @@ def test_a_loss_whose_perplexity_is_no_number_does_not_end_the_run(
 ) -> None:
     run = bare_run(tmp_path / "run")
     run.engine.evaluate = lambda batches: 1000.0  # type: ignore[method-assign]
-    train(run, [Validation([], 0)])  # type: ignore[arg-type]
+    train(run, [Validation(HeldOut(), 0)])  # type: ignore[arg-type]
     run.close()
     values = read_log(tmp_path / "run")[8]
     assert (values["validation_loss"], values["validation_perplexity"]) == (1000.0, math.exp(700.0))
@@ -185,7 +185,7 @@ def test_a_validation_is_left_between_batches_and_made_up_for(
 
         monkeypatch.setattr(run.engine, "evaluate", evaluate)
         steps = saved_steps(run, monkeypatch)
-        validation = Validation(["first", "second", "third"], 4)  # type: ignore[arg-type]
+        validation = Validation(HeldOut(["first", "second", "third"]), 4)  # type: ignore[arg-type]
         finished = train(run, [MetricLogger(), validation, Checkpointing(0)])
         run.close()
         return finished, steps

@@ -47,7 +47,8 @@ def test_summary(run: Path) -> None:
     """16 tokens a sequence, 1000 sequences a step."""
     assert summarize_run(run).splitlines() == [
         "3 of 4 steps, 0.05 M tokens, median 2,000 tokens/s",
-        "validation perplexity 148.4 at step 0 → 7.39 at step 3 (loss 2.0000 nats per token)",
+        "validation perplexity 148.4 at step 0 → 7.39 at step 3 (loss 2.0000 nats per token; "
+        "windows: rule first)",
     ]
 
 
@@ -123,6 +124,28 @@ def test_summary_of_something_else(tmp_path: Path) -> None:
         summarize_run(tmp_path)
 
 
+def test_losses_of_two_rules_are_not_compared(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither of one run, nor in a picture of two; a log that does not say is older than the second rule."""
+    other = tmp_path / "other"
+    other.mkdir()
+    rows = [{"step": step, "validation_loss": 3.0, "validation_rule": 1} for step in (0, 3)]
+    (other / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    plot_losses({"a": run, "b": other}, tmp_path / "x.png")
+    assert capsys.readouterr().err == (
+        "warning: the validation losses are over windows of different rules and cannot be compared (a: "
+        "first, b: spread)\n"
+    )
+    plot_losses({"a": run}, tmp_path / "x.png")
+    assert not capsys.readouterr().err
+    with (run / "log.jsonl").open("a") as log:
+        log.write(json.dumps({"step": 4, "validation_loss": 1.0, "validation_rule": 1}) + "\n")
+    lines = summarize_run(run).splitlines()
+    assert lines[1].endswith("; windows: rule first and spread)")
+    assert lines[2].endswith(f"cannot be compared ({run}: first and spread)")
+
+
 def test_plot_is_a_picture(run: Path, tmp_path: Path) -> None:
     plot_losses({"a": run, "b": run}, tmp_path / "new" / "x.png")
     picture = (tmp_path / "new" / "x.png").read_bytes()
@@ -182,7 +205,8 @@ def test_the_rate_is_the_one_in_the_middle(run: Path) -> None:
     (run / "log.jsonl").write_text("".join(json.dumps({"time": 0.0, **row}) + "\n" for row in rows))
     assert summarize_run(run).splitlines() == [
         "4 of 4 steps, 0.06 M tokens, median 5,000 tokens/s",
-        "validation perplexity 1.0 at step 3 → 1.00 at step 3 (loss 0.0000 nats per token)",
+        "validation perplexity 1.0 at step 3 → 1.00 at step 3 (loss 0.0000 nats per token; "
+        "windows: rule first)",
     ]
     for missing in ("validation_loss", "loss"):
         kept = [{key: value for key, value in row.items() if key != missing} for row in rows]

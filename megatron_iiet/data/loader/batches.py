@@ -1,4 +1,4 @@
-"""Micro-batches for training and validation, the same whatever the number of ranks.
+"""Micro-batches for training, the same whatever the number of ranks.
 
 Samples are numbered over all sources and epochs; which window of which source a number stands for is
 :class:`~.order.SampleOrder`. Global batch s is samples [s G, (s + 1) G). Data-parallel size
@@ -11,7 +11,7 @@ Shape suffixes: B micro-batch, T1 window of T + 1 tokens.
 from __future__ import annotations
 
 import threading
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from functools import lru_cache
 from itertools import count
 from typing import Any, NamedTuple
@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from megatron_iiet.data.corpora.mmididx import Int64Array
-from megatron_iiet.data.loader.blend import Blend
+from megatron_iiet.data.loader.counting import Targets
 from megatron_iiet.data.loader.order import SampleOrder
 from megatron_iiet.data.loader.read_ahead import ReadAhead
 from megatron_iiet.data.loader.samples import Samples, UnknownTokenError
@@ -46,14 +46,6 @@ class Batch(NamedTuple):
     global batch's counted targets in every layout."""
 
 
-class ValidationBatch(NamedTuple):
-    """One rank's rows of a validation batch."""
-
-    tokens: torch.Tensor  # int64 [B, T + 1]
-    weights: torch.Tensor  # float32 [B]: 1 for a sample, 0 for a filler row
-    positions: torch.Tensor | None = None  # int64 [B, T + 1] as in Batch
-
-
 class TrainBatches:
     """Endless iterator of one rank's micro-batches.
 
@@ -70,6 +62,8 @@ class TrainBatches:
         timeout: seconds to wait for a thread.
         pin_memory: put batches in page-locked memory, for copies to a GPU in the background.
         skipped: steps, from 1, whose global batches are to be left out.
+        add_up: adds int64 [n] up over the data-parallel ranks, in place, from any thread; all ranks call it
+            in the same order. None: this rank counts the targets of the others too.
 
     Raises:
         ValueError: no windows, G is not a multiple of B * ranks, or the weights cannot be blended.
@@ -91,6 +85,7 @@ class TrainBatches:
         timeout: float = 300.0,
         pin_memory: bool = False,
         skipped: Collection[int] = (),
+        add_up: Callable[[torch.Tensor], object] | None = None,
     ) -> None:
         if (
             micro_batch_size < 1
@@ -117,6 +112,8 @@ class TrainBatches:
         self._start = 0  # first sample of the first global batch since the last load
         self._delivered = 0  # micro-batches handed out since then
         self._batches: Iterator[Batch] | None = None
+        self._plan: _Plan | None = None
+        self._add_up = add_up
 
     @property
     def consumed_samples(self) -> int:
@@ -141,13 +138,14 @@ class TrainBatches:
             found = f"more than {state['sample']:,}"
         else:
             samples, fits = state["samples"], state["windows"] == windows
-            found = _listed(state["windows"])
+            found = listed(state["windows"])
         if not fits:
             raise ValueError(
                 f"The checkpoint was trained on {found} windows, but the training split has "
-                f"{_listed(windows)}; resume with the corpora, data.split and data.sequence_length of the "
+                f"{listed(windows)}; resume with the corpora, data.split and data.sequence_length of the "
                 "checkpoint."
             )
+        self.settle()
         self.close()
         self._start = samples
         self._delivered = 0
@@ -163,12 +161,13 @@ class TrainBatches:
 
     def pass_over(self) -> None:
         """Go on to the next global batch without reading this one."""
+        self.settle()
         self.close()
         self._delivered += self.micro_steps
 
     def again(self, first_sample: int) -> Iterator[Batch]:
         """This rank's micro-batches of the global batch that starts at a sample; the place stays."""
-        plan = _Plan(self, first_sample)
+        plan = _Plan(self, first_sample)  # counts alone: the threads may be adding up at this moment
         return (_MicroBatch(plan, number, self._pin_memory).run() for number in range(self.micro_steps))
 
     def rows_of(self, first_sample: int, micro_step: int) -> list[tuple[int, int, int]]:
@@ -178,11 +177,17 @@ class TrainBatches:
         samples = range(plan.first_sample(micro_step), plan.first_sample(micro_step) + len(windows))
         return list(zip(samples, sources, windows, strict=True))
 
+    def settle(self) -> None:
+        """Add up with the other ranks what their threads may wait for, before these here end and the run goes
+        on; every rank calls it after the same batch."""
+        if self._plan is not None:
+            self._plan.settle()
+
     def close(self) -> None:
         """End the reading threads; they come back when another batch is wanted."""
         if isinstance(self._batches, ReadAhead):
             self._batches.close()
-        self._batches = None
+        self._batches = self._plan = None
 
     def __iter__(self) -> TrainBatches:
         return self
@@ -200,7 +205,7 @@ class TrainBatches:
 
     def _read(self) -> Iterator[Batch]:
         # Nothing below may refer to self: threads end when their reader does, which a cycle would delay.
-        plan = _Plan(self, self._start)
+        plan = self._plan = _Plan(self, self._start, self._delivered, self._add_up)
         jobs = (_MicroBatch(plan, number, self._pin_memory) for number in count(self._delivered))
         if self._num_workers == 0:
             return (job.run() for job in jobs)
@@ -213,8 +218,14 @@ class _Plan:
     Shape suffixes: M micro-steps of a global batch.
     """
 
-    def __init__(self, batches: TrainBatches, first: int) -> None:
-        """``first``: sample that the first global batch starts with."""
+    def __init__(
+        self,
+        batches: TrainBatches,
+        first: int,
+        step: int = 0,
+        add_up: Callable[[torch.Tensor], object] | None = None,
+    ) -> None:
+        """``first``: sample that the first global batch starts with; ``step``: the first micro-step."""
         self.sources = batches.sources
         self.shape = (batches.micro_batch_size, self.sources[0].sequence_length + 1)
         self.has_positions = self.sources[0].has_positions
@@ -224,12 +235,14 @@ class _Plan:
         self._micro_batches = self._micro_steps * batches._ranks
         dealt = np.arange(self._global_size).reshape(self._micro_steps, batches._ranks, self.shape[0])
         self._own_MB = dealt[:, batches._rank]
-        # Counting targets takes the rows of all ranks, reading takes this rank's.
-        self._rows = dealt.ravel() if self.has_positions else self._own_MB.ravel()
+        # Whoever counts alone takes the rows of all ranks, reading takes this rank's.
+        alone = self.has_positions and add_up is None
+        self._rows = dealt.ravel() if alone else self._own_MB.ravel()
         self._at_once = max(1, _ORDERED_AT_ONCE // len(self._rows))  # global batches
         self._lock = threading.Lock()  # so that no two threads compute the same
         self._ordered = lru_cache(2)(self._order_batches)
-        self._counted = lru_cache(2)(self._count_targets)
+        self.drawn = step  # the last micro-step that somebody reads
+        self.targets = Targets(self._count_targets, add_up, step // self._micro_steps)
 
     def first_sample(self, step: int) -> int:
         """Number of the sample in the first row of micro-step ``step``."""
@@ -241,7 +254,7 @@ class _Plan:
         batch, micro_step = divmod(step, self._micro_steps)
         with self._lock:
             sources, windows = self._batch(batch)
-            count = self._counted(batch) if self.has_positions else None
+        count = self.targets(batch) / self._micro_batches if self.has_positions else None
         own = np.searchsorted(self._rows, self._own_MB[micro_step])
         return sources[own].tolist(), windows[own].tolist(), count
 
@@ -258,11 +271,16 @@ class _Plan:
         sources, windows = self._order(samples.ravel())
         return sources.reshape(samples.shape), windows.reshape(samples.shape)
 
-    def _count_targets(self, batch: int) -> float:
-        """:attr:`Batch.count` of a global batch."""
-        sources, windows = self._batch(batch)
-        total = sum(self.sources[i].counted(windows[sources == i]) for i in np.unique(sources).tolist())
-        return total / self._micro_batches
+    def _count_targets(self, batch: int) -> int:
+        """Targets of the rows of a global batch."""
+        with self._lock:
+            sources, windows = self._batch(batch)
+        return sum(self.sources[i].counted(windows[sources == i]) for i in np.unique(sources).tolist())
+
+    def settle(self) -> None:
+        """Add up the targets of every batch that somebody reads."""
+        if self.has_positions:
+            self.targets.settle(self.drawn // self._micro_steps)
 
 
 class _MicroBatch:
@@ -275,7 +293,12 @@ class _MicroBatch:
             torch.empty_like(self._tokens, pin_memory=pin_memory) if plan.has_positions else None
         )
         self._plan, self._step = plan, step
+        plan.drawn = step
         self._reading: tuple[int, int, int] | None = None  # row, source, window
+
+    @property
+    def waits_for_ranks(self) -> bool:
+        return self._plan.targets.waiting
 
     def run(self) -> Batch:
         plan = self._plan
@@ -300,65 +323,7 @@ class _MicroBatch:
         return f"sample {first + row} (window {window} of {self._plan.sources[source].stream.prefix})"
 
 
-class ValidationBatches:
-    """The first samples of the validation splits, dealt to the ranks as in training; re-iterable.
-
-    Every rank gets the same number of batches of the same shape, so collectives match by construction. Where
-    the samples run out, rows are filled with copies of the first one of weight 0: a mean weighted by
-    ``ValidationBatch.weights`` is over exactly :attr:`samples` samples whatever the number of ranks.
-
-    Args:
-        sources: what to read, each from its beginning.
-        weights: of the sources, as in training.
-        samples: wanted; fewer if a source ends before.
-        micro_batch_size: B.
-        dp_rank, dp_size: this data-parallel rank and the number of ranks.
-
-    Raises:
-        ValueError: there is nothing to read.
-    """
-
-    def __init__(
-        self,
-        sources: Sequence[Samples],
-        weights: Sequence[float] = (1.0,),
-        *,
-        samples: int,
-        micro_batch_size: int,
-        dp_rank: int,
-        dp_size: int,
-    ) -> None:
-        self._sources = sources
-        self._of, self._windows = Blend(weights)(np.arange(samples))
-        missing = self._windows >= np.array([len(source) for source in sources])[self._of]
-        self.samples = int(np.argmax(missing)) if missing.any() else samples
-        if self.samples < 1:
-            raise ValueError(
-                f"Nothing to validate on: {samples} samples wanted, the split has "
-                f"{_listed([len(source) for source in sources])} windows; give validation a share in "
-                "data.split and evaluation.samples at least 1."
-            )
-        self._size, self._rank, self._ranks = micro_batch_size, dp_rank, dp_size
-
-    def __len__(self) -> int:
-        """Batches of every rank."""
-        return -(-self.samples // (self._size * self._ranks))
-
-    def __iter__(self) -> Iterator[ValidationBatch]:
-        for batch in range(len(self)):
-            first = (batch * self._ranks + self._rank) * self._size
-            rows = range(first, first + self._size)
-            tokens = torch.empty(self._size, self._sources[0].sequence_length + 1, dtype=torch.int64)
-            positions = torch.empty_like(tokens) if self._sources[0].has_positions else None
-            for row, sample in enumerate(row if row < self.samples else 0 for row in rows):
-                own = None if positions is None else positions[row].numpy()
-                source = self._sources[int(self._of[sample])]
-                source.fill(int(self._windows[sample]), tokens[row].numpy(), own)
-            weights = torch.tensor([float(row < self.samples) for row in rows])
-            yield ValidationBatch(tokens, weights, positions)
-
-
-def _listed(numbers: Sequence[int]) -> str:
+def listed(numbers: Sequence[int]) -> str:
     return " + ".join(f"{number:,}" for number in numbers)
 
 

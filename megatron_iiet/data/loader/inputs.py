@@ -7,7 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from megatron_iiet.data.loader.batches import Batch, ValidationBatch
+from megatron_iiet.data.loader.batches import Batch
+from megatron_iiet.data.loader.validation import ValidationBatch
 from megatron_iiet.parallel.vocabulary import IGNORED
 
 

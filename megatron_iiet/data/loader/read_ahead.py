@@ -20,6 +20,10 @@ _FAREWELL_S = 1.0  # a thread that hangs must not keep the process from ending
 class Job(Protocol[T]):
     """Something to compute; ``str`` of it says what it is busy with, to whoever is tired of waiting."""
 
+    @property
+    def waits_for_ranks(self) -> bool:
+        """Whether it waits for other ranks, which have bounds of their own."""
+
     def run(self) -> T: ...
 
 
@@ -31,7 +35,7 @@ class ReadAhead(Generic[R]):
     Args:
         jobs: endless.
         threads: at least 1.
-        timeout: seconds to wait for a result.
+        timeout: seconds to wait for a result that no other rank keeps waiting.
 
     Raises:
         RuntimeError: while iterating, a result did not come in time.
@@ -63,11 +67,12 @@ class ReadAhead(Generic[R]):
             self._pending.append(task)
             self._queue.put(task)
         job, future = self._pending.popleft()
-        if not wait([future], self._timeout).done:
-            raise RuntimeError(
-                f"Reading {job} takes longer than {self._timeout:g} s; look after the file system, or "
-                "raise data.timeout."
-            )
+        while not wait([future], self._timeout).done:
+            if not job.waits_for_ranks:
+                raise RuntimeError(
+                    f"Reading {job} takes longer than {self._timeout:g} s; look after the file system, or "
+                    "raise data.timeout."
+                )
         return future.result()
 
 

@@ -81,8 +81,8 @@ class Samples(ABC):
         an id beyond the vocabulary is a zero vector under tensor parallelism and in the rows that pad the
         vocabulary, and would train without a word."""
         self.stream.read_into(start, out)
-        if self.vocab_size is None or not len(out) or (out.min() >= 0 and out.max() < self.vocab_size):
-            return
+        if self.vocab_size is None or not len(out) or out.view(np.uint64).max() < self.vocab_size:
+            return  # as unsigned numbers negative ones are the largest
         at = int(np.argmax((out < 0) | (out >= self.vocab_size)))
         document = _document_at(self.stream, start + at)
         raise UnknownTokenError(
@@ -163,9 +163,10 @@ class PackedSamples(Samples):
     def fill(self, index: int, tokens: Int64Array, positions: Int64Array | None = None) -> None:
         assert positions is not None
         at = 0
+        numbers = _counting(len(positions))
         for start, length in zip(*self._pieces(index), strict=True):
             self._read(start, tokens[at : at + length])
-            positions[at : at + length] = _counting(len(positions))[:length]
+            positions[at : at + length] = numbers[:length]
             at += length
         tokens[at:] = 0
         positions[at:] = 0

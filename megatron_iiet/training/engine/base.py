@@ -18,8 +18,9 @@ from torch import Tensor
 
 from megatron_iiet.config import RunConfig, iterations_per_layer
 from megatron_iiet.config.deepspeed import zero_stage
-from megatron_iiet.data.loader.batches import Batch, ValidationBatch, ValidationBatches
+from megatron_iiet.data.loader.batches import Batch
 from megatron_iiet.data.loader.inputs import Inputs, inputs_of
+from megatron_iiet.data.loader.validation import ValidationBatch, ValidationBatches
 from megatron_iiet.models.diagnostics import IterateStatistics, observe_iterates
 from megatron_iiet.models.distilled import LossParts, teacher_config
 from megatron_iiet.models.pipeline import stage_plan

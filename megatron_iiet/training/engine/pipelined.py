@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from megatron_iiet.config import RunConfig
-from megatron_iiet.data.loader.batches import Batch, ValidationBatch, ValidationBatches
+from megatron_iiet.data.loader.batches import Batch
 from megatron_iiet.data.loader.inputs import Inputs
+from megatron_iiet.data.loader.validation import ValidationBatch, ValidationBatches
 from megatron_iiet.models.distilled import DistilledStage, Prediction
 from megatron_iiet.models.pipeline import PipelineStage
 from megatron_iiet.models.transformer import Transformer

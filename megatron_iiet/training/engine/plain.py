@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from megatron_iiet.config import RunConfig
-from megatron_iiet.data.loader.batches import Batch, ValidationBatch, ValidationBatches
+from megatron_iiet.data.loader.batches import Batch
+from megatron_iiet.data.loader.validation import ValidationBatch, ValidationBatches
 from megatron_iiet.models.distilled import Distilled
 from megatron_iiet.training.engine.base import Engine
 from megatron_iiet.training.engine.corrected import CorrectedEngine, model_parallel_unit
