@@ -131,7 +131,8 @@ OPTIONS = {
     "preprocess_data": """
         --input PATH [PATH ...] = [] | --dataset NAME | --split SPLIT | --streaming = False
         --json-keys KEY [KEY ...] = ['text'] | --bad-rows {error,skip} = 'error'
-        --tokenizer-model TOKENIZER_MODEL ! | --append-eod = False | --output-prefix P | --output-dir D
+        --bad-inputs {fail,skip} = 'fail' | --tokenizer-model TOKENIZER_MODEL ! | --append-eod = False
+        --output-prefix P | --output-dir D
         --inputs-per-shard K:int = 1 | --split-by KEY | --holdout-validation X:float = 0.0
         --holdout-test X:float = 0.0 | --overwrite = False | --sample-tokens N | --corpus-tokens N
         --seed SEED:int = 1234 | --deduplicate = False | --workers N:int | --num-jobs N:int | --job I:int""",
@@ -259,9 +260,10 @@ def preprocess(load: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatc
 
 def test_preprocess_hands_on(preprocess: ModuleType, start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     given = (
-        "--dataset d --split s --streaming --json-keys a b --bad-rows skip --tokenizer-model t --append-eod "
-        "--output-dir o --inputs-per-shard 3 --split-by k --holdout-validation 0.1 --holdout-test 0.2 "
-        "--sample-tokens 2K --corpus-tokens 3M --seed 7 --deduplicate --workers 4 --num-jobs 5 --job 2"
+        "--dataset d --split s --streaming --json-keys a b --bad-rows skip --bad-inputs skip "
+        "--tokenizer-model t --append-eod --output-dir o --inputs-per-shard 3 --split-by k "
+        "--holdout-validation 0.1 --holdout-test 0.2 --sample-tokens 2K --corpus-tokens 3M --seed 7 "
+        "--deduplicate --workers 4 --num-jobs 5 --job 2"
     )
     called = []
     for name in ("leave_cleanly_on_sigterm", "give_back_large_blocks"):
@@ -273,7 +275,8 @@ def test_preprocess_hands_on(preprocess: ModuleType, start: Start, monkeypatch: 
         "output_prefix": None, "output_dir": "o", "inputs_per_shard": 3, "json_keys": ["a", "b"],
         "append_eod": True, "split_by": "k", "sample_tokens": 2000, "corpus_tokens": 3_000_000, "seed": 7,
         "holdout_validation": 0.1, "holdout_test": 0.2, "deduplicate": True, "bad_rows": "skip",
-        "overwrite": False, "workers": 4, "num_jobs": 5, "job": 2, "chunk_bytes": 1 << 20, "progress": True,
+        "bad_inputs": "skip", "overwrite": False, "workers": 4, "num_jobs": 5, "job": 2,
+        "chunk_bytes": 1 << 20, "progress": True,
     }  # fmt: skip
 
 

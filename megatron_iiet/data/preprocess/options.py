@@ -37,6 +37,9 @@ class PreprocessOptions:
     holdout_test: float = 0.0  # fraction of documents for the outputs of split test
     deduplicate: bool = False  # drop documents whose text is exactly that of an earlier one
     bad_rows: Literal["error", "skip"] = "error"  # a defective row fails its shard, or is left out
+    bad_inputs: Literal["fail", "skip"] = (
+        "fail"  # an input that cannot be read as asked fails its shard, or is left out
+    )
     overwrite: bool = False  # remove what an earlier run wrote to this output first
     workers: int = 1  # tokenizing processes; 1 works in this process
     num_jobs: int = 1  # jobs that share the work; all are started with the same options
@@ -103,6 +106,9 @@ def _problems_of_filters(options: PreprocessOptions) -> dict[str, bool]:
         f"--holdout-validation {validation} and --holdout-test {test} leave nothing to train on; together "
         "they must stay below 1.": validation + test >= 1,
         f"--bad-rows is {options.bad_rows!r}; give error or skip.": options.bad_rows not in ("error", "skip"),
+        f"--bad-inputs is {options.bad_inputs!r}; give fail or skip.": (
+            options.bad_inputs not in ("fail", "skip")
+        ),
     }
 
 

@@ -14,6 +14,7 @@ SUFFIXES = tuple(kind + packed for kind in (".jsonl", ".json", ".ndjson") for pa
 _KINDS = ".jsonl, .json or .ndjson files, plain or packed as .gz or .zst"
 _UNFINISHED = (".partial", ".tmp")
 _GLOB_CHARACTERS = frozenset("*?[")
+_STREAM = "stream "
 _HUB_TIMEOUT_S = 20.0
 
 
@@ -30,6 +31,11 @@ class InputFile:
     def identity(self) -> list[str | int]:
         """What records say of it: its first three fields."""
         return [self.path, self.size, self.stamp]
+
+    @property
+    def is_stream(self) -> bool:
+        """Whether it can be read only once: standard input or a FIFO. Its stamp is another one every time."""
+        return self.stamp.startswith(_STREAM)
 
 
 def list_inputs(patterns: Iterable[str]) -> list[InputFile]:

@@ -89,7 +89,7 @@ def read_chunks(source: InputFile | str | os.PathLike[str], chunk_bytes: int = 1
     wait until a line with content follows, so those that end a file are dropped.
 
     Raises:
-        ValueError: the file is empty, or its compression is damaged or cut short.
+        ValueError: its compression is damaged or cut short.
         OSError: it cannot be read.
     """
     path = source.path if isinstance(source, InputFile) else os.fspath(source)
@@ -115,9 +115,6 @@ def read_chunks(source: InputFile | str | os.PathLike[str], chunk_bytes: int = 1
                 waiting, content, size = [], 0, 0
         if content:
             yield Chunk(path, first_line, b"\n".join(waiting[:content]))
-        elif first_line == 1:
-            found = "holds no documents (no line with content)" if file.tell() else "is empty (0 bytes)"
-            raise ValueError(f"{path} {found}; remove it from the inputs.")
 
 
 def _lines(blocks: Iterable[bytes]) -> Iterator[bytes]:
