@@ -10,7 +10,7 @@ from pathlib import Path
 
 from megatron_iiet.data.reading.sources import list_inputs
 from megatron_iiet.data.reading.text import iter_documents
-from megatron_iiet.durable import check_output, make_parent, replacing
+from megatron_iiet.durable import check_output, make_parent, write_bytes
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,8 @@ def train_tokenizer(
     piece become bytes; white space is kept as it is.
 
     Raises:
-        ValueError: a bad input, or too little text for ``vocab_size`` pieces; nothing is written.
+        ValueError: a bad input, too little text for ``vocab_size`` pieces, or another file there; nothing
+            is written.
     """
     from sentencepiece import SentencePieceTrainer
 
@@ -81,7 +82,11 @@ def train_tokenizer(
             f"Training {vocab_size} pieces on {characters:,} characters failed ({error}); "
             "give more text or a --vocab-size that fits it (at least 259 plus the alphabet)."
         ) from None
+    if target.exists() and target.read_bytes() != model.getvalue():
+        raise ValueError(
+            f"{target} is there already, and is not what this training gives; choose another "
+            "--output-prefix, or remove it yourself if nothing was tokenized with it."
+        )
     make_parent(target)
-    with replacing(target) as file:
-        file.write(model.getvalue())
+    write_bytes(target, model.getvalue())
     return TrainedTokenizer(target, vocab_size, characters)
