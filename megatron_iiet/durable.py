@@ -7,6 +7,7 @@ import os
 import secrets
 import shutil
 import signal
+import stat
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,7 +26,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     """
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        with naming(path), temporary.open("wb") as file:
+        with naming(path), temporary.open("xb") as file:
             yield file
             sync_file(file)
         temporary.replace(path)
@@ -60,12 +61,35 @@ def new_folder(folder: Path) -> Iterator[Path]:
     sync_folder(folder.parent)
 
 
+def open_own(path: str | os.PathLike[str], flags: int) -> int:
+    """``os.open`` for a file that is this program's own: it is written through no link that is put in its
+    place. One that is only appended to may have a second name, as backups give it.
+
+    Raises:
+        ValueError: that is what is there.
+    """
+    try:
+        # For reading as well: to open a pipe for writing alone would wait for its reader.
+        handle = os.open(path, os.O_RDWR | flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        found = "a symbolic link"
+    else:
+        status = os.fstat(handle)
+        if stat.S_ISREG(status.st_mode) and (status.st_nlink <= 1 or flags & os.O_APPEND):
+            return handle
+        os.close(handle)
+        found = "a second name of another file" if stat.S_ISREG(status.st_mode) else "no regular file"
+    raise ValueError(f"{os.fspath(path)} is {found}, which is not written through; remove it.")
+
+
 def write_text(path: Path, text: str) -> None:
     """Replace a file's text."""
     write_bytes(path, text.encode())
 
 
-def write_bytes(path: Path, content: bytes) -> None:
+def write_bytes(path: Path, content: bytes | memoryview) -> None:
     """Replace a file's content."""
     with replacing(path) as file:
         file.write(content)

@@ -55,6 +55,12 @@ def build_parser() -> argparse.ArgumentParser:
         help="a longer line or row is a bad one, never held in memory (default: a sixteenth of the memory)",
     )
     add("--bad-rows", choices=["error", "skip"], default="error", help="fail, or count and leave out")
+    add(
+        "--bad-inputs",
+        choices=["fail", "skip"],
+        default="fail",
+        help="an input that cannot be read to its end: fail its shard, or leave it out and say so",
+    )
 
     add = parser.add_argument_group("tokens").add_argument
     add(
@@ -85,7 +91,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="fraction of documents for validation",
     )
     add("--holdout-test", type=float, default=0.0, metavar="X", help="fraction of documents for test")
-    add("--overwrite", action="store_true", help="remove what an earlier run wrote to this output first")
+    add("--overwrite", action="store_true", help="remove first what an earlier run made here, nothing else")
 
     add = parser.add_argument_group("selection").add_argument
     add(

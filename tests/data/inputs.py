@@ -112,6 +112,7 @@ INPUT_CASES = [
     InputCase("zero.jsonl.zst", b""),
     InputCase("blanks.jsonl", b"\n\n \n"),
     InputCase("nothing.jsonl.gz", gzip.compress(b"")),
+    InputCase("nothing.jsonl.zst", zstd(b"")),
     InputCase("only_skippable.jsonl.zst", SKIPPABLE_FRAME),
     InputCase("all_empty.jsonl", jsonl([""] * 3), [""] * 3),
     _proper_line("empty_text.jsonl", b'{"text": ""}', ""),

@@ -203,6 +203,13 @@ class TestInputs:
                 join([f"{tmp_path}/{name}" for name in inputs], f"{tmp_path}/{output}", overwrite=True)
             assert listing(tmp_path) == before
 
+    def test_what_preprocessing_claims_is_not_replaced(self, tmp_path: Path) -> None:
+        claim = tmp_path / "out.preprocess" / "outputs" / "text_document"
+        claim.parent.mkdir(parents=True)
+        claim.write_text("{}")
+        with pytest.raises(ValueError, match="_text_document is an output of preprocessing, which"):
+            join([write(tmp_path / "a", [2])], tmp_path / "out_text_document", overwrite=True)
+
     @pytest.mark.parametrize("suffix", ["bin", "idx", "shards"])
     def test_existing_output_needs_overwrite(self, tmp_path: Path, suffix: str) -> None:
         inputs = [write(tmp_path / "a", [2])]

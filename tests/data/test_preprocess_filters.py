@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from megatron_iiet.data.preprocess import PreprocessOptions, PreprocessReport, dedup, preprocess
 from megatron_iiet.data.preprocess.dedup import DigestFiles, Duplicates, find_duplicates
 from megatron_iiet.data.preprocess.plan import _estimate
+from megatron_iiet.data.preprocess.records import Unit
 from megatron_iiet.data.preprocess.tasks import Filters, text_digest
 from megatron_iiet.data.reading.sources import InputFile, list_inputs
 from megatron_iiet.data.tokenizers.base import Tokenizer
@@ -228,21 +229,22 @@ def test_find_duplicates(
         patch.setattr(dedup, "_PARTITION_ENTRIES", part)
         patch.setattr(dedup, "_MAX_PARTITIONS", 8)
         patch.setattr(dedup, "_BLOCK_ENTRIES", block)
-        for unit, unit_lines in enumerate(lines):
+        units = [Unit(number, [InputFile(str(number), 1, "")]) for number in range(len(lines))]
+        for unit, unit_lines in zip(units, lines, strict=True):
             # Halves and leading bits that agree by themselves tell nothing.
             content = b"".join(struct.pack("<QQ", (n % 3) << 62, n) for n in unit_lines)
-            digests.write(unit, [InputFile(str(unit), 1, "")], [(0, 1, content)])
-        find_duplicates(records, [1] * len(lines))
+            digests.write(unit.id, unit.inputs, [(0, 1, content)])
+        find_duplicates(records, units)
     marks = Duplicates(records)
     seen: set[int] = set()
-    for unit, unit_lines in enumerate(lines):
+    for number, unit_lines in enumerate(lines):
         expected = []
-        for number in unit_lines:
-            expected.append(number != 0 and number in seen)
-            seen.add(number)
-        assert list(map(bool, marks.marks(unit, 1, len(unit_lines)))) == expected
+        for digest in unit_lines:
+            expected.append(digest != 0 and digest in seen)
+            seen.add(digest)
+        assert list(map(bool, marks.marks(number, 1, len(unit_lines)))) == expected
         if unit_lines:
-            assert list(map(bool, marks.marks(unit, len(unit_lines), 1))) == expected[-1:]
+            assert list(map(bool, marks.marks(number, len(unit_lines), 1))) == expected[-1:]
     assert not list(records.glob("partitions-*"))
     with pytest.raises(ValueError, match="changed between the two passes"):
         marks.marks(0, 1, len(lines[0]) + 1)
@@ -252,17 +254,17 @@ def test_duplicates_are_looked_for_once(tmp_path: Path) -> None:
     """What a killed search left goes; the marks of one that ended stay, whatever the digests are by then."""
     digests, inputs = DigestFiles(tmp_path), [InputFile("a", 1, "")]
     digests.write(0, inputs, [(0, 1, b"1" * 16 + b"2" * 16 + b"1" * 16 + bytes(32))])
-    (tmp_path / "partitions-killed").mkdir()
-    (tmp_path / "partitions-killed" / "000.bin").write_bytes(b"x")
-    find_duplicates(tmp_path, [1])
+    (tmp_path / "partitions-killed00").mkdir()
+    (tmp_path / "partitions-killed00" / "000.bin").write_bytes(b"x")
+    find_duplicates(tmp_path, [Unit(0, inputs)])
     assert not list(tmp_path.glob("partitions-*"))
     assert list(Duplicates(tmp_path).marks(0, 1, 5)) == [0, 0, 1, 0, 0]
     assert [list(Duplicates(tmp_path).marks(0, line, 1)) for line in range(1, 6)] == [[0], [0], [1], [0], [0]]
     digests.write(0, inputs, [(0, 1, b"1" * 32)])
-    find_duplicates(tmp_path, [1])
+    find_duplicates(tmp_path, [Unit(0, inputs)])
     assert list(Duplicates(tmp_path).marks(0, 1, 5)) == [0, 0, 1, 0, 0]
     dedup.duplicates_path(tmp_path).unlink()
-    find_duplicates(tmp_path, [1])
+    find_duplicates(tmp_path, [Unit(0, inputs)])
     assert list(Duplicates(tmp_path).marks(0, 1, 2)) == [0, 1]
     with pytest.raises(ValueError, match="changed between the two passes of --deduplicate"):
         Duplicates(tmp_path).marks(0, 2, 2)
@@ -291,7 +293,7 @@ def test_digests_are_equal_in_both_halves(same: str, tmp_path: Path) -> None:
     digests, inputs = DigestFiles(tmp_path), [InputFile(name, 1, "") for name in "ab"]
     digests.write(0, inputs, [(0, 1, bytes(16) + first), (1, 2, b"x" * 16)])
     digests.write(1, inputs, [(0, 1, b"y" * 32), (1, 1, second)])
-    find_duplicates(tmp_path, [2, 2])
+    find_duplicates(tmp_path, [Unit(0, inputs), Unit(1, inputs)])
     found = [list(Duplicates(tmp_path).marks(number, 1, lines)) for number, lines in enumerate((2, 2, 2, 1))]
     assert found == [[0, 0], [0, 0], [0, 1], [int(same == "both")]]
 
@@ -319,7 +321,16 @@ def test_digest_files_know_their_inputs(tmp_path: Path) -> None:
     assert not digests.has(3, inputs)
     digests.write(3, inputs, [(0, 1, b"1" * 32), (1, 1, b"2" * 16), (1, 4, b"3" * 16)])
     assert digests.has(3, inputs)
+    assert digests.left_out(3, 2) == {}
     assert not digests.has(3, [inputs[0], InputFile("b", 2, "z")])
+    digests.write(4, inputs, [(0, 1, b"1" * 32)], left_out={"b": "cut"})
+    assert (digests.has(4, inputs), digests.has(4, inputs, whole=False)) == (False, True)
+    assert digests.lines(4, 2).tolist() == [2, 0]
+    assert digests.left_out(4, 2) == {"b": "cut"}
+    digests.rename({4: 7, 5: 8})
+    (digests.folder / "mine.bin").write_text("")
+    digests.remove_all(but=[3])
+    assert sorted(path.name for path in digests.folder.iterdir()) == ["000003.bin", "mine.bin"]
     assert digests.lines(3, 2).tolist() == [2, 4]
     content = b"".join(block.tobytes() for block in digests.blocks(3, 2))
     assert content == b"1" * 32 + b"2" * 16 + bytes(32) + b"3" * 16

@@ -103,6 +103,7 @@ def test_half_of_a_share() -> None:
         ({"holdout_validation": -0.1}, "--holdout-validation is -0.1; give a fraction"),
         ({"holdout_validation": 0.5, "holdout_test": 0.5}, "leave nothing to train on"),
         ({"bad_rows": "ignore"}, "--bad-rows is 'ignore'; give error or skip"),
+        ({"bad_inputs": "error"}, "--bad-inputs is 'error'; give fail or skip"),
     ],
 )
 def test_contradictions(change: dict[str, object], message: str) -> None:
@@ -137,6 +138,7 @@ def test_what_is_made_unless_told_otherwise() -> None:
         "txt_documents": "file",
         "text_template": None,
         "max_document_bytes": None,
+        "max_uncut_bytes": 8 << 20,
         "min_characters": 0,
         "max_characters": None,
         "dataset": None,
@@ -154,6 +156,7 @@ def test_what_is_made_unless_told_otherwise() -> None:
         "holdout_test": 0.0,
         "deduplicate": False,
         "bad_rows": "error",
+        "bad_inputs": "fail",
         "overwrite": False,
         "workers": 1,
         "num_jobs": 1,

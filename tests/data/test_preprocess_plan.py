@@ -11,11 +11,25 @@ import pytest
 
 from megatron_iiet.data.corpora.mmididx import bin_path, idx_path, shards_path
 from megatron_iiet.data.corpora.shard_list import ShardList
-from megatron_iiet.data.preprocess.layout import Layout, output_name
-from megatron_iiet.data.preprocess.lists import write_lists
+from megatron_iiet.data.preprocess.layout import Layout, Output
+from megatron_iiet.data.preprocess.lists import Summary, summarize, write_lists
 from megatron_iiet.data.preprocess.options import PreprocessOptions
-from megatron_iiet.data.preprocess.plan import Plan, Wanted, deciding_options, settle, shards_exist
-from megatron_iiet.data.preprocess.records import Counts, JobRecords, OutputRecord, UnitRecord, read_records
+from megatron_iiet.data.preprocess.ownership import Claims, parse_name
+from megatron_iiet.data.preprocess.plan import (
+    Plan,
+    Wanted,
+    deciding_options,
+    grouped,
+    settle,
+    shards_exist,
+)
+from megatron_iiet.data.preprocess.records import (
+    Counts,
+    JobRecords,
+    OutputRecord,
+    UnitRecord,
+    read_records,
+)
 from megatron_iiet.data.reading.sources import InputFile
 
 
@@ -87,7 +101,9 @@ class Place:
         self.layout = Layout(None, str(folder))
         self.inputs = [InputFile(name, 7, "then") for name in "ab"]
         self.layout.records.mkdir()
-        plan = Plan(deciding_options(options_of(), "d"), {}, None, self.inputs)
+        options = deciding_options(options_of(), "d")
+        plan = Plan(options, {"vocab_size": 96}, None, grouped(self.inputs, options), 2)
+        Claims(self.layout).take(Output(None, None, "text"))
         self.layout.plan.write_bytes(plan.to_json())
 
     def finish(self, unit: int) -> None:
@@ -96,12 +112,14 @@ class Place:
         records.append(record_of(unit, [self.inputs[unit]]))
         records.close()
 
+    def wanted(self, inputs: list[InputFile], **changes: Any) -> Wanted:
+        encoder = SimpleNamespace(vocab_size=96, eod_id=2)
+        return Wanted(options_of(**changes), self.layout, inputs, "d", lambda: cast(Any, encoder))
+
     def settle(self, inputs: list[InputFile], others: bool = False, **changes: Any) -> set[int]:
         """The finished units."""
-        encoder = SimpleNamespace(vocab_size=96, eod_id=2)
-        wanted = Wanted(options_of(**changes), self.layout, inputs, "d", lambda: cast(Any, encoder))
         records = SimpleNamespace(others_running=lambda: others, remove_all=lambda: None)
-        return settle(wanted, cast(Any, records))[1]
+        return settle(self.wanted(inputs, **changes), cast(Any, records)).finished
 
 
 def test_what_is_finished_stays_so_while_its_inputs_are_as_they_were(tmp_path: Path) -> None:
@@ -111,17 +129,28 @@ def test_what_is_finished_stays_so_while_its_inputs_are_as_they_were(tmp_path: P
     place.finish(0)
     assert place.settle(place.inputs) == {0}
     assert place.settle([first, InputFile("b", 9, "later")]) == {0}, "not begun: it may change"
-    for changed, said in (
-        (InputFile("a", 9, "then"), "a: 7 -> 9 bytes"),
-        (InputFile("a", 7, "later"), "a: written to since"),
-    ):
-        with pytest.raises(ValueError, match=rf"inputs: 1 changed \({said}\); use another output"):
-            place.settle([changed, second])
+    for changed in (InputFile("a", 9, "then"), InputFile("a", 7, "later")):
+        with pytest.raises(ValueError, match="inputs: 1 changed; 1 units to make, 1 kept; other jobs"):
+            place.settle([changed, second], others=True)
+    assert place.settle([InputFile("a", 7, "later"), second]) == set()
+    assert Plan.read(place.layout.plan).shape() == [(2, ["a"]), (1, ["b"])]
+
+
+def test_what_was_made_of_a_stream_is_not_taken_for_made_of_another(tmp_path: Path) -> None:
+    """Nor is it removed when other inputs are given; one that was not finished is read anew."""
+    place = Place(tmp_path)
+    place.inputs[0] = InputFile("a", 0, "stream 1")
+    again = InputFile("a", 0, "stream 2")
+    assert place.settle([again, place.inputs[1]]) == set()
+    place.finish(0)
+    for inputs in ([again, place.inputs[1]], [place.inputs[1]]):
+        with pytest.raises(ValueError, match=r"made of a, which can be read only.* remove 1 finished"):
+            place.settle(inputs)
 
 
 def test_a_plan_may_change_while_nothing_is_finished_and_nobody_is_at_it(tmp_path: Path) -> None:
     place = Place(tmp_path)
-    refused = "made with other settings: append_eod: false -> true; use another output"
+    refused = "made with other settings: append_eod: false -> true; give the former ones, or use another"
     with pytest.raises(ValueError, match=refused):
         place.settle(place.inputs, others=True, append_eod=True)
     assert place.settle(place.inputs, append_eod=True) == set()
@@ -132,37 +161,26 @@ def test_a_plan_may_change_while_nothing_is_finished_and_nobody_is_at_it(tmp_pat
 
 
 def test_files_of_a_place(tmp_path: Path) -> None:
-    """Finished or not, an index before its tokens; outputs that nobody named only in a folder of its own."""
+    """Finished or not, an index before its tokens, and the unit of each; no other file of fitting names."""
     one, many = Layout(str(tmp_path / "p"), None), Layout(None, str(tmp_path / "d"))
-    names = (
-        "p_a_document",
-        "p_b_document",
-        "d/a_document/000001",
-        "d/a_document/000000",
-        "d/c_document/000007",
-    )
-    for name in names:
+    for name in ("p_a_document", "p_b_document", "d/a_document/000001", "d/a_document/1000000"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         for ending in (".bin", ".idx", ".bin.partial", ".idx.partial", ".shards", ".txt"):
             (tmp_path / (name + ending)).write_text("")
-    (tmp_path / "d/a_document/00000.bin").write_text("")
-    (tmp_path / "d/other").mkdir()
-    (tmp_path / "d/other/000000.bin").write_text("")
+    for name in ("00000.bin", "0000001.bin", "000001.bin.old"):
+        (tmp_path / "d/a_document" / name).write_text("")
 
-    def found(layout: Layout, outputs: set[str], discover: bool) -> list[str]:
-        listed = layout.files(outputs, discover)
-        assert all(output in str(path) for output, path in listed)
-        return [str(path.relative_to(tmp_path)) for _, path in listed]
+    def found(layout: Layout, output: str) -> list[tuple[int | None, str]]:
+        return [(unit, str(path.relative_to(tmp_path))) for unit, path in layout.files(output)]
 
     endings = (".idx", ".bin", ".idx.partial", ".bin.partial")
-    for discover in (True, False):
-        assert found(one, {"a_document"}, discover) == [f"p_a_document{ending}" for ending in endings]
-        assert found(one, {"x_document"}, discover) == []
+    assert found(one, "a_document") == [(None, f"p_a_document{ending}") for ending in endings]
+    assert found(one, "x_document") == found(many, "x_document") == []
     latest_first = (".idx.partial", ".idx", ".bin.partial", ".bin")
-    of_a = [f"d/a_document/00000{unit}{ending}" for unit in (1, 0) for ending in latest_first]
-    of_c = [f"d/c_document/000007{ending}" for ending in latest_first]
-    assert found(many, {"a_document", "x_document"}, False) == of_a
-    assert found(many, {"x_document"}, True) == of_a + of_c
+    units = ((1000000, "1000000"), (1, "000001"))
+    assert found(many, "a_document") == [
+        (unit, f"d/a_document/{name}{ending}") for unit, name in units for ending in latest_first
+    ]
     assert one.records == tmp_path / "p.preprocess"
     assert many.records == tmp_path / "d" / "preprocess"
     assert one.shard_prefix("a_document", 5) == str(tmp_path / "p_a_document")
@@ -180,31 +198,35 @@ def test_files_of_a_place(tmp_path: Path) -> None:
     ],
 )
 def test_names_of_outputs(source: str | None, split: str | None, name: str) -> None:
-    assert output_name(source, split, "text") == name
+    assert Output(source, split, "text").name == name
+    options = deciding_options(options_of(holdout_test=0.1 if split else 0), "d")
+    assert parse_name(name, options) == Output(source, split, "text")
 
 
 def test_the_last_run_lists_the_shards_and_clears_up(tmp_path: Path) -> None:
-    """Nothing before all units are there; then the list in their order, once, and no temporary file."""
+    """In the order of the plan's units; a right list stays; what no list names goes, if it is ours."""
     place = Place(tmp_path)
-    plan = Plan.read(place.layout.plan)
-    plan.tokenizer.update(vocab_size=96)
-    left = [tmp_path / "text_document/000000.bin.partial", tmp_path / "x_document/000003.idx.partial"]
-    left.append(place.layout.records / "digests" / "000000.bin.tmp")
+    plan, wanted = Plan.read(place.layout.plan), place.wanted(place.inputs)
+
+    def write() -> Summary:
+        summary = summarize(wanted, plan.units)
+        write_lists(wanted, plan, plan.units, summary)
+        return summary
+
+    left = [tmp_path / "text_document/000000.bin.partial", place.layout.records / "a.0123abcd.tmp"]
+    foreign = [tmp_path / name for name in ("x_document/000000.idx.partial", "text_document/000002.bin")]
+    foreign += [place.layout.records / "mine.tmp"]
     place.finish(1)
-    for path in left:
+    for path in left + foreign:
         path.parent.mkdir(exist_ok=True)
         path.write_text("")
-    kept = place.layout.records / "digests" / "000000.bin"
-    kept.write_text("")
-    summary, missing = write_lists(place.layout, plan, rewrite=True)
-    assert (summary.units, missing) == (1, 1)
-    assert all(path.exists() for path in left)
+    assert summarize(wanted, plan.units).units == 1
     place.finish(0)
     records = JobRecords(place.layout.records, 1, 2)  # another job made the same unit again
     records.append(record_of(0, [place.inputs[0]]))
     records.close()
-    summary, missing = write_lists(place.layout, plan, rewrite=False)
-    assert (summary.units, missing) == (2, 0)
+    summary = write()
+    assert summary.units == 2
     assert (summary.total.documents, summary.total.tokens, summary.total.bin_bytes) == (2, 10, 20)
     shards = ShardList(shards_path(tmp_path / "text_document"))
     assert [shards[number].name for number in range(len(shards))] == [
@@ -212,21 +234,24 @@ def test_the_last_run_lists_the_shards_and_clears_up(tmp_path: Path) -> None:
         "text_document/000001",
     ]
     assert shards.info["options"] == plan.options
+    assert "bad_inputs" not in shards.info
     assert not any(path.exists() for path in left)
-    assert kept.exists()
-    shards_path(tmp_path / "text_document").write_text("as it was")
-    write_lists(place.layout, plan, rewrite=False)
-    assert shards_path(tmp_path / "text_document").read_text() == "as it was"
-    write_lists(place.layout, plan, rewrite=True)
-    assert shards_path(tmp_path / "text_document").read_bytes()[:4] == b"TOKS"
+    assert all(path.exists() for path in foreign)
+    written = shards.path.stat().st_mtime_ns
+    write()
+    assert shards.path.stat().st_mtime_ns == written
+    shards.path.write_text("damaged")
+    write()
+    assert ShardList(shards.path).num_tokens == 10
 
 
 def test_units_are_inputs_in_their_order() -> None:
     inputs = [InputFile(str(number), 1, "") for number in range(5)]
     for per_shard, sizes in ((None, [5]), (1, [1] * 5), (2, [2, 2, 1]), (5, [5]), (9, [5])):
-        units = Plan({"inputs_per_shard": per_shard}, {}, None, inputs).units()
-        assert [len(unit) for unit in units] == sizes
-        assert [file for unit in units for file in unit] == inputs
+        units = grouped(inputs, {"inputs_per_shard": per_shard}, 7)
+        assert [len(unit.inputs) for unit in units] == sizes
+        assert [file for unit in units for file in unit.inputs] == inputs
+        assert [unit.id for unit in units] == list(range(7, 7 + len(sizes)))
 
 
 def test_records_are_free_once_they_are_closed(tmp_path: Path) -> None:

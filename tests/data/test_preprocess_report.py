@@ -66,6 +66,7 @@ FAILURES = [Failure(cast(Any, None), "broken")]
         (1, FAILURES, "", 1),
         (0, FAILURES, "", 1),
         (1, FAILURES, "for others", 1),
+        (0, [], "for others", 75),
     ],
 )
 def test_exit_status(mine_missing: int, failures: list[Failure], waiting: str, status: int) -> None:
@@ -98,16 +99,22 @@ def test_jobs_share_by_size_the_largest_first() -> None:
     assert share(units, 1, 0) == [2, 1, 4, 3, 0, 5]
 
 
-def test_changed_inputs_are_told_by_what_was_added_and_removed() -> None:
-    def told(before: str, now: str) -> list[str]:
-        plan = Plan({"seed": 1}, {}, None, [InputFile(name, 1, "then") for name in before])
-        return differences(plan, {"seed": 1}, [InputFile(name, 2, "now") for name in now])
+def test_other_options_are_told_with_both_values() -> None:
+    plan = Plan({"seed": 1, "split_by": None}, {}, None, [], 0)
+    assert differences(plan, {"seed": 1, "split_by": None}) == []
+    assert differences(plan, {"seed": 2, "split_by": "x"}) == ["seed: 1 -> 2", 'split_by: null -> "x"']
 
-    assert told("abc", "abc") == []
-    assert told("abc", "bcde") == ["inputs: 2 added (first d), 1 removed (first a)"]
-    assert told("abc", "acb") == ["inputs: the same files in another order"]
-    plan = Plan({"seed": 1, "split_by": None}, {}, None, [])
-    assert differences(plan, {"seed": 2, "split_by": "x"}, []) == ["seed: 1 -> 2", 'split_by: null -> "x"']
+
+def test_inputs_that_were_left_out_are_told() -> None:
+    skipped = {"b": "b is cut", **{f"c{number:02}": "no such file" for number in range(25)}}
+    whole = Summary(1, {"text_document": Total(1, 2, 4)}, Counts(), skipped)
+    told = str(PreprocessReport(whole, Summary(), missing=0)).splitlines()
+    assert told[1:4] == [
+        "left out: 26 inputs that cannot be read, such as",
+        "    b is cut",
+        "    c00: no such file",
+    ]
+    assert len(told) == 22
 
 
 @pytest.mark.parametrize("enabled", [True, False])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -65,7 +66,7 @@ def test_nothing_to_do(options: PreprocessOptions, tmp_path: Path) -> None:
     before = times(tmp_path / "out")
     lines: list[str] = []
     again = preprocess(options, log=lines.append)
-    assert lines == ["nothing to do: all 6 shards are finished"]
+    assert lines == ["inputs: 6 .jsonl.zst", "nothing to do: all 6 shards are finished"]
     assert again.this_run.units == 0
     assert again.all_units == first.all_units
     assert times(tmp_path / "out") == before
@@ -77,12 +78,13 @@ def test_one_bad_file_among_good_ones(
 ) -> None:
     options = replace(options, workers=workers)
     cut(tmp_path / "in" / "2.jsonl.zst")
-    (tmp_path / "in" / "4.jsonl.zst").write_bytes(b"")
+    (tmp_path / "in" / "4.jsonl.zst").write_bytes(b"no zstd")
     report = run(options)
     assert report.exit_code == 1
     assert sorted(str(failure) for failure in report.failures) == [
         f"{tmp_path}/in/2.jsonl.zst is cut short: its last zstd frame has no end; fetch the file again.",
-        f"{tmp_path}/in/4.jsonl.zst is empty (0 bytes); remove it from the inputs.",
+        f"{tmp_path}/in/4.jsonl.zst is damaged zstd (zstd decompressor error: Unknown frame descriptor); "
+        "fetch the file again.",
     ]
     assert report.missing == 2
     names = published(tmp_path / "out")
@@ -182,7 +184,11 @@ def test_other_options_are_refused(
     with pytest.raises(ValueError, match=message) as raised:
         run(replace(options, **change))  # type: ignore[arg-type]
     assert str(raised.value).startswith(f"{tmp_path}/out/preprocess/plan.json was made with other settings: ")
-    assert str(raised.value).endswith("; use another output or --overwrite.")
+    assert re.search(
+        r"; give the former ones, or use another output: --overwrite would remove 6 finished shards of 60 "
+        r"documents, [\d,]+ tokens\.$",
+        str(raised.value),
+    )
     assert published(tmp_path / "out") == before
 
 
@@ -196,31 +202,8 @@ def test_another_tokenizer_is_refused_but_not_another_path(
         run(replace(options, tokenizer_model=str(tokenizer_json)))
 
 
-@pytest.mark.parametrize("deduplicate", [False, True])
-def test_other_inputs_are_refused(options: PreprocessOptions, tmp_path: Path, deduplicate: bool) -> None:
-    options = replace(options, deduplicate=deduplicate)
-    run(options)
-    folder = tmp_path / "in"
-    shutil.copy(folder / "0.jsonl.zst", folder / "00.jsonl.zst")
-    with pytest.raises(ValueError, match=rf"inputs: 1 added \(first {folder}/00\.jsonl\.zst\); use"):
-        run(options)
-    (folder / "3.jsonl.zst").unlink()
-    with pytest.raises(ValueError, match=r"inputs: 1 added .*, 1 removed \(first .*3\.jsonl\.zst\)"):
-        run(options)
-    (folder / "00.jsonl.zst").unlink()
-    write_rows(folder / "3.jsonl.zst", [{"text": "ba"}])
-    with pytest.raises(ValueError, match=r"inputs: 1 changed \(.*3\.jsonl\.zst: 1,\d+ -> \d+ bytes\)"):
-        run(options)
-    write_input(tmp_path, 3)
-    with pytest.raises(ValueError, match=r"inputs: 1 changed \(.*3\.jsonl\.zst: written to since\)"):
-        run(options)
-    files = sorted(map(str, folder.iterdir()))
-    with pytest.raises(ValueError, match="inputs: the same files in another order"):
-        run(replace(options, inputs=files[::-1]))
-
-
 def test_a_plan_may_change_while_nothing_is_done(options: PreprocessOptions, tmp_path: Path) -> None:
-    (tmp_path / "in" / "0.jsonl.zst").write_bytes(b"")
+    cut(tmp_path / "in" / "0.jsonl.zst")
     options = replace(options, inputs=[f"{tmp_path}/in/0.jsonl.zst"])
     assert run(options).exit_code == 1
     write_input(tmp_path, 0)
@@ -287,11 +270,13 @@ def test_what_others_wrote_is_not_replaced(options: PreprocessOptions, tmp_path:
     options = replace(options, output_dir=None, output_prefix=f"{tmp_path}/a")
     foreign = tmp_path / f"a_text_document{ending}"
     foreign.write_text("precious")
-    with pytest.raises(ValueError, match=rf"a_text_document{ending} is there already, but no .*plan\.json"):
-        run(options)
-    assert foreign.read_text() == "precious"
-    assert run(replace(options, overwrite=True)).exit_code == 0
-    assert len(documents(tmp_path / "a_text_document")) == 60
+    for overwrite in (False, True):
+        with pytest.raises(ValueError, match=rf"a_text_document{ending} is there already, and no plan in "):
+            run(replace(options, overwrite=overwrite))
+        assert foreign.read_text() == "precious"
+        assert not (tmp_path / "a.preprocess").exists()
+    foreign.unlink()
+    assert run(options).exit_code == 0
 
 
 def test_a_damaged_plan(options: PreprocessOptions, tmp_path: Path) -> None:
@@ -314,9 +299,7 @@ def test_a_damaged_record(options: PreprocessOptions, tmp_path: Path) -> None:
 # Deduplication
 
 
-def test_inputs_may_change_between_the_passes_only_before_duplicates_are_known(
-    options: PreprocessOptions, tmp_path: Path
-) -> None:
+def test_inputs_may_change_between_the_passes(options: PreprocessOptions, tmp_path: Path) -> None:
     write_rows(tmp_path / "in" / "5.jsonl.zst", [{"text": TEXTS[0]}, {"text": "ba"}])
     options = replace(options, deduplicate=True, num_jobs=2)
     assert run(replace(options, job=0)).exit_code == 75
@@ -325,11 +308,6 @@ def test_inputs_may_change_between_the_passes_only_before_duplicates_are_known(
     reports = [run(replace(options, job=job)) for job in (0, 1, 0, 1)]
     assert [report.exit_code for report in reports][-2:] == [0, 0]
     assert reports[-1].all_units.counts.duplicates == 2
-
-    shutil.rmtree(tmp_path / "out" / "text_document")
-    (tmp_path / "in" / "5.jsonl.zst").write_bytes(b"")
-    with pytest.raises(ValueError, match="since the first pass of --deduplicate"):
-        run(replace(options, job=0))
 
 
 def test_a_bad_file_stops_deduplication_of_all(options: PreprocessOptions, tmp_path: Path) -> None:

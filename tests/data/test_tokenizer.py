@@ -422,3 +422,15 @@ class TestTraining:
         result = train_tokenizer([str(tmp_path / "a.jsonl")], tmp_path / "t", 300, max_characters=5000)
         assert 5000 <= result.characters < 5200
         assert result.path.exists()
+
+    def test_another_tokenizer_is_not_replaced(self, tmp_path: Path) -> None:
+        """The same training again changes nothing."""
+        (tmp_path / "a.jsonl").write_bytes(jsonl(make_texts(300)))
+        path = train_tokenizer([str(tmp_path / "a.jsonl")], tmp_path / "t", 300).path
+        assert train_tokenizer([str(tmp_path / "a.jsonl")], tmp_path / "t", 300).path == path
+        before = path.read_bytes()
+        with pytest.raises(
+            ValueError, match=r"t\.model is there already, and is not what this training gives"
+        ):
+            train_tokenizer([str(tmp_path / "a.jsonl")], tmp_path / "t", 310)
+        assert path.read_bytes() == before

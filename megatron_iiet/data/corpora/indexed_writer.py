@@ -27,7 +27,7 @@ from megatron_iiet.data.corpora.mmididx import (
     shards_path,
     token_dtype,
 )
-from megatron_iiet.durable import make_parent, sync_file, sync_folder
+from megatron_iiet.durable import make_parent, open_own, sync_file, sync_folder
 
 _SPOOL_BYTES = 1 << 20  # lengths beyond this go to disk
 
@@ -73,7 +73,13 @@ class PairWriter:
         self._partials = [path.with_name(path.name + ".partial") for path in self._targets]
         make_parent(self._targets[0])
         self.bin = DigestedFile(_open_locked(self._partials[0]))
-        self.idx = DigestedFile(self._partials[1].open("wb"))
+        try:
+            index = open_own(self._partials[1], os.O_CREAT)
+        except BaseException:
+            self.bin.file.close()
+            raise
+        os.truncate(index, 0)
+        self.idx = DigestedFile(os.fdopen(index, "wb"))
 
     def publish(self, documents: int) -> Shard:
         """Give both files their names; a list and an index of an earlier run go first.
@@ -227,7 +233,7 @@ class IndexedDatasetWriter(PairWriter):
 def _open_locked(path: Path) -> IO[bytes]:
     """Open for writing, emptied, unless another process holds it."""
     while True:
-        file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "wb")
+        file = os.fdopen(open_own(path, os.O_CREAT), "wb")
         if not lock(file):
             file.close()
             raise ValueError(f"{path} is being written by another process; choose another output prefix.")

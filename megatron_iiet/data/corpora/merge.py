@@ -31,6 +31,7 @@ from megatron_iiet.data.corpora.mmididx import (
 )
 from megatron_iiet.data.corpora.shard_list import write_shards
 from megatron_iiet.data.corpora.streams import IndexedDataset, OpenShard, open_corpus
+from megatron_iiet.data.preprocess.ownership import claims_to
 from megatron_iiet.durable import check_output, make_parent
 
 _MADE_BY = "tools/merge_datasets.py"
@@ -132,6 +133,12 @@ def _check_output(output: str, overwrite: bool, prefixes: Sequence[str]) -> None
     check_output(Path(output))
     if os.path.abspath(output) in map(os.path.abspath, prefixes):
         raise ValueError(f"The output prefix {output} is one of the inputs; choose another.")
+    claim = next((claim for claim in claims_to(output) if claim.exists()), None)
+    if claim is not None:
+        raise ValueError(
+            f"{output} is an output of preprocessing, which claimed it by {claim}; choose another "
+            "--output-prefix."
+        )
     there = [path for path in (shards_path(output), bin_path(output), idx_path(output)) if path.exists()]
     if there and not overwrite:
         raise ValueError(

@@ -14,6 +14,7 @@ Opening a list of 100,000 shards, some 8 MB, takes milliseconds: the file is rea
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import struct
@@ -26,7 +27,7 @@ import numpy as np
 
 from megatron_iiet.data.corpora.indexed_writer import DigestedFile
 from megatron_iiet.data.corpora.mmididx import DIGEST_BYTES, Shard, new_digest, shards_path
-from megatron_iiet.durable import replacing
+from megatron_iiet.durable import write_bytes
 
 MAGIC = b"TOKSHARD"
 VERSION = 1
@@ -116,7 +117,8 @@ class ShardList:
 def write_shards(
     prefix: str | os.PathLike[str], shards: Sequence[Shard], dtype: np.dtype[Any], info: Mapping[str, Any]
 ) -> Path:
-    """Write ``PREFIX.shards``, whole or not at all; equal arguments give equal bytes.
+    """Write ``PREFIX.shards``, whole or not at all; equal arguments give equal bytes, and a list with
+    these stays as it is.
 
     Several processes may write the same list at once.
 
@@ -143,16 +145,18 @@ def write_shards(
         text = json.dumps(head, sort_keys=True, ensure_ascii=False, allow_nan=False).encode()
     except (TypeError, ValueError) as error:
         raise ValueError(f"The info for {path} cannot be written as JSON: {error}.") from None
-    with replacing(path) as file:
-        out = DigestedFile(file)
-        out.write(_HEAD.pack(MAGIC, VERSION, len(text)) + text)
-        out.write(bytes(_padded(out.num_bytes) - out.num_bytes))
-        for array in ends:
-            out.write(array.astype("<i8"))
-        for digests in ([shard.bin_digest for shard in shards], [shard.idx_digest for shard in shards]):
-            out.write(b"".join(digests))
-        out.write(b"".join(names))
-        out.write(out.digest)
+    content = io.BytesIO()
+    out = DigestedFile(content)
+    out.write(_HEAD.pack(MAGIC, VERSION, len(text)) + text)
+    out.write(bytes(_padded(out.num_bytes) - out.num_bytes))
+    for array in ends:
+        out.write(array.astype("<i8"))
+    for digests in ([shard.bin_digest for shard in shards], [shard.idx_digest for shard in shards]):
+        out.write(b"".join(digests))
+    out.write(b"".join(names))
+    out.write(out.digest)
+    if not (path.is_file() and path.read_bytes() == content.getbuffer()):
+        write_bytes(path, content.getbuffer())
     return path
 
 

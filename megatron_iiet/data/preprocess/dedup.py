@@ -16,7 +16,7 @@ import json
 import shutil
 import struct
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from hashlib import blake2b
 from pathlib import Path
@@ -24,13 +24,13 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from megatron_iiet.data.corpora.mmididx import DIGEST_BYTES
-from megatron_iiet.data.preprocess.records import exclusive
+from megatron_iiet.data.corpora.mmididx import DIGEST_BYTES, new_digest
+from megatron_iiet.data.preprocess.records import Unit, exclusive, identities
 from megatron_iiet.data.reading.sources import InputFile
 from megatron_iiet.durable import replacing
 
-_MAGIC = b"IIETDUPL"
-_HEADER = struct.Struct("<8sQ")
+_MAGIC = b"IIETDUP2"
+_HEADER = struct.Struct("<8sQ16s")
 _ENTRY = np.dtype([("high", "<u8"), ("low", "<u8"), ("position", "<i8")])
 _PARTITION_ENTRIES = 1 << 20
 _MAX_PARTITIONS = 256  # files open at once
@@ -47,8 +47,18 @@ class DigestFiles:
         """File of a unit."""
         return self.folder / f"{unit:06d}.bin"
 
-    def write(self, unit: int, inputs: Sequence[InputFile], pieces: Iterable[tuple[int, int, bytes]]) -> None:
-        """Write a unit's file from pieces in order: number of the input, first line, digests of lines."""
+    def write(
+        self,
+        unit: int,
+        inputs: Sequence[InputFile],
+        pieces: Iterable[tuple[int, int, bytes]],
+        left_out: Mapping[str, str] | None = None,
+    ) -> None:
+        """Write a unit's file from pieces in order: number of the input, first line, digests of lines.
+
+        The file: digests | JSON of ``left_out``, paths of inputs that could not be read and why, if there are
+        any | i64 [inputs] lines of each | digest of the inputs.
+        """
         self.folder.mkdir(exist_ok=True)
         lines = np.zeros(len(inputs), dtype="<i8")
         with replacing(self.path(unit)) as file:
@@ -56,22 +66,45 @@ class DigestFiles:
                 file.write(bytes((first_line - 1 - int(lines[number])) * DIGEST_BYTES))  # blank lines between
                 file.write(digests)
                 lines[number] = first_line - 1 + len(digests) // DIGEST_BYTES
+            file.write(json.dumps(dict(left_out)).encode() if left_out else b"")
             file.write(lines.tobytes() + inputs_digest(inputs))
 
-    def has(self, unit: int, inputs: Sequence[InputFile]) -> bool:
-        """Whether a unit's file is there and was made from these inputs as they are now."""
+    def has(self, unit: int, inputs: Sequence[InputFile], whole: bool = True) -> bool:
+        """Whether a unit's file is there and was made from these inputs as they are now, of all of them if
+        ``whole``."""
         with suppress(FileNotFoundError), self.path(unit).open("rb") as file:
             size = file.seek(0, 2)
             if size >= DIGEST_BYTES:
                 file.seek(size - DIGEST_BYTES)
-                return file.read() == inputs_digest(inputs)
+                same = file.read() == inputs_digest(inputs)
+                return same and not (whole and self.left_out(unit, len(inputs)))
         return False
 
+    def left_out(self, unit: int, num_inputs: int) -> dict[str, str]:
+        """Inputs of a unit that could not be read, and why."""
+        with suppress(FileNotFoundError), self.path(unit).open("rb") as file:
+            file.seek(int(self.lines(unit, num_inputs).sum()) * DIGEST_BYTES)
+            rest = file.read()[: -DIGEST_BYTES - 8 * num_inputs]
+            return json.loads(rest) if rest else {}
+        return {}
+
     def lines(self, unit: int, num_inputs: int) -> npt.NDArray[np.int64]:
-        """Lines of each input of a unit, int64 [num_inputs]."""
+        """Lines of each input of a unit, int64 [num_inputs]; none of those that could not be read."""
         with self.path(unit).open("rb") as file:
             file.seek(-DIGEST_BYTES - 8 * num_inputs, 2)
             return np.frombuffer(file.read(8 * num_inputs), dtype="<i8")
+
+    def rename(self, ids: Mapping[int, int]) -> None:
+        """Give the files of units that bear other numbers now their names."""
+        for before, now in ids.items():
+            with suppress(FileNotFoundError):
+                self.path(before).rename(self.path(now))
+
+    def remove_all(self, but: Container[int] = ()) -> None:
+        """Remove the files of all units but these."""
+        for path in self.folder.glob("*.bin"):
+            if path.stem.isdecimal() and path == self.path(int(path.stem)) and int(path.stem) not in but:
+                path.unlink(missing_ok=True)
 
     def blocks(self, unit: int, num_inputs: int) -> Iterator[npt.NDArray[np.uint64]]:
         """Digests of a unit's lines, uint64 [lines, 2], in blocks."""
@@ -85,7 +118,7 @@ class DigestFiles:
 
 def inputs_digest(inputs: Sequence[InputFile]) -> bytes:
     """16 bytes that tell inputs, as they are, from others."""
-    content = json.dumps([file.identity for file in inputs])
+    content = json.dumps(identities(inputs))
     return blake2b(content.encode(), digest_size=DIGEST_BYTES).digest()
 
 
@@ -94,32 +127,40 @@ def duplicates_path(records: Path) -> Path:
     return records / "duplicates.bin"
 
 
-def find_duplicates(records: Path, inputs_per_unit: Sequence[int]) -> None:
+def find_duplicates(records: Path, units: Sequence[Unit]) -> None:
     """Mark all lines that repeat an earlier one; where another job is at it, wait for that.
 
-    The file: magic | u64 inputs | i64 [inputs + 1] first line of each | a bit a line, lowest first.
+    The file: magic | u64 inputs | digest of the inputs | i64 [inputs + 1] first line of each | a bit a line,
+    lowest first.
+
+    Raises:
+        ValueError: another job marked those of other inputs.
     """
     target = duplicates_path(records)
+    inputs = [file for unit in units for file in unit.inputs]
     with exclusive(records / "duplicates.lock"):
-        if target.exists():
+        if Duplicates.are_of(records, inputs):
             return
-        for stale in records.glob("partitions-*"):
+        if target.exists():
+            raise ValueError(
+                f"{target} is of other inputs: they changed while jobs were "
+                "starting; start again when none runs."
+            )
+        for stale in records.glob("partitions-????????"):
             shutil.rmtree(stale, ignore_errors=True)
         digests = DigestFiles(records)
-        lines = np.concatenate([digests.lines(unit, count) for unit, count in enumerate(inputs_per_unit)])
+        lines = np.concatenate([digests.lines(unit.id, len(unit.inputs)) for unit in units])
         starts = np.zeros(len(lines) + 1, dtype="<i8")
         np.cumsum(lines, out=starts[1:])
         with tempfile.TemporaryDirectory(prefix="partitions-", dir=records) as folder:
-            partitions = _deal_out(digests, inputs_per_unit, int(starts[-1]), Path(folder))
+            partitions = _deal_out(digests, units, int(starts[-1]), Path(folder))
             marks = _mark(partitions, int(starts[-1]))
         with replacing(target) as file:
-            file.write(_HEADER.pack(_MAGIC, len(lines)) + starts.tobytes())
+            file.write(_HEADER.pack(_MAGIC, len(lines), inputs_digest(inputs)) + starts.tobytes())
             file.write(marks.tobytes())
 
 
-def _deal_out(
-    digests: DigestFiles, inputs_per_unit: Sequence[int], num_lines: int, folder: Path
-) -> list[Path]:
+def _deal_out(digests: DigestFiles, units: Sequence[Unit], num_lines: int, folder: Path) -> list[Path]:
     """Files of entries with the same leading bits, each in the order of the lines."""
     bits = 0
     while num_lines >> bits > _PARTITION_ENTRIES and 1 << bits < _MAX_PARTITIONS:
@@ -128,8 +169,8 @@ def _deal_out(
     position = 0
     with ExitStack() as stack:
         files = [stack.enter_context(path.open("wb")) for path in paths]
-        for unit, num_inputs in enumerate(inputs_per_unit):
-            for block in digests.blocks(unit, num_inputs):
+        for unit in units:
+            for block in digests.blocks(unit.id, len(unit.inputs)):
                 entries = np.empty(len(block), dtype=_ENTRY)
                 entries["high"], entries["low"] = block[:, 0], block[:, 1]
                 entries["position"] = np.arange(position, position + len(block))
@@ -162,10 +203,29 @@ class Duplicates:
     def __init__(self, records: Path) -> None:
         path = duplicates_path(records)
         with path.open("rb") as file:
-            _, num_inputs = _HEADER.unpack(file.read(_HEADER.size))
+            _, num_inputs, _ = _HEADER.unpack(file.read(_HEADER.size))
             self._starts = np.frombuffer(file.read(8 * (num_inputs + 1)), dtype="<i8")
             self._first_byte = file.tell()
         self._path = path
+
+    @staticmethod
+    def are_of(records: Path, inputs: Sequence[InputFile]) -> bool:
+        """Whether marks are there, of these inputs as they are now in this order."""
+        with suppress(FileNotFoundError), duplicates_path(records).open("rb") as file:
+            return file.read(_HEADER.size) == _HEADER.pack(_MAGIC, len(inputs), inputs_digest(inputs))
+        return False
+
+    def lines(self, index: int) -> int:
+        """Lines that an input had when it was looked at; none if it could not be read."""
+        return int(self._starts[index + 1] - self._starts[index])
+
+    def digest(self, index: int, count: int) -> str:
+        """Tells the marks of ``count`` inputs from ``index`` on from others of as many lines."""
+        hashed = new_digest()
+        for number in range(index, index + count):
+            for at in range(0, self.lines(number), _BLOCK_ENTRIES):
+                hashed.update(self.marks(number, at + 1, min(_BLOCK_ENTRIES, self.lines(number) - at)))
+        return hashed.hexdigest()
 
     def marks(self, index: int, first_line: int, lines: int) -> bytes:
         """A byte a line, nonzero for duplicates: ``lines`` lines of input ``index`` from ``first_line`` on.
@@ -176,7 +236,7 @@ class Duplicates:
         start = int(self._starts[index]) + first_line - 1
         stop = start + lines
         if stop > self._starts[index + 1]:
-            raise ValueError("the input changed between the two passes of --deduplicate; use --overwrite.")
+            raise ValueError("the input changed between the two passes of --deduplicate; start again.")
         with self._path.open("rb") as file:
             file.seek(self._first_byte + start // 8)
             content = np.frombuffer(file.read(stop // 8 - start // 8 + 1), dtype=np.uint8)

@@ -4,14 +4,43 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from megatron_iiet.data.corpora.mmididx import check_prefix
 from megatron_iiet.durable import check_output
 
 _ENDINGS = (".idx", ".bin", ".idx.partial", ".bin.partial")
-_SHARD_FILE = re.compile(r"\d{6,}\.(bin|idx)(\.partial)?")
+_SHARD_FILE = re.compile(r"(\d{6}|[1-9]\d{6,})\.(?:bin|idx)(?:\.partial)?")
+
+
+@dataclass(frozen=True)
+class Output:
+    """One corpus among those that a run makes."""
+
+    source: str | None  # by --split-by
+    split: str | None  # train, validation, test, if some are held out
+    key: str  # of the text
+
+    @property
+    def name(self) -> str:
+        """Such as ``text_document`` or ``RedPajamaC4_train_text_document``."""
+        return "_".join([*filter(None, (self.source, self.split)), self.key, "document"])
+
+
+def known_outputs(options: Mapping[str, Any]) -> list[Output]:
+    """Outputs that are known before any text is read, by a plan's options."""
+    if options["split_by"] is not None:
+        return []
+    return [Output(None, split, key) for split in splits_of(options) for key in options["json_keys"]]
+
+
+def splits_of(options: Mapping[str, Any]) -> list[str] | list[None]:
+    """Splits of the outputs, by a plan's options."""
+    held_out = options["holdout_validation"] > 0 or options["holdout_test"] > 0
+    return ["train", "validation", "test"] if held_out else [None]
 
 
 @dataclass(frozen=True)
@@ -58,34 +87,14 @@ class Layout:
         """Prefix of a shard's two files."""
         return os.path.join(os.path.dirname(self.list_prefix(output)), self.shard_name(output, unit))
 
-    def files(self, outputs: set[str], discover: bool) -> list[tuple[str, Path]]:
-        """Output and path of all files of its shards, finished or not; an index before its tokens.
-
-        Args:
-            discover: look for outputs besides those given: killed runs leave shards of sources that no record
-                names. Only a folder of many shards tells which are its own.
-        """
+    def files(self, output: str) -> Iterator[tuple[int | None, Path]]:
+        """Files of an output's shards, finished or not, and the number of the unit that each is of, which a
+        single shard's does not tell; an index before its tokens."""
+        prefix = Path(self.list_prefix(output))
         if self.folder is None:
-            paths = [
-                (output, Path(self.list_prefix(output) + ending))
-                for output in sorted(outputs)
-                for ending in _ENDINGS
-            ]
-            return [(output, path) for output, path in paths if path.exists()]
-        found = {path.name for path in Path(self.folder).glob("*_document")} if discover else set()
-        return [
-            (output, path)
-            for output in sorted(outputs | found)
-            for path in _shard_files(Path(self.folder) / output)
-        ]
-
-
-def _shard_files(folder: Path) -> list[Path]:
-    if not folder.is_dir():
-        return []
-    return sorted((path for path in folder.iterdir() if _SHARD_FILE.fullmatch(path.name)), reverse=True)
-
-
-def output_name(source: str | None, split: str | None, key: str) -> str:
-    """Name of an output, such as ``text_document`` or ``RedPajamaC4_train_text_document``."""
-    return "_".join([*([source] if source else []), *([split] if split else []), key, "document"])
+            paths = (prefix.with_name(prefix.name + ending) for ending in _ENDINGS)
+            yield from ((None, path) for path in paths if os.path.lexists(path))
+        elif prefix.is_dir():
+            for path in sorted(prefix.iterdir(), reverse=True):
+                if found := _SHARD_FILE.fullmatch(path.name):
+                    yield int(found[1]), path

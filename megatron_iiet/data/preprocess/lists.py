@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_iiet.data.corpora.mmididx import Shard, shards_path, token_dtype
 from megatron_iiet.data.corpora.shard_list import write_shards
-from megatron_iiet.data.preprocess.layout import Layout, output_name
-from megatron_iiet.data.preprocess.plan import Plan, shards_exist
-from megatron_iiet.data.preprocess.records import Counts, Total, UnitRecord, read_records
+from megatron_iiet.data.preprocess.dedup import DigestFiles
+from megatron_iiet.data.preprocess.layout import Layout, Output, known_outputs
+from megatron_iiet.data.preprocess.ownership import Claims
+from megatron_iiet.data.preprocess.plan import Plan, Wanted, finished_records
+from megatron_iiet.data.preprocess.records import Counts, Total, Unit, UnitRecord
 from megatron_iiet.data.preprocess.workshop import Failure
 
+_TOLD_INPUTS = 20  # the records and lists name all
+_TEMPORARY = re.compile(r".+\.[0-9a-f]{8}\.tmp")
 WAITING = 75  # EX_TEMPFAIL of sysexits.h: start it again later
 
 
@@ -23,11 +28,13 @@ class Summary:
     units: int = 0
     outputs: dict[str, Total] = field(default_factory=dict)
     counts: Counts = field(default_factory=Counts)
+    skipped: dict[str, str] = field(default_factory=dict)  # inputs that were left out, and why
 
     def add(self, record: UnitRecord) -> None:
         """Add a unit."""
         self.units += 1
         self.counts.add(record.counts)
+        self.skipped |= record.skipped
         for output, shard in record.outputs.items():
             self.outputs.setdefault(output, Total()).add(shard)
 
@@ -40,61 +47,66 @@ class Summary:
         return total
 
 
-def write_lists(layout: Layout, plan: Plan, rewrite: bool) -> tuple[Summary, int]:
-    """Write the lists of all outputs if all units are finished; a summary, and how many units are missing.
+def summarize(wanted: Wanted, units: Sequence[Unit]) -> Summary:
+    """All finished units."""
+    summary = Summary()
+    for record in finished_records(wanted, units):
+        summary.add(record)
+    return summary
 
-    Lists that are there stay unless ``rewrite``.
+
+def write_lists(wanted: Wanted, plan: Plan, units: Sequence[Unit], summary: Summary) -> None:
+    """Write the lists of all outputs once all units are finished, then remove the shards of units that are
+    gone and what killed runs left. A list that is there as it should be stays.
 
     Raises:
         ValueError: an output that is not one of several sources has no document.
     """
-    summary = Summary()
-    seen = set()
-    for record in read_records(layout.records):
-        if record.unit not in seen and shards_exist(layout, record):
-            seen.add(record.unit)
-            summary.add(record)
-    missing = len(plan.units()) - summary.units
-    if missing:
-        return summary, missing
+    layout = wanted.layout
     _refuse_empty(plan, summary)
-    outputs = sorted(summary.outputs)
-    if rewrite or not all(shards_path(layout.list_prefix(output)).exists() for output in outputs):
-        dtype = token_dtype(plan.tokenizer["vocab_size"])
-        for output in outputs:
-            shards = _shards(layout, output)
-            in_order = [shards[unit] for unit in sorted(shards)]
-            write_shards(layout.list_prefix(output), in_order, dtype, _info(plan))
-    _remove_leftovers(layout, set(outputs))
-    return summary, 0
+    dtype = token_dtype(plan.tokenizer["vocab_size"])
+    listed: dict[str, set[int]] = {}
+    for output in sorted(summary.outputs):
+        shards = _shards(wanted, units, output)
+        in_order = [shards[unit.id] for unit in units if unit.id in shards]
+        write_shards(layout.list_prefix(output), in_order, dtype, _info(plan, summary))
+        listed[output] = set(shards)
+    _clear_up(layout, plan, listed)
 
 
-def _shards(layout: Layout, output: str) -> dict[int, Shard]:
+def _shards(wanted: Wanted, units: Sequence[Unit], output: str) -> dict[int, Shard]:
     """Shards of an output by their units. Records are read for each, so that memory holds one at a time."""
     return {
         record.unit: Shard(
-            name=layout.shard_name(output, record.unit),
+            name=wanted.layout.shard_name(output, record.unit),
             tokens=shard.tokens,
             documents=shard.documents,
             bin_digest=bytes.fromhex(shard.bin_digest),
             idx_digest=bytes.fromhex(shard.idx_digest),
         )
-        for record in read_records(layout.records)
+        for record in finished_records(wanted, units, seen=True)
         if (shard := record.outputs.get(output)) is not None
     }
 
 
-def _info(plan: Plan) -> dict[str, Any]:
+def _info(plan: Plan, summary: Summary) -> dict[str, Any]:
     return {
         "tokenizer": plan.tokenizer,
         "append_eod": plan.options["append_eod"],
         "made_by": "tools/preprocess_data.py",
         "options": plan.options,
         "sampling": plan.sampling,
+        **({"bad_inputs": dict(sorted(summary.skipped.items()))} if summary.skipped else {}),
     }
 
 
 def _refuse_empty(plan: Plan, summary: Summary) -> None:
+    if not summary.outputs and summary.skipped:
+        path, reason = next(iter(sorted(summary.skipped.items())))
+        raise ValueError(
+            f"The inputs hold no documents: {len(summary.skipped):,} of them cannot be read, such as {path}: "
+            f"{reason}"
+        )
     if not summary.outputs:
         keys = " and ".join(map(repr, plan.options["json_keys"]))
         raise ValueError(f"The inputs hold no documents: every text under {keys} is empty or left out.")
@@ -102,17 +114,28 @@ def _refuse_empty(plan: Plan, summary: Summary) -> None:
         return
     split = "train" if plan.options["holdout_validation"] or plan.options["holdout_test"] else None
     for key in plan.options["json_keys"]:
-        if output_name(None, split, key) not in summary.outputs:
+        if Output(None, split, key).name not in summary.outputs:
             raise ValueError(f"The inputs hold no documents: every text under {key!r} is empty or left out.")
 
 
-def _remove_leftovers(layout: Layout, outputs: set[str]) -> None:
-    """Temporary files of runs that were killed; nobody is at work any more."""
-    for _, path in layout.files(outputs, discover=True):
-        if path.suffix == ".partial":
-            path.unlink(missing_ok=True)
+def _clear_up(layout: Layout, plan: Plan, listed: Mapping[str, Container[int]]) -> None:
+    """Remove what of this place's own outputs no list names; nobody is at work any more."""
+    claims, known = Claims(layout), {output.name for output in known_outputs(plan.options)}
+    for output in claims.names():
+        shards = listed.get(output, ())
+        if output not in listed:
+            shards_path(layout.list_prefix(output)).unlink(missing_ok=True)
+        for unit, path in layout.files(output):
+            is_listed = output in listed if unit is None else unit in shards
+            is_ours = unit is None or unit < plan.next_unit
+            if is_ours and (path.suffix == ".partial" or not is_listed):
+                path.unlink(missing_ok=True)
+        if output not in listed and output not in known:
+            claims.release(output)
+    DigestFiles(layout.records).remove_all(but={unit.id for unit in plan.units})
     for path in layout.records.rglob("*.tmp"):
-        path.unlink(missing_ok=True)
+        if _TEMPORARY.fullmatch(path.name):
+            path.unlink(missing_ok=True)
 
 
 @dataclass
@@ -133,7 +156,7 @@ class PreprocessReport:
     @property
     def exit_code(self) -> int:
         """0: this job is done; 1: something failed; 75: start it again when the other jobs are as far."""
-        if self.failures or self.mine_missing:
+        if self.failures or self.waiting or self.mine_missing:
             return WAITING if self.waiting and not self.failures else 1
         return 0
 
@@ -187,6 +210,10 @@ class PreprocessReport:
         for reason, number in sorted(counts.rejected.items()):
             lines.append(f"left out: {number:,} rows, {reason}, such as")
             lines += [f"    {offender}" for offender in counts.offenders[reason]]
+        if summary.skipped:
+            lines.append(f"left out: {len(summary.skipped):,} inputs that cannot be read, such as")
+            reasons = sorted(summary.skipped.items())[:_TOLD_INPUTS]
+            lines += [f"    {reason if path in reason else f'{path}: {reason}'}" for path, reason in reasons]
         return lines
 
 

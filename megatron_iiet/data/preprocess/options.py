@@ -48,6 +48,9 @@ class PreprocessOptions:
     max_characters: int | None = None  # documents of more characters are left out
     deduplicate: bool = False  # drop documents whose text is exactly that of an earlier one
     bad_rows: Literal["error", "skip"] = "error"  # a defective row fails its shard, or is left out
+    bad_inputs: Literal["fail", "skip"] = (
+        "fail"  # an input that cannot be read as asked fails its shard, or is left out
+    )
     overwrite: bool = False  # remove what an earlier run wrote to this output first
     workers: int = 1  # tokenizing processes; 1 works in this process
     num_jobs: int = 1  # jobs that share the work; all are started with the same options
@@ -143,6 +146,9 @@ def _problems_of_filters(options: PreprocessOptions) -> dict[str, bool]:
             options.max_characters is not None and options.max_characters < max(1, options.min_characters)
         ),
         f"--bad-rows is {options.bad_rows!r}; give error or skip.": options.bad_rows not in ("error", "skip"),
+        f"--bad-inputs is {options.bad_inputs!r}; give fail or skip.": (
+            options.bad_inputs not in ("fail", "skip")
+        ),
     }
 
 

@@ -1,7 +1,7 @@
-"""What a run is made of: options, inputs, units; written to ``plan.json``, compared ever after, or removed.
+"""What a run is made of: options, and units of inputs; written to ``plan.json`` and followed ever after.
 
 What is to be done meets what was begun while the output's lock is held, so jobs that start together agree on
-one plan.
+one plan. Other options than the plan's are refused; other inputs change it, by :func:`follow`.
 """
 
 from __future__ import annotations
@@ -9,17 +9,26 @@ from __future__ import annotations
 import heapq
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from megatron_iiet.data.corpora.mmididx import bin_path, idx_path, shards_path
-from megatron_iiet.data.preprocess.dedup import DigestFiles, duplicates_path
-from megatron_iiet.data.preprocess.layout import Layout, output_name
+from megatron_iiet.data.preprocess.dedup import DigestFiles, Duplicates, duplicates_path
+from megatron_iiet.data.preprocess.layout import Layout, known_outputs
 from megatron_iiet.data.preprocess.options import PreprocessOptions
-from megatron_iiet.data.preprocess.records import JobRecords, UnitRecord, read_records
+from megatron_iiet.data.preprocess.ownership import Claims, parse_name
+from megatron_iiet.data.preprocess.records import (
+    JobRecords,
+    Total,
+    Unit,
+    UnitRecord,
+    identities,
+    read_records,
+)
 from megatron_iiet.data.reading.long_text import parts_of
 from megatron_iiet.data.reading.sources import InputFile, open_input
 from megatron_iiet.data.reading.tables import parquet_row_count
@@ -27,7 +36,10 @@ from megatron_iiet.data.reading.text import chunks_of, parse_rows
 from megatron_iiet.data.tokenizers.base import Tokenizer, UncuttableError
 from megatron_iiet.durable import replacing
 
-_FORMAT = 1
+_FORMAT = 2  # 1 had a list of inputs, whose units were numbered through
+_RECORD = re.compile(
+    r"lock|job-\d{5,}-of-\d{5,}\.jsonl|outputs|digests|duplicates\.(bin|lock)|partitions-.{8}|.*\.tmp"
+)
 _LOOKED_AT_INPUTS = 16
 _LOOKED_AT_BYTES = 2 << 20  # of the text of each
 _LOOKED_AT_CHUNK_BYTES = 1 << 16
@@ -40,26 +52,28 @@ class Plan:
     options: dict[str, Any]  # options, the tokenizer by its digest
     tokenizer: dict[str, Any]  # file, digest, vocab_size, eod_id
     sampling: dict[str, Any] | None  # rate, corpus_tokens, and how they are known; None without a sample
-    inputs: list[InputFile]  # in the order of the documents, as they were when the plan was made
+    units: list[Unit]  # in the order of the lists; inputs as they were when the plan was made
+    next_unit: int  # id of the next new unit
+    format: int = _FORMAT
 
     @property
     def rate(self) -> float | None:
         """Fraction of the documents to keep; None keeps all."""
         return None if self.sampling is None else float(self.sampling["rate"])
 
-    def units(self) -> list[list[InputFile]]:
-        """Input files of every unit."""
-        size = self.options["inputs_per_shard"] or len(self.inputs)
-        return [self.inputs[start : start + size] for start in range(0, len(self.inputs), size)]
+    @property
+    def inputs(self) -> list[InputFile]:
+        """Of all units."""
+        return [file for unit in self.units for file in unit.inputs]
+
+    def shape(self) -> list[tuple[int, list[str]]]:
+        """Ids and paths of the units."""
+        return [(unit.id, [file.path for file in unit.inputs]) for unit in self.units]
 
     def to_json(self) -> bytes:
         """Content of plan.json."""
-        content = {
-            "format": _FORMAT,
-            **vars(self),
-            "inputs": [file.identity for file in self.inputs],
-        }
-        return json.dumps(content, indent=0).encode()
+        units = [[unit.id, identities(unit.inputs)] for unit in self.units]
+        return json.dumps({**vars(self), "format": _FORMAT, "units": units}, indent=0).encode()
 
     @classmethod
     def read(cls, path: Path) -> Plan:
@@ -70,12 +84,25 @@ class Plan:
         """
         try:
             content = json.loads(path.read_bytes())
-            if content["format"] != _FORMAT:
+            if content["format"] not in (1, _FORMAT):
                 raise ValueError(f"its format is {content['format']}, only {_FORMAT} is known")
-            inputs = [InputFile(*entry) for entry in content["inputs"]]
-            return cls(content["options"], content["tokenizer"], content["sampling"], inputs)
+            fixed = content["options"], content["tokenizer"], content["sampling"]
+            if content["format"] == 1:
+                units = grouped([InputFile(*entry) for entry in content["inputs"]], fixed[0])
+                return cls(*fixed, units, len(units), 1)
+            units = [
+                Unit(number, [InputFile(*entry) for entry in entries]) for number, entries in content["units"]
+            ]
+            return cls(*fixed, units, content["next_unit"])
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is no plan ({error}); use another output or --overwrite.") from None
+
+
+def grouped(inputs: Sequence[InputFile], options: Mapping[str, Any], first: int = 0) -> list[Unit]:
+    """New units of inputs, by a plan's options."""
+    size = options["inputs_per_shard"] or max(1, len(inputs))
+    starts = range(0, len(inputs), size)
+    return [Unit(first + number, list(inputs[at : at + size])) for number, at in enumerate(starts)]
 
 
 def deciding_options(options: PreprocessOptions, tokenizer_digest: str) -> dict[str, Any]:
@@ -103,24 +130,15 @@ def deciding_options(options: PreprocessOptions, tokenizer_digest: str) -> dict[
     }
 
 
-def differences(plan: Plan, options: dict[str, Any], inputs: Sequence[InputFile]) -> list[str]:
-    """What differs from a plan, a phrase each; sizes and times of inputs are compared with the records."""
-    found = []
-    for name in sorted(plan.options.keys() | options.keys()):
-        before, now = plan.options.get(name), options.get(name)
-        if before != now:
-            found.append(f"{name}: {json.dumps(before)} -> {json.dumps(now)}")
-    before_paths, now_paths = ([file.path for file in files] for files in (plan.inputs, inputs))
-    if before_paths != now_paths:
-        added = [path for path in now_paths if path not in set(before_paths)]
-        removed = [path for path in before_paths if path not in set(now_paths)]
-        changes = [
-            f"{len(paths)} {verb} (first {paths[0]})"
-            for verb, paths in (("added", added), ("removed", removed))
-            if paths
-        ]
-        found.append("inputs: " + (", ".join(changes) or "the same files in another order"))
-    return found
+def differences(plan: Plan, options: Mapping[str, Any]) -> list[str]:
+    """The options that differ from a plan's, a phrase each."""
+    values = (
+        (name, plan.options.get(name), options.get(name))
+        for name in sorted(plan.options.keys() | options.keys())
+    )
+    return [
+        f"{name}: {json.dumps(before)} -> {json.dumps(now)}" for name, before, now in values if before != now
+    ]
 
 
 def share(units: Sequence[Sequence[InputFile]], num_jobs: int, job: int) -> list[int]:
@@ -152,33 +170,289 @@ class Wanted:
         return deciding_options(self.options, self.tokenizer_digest)
 
 
-def settle(wanted: Wanted, records: JobRecords) -> tuple[Plan, set[int]]:
-    """The plan, and the units that are finished: the plan that is there if it fits, else a new one.
+@dataclass(frozen=True)
+class Settled:
+    """What is to be done."""
 
-    While no unit is finished a plan may still change. An input may change until its unit is finished: a
-    truncated file can be fetched again.
+    plan: Plan
+    units: list[Unit]  # the plan's, with the inputs as they are now
+    finished: set[int]  # ids of units
+    told: list[str] = field(default_factory=list)  # how the plan had to change
+
+    def marks_due(self, wanted: Wanted) -> bool:
+        """Whether duplicates are to be looked for before anything is listed."""
+        if not wanted.options.deduplicate or Duplicates.are_of(wanted.layout.records, self._inputs()):
+            return False
+        return self.plan.format > 1 or len(self.finished) < len(self.units)
+
+    def _inputs(self) -> list[InputFile]:
+        return [file for unit in self.units for file in unit.inputs]
+
+
+def check_place(wanted: Wanted) -> None:
+    """Refuse a place with files of somebody else's, before anything is written.
 
     Raises:
-        ValueError: units were made by another plan or from inputs that have changed since.
+        ValueError: an output that is wanted is there and not this place's, or the folder of the records is
+            something else's.
     """
-    path = wanted.layout.plan
-    if not path.exists():
+    layout, claims = wanted.layout, Claims(wanted.layout)
+    if layout.plan.exists():
+        if not _looks_like_plan(layout.plan):
+            raise ValueError(
+                f"{layout.plan} was not written by this tool; choose another output, or remove it yourself."
+            )
         if not wanted.options.overwrite:
-            _refuse_foreign_outputs(wanted)
-        return _new_plan(wanted), set()
-    plan = Plan.read(path)
-    finished: set[int] = set()
-    found = differences(plan, wanted.deciding, wanted.inputs)
-    if found and next(read_records(wanted.layout.records), None) is None and not records.others_running():
+            return
+    elif not wanted.options.overwrite:
+        for name in claims.names():
+            if (path := claims.found(name)) is not None:
+                raise ValueError(
+                    f"{path} is there already, but no {layout.plan}; use another output or --overwrite."
+                )
+    if not layout.plan.exists() and layout.records.is_dir():
+        for path in sorted(layout.records.iterdir()):
+            if not _RECORD.fullmatch(path.name):
+                raise ValueError(
+                    f"{path} is not of this tool, whose records belong in {layout.records}; choose another "
+                    "output, or move it away."
+                )
+    ours = claims.names() | _outputs_of_old(layout)
+    for output in known_outputs(wanted.deciding):
+        if output.name not in ours:
+            claims.refuse_foreign(output.name)
+
+
+def _looks_like_plan(path: Path) -> bool:
+    try:
+        return "format" in json.loads(path.read_bytes())
+    except (ValueError, TypeError):
+        return False
+
+
+def settle(wanted: Wanted, records: JobRecords) -> Settled:
+    """What is to be done: by the plan that is there, as changed inputs change it, else by a new one.
+
+    While no unit was ever finished and nobody is at work, a plan makes room for another.
+
+    Raises:
+        ValueError: the plan is of other options, or the inputs changed while other jobs run.
+    """
+    layout = wanted.layout
+    if not layout.plan.exists():
+        return _start(wanted, records)
+    plan, others = Plan.read(layout.plan), records.others_running()
+    found = differences(plan, wanted.deciding)
+    other_inputs = [file.path for file in plan.inputs] != [file.path for file in wanted.inputs]
+    if (found or other_inputs) and not others and next(read_records(layout.records), None) is None:
         remove_everything(wanted, records)
-        return _new_plan(wanted), finished
-    if not found:
-        found = _look_at_records(wanted, plan, finished)
+        return _start(wanted, records)
     if found:
         raise ValueError(
-            f"{path} was made with other settings: {'; '.join(found)}; use another output or --overwrite."
+            f"{layout.plan} was made with other settings: {'; '.join(found)}; give the former ones, or use "
+            f"another output: --overwrite would remove {_finished_work(wanted, plan)}."
         )
-    return plan, finished
+    _refuse_streams(wanted, plan)
+    if plan.format == 1:
+        for name in _outputs_of_old(layout):
+            if (output := parse_name(name, plan.options)) is not None:
+                Claims(layout).take(output, found_is_ours=True)
+    return follow(wanted, plan, others)
+
+
+def follow(wanted: Wanted, plan: Plan, others: bool) -> Settled:
+    """Change a plan as its inputs changed; what is finished of unchanged inputs stays.
+
+    An input may change until a unit of it is finished: a truncated file can be fetched again. Then, or when
+    one of several is gone, the unit is replaced by a new one with shards of its own; those of the old stay
+    until there are new lists.
+
+    Raises:
+        ValueError: other jobs work by the plan as it is.
+    """
+    layout = wanted.layout
+    changes = _changes(wanted, plan)
+    after = _renewed(plan, wanted.inputs, changes.stale)
+    told = []
+    if after.shape() != plan.shape():
+        told.append(changes.describe(plan, after))
+        if others:
+            raise ValueError(
+                f"{told[0]}; other jobs of {layout.records} are running: wait for them or stop them, then "
+                "start again."
+            )
+        _write(layout, after)
+    elif stale := _with_other_marks(wanted, plan):
+        # Other jobs look as well before they tokenize, so none works by the plan as it was.
+        after = _renewed(plan, wanted.inputs, stale)
+        _write(layout, after)
+        DigestFiles(layout.records).rename(
+            {old.id: new.id for old, new in zip(plan.units, after.units, strict=True) if old.id != new.id}
+        )
+        told.append(
+            f"duplicates: {len(stale):,} finished units are made again, as other lines of theirs repeat "
+            "earlier ones now"
+        )
+    else:
+        after = plan
+    settled = _settled(wanted, after, told)
+    if settled.marks_due(wanted) and duplicates_path(layout.records).exists():
+        if others:
+            raise ValueError(
+                f"The inputs changed since other jobs of {layout.records}, which are running, looked for "
+                "duplicates; wait for them or stop them, then start again."
+            )
+        duplicates_path(layout.records).unlink()
+    return settled
+
+
+def _settled(wanted: Wanted, plan: Plan, told: list[str]) -> Settled:
+    units = _as_now(plan, wanted.inputs)
+    finished = {record.unit for record in finished_records(wanted, units)}
+    return Settled(plan, units, finished, told)
+
+
+def _as_now(plan: Plan, inputs: Sequence[InputFile]) -> list[Unit]:
+    """A plan's units with their inputs as they are now, those that are gone left out."""
+    now = {file.path: file for file in inputs}
+    return [
+        Unit(unit.id, [now[file.path] for file in unit.inputs if file.path in now]) for unit in plan.units
+    ]
+
+
+def finished_records(wanted: Wanted, units: Sequence[Unit], seen: bool = False) -> Iterator[UnitRecord]:
+    """The record of each unit that is finished, of these very inputs, in no order.
+
+    Args:
+        seen: the shards were looked at a moment ago; a file system of many servers takes long to do so.
+    """
+    missing = {unit.id: unit for unit in units}
+    for record in read_records(wanted.layout.records):
+        unit = missing.get(record.unit)
+        if unit is None or not _is_of(wanted, record, unit):
+            continue
+        if seen or shards_exist(wanted.layout, record):
+            del missing[record.unit]
+            yield record
+
+
+def _is_of(wanted: Wanted, record: UnitRecord, unit: Unit) -> bool:
+    """Whether a record is of a unit's inputs as they are now, none left out that must not be."""
+    accepted = not record.skipped or wanted.options.bad_inputs == "skip"
+    return accepted and identities(record.inputs) == identities(unit.inputs)
+
+
+@dataclass
+class _Changes:
+    """What happened to inputs since a plan was made."""
+
+    stale: set[int] = field(default_factory=set)  # units that were finished of other inputs
+    paths: dict[str, set[str]] = field(default_factory=dict)  # by what happened
+
+    def describe(self, plan: Plan, after: Plan) -> str:
+        """One line."""
+        kept = {unit.id for unit in plan.units} & {unit.id for unit in after.units}
+        what = ", ".join(f"{len(paths):,} {verb}" for verb, paths in self.paths.items() if paths)
+        rate = "" if plan.rate is None else f"; the sample's rate stays {plan.rate:.4g}"
+        return (
+            f"inputs: {what or 'in another order'}; {len(after.units) - len(kept):,} units to make, "
+            f"{len(kept):,} kept{rate}"
+        )
+
+
+def _changes(wanted: Wanted, plan: Plan) -> _Changes:
+    now = {file.path for file in wanted.inputs}
+    before = {file.path for file in plan.inputs}
+    changes = _Changes(paths={"added": now - before, "removed": before - now})
+    changed, left_out = (changes.paths.setdefault(verb, set()) for verb in ("changed", "left out before"))
+    units = {unit.id: unit for unit in _as_now(plan, wanted.inputs)}
+    good = set()
+    for record in read_records(wanted.layout.records):
+        unit = units.get(record.unit)
+        if unit is None or len(unit.inputs) < len(record.inputs):
+            continue
+        if _is_of(wanted, record, unit):
+            good.add(unit.id)
+            continue
+        changes.stale.add(unit.id)
+        pairs = zip(record.inputs, unit.inputs, strict=True)
+        changed |= {now.path for then, now in pairs if then.identity != now.identity}
+        left_out |= record.skipped.keys() - changed
+    changes.stale -= good
+    return changes
+
+
+def _renewed(plan: Plan, inputs: Sequence[InputFile], stale: set[int]) -> Plan:
+    """A plan for the inputs as they are now; units whose inputs are all there stay, if they are not stale."""
+    place = {file.path: number for number, file in enumerate(inputs)}
+    next_unit, units = plan.next_unit, []
+    for unit in plan.units:
+        rest = [inputs[place[file.path]] for file in unit.inputs if file.path in place]
+        if rest and (len(rest) < len(unit.inputs) or unit.id in stale):
+            units.append(Unit(next_unit, rest))
+            next_unit += 1
+        elif rest:
+            units.append(Unit(unit.id, rest))
+    known = {file.path for file in plan.inputs}
+    new = [file for file in inputs if file.path not in known]
+    if plan.options["inputs_per_shard"] is not None:
+        units += grouped(new, plan.options, next_unit)
+    elif [file for unit in units for file in unit.inputs] != list(inputs):
+        units = grouped(inputs, plan.options, next_unit)
+    units.sort(key=lambda unit: min(place[file.path] for file in unit.inputs))
+    next_unit = max([next_unit, *(unit.id + 1 for unit in units)])
+    return replace(plan, units=units, next_unit=next_unit, format=_FORMAT)
+
+
+def _with_other_marks(wanted: Wanted, plan: Plan) -> set[int]:
+    """Units that were finished when other lines of theirs were duplicates than are by what is known now."""
+    units, records = _as_now(plan, wanted.inputs), wanted.layout.records
+    inputs = [file for unit in units for file in unit.inputs]
+    if not wanted.options.deduplicate or not Duplicates.are_of(records, inputs):
+        return set()
+    if plan.format == 1 and identities(plan.inputs) == identities(inputs):
+        return set()  # records of that time do not say, but nothing has changed
+    marks = Duplicates(records)
+    starts = first_inputs(units)
+    counts = {unit.id: len(unit.inputs) for unit in units}
+    return {
+        record.unit
+        for record in finished_records(wanted, units)
+        if record.marks != marks.digest(starts[record.unit], counts[record.unit])
+    }
+
+
+def first_inputs(units: Sequence[Unit]) -> dict[int, int]:
+    """How many inputs come before each unit's, by its id."""
+    starts, at = {}, 0
+    for unit in units:
+        starts[unit.id] = at
+        at += len(unit.inputs)
+    return starts
+
+
+def _refuse_streams(wanted: Wanted, plan: Plan) -> None:
+    for record in read_records(wanted.layout.records):
+        streams = [file.path for file in record.inputs if file.is_stream]
+        if streams and shards_exist(wanted.layout, record):
+            raise ValueError(
+                f"{wanted.layout.plan} is of shards that were made of {streams[0]}, which can be read only "
+                "once, so there is nothing to compare; use another output: --overwrite would remove "
+                f"{_finished_work(wanted, plan)}."
+            )
+
+
+def _finished_work(wanted: Wanted, plan: Plan) -> str:
+    """What would be lost with a plan's shards."""
+    ids, total = {unit.id for unit in plan.units}, Total()
+    count = 0
+    for record in read_records(wanted.layout.records):
+        if record.unit in ids and shards_exist(wanted.layout, record):
+            ids.remove(record.unit)
+            count += 1
+            for shard in record.outputs.values():
+                total.add(shard)
+    return f"{count:,} finished shards of {total.documents:,} documents, {total.tokens:,} tokens"
 
 
 def remove_everything(wanted: Wanted, records: JobRecords) -> None:
@@ -187,29 +461,48 @@ def remove_everything(wanted: Wanted, records: JobRecords) -> None:
     Raises:
         ValueError: other jobs are writing.
     """
-    layout = wanted.layout
+    layout, claims = wanted.layout, Claims(wanted.layout)
     if records.others_running():
         raise ValueError(f"Other jobs of {layout.records} are running; stop them before --overwrite.")
-    outputs = set(_expected_outputs(wanted.deciding))
-    is_ours = layout.plan.exists()
-    if is_ours:
-        with suppress(ValueError):  # a damaged plan is no reason not to replace it
-            outputs.update(_expected_outputs(Plan.read(layout.plan).options))
-    for record in read_records(layout.records):
-        outputs.update(record.outputs)
-    files = layout.files(outputs, discover=is_ours)
-    lists = {shards_path(layout.list_prefix(output)) for output in outputs | {output for output, _ in files}}
-    for path in [*sorted(lists), *(path for _, path in files)]:
-        path.unlink(missing_ok=True)
+    outputs = claims.names() | _outputs_of_old(layout)
+    units = {record.unit for record in read_records(layout.records)}
+    with suppress(ValueError, FileNotFoundError):  # a damaged plan is no reason not to replace it
+        units.update(range(Plan.read(layout.plan).next_unit))
+    for output in outputs:
+        shards_path(layout.list_prefix(output)).unlink(missing_ok=True)
+    for output in outputs:
+        for unit, path in layout.files(output):
+            if unit is None or unit in units:
+                path.unlink(missing_ok=True)
     duplicates_path(layout.records).unlink(missing_ok=True)
-    for path in DigestFiles(layout.records).folder.glob("*.bin"):
-        path.unlink(missing_ok=True)
+    DigestFiles(layout.records).remove_all()
     records.remove_all()
+    for output in outputs:
+        claims.release(output)
     layout.plan.unlink(missing_ok=True)
 
 
-def _new_plan(wanted: Wanted) -> Plan:
-    encoder = wanted.encoder()
+def _outputs_of_old(layout: Layout) -> set[str]:
+    """Outputs that a plan of the first format and its records name; claims came later."""
+    try:
+        plan = Plan.read(layout.plan)
+    except (ValueError, FileNotFoundError):
+        return set()
+    if plan.format > 1:
+        return set()
+    names = {output.name for output in known_outputs(plan.options)}
+    return names.union(*(record.outputs for record in read_records(layout.records)))
+
+
+def _start(wanted: Wanted, records: JobRecords) -> Settled:
+    """A new plan; what a start that was killed left in the records says nothing."""
+    if records.others_running():
+        raise ValueError(
+            f"{wanted.layout.plan} is gone while other jobs work by it; stop them, then start again."
+        )
+    records.remove_all()
+    encoder, claims = wanted.encoder(), Claims(wanted.layout)
+    units = grouped(wanted.inputs, wanted.deciding)
     plan = Plan(
         options=wanted.deciding,
         tokenizer={
@@ -219,11 +512,20 @@ def _new_plan(wanted: Wanted) -> Plan:
             "eod_id": encoder.eod_id,
         },
         sampling=_sampling(wanted.options, wanted.inputs, encoder),
-        inputs=list(wanted.inputs),
+        units=units,
+        next_unit=len(units),
     )
-    with replacing(wanted.layout.plan) as file:
+    for name in claims.names():
+        claims.release(name)
+    for output in known_outputs(plan.options):
+        claims.take(output)
+    _write(wanted.layout, plan)
+    return Settled(plan, units, set())
+
+
+def _write(layout: Layout, plan: Plan) -> None:
+    with replacing(layout.plan) as file:
         file.write(plan.to_json())
-    return plan
 
 
 def _sampling(
@@ -287,50 +589,6 @@ def _look_at(file: InputFile, options: PreprocessOptions, encoder: Tokenizer) ->
         else:
             stored = file.size
     return tokens, stored
-
-
-def _refuse_foreign_outputs(wanted: Wanted) -> None:
-    """An output without a plan was made by something else, which may still need it."""
-    endings = (".shards",) if wanted.options.output_dir is not None else (".shards", ".idx", ".bin")
-    for output in _expected_outputs(wanted.deciding):
-        prefix = wanted.layout.list_prefix(output)
-        for path in (prefix + ending for ending in endings):
-            if os.path.exists(path):
-                raise ValueError(
-                    f"{path} is there already, but no {wanted.layout.plan}; use another output or "
-                    "--overwrite."
-                )
-
-
-def _expected_outputs(options: Mapping[str, Any]) -> list[str]:
-    """Names of outputs that are known before any text is read, by a plan's options."""
-    if options["split_by"] is not None:
-        return []
-    held_out = options["holdout_validation"] > 0 or options["holdout_test"] > 0
-    splits = ["train", "validation", "test"] if held_out else [None]
-    return [output_name(None, split, key) for split in splits for key in options["json_keys"]]
-
-
-def _look_at_records(wanted: Wanted, plan: Plan, finished: set[int]) -> list[str]:
-    """Add the finished units; returns what changed of their inputs since, as phrases."""
-    units = replace(plan, inputs=list(wanted.inputs)).units()
-    changed: list[str] = []
-    for record in read_records(wanted.layout.records):
-        if record.unit not in finished and shards_exist(wanted.layout, record):
-            finished.add(record.unit)
-            for before, now in zip(record.inputs, units[record.unit], strict=True):
-                if before.size != now.size:
-                    changed.append(f"{now.path}: {before.size:,} -> {now.size:,} bytes")
-                elif before.stamp != now.stamp:
-                    changed.append(f"{now.path}: written to since")
-    if wanted.options.deduplicate and duplicates_path(wanted.layout.records).exists():
-        digests = DigestFiles(wanted.layout.records)
-        changed += [
-            f"{inputs[0].path} or what follows, since the first pass of --deduplicate"
-            for unit, inputs in enumerate(units)
-            if unit not in finished and not digests.has(unit, inputs)
-        ]
-    return [f"inputs: {len(changed)} changed ({changed[0]})"] if changed else []
 
 
 def shards_exist(layout: Layout, record: UnitRecord) -> bool:

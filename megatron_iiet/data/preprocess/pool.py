@@ -49,6 +49,7 @@ class Failed:
     ticket: int
     message: str
     errno: int | None = None
+    bad_input: str = ""  # path of the input at fault, where it is one
 
 
 @dataclass(frozen=True)
@@ -203,7 +204,7 @@ def _call(function: Callable[[], R], recipe: None, report: Report) -> R:
 def failure(ticket: int, error: Exception) -> Failed:
     """What is to be told of an exception in a task."""
     if isinstance(error, ValueError | OSError):
-        return Failed(ticket, str(error), getattr(error, "errno", None))
+        return Failed(ticket, str(error), getattr(error, "errno", None), getattr(error, "bad_input", ""))
     if isinstance(error, MemoryError):
         return Failed(ticket, "out of memory; lower --workers.")
     traceback.print_exception(error)  # a defect of this program: the trace is worth seeing

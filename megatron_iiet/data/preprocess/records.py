@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,9 +18,10 @@ from typing import Any
 
 from megatron_iiet.data.corpora.indexed_writer import lock
 from megatron_iiet.data.reading.sources import InputFile
-from megatron_iiet.durable import sync_folder
+from megatron_iiet.durable import open_own, sync_folder
 
 _OFFENDERS = 5
+_RECORD_FILE = re.compile(r"job-\d{5,}-of-\d{5,}\.jsonl")
 
 
 @dataclass
@@ -75,6 +77,14 @@ class OutputRecord(Total):
     idx_digest: str
 
 
+@dataclass(frozen=True)
+class Unit:
+    """The inputs of one shard of every output, in the order of their documents."""
+
+    id: int  # names the shards; that of a unit which is gone is never given again
+    inputs: list[InputFile]
+
+
 @dataclass
 class UnitRecord:
     """A finished unit."""
@@ -83,6 +93,8 @@ class UnitRecord:
     inputs: list[InputFile]  # as they were when the unit was begun
     outputs: dict[str, OutputRecord]  # by output name; outputs without a document are absent
     counts: Counts
+    skipped: dict[str, str] = field(default_factory=dict)  # inputs that were left out, and why
+    marks: str = ""  # digest of which lines were duplicates; empty where they were not looked for
 
     def to_json(self) -> str:
         """One line."""
@@ -98,7 +110,14 @@ class UnitRecord:
             inputs=[InputFile(*entry) for entry in content["inputs"]],
             outputs={name: OutputRecord(**values) for name, values in content["outputs"].items()},
             counts=Counts(**content["counts"]),
+            skipped=content.get("skipped", {}),
+            marks=content.get("marks", ""),
         )
+
+
+def identities(inputs: Sequence[InputFile]) -> list[list[str | int]]:
+    """What is to be compared of inputs, in their order."""
+    return [file.identity for file in inputs]
 
 
 class JobRecords:
@@ -111,7 +130,7 @@ class JobRecords:
     def __init__(self, folder: Path, job: int, num_jobs: int) -> None:
         self.folder = folder
         self.path = folder / f"job-{job:05d}-of-{num_jobs:05d}.jsonl"
-        self._file = self.path.open("ab", buffering=0)
+        self._file = os.fdopen(open_own(self.path, os.O_CREAT | os.O_APPEND), "ab", buffering=0)
         try:
             if not lock(self._file):
                 raise ValueError(
@@ -187,7 +206,7 @@ def read_records(folder: Path) -> Iterator[UnitRecord]:
 
 
 def _record_files(folder: Path) -> list[Path]:
-    return sorted(folder.glob("job-*-of-*.jsonl"))
+    return sorted(path for path in folder.glob("job-*-of-*.jsonl") if _RECORD_FILE.fullmatch(path.name))
 
 
 @contextmanager

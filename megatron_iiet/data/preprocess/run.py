@@ -12,13 +12,21 @@ from functools import cache, partial
 from itertools import islice
 from math import inf
 
-from megatron_iiet.data.preprocess.dedup import DigestFiles, duplicates_path, find_duplicates
+from megatron_iiet.data.preprocess.dedup import DigestFiles, find_duplicates
 from megatron_iiet.data.preprocess.layout import Layout
-from megatron_iiet.data.preprocess.lists import PreprocessReport, Summary, write_lists
+from megatron_iiet.data.preprocess.lists import PreprocessReport, Summary, summarize, write_lists
 from megatron_iiet.data.preprocess.options import PreprocessOptions
-from megatron_iiet.data.preprocess.plan import Plan, Wanted, remove_everything, settle, share
+from megatron_iiet.data.preprocess.plan import (
+    Settled,
+    Wanted,
+    check_place,
+    first_inputs,
+    remove_everything,
+    settle,
+    share,
+)
 from megatron_iiet.data.preprocess.pool import Pool, in_a_process_of_its_own
-from megatron_iiet.data.preprocess.records import JobRecords, UnitRecord, exclusive
+from megatron_iiet.data.preprocess.records import JobRecords, Unit, UnitRecord, exclusive
 from megatron_iiet.data.preprocess.tasks import DigestUnit, EncodeUnit, Filters, Recipe, UnitTask
 from megatron_iiet.data.preprocess.workshop import Failure, Finish, Progress, run_units
 from megatron_iiet.data.reading.kinds import TABLES, Reading
@@ -58,6 +66,7 @@ def preprocess(options: PreprocessOptions, log: Log = print) -> PreprocessReport
         tokenizer_digest=tokenizer_digest(options.tokenizer_model),
         encoder=cache(lambda: _load_encoder(wanted, log)),
     )
+    check_place(wanted)
     if not layout.plan.exists():
         wanted.encoder()  # a tokenizer that cannot be loaded leaves nothing behind
     layout.records.mkdir(parents=True, exist_ok=True)
@@ -66,8 +75,8 @@ def preprocess(options: PreprocessOptions, log: Log = print) -> PreprocessReport
             records = stack.enter_context(closing(JobRecords(layout.records, options.job, options.num_jobs)))
             if options.overwrite:
                 remove_everything(wanted, records)
-            plan, finished = settle(wanted, records)
-        report = _Job(wanted, records, plan, finished, log).run()
+            settled = settle(wanted, records)
+        report = _Job(wanted, records, settled, log).run()
     return replace(report, seconds=time.monotonic() - start, cpu_seconds=_cpu_seconds() - start_cpu)
 
 
@@ -77,58 +86,75 @@ class _Job:
 
     wanted: Wanted
     records: JobRecords
-    plan: Plan
-    finished: set[int]
+    settled: Settled
     log: Log
     this_run: Summary = field(default_factory=Summary)
 
     def run(self) -> PreprocessReport:
-        options, layout = self.wanted.options, self.wanted.layout
-        # Shares go by the sizes in the plan, which are the same for jobs that start before and after a
-        # broken input was replaced; what is read are the inputs as they are now.
-        mine = share(self.plan.units(), options.num_jobs, options.job)
-        units = replace(self.plan, inputs=list(self.wanted.inputs)).units()
-        pending = [unit for unit in mine if unit not in self.finished]
-        self._announce(len(mine), len(pending))
+        options, wanted = self.wanted.options, self.wanted
         failures: list[Failure] = []
         waiting = ""
-        if pending:
+        due = self.settled.marks_due(wanted)
+        self._announce(due)
+        if due or self._pending():
             filters = Filters(
-                self.plan.rate,
+                self.settled.plan.rate,
                 options.seed,
                 options.holdout_validation,
                 options.holdout_test,
                 options.min_characters,
                 inf if options.max_characters is None else options.max_characters,
             )
-            recipe = Recipe(options, self.wanted.encoder(), layout, filters)
+            recipe = Recipe(options, wanted.encoder(), wanted.layout, filters)
             with Pool(options.workers, recipe) if options.workers > 1 else nullcontext() as pool:
                 run = partial(run_units, recipe, pool)
-                if options.deduplicate and not duplicates_path(layout.records).exists():
-                    failures, waiting = self._find_duplicates(run, mine, units)
+                if due:
+                    failures, waiting = self._find_duplicates(run)
                 if not failures and not waiting:
-                    tasks = [EncodeUnit(unit, units[unit]) for unit in pending]
+                    tasks = self._tasks()
                     with Progress("tokenizing", "tokens", len(tasks), options.progress) as progress:
                         failures = run(tasks, self._finish, progress)
-        all_units, missing = write_lists(layout, self.plan, rewrite=self.this_run.units > 0)
+        units = self.settled.units
+        summary = summarize(wanted, units)
+        missing = len(units) - summary.units
+        if not missing and not failures and not waiting:
+            write_lists(wanted, self.settled.plan, units, summary)
         return PreprocessReport(
-            all_units=all_units,
+            all_units=summary,
             this_run=self.this_run,
             missing=missing,
-            mine_missing=sum(unit not in self.finished for unit in mine),
+            mine_missing=len(self._pending()),
             failures=failures,
             waiting=waiting,
             wanted_tokens=options.sample_tokens,
-            rate=self.plan.rate,
+            rate=self.settled.plan.rate,
         )
 
-    def _announce(self, mine: int, pending: int) -> None:
-        options = self.wanted.options
+    def _mine(self) -> list[Unit]:
+        """Units of this job.
+
+        Shares go by the sizes in the plan, which are the same for jobs that start before and after a broken
+        input was replaced; what is read are the inputs as they are now.
+        """
+        shares = share(
+            [unit.inputs for unit in self.settled.plan.units],
+            self.wanted.options.num_jobs,
+            self.wanted.options.job,
+        )
+        return [self.settled.units[number] for number in shares]
+
+    def _pending(self) -> list[Unit]:
+        return [unit for unit in self._mine() if unit.id not in self.settled.finished]
+
+    def _announce(self, due: bool) -> None:
+        options, mine, pending = self.wanted.options, len(self._mine()), len(self._pending())
+        for line in self.settled.told:
+            self.log(line)
         job = f"job {options.job} of {options.num_jobs}: " if options.num_jobs > 1 else ""
-        if not pending:
+        if not pending and not due:
             self.log(f"{job}nothing to do: all {mine:,} shards are finished")
             return
-        if (sampling := self.plan.sampling) is not None:
+        if (sampling := self.settled.plan.sampling) is not None:
             known = f" (estimated by {sampling['measured_on']})" if sampling["measured_on"] else ""
             self.log(f"sample: {sampling['rate']:.4g} of {sampling['corpus_tokens']:,} tokens{known}")
             if sampling["rate"] > 1:
@@ -136,29 +162,50 @@ class _Job:
         done = f", {mine - pending:,} of {mine:,} are finished" if pending < mine else ""
         self.log(f"{job}{pending:,} shards to make{done}")
 
-    def _find_duplicates(
-        self, run: Run, mine: Sequence[int], units: Sequence[Sequence[InputFile]]
-    ) -> tuple[list[Failure], str]:
-        """Digests of this job's units and, when all are there, duplicates; failures, what is awaited."""
-        digests = DigestFiles(self.wanted.layout.records)
-        tasks = [DigestUnit(unit, units[unit]) for unit in mine if not digests.has(unit, units[unit])]
-        with Progress("reading", "rows", len(tasks), self.wanted.options.progress) as progress:
+    def _tasks(self) -> list[EncodeUnit]:
+        starts, digests = first_inputs(self.settled.units), DigestFiles(self.wanted.layout.records)
+        skips = self.wanted.options.deduplicate and self.wanted.options.bad_inputs == "skip"
+        return [
+            EncodeUnit(
+                unit.id,
+                unit.inputs,
+                digests.left_out(unit.id, len(unit.inputs)) if skips else {},
+                starts[unit.id],
+            )
+            for unit in self._pending()
+        ]
+
+    def _find_duplicates(self, run: Run) -> tuple[list[Failure], str]:
+        """Digests of this job's units and, when all are there, duplicates, by which more units may have to be
+        made; failures, what is awaited."""
+        wanted, units = self.wanted, self.settled.units
+        digests, whole = DigestFiles(wanted.layout.records), wanted.options.bad_inputs == "fail"
+        tasks = [
+            DigestUnit(unit.id, unit.inputs)
+            for unit in self._mine()
+            if not digests.has(unit.id, unit.inputs, whole)
+        ]
+        with Progress("reading", "rows", len(tasks), wanted.options.progress) as progress:
             failures = run(tasks, lambda _: None, progress)
         if failures:
             return failures, ""
-        missing = sum(not digests.has(unit, inputs) for unit, inputs in enumerate(units))
+        missing = sum(not digests.has(unit.id, unit.inputs, whole) for unit in units)
         if missing:
             return [], (
                 f"pass 1 is done; {missing:,} units of other jobs are missing: start the same jobs again "
                 "when all have finished."
             )
-        find_duplicates(self.wanted.layout.records, [len(inputs) for inputs in units])
+        find_duplicates(wanted.layout.records, units)
+        with exclusive(wanted.layout.records / "lock"):
+            self.settled = settle(wanted, self.records)
+        for line in self.settled.told:
+            self.log(line)
         return [], ""
 
     def _finish(self, record: UnitRecord | None) -> None:
         assert record is not None
         self.records.append(record)
-        self.finished.add(record.unit)
+        self.settled.finished.add(record.unit)
         self.this_run.add(record)
 
 

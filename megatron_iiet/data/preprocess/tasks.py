@@ -8,10 +8,11 @@ new sample never moves a document from a held-out split into training.
 
 from __future__ import annotations
 
+import errno
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from itertools import chain
 from math import inf
@@ -23,16 +24,18 @@ import numpy as np
 from megatron_iiet.data.corpora.indexed_writer import IndexedDatasetWriter, TokenArray
 from megatron_iiet.data.corpora.mmididx import DIGEST_BYTES, Shard, bin_path, idx_path, token_dtype
 from megatron_iiet.data.preprocess.dedup import DigestFiles, Duplicates
-from megatron_iiet.data.preprocess.layout import Layout, output_name
+from megatron_iiet.data.preprocess.layout import Layout, Output
 from megatron_iiet.data.preprocess.options import PreprocessOptions
+from megatron_iiet.data.preprocess.ownership import Claims
 from megatron_iiet.data.preprocess.records import Counts, OutputRecord, UnitRecord
 from megatron_iiet.data.reading.long_text import LongText, Text, parts_of, strings_of
 from megatron_iiet.data.reading.sources import InputFile
-from megatron_iiet.data.reading.text import Chunk, Row, parse_rows, raise_first, read_chunks
+from megatron_iiet.data.reading.text import Chunk, Row, parse_rows, read_chunks
 from megatron_iiet.data.tokenizers.base import MAX_PART_CHARACTERS, Tokenizer, UncuttableError
 
 _SPLIT_KEY = b"held-out split"
 _MAX_OUTPUTS = 256  # each holds files open
+_UNREADABLE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.EIO, errno.ELOOP}
 
 Report = Callable[[int], None]
 
@@ -46,6 +49,14 @@ def text_digest(text: Text) -> bytes:
     for part in parts_of(text):
         state.update(part.encode())
     return state.digest()
+
+
+class BadInputError(ValueError):
+    """An input cannot be read to its end as asked, for the reason given."""
+
+    def __init__(self, path: str, reason: str) -> None:
+        super().__init__(reason)
+        self.bad_input = path
 
 
 @dataclass(frozen=True)
@@ -141,7 +152,7 @@ class Packed:
 class EncodedChunk:
     """A chunk's documents by output, and what became of the other rows."""
 
-    outputs: dict[str, Packed] = field(default_factory=dict)
+    outputs: dict[Output, Packed] = field(default_factory=dict)
     counts: Counts = field(default_factory=Counts)
 
 
@@ -166,15 +177,12 @@ class EncodeChunk:
             strings = [string for text in texts for string in strings_of(text)]
             encoded = iter(recipe.encoder.encode_batch([text for text in strings if _is_short(text)]))
             for (row, split), text in zip(rows, texts, strict=True):
-                pieces = chain.from_iterable(
-                    [
-                        [next(encoded)]
-                        if _is_short(string)
-                        else recipe.encoder.encode_pieces(parts_of(string))
-                        for string in strings_of(text)
-                    ]
-                )
-                output = output_name(row.source, split, key)
+                parts = [
+                    [next(encoded)] if _is_short(string) else recipe.encoder.encode_pieces(parts_of(string))
+                    for string in strings_of(text)
+                ]
+                pieces = chain.from_iterable(parts)
+                output = Output(row.source, split, key)
                 packed = result.outputs.get(output) or result.outputs.setdefault(output, Packed())
                 try:
                     # Some normalisers leave nothing of a text of white space: an empty document as well.
@@ -185,7 +193,7 @@ class EncodeChunk:
                 except UncuttableError as error:
                     message = f"{self.chunk.path}, {self.chunk.word} {row.line}: {error}"
                     if recipe.options.bad_rows == "error":
-                        raise ValueError(message) from None
+                        raise BadInputError(self.chunk.path, message) from None
                     counts.reject("too long to encode", message)
         result.outputs = {output: packed for output, packed in result.outputs.items() if packed.lengths}
         report(sum(sum(packed.lengths) for packed in result.outputs.values()))
@@ -234,8 +242,8 @@ def proper_rows(recipe: Recipe, chunk: Chunk, counts: Counts) -> list[Row]:
         ValueError: a row is defective, and such rows are not to be skipped.
     """
     rows, rejects = parse_rows(chunk, recipe.options.reading)
-    if recipe.options.bad_rows == "error":
-        raise_first(rejects)
+    if rejects and recipe.options.bad_rows == "error":
+        raise BadInputError(chunk.path, rejects[0].message)
     for reject in rejects:
         counts.reject(reject.reason, reject.message)
     return rows
@@ -264,6 +272,30 @@ class UnitTask(ABC):
 
     unit: int
     inputs: Sequence[InputFile]
+    skipped: Mapping[str, str] = field(default_factory=dict)  # paths of inputs to leave out, and why
+
+    def without(self, recipe: Recipe, path: str, reason: str) -> UnitTask | None:
+        """The same with an input left out; None where it must not be, or others cannot be read again."""
+        if any(file.is_stream and file.path != path for file in self.inputs):
+            return None
+        return replace(self, skipped={**self.skipped, path: reason})
+
+    def _read(self, recipe: Recipe) -> Iterator[tuple[int, Chunk]]:
+        """Number of the input, and chunk, of all inputs but those to leave out."""
+        for number, file in enumerate(self.inputs):
+            if file.path in self.skipped:
+                continue
+            try:
+                for chunk in read_chunks(file, recipe.options.reading, recipe.options.chunk_bytes):
+                    yield number, chunk
+            except OSError as error:
+                if (
+                    "://" in file.path or error.errno not in _UNREADABLE
+                ):  # what may pass is no fault of the input
+                    raise
+                raise BadInputError(file.path, str(error)) from error
+            except ValueError as error:
+                raise BadInputError(file.path, str(error)) from error
 
     @abstractmethod
     def chunks(self, recipe: Recipe) -> Iterator[EncodeChunk | DigestChunk]:
@@ -283,33 +315,48 @@ class DigestUnit(UnitTask):
     """First pass of deduplication."""
 
     def chunks(self, recipe: Recipe) -> Iterator[DigestChunk]:
-        for file in self.inputs:
-            for chunk in read_chunks(file, recipe.options.reading, recipe.options.chunk_bytes):
-                yield DigestChunk(chunk)
+        for _, chunk in self._read(recipe):
+            yield DigestChunk(chunk)
 
     def write(self, recipe: Recipe, results: Iterable[tuple[str, int, bytes]]) -> None:
         numbers = {file.path: number for number, file in enumerate(self.inputs)}
         pieces = ((numbers[path], first_line, digests) for path, first_line, digests in results)
-        DigestFiles(recipe.layout.records).write(self.unit, self.inputs, pieces)
+        DigestFiles(recipe.layout.records).write(self.unit, self.inputs, pieces, self.skipped)
 
 
 @dataclass(frozen=True)
 class EncodeUnit(UnitTask):
     """Text to shards."""
 
+    first_input: int = 0  # inputs of the units before
+
+    def without(self, recipe: Recipe, path: str, reason: str) -> UnitTask | None:
+        """Also None for an input that the first pass of deduplication could read: documents elsewhere were
+        dropped as copies of its own."""
+        if recipe.options.deduplicate:
+            number = self.first_input + [file.path for file in self.inputs].index(path)
+            if Duplicates(recipe.layout.records).lines(number):
+                return None
+        return super().without(recipe, path, reason)
+
     def chunks(self, recipe: Recipe) -> Iterator[EncodeChunk]:
-        duplicates = Duplicates(recipe.layout.records) if recipe.options.deduplicate else None
-        for number, file in enumerate(self.inputs, start=self.unit * recipe.options.inputs_per_shard):
-            for chunk in read_chunks(file, recipe.options.reading, recipe.options.chunk_bytes):
-                if duplicates is None:
-                    yield EncodeChunk(chunk)
-                else:
-                    lines = chunk.data.count(b"\n") + 1
-                    yield EncodeChunk(chunk, duplicates.marks(number, chunk.first_line, lines))
+        if not recipe.options.deduplicate:
+            yield from (EncodeChunk(chunk) for _, chunk in self._read(recipe))
+            return
+        duplicates = Duplicates(recipe.layout.records)
+        for number, chunk in self._read(recipe):
+            lines = chunk.data.count(b"\n") + 1
+            if not duplicates.lines(self.first_input + number):
+                raise BadInputError(
+                    chunk.path,
+                    f"{chunk.path} could not be read when duplicates were looked for, and has not changed "
+                    "since; mend it, or touch it to have it read again.",
+                )
+            yield EncodeChunk(chunk, duplicates.marks(self.first_input + number, chunk.first_line, lines))
 
     def write(self, recipe: Recipe, results: Iterable[EncodedChunk]) -> UnitRecord:
         counts = Counts()
-        writers: dict[str, IndexedDatasetWriter] = {}
+        writers: dict[Output, IndexedDatasetWriter] = {}
         with ExitStack() as stack:
             for result in results:
                 counts.add(result.counts)
@@ -318,17 +365,25 @@ class EncodeUnit(UnitTask):
                         writers[output] = stack.enter_context(self._open(recipe, output, len(writers)))
                     tokens = np.frombuffer(packed.tokens, dtype=recipe.dtype)
                     writers[output].add_documents(tokens, packed.lengths)
-            shards = {output: writers[output].close() for output in sorted(writers)}
-        outputs = {output: _output_record(writers[output].prefix, shard) for output, shard in shards.items()}
-        return UnitRecord(self.unit, list(self.inputs), outputs, counts)
+            shards = {
+                output: writers[output].close() for output in sorted(writers, key=lambda each: each.name)
+            }
+        outputs = {
+            output.name: _output_record(writers[output].prefix, shard) for output, shard in shards.items()
+        }
+        marks = ""
+        if recipe.options.deduplicate:
+            marks = Duplicates(recipe.layout.records).digest(self.first_input, len(self.inputs))
+        return UnitRecord(self.unit, list(self.inputs), outputs, counts, dict(self.skipped), marks)
 
-    def _open(self, recipe: Recipe, output: str, others: int) -> IndexedDatasetWriter:
+    def _open(self, recipe: Recipe, output: Output, others: int) -> IndexedDatasetWriter:
         if others == _MAX_OUTPUTS:
             raise ValueError(
                 f"{self.inputs[0].path} and what follows have more than {_MAX_OUTPUTS} outputs; does "
                 f"{recipe.options.split_by!r} name sources?"
             )
-        prefix = Path(recipe.layout.shard_prefix(output, self.unit))
+        Claims(recipe.layout).take(output)
+        prefix = Path(recipe.layout.shard_prefix(output.name, self.unit))
         if recipe.layout.folder is not None:
             prefix.parent.mkdir(exist_ok=True)
         return IndexedDatasetWriter(prefix, recipe.encoder.vocab_size)

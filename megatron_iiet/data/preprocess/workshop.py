@@ -102,7 +102,8 @@ def run_units(
 ) -> list[Failure]:
     """Run tasks, in any order, by a pool or in this process; ``finish`` is given the result of each.
 
-    One that fails stops no other, except for want of disk space; those that fail are returned.
+    One that fails stops no other, except for want of disk space; those that fail are returned. Where bad
+    inputs are to be skipped, a unit that has one is begun again without it.
     """
     failures: list[Failure] = []
     waiting = deque(tasks)
@@ -116,6 +117,11 @@ def run_units(
             finish(outcome.value)
             progress.unit_done()
             continue
+        if outcome.bad_input and recipe.options.bad_inputs == "skip":
+            again = task.without(recipe, outcome.bad_input, outcome.message)
+            if again is not None:
+                waiting.append(again)
+                continue
         failures.append(Failure(task, outcome.message))
         if outcome.errno in _FULL_DISK:
             waiting.clear()

@@ -13,7 +13,7 @@ from pathlib import Path
 from megatron_iiet.data.reading.sources import InputFile, list_inputs
 from megatron_iiet.data.reading.text import iter_documents
 from megatron_iiet.data.tokenizers.sentencepiece import SentencePieceTokenizer
-from megatron_iiet.durable import check_output, make_parent, replacing
+from megatron_iiet.durable import check_output, make_parent, write_bytes
 
 _PLAIN = (".jsonl", ".json", ".ndjson", ".txt", ".csv", ".tsv")
 _TEXT_A_BYTE = 4  # of a compressed file, about
@@ -52,7 +52,8 @@ def train_tokenizer(
     piece become bytes; white space is kept as it is.
 
     Raises:
-        ValueError: a bad input, or too little text for ``vocab_size`` pieces; nothing is written.
+        ValueError: a bad input, too little text for ``vocab_size`` pieces, or another file there; nothing
+            is written.
     """
     from sentencepiece import SentencePieceTrainer
 
@@ -81,9 +82,13 @@ def train_tokenizer(
             f"Training {vocab_size} pieces on {sample.characters:,} characters failed ({error}); "
             "give more text or a --vocab-size that fits it (at least 259 plus the alphabet)."
         ) from None
+    if target.exists() and target.read_bytes() != model.getvalue():
+        raise ValueError(
+            f"{target} is there already, and is not what this training gives; choose another "
+            "--output-prefix, or remove it yourself if nothing was tokenized with it."
+        )
     make_parent(target)
-    with replacing(target) as file:
-        file.write(model.getvalue())
+    write_bytes(target, model.getvalue())
     tokens = sum(map(len, SentencePieceTokenizer(target).encode_batch(sample.shown)))
     bytes_per_token = sum(len(text.encode()) for text in sample.shown) / tokens
     return TrainedTokenizer(target, vocab_size, sample.characters, sample.inputs, bytes_per_token)
