@@ -55,7 +55,7 @@ def pretrain_until_saving(config: dict[str, Any], ds_path: Path, victim: int) ->
     """Train; rank ``victim`` dies as it begins to write its part of a checkpoint; the others write theirs."""
 
     def die(event: str, arguments: Any) -> None:
-        if event == "open" and ".safetensors" in str(arguments[0]) and "w" in str(arguments[1]):
+        if event == "open" and ".safetensors" in str(arguments[0]) and {*"wx"} & {*str(arguments[1])}:
             os._exit(9)
 
     if os.environ["RANK"] == str(victim):

@@ -111,7 +111,7 @@ def _say(output: Output | None) -> str:
 
 def _read(claim: Path) -> Output | None:
     try:
-        return Output(**json.loads(claim.read_text()))
+        return Output(**json.loads(claim.read_text(encoding="utf-8")))
     except FileNotFoundError:
         return None
     except (ValueError, TypeError):

@@ -77,7 +77,7 @@ def _memory_limit() -> int:
     """The machine's memory in bytes, or less where a cgroup says so."""
     limits = [psutil.virtual_memory().total]
     with suppress(OSError):
-        for line in Path("/proc/self/cgroup").read_text().splitlines():
+        for line in Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines():
             _, controllers, place = line.split(":", 2)
             kind, name = ("memory", "memory.limit_in_bytes") if controllers else ("", "memory.max")
             if controllers and "memory" not in controllers.split(","):
@@ -85,7 +85,7 @@ def _memory_limit() -> int:
             folder = Path("/sys/fs/cgroup", kind)
             for parent in (folder / place.lstrip("/"), folder):  # in a container its own is the root
                 with suppress(OSError, ValueError):
-                    limits.append(int((parent / name).read_text()))
+                    limits.append(int((parent / name).read_text(encoding="utf-8")))
     return min(limits)
 
 
