@@ -28,6 +28,7 @@ PACKAGE = "megatron-iiet"
 THERE = ("torch", "numpy")
 LEFT_OUT = {
     "datasets": "texts of the Hugging Face hub",
+    "pyarrow": "texts in parquet and arrow",
     "gigatoken": "fast tokenizing in preprocessing",
     "hf-xet": "downloads of the hub",
     "matplotlib": "pictures; figures are in report.json too",
