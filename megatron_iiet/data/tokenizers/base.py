@@ -95,25 +95,29 @@ class Tokenizer(ABC):
         Raises:
             UncuttableError: the text is longer than :attr:`max_uncut_bytes` without a place to cut it.
         """
-        is_first, text = True, ""
+        is_first, text, looked = True, "", 0
         for part in parts:
             start, text = 0, text + part
-            while at := self._cut(text, start):
+            while True:
+                at, looked = self._cut(text, start, looked)
+                if not at:
+                    break
                 yield self._encode_part(text[start:at], is_first)
                 start, is_first = at, False
-            text = text[start:]
+            text, looked = text[start:], looked - start
         if text or is_first:
             yield self._encode_part(text, is_first)
 
-    def _cut(self, text: str, start: int) -> int:
-        """Where the part that begins at ``start`` ends for certain; 0 if that is not known yet."""
+    def _cut(self, text: str, start: int, looked: int) -> tuple[int, int]:
+        """Where the part that begins at ``start`` ends for certain, 0 if that is not known yet, and how far
+        that was looked for; ``looked``: how far it was before."""
         end = len(text) - 2  # how a text goes on may matter
-        for low in range(start, end, MAX_PART_CHARACTERS):
+        low = max(start, looked)
+        while low + MAX_PART_CHARACTERS <= end:
             high = low + MAX_PART_CHARACTERS
-            if len(text) <= high:
-                break
-            if self.cutting and (at := self.cutting.last(text, low, min(high, end))):
-                return at
+            if self.cutting and (at := self.cutting.last(text, low, high)):
+                return at, at
+            low = high
         left = len(text) - start
         if left > self.max_uncut_bytes // 4 and len(text[start:].encode()) > self.max_uncut_bytes:
             needed = BYTES_A_BYTE * self.max_uncut_bytes // 10**6
@@ -122,7 +126,7 @@ class Tokenizer(ABC):
                 f"certain; raise --max-uncut-bytes (a text may now take {needed:,} MB of memory), or leave "
                 "such texts out with --bad-rows skip."
             )
-        return 0
+        return 0, low
 
     @cached_property
     def _lead_ids(self) -> TokenIds:
