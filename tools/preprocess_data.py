@@ -77,6 +77,7 @@ def build_parser() -> argparse.ArgumentParser:
         "bytes of memory (default: 8 MiB)",
     )
     add("--append-eod", action="store_true", help="end every document with the eod token")
+    add("--eod-token", metavar="TOKEN", help="refuse a tokenizer whose eod token is another")
 
     add = parser.add_argument_group("outputs").add_argument
     add("--output-prefix", metavar="P", help="one shard: P_text_document")

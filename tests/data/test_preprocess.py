@@ -237,6 +237,7 @@ def test_bad_places_leave_nothing(options: PreprocessOptions, tmp_path: Path) ->
         ({"output_prefix": f"{tmp_path}/file/a"}, "file/a cannot be written: .*file is a file"),
         ({"output_prefix": f"{tmp_path}/out/"}, "ends in a slash"),
         ({"output_prefix": None, "output_dir": f"{tmp_path}/file"}, "is a file; choose another name"),
+        ({"append_eod": True, "eod_token": "<s>"}, "--eod-token is '<s>', but .* ends documents with '</s>'"),
     ]:
         with pytest.raises(ValueError, match=message):
             preprocess(replace(options, **change), log=lambda _: None)  # type: ignore[arg-type]

@@ -19,7 +19,12 @@ from hypothesis import strategies as st
 
 from megatron_iiet.data.tokenizers.base import Tokenizer
 from megatron_iiet.data.tokenizers.hard_texts import HARD_TEXTS as HARDER_TEXTS
-from megatron_iiet.data.tokenizers.loading import load_encoder, load_tokenizer, tokenizer_digest
+from megatron_iiet.data.tokenizers.loading import (
+    check_eod_token,
+    load_encoder,
+    load_tokenizer,
+    tokenizer_digest,
+)
 from megatron_iiet.data.tokenizers.tiktoken import PRESETS, read_ranks
 from megatron_iiet.data.tokenizers.training import train_tokenizer
 from tests.data.inputs import jsonl, make_texts
@@ -434,3 +439,52 @@ class TestTraining:
         ):
             train_tokenizer([str(tmp_path / "a.jsonl")], tmp_path / "t", 310)
         assert path.read_bytes() == before
+
+
+class TestWhichTokenEndsDocuments:
+    def test_it_is_what_the_files_of_the_tokenizer_say(
+        self, tokenizer_json: Path, ranks_file: Path, tmp_path: Path
+    ) -> None:
+        definition, ranks = tmp_path / "tokenizer.json", tmp_path / "of.tiktoken"
+        definition.write_bytes(tokenizer_json.read_bytes())
+        ranks.write_bytes(ranks_file.read_bytes())
+        side = json.loads(ranks_file.with_name(ranks_file.name + ".json").read_text())
+        special = next(
+            token["content"]
+            for token in json.loads(definition.read_text())["added_tokens"]
+            if token["special"]
+        )
+        for path, named_in, token, content in (
+            (definition, tmp_path / "tokenizer_config.json", special, {}),
+            (ranks, tmp_path / "of.tiktoken.json", "<|begin_of_text|>", side),
+        ):
+            named_in.write_text(json.dumps({**content, "eos_token": token}))
+            check_eod_token(path, token)
+            tokenizer = load_tokenizer(path)
+            assert tokenizer.decode(tokenizer.encode(token)) == token  # as text it stays text
+            assert tokenizer.eod_id in tokenizer.control_ids
+            with pytest.raises(ValueError) as refused:
+                check_eod_token(path, "<|other|>")
+            assert f"with {token!r}, which {named_in} decides" in str(refused.value)
+        before = tokenizer_digest(ranks)
+        (tmp_path / "of.tiktoken.json").write_text(json.dumps(side))
+        assert tokenizer_digest(ranks) != before  # a corpus with another end is another's
+        assert load_tokenizer(ranks).eod_token == "<|end_of_text|>"
+
+    def test_a_sentencepiece_model_has_its_own(self, sentencepiece_model: Path) -> None:
+        check_eod_token(sentencepiece_model, "</s>")
+        with pytest.raises(ValueError, match=r"ends documents with '</s>', which \S+ decides"):
+            check_eod_token(sentencepiece_model, "<s>")
+
+    @pytest.mark.parametrize("eod", [7, "<|absent|>"])
+    def test_a_side_file_that_names_no_special_token(
+        self, ranks_file: Path, tmp_path: Path, eod: object
+    ) -> None:
+        path = tmp_path / "of.tiktoken"
+        path.write_bytes(ranks_file.read_bytes())
+        side = json.loads(ranks_file.with_name(ranks_file.name + ".json").read_text())
+        path.with_name("of.tiktoken.json").write_text(json.dumps({**side, "eos_token": eod}))
+        with pytest.raises(
+            ValueError, match=f"eos_token {eod}; give" if eod == 7 else "add <|absent|>".replace("|", r"\|")
+        ):
+            load_tokenizer(path)

@@ -134,7 +134,7 @@ OPTIONS = {
         --json-keys KEY [KEY ...] = ['text'] | --text-template T | --max-document-bytes N
         --bad-rows {error,skip} = 'error' | --bad-inputs {fail,skip} = 'fail'
         --tokenizer-model FILE | --max-uncut-bytes N:int = 8388608 | --append-eod = False
-        --output-prefix P | --output-dir D | --inputs-per-shard K:int = 1 | --split-by KEY
+        --eod-token TOKEN | --output-prefix P | --output-dir D | --inputs-per-shard K:int = 1 | --split-by KEY
         --holdout-validation X:float = 0.0 | --holdout-test X:float = 0.0 | --overwrite = False
         --sample-tokens N | --corpus-tokens N | --seed SEED:int = 1234 | --min-characters N:int = 0
         --max-characters N:int | --deduplicate = False | --workers N:int | --num-jobs N:int | --job I:int
@@ -266,7 +266,7 @@ def preprocess(load: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatc
 def test_preprocess_hands_on(preprocess: ModuleType, start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     given = (
         "--dataset d --split s --streaming --json-keys a b --bad-rows skip --bad-inputs skip "
-        "--tokenizer-model t --append-eod --output-dir o --inputs-per-shard 3 --split-by k "
+        "--tokenizer-model t --append-eod --eod-token e --output-dir o --inputs-per-shard 3 --split-by k "
         "--input-format csv --txt-documents blank-line --max-document-bytes 4M --min-characters 5 "
         "--max-characters 6 --holdout-validation 0.1 --holdout-test 0.2 --sample-tokens 2K "
         "--corpus-tokens 3M --seed 7 --deduplicate --workers 4 --num-jobs 5 --job 2"
@@ -279,7 +279,8 @@ def test_preprocess_hands_on(preprocess: ModuleType, start: Start, monkeypatch: 
     assert asdict(preprocess.options) == {
         "tokenizer_model": "t", "inputs": [], "dataset": "d", "split": "s", "streaming": True,
         "output_prefix": None, "output_dir": "o", "inputs_per_shard": 3, "json_keys": ["a", "b"],
-        "append_eod": True, "split_by": "k", "sample_tokens": 2000, "corpus_tokens": 3_000_000, "seed": 7,
+        "append_eod": True, "eod_token": "e", "split_by": "k", "sample_tokens": 2000,
+        "corpus_tokens": 3_000_000, "seed": 7,
         "holdout_validation": 0.1, "holdout_test": 0.2, "deduplicate": True, "bad_rows": "skip",
         "bad_inputs": "skip", "overwrite": False, "workers": 4, "num_jobs": 5, "job": 2,
         "chunk_bytes": 1 << 20, "progress": True, "max_uncut_bytes": 8 << 20,

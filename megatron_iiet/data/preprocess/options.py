@@ -38,6 +38,7 @@ class PreprocessOptions:
     text_template: str | None = None  # makes the text of the output "text" of several keys: {title}\\n{text}
     max_document_bytes: int | None = None  # a longer row is defective; None: what the memory can hold
     append_eod: bool = False  # put the tokenizer's end-of-document id behind every document
+    eod_token: str | None = None  # the token that this must be; None: whichever the tokenizer's file names
     split_by: str | None = None  # dotted key of the name of a row's source; each source makes its own output
     sample_tokens: int | None = None  # keep a uniform sample of documents of about this many tokens
     corpus_tokens: int | None = None  # tokens of the whole corpus, for the sample's rate; None: estimated
@@ -97,6 +98,7 @@ def _problems_of_inputs(options: PreprocessOptions) -> dict[str, bool]:
         ),
         f"--text-template makes the only text, but --json-keys are {list(options.json_keys)}; give one "
         "of the two.": options.text_template is not None and tuple(options.json_keys) != ("text",),
+        "--eod-token goes with --append-eod.": options.eod_token is not None and not options.append_eod,
         "--streaming goes with --dataset.": options.streaming and options.dataset is None,
         f"--json-keys are {list(options.json_keys)}; give one or more, each once.": (
             not options.json_keys or len(set(options.json_keys)) != len(options.json_keys)

@@ -34,7 +34,7 @@ from megatron_iiet.data.reading.long_text import parts_of
 from megatron_iiet.data.reading.sources import Found, InputFile, find_inputs, list_dataset
 from megatron_iiet.data.reading.text import parse_rows, read_chunks
 from megatron_iiet.data.tokenizers.base import Tokenizer
-from megatron_iiet.data.tokenizers.loading import load_encoder, tokenizer_digest
+from megatron_iiet.data.tokenizers.loading import check_eod_token, load_encoder, tokenizer_digest
 
 _SAMPLE_INPUTS = 16
 _SAMPLE_CHUNKS = 8  # of each, as long as more text is asked for
@@ -67,6 +67,8 @@ def preprocess(options: PreprocessOptions, log: Log = print) -> PreprocessReport
         encoder=cache(lambda: _load_encoder(wanted, log)),
     )
     check_place(wanted)
+    if options.eod_token is not None:
+        in_a_process_of_its_own(check_eod_token, options.tokenizer_model, options.eod_token)
     if not layout.plan.exists():
         wanted.encoder()  # a tokenizer that cannot be loaded leaves nothing behind
     layout.records.mkdir(parents=True, exist_ok=True)

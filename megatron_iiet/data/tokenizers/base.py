@@ -41,6 +41,8 @@ class Tokenizer(ABC):
     name: str  # for people: "sentencepiece", "gigatoken (checked against sentencepiece)", ...
     vocab_size: int  # one more than the largest id
     eod_id: int  # id put behind every document
+    eod_token: str  # the name of that
+    eod_named_in: Path  # the file that says so
     bos_id: int | None  # id put in front of a prompt; None where the tokenizer has none
     control_ids: frozenset[int]  # ids that no text may yield, eod_id among them
     cutting: Cutting | None = None  # where long texts may be cut; None: nowhere

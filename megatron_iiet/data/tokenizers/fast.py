@@ -76,7 +76,9 @@ class FastEncoder(Tokenizer):
     def __init__(self, exact: Tokenizer, definition: bytes, symbols: Sequence[str]) -> None:
         self.path = exact.path
         self.name = f"gigatoken (checked against {exact.name})"
-        self.vocab_size, self.eod_id, self.bos_id = exact.vocab_size, exact.eod_id, exact.bos_id
+        self.vocab_size, self.bos_id = exact.vocab_size, exact.bos_id
+        self.eod_id, self.eod_token = exact.eod_id, exact.eod_token
+        self.eod_named_in = exact.eod_named_in
         self.control_ids, self.cutting = exact.control_ids, exact.cutting
         self._symbols = tuple(symbols)
         self._fast = BoundedEncoder(definition)

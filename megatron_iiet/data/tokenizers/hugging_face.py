@@ -42,6 +42,7 @@ class HuggingFaceTokenizer(Tokenizer):
         import tokenizers  # only where it is used: workers start faster
 
         self.path = path
+        self.eod_named_in = path.with_name("tokenizer_config.json")
         try:
             self._model: Any = tokenizers.Tokenizer.from_str(definition)
         except Exception as error:  # the library raises bare Exception for every parse failure
@@ -54,13 +55,13 @@ class HuggingFaceTokenizer(Tokenizer):
         self._model.no_padding()
         ids = self._model.get_vocab(with_added_tokens=True)
         self.vocab_size = max(ids.values(), default=-1) + 1
-        eod = next((ids[name] for name in eod_names if name in ids), None)
-        if eod is None:
+        eod_token = next((name for name in eod_names if name in ids), None)
+        if eod_token is None:
             raise ValueError(
                 f"{path} has no end-of-document token: none of {', '.join(eod_names)} is in its vocabulary; "
                 "put a tokenizer_config.json that names eos_token beside it."
             )
-        self.eod_id = eod
+        self.eod_token, self.eod_id = eod_token, (eod := ids[eod_token])
         self.bos_id = next((ids[name] for name in bos_names if name in ids), None)
         added = self._model.get_added_tokens_decoder()
         special = {number for number, token in added.items() if token.special}

@@ -53,6 +53,23 @@ def load_encoder(path: str | os.PathLike[str], sample: Iterable[str] = ()) -> To
         return exact
 
 
+def check_eod_token(path: str | os.PathLike[str], token: str) -> None:
+    """Refuse a tokenizer that ends documents with another token than ``token``.
+
+    Its file alone says which, so that training, generation and exports all mean the same one.
+
+    Raises:
+        ValueError: it does, or as :func:`load_tokenizer`.
+    """
+    found = load_tokenizer(path)
+    if found.eod_token != token:
+        raise ValueError(
+            f"--eod-token is {token!r}, but {path} ends documents with {found.eod_token!r}, which "
+            f"{found.eod_named_in} decides for training and exports as well; name the token there "
+            "(eos_token), or give another tokenizer."
+        )
+
+
 def tokenizer_digest(path: str | os.PathLike[str]) -> str:
     """Digest, 32 hexadecimal digits, of all that decides which ids a text gets and which id ends it.
 

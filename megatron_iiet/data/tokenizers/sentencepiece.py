@@ -23,7 +23,7 @@ class SentencePieceTokenizer(Tokenizer):
     def __init__(self, path: Path) -> None:
         from sentencepiece import SentencePieceProcessor  # only where it is used: workers start faster
 
-        self.path = path
+        self.path = self.eod_named_in = path
         self._model: Any = SentencePieceProcessor()
         try:
             self._model.Load(str(path))
@@ -36,6 +36,7 @@ class SentencePieceTokenizer(Tokenizer):
         self.eod_id = int(self._model.eos_id())
         if self.eod_id < 0:
             raise ValueError(f"{path} has no eos piece to end documents with; train it with an eos_id.")
+        self.eod_token = str(self._model.id_to_piece(self.eod_id))
         bos = int(self._model.bos_id())
         self.bos_id = bos if bos >= 0 else None
         is_control = self._model.is_control(list(range(self.vocab_size)))

@@ -78,14 +78,15 @@ def ranks_side_file(path: Path) -> Path:
 
 
 class TiktokenTokenizer(HuggingFaceTokenizer):
-    """Byte-level BPE from ranks. The first special token with a customary name ends documents."""
+    """Byte-level BPE from ranks. ``eos_token`` of ``FILE.json`` ends documents, without one the first special
+    token with a customary name."""
 
     name = "tokenizers (tiktoken ranks)"
 
     def __init__(self, path: Path) -> None:
         ranks = read_ranks(path)
         side_file = ranks_side_file(path)
-        pattern, special_tokens, vocab_size = _read_side_file(path, side_file)
+        pattern, special_tokens, vocab_size, eod = _read_side_file(path, side_file)
         taken = {rank: token for token, rank in ranks.items()}
         for name, number in special_tokens.items():
             if number in taken or number < 0:
@@ -93,16 +94,18 @@ class TiktokenTokenizer(HuggingFaceTokenizer):
                     f"{side_file} gives the special token {name!r} the id {number}, which is "
                     f"{'a rank' if number in taken else 'negative'} in {path}; give it a free one."
                 )
-        if not set(special_tokens) & set(EOD_NAMES):
+        if not set(special_tokens) & ({eod} if eod else set(EOD_NAMES)):
             raise ValueError(
                 f"{side_file} has no end-of-document token among its special_tokens {list(special_tokens)}; "
-                f"add one of {', '.join(EOD_NAMES)}."
+                f"add {eod or 'one of ' + ', '.join(EOD_NAMES)}."
             )
         definition = json.dumps(_definition(ranks, pattern, special_tokens))
         eod_names, bos_names = (
-            [name for name in names if name in special_tokens] for names in (EOD_NAMES, BOS_NAMES)
+            [name for name in names if name in special_tokens]
+            for names in ([eod] if eod else EOD_NAMES, BOS_NAMES)
         )
         self._set_up(path, definition, eod_names, bos_names)
+        self.eod_named_in = side_file
         self.vocab_size = max(self.vocab_size, vocab_size)
 
 
@@ -131,6 +134,7 @@ class TekkenTokenizer(HuggingFaceTokenizer):
         }
         special_tokens = {name: number for number, name in names.items()}
         self._set_up(path, json.dumps(_definition(ranks, pattern, special_tokens)), ["</s>"], ["<s>"])
+        self.eod_named_in = path
 
 
 _TEKKEN = {0: "<unk>", 1: "<s>", 2: "</s>"}
@@ -168,8 +172,8 @@ def read_ranks(path: Path) -> dict[bytes, int]:
     return ranks
 
 
-def _read_side_file(path: Path, side_file: Path) -> tuple[str, dict[str, int], int]:
-    """Pattern, special tokens, ids of the model's vocabulary or 0."""
+def _read_side_file(path: Path, side_file: Path) -> tuple[str, dict[str, int], int, str]:
+    """Pattern, special tokens, ids of the model's vocabulary or 0, the token that ends documents or ""."""
     wanted = f'{{"preset": "{"|".join(PRESETS)}"}} or {{"pattern": REGEX, "special_tokens": {{NAME: ID}}}}'
     if not side_file.is_file():
         raise ValueError(
@@ -204,7 +208,10 @@ def _read_side_file(path: Path, side_file: Path) -> tuple[str, dict[str, int], i
     vocab_size = content.get("vocab_size", 0)
     if not isinstance(vocab_size, int) or isinstance(vocab_size, bool):
         raise ValueError(f"{side_file} gives the vocab_size {vocab_size!r}; give an integer, or none.")
-    return pattern, special_tokens, vocab_size
+    eod = content.get("eos_token", "")
+    if not isinstance(eod, str):
+        raise ValueError(f"{side_file} gives the eos_token {eod!r}; give a special token's name, or none.")
+    return pattern, special_tokens, vocab_size, eod
 
 
 def _definition(ranks: dict[bytes, int], pattern: str, special_tokens: dict[str, int]) -> dict[str, Any]:
