@@ -99,8 +99,7 @@ def test_list_says_how_it_was_made(options: PreprocessOptions) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("workers", [2, 3])
-@pytest.mark.parametrize("chunk_bytes", [100, 5000])
+@pytest.mark.parametrize(("workers", "chunk_bytes"), [(2, 100), (3, 5000)])
 def test_workers_do_not_change_one_shard(
     options: PreprocessOptions, tmp_path: Path, workers: int, chunk_bytes: int
 ) -> None:

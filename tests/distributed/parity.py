@@ -324,6 +324,8 @@ def open_engine(
     zero: dict[str, Any] = {"stage": case.stage}
     if case.stage == 3 and case.accumulation == 1:  # DeepSpeed would keep parameters as small as these whole
         zero["stage3_param_persistence_threshold"] = 0
+        # The whole of a tiny model is within reach otherwise, and nothing is ever let go.
+        zero["stage3_max_reuse_distance"] = 0
     if case.offload:
         zero["offload_optimizer"] = {"device": "cpu"}
     ds_json = {"zero_optimization": zero}

@@ -19,7 +19,10 @@ from megatron_iiet.training.pretrain import prepare, reconciled_ds_config
 def ds_json(folder: Path, stage: int, **extra: Any) -> Path:
     """An ordinary DeepSpeed JSON of a ZeRO stage."""
     path = folder / f"zero{stage}.json"
-    path.write_text(json.dumps({"zero_optimization": {"stage": stage}} | extra))
+    # DeepSpeed would look through its whole trace for what is used again within a billion elements
+    zero = {"stage": stage, **({"stage3_max_reuse_distance": 0} if stage == 3 else {})}
+    zero |= extra.pop("zero_optimization", {})
+    path.write_text(json.dumps({"zero_optimization": zero} | extra))
     return path
 
 

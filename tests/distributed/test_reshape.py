@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -68,7 +69,9 @@ def same_values(one: Path, other: Path) -> bool:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("source", "target"),
-    long_but([*PAIRS, ("t2", "p2"), *OF_EIGHT], *PAIRS[::2], ("t2", "p2")),
+    long_but(
+        [*PAIRS, ("t2", "p2"), *OF_EIGHT], ("t2sd2z3", "t2p2"), ("p4", "one process"), ("d2z1", "no zero")
+    ),
 )
 @pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.long)])
 def test_continues_in_another_layout(
@@ -88,9 +91,12 @@ def test_continues_in_another_layout(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name", long_but(["t2", "t2p2", "t2sd2z3", "p2", "d2z2", "one process"], "t2sd2z3", "one process")
+    ("name", "precision"),
+    long_but(
+        product(["t2", "t2p2", "t2sd2z3", "p2", "d2z2", "one process"], ["fp32", "bf16"]),
+        *[("t2sd2z3", "bf16"), ("one process", "fp32")],
+    ),
 )
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_continues_to_the_bit_in_its_own_layout(
     name: str, precision: str, paths: dict[str, str], tmp_path: Path
 ) -> None:

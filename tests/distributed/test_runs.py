@@ -95,12 +95,13 @@ CPU = {"device": "cpu"}
     ("parallel", "zero"),
     [
         ({}, {"stage": 1, "offload_optimizer": CPU}),
-        pytest.param(
-            *({"tensor": 2}, {"stage": 2, "offload_optimizer": CPU}),
-            marks=pytest.mark.long,
-        ),
         ({"tensor": 2, "sequence": True}, {"stage": 3, "offload_optimizer": CPU, "offload_param": CPU}),
-        ({"pipeline": 2}, {"stage": 1, "offload_optimizer": CPU}),
+        *long_but(
+            [
+                ({"tensor": 2}, {"stage": 2, "offload_optimizer": CPU}),
+                ({"pipeline": 2}, {"stage": 1, "offload_optimizer": CPU}),
+            ]
+        ),
     ],
     ids=str,
 )

@@ -12,6 +12,7 @@ from megatron_iiet.config import LoadedConfig, config_from_dict
 from megatron_iiet.training.pretrain import pretrain
 from tests.distributed.harness import RanksFailedError, run_ranks
 from tests.distributed.runs import as_data, ds_json
+from tests.marks import long_but
 from tests.tiny import make_data, tiny_config
 
 pytestmark = pytest.mark.slow
@@ -21,7 +22,7 @@ def pretrain_watched(config: dict[str, Any], ds_path: Path) -> int:
     return pretrain(LoadedConfig(config=config_from_dict(config), ds_config_path=ds_path))
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", long_but([0, 1], 0))
 def test_a_stopped_rank_is_named_and_its_run_ends(rank: int, tmp_path: Path) -> None:
     run, bound = tmp_path / "run", 8.0
     config = tiny_config(

@@ -155,7 +155,7 @@ class KilledRuns:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", ["one", "many"])
+@pytest.mark.parametrize("layout", long_but(["one", "many"], "many"))
 @pytest.mark.parametrize("kills", [3, pytest.param(25, marks=pytest.mark.kills)])
 def test_killed_at_random_times(
     corpus: Path, tokenizer: Path, tmp_path: Path, layout: str, kills: int
@@ -192,9 +192,15 @@ def begin(long_corpus: Path, tokenizer: Path, tmp_path: Path, layout: str) -> su
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", ["one", "many"])
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-@pytest.mark.parametrize("whole_group", [False, True])
+@pytest.mark.parametrize(
+    ("layout", "number", "code", "whole_group"),
+    [
+        ("one", signal.SIGTERM, 143, False),
+        ("one", signal.SIGINT, 130, True),
+        ("many", signal.SIGTERM, 143, True),
+        ("many", signal.SIGINT, 130, False),
+    ],
+)
 def test_signals_clean_up(
     long_corpus: Path,
     tokenizer: Path,
@@ -218,7 +224,7 @@ def test_signals_clean_up(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", ["one", "many"])
+@pytest.mark.parametrize("layout", long_but(["one", "many"], "many"))
 def test_workers_die_with_the_parent(long_corpus: Path, tokenizer: Path, tmp_path: Path, layout: str) -> None:
     process = begin(long_corpus, tokenizer, tmp_path, layout)
     workers = workers_of(process)

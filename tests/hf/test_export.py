@@ -32,6 +32,7 @@ from megatron_iiet.storage import portable, safetensors_stream
 from megatron_iiet.storage.hugging_face import import_llama
 from megatron_iiet.storage.hugging_face.shards import parse_bytes, write_shards
 from megatron_iiet.storage.safetensors_stream import TensorToWrite
+from tests.marks import long_but
 
 torch.set_num_threads(1)
 
@@ -536,6 +537,7 @@ _MEASURED = """
 import sys, threading, time
 import torch
 from tools.convert_checkpoint import convert, parse_arguments
+
 torch.set_num_threads(1)
 def anonymous():  # memory that no file backs
     with open("/proc/self/status") as status:
@@ -567,8 +569,12 @@ print(peak - before)
     "options",
     [
         ["--from-model", "model-big", "--to-hf", "target-big", "--dtype", "bf16"],
-        ["--from-hf", "hf-big", "--to", "target-big"],
-        ["--from-hf", "hf-big", "--to-hf", "target-big", "--max-shard-size", "20MB"],
+        *long_but(
+            [
+                (["--from-hf", "hf-big", "--to", "target-big"],),
+                (["--from-hf", "hf-big", "--to-hf", "target-big", "--max-shard-size", "20MB"],),
+            ]
+        ),
     ],
     ids=lambda options: f"{options[0]} {options[2]}",
 )
@@ -593,7 +599,7 @@ def test_memory_is_a_layer_s(tmp_path: Path, options: list[str]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM], ids=lambda how: how.name)
+@pytest.mark.parametrize("how", long_but([signal.SIGKILL, signal.SIGTERM], signal.SIGKILL))
 def test_a_kill_leaves_no_folder(tmp_path: Path, how: signal.Signals) -> None:
     """Killed while it writes; the next attempt is not disturbed by what the kill left."""
     model = build({"kind": "euler"})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from megatron_iiet.training.metrics import read_log
 from megatron_iiet.training.warm_start import open_teacher, open_warm_start
 from tests.distributed.harness import run_ranks
 from tests.distributed.runs import as_data, ds_json, pretrain_rank
+from tests.marks import long_but
 from tests.tiny import make_data, tiny_config, validation_loss
 
 torch.set_num_threads(1)
@@ -69,12 +71,22 @@ LAYOUTS: dict[str, tuple[int, int, dict[str, Any]]] = {
 }
 
 
+SOLVERS = {"paper": PAPER, "released": RELEASED}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", LAYOUTS)
-@pytest.mark.parametrize("solver", [PAPER, RELEASED], ids=["paper", "released"])
-def test_initial_weights(name: str, solver: dict[str, Any], data: dict[str, str], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "variant"),
+    long_but(
+        product(LAYOUTS, SOLVERS),
+        ("tensor, zero 3, bf16", "paper"),
+        ("zero 2", "paper"),
+        ("pipeline, bf16", "released"),
+    ),
+)
+def test_initial_weights(name: str, variant: str, data: dict[str, str], tmp_path: Path) -> None:
     """Masters are the folder's to the bit, the solver's coefficients too, and the loss is the model's."""
-    model = exported(tmp_path / "hf", data, solver)
+    model = exported(tmp_path / "hf", data, solver := SOLVERS[variant])
     world_size, stage, sections = LAYOUTS[name]
     training = {"steps": 1, "initial_weights": str(tmp_path / "hf"), **sections.get("training", {})}
     given = {**sections, "training": training, "model": SHAPE, "solver": solver, "optimizer": STILL}

@@ -25,6 +25,7 @@ from megatron_iiet.hf import modeling_iiet, register
 from megatron_iiet.hf.modeling_iiet import IIETConfig, IIETForCausalLM, IIETForSequenceClassification
 from tests.distributed.harness import run_ranks
 from tests.hf.solvers_under_test import EVERY_SOLVER, SOLVERS, hf_model, model_pair, our_model, tokens
+from tests.marks import long_but
 from tests.versions import exports, loads
 
 SEVERAL = ["iiet-plan", "released", "pcformer-2", "rk2-gated", "weight-sharing"]
@@ -328,7 +329,7 @@ def test_only_modules_that_are_there_are_kept_in_fp32() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("tied", long_but([True, False], True))
 def test_tensor_parallel_loading_computes_the_same(tied: bool, tmp_path: Path) -> None:
     hf_model(our_model("iiet-plan", tie_embeddings=tied)).save_pretrained(tmp_path / "hf")
     run_ranks(_load_parallel, 2, tmp_path / "hf")

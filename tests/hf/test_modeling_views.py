@@ -16,6 +16,7 @@ from transformers.generation import GenerationMixin
 
 from megatron_iiet.hf.modeling_iiet import IIETForCausalLM
 from tests.hf.solvers_under_test import hf_model, our_model, tokens
+from tests.marks import long_but
 
 CHI_SQUARE_15 = 37.70
 """A chi-square variable of 15 degrees of freedom is larger once in a thousand times."""
@@ -167,7 +168,9 @@ def test_assisted_greedy_generation_is_plain_greedy_generation(name: str, draft:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("sampled", "least"), [(False, 0.0), (False, 0.02), (True, 0.0)])
+@pytest.mark.parametrize(
+    ("sampled", "least"), long_but([(False, 0.0), (False, 0.02), (True, 0.0)], (False, 0.02), (True, 0.0))
+)
 def test_drafts_are_those_of_transformers_loop(
     sampled: bool, least: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 import torch
 from torch import Tensor
@@ -9,18 +11,14 @@ from torch import Tensor
 from megatron_iiet.models import Transformer
 from megatron_iiet.models.attention_layout import AttentionLayout
 from megatron_iiet.ops import resolve_backend
+from tests.marks import long_but
 from tests.models.conftest import Build
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("backend", "compiler"),
-    [
-        ("cpu", "aot_eager"),
-        ("reference", "aot_eager"),
-        ("cpu", "inductor"),
-        pytest.param("reference", "inductor", marks=pytest.mark.long),
-    ],
+    long_but(product(("cpu", "reference"), ("aot_eager", "inductor")), ("cpu", "inductor")),
 )
 def test_a_decoder_layer(backend: str, compiler: str, build: Build) -> None:
     from torch._dynamo.testing import CompileCounterWithBackend

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from megatron_iiet.ops import backends, extension
+from tests.marks import long_but
 from tests.ops.inputs import EPS, STORAGE, assert_close, draw, flatten, needs_extension, slabs
 
 torch.set_num_threads(1)
@@ -125,7 +126,7 @@ def test_this_instruction_set(ops: Any) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("capability", ["default", "avx2", None])
+@pytest.mark.parametrize("capability", long_but(["default", "avx2", None], "default", None))
 def test_every_instruction_set(capability: str | None) -> None:
     """In a process of its own: torch chooses once."""
     own = torch.backends.cpu.get_cpu_capability()

@@ -44,7 +44,7 @@ FEW = ["dlcl", "merged-[2, 0, 1, 0]", "euler-[0, 0, 2, 0]", "released-[0, 1, 0, 
 some_solvers = pytest.mark.parametrize(
     "solver",
     [
-        pytest.param(keys, id=name, marks=[] if name in FEW else pytest.mark.slow)
+        pytest.param(keys, id=name, marks=[] if name in FEW else pytest.mark.long)
         for name, keys in SOLVERS.items()
     ],
 )

@@ -480,8 +480,16 @@ LAYOUTS = [{}, {"tensor": 2}, {"pipeline": 2}, {"data": 2}]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-@pytest.mark.parametrize("where", ["prefix", "validation_prefix"])
+@pytest.mark.parametrize(
+    ("layout", "where"),
+    [
+        *[(layout, "prefix") for layout in LAYOUTS],
+        *long_but(
+            [(layout, "validation_prefix") for layout in LAYOUTS], ({"tensor": 2}, "validation_prefix")
+        ),
+    ],
+    ids=str,
+)
 def test_an_id_outside_the_vocabulary_ends_the_run(
     layout: dict[str, int], where: str, data: dict[str, str], tmp_path: Path
 ) -> None:

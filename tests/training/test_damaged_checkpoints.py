@@ -21,6 +21,7 @@ from megatron_iiet.training.resume import check_resumable
 from megatron_iiet.training.run import Run
 from tests.distributed.harness import RanksFailedError, run_ranks
 from tests.distributed.runs import as_data, ds_json, pretrain_rank
+from tests.marks import long_but
 from tests.tiny import make_data, read_full, tiny_config
 
 Damage = Callable[[Path, Path], object]
@@ -281,7 +282,7 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", ["ZeRO-1", "pipeline"])
+@pytest.mark.parametrize("layout", long_but(["ZeRO-1", "pipeline"], "ZeRO-1"))
 def test_every_damage_is_named(layout: str, runs: dict[str, Path], tmp_path: Path) -> None:
     old, new = (runs[layout] / f"step_0000000{step}" for step in (2, 4))
     assert read_all(new) == read_all(old) >= 3 * 20

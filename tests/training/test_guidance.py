@@ -516,9 +516,13 @@ def test_flops_are_those_of_the_plan(whole: Path) -> None:
     ("changes", "source"),
     [
         ({"guidance": {"decay": 0.0}}, "planned after step 4"),
-        ({"guidance": {"budget": 0.7}}, "even until the first plan"),
         ({"solver": {"iterations": 1}, "guidance": {"budget": 0.7}}, "even until the first plan"),
-        ({"guidance": {"interval": 0}}, None),
+        *long_but(
+            [
+                ({"guidance": {"budget": 0.7}}, "even until the first plan"),
+                ({"guidance": {"interval": 0}}, None),
+            ]
+        ),
     ],
     ids=str,
 )
@@ -565,7 +569,7 @@ LAYOUTS: dict[str, tuple[int, int, dict[str, Any]]] = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", long_but(LAYOUTS, "zero3", "zero2 offload", "pipeline"))
+@pytest.mark.parametrize("name", long_but(LAYOUTS, "zero3", "pipeline"))
 def test_every_layout_makes_the_same_plans(
     name: str, whole: Path, data: dict[str, str], tmp_path: Path
 ) -> None:

@@ -10,6 +10,7 @@ import torch
 
 from tests.distributed.harness import run_ranks
 from tests.distributed.runs import as_data, ds_json, pretrain_rank
+from tests.marks import long_but
 from tests.tiny import make_data, tiny_config
 
 
@@ -23,10 +24,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     ("stage", "parallel", "coefficients"),
     [
         (0, {"pipeline": 2}, torch.float32),
-        (1, {"pipeline": 2}, torch.float32),
-        (1, {}, torch.float32),
         (2, {"tensor": 2}, torch.float32),
         (3, {}, torch.bfloat16),
+        *long_but([(1, {"pipeline": 2}, torch.float32), (1, {}, torch.float32)]),
     ],
     ids=str,
 )

@@ -8,6 +8,7 @@ import shutil
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ JSON_OPTIMIZER = {"optimizer": {"type": "AdamW", "params": {"torch_adam": True}}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", long_but(CASES, "two-stage", "zero3", "bf16"))
+@pytest.mark.parametrize("case", long_but(CASES, "two-stage", "zero3"))
 def test_resumed_twice_equals_uninterrupted(case: str, data: dict[str, str], tmp_path: Path) -> None:
     """Stops after steps 3 and 5 of 8 (two-stage training switches between), resumes with the same command."""
     stage, sections = CASES[case]
@@ -138,7 +139,7 @@ def pretrain_until_killed(config: dict[str, Any], ds_path: Path, victim: int) ->
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", long_but([0, 1], 1))
 def test_a_rank_killed_while_saving_costs_one_interval(
     victim: int, data: dict[str, str], tmp_path: Path
 ) -> None:
@@ -361,7 +362,8 @@ def test_tokens_changed_in_place_are_refused(key: str, data: dict[str, str], tmp
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("stage", "precision"), [(1, "fp32"), (1, "bf16"), (2, "fp32"), (2, "bf16"), (3, "bf16")]
+    ("stage", "precision"),
+    long_but(product([1, 2, 3], ["fp32", "bf16"]), (1, "fp32"), (2, "bf16"), (3, "bf16")),
 )
 def test_exported_weights_are_the_master_weights(
     stage: int, precision: str, data: dict[str, str], tmp_path: Path

@@ -31,6 +31,7 @@ from megatron_iiet.training.run import Run
 from megatron_iiet.training.saving import HostCopies, Saving, has_room
 from tests.distributed.harness import RanksFailedError, run_ranks
 from tests.distributed.runs import as_data, ds_json, pretrain_rank
+from tests.marks import long_but
 from tests.tiny import make_data, read_full, tiny_config
 from tests.training.bare_run import alone
 
@@ -63,7 +64,7 @@ def pretrain_until_saving(config: dict[str, Any], ds_path: Path, victim: int) ->
     pretrain_rank(config, ds_path)
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", long_but([0, 1], 0))
 def test_a_rank_killed_while_it_saves_over_a_checkpoint(
     victim: int, data: dict[str, str], tmp_path: Path
 ) -> None:
@@ -85,7 +86,7 @@ def test_a_rank_killed_while_it_saves_over_a_checkpoint(
     assert export_run(run, 4).state
 
 
-@pytest.mark.parametrize("keep", [1, 2])
+@pytest.mark.parametrize("keep", long_but([1, 2], 1))
 def test_retention_spares_a_checkpoint_older_than_what_is_there(
     keep: int, data: dict[str, str], tmp_path: Path
 ) -> None:

@@ -19,6 +19,7 @@ from megatron_iiet.training.metrics import read_log
 from megatron_iiet.training.schedules import learning_rate
 from tests.distributed.harness import run_ranks
 from tests.distributed.runs import as_data, ds_json, pretrain_rank
+from tests.marks import long_but
 from tests.tiny import make_data, read_full, tiny_config
 
 
@@ -185,10 +186,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, int], int]] = {
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
-    [
-        *("zero 1", "pipeline"),
-        *(pytest.param(name, marks=pytest.mark.long) for name in ("no zero", "pipeline, no zero", "zero 3")),
-    ],
+    long_but(["zero 1", "pipeline", "no zero", "pipeline, no zero", "zero 3"], "zero 1"),
 )
 def test_resumed_in_and_at_a_switch(name: str, data: dict[str, str], tmp_path: Path) -> None:
     """To the bit the run without stops, whose stages change what crosses a pipeline's boundary."""

@@ -23,6 +23,7 @@ from megatron_iiet.training.metrics import read_log
 from megatron_iiet.training.warm_start import open_warm_start
 from tests.distributed.harness import RanksFailedError, run_ranks
 from tests.distributed.runs import as_data, ds_json, pretrain_rank
+from tests.marks import long_but
 from tests.tiny import make_data, tiny_config, validation_loss
 
 torch.set_num_threads(1)
@@ -114,7 +115,7 @@ LAYOUTS: dict[str, tuple[int, int, dict[str, Any]]] = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", long_but(LAYOUTS, "tensor, bf16", "all, zero 3", "all, pipeline, bf16"))
 def test_masters_are_the_source_s_in_every_layout(
     name: str, data: dict[str, str], trained: Path, tmp_path: Path
 ) -> None:
@@ -255,7 +256,7 @@ def test_initial_weights_are_known_by_what_they_are(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", [1, 3])
+@pytest.mark.parametrize("stage", long_but([1, 3], 3))
 def test_all_ranks_refuse_weights_that_are_no_numbers(
     stage: int, data: dict[str, str], tmp_path: Path
 ) -> None:
