@@ -4,16 +4,16 @@ types; its own messages cannot say in which file and line a value stood."""
 from __future__ import annotations
 
 from argparse import ArgumentError
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import cache, partial
-from typing import TYPE_CHECKING, Any, cast
+from functools import cache
+from typing import TYPE_CHECKING, Any
 
 from megatron_iiet.config.errors import ConfigError
 from megatron_iiet.config.iteration_plan import SUFFIX, IterationPlan, depth_sentence
-from megatron_iiet.config.keys import allows_null, key_types
+from megatron_iiet.config.keys import allows_null, key_types, section_types
 from megatron_iiet.config.kind_section import Setting, settle, type_error
-from megatron_iiet.config.kinds import Declaration, own_keys
+from megatron_iiet.config.kinds import own_keys
 from megatron_iiet.config.schema import KINDS, RunConfig, iterations_per_layer
 
 if TYPE_CHECKING:
@@ -34,56 +34,48 @@ def build_config(settings: Sequence[Setting]) -> tuple[RunConfig, list[str]]:
         ConfigError: a value has the wrong type or is none of the allowed choices, or a key was given for a
             solver that does not have it.
     """
-    sections: dict[str, Declaration] = {}
+    parts: dict[str, Any] = {}
     notes, plan = [], None
     for name, kinds in KINDS.items():
         declared, own, dropped = settle(kinds, settings)
         named, own = _with_plan(own)
         plan = named or plan
         types = {f"{name}.{leaf}": hint for leaf, hint in own_keys(declared).items()}
-        sections[name] = _build(own, types, partial(_section_of, declared))
+        parts[name] = declared(**_build(declared, own, types))
         notes += dropped
-    others = list({s.key: s for s in settings if s.key.split(".")[0] not in KINDS}.values())
-    config = _build(others, key_types(), partial(_run_of, sections))
+    for name, cls in section_types().items():
+        of_section = {s.key: s for s in settings if s.key.startswith(f"{name}.")}
+        if name not in KINDS and of_section:
+            parts[name] = cls(**_build(cls, list(of_section.values()), key_types()))
+    own_keys_of_run = {s.key: s for s in settings if "." not in s.key}
+    parts |= _build(RunConfig, list(own_keys_of_run.values()), key_types())
+    config = RunConfig(**parts)
     iterations, layers = iterations_per_layer(config), config.model.num_layers
     if plan is not None and len(iterations) != layers:
         raise ConfigError(f"{ITERATIONS} {plan.where}: {depth_sentence(plan.value, len(iterations), layers)}")
     return config, notes
 
 
-def _build(
-    settings: Sequence[Setting], types: Mapping[str, Any], make: Callable[[Sequence[Setting]], Any]
-) -> Any:
-    """What ``make`` makes of all settings; an error is laid at the setting that causes it."""
+def _build(cls: type, settings: Sequence[Setting], types: Mapping[str, Any]) -> dict[str, Any]:
+    """Values of the fields of ``cls`` that are set; an error is laid at the setting that causes it."""
     for setting in settings:
         if setting.value is None and not allows_null(types[setting.key]):
             raise type_error(setting, types[setting.key])
     try:
-        return make(settings)
+        return _parsed(cls, settings)
     except _PARSE_ERRORS as error:
         for setting in settings:  # all at once is fast; one by one finds the culprit
             try:
-                make([setting])
+                _parsed(cls, [setting])
             except _PARSE_ERRORS:
                 raise type_error(setting, types[setting.key]) from None
         raise ConfigError(f"cannot build the configuration: {' '.join(str(error).split())}") from None
 
 
-def _section_of(declared: type[Declaration], settings: Sequence[Setting]) -> Declaration:
-    built = _parsers()[declared].parse_object({s.key.split(".")[1]: s.value for s in settings})
-    return declared(**{name: built[name] for name in own_keys(declared)})
-
-
-def _run_of(sections: Mapping[str, Declaration], settings: Sequence[Setting]) -> RunConfig:
-    nested: dict[str, Any] = {}
-    for setting in settings:
-        *section, leaf = setting.key.split(".")
-        target = nested.setdefault(section[0], {}) if section else nested
-        target[leaf] = setting.value
-    parser = _parsers()[RunConfig]
-    built = parser.instantiate(parser.parse_object(nested))
-    names = [name for name in RunConfig.__dataclass_fields__ if name not in sections]
-    return RunConfig(**{name: built[name] for name in names}, **cast(dict[str, Any], sections))
+def _parsed(cls: type, settings: Sequence[Setting]) -> dict[str, Any]:
+    values = {setting.key.rpartition(".")[2]: setting.value for setting in settings}
+    built = _parser(cls).parse_object(values, defaults=False) if values else {}
+    return {name: built[name] for name in values}
 
 
 def _with_plan(settings: list[Setting]) -> tuple[Setting | None, list[Setting]]:
@@ -100,12 +92,11 @@ def _with_plan(settings: list[Setting]) -> tuple[Setting | None, list[Setting]]:
 
 
 @cache
-def _parsers() -> dict[type, ArgumentParser]:
-    """The types of all keys of a run but those that depend on a kind, and of each declaration's."""
+def _parser(cls: type) -> ArgumentParser:
+    """The types of the fields of ``cls`` that are no sections. A parser of all keys would look through all
+    of them for each."""
     from jsonargparse import ArgumentParser
 
-    classes: tuple[type, ...] = (RunConfig, *(declared for kinds in KINDS.values() for declared in kinds))
-    parsers = {cls: ArgumentParser(exit_on_error=False, default_env=False) for cls in classes}
-    for cls, parser in parsers.items():
-        parser.add_class_arguments(cls, skip=set(KINDS) if cls is RunConfig else set())
-    return parsers
+    parser = ArgumentParser(exit_on_error=False, default_env=False)
+    parser.add_class_arguments(cls, skip=set(section_types()) if cls is RunConfig else set())
+    return parser

@@ -54,9 +54,14 @@ def key_changes() -> dict[str, Change]:
 
 
 @cache
+def section_types() -> dict[str, Any]:
+    """The sections, the fields of :class:`RunConfig` that are dataclasses themselves, by name."""
+    return {name: hint for name, hint in typing.get_type_hints(RunConfig).items() if is_dataclass(hint)}
+
+
 def section_names() -> tuple[str, ...]:
-    """Names of the sections: the fields of :class:`RunConfig` that are dataclasses themselves."""
-    return tuple(name for name, hint in typing.get_type_hints(RunConfig).items() if is_dataclass(hint))
+    """Their names."""
+    return tuple(section_types())
 
 
 def _similarity(word: str, candidate: str) -> float:

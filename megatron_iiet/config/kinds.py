@@ -6,7 +6,7 @@ from __future__ import annotations
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any, Generic, Literal, TypeVar, Union
 
 from megatron_iiet.config.changes import Change, key
@@ -96,9 +96,14 @@ def name_fields(declared: type[Declaration]) -> dict[str, str]:
     return {f.name: str(f.default) for f in fields(declared) if not f.init}
 
 
+@cache
+def _type_hints(declared: Any) -> dict[str, Any]:
+    return typing.get_type_hints(declared)
+
+
 def own_keys(declared: type[Declaration]) -> dict[str, Any]:
     """The keys of a declaration, each with its type."""
-    hints = typing.get_type_hints(declared)
+    hints = _type_hints(declared)
     return {f.name: hints[f.name] for f in fields(declared) if f.init}
 
 
