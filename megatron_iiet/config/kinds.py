@@ -103,7 +103,7 @@ def _type_hints(declared: Any) -> dict[str, Any]:
 
 def own_keys(declared: type[Declaration]) -> dict[str, Any]:
     """The keys of a declaration, each with its type."""
-    hints = _type_hints(declared)
+    hints = _type_hints(declared)  # type: ignore[arg-type]  # a class is hashable, whatever its instances are
     return {f.name: hints[f.name] for f in fields(declared) if f.init}
 
 
