@@ -24,7 +24,18 @@ _PRELOAD = [
     "torch._dynamo",
     "torch._inductor.compile_fx",
     "torch.distributed.fsdp",
+    # What an engine imports when it is built; of another release what is not there is left out.
+    "deepspeed.comm.mori",
+    "deepspeed.module_inject.auto_ep_comm",
+    "deepspeed.module_inject.auto_ep_config",
+    "deepspeed.module_inject.auto_ep_layer",
+    "deepspeed.runtime.superoffload.superoffload_stage3",
+    "deepspeed.runtime.zero.muon.muon_optimizer",
     "deepspeed.runtime.zero.muon.original_muon",
+    "encodings.idna",
+    "numpy.ma",
+    "torch.profiler._cupti_monitor",
+    "megatron_iiet.training.optimizers.adamw",
     "megatron_iiet.training.pretrain",
     "tests.distributed.preloaded",
 ]
