@@ -10,7 +10,7 @@ import signal
 import stat
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, BinaryIO
 
@@ -47,15 +47,35 @@ def naming(path: Path) -> Iterator[None]:
         raise OSError(error.errno, f"{os.strerror(error.errno)}, {free:,} bytes free", str(path)) from None
 
 
+_UNFINISHED = ".being_written"
+"""Marks a folder that a process of this package has begun."""
+
+
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """A new folder under a temporary name, which becomes ``folder`` once it is whole, or is gone."""
+    """A new folder under a temporary name, which becomes ``folder`` once it is whole, or is gone; what a
+    killed process left under that name goes.
+
+    Raises:
+        ValueError: something else is there under that name.
+    """
     partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    marker = partial / _UNFINISHED
+    if marker.is_file() and not partial.is_symlink():
+        shutil.rmtree(partial)
+    with suppress(OSError):
+        partial.rmdir()  # killed before it had its marker
+    if os.path.lexists(partial):
+        raise ValueError(
+            f"{partial}, where {folder} would be written first, is there and not left by such a writing "
+            f"(it has no {_UNFINISHED}); move it away, or choose another name."
+        )
     partial.mkdir(parents=True)
+    marker.touch()
     try:
         yield partial
         partial.rename(folder)
+        (folder / _UNFINISHED).unlink()
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     sync_folder(folder.parent)

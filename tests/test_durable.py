@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from megatron_iiet import durable
-from megatron_iiet.durable import append_line, check_output, make_parent, replacing, write_text
+from megatron_iiet.durable import append_line, check_output, make_parent, new_folder, replacing, write_text
 
 
 def test_missing_folders_are_made(tmp_path: Path) -> None:
@@ -130,6 +131,52 @@ def test_a_full_disk_is_told_with_the_file(tmp_path: Path) -> None:
         fill()
     with pytest.raises(OSError, match=r"Permission denied$"), durable.naming(path):
         raise PermissionError(errno.EACCES, "Permission denied")
+
+
+class TestNewFolder:
+    """Of two processes one is killed: what it left goes, and nothing else."""
+
+    def killed(self, folder: Path) -> None:
+        writing = new_folder(folder)
+        with writing as partial:
+            (partial / "half").write_text("")
+            shutil.copytree(partial, folder.with_name("left"))
+        shutil.rmtree(folder)
+        folder.with_name("left").rename(partial)
+
+    def test_what_a_kill_left_is_replaced(self, tmp_path: Path) -> None:
+        self.killed(tmp_path / "new")
+        with new_folder(tmp_path / "new") as partial:
+            (partial / "whole").write_text("")
+        assert [str(path.relative_to(tmp_path)) for path in sorted(tmp_path.rglob("*"))] == [
+            "new",
+            "new/whole",
+        ]
+
+    def test_an_empty_one_is(self, tmp_path: Path) -> None:
+        (tmp_path / "new.partial").mkdir()
+        with new_folder(tmp_path / "new"):
+            pass
+        assert [path.name for path in tmp_path.iterdir()] == ["new"]
+
+    @pytest.mark.parametrize("kind", ["folder", "file", "link", "link to one of ours"])
+    def test_nothing_of_others_is(self, tmp_path: Path, kind: str) -> None:
+        theirs, place = tmp_path / "theirs", tmp_path / "new.partial"
+        self.killed(tmp_path / "other")
+        (tmp_path / "other.partial").rename(theirs)
+        if kind != "link to one of ours":
+            (theirs / ".being_written").unlink()
+        if kind == "folder":
+            theirs.rename(place)
+        elif kind == "file":
+            (theirs / "half").rename(place)
+        else:
+            place.symlink_to(theirs)
+        before = sorted(tmp_path.rglob("*"))
+        words = r"new\.partial, where .* is there and not left .*move it away"
+        with pytest.raises(ValueError, match=words), new_folder(tmp_path / "new"):
+            pass
+        assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_no_descriptor_is_left_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
