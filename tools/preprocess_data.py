@@ -9,7 +9,7 @@ import sys
 
 from megatron_iiet.data.preprocess import PreprocessOptions, megatron_flags, preprocess
 from megatron_iiet.data.preprocess.options import parse_count, share_of_work
-from megatron_iiet.data.preprocess.pool import give_back_large_blocks
+from megatron_iiet.data.preprocess.work import give_back_large_blocks
 from megatron_iiet.data.reading.kinds import ALL_KINDS, FORMATS
 from megatron_iiet.data.tokenizers.base import MAX_UNCUT_BYTES
 from megatron_iiet.durable import leave_cleanly_on_sigterm

@@ -1,7 +1,7 @@
 """Text files to token shards: resumable, shared by jobs and worker processes, the same bytes every time.
 
 In the order of the work: :mod:`options`; :mod:`plan` (what is to be made, compared with what was begun);
-:mod:`run` (the whole); :mod:`workshop` and :mod:`pool` (who does what); :mod:`tasks` (the work itself) with
+:mod:`run` (the whole); :mod:`work` (who does what); :mod:`tasks` (the work itself) with
 :mod:`dedup`; :mod:`records` (what is finished); :mod:`lists` (the end, and what is told).
 """
 

@@ -14,7 +14,7 @@ from megatron_iiet.data.preprocess.layout import Layout, Output, known_outputs
 from megatron_iiet.data.preprocess.ownership import Claims
 from megatron_iiet.data.preprocess.plan import Plan, Wanted, finished_records
 from megatron_iiet.data.preprocess.records import Counts, Total, Unit, UnitRecord
-from megatron_iiet.data.preprocess.workshop import Failure
+from megatron_iiet.data.preprocess.work import Failure
 
 _TOLD_INPUTS = 20  # the records and lists name all
 _TEMPORARY = re.compile(r".+\.[0-9a-f]{8}\.tmp")

@@ -25,10 +25,16 @@ from megatron_iiet.data.preprocess.plan import (
     settle,
     share,
 )
-from megatron_iiet.data.preprocess.pool import Pool, in_a_process_of_its_own
 from megatron_iiet.data.preprocess.records import JobRecords, Unit, UnitRecord, exclusive
 from megatron_iiet.data.preprocess.tasks import DigestUnit, EncodeUnit, Filters, Recipe, UnitTask
-from megatron_iiet.data.preprocess.workshop import Failure, Finish, Progress, run_units
+from megatron_iiet.data.preprocess.work import (
+    Failure,
+    Finish,
+    Progress,
+    Workers,
+    in_a_process_of_its_own,
+    run_units,
+)
 from megatron_iiet.data.reading.kinds import TABLES, Reading
 from megatron_iiet.data.reading.long_text import parts_of
 from megatron_iiet.data.reading.sources import Found, InputFile, find_inputs, list_dataset
@@ -54,7 +60,6 @@ def preprocess(options: PreprocessOptions, log: Log = print) -> PreprocessReport
         ValueError: bad inputs or tokenizer, another plan for the same output, another process at the same
             job, or no documents at all. Defects of single inputs are in the report instead.
         OSError: records cannot be written.
-        RuntimeError: worker processes cannot be started.
     """
     start, start_cpu = time.monotonic(), _cpu_seconds()
     layout = Layout(options.output_prefix, options.output_dir)
@@ -106,8 +111,8 @@ class _Job:
                 inf if options.max_characters is None else options.max_characters,
             )
             recipe = Recipe(options, wanted.encoder(), wanted.layout, filters)
-            with Pool(options.workers, recipe) if options.workers > 1 else nullcontext() as pool:
-                run = partial(run_units, recipe, pool)
+            with Workers(options.workers, recipe) if options.workers > 1 else nullcontext() as workers:
+                run = partial(run_units, recipe, workers)
                 if due:
                     failures, waiting = self._find_duplicates(run)
                 if not failures and not waiting:
