@@ -11,18 +11,12 @@ import pytest
 
 from megatron_iiet.data.corpora.mmididx import bin_path, idx_path, shards_path
 from megatron_iiet.data.corpora.shard_list import ShardList
+from megatron_iiet.data.preprocess.finished import shards_exist
 from megatron_iiet.data.preprocess.layout import Layout, Output
 from megatron_iiet.data.preprocess.lists import Summary, summarize, write_lists
 from megatron_iiet.data.preprocess.options import PreprocessOptions
 from megatron_iiet.data.preprocess.ownership import Claims, parse_name
-from megatron_iiet.data.preprocess.plan import (
-    Plan,
-    Wanted,
-    deciding_options,
-    grouped,
-    settle,
-    shards_exist,
-)
+from megatron_iiet.data.preprocess.plan import Plan, Wanted, deciding_options, grouped
 from megatron_iiet.data.preprocess.records import (
     Counts,
     JobRecords,
@@ -30,6 +24,7 @@ from megatron_iiet.data.preprocess.records import (
     UnitRecord,
     read_records,
 )
+from megatron_iiet.data.preprocess.settle import settle
 from megatron_iiet.data.reading.sources import InputFile
 
 

@@ -10,9 +10,10 @@ from typing import Any
 from megatron_iiet.data.corpora.mmididx import Shard, shards_path, token_dtype
 from megatron_iiet.data.corpora.shard_list import write_shards
 from megatron_iiet.data.preprocess.dedup import DigestFiles
+from megatron_iiet.data.preprocess.finished import finished_records
 from megatron_iiet.data.preprocess.layout import Layout, Output, known_outputs
 from megatron_iiet.data.preprocess.ownership import Claims
-from megatron_iiet.data.preprocess.plan import Plan, Wanted, finished_records
+from megatron_iiet.data.preprocess.plan import Plan, Wanted
 from megatron_iiet.data.preprocess.records import Counts, Total, Unit, UnitRecord
 from megatron_iiet.data.preprocess.work import Failure
 

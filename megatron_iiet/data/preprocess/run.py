@@ -16,16 +16,9 @@ from megatron_iiet.data.preprocess.dedup import DigestFiles, find_duplicates
 from megatron_iiet.data.preprocess.layout import Layout
 from megatron_iiet.data.preprocess.lists import PreprocessReport, Summary, summarize, write_lists
 from megatron_iiet.data.preprocess.options import PreprocessOptions
-from megatron_iiet.data.preprocess.plan import (
-    Settled,
-    Wanted,
-    check_place,
-    first_inputs,
-    remove_everything,
-    settle,
-    share,
-)
+from megatron_iiet.data.preprocess.plan import Wanted, first_inputs, share
 from megatron_iiet.data.preprocess.records import JobRecords, Unit, UnitRecord, exclusive
+from megatron_iiet.data.preprocess.settle import Settled, check_place, remove_everything, settle
 from megatron_iiet.data.preprocess.tasks import DigestUnit, EncodeUnit, Filters, Recipe, UnitTask
 from megatron_iiet.data.preprocess.work import (
     Failure,
