@@ -91,6 +91,12 @@ def build_parser() -> argparse.ArgumentParser:
         help="fraction of documents for validation",
     )
     add("--holdout-test", type=float, default=0.0, metavar="X", help="fraction of documents for test")
+    add(
+        "--shuffle",
+        type=int,
+        metavar="SEED",
+        help="all documents of an output in an order that the seed names (default: that of the inputs)",
+    )
     add("--overwrite", action="store_true", help="remove first what an earlier run made here, nothing else")
 
     add = parser.add_argument_group("selection").add_argument

@@ -30,7 +30,7 @@ def finished_records(wanted: Wanted, units: Sequence[Unit], seen: bool = False) 
         unit = missing.get(record.unit)
         if unit is None or not is_of(wanted, record, unit):
             continue
-        if seen or shards_exist(wanted.layout, record):
+        if seen or shards_exist(wanted.layout.units, record):
             del missing[record.unit]
             yield record
 
@@ -46,7 +46,7 @@ def finished_work(wanted: Wanted, plan: Plan) -> str:
     ids, total = {unit.id for unit in plan.units}, Total()
     count = 0
     for record in read_records(wanted.layout.records):
-        if record.unit in ids and shards_exist(wanted.layout, record):
+        if record.unit in ids and shards_exist(wanted.layout.units, record):
             ids.remove(record.unit)
             count += 1
             for shard in record.outputs.values():
@@ -55,7 +55,7 @@ def finished_work(wanted: Wanted, plan: Plan) -> str:
 
 
 def shards_exist(layout: Layout, record: UnitRecord) -> bool:
-    """Whether the shards of a unit are there in full size."""
+    """Whether the shards of a record are there in full size."""
     for output, shard in record.outputs.items():
         prefix = layout.shard_prefix(output, record.unit)
         for path, size in ((bin_path(prefix), shard.bin_bytes), (idx_path(prefix), shard.idx_bytes)):

@@ -98,6 +98,7 @@ def deciding_options(options: PreprocessOptions, tokenizer_digest: str) -> dict[
         "holdout_test": options.holdout_test,
         "deduplicate": options.deduplicate,
         "bad_rows": options.bad_rows,
+        "shuffle": options.shuffle,
         # One shard holds all inputs of a prefix.
         "inputs_per_shard": options.inputs_per_shard if options.output_dir is not None else None,
     }

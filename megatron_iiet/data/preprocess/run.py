@@ -14,12 +14,20 @@ from math import inf
 
 from megatron_iiet.data.preprocess.dedup import DigestFiles, find_duplicates
 from megatron_iiet.data.preprocess.layout import Layout
-from megatron_iiet.data.preprocess.lists import PreprocessReport, Summary, summarize, write_lists
+from megatron_iiet.data.preprocess.lists import (
+    PreprocessReport,
+    Summary,
+    clear_up,
+    list_info,
+    summarize,
+    write_lists,
+)
 from megatron_iiet.data.preprocess.options import PreprocessOptions
 from megatron_iiet.data.preprocess.plan import Wanted, first_inputs, share
 from megatron_iiet.data.preprocess.records import JobRecords, Unit, UnitRecord, exclusive
 from megatron_iiet.data.preprocess.settle import Settled, check_place, remove_everything, settle
-from megatron_iiet.data.preprocess.tasks import DigestUnit, EncodeUnit, Filters, Recipe, UnitTask
+from megatron_iiet.data.preprocess.shuffle import next_number, shuffle
+from megatron_iiet.data.preprocess.tasks import DigestUnit, EncodeUnit, Filters, Recipe, Task
 from megatron_iiet.data.preprocess.work import (
     Failure,
     Finish,
@@ -40,7 +48,7 @@ _SAMPLE_CHUNKS = 8  # of each, as long as more text is asked for
 _SAMPLE_CHUNK_BYTES = 1 << 18
 
 Log = Callable[[str], None]
-Run = Callable[[Sequence[UnitTask], Finish, Progress], list[Failure]]
+Run = Callable[[Sequence[Task], Finish, Progress], list[Failure]]
 
 
 def preprocess(options: PreprocessOptions, log: Log = print) -> PreprocessReport:
@@ -55,7 +63,7 @@ def preprocess(options: PreprocessOptions, log: Log = print) -> PreprocessReport
         OSError: records cannot be written.
     """
     start, start_cpu = time.monotonic(), _cpu_seconds()
-    layout = Layout(options.output_prefix, options.output_dir)
+    layout = Layout(options.output_prefix, options.output_dir, options.shuffle is not None)
     layout.check()
     wanted = Wanted(
         options=options,
@@ -116,7 +124,7 @@ class _Job:
         summary = summarize(wanted, units)
         missing = len(units) - summary.units
         if not missing and not failures and not waiting:
-            write_lists(wanted, self.settled.plan, units, summary)
+            failures = self._list(summary)
         return PreprocessReport(
             all_units=summary,
             this_run=self.this_run,
@@ -127,6 +135,41 @@ class _Job:
             wanted_tokens=options.sample_tokens,
             rate=self.settled.plan.rate,
         )
+
+    def _list(self, summary: Summary) -> list[Failure]:
+        """Write the lists, after the shuffle where one is wanted, and remove what they do not name."""
+        layout, plan = self.wanted.layout, self.settled.plan
+        places = [(layout.units, plan.next_unit, write_lists(self.wanted, plan, self.settled.units, summary))]
+        if (seed := self.wanted.options.shuffle) is not None:
+            failures, numbers = shuffle(
+                layout,
+                seed,
+                plan.tokenizer["vocab_size"],
+                list_info(plan, summary),
+                sorted(summary.outputs),
+                self._run_shuffle,
+            )
+            if failures:
+                return failures
+            places.append((layout, next_number(layout), dict(numbers)))
+        clear_up(layout, plan, places)
+        return []
+
+    def _run_shuffle(self, tasks: Sequence[Task], records: JobRecords) -> list[Failure]:
+        if not tasks:
+            return []
+        options = self.wanted.options
+        self.log(f"shuffling: {len(tasks):,} shards to make")
+
+        def finish(record: UnitRecord | None) -> None:
+            assert record is not None
+            records.append(record)
+
+        with (
+            Workers(options.workers, None) if options.workers > 1 else nullcontext() as workers,
+            Progress("shuffling", "documents", len(tasks), options.progress) as progress,
+        ):
+            return run_units(None, workers, tasks, finish, progress)
 
     def _mine(self) -> list[Unit]:
         """Units of this job.

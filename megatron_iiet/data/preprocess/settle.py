@@ -21,11 +21,12 @@ from megatron_iiet.data.preprocess.layout import Layout, known_outputs
 from megatron_iiet.data.preprocess.ownership import Claims, parse_name
 from megatron_iiet.data.preprocess.plan import Plan, Wanted, differences, grouped
 from megatron_iiet.data.preprocess.records import JobRecords, Unit, read_records
+from megatron_iiet.data.preprocess.shuffle import forget, next_number
 from megatron_iiet.data.reading.sources import InputFile
 from megatron_iiet.durable import replacing
 
 _RECORD = re.compile(
-    r"lock|job-\d{5,}-of-\d{5,}\.jsonl|outputs|digests|duplicates\.(bin|lock)|partitions-.{8}|.*\.tmp"
+    r"lock|job-\d{5,}-of-\d{5,}\.jsonl|outputs|digests|unshuffled|shuffled|duplicates\.(bin|lock)|partitions-.{8}|.*\.tmp"
 )
 
 
@@ -174,7 +175,7 @@ def _settled(wanted: Wanted, plan: Plan, told: list[str]) -> Settled:
 def _refuse_streams(wanted: Wanted, plan: Plan) -> None:
     for record in read_records(wanted.layout.records):
         streams = [file.path for file in record.inputs if file.is_stream]
-        if streams and shards_exist(wanted.layout, record):
+        if streams and shards_exist(wanted.layout.units, record):
             raise ValueError(
                 f"{wanted.layout.plan} is of shards that were made of {streams[0]}, which can be read only "
                 "once, so there is nothing to compare; use another output: --overwrite would remove "
@@ -195,12 +196,15 @@ def remove_everything(wanted: Wanted, records: JobRecords) -> None:
     units = {record.unit for record in read_records(layout.records)}
     with suppress(ValueError, FileNotFoundError):  # a damaged plan is no reason not to replace it
         units.update(range(Plan.read(layout.plan).next_unit))
-    for output in outputs:
-        shards_path(layout.list_prefix(output)).unlink(missing_ok=True)
-    for output in outputs:
-        for unit, path in layout.files(output):
-            if unit is None or unit in units:
-                path.unlink(missing_ok=True)
+    units.update(range(next_number(layout) + len(units)))
+    for place in (layout, layout.unshuffled):
+        for output in outputs:
+            shards_path(place.list_prefix(output)).unlink(missing_ok=True)
+        for output in outputs:
+            for unit, path in place.files(output):
+                if unit is None or unit in units:
+                    path.unlink(missing_ok=True)
+    forget(layout)
     duplicates_path(layout.records).unlink(missing_ok=True)
     DigestFiles(layout.records).remove_all()
     records.remove_all()

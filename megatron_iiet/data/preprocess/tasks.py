@@ -267,15 +267,28 @@ def _utf8_bytes(text: Text) -> int:
 
 
 @dataclass(frozen=True)
-class UnitTask(ABC):
-    """Task: all of a unit. Its chunks may be done elsewhere, in parallel, as tasks of their own."""
+class Task(ABC):
+    """All of something that is recorded when it is finished."""
 
     unit: int
     inputs: Sequence[InputFile]
+
+    def without(self, recipe: Recipe, path: str, reason: str) -> Task | None:
+        """The same with an input left out; None where it must not be, or others cannot be read again."""
+        return None
+
+    @abstractmethod
+    def __call__(self, recipe: Recipe, report: Report) -> UnitRecord | None:
+        """Run the task in this process."""
+
+
+@dataclass(frozen=True)
+class UnitTask(Task):
+    """Task: all of a unit. Its chunks may be done elsewhere, in parallel, as tasks of their own."""
+
     skipped: Mapping[str, str] = field(default_factory=dict)  # paths of inputs to leave out, and why
 
     def without(self, recipe: Recipe, path: str, reason: str) -> UnitTask | None:
-        """The same with an input left out; None where it must not be, or others cannot be read again."""
         if any(file.is_stream and file.path != path for file in self.inputs):
             return None
         return replace(self, skipped={**self.skipped, path: reason})
@@ -306,7 +319,6 @@ class UnitTask(ABC):
         """Write down the results of all chunks, which come in order; the record of what was published."""
 
     def __call__(self, recipe: Recipe, report: Report) -> UnitRecord | None:
-        """Run the task in this process."""
         return self.write(recipe, (task(recipe, report) for task in self.chunks(recipe)))
 
 
@@ -369,7 +381,7 @@ class EncodeUnit(UnitTask):
                 output: writers[output].close() for output in sorted(writers, key=lambda each: each.name)
             }
         outputs = {
-            output.name: _output_record(writers[output].prefix, shard) for output, shard in shards.items()
+            output.name: output_record(writers[output].prefix, shard) for output, shard in shards.items()
         }
         marks = ""
         if recipe.options.deduplicate:
@@ -383,13 +395,13 @@ class EncodeUnit(UnitTask):
                 f"{recipe.options.split_by!r} name sources?"
             )
         Claims(recipe.layout).take(output)
-        prefix = Path(recipe.layout.shard_prefix(output.name, self.unit))
-        if recipe.layout.folder is not None:
-            prefix.parent.mkdir(exist_ok=True)
+        prefix = Path(recipe.layout.units.shard_prefix(output.name, self.unit))
+        prefix.parent.mkdir(parents=True, exist_ok=True)
         return IndexedDatasetWriter(prefix, recipe.encoder.vocab_size)
 
 
-def _output_record(prefix: str, shard: Shard) -> OutputRecord:
+def output_record(prefix: str, shard: Shard) -> OutputRecord:
+    """What is recorded of a shard that was published."""
     return OutputRecord(
         documents=shard.documents,
         tokens=shard.tokens,

@@ -25,7 +25,7 @@ from threading import Thread
 from typing import Any, ParamSpec, TypeVar, cast
 
 from megatron_iiet.data.preprocess.records import UnitRecord
-from megatron_iiet.data.preprocess.tasks import DigestChunk, EncodeChunk, Recipe, Report, UnitTask
+from megatron_iiet.data.preprocess.tasks import DigestChunk, EncodeChunk, Recipe, Report, Task, UnitTask
 from megatron_iiet.data.reading.sources import InputFile
 from megatron_iiet.data.reading.text import LONG_LINE_BYTES
 
@@ -308,7 +308,7 @@ def give_back_large_blocks() -> None:
 
 
 def run_units(
-    recipe: Recipe, workers: Workers | None, tasks: Sequence[UnitTask], finish: Finish, progress: Progress
+    recipe: Any, workers: Workers | None, tasks: Sequence[Task], finish: Finish, progress: Progress
 ) -> list[Failure]:
     """Run tasks, in any order, by workers or in this process; ``finish`` is given the result of each.
 
@@ -341,16 +341,14 @@ def run_units(
     return failures
 
 
-_Outcomes = Iterator[tuple[UnitTask, UnitRecord | FailedError | None]]
+_Outcomes = Iterator[tuple[Task, UnitRecord | FailedError | None]]
 
 
-def _one_by_one(
-    recipe: Recipe, workers: Workers | None, waiting: deque[UnitTask], progress: Progress
-) -> _Outcomes:
+def _one_by_one(recipe: Any, workers: Workers | None, waiting: deque[Task], progress: Progress) -> _Outcomes:
     while waiting:
         task = waiting.popleft()
         try:
-            if workers is None:
+            if workers is None or not isinstance(task, UnitTask):
                 outcome: UnitRecord | FailedError | None = task(recipe, progress.add)
             else:
                 outcome = task.write(recipe, workers.in_order(task.chunks(recipe), progress.add))
@@ -359,9 +357,9 @@ def _one_by_one(
         yield task, outcome
 
 
-def _side_by_side(workers: Workers, waiting: deque[UnitTask], progress: Progress) -> _Outcomes:
+def _side_by_side(workers: Workers, waiting: deque[Task], progress: Progress) -> _Outcomes:
     free = list(range(len(workers)))
-    at_work: dict[Future[Any], tuple[int, UnitTask]] = {}
+    at_work: dict[Future[Any], tuple[int, Task]] = {}
     while waiting or at_work:
         while waiting and free:
             task, worker = waiting.popleft(), free.pop()
