@@ -93,6 +93,8 @@ def all_filters(corpus: Path, tokenizer: Path, place: Path, layout: str) -> list
         "--split-by",
         "meta.set",
     ]
+    if layout == "many":
+        filters += ["--shuffle", 5]
     return arguments(corpus, tokenizer, *output, *filters, "--workers", 2)
 
 
