@@ -16,7 +16,8 @@ from typing import Any, cast
 import psutil
 import pytest
 
-from megatron_iiet.data.preprocess.work import FailedError, Workers
+from megatron_iiet.data.preprocess.work import FailedError, Progress, Workers, run_units
+from megatron_iiet.data.reading.sources import InputFile
 from tests.data.preprocess_runs import ENVIRONMENT, ROOT, wait_until
 
 pytestmark = pytest.mark.slow  # processes that start
@@ -29,6 +30,7 @@ class Act:
     what: str
     value: Any
     chunk: Any = field(default_factory=lambda: SimpleNamespace(data=b""))
+    inputs: Any = (InputFile("a.jsonl", 1, ""),)
 
     def __call__(self, recipe: object, report: Callable[[int], None]) -> Any:
         what, value = self.what, self.value
@@ -135,6 +137,24 @@ def test_a_dead_worker_costs_its_task_and_is_replaced(workers: Workers) -> None:
     )
     assert busy.result() == 1.0
     assert list(in_order(workers, [Act("recipe", None) for _ in range(4)])) == ["recipe"] * 4
+
+
+class BadStart:
+    """A recipe that no worker survives."""
+
+    def __setstate__(self, state: object) -> None:
+        os._exit(3)
+
+    def __getstate__(self) -> object:
+        return True
+
+
+def test_workers_that_cannot_start_end_the_run() -> None:
+    tasks = [Act("echo", number) for number in range(20)]
+    with Workers(2, BadStart()) as workers, Progress("", "", 20, False) as progress:
+        failures = run_units(BadStart(), workers, cast(Any, tasks), lambda _: None, progress)
+    assert 3 <= len(failures) <= 4
+    assert str(failures[0]).startswith("a.jsonl: its worker process died, most likely for want of memory")
 
 
 class InterruptedStart:
