@@ -9,7 +9,7 @@ import sys
 
 from megatron_iiet.data.preprocess import PreprocessOptions, megatron_flags, preprocess
 from megatron_iiet.data.preprocess.options import parse_count, share_of_work
-from megatron_iiet.data.preprocess.pool import give_back_large_blocks
+from megatron_iiet.data.preprocess.work import give_back_large_blocks
 from megatron_iiet.data.reading.kinds import ALL_KINDS, FORMATS
 from megatron_iiet.data.tokenizers.base import MAX_UNCUT_BYTES
 from megatron_iiet.durable import leave_cleanly_on_sigterm
@@ -92,6 +92,12 @@ def build_parser() -> argparse.ArgumentParser:
         help="fraction of documents for validation",
     )
     add("--holdout-test", type=float, default=0.0, metavar="X", help="fraction of documents for test")
+    add(
+        "--shuffle",
+        type=int,
+        metavar="SEED",
+        help="all documents of an output in an order that the seed names (default: that of the inputs)",
+    )
     add("--overwrite", action="store_true", help="remove first what an earlier run made here, nothing else")
 
     add = parser.add_argument_group("selection").add_argument

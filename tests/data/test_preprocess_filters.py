@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from megatron_iiet.data.preprocess import PreprocessOptions, PreprocessReport, dedup, preprocess
 from megatron_iiet.data.preprocess.dedup import DigestFiles, Duplicates, find_duplicates
-from megatron_iiet.data.preprocess.plan import _estimate
+from megatron_iiet.data.preprocess.estimate import estimate
 from megatron_iiet.data.preprocess.records import Unit
 from megatron_iiet.data.preprocess.tasks import Filters, text_digest
 from megatron_iiet.data.reading.sources import InputFile, list_inputs
@@ -113,7 +113,7 @@ def test_an_estimate_looks_at_inputs_from_the_first_to_the_last(
     names = [tmp_path / f"{number:02}.jsonl" for number in range(31)]
     for number, name in enumerate(names):
         write_rows(name, ({"text": text} for text in TEXTS[: number + 1]))
-    _, looked_at = _estimate(options, list_inputs([str(name) for name in names]), tokenizer)
+    _, looked_at = estimate(options, list_inputs([str(name) for name in names]), tokenizer)
     each = [ids.size + options.append_eod for ids in tokenizer.encode_batch(TEXTS[:31])]
     tokens = sum(sum(each[: number + 1]) for number in range(0, 31, 2))
     assert looked_at == f"{tokens:,} tokens of 16 inputs"

@@ -11,18 +11,12 @@ import pytest
 
 from megatron_iiet.data.corpora.mmididx import bin_path, idx_path, shards_path
 from megatron_iiet.data.corpora.shard_list import ShardList
+from megatron_iiet.data.preprocess.finished import shards_exist
 from megatron_iiet.data.preprocess.layout import Layout, Output
-from megatron_iiet.data.preprocess.lists import Summary, summarize, write_lists
+from megatron_iiet.data.preprocess.lists import Summary, clear_up, summarize, write_lists
 from megatron_iiet.data.preprocess.options import PreprocessOptions
 from megatron_iiet.data.preprocess.ownership import Claims, parse_name
-from megatron_iiet.data.preprocess.plan import (
-    Plan,
-    Wanted,
-    deciding_options,
-    grouped,
-    settle,
-    shards_exist,
-)
+from megatron_iiet.data.preprocess.plan import Plan, Wanted, deciding_options, grouped
 from megatron_iiet.data.preprocess.records import (
     Counts,
     JobRecords,
@@ -30,6 +24,7 @@ from megatron_iiet.data.preprocess.records import (
     UnitRecord,
     read_records,
 )
+from megatron_iiet.data.preprocess.settle import settle
 from megatron_iiet.data.reading.sources import InputFile
 
 
@@ -51,6 +46,8 @@ def options_of(**changes: Any) -> PreprocessOptions:
         {"holdout_test": 0.1},
         {"deduplicate": True},
         {"bad_rows": "skip"},
+        {"shuffle": 0},
+        {"shuffle": 1},
         {"inputs_per_shard": 2},
     ],
     ids=str,
@@ -210,7 +207,8 @@ def test_the_last_run_lists_the_shards_and_clears_up(tmp_path: Path) -> None:
 
     def write() -> Summary:
         summary = summarize(wanted, plan.units)
-        write_lists(wanted, plan, plan.units, summary)
+        listed = write_lists(wanted, plan, plan.units, summary)
+        clear_up(place.layout, plan, [(place.layout, plan.next_unit, listed)])
         return summary
 
     left = [tmp_path / "text_document/000000.bin.partial", place.layout.records / "a.0123abcd.tmp"]

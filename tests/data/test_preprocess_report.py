@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import sys
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import tqdm
 
-from megatron_iiet.data.preprocess import workshop
+from megatron_iiet.data.preprocess import work
 from megatron_iiet.data.preprocess.lists import PreprocessReport, Summary
 from megatron_iiet.data.preprocess.plan import Plan, differences, share
 from megatron_iiet.data.preprocess.records import Counts, Total
-from megatron_iiet.data.preprocess.tasks import EncodeUnit
-from megatron_iiet.data.preprocess.workshop import Failure, Progress
+from megatron_iiet.data.preprocess.work import Failure, Progress
 from megatron_iiet.data.reading.sources import InputFile
 
 
@@ -54,7 +53,7 @@ def test_an_unfinished_run_tells_of_itself_and_of_the_others() -> None:
     assert last == "4 shards of other jobs are missing; the job that finishes last writes the lists."
 
 
-FAILURES = [Failure(cast(Any, None), "broken")]
+FAILURES = [Failure([], "broken")]
 
 
 @pytest.mark.parametrize(
@@ -84,8 +83,7 @@ def test_exit_status(mine_missing: int, failures: list[Failure], waiting: str, s
     ],
 )
 def test_a_failure_says_of_what_inputs(paths: list[str], message: str, said: str) -> None:
-    task = EncodeUnit(0, [InputFile(path, 1, "") for path in paths])
-    assert str(Failure(task, message)) == said
+    assert str(Failure([InputFile(path, 1, "") for path in paths], message)) == said
 
 
 def units_of(*sizes: int) -> list[list[InputFile]]:
@@ -123,7 +121,7 @@ def test_a_log_file_gets_a_line_of_progress_now_and_then(
 ) -> None:
     """Half a minute after the last one at the earliest; what is counted is of all."""
     now = [100.0]
-    monkeypatch.setattr(workshop, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(work, "time", SimpleNamespace(monotonic=lambda: now[0]))
     with Progress("tokenizing", "tokens", 7, enabled) as shown:
         for seconds, count in ((0.0, 1000), (29.9, 1000), (0.1, 1000), (29.0, 100), (31.0, 500)):
             now[0] += seconds

@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-import megatron_iiet.data.preprocess.pool
+import megatron_iiet.data.preprocess.work
 import megatron_iiet.distillation.analysis
 import megatron_iiet.durable
 import megatron_iiet.evaluation.evaluate
@@ -42,7 +42,7 @@ NAMES = sorted(path.stem for path in TOOLS.glob("*.py"))
 def load(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
     """A tool as a module, which changes nothing of this process's signals."""
     monkeypatch.setattr(megatron_iiet.durable, "leave_cleanly_on_sigterm", lambda: None)
-    monkeypatch.setattr(megatron_iiet.data.preprocess.pool, "give_back_large_blocks", lambda: None)
+    monkeypatch.setattr(megatron_iiet.data.preprocess.work, "give_back_large_blocks", lambda: None)
     for variable in ("RANK", "SLURM_PROCID", "SLURM_ARRAY_TASK_ID", "SLURM_CPUS_PER_TASK"):
         monkeypatch.delenv(variable, raising=False)
 

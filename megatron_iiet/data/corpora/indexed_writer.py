@@ -186,15 +186,26 @@ class IndexedDatasetWriter(PairWriter):
             )
         if lengths.sum() != ids.size:
             raise ValueError(f"{ids.size} tokens do not fill documents of {lengths.sum()} tokens in all.")
+        self._write(ids)
+        self._lengths.write(lengths.astype("<i4").tobytes())
+        self.num_documents += lengths.size
+
+    def add_in_pieces(self, pieces: Iterable[TokenArray]) -> None:
+        """Append one document given in pieces, ids [tokens] each."""
+        before = self.num_tokens
+        for ids in pieces:
+            self._write(ids)
+        self._lengths.write(np.array([self.num_tokens - before], dtype="<i4").tobytes())
+        self.num_documents += 1
+
+    def _write(self, ids: TokenArray) -> None:
         if ids.size and (int(ids.min()) < 0 or int(ids.max()) >= self.vocab_size):
             raise ValueError(
                 f"Token ids {ids.min()} to {ids.max()} leave the vocabulary [0, {self.vocab_size}); "
                 "tokenizer and vocab_size do not belong together."
             )
         self.bin.write(np.ascontiguousarray(ids, dtype=self.dtype))
-        self._lengths.write(lengths.astype("<i4").tobytes())
         self.num_tokens += ids.size
-        self.num_documents += lengths.size
 
     def close(self) -> Shard:
         """Publish the pair. The caller writes its ``.shards`` (:func:`shard_list.write_shards`) last."""

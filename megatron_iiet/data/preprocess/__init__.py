@@ -1,8 +1,9 @@
 """Text files to token shards: resumable, shared by jobs and worker processes, the same bytes every time.
 
-In the order of the work: :mod:`options`; :mod:`plan` (what is to be made, compared with what was begun);
-:mod:`run` (the whole); :mod:`workshop` and :mod:`pool` (who does what); :mod:`tasks` (the work itself) with
-:mod:`dedup`; :mod:`records` (what is finished); :mod:`lists` (the end, and what is told).
+In the order of the work: :mod:`options`; :mod:`plan` (what is to be made), :mod:`settle` (compared with what
+was begun) with :mod:`changes` and :mod:`finished`; :mod:`run` (the whole); :mod:`work` (who does what);
+:mod:`tasks` (the work itself) with :mod:`dedup`; :mod:`records` (what is finished); :mod:`shuffle`;
+:mod:`lists` (the end, and what is told).
 """
 
 from megatron_iiet.data.preprocess.lists import PreprocessReport

@@ -49,11 +49,13 @@ class Layout:
 
     With a prefix P everything is one unit: ``P_text_document.{bin,idx,shards}`` and ``P.preprocess/``. With a
     folder D there are many: ``D/text_document/000000.{bin,idx}``, ``D/text_document.shards``,
-    ``D/preprocess/``.
+    ``D/preprocess/``. Where documents are shuffled, these are the shuffled shards, and those of the units
+    lie in the records.
     """
 
     prefix: str | None
     folder: str | None
+    shuffles: bool = False
 
     @property
     def records(self) -> Path:
@@ -66,6 +68,16 @@ class Layout:
     def plan(self) -> Path:
         """File of the plan."""
         return self.records / "plan.json"
+
+    @property
+    def unshuffled(self) -> Layout:
+        """Where a shuffle finds its documents."""
+        return Layout(None, str(self.records / "unshuffled"))
+
+    @property
+    def units(self) -> Layout:
+        """Where the shards of units are."""
+        return self.unshuffled if self.shuffles else self
 
     def check(self) -> None:
         """Raise a ValueError where the place cannot be written to."""

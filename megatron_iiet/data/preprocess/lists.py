@@ -10,11 +10,12 @@ from typing import Any
 from megatron_iiet.data.corpora.mmididx import Shard, shards_path, token_dtype
 from megatron_iiet.data.corpora.shard_list import write_shards
 from megatron_iiet.data.preprocess.dedup import DigestFiles
+from megatron_iiet.data.preprocess.finished import finished_records
 from megatron_iiet.data.preprocess.layout import Layout, Output, known_outputs
 from megatron_iiet.data.preprocess.ownership import Claims
-from megatron_iiet.data.preprocess.plan import Plan, Wanted, finished_records
+from megatron_iiet.data.preprocess.plan import Plan, Wanted
 from megatron_iiet.data.preprocess.records import Counts, Total, Unit, UnitRecord
-from megatron_iiet.data.preprocess.workshop import Failure
+from megatron_iiet.data.preprocess.work import Failure
 
 _TOLD_INPUTS = 20  # the records and lists name all
 _TEMPORARY = re.compile(r".+\.[0-9a-f]{8}\.tmp")
@@ -55,41 +56,38 @@ def summarize(wanted: Wanted, units: Sequence[Unit]) -> Summary:
     return summary
 
 
-def write_lists(wanted: Wanted, plan: Plan, units: Sequence[Unit], summary: Summary) -> None:
-    """Write the lists of all outputs once all units are finished, then remove the shards of units that are
-    gone and what killed runs left. A list that is there as it should be stays.
+def write_lists(
+    wanted: Wanted, plan: Plan, units: Sequence[Unit], summary: Summary
+) -> dict[str, Container[int]]:
+    """Write the lists of all outputs over the shards of units, once all are finished; their ids by output. A
+    list that is there as it should be stays.
 
     Raises:
         ValueError: an output that is not one of several sources has no document.
     """
-    layout = wanted.layout
+    place = wanted.layout.units
     _refuse_empty(plan, summary)
     dtype = token_dtype(plan.tokenizer["vocab_size"])
-    listed: dict[str, set[int]] = {}
+    listed: dict[str, Container[int]] = {}
     for output in sorted(summary.outputs):
         shards = _shards(wanted, units, output)
         in_order = [shards[unit.id] for unit in units if unit.id in shards]
-        write_shards(layout.list_prefix(output), in_order, dtype, _info(plan, summary))
+        write_shards(place.list_prefix(output), in_order, dtype, list_info(plan, summary))
         listed[output] = set(shards)
-    _clear_up(layout, plan, listed)
+    return listed
 
 
 def _shards(wanted: Wanted, units: Sequence[Unit], output: str) -> dict[int, Shard]:
     """Shards of an output by their units. Records are read for each, so that memory holds one at a time."""
     return {
-        record.unit: Shard(
-            name=wanted.layout.shard_name(output, record.unit),
-            tokens=shard.tokens,
-            documents=shard.documents,
-            bin_digest=bytes.fromhex(shard.bin_digest),
-            idx_digest=bytes.fromhex(shard.idx_digest),
-        )
+        record.unit: shard.listed(wanted.layout.units.shard_name(output, record.unit))
         for record in finished_records(wanted, units, seen=True)
         if (shard := record.outputs.get(output)) is not None
     }
 
 
-def _info(plan: Plan, summary: Summary) -> dict[str, Any]:
+def list_info(plan: Plan, summary: Summary) -> dict[str, Any]:
+    """What lists say of how they were made."""
     return {
         "tokenizer": plan.tokenizer,
         "append_eod": plan.options["append_eod"],
@@ -118,18 +116,24 @@ def _refuse_empty(plan: Plan, summary: Summary) -> None:
             raise ValueError(f"The inputs hold no documents: every text under {key!r} is empty or left out.")
 
 
-def _clear_up(layout: Layout, plan: Plan, listed: Mapping[str, Container[int]]) -> None:
-    """Remove what of this place's own outputs no list names; nobody is at work any more."""
+def clear_up(
+    layout: Layout, plan: Plan, places: Sequence[tuple[Layout, int, Mapping[str, Container[int]]]]
+) -> None:
+    """Remove what of this place's own outputs no list names; nobody is at work any more.
+
+    Args:
+        places: where shards are, which numbers are not yet given, and what is listed of each output.
+    """
     claims, known = Claims(layout), {output.name for output in known_outputs(plan.options)}
     for output in claims.names():
-        shards = listed.get(output, ())
-        if output not in listed:
-            shards_path(layout.list_prefix(output)).unlink(missing_ok=True)
-        for unit, path in layout.files(output):
-            is_listed = output in listed if unit is None else unit in shards
-            is_ours = unit is None or unit < plan.next_unit
-            if is_ours and (path.suffix == ".partial" or not is_listed):
-                path.unlink(missing_ok=True)
+        for place, next_number, listed in places:
+            if output not in listed:
+                shards_path(place.list_prefix(output)).unlink(missing_ok=True)
+            for unit, path in place.files(output):
+                is_listed = output in listed if unit is None else unit in listed.get(output, ())
+                is_ours = unit is None or unit < next_number
+                if is_ours and (path.suffix == ".partial" or not is_listed):
+                    path.unlink(missing_ok=True)
         if output not in listed and output not in known:
             claims.release(output)
     DigestFiles(layout.records).remove_all(but={unit.id for unit in plan.units})

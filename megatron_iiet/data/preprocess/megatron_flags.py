@@ -22,7 +22,7 @@ _TYPES = {
 """Names of ``--tokenizer-type`` and the kind of file each reads."""
 _WITHOUT_EFFECT = {
     "keep_newlines": "line breaks are always kept",
-    "keep_sequential_samples": "documents always stay in the order of the inputs",
+    "keep_sequential_samples": "documents stay in the order of the inputs without --shuffle",
     "log_interval": "a line of progress comes every 30 seconds, a bar on a terminal",
 }
 _REFUSED = {

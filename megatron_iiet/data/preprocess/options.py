@@ -52,6 +52,7 @@ class PreprocessOptions:
     bad_inputs: Literal["fail", "skip"] = (
         "fail"  # an input that cannot be read as asked fails its shard, or is left out
     )
+    shuffle: int | None = None  # seed of the order of the documents; None: that of the inputs
     overwrite: bool = False  # remove what an earlier run wrote to this output first
     workers: int = 1  # tokenizing processes; 1 works in this process
     num_jobs: int = 1  # jobs that share the work; all are started with the same options
@@ -143,6 +144,9 @@ def _problems_of_filters(options: PreprocessOptions) -> dict[str, bool]:
         f"--holdout-test is {test}; give a fraction of at least 0, below 1.": not 0 <= test < 1,
         f"--holdout-validation {validation} and --holdout-test {test} leave nothing to train on; together "
         "they must stay below 1.": validation + test >= 1,
+        f"--shuffle is {options.shuffle}; give a seed of 64 bits.": (
+            options.shuffle is not None and not -(2**63) <= options.shuffle < 2**63
+        ),
         f"--min-characters is {options.min_characters}; give at least 0.": options.min_characters < 0,
         f"--max-characters is {options.max_characters}; give at least 1 and --min-characters.": (
             options.max_characters is not None and options.max_characters < max(1, options.min_characters)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_iiet.data.corpora.indexed_writer import lock
+from megatron_iiet.data.corpora.mmididx import Shard
 from megatron_iiet.data.reading.sources import InputFile
 from megatron_iiet.durable import open_own, sync_folder
 
@@ -75,6 +76,11 @@ class OutputRecord(Total):
     idx_bytes: int
     bin_digest: str
     idx_digest: str
+
+    def listed(self, name: str) -> Shard:
+        """The entry of a list."""
+        digests = bytes.fromhex(self.bin_digest), bytes.fromhex(self.idx_digest)
+        return Shard(name, self.tokens, self.documents, *digests)
 
 
 @dataclass(frozen=True)

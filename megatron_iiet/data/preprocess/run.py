@@ -14,21 +14,28 @@ from math import inf
 
 from megatron_iiet.data.preprocess.dedup import DigestFiles, find_duplicates
 from megatron_iiet.data.preprocess.layout import Layout
-from megatron_iiet.data.preprocess.lists import PreprocessReport, Summary, summarize, write_lists
-from megatron_iiet.data.preprocess.options import PreprocessOptions
-from megatron_iiet.data.preprocess.plan import (
-    Settled,
-    Wanted,
-    check_place,
-    first_inputs,
-    remove_everything,
-    settle,
-    share,
+from megatron_iiet.data.preprocess.lists import (
+    PreprocessReport,
+    Summary,
+    clear_up,
+    list_info,
+    summarize,
+    write_lists,
 )
-from megatron_iiet.data.preprocess.pool import Pool, in_a_process_of_its_own
+from megatron_iiet.data.preprocess.options import PreprocessOptions
+from megatron_iiet.data.preprocess.plan import Wanted, first_inputs, share
 from megatron_iiet.data.preprocess.records import JobRecords, Unit, UnitRecord, exclusive
-from megatron_iiet.data.preprocess.tasks import DigestUnit, EncodeUnit, Filters, Recipe, UnitTask
-from megatron_iiet.data.preprocess.workshop import Failure, Finish, Progress, run_units
+from megatron_iiet.data.preprocess.settle import Settled, check_place, remove_everything, settle
+from megatron_iiet.data.preprocess.shuffle import next_number, shuffle
+from megatron_iiet.data.preprocess.tasks import DigestUnit, EncodeUnit, Filters, Recipe, Task
+from megatron_iiet.data.preprocess.work import (
+    Failure,
+    Finish,
+    Progress,
+    Workers,
+    in_a_process_of_its_own,
+    run_units,
+)
 from megatron_iiet.data.reading.kinds import TABLES, Reading
 from megatron_iiet.data.reading.long_text import parts_of
 from megatron_iiet.data.reading.sources import Found, InputFile, find_inputs, list_dataset
@@ -41,7 +48,7 @@ _SAMPLE_CHUNKS = 8  # of each, as long as more text is asked for
 _SAMPLE_CHUNK_BYTES = 1 << 18
 
 Log = Callable[[str], None]
-Run = Callable[[Sequence[UnitTask], Finish, Progress], list[Failure]]
+Run = Callable[[Sequence[Task], Finish, Progress], list[Failure]]
 
 
 def preprocess(options: PreprocessOptions, log: Log = print) -> PreprocessReport:
@@ -54,10 +61,9 @@ def preprocess(options: PreprocessOptions, log: Log = print) -> PreprocessReport
         ValueError: bad inputs or tokenizer, another plan for the same output, another process at the same
             job, or no documents at all. Defects of single inputs are in the report instead.
         OSError: records cannot be written.
-        RuntimeError: worker processes cannot be started.
     """
     start, start_cpu = time.monotonic(), _cpu_seconds()
-    layout = Layout(options.output_prefix, options.output_dir)
+    layout = Layout(options.output_prefix, options.output_dir, options.shuffle is not None)
     layout.check()
     wanted = Wanted(
         options=options,
@@ -108,8 +114,8 @@ class _Job:
                 inf if options.max_characters is None else options.max_characters,
             )
             recipe = Recipe(options, wanted.encoder(), wanted.layout, filters)
-            with Pool(options.workers, recipe) if options.workers > 1 else nullcontext() as pool:
-                run = partial(run_units, recipe, pool)
+            with Workers(options.workers, recipe) if options.workers > 1 else nullcontext() as workers:
+                run = partial(run_units, recipe, workers)
                 if due:
                     failures, waiting = self._find_duplicates(run)
                 if not failures and not waiting:
@@ -120,7 +126,7 @@ class _Job:
         summary = summarize(wanted, units)
         missing = len(units) - summary.units
         if not missing and not failures and not waiting:
-            write_lists(wanted, self.settled.plan, units, summary)
+            failures = self._list(summary)
         return PreprocessReport(
             all_units=summary,
             this_run=self.this_run,
@@ -131,6 +137,41 @@ class _Job:
             wanted_tokens=options.sample_tokens,
             rate=self.settled.plan.rate,
         )
+
+    def _list(self, summary: Summary) -> list[Failure]:
+        """Write the lists, after the shuffle where one is wanted, and remove what they do not name."""
+        layout, plan = self.wanted.layout, self.settled.plan
+        places = [(layout.units, plan.next_unit, write_lists(self.wanted, plan, self.settled.units, summary))]
+        if (seed := self.wanted.options.shuffle) is not None:
+            failures, numbers = shuffle(
+                layout,
+                seed,
+                plan.tokenizer["vocab_size"],
+                list_info(plan, summary),
+                sorted(summary.outputs),
+                self._run_shuffle,
+            )
+            if failures:
+                return failures
+            places.append((layout, next_number(layout), dict(numbers)))
+        clear_up(layout, plan, places)
+        return []
+
+    def _run_shuffle(self, tasks: Sequence[Task], records: JobRecords) -> list[Failure]:
+        if not tasks:
+            return []
+        options = self.wanted.options
+        self.log(f"shuffling: {len(tasks):,} shards to make")
+
+        def finish(record: UnitRecord | None) -> None:
+            assert record is not None
+            records.append(record)
+
+        with (
+            Workers(options.workers, None) if options.workers > 1 else nullcontext() as workers,
+            Progress("shuffling", "documents", len(tasks), options.progress) as progress,
+        ):
+            return run_units(None, workers, tasks, finish, progress)
 
     def _mine(self) -> list[Unit]:
         """Units of this job.

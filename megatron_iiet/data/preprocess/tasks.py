@@ -14,10 +14,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
+from io import BytesIO
 from itertools import chain
 from math import inf
 from pathlib import Path
-from typing import Any, TypeGuard
+from tempfile import TemporaryFile
+from typing import IO, Any, TypeGuard
 
 import numpy as np
 
@@ -30,10 +32,11 @@ from megatron_iiet.data.preprocess.ownership import Claims
 from megatron_iiet.data.preprocess.records import Counts, OutputRecord, UnitRecord
 from megatron_iiet.data.reading.long_text import LongText, Text, parts_of, strings_of
 from megatron_iiet.data.reading.sources import InputFile
-from megatron_iiet.data.reading.text import Chunk, Row, parse_rows, read_chunks
+from megatron_iiet.data.reading.text import LONG_LINE_BYTES, Chunk, Row, parse_rows, read_chunks
 from megatron_iiet.data.tokenizers.base import MAX_PART_CHARACTERS, Tokenizer, UncuttableError
 
 _SPLIT_KEY = b"held-out split"
+_BLOCK_BYTES = 1 << 20
 _MAX_OUTPUTS = 256  # each holds files open
 _UNREADABLE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.EIO, errno.ELOOP}
 
@@ -123,29 +126,37 @@ class Recipe:
 class Packed:
     """Consecutive documents of one output."""
 
-    tokens: bytearray = field(default_factory=bytearray)  # in the recipe's dtype
+    tokens: IO[bytes]  # in the recipe's dtype; a file where a giant document is alone
     lengths: list[int] = field(default_factory=list)  # tokens of each document
 
     def add(self, recipe: Recipe, pieces: Iterable[TokenArray]) -> bool:
-        """Append a document given in pieces, ids [tokens] each; False if it has no tokens.
-
-        A giant one is held once, in the stored type.
-        """
-        start = len(self.tokens)
+        """Append a document given in pieces, ids [tokens] each; False if it has no tokens."""
+        start = self.tokens.tell()
         try:
             for ids in pieces:
-                self.tokens += ids.astype(recipe.dtype, copy=False).data
+                self.tokens.write(ids.astype(recipe.dtype, copy=False).data)
         except UncuttableError:
-            del self.tokens[start:]
+            self.tokens.seek(start)
+            self.tokens.truncate()
             raise
-        length = (len(self.tokens) - start) // recipe.dtype.itemsize
+        length = (self.tokens.tell() - start) // recipe.dtype.itemsize
         if not length:
             return False
         if recipe.options.append_eod:
-            self.tokens += np.array([recipe.encoder.eod_id], dtype=recipe.dtype).data
+            self.tokens.write(np.array([recipe.encoder.eod_id], dtype=recipe.dtype).data)
             length += 1
         self.lengths.append(length)
         return True
+
+    def write(self, writer: IndexedDatasetWriter) -> None:
+        """Hand all documents to a writer."""
+        if isinstance(self.tokens, BytesIO):
+            writer.add_documents(np.frombuffer(self.tokens.getbuffer(), writer.dtype), self.lengths)
+            return
+        self.tokens.seek(0)
+        blocks = iter(lambda: self.tokens.read(_BLOCK_BYTES), b"")
+        writer.add_in_pieces(np.frombuffer(block, writer.dtype) for block in blocks)
+        self.tokens.close()
 
 
 @dataclass
@@ -183,7 +194,9 @@ class EncodeChunk:
                 ]
                 pieces = chain.from_iterable(parts)
                 output = Output(row.source, split, key)
-                packed = result.outputs.get(output) or result.outputs.setdefault(output, Packed())
+                if output not in result.outputs:
+                    result.outputs[output] = Packed(self._file(recipe))
+                packed = result.outputs[output]
                 try:
                     # Some normalisers leave nothing of a text of white space: an empty document as well.
                     if packed.add(recipe, pieces):
@@ -198,6 +211,12 @@ class EncodeChunk:
         result.outputs = {output: packed for output, packed in result.outputs.items() if packed.lengths}
         report(sum(sum(packed.lengths) for packed in result.outputs.values()))
         return result
+
+    def _file(self, recipe: Recipe) -> IO[bytes]:
+        """For the tokens; those of a giant document need not be held."""
+        if len(self.chunk.data) <= LONG_LINE_BYTES:
+            return BytesIO()
+        return TemporaryFile(dir=recipe.layout.records)
 
     def _selected(self, recipe: Recipe, counts: Counts) -> Iterator[tuple[Row, str | None]]:
         """Rows that pass the filters, and the split of each."""
@@ -267,15 +286,28 @@ def _utf8_bytes(text: Text) -> int:
 
 
 @dataclass(frozen=True)
-class UnitTask(ABC):
-    """Task: all of a unit. Its chunks may be done elsewhere, in parallel, as tasks of their own."""
+class Task(ABC):
+    """All of something that is recorded when it is finished."""
 
     unit: int
     inputs: Sequence[InputFile]
+
+    def without(self, recipe: Recipe, path: str, reason: str) -> Task | None:
+        """The same with an input left out; None where it must not be, or others cannot be read again."""
+        return None
+
+    @abstractmethod
+    def __call__(self, recipe: Recipe, report: Report) -> UnitRecord | None:
+        """Run the task in this process."""
+
+
+@dataclass(frozen=True)
+class UnitTask(Task):
+    """Task: all of a unit. Its chunks may be done elsewhere, in parallel, as tasks of their own."""
+
     skipped: Mapping[str, str] = field(default_factory=dict)  # paths of inputs to leave out, and why
 
     def without(self, recipe: Recipe, path: str, reason: str) -> UnitTask | None:
-        """The same with an input left out; None where it must not be, or others cannot be read again."""
         if any(file.is_stream and file.path != path for file in self.inputs):
             return None
         return replace(self, skipped={**self.skipped, path: reason})
@@ -306,7 +338,6 @@ class UnitTask(ABC):
         """Write down the results of all chunks, which come in order; the record of what was published."""
 
     def __call__(self, recipe: Recipe, report: Report) -> UnitRecord | None:
-        """Run the task in this process."""
         return self.write(recipe, (task(recipe, report) for task in self.chunks(recipe)))
 
 
@@ -363,13 +394,12 @@ class EncodeUnit(UnitTask):
                 for output, packed in result.outputs.items():
                     if output not in writers:
                         writers[output] = stack.enter_context(self._open(recipe, output, len(writers)))
-                    tokens = np.frombuffer(packed.tokens, dtype=recipe.dtype)
-                    writers[output].add_documents(tokens, packed.lengths)
+                    packed.write(writers[output])
             shards = {
                 output: writers[output].close() for output in sorted(writers, key=lambda each: each.name)
             }
         outputs = {
-            output.name: _output_record(writers[output].prefix, shard) for output, shard in shards.items()
+            output.name: output_record(writers[output].prefix, shard) for output, shard in shards.items()
         }
         marks = ""
         if recipe.options.deduplicate:
@@ -383,13 +413,13 @@ class EncodeUnit(UnitTask):
                 f"{recipe.options.split_by!r} name sources?"
             )
         Claims(recipe.layout).take(output)
-        prefix = Path(recipe.layout.shard_prefix(output.name, self.unit))
-        if recipe.layout.folder is not None:
-            prefix.parent.mkdir(exist_ok=True)
+        prefix = Path(recipe.layout.units.shard_prefix(output.name, self.unit))
+        prefix.parent.mkdir(parents=True, exist_ok=True)
         return IndexedDatasetWriter(prefix, recipe.encoder.vocab_size)
 
 
-def _output_record(prefix: str, shard: Shard) -> OutputRecord:
+def output_record(prefix: str, shard: Shard) -> OutputRecord:
+    """What is recorded of a shard that was published."""
     return OutputRecord(
         documents=shard.documents,
         tokens=shard.tokens,
