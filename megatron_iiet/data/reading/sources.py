@@ -14,7 +14,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
 
+from megatron_iiet.data import stores
 from megatron_iiet.data.reading.kinds import ALL_KINDS, format_of, kind_name, tells_nothing
+from megatron_iiet.data.stores import is_url, reason_of
 
 _UNFINISHED = (".partial", ".tmp", ".incomplete", ".part")
 _PAPERS = re.compile(
@@ -93,13 +95,12 @@ def find_inputs(patterns: Iterable[str], input_format: str | None = None) -> Fou
     """
     found = Found()
     for pattern in patterns:
-        is_url = "://" in pattern
-        expand, describe = (_expand_url, _describe_urls) if is_url else (_expand, _describe)
+        expand, describe = (_expand_url, _describe_urls) if is_url(pattern) else (_expand, _describe)
         paths = expand(_STANDARD_INPUT if pattern == "-" else pattern, found, input_format)
         found.files += describe(paths)
     first: dict[str, str] = {}
     for file in found.files:
-        place = file.path if "://" in file.path else os.path.realpath(file.path)
+        place = file.path if is_url(file.path) else os.path.realpath(file.path)
         if place in first:
             also = "" if first[place] == file.path else f" (also as {first[place]})"
             raise ValueError(f"The input {file.path} is named twice{also}; name every file once.")
@@ -128,8 +129,8 @@ def list_dataset(name: str, split: str = "train", streaming: bool = False) -> li
     for path in paths:
         if not format_of(path):
             raise ValueError(f"The dataset {name} keeps its text in {path}; {ALL_KINDS} files can be read.")
-    local = [path for path in paths if "://" not in path]
-    remote = [path for path in paths if "://" in path]
+    local = [path for path in paths if not is_url(path)]
+    remote = [path for path in paths if is_url(path)]
     return _describe(local) + [replace(file, download=not streaming) for file in _describe_urls(remote)]
 
 
@@ -145,23 +146,18 @@ def open_input(source: InputFile | str | os.PathLike[str]) -> Iterator[IO[bytes]
         with open(0, "rb", closefd=False) as file:
             yield file
         return
-    if "://" not in path:
+    if not is_url(path):
         with open(path, "rb") as file:
             yield file
         return
-    try:
+    with stores.reading(path, passing=(ValueError,)):  # what the caller thinks of the content
         if isinstance(source, InputFile) and source.download and path.startswith("hf://"):
             with open(_downloaded(path), "rb") as file:
                 yield file
             return
-        import fsspec
-
-        with fsspec.open(path, "rb") as file:
+        store, name = stores.store_of(path)
+        with store.open(name, "rb", block_size=stores.READ_BYTES) as file:
             yield file
-    except ValueError:  # what the caller thinks of the content
-        raise
-    except Exception as error:  # every store has its own kinds
-        raise OSError(f"{path} cannot be read ({_one_line(error)}); run again when it can.") from error
 
 
 def _why_not(path: str, input_format: str | None) -> str | None:
@@ -272,9 +268,7 @@ def _describe(paths: Iterable[str]) -> list[InputFile]:
 
 def _expand_url(pattern: str, found: Found, input_format: str | None) -> list[str]:
     with _listing(pattern):
-        from fsspec.core import url_to_fs
-
-        store, path = url_to_fs(pattern)
+        store, path = stores.store_of(pattern)
         paths, fixed = None, len(path)  # only what comes behind the fixed part may be hidden
         if glob_part := re.search(r"[*?[]", path):
             paths, fixed = store.glob(path), glob_part.start() - 1
@@ -300,23 +294,15 @@ def _describe_urls(urls: Iterable[str]) -> list[InputFile]:
     files = []
     for url in urls:
         with _listing(url):
-            from fsspec.core import url_to_fs
-
-            store, path = url_to_fs(url)
+            store, path = stores.store_of(url)
             parent = url.rpartition("/")[0]
             if parent not in folders:
                 folders[parent] = {
                     entry["name"]: entry for entry in store.ls(store._parent(path), detail=True)
                 }
             entry = folders[parent].get(path) or store.info(path)
-        files.append(InputFile(url, int(entry["size"]), _stamp(entry)))
+        files.append(InputFile(url, int(entry["size"]), stores.tag_of(entry)))
     return files
-
-
-def _stamp(entry: Mapping[str, Any]) -> str:
-    """A file's tag in its store's words: Hugging Face's, S3's and others', else a time."""
-    names = ("blob_id", "ETag", "etag", "md5Hash", "mtime", "LastModified", "last_modified", "created")
-    return next((str(entry[name]) for name in names if entry.get(name)), "unknown")
 
 
 def _check_kind(path: str, input_format: str | None) -> None:
@@ -335,7 +321,7 @@ def _listing(url: str) -> Iterator[None]:
     except FileNotFoundError:
         raise ValueError(f"The input {url} is missing.") from None
     except Exception as error:  # every store has its own kinds
-        raise ValueError(f"The input {url} cannot be listed: {_one_line(error)}") from error
+        raise ValueError(f"The input {url} cannot be listed: {reason_of(error)}") from error
 
 
 def _check_hub(name: str) -> None:
@@ -363,7 +349,7 @@ def _check_hub(name: str) -> None:
             "check the name, or log in with `hf auth login`."
         ) from None
     except Exception as error:  # the hub's and the HTTP client's: no name server, no route, too slow
-        problem = _one_line(error)
+        problem = reason_of(error)
     raise ValueError(
         f"The dataset {name} is no local folder, and the hub cannot be asked for it ({problem}); fetch it "
         f"where there is a network, with `hf download --repo-type dataset {name} --local-dir FOLDER`, and "
@@ -384,7 +370,7 @@ def _data_files(name: str) -> dict[str, list[str]]:
     try:
         builder = datasets.load_dataset_builder(name)
     except Exception as error:  # of many kinds, some with pages of text
-        text = _one_line(error)
+        text = reason_of(error)
         if "gated dataset" in text:
             raise ValueError(_GATED.format(name=name)) from None
         raise ValueError(f"The dataset {name} cannot be opened: {text}") from error
@@ -397,9 +383,3 @@ def _downloaded(url: str) -> str:
 
     file: Any = HfFileSystem().resolve_path(url)
     return hf_hub_download(file.repo_id, file.path_in_repo, repo_type=file.repo_type, revision=file.revision)
-
-
-def _one_line(error: Exception) -> str:
-    """An error's text as one sentence of bearable length."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 300 else text[:297] + "..."
