@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from megatron_iiet.data import stores
+from megatron_iiet.data.reading import saved
 from megatron_iiet.data.reading.kinds import ALL_KINDS, format_of, kind_name, tells_nothing
 from megatron_iiet.data.stores import is_url, reason_of
 
@@ -111,10 +112,10 @@ def find_inputs(patterns: Iterable[str], input_format: str | None = None) -> Fou
 def list_dataset(name: str, split: str = "train", streaming: bool = False) -> list[InputFile]:
     """Data files of one split of a dataset: a name on the Hugging Face hub or a local dataset folder.
 
-    ``datasets`` says which files make up the split (a README's ``configs``, or names like ``train/...``); the
-    files are then read by this package. Files of the hub are pinned to its present revision. With
-    ``streaming`` they are read over the network as they come; without, each is downloaded to the hub's cache
-    first, by the process that reads it and when it does.
+    ``datasets`` says which files make up the split (a README's ``configs``, or names like ``train/...``), or
+    the records of its ``save_to_disk``; the files are then read by this package. Files of the hub are pinned
+    to its present revision. With ``streaming`` they are read over the network as they come; without, each is
+    downloaded to the hub's cache first, by the process that reads it and when it does.
 
     Raises:
         ValueError: the dataset or its split is unknown or out of reach, it has several configurations and no
@@ -122,9 +123,12 @@ def list_dataset(name: str, split: str = "train", streaming: bool = False) -> li
     """
     if not os.path.isdir(name):
         _check_hub(name)
-    splits = _data_files(name)
+    on_disk = saved.splits_of(name.rstrip("/")) if os.path.isdir(name) else None
+    splits = _data_files(name) if on_disk is None else on_disk
     if split not in splits:
         raise ValueError(f"The dataset {name} has no split {split!r}, only {', '.join(sorted(splits))}.")
+    if on_disk is not None:
+        return list_inputs([on_disk[split]])
     paths = sorted(path for path in splits[split] if not path.endswith(_UNFINISHED))
     for path in paths:
         if not format_of(path):
@@ -177,7 +181,11 @@ def _why_not(path: str, input_format: str | None) -> str | None:
 
 
 def _sort_out(
-    paths: Iterable[str], exists: Callable[[str], bool], found: Found, input_format: str | None
+    paths: Iterable[str],
+    exists: Callable[[str], bool],
+    read: Callable[[str], bytes],
+    found: Found,
+    input_format: str | None,
 ) -> list[str]:
     """Those of a folder's or glob's files that are read, sorted; the others are noted."""
     is_plan: dict[str, bool] = {}
@@ -191,10 +199,13 @@ def _sort_out(
                 is_plan[folder] |= exists(f"{folder}/plan.json")
         return is_plan[folder]
 
-    taken = []
+    taken, sieve = [], saved.Sieve(exists, read)
     for path in sorted(paths):
         is_record = of_a_plan(path.rpartition("/")[0])
-        if reason := "records of preprocessing" if is_record else _why_not(path, input_format):
+        reason = "records of preprocessing" if is_record else _why_not(path, input_format)
+        if not reason and format_of(path) == "arrow" and not sieve.takes(path):
+            reason = saved.NOT_NAMED
+        if reason:
             found.leave_out(reason, path)
         else:
             taken.append(path)
@@ -211,7 +222,7 @@ def _expand(pattern: str, found: Found, input_format: str | None) -> list[str]:
         paths = glob.glob(pattern, recursive=True)
         if folder := next(filter(os.path.isdir, paths), None):
             raise ValueError(f"The input {folder} is a folder.")
-    taken = _sort_out(paths, os.path.exists, found, input_format)
+    taken = _sort_out(paths, os.path.exists, lambda path: Path(path).read_bytes(), found, input_format)
     if fifo := next((path for path in taken if Path(path).is_fifo()), None):
         raise ValueError(f"The input {fifo} can be read only once; name it by itself, or move it away.")
     return _refuse_none(taken, pattern, found)
@@ -284,7 +295,8 @@ def _expand_url(pattern: str, found: Found, input_format: str | None) -> list[st
             found.leave_out("hidden", name)
         else:
             seen.append(name)
-    taken = _sort_out(seen, store.exists, found, input_format)
+    with _listing(pattern, passing=(ValueError,)):
+        taken = _sort_out(seen, store.exists, store.cat_file, found, input_format)
     return _refuse_none([store.unstrip_protocol(name) for name in taken], pattern, found)
 
 
@@ -314,10 +326,12 @@ def _check_kind(path: str, input_format: str | None) -> None:
 
 
 @contextmanager
-def _listing(url: str) -> Iterator[None]:
-    """Turns a store's errors into sentences."""
+def _listing(url: str, passing: tuple[type[Exception], ...] = ()) -> Iterator[None]:
+    """Turns a store's errors into sentences, but for those passing."""
     try:
         yield
+    except passing:
+        raise
     except FileNotFoundError:
         raise ValueError(f"The input {url} is missing.") from None
     except Exception as error:  # every store has its own kinds
