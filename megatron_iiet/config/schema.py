@@ -142,7 +142,7 @@ class DataConfig:
 
     prefix: str = key("", FREE)
     """Path of the corpus without suffix, as tools/preprocess_data.py names it: a .shards list or a bare pair
-    .bin/.idx."""
+    .bin/.idx. Or its URL, for fsspec: s3://bucket/corpus."""
     blend: dict[str, float] = key(factory=dict, change=ORDER)
     """Several corpora with weights, {prefix: weight}, instead of data.prefix. Samples are dealt in exactly
     these proportions, whose sum may be anything."""

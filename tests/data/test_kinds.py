@@ -161,18 +161,6 @@ def test_the_shards_are_the_same_bytes(
     assert all(result == results[0] for result in results)
 
 
-def test_folders_of_datasets(tmp_path: Path) -> None:
-    """As ``save_to_disk`` writes them."""
-    import datasets
-
-    split = datasets.Dataset.from_list(ROWS)
-    datasets.DatasetDict({"train": split, "test": split}).save_to_disk(
-        str(tmp_path), num_shards={"train": 3, "test": 1}
-    )
-    assert list(iter_documents(list_inputs([str(tmp_path / "train")]))) == TEXTS
-    assert len(list_inputs([str(tmp_path)])) == 4
-
-
 @pytest.mark.parametrize(
     ("documents_are", "content", "texts"),
     [

@@ -32,6 +32,7 @@ from megatron_iiet.data.corpora.mmididx import (
 from megatron_iiet.data.corpora.shard_list import write_shards
 from megatron_iiet.data.corpora.streams import IndexedDataset, OpenShard, open_corpus
 from megatron_iiet.data.preprocess.ownership import claims_to
+from megatron_iiet.data.stores import is_url
 from megatron_iiet.durable import check_output, make_parent
 
 _MADE_BY = "tools/merge_datasets.py"
@@ -106,18 +107,18 @@ def expand_corpora(patterns: Sequence[str]) -> list[str]:
     prefixes = [prefix for pattern in patterns for prefix in _expand(pattern)]
     seen = set()
     for prefix in prefixes:
-        if os.path.abspath(prefix) in seen:
+        if _place(prefix) in seen:
             raise ValueError(
                 f"{prefix} is given twice; give each corpus once (data.blend repeats and weighs)."
             )
-        seen.add(os.path.abspath(prefix))
+        seen.add(_place(prefix))
     return prefixes
 
 
 def _expand(pattern: str) -> list[str]:
     suffix = next((suffix for suffix in _SUFFIXES if pattern.endswith(suffix)), "")
     stem = pattern.removesuffix(suffix)
-    if not glob.has_magic(stem) or shards_path(stem).exists() or idx_path(stem).exists():
+    if is_url(stem) or not glob.has_magic(stem) or shards_path(stem).exists() or idx_path(stem).exists():
         return [stem]
     suffixes = [suffix] if suffix else [".shards", ".idx"]
     found = {path.removesuffix(end) for end in suffixes for path in glob.glob(stem + end)}
@@ -190,7 +191,7 @@ def _check_pairs(output: str, prefixes: Sequence[str], report: MergeReport) -> N
     """Read every index and count; no token is read."""
     seen = set()
     for pair in _open_pairs(prefixes):
-        place = os.path.abspath(pair.prefix)
+        place = _place(pair.prefix)
         if place == os.path.abspath(output):
             raise ValueError(f"The inputs read {pair.prefix}, the output prefix; choose another.")
         if place in seen:
@@ -199,7 +200,7 @@ def _check_pairs(output: str, prefixes: Sequence[str], report: MergeReport) -> N
         for defect in pair.index.defects():
             raise ValueError(f"{defect} Restore the file, or make the pair again.")
         if pair.listed is not None:
-            _require_digest(idx_path(pair.prefix), file_digest(idx_path(pair.prefix)), pair.listed.idx_digest)
+            _require_digest(pair.index.path, file_digest(pair.index.path), pair.listed.idx_digest)
         report.shards += 1
         report.tokens += pair.index.num_tokens
         report.documents += pair.index.num_documents
@@ -260,12 +261,16 @@ def _refer(output_prefix: str, prefixes: Sequence[str]) -> list[Shard]:
             if pair.listed is not None
             else (file_digest(pair.tokens.path), file_digest(pair.index.path))
         )
-        name = os.path.abspath(pair.prefix).removeprefix(folder)
+        name = _place(pair.prefix).removeprefix(folder)
         shards.append(Shard(name, pair.index.num_tokens, pair.index.num_documents, *digests))
     return shards
 
 
-def _require_digest(path: Path, found: bytes, listed: bytes) -> None:
+def _place(prefix: str) -> str:
+    return prefix if is_url(prefix) else os.path.abspath(prefix)
+
+
+def _require_digest(path: str, found: bytes, listed: bytes) -> None:
     if found != listed:
         raise ValueError(
             f"{path} is damaged: its digest is {found.hex()}, its shard list says {listed.hex()}; restore "

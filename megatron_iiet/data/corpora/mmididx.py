@@ -13,17 +13,18 @@ ends of every array are checked, nothing is scanned; :meth:`DocumentIndex.defect
 from __future__ import annotations
 
 import hashlib
-import mmap
 import os
 import struct
 from bisect import bisect_left
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+
+from megatron_iiet.data.stores import READ_BYTES, Stamp, open_file
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
@@ -32,7 +33,7 @@ DTYPES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}  # 6 and 7
 CODES = {np.dtype(name): code for code, name in DTYPES.items()}
 DIGEST_BYTES = 16
 BLOCK_ENTRIES = 1 << 18  # entries of an index handled at once when the whole of it is read
-BLOCK_BYTES = 1 << 22  # bytes of a token file handled at once
+BLOCK_BYTES = READ_BYTES  # of a token file, handled at once
 _UINT16_VOCAB_LIMIT = 65500  # Megatron's own threshold
 
 Int32Array = npt.NDArray[np.int32]
@@ -71,10 +72,12 @@ def check_prefix(prefix: str | os.PathLike[str]) -> None:
         raise ValueError(f"The output prefix {prefix} ends in a slash; add a name for the files.")
 
 
-def file_digest(path: Path) -> bytes:
+def file_digest(path: str | os.PathLike[str]) -> bytes:
     """Digest of a whole file, as shard lists hold it."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, new_digest).digest()
+    file, digest = open_file(path), new_digest()
+    for start in range(0, file.size, READ_BYTES):
+        digest.update(file.read(start, start + READ_BYTES))
+    return digest.digest()
 
 
 def new_digest(data: bytes | memoryview = b"") -> hashlib.blake2b:
@@ -88,22 +91,19 @@ def token_dtype(vocab_size: int) -> np.dtype[Any]:
 
 
 class TokenFile:
-    """A ``.bin`` file, read at any position by any number of threads.
-
-    Reads are calls to pread, not accesses to a memory map: they cost the same (the conversion to int64 takes
-    most of either), and a file cut short under a running training gives a sentence instead of SIGBUS.
+    """A ``.bin`` file, read at any position by any number of threads; ``seen`` as :func:`.open_file` has it.
 
     Raises:
-        ValueError: at opening, the size is no multiple of the token's; at reading, the file was cut short.
+        ValueError: the file was cut short, or is another one than it was.
+        OSError: it is missing, or cannot be read.
     """
 
-    _descriptor = -1
-
-    def __init__(self, path: Path, dtype: np.dtype[Any]) -> None:
-        self.path = path
+    def __init__(
+        self, path: str | os.PathLike[str], dtype: np.dtype[Any], seen: dict[str, Stamp] | None = None
+    ) -> None:
+        self._file = open_file(path, seen)
+        self.path, self.num_bytes = self._file.name, self._file.size
         self.dtype = dtype
-        self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        self.num_bytes = os.fstat(self._descriptor).st_size
 
     def read_into(self, start: int, out: npt.NDArray[Any]) -> None:
         """Fill ``out`` [n] (any integer type) with tokens [start, start + n)."""
@@ -115,16 +115,13 @@ class TokenFile:
     def read_bytes(self, start: int, stop: int) -> bytes:
         """Tokens [start, stop) as they are stored."""
         at, end = start * self.dtype.itemsize, stop * self.dtype.itemsize
-        data = os.pread(self._descriptor, end - at, at)
-        while len(data) < end - at:
-            more = os.pread(self._descriptor, end - at - len(data), at + len(data))
-            if not more:
-                raise ValueError(
-                    f"{self.path} ends at byte {at + len(data)}, inside the tokens [{start}, {stop}) to be "
-                    f"read; it had {self.num_bytes} bytes when it was opened, so it was cut short since: "
-                    "restore it or make the pair again."
-                )
-            data += more
+        data = self._file.read(at, end)
+        if len(data) < end - at:
+            raise ValueError(
+                f"{self.path} ends at byte {at + len(data)}, inside the tokens [{start}, {stop}) to be "
+                f"read; it had {self.num_bytes} bytes when it was opened, so it was cut short since: "
+                "restore it or make the pair again."
+            )
         return data
 
     def blocks(self) -> Iterator[tuple[int, npt.NDArray[Any]]]:
@@ -133,14 +130,10 @@ class TokenFile:
         for start in range(0, end, step):
             yield start, np.frombuffer(self.read_bytes(start, min(start + step, end)), self.dtype)
 
-    def __del__(self, close: Callable[[int], None] = os.close) -> None:
-        # The last reference closes, so a cache may drop a file that another thread still reads.
-        if self._descriptor >= 0:
-            close(self._descriptor)
-
 
 class DocumentIndex:
-    """An ``.idx`` file, memory-mapped: where the documents of a pair start, in tokens.
+    """An ``.idx`` file, memory-mapped (that of a url is fetched whole, once): where the documents of a pair
+    start, in tokens.
 
     The three arrays are memoryviews: the header of 34 bytes leaves them unaligned, where numpy's searches
     would copy them whole.
@@ -157,13 +150,12 @@ class DocumentIndex:
             array; damage elsewhere raises when a read meets it.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            if size == 0:
-                raise ValueError(f"{path} is empty (0 bytes); make the pair again.")
-            self._map = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
+    def __init__(self, path: str | os.PathLike[str], seen: dict[str, Stamp] | None = None) -> None:
+        file = open_file(path, seen)
+        self.path, size = file.name, file.size
+        if size == 0:
+            raise ValueError(f"{path} is empty (0 bytes); make the pair again.")
+        self._map = file.map()
         head = self._map[: HEADER.size]
         self.dtype, self.num_sequences, self.num_documents = _read_header(path, head, size)
         self._size = size
@@ -291,6 +283,10 @@ class DocumentIndex:
             more = f" (and {found.size - 1} more)" if found.size > 1 else ""
             yield f"{self.path}: {sentence.format(at + found[0])}{more}."
 
+    def digest(self) -> bytes:
+        """Of the whole file, as shard lists hold it."""
+        return new_digest(memoryview(self._map)).digest()
+
     def _require_whole(self) -> None:
         """Pages behind the end of a file that shrank would end the process with SIGBUS."""
         if self._map.size() < self._size:
@@ -311,7 +307,7 @@ def int64_block(table: memoryview[int], start: int, stop: int) -> Int64Array:
     return np.frombuffer(table[start:stop], dtype="<i8").copy()
 
 
-def _read_header(path: Path, head: bytes, size: int) -> tuple[np.dtype[Any], int, int]:
+def _read_header(path: str | os.PathLike[str], head: bytes, size: int) -> tuple[np.dtype[Any], int, int]:
     """dtype, sequences, documents of an ``.idx``, its size checked."""
     if not head.startswith(MAGIC):
         raise ValueError(

@@ -7,7 +7,7 @@ Layout of the list, little-endian; digests are blake2b with 16 bytes, of whole f
     16 B[n] digests of the .bin | 16 B[n] digests of the .idx | names, utf-8 | digest of all before
 
 The JSON holds ``dtype``, ``shards``, ``tokens``, ``documents`` and ``info``, what the maker has to say of the
-corpus. A name is the prefix of a pair, relative to the folder of the list or absolute.
+corpus. A name is the prefix of a pair, relative to the folder of the list, absolute, or a url.
 
 Opening a list of 100,000 shards, some 8 MB, takes milliseconds: the file is read, and its digest compared.
 """
@@ -27,6 +27,7 @@ import numpy as np
 
 from megatron_iiet.data.corpora.indexed_writer import DigestedFile
 from megatron_iiet.data.corpora.mmididx import DIGEST_BYTES, Shard, new_digest, shards_path
+from megatron_iiet.data.stores import is_url, open_file
 from megatron_iiet.durable import write_bytes
 
 MAGIC = b"TOKSHARD"
@@ -48,10 +49,11 @@ class ShardList:
         ValueError: the file is of another format or version, cut short or damaged.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.folder = path.parent
-        content = memoryview(path.read_bytes())
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        file = open_file(path)
+        self.path = file.name
+        self.folder = os.path.dirname(self.path)
+        content = memoryview(file.read(0, file.size))
         magic, version, head_bytes = _HEAD.unpack(bytes(content[: _HEAD.size]).ljust(_HEAD.size, b"\0"))
         if magic != MAGIC:
             raise ValueError(
@@ -111,7 +113,7 @@ class ShardList:
 
     def prefix_of(self, shard: Shard) -> str:
         """Prefix under which the pair's files are found."""
-        return os.path.join(self.folder, shard.name)
+        return shard.name if is_url(shard.name) else os.path.join(self.folder, shard.name)
 
 
 def write_shards(

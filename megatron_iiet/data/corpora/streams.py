@@ -2,7 +2,7 @@
 
 A prefix names what the list ``PREFIX.shards`` holds (:mod:`shard_list`), or, without one, the pair
 ``PREFIX.bin``/``.idx`` (:mod:`mmididx`). Pairs are opened when they are read, and then checked against the
-list.
+list. Prefixes are paths or urls (:mod:`stores`).
 """
 
 from __future__ import annotations
@@ -13,21 +13,14 @@ from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from threading import Lock
 from typing import Any, TypeVar
 
 import numpy as np
 
-from megatron_iiet.data.corpora.mmididx import (
-    DocumentIndex,
-    Int64Array,
-    TokenFile,
-    bin_path,
-    idx_path,
-    shards_path,
-)
+from megatron_iiet.data.corpora.mmididx import DocumentIndex, Int64Array, TokenFile
 from megatron_iiet.data.corpora.shard_list import ShardList
+from megatron_iiet.data.stores import Stamp, is_folder, is_url, size_of
 
 MAX_OPEN_SHARDS = 256  # a shard costs up to two file descriptors, and 1024 is a common limit
 
@@ -41,15 +34,18 @@ def open_corpus(prefix: str | os.PathLike[str]) -> ShardedDataset | IndexedDatas
 
     Raises:
         ValueError: neither is there, or what is there is damaged.
+        OSError: a file cannot be read.
     """
     prefix = corpus_prefix(prefix)
-    return ShardedDataset(prefix) if shards_path(prefix).exists() else IndexedDataset(prefix)
+    has_list = size_of(f"{prefix}.shards") is not None
+    return ShardedDataset(prefix) if has_list else IndexedDataset(prefix)
 
 
 def corpus_prefix(path: str | os.PathLike[str]) -> str:
     """The prefix of the corpus that ``path``, a prefix or the name of a file of it, belongs to."""
-    prefix, ending = os.path.splitext(os.fspath(path))
-    return prefix if ending in (".shards", ".bin", ".idx") and os.path.isfile(path) else os.fspath(path)
+    path = os.fspath(path)
+    prefix, ending = os.path.splitext(path)
+    return prefix if ending in (".shards", ".bin", ".idx") and size_of(path) is not None else path
 
 
 class TokenStream(ABC):
@@ -109,7 +105,7 @@ class IndexedDataset(TokenStream):
 
     def __init__(self, prefix: str | os.PathLike[str]) -> None:
         self.prefix = os.fspath(prefix)
-        bin_file, idx_file = bin_path(self.prefix), idx_path(self.prefix)
+        bin_file, idx_file = f"{self.prefix}.bin", f"{self.prefix}.idx"
         _require_file(idx_file, bin_file)
         _require_file(bin_file, idx_file)
         self.index = DocumentIndex(idx_file)
@@ -117,9 +113,9 @@ class IndexedDataset(TokenStream):
         self.tokens = TokenFile(bin_file, self.dtype)
         if self.tokens.num_bytes != self.index.num_bytes:
             raise ValueError(
-                f"{idx_file} does not belong to {bin_file.name}: the index describes {self.index.num_bytes} "
-                f"bytes of tokens, the file holds {self.tokens.num_bytes}; make the pair again with "
-                "tools/preprocess_data.py."
+                f"{idx_file} does not belong to {os.path.basename(bin_file)}: the index describes "
+                f"{self.index.num_bytes} bytes of tokens, the file holds {self.tokens.num_bytes}; make the "
+                "pair again with tools/preprocess_data.py."
             )
         self.num_tokens, self.num_documents = self.index.num_tokens, self.index.num_documents
         self.info: dict[str, Any] = {}  # a list would hold what the maker said of the corpus,
@@ -144,31 +140,36 @@ class IndexedDataset(TokenStream):
         return IndexedDataset, (self.prefix,)  # other processes open the files anew
 
 
-def _require_file(path: Path, partner: Path) -> None:
-    if not path.is_file():
-        if partner.is_file():
-            hint = f"its partner {partner.name} is there, so the writing did not finish: make the pair again"
-        elif path.with_suffix("").is_dir():
+def _require_file(path: str, partner: str) -> None:
+    size, prefix = size_of(path), os.path.splitext(path)[0]
+    if size is None:
+        if size_of(partner) is not None:
             hint = (
-                f"{path.with_suffix('')} is a folder without a list {path.with_suffix('.shards').name} "
-                "beside it: if preprocessing wrote it, run the same command again, it was not finished"
+                f"its partner {os.path.basename(partner)} is there, so the writing did not finish: make the "
+                "pair again"
+            )
+        elif is_folder(prefix):
+            hint = (
+                f"{prefix} is a folder without a list {os.path.basename(prefix)}.shards beside it: if "
+                "preprocessing wrote it, run the same command again, it was not finished"
             )
         else:
             hint = "data.prefix is the path without .bin/.idx; make the pair with tools/preprocess_data.py"
         raise ValueError(f"{path} is missing; {hint}.")
-    if path.stat().st_size == 0:
+    if size == 0:
         raise ValueError(f"{path} is empty (0 bytes); make the pair again with tools/preprocess_data.py.")
 
 
 class OpenShard:
-    """The files of one entry of a list, checked against the list; the ``.idx`` when first asked for."""
+    """The files of one entry of a list, checked against the list; the ``.idx`` when first asked for, and that
+    of a url, which is read anyway, with its digest. ``seen`` as :func:`.open_file` has it."""
 
-    def __init__(self, shards: ShardList, index: int) -> None:
-        self._list = shards
+    def __init__(self, shards: ShardList, index: int, seen: dict[str, Stamp] | None = None) -> None:
+        self._list, self._seen = shards, seen
         self.listed = shards[index]
         self.prefix = shards.prefix_of(self.listed)
         self._index: DocumentIndex | None = None
-        self.tokens = self._open(bin_path, lambda path: TokenFile(path, shards.dtype))
+        self.tokens = self._open(".bin", lambda path: TokenFile(path, shards.dtype, seen))
         num_bytes = self.listed.tokens * shards.dtype.itemsize
         self._require("bytes", self.tokens.path, self.tokens.num_bytes, num_bytes)
 
@@ -176,15 +177,17 @@ class OpenShard:
     def index(self) -> DocumentIndex:
         """The pair's index, opened at the first call."""
         if self._index is None:
-            index = self._open(idx_path, DocumentIndex)
+            index = self._open(".idx", lambda path: DocumentIndex(path, self._seen))
             self._require("documents", index.path, index.num_documents, self.listed.documents)
             self._require("tokens", index.path, index.num_tokens, self.listed.tokens)
             self._require("token type", index.path, index.dtype, self._list.dtype)
+            if is_url(index.path):
+                self._require("digest", index.path, index.digest().hex(), self.listed.idx_digest.hex())
             self._index = index
         return self._index
 
-    def _open(self, name: Callable[[str], Path], open_file: Callable[[Path], T]) -> T:
-        path = name(self.prefix)
+    def _open(self, ending: str, open_file: Callable[[str], T]) -> T:
+        path = f"{self.prefix}{ending}"
         try:
             return open_file(path)
         except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
@@ -192,7 +195,7 @@ class OpenShard:
                 f"{path} is missing, and {self._list.path} names it; put it back, or make the corpus again."
             ) from None
 
-    def _require(self, what: str, path: Path, found: object, listed: object) -> None:
+    def _require(self, what: str, path: str, found: object, listed: object) -> None:
         if found != listed:
             raise ValueError(
                 f"{path} does not belong to {self._list.path}: {what} by the list: {listed}, in the file: "
@@ -211,12 +214,13 @@ class ShardedDataset(TokenStream):
 
     def __init__(self, prefix: str | os.PathLike[str], max_open_shards: int = MAX_OPEN_SHARDS) -> None:
         self.prefix = os.fspath(prefix)
-        self.shards = ShardList(shards_path(self.prefix))
+        self.shards = ShardList(f"{self.prefix}.shards")
         self.dtype = self.shards.dtype
         self.info = self.shards.info
         self.num_tokens, self.num_documents = self.shards.num_tokens, self.shards.num_documents
         self._max_open = max_open_shards
         self._open: OrderedDict[int, OpenShard] = OrderedDict()
+        self._seen: dict[str, Stamp] = {}  # urls, as they were when they were first opened
         self._lock = Lock()
 
     def pairs(self) -> Iterator[OpenShard]:
@@ -275,7 +279,7 @@ class ShardedDataset(TokenStream):
 
     def open_shard(self, index: int) -> OpenShard:
         """Open one shard; whoever reads tokens need not ask for it."""
-        return self._sparingly(lambda: OpenShard(self.shards, index))
+        return self._sparingly(lambda: OpenShard(self.shards, index, self._seen))
 
     def _sparingly(self, open_file: Callable[[], T]) -> T:
         """Open something; where too many files are open, let go of ours and try once more."""

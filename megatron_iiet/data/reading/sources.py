@@ -14,7 +14,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
 
+from megatron_iiet.data import stores
+from megatron_iiet.data.reading import saved
 from megatron_iiet.data.reading.kinds import ALL_KINDS, format_of, kind_name, tells_nothing
+from megatron_iiet.data.stores import is_url, reason_of
 
 _UNFINISHED = (".partial", ".tmp", ".incomplete", ".part")
 _PAPERS = re.compile(
@@ -93,13 +96,12 @@ def find_inputs(patterns: Iterable[str], input_format: str | None = None) -> Fou
     """
     found = Found()
     for pattern in patterns:
-        is_url = "://" in pattern
-        expand, describe = (_expand_url, _describe_urls) if is_url else (_expand, _describe)
+        expand, describe = (_expand_url, _describe_urls) if is_url(pattern) else (_expand, _describe)
         paths = expand(_STANDARD_INPUT if pattern == "-" else pattern, found, input_format)
         found.files += describe(paths)
     first: dict[str, str] = {}
     for file in found.files:
-        place = file.path if "://" in file.path else os.path.realpath(file.path)
+        place = file.path if is_url(file.path) else os.path.realpath(file.path)
         if place in first:
             also = "" if first[place] == file.path else f" (also as {first[place]})"
             raise ValueError(f"The input {file.path} is named twice{also}; name every file once.")
@@ -110,10 +112,10 @@ def find_inputs(patterns: Iterable[str], input_format: str | None = None) -> Fou
 def list_dataset(name: str, split: str = "train", streaming: bool = False) -> list[InputFile]:
     """Data files of one split of a dataset: a name on the Hugging Face hub or a local dataset folder.
 
-    ``datasets`` says which files make up the split (a README's ``configs``, or names like ``train/...``); the
-    files are then read by this package. Files of the hub are pinned to its present revision. With
-    ``streaming`` they are read over the network as they come; without, each is downloaded to the hub's cache
-    first, by the process that reads it and when it does.
+    ``datasets`` says which files make up the split (a README's ``configs``, or names like ``train/...``), or
+    the records of its ``save_to_disk``; the files are then read by this package. Files of the hub are pinned
+    to its present revision. With ``streaming`` they are read over the network as they come; without, each is
+    downloaded to the hub's cache first, by the process that reads it and when it does.
 
     Raises:
         ValueError: the dataset or its split is unknown or out of reach, it has several configurations and no
@@ -121,15 +123,18 @@ def list_dataset(name: str, split: str = "train", streaming: bool = False) -> li
     """
     if not os.path.isdir(name):
         _check_hub(name)
-    splits = _data_files(name)
+    on_disk = saved.splits_of(name.rstrip("/")) if os.path.isdir(name) else None
+    splits = _data_files(name) if on_disk is None else on_disk
     if split not in splits:
         raise ValueError(f"The dataset {name} has no split {split!r}, only {', '.join(sorted(splits))}.")
+    if on_disk is not None:
+        return list_inputs([on_disk[split]])
     paths = sorted(path for path in splits[split] if not path.endswith(_UNFINISHED))
     for path in paths:
         if not format_of(path):
             raise ValueError(f"The dataset {name} keeps its text in {path}; {ALL_KINDS} files can be read.")
-    local = [path for path in paths if "://" not in path]
-    remote = [path for path in paths if "://" in path]
+    local = [path for path in paths if not is_url(path)]
+    remote = [path for path in paths if is_url(path)]
     return _describe(local) + [replace(file, download=not streaming) for file in _describe_urls(remote)]
 
 
@@ -145,23 +150,18 @@ def open_input(source: InputFile | str | os.PathLike[str]) -> Iterator[IO[bytes]
         with open(0, "rb", closefd=False) as file:
             yield file
         return
-    if "://" not in path:
+    if not is_url(path):
         with open(path, "rb") as file:
             yield file
         return
-    try:
+    with stores.reading(path, passing=(ValueError,)):  # what the caller thinks of the content
         if isinstance(source, InputFile) and source.download and path.startswith("hf://"):
             with open(_downloaded(path), "rb") as file:
                 yield file
             return
-        import fsspec
-
-        with fsspec.open(path, "rb") as file:
+        store, name = stores.store_of(path)
+        with store.open(name, "rb", block_size=stores.READ_BYTES) as file:
             yield file
-    except ValueError:  # what the caller thinks of the content
-        raise
-    except Exception as error:  # every store has its own kinds
-        raise OSError(f"{path} cannot be read ({_one_line(error)}); run again when it can.") from error
 
 
 def _why_not(path: str, input_format: str | None) -> str | None:
@@ -181,7 +181,11 @@ def _why_not(path: str, input_format: str | None) -> str | None:
 
 
 def _sort_out(
-    paths: Iterable[str], exists: Callable[[str], bool], found: Found, input_format: str | None
+    paths: Iterable[str],
+    exists: Callable[[str], bool],
+    read: Callable[[str], bytes],
+    found: Found,
+    input_format: str | None,
 ) -> list[str]:
     """Those of a folder's or glob's files that are read, sorted; the others are noted."""
     is_plan: dict[str, bool] = {}
@@ -195,10 +199,13 @@ def _sort_out(
                 is_plan[folder] |= exists(f"{folder}/plan.json")
         return is_plan[folder]
 
-    taken = []
+    taken, sieve = [], saved.Sieve(exists, read)
     for path in sorted(paths):
         is_record = of_a_plan(path.rpartition("/")[0])
-        if reason := "records of preprocessing" if is_record else _why_not(path, input_format):
+        reason = "records of preprocessing" if is_record else _why_not(path, input_format)
+        if not reason and format_of(path) == "arrow" and not sieve.takes(path):
+            reason = saved.NOT_NAMED
+        if reason:
             found.leave_out(reason, path)
         else:
             taken.append(path)
@@ -215,7 +222,7 @@ def _expand(pattern: str, found: Found, input_format: str | None) -> list[str]:
         paths = glob.glob(pattern, recursive=True)
         if folder := next(filter(os.path.isdir, paths), None):
             raise ValueError(f"The input {folder} is a folder.")
-    taken = _sort_out(paths, os.path.exists, found, input_format)
+    taken = _sort_out(paths, os.path.exists, lambda path: Path(path).read_bytes(), found, input_format)
     if fifo := next((path for path in taken if Path(path).is_fifo()), None):
         raise ValueError(f"The input {fifo} can be read only once; name it by itself, or move it away.")
     return _refuse_none(taken, pattern, found)
@@ -272,9 +279,7 @@ def _describe(paths: Iterable[str]) -> list[InputFile]:
 
 def _expand_url(pattern: str, found: Found, input_format: str | None) -> list[str]:
     with _listing(pattern):
-        from fsspec.core import url_to_fs
-
-        store, path = url_to_fs(pattern)
+        store, path = stores.store_of(pattern)
         paths, fixed = None, len(path)  # only what comes behind the fixed part may be hidden
         if glob_part := re.search(r"[*?[]", path):
             paths, fixed = store.glob(path), glob_part.start() - 1
@@ -290,7 +295,8 @@ def _expand_url(pattern: str, found: Found, input_format: str | None) -> list[st
             found.leave_out("hidden", name)
         else:
             seen.append(name)
-    taken = _sort_out(seen, store.exists, found, input_format)
+    with _listing(pattern, passing=(ValueError,)):
+        taken = _sort_out(seen, store.exists, store.cat_file, found, input_format)
     return _refuse_none([store.unstrip_protocol(name) for name in taken], pattern, found)
 
 
@@ -300,23 +306,15 @@ def _describe_urls(urls: Iterable[str]) -> list[InputFile]:
     files = []
     for url in urls:
         with _listing(url):
-            from fsspec.core import url_to_fs
-
-            store, path = url_to_fs(url)
+            store, path = stores.store_of(url)
             parent = url.rpartition("/")[0]
             if parent not in folders:
                 folders[parent] = {
                     entry["name"]: entry for entry in store.ls(store._parent(path), detail=True)
                 }
             entry = folders[parent].get(path) or store.info(path)
-        files.append(InputFile(url, int(entry["size"]), _stamp(entry)))
+        files.append(InputFile(url, int(entry["size"]), stores.tag_of(entry)))
     return files
-
-
-def _stamp(entry: Mapping[str, Any]) -> str:
-    """A file's tag in its store's words: Hugging Face's, S3's and others', else a time."""
-    names = ("blob_id", "ETag", "etag", "md5Hash", "mtime", "LastModified", "last_modified", "created")
-    return next((str(entry[name]) for name in names if entry.get(name)), "unknown")
 
 
 def _check_kind(path: str, input_format: str | None) -> None:
@@ -328,14 +326,16 @@ def _check_kind(path: str, input_format: str | None) -> None:
 
 
 @contextmanager
-def _listing(url: str) -> Iterator[None]:
-    """Turns a store's errors into sentences."""
+def _listing(url: str, passing: tuple[type[Exception], ...] = ()) -> Iterator[None]:
+    """Turns a store's errors into sentences, but for those passing."""
     try:
         yield
+    except passing:
+        raise
     except FileNotFoundError:
         raise ValueError(f"The input {url} is missing.") from None
     except Exception as error:  # every store has its own kinds
-        raise ValueError(f"The input {url} cannot be listed: {_one_line(error)}") from error
+        raise ValueError(f"The input {url} cannot be listed: {reason_of(error)}") from error
 
 
 def _check_hub(name: str) -> None:
@@ -363,7 +363,7 @@ def _check_hub(name: str) -> None:
             "check the name, or log in with `hf auth login`."
         ) from None
     except Exception as error:  # the hub's and the HTTP client's: no name server, no route, too slow
-        problem = _one_line(error)
+        problem = reason_of(error)
     raise ValueError(
         f"The dataset {name} is no local folder, and the hub cannot be asked for it ({problem}); fetch it "
         f"where there is a network, with `hf download --repo-type dataset {name} --local-dir FOLDER`, and "
@@ -384,7 +384,7 @@ def _data_files(name: str) -> dict[str, list[str]]:
     try:
         builder = datasets.load_dataset_builder(name)
     except Exception as error:  # of many kinds, some with pages of text
-        text = _one_line(error)
+        text = reason_of(error)
         if "gated dataset" in text:
             raise ValueError(_GATED.format(name=name)) from None
         raise ValueError(f"The dataset {name} cannot be opened: {text}") from error
@@ -397,9 +397,3 @@ def _downloaded(url: str) -> str:
 
     file: Any = HfFileSystem().resolve_path(url)
     return hf_hub_download(file.repo_id, file.path_in_repo, repo_type=file.repo_type, revision=file.revision)
-
-
-def _one_line(error: Exception) -> str:
-    """An error's text as one sentence of bearable length."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 300 else text[:297] + "..."
