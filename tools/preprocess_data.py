@@ -8,6 +8,7 @@ import os
 import sys
 
 from megatron_iiet.data.preprocess import PreprocessOptions, megatron_flags, preprocess
+from megatron_iiet.data.preprocess.language import LANGUAGE_SCORE
 from megatron_iiet.data.preprocess.options import parse_count, share_of_work
 from megatron_iiet.data.preprocess.work import give_back_large_blocks
 from megatron_iiet.data.reading.kinds import ALL_KINDS, FORMATS
@@ -110,6 +111,20 @@ def build_parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=1234, help="of the sample")
     add("--min-characters", type=int, default=0, metavar="N", help="leave shorter documents out")
     add("--max-characters", type=int, metavar="N", help="leave longer documents out")
+    add(
+        "--language",
+        nargs="+",
+        default=[],
+        metavar="CODE",
+        help="leave documents in other languages out: en, de, ... (extra languages)",
+    )
+    add(
+        "--language-score",
+        type=float,
+        default=LANGUAGE_SCORE,
+        metavar="X",
+        help="and those whose language the model gives a lower score (default: 0.65)",
+    )
     add("--deduplicate", action="store_true", help="drop documents that repeat an earlier one exactly")
 
     add = parser.add_argument_group("work").add_argument

@@ -44,6 +44,8 @@ def options_of(**changes: Any) -> PreprocessOptions:
         {"sample_tokens": 100, "corpus_tokens": 1000},
         {"holdout_validation": 0.1},
         {"holdout_test": 0.1},
+        {"language": ["en"]},
+        {"language": ["en"], "language_score": 0.5},
         {"deduplicate": True},
         {"bad_rows": "skip"},
         {"shuffle": 0},

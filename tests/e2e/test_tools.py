@@ -137,7 +137,8 @@ OPTIONS = {
         --eod-token TOKEN | --output-prefix P | --output-dir D | --inputs-per-shard K:int = 1 | --split-by KEY
         --holdout-validation X:float = 0.0 | --holdout-test X:float = 0.0 | --overwrite = False
         --sample-tokens N | --corpus-tokens N | --seed SEED:int = 1234 | --min-characters N:int = 0
-        --max-characters N:int | --deduplicate = False | --workers N:int | --num-jobs N:int | --job I:int
+        --max-characters N:int | --language CODE [CODE ...] = [] | --language-score X:float = 0.65
+        --deduplicate = False | --workers N:int | --num-jobs N:int | --job I:int
         --vocab-file FILE | --merge-file FILE | --tokenizer-type TYPE | --dataset-impl {mmap}
         --keep-newlines = False | --keep-sequential-samples = False | --log-interval N:int
         --split-sentences = False | --lang NAME | --partitions N:int""",
@@ -268,8 +269,9 @@ def test_preprocess_hands_on(preprocess: ModuleType, start: Start, monkeypatch: 
         "--dataset d --split s --streaming --json-keys a b --bad-rows skip --bad-inputs skip "
         "--tokenizer-model t --append-eod --eod-token e --output-dir o --inputs-per-shard 3 --split-by k "
         "--input-format csv --txt-documents blank-line --max-document-bytes 4M --min-characters 5 "
-        "--max-characters 6 --holdout-validation 0.1 --holdout-test 0.2 --sample-tokens 2K "
-        "--corpus-tokens 3M --seed 7 --deduplicate --workers 4 --num-jobs 5 --job 2"
+        "--max-characters 6 --language en de --language-score 0.8 --holdout-validation 0.1 "
+        "--holdout-test 0.2 --sample-tokens 2K --corpus-tokens 3M --seed 7 --deduplicate "
+        "--workers 4 --num-jobs 5 --job 2"
     )
     called = []
     for name in ("leave_cleanly_on_sigterm", "give_back_large_blocks"):
@@ -286,6 +288,7 @@ def test_preprocess_hands_on(preprocess: ModuleType, start: Start, monkeypatch: 
         "chunk_bytes": 1 << 20, "progress": True, "max_uncut_bytes": 8 << 20,
         "input_format": "csv", "txt_documents": "blank-line", "text_template": None,
         "max_document_bytes": 4_000_000, "min_characters": 5, "max_characters": 6,
+        "language": ["en", "de"], "language_score": 0.8,
     }  # fmt: skip
 
 

@@ -208,6 +208,7 @@ class PreprocessReport:
             (counts.empty, "empty documents"),
             (counts.duplicates, "duplicates"),
             (counts.wrong_length, "documents shorter or longer than wanted"),
+            (counts.other_language, "documents in other languages, or in none that can be told"),
             (counts.sampled_out, "documents outside the sample"),
         ]
         lines = [f"left out: {number:,} {what}" for number, what in numbers if number]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
+from megatron_iiet.data.preprocess.language import LANGUAGE_SCORE
 from megatron_iiet.data.reading.kinds import FORMATS, Reading, fitting_document_bytes, parse_template
 from megatron_iiet.data.tokenizers.base import MAX_UNCUT_BYTES
 
@@ -47,6 +48,8 @@ class PreprocessOptions:
     holdout_test: float = 0.0  # fraction of documents for the outputs of split test
     min_characters: int = 0  # documents of fewer characters are left out
     max_characters: int | None = None  # documents of more characters are left out
+    language: Sequence[str] = ()  # documents in others are left out; codes of fastText's lid.176: en, de
+    language_score: float = LANGUAGE_SCORE  # what the model has to give the language, of 1
     deduplicate: bool = False  # drop documents whose text is exactly that of an earlier one
     bad_rows: Literal["error", "skip"] = "error"  # a defective row fails its shard, or is left out
     bad_inputs: Literal["fail", "skip"] = (
@@ -134,6 +137,7 @@ def _problems_of_work(options: PreprocessOptions) -> dict[str, bool]:
 def _problems_of_filters(options: PreprocessOptions) -> dict[str, bool]:
     sample, corpus = options.sample_tokens, options.corpus_tokens
     validation, test = options.holdout_validation, options.holdout_test
+    score = options.language_score
     return {
         "--corpus-tokens goes with --sample-tokens.": corpus is not None and sample is None,
         f"--sample-tokens is {sample}; give at least 1.": sample is not None and sample < 1,
@@ -151,6 +155,8 @@ def _problems_of_filters(options: PreprocessOptions) -> dict[str, bool]:
         f"--max-characters is {options.max_characters}; give at least 1 and --min-characters.": (
             options.max_characters is not None and options.max_characters < max(1, options.min_characters)
         ),
+        f"--language-score is {score}; give more than 0, at most 1.": not 0 < score <= 1,
+        "--language-score goes with --language.": score != LANGUAGE_SCORE and not options.language,
         f"--bad-rows is {options.bad_rows!r}; give error or skip.": options.bad_rows not in ("error", "skip"),
         f"--bad-inputs is {options.bad_inputs!r}; give fail or skip.": (
             options.bad_inputs not in ("fail", "skip")

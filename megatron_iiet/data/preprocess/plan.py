@@ -78,7 +78,9 @@ def grouped(inputs: Sequence[InputFile], options: Mapping[str, Any], first: int 
     return [Unit(first + number, list(inputs[at : at + size])) for number, at in enumerate(starts)]
 
 
-def deciding_options(options: PreprocessOptions, tokenizer_digest: str) -> dict[str, Any]:
+def deciding_options(
+    options: PreprocessOptions, tokenizer_digest: str, language_model: str | None = None
+) -> dict[str, Any]:
     """The options that decide bytes: not how the work is shared, nor where things lie."""
     return {
         "tokenizer": tokenizer_digest,
@@ -89,6 +91,13 @@ def deciding_options(options: PreprocessOptions, tokenizer_digest: str) -> dict[
         "max_document_bytes": options.max_document_bytes,
         "min_characters": options.min_characters or None,
         "max_characters": options.max_characters,
+        "languages": {
+            "kept": sorted(set(options.language)),
+            "score": options.language_score,
+            "model": language_model,
+        }
+        if options.language
+        else None,
         "append_eod": options.append_eod,
         "split_by": options.split_by,
         "sample_tokens": options.sample_tokens,
@@ -146,8 +155,9 @@ class Wanted:
     inputs: Sequence[InputFile]  # as they are now
     tokenizer_digest: str
     encoder: Callable[[], Tokenizer]  # loads it; called only for a new plan
+    language_model: str | None = None  # what tells languages, and its version, where it is asked
 
     @property
     def deciding(self) -> dict[str, Any]:
         """The options that decide the bytes of the outputs."""
-        return deciding_options(self.options, self.tokenizer_digest)
+        return deciding_options(self.options, self.tokenizer_digest, self.language_model)

@@ -32,6 +32,7 @@ class Counts:
     text_bytes: int = 0  # UTF-8 bytes of the documents written
     empty: int = 0  # texts that gave no token
     wrong_length: int = 0  # rows of too few or too many characters
+    other_language: int = 0  # rows in another language than wanted, or in none that can be told
     sampled_out: int = 0  # rows outside the sample
     duplicates: int = 0  # rows with the text of an earlier one
     rejected: dict[str, int] = field(default_factory=dict)  # defective rows a reason
@@ -46,6 +47,7 @@ class Counts:
         self.text_bytes += other.text_bytes
         self.empty += other.empty
         self.wrong_length += other.wrong_length
+        self.other_language += other.other_language
         self.sampled_out += other.sampled_out
         self.duplicates += other.duplicates
         for reason, count in other.rejected.items():

@@ -13,6 +13,7 @@ from itertools import islice
 from math import inf
 
 from megatron_iiet.data.preprocess.dedup import DigestFiles, find_duplicates
+from megatron_iiet.data.preprocess.language import language_model
 from megatron_iiet.data.preprocess.layout import Layout
 from megatron_iiet.data.preprocess.lists import (
     PreprocessReport,
@@ -71,6 +72,7 @@ def preprocess(options: PreprocessOptions, log: Log = print) -> PreprocessReport
         inputs=_list_inputs(options, log),
         tokenizer_digest=tokenizer_digest(options.tokenizer_model),
         encoder=cache(lambda: _load_encoder(wanted, log)),
+        language_model=language_model(options.language) if options.language else None,
     )
     check_place(wanted)
     if options.eod_token is not None:
@@ -112,6 +114,8 @@ class _Job:
                 options.holdout_test,
                 options.min_characters,
                 inf if options.max_characters is None else options.max_characters,
+                options.language,
+                options.language_score,
             )
             recipe = Recipe(options, wanted.encoder(), wanted.layout, filters)
             with Workers(options.workers, recipe) if options.workers > 1 else nullcontext() as workers:

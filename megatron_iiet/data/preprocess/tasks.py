@@ -26,6 +26,7 @@ import numpy as np
 from megatron_iiet.data.corpora.indexed_writer import IndexedDatasetWriter, TokenArray
 from megatron_iiet.data.corpora.mmididx import DIGEST_BYTES, Shard, bin_path, idx_path, token_dtype
 from megatron_iiet.data.preprocess.dedup import DigestFiles, Duplicates
+from megatron_iiet.data.preprocess.language import LANGUAGE_SCORE, is_in
 from megatron_iiet.data.preprocess.layout import Layout, Output
 from megatron_iiet.data.preprocess.options import PreprocessOptions
 from megatron_iiet.data.preprocess.ownership import Claims
@@ -64,7 +65,7 @@ class BadInputError(ValueError):
 
 @dataclass(frozen=True)
 class Filters:
-    """The choices over documents, by their lengths and random ones."""
+    """The choices over documents: by their lengths and languages, and random ones."""
 
     rate: float | None = None  # fraction of documents in the sample; None keeps all
     seed: int = 0
@@ -72,6 +73,8 @@ class Filters:
     test: float = 0.0
     min_characters: int = 0
     max_characters: float = inf
+    languages: Sequence[str] = ()  # none: all
+    language_score: float = LANGUAGE_SCORE
 
     @property
     def splits(self) -> bool:
@@ -87,6 +90,10 @@ class Filters:
         """Whether a document has as many characters as are wanted."""
         lengths = (text.characters if isinstance(text, LongText) else len(text) for text in strings_of(text))
         return self.min_characters <= sum(lengths) <= self.max_characters
+
+    def understood(self, text: Text) -> bool:
+        """Whether a document is in a language that is wanted."""
+        return not self.languages or is_in(text, self.languages, self.language_score)
 
     def sampled(self, digest: bytes) -> bool:
         """Whether a document is in the sample."""
@@ -230,6 +237,8 @@ class EncodeChunk:
                 counts.sampled_out += 1
             elif self.duplicates and self.duplicates[row.line - self.chunk.first_line]:
                 counts.duplicates += 1
+            elif text and not filters.understood(text):  # last, as it takes longest
+                counts.other_language += 1
             else:
                 yield row, filters.split(digest) if filters.splits else None
 
