@@ -1,4 +1,4 @@
-# make demo | demo-compare | demo-distill | setup | lock | test | test-long | test-layouts | test-kills | test-faults | test-hosts | test-slurm | test-versions | test-vllm | test-remote | check | mutants | cuda-check | gpu-check | gpu-bundle | format | clean    (see README.md and CONTRIBUTING.md)
+# make demo | demo-compare | demo-distill | setup | lock | test | test-long | test-layouts | test-kills | test-faults | test-hosts | test-slurm | test-versions | test-vllm | test-remote | test-cleaning | check | mutants | cuda-check | gpu-check | gpu-bundle | format | clean    (see README.md and CONTRIBUTING.md)
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
@@ -9,7 +9,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 unexport PYTHONDONTWRITEBYTECODE
 CSRC := $(shell find csrc -type f \( -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.inl' -o -name '*.cuh' \) 2>/dev/null)
 
-.PHONY: setup lock demo demo-compare demo-distill test test-long test-layouts test-kills test-faults test-hosts test-slurm test-versions test-transformers test-vllm test-remote check mutants cuda-check gpu-check gpu-bundle format clean
+.PHONY: setup lock demo demo-compare demo-distill test test-long test-layouts test-kills test-faults test-hosts test-slurm test-versions test-transformers test-vllm test-remote test-cleaning check mutants cuda-check gpu-check gpu-bundle format clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.package
@@ -174,6 +174,10 @@ test-vllm: setup
 # that go again.
 test-remote: setup
 	$(BIN)/python tests/data/remote.py
+
+# examples/cleaning with datatrove, beside the locked packages, in an environment of its own: 230 MB that go again.
+test-cleaning: setup
+	$(BIN)/python tests/cleaning/check.py
 
 # Exports of every solver in other releases of transformers, each in a folder of its own; an hour for all:
 #   make test-transformers TRANSFORMERS="5.24.0 4.57.6"
