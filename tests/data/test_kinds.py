@@ -26,7 +26,7 @@ import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from megatron_iiet.data.preprocess import PreprocessOptions, PreprocessReport, plan, preprocess, run
+from megatron_iiet.data.preprocess import PreprocessOptions, PreprocessReport, estimate, preprocess, run
 from megatron_iiet.data.reading import compression, kinds, tables
 from megatron_iiet.data.reading.kinds import DEFAULT, Reading, parse_template
 from megatron_iiet.data.reading.rows import escaped
@@ -570,13 +570,13 @@ def test_a_corpus_is_estimated_by_the_starts_of_its_files(
         "txt": "\n\n".join(row["text"] for row in rows).encode(),
     }
     (tmp_path / name).write_bytes(content[name.rpartition(".")[2]])
-    monkeypatch.setattr(plan, "_LOOKED_AT_BYTES", 60_000)
-    monkeypatch.setattr(plan, "_LOOKED_AT_CHUNK_BYTES", 1000)
+    monkeypatch.setattr(estimate, "_LOOKED_AT_BYTES", 60_000)
+    monkeypatch.setattr(estimate, "_LOOKED_AT_CHUNK_BYTES", 1000)
     monkeypatch.setattr(compression, "READ_BYTES", 1000)
     options = PreprocessOptions(
         inputs=["a"], output_prefix="p", tokenizer_model="t", txt_documents="blank-line", sample_tokens=1
     )
     tokenizer = load_tokenizer(str(sentencepiece_model))
-    estimate, _ = plan._estimate(options, list_inputs([str(tmp_path / name)]), tokenizer)
+    estimated, _ = estimate.estimate(options, list_inputs([str(tmp_path / name)]), tokenizer)
     true = sum(len(tokenizer.encode(row["text"])) for row in rows)
-    assert abs(estimate / true - 1) < 0.1
+    assert abs(estimated / true - 1) < 0.1

@@ -233,7 +233,7 @@ def test_find_duplicates(
         for unit, unit_lines in zip(units, lines, strict=True):
             # Halves and leading bits that agree by themselves tell nothing.
             content = b"".join(struct.pack("<QQ", (n % 3) << 62, n) for n in unit_lines)
-            digests.write(unit.id, unit.inputs, [(0, 1, content)])
+            digests.write(unit.inputs, [(0, 1, content)])
         find_duplicates(records, units)
     marks = Duplicates(records)
     seen: set[int] = set()
@@ -253,14 +253,14 @@ def test_find_duplicates(
 def test_duplicates_are_looked_for_once(tmp_path: Path) -> None:
     """What a killed search left goes; the marks of one that ended stay, whatever the digests are by then."""
     digests, inputs = DigestFiles(tmp_path), [InputFile("a", 1, "")]
-    digests.write(0, inputs, [(0, 1, b"1" * 16 + b"2" * 16 + b"1" * 16 + bytes(32))])
+    digests.write(inputs, [(0, 1, b"1" * 16 + b"2" * 16 + b"1" * 16 + bytes(32))])
     (tmp_path / "partitions-killed00").mkdir()
     (tmp_path / "partitions-killed00" / "000.bin").write_bytes(b"x")
     find_duplicates(tmp_path, [Unit(0, inputs)])
     assert not list(tmp_path.glob("partitions-*"))
     assert list(Duplicates(tmp_path).marks(0, 1, 5)) == [0, 0, 1, 0, 0]
     assert [list(Duplicates(tmp_path).marks(0, line, 1)) for line in range(1, 6)] == [[0], [0], [1], [0], [0]]
-    digests.write(0, inputs, [(0, 1, b"1" * 32)])
+    digests.write(inputs, [(0, 1, b"1" * 32)])
     find_duplicates(tmp_path, [Unit(0, inputs)])
     assert list(Duplicates(tmp_path).marks(0, 1, 5)) == [0, 0, 1, 0, 0]
     dedup.duplicates_path(tmp_path).unlink()
@@ -290,10 +290,11 @@ def test_digests_are_equal_in_both_halves(same: str, tmp_path: Path) -> None:
             "both": struct.pack("<QQ", 1 << 63, 5),
         }[same],
     )
-    digests, inputs = DigestFiles(tmp_path), [InputFile(name, 1, "") for name in "ab"]
-    digests.write(0, inputs, [(0, 1, bytes(16) + first), (1, 2, b"x" * 16)])
-    digests.write(1, inputs, [(0, 1, b"y" * 32), (1, 1, second)])
-    find_duplicates(tmp_path, [Unit(0, inputs), Unit(1, inputs)])
+    digests = DigestFiles(tmp_path)
+    one, other = ([InputFile(name, 1, "") for name in names] for names in ("ab", "cd"))
+    digests.write(one, [(0, 1, bytes(16) + first), (1, 2, b"x" * 16)])
+    digests.write(other, [(0, 1, b"y" * 32), (1, 1, second)])
+    find_duplicates(tmp_path, [Unit(0, one), Unit(1, other)])
     found = [list(Duplicates(tmp_path).marks(number, 1, lines)) for number, lines in enumerate((2, 2, 2, 1))]
     assert found == [[0, 0], [0, 0], [0, 1], [int(same == "both")]]
 
@@ -318,19 +319,19 @@ def test_shares_that_leave_no_choice() -> None:
 def test_digest_files_know_their_inputs(tmp_path: Path) -> None:
     digests = DigestFiles(tmp_path)
     inputs = [InputFile("a", 1, "x"), InputFile("b", 2, "y")]
-    assert not digests.has(3, inputs)
-    digests.write(3, inputs, [(0, 1, b"1" * 32), (1, 1, b"2" * 16), (1, 4, b"3" * 16)])
-    assert digests.has(3, inputs)
-    assert digests.left_out(3, 2) == {}
-    assert not digests.has(3, [inputs[0], InputFile("b", 2, "z")])
-    digests.write(4, inputs, [(0, 1, b"1" * 32)], left_out={"b": "cut"})
-    assert (digests.has(4, inputs), digests.has(4, inputs, whole=False)) == (False, True)
-    assert digests.lines(4, 2).tolist() == [2, 0]
-    assert digests.left_out(4, 2) == {"b": "cut"}
-    digests.rename({4: 7, 5: 8})
+    assert not digests.has(inputs)
+    digests.write(inputs, [(0, 1, b"1" * 32), (1, 1, b"2" * 16), (1, 4, b"3" * 16)])
+    assert digests.has(inputs)
+    assert digests.left_out(inputs) == {}
+    others = [inputs[0], InputFile("b", 2, "z")]
+    assert not digests.has(others)
+    digests.write(others, [(0, 1, b"1" * 32)], left_out={"b": "cut"})
+    assert (digests.has(others), digests.has(others, whole=False)) == (False, True)
+    assert digests.lines(others).tolist() == [2, 0]
+    assert digests.left_out(others) == {"b": "cut"}
     (digests.folder / "mine.bin").write_text("")
-    digests.remove_all(but=[3])
-    assert sorted(path.name for path in digests.folder.iterdir()) == ["000003.bin", "mine.bin"]
-    assert digests.lines(3, 2).tolist() == [2, 4]
-    content = b"".join(block.tobytes() for block in digests.blocks(3, 2))
+    digests.remove_all(but=[inputs])
+    assert set(digests.folder.iterdir()) == {digests.path(inputs), digests.folder / "mine.bin"}
+    assert digests.lines(inputs).tolist() == [2, 4]
+    content = b"".join(block.tobytes() for block in digests.blocks(inputs))
     assert content == b"1" * 32 + b"2" * 16 + bytes(32) + b"3" * 16

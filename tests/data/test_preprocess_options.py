@@ -167,6 +167,7 @@ def test_what_is_made_unless_told_otherwise() -> None:
         "deduplicate": False,
         "bad_rows": "error",
         "bad_inputs": "fail",
+        "shuffle": None,
         "overwrite": False,
         "workers": 1,
         "num_jobs": 1,

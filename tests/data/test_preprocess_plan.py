@@ -210,7 +210,7 @@ def test_the_last_run_lists_the_shards_and_clears_up(tmp_path: Path) -> None:
     def write() -> Summary:
         summary = summarize(wanted, plan.units)
         listed = write_lists(wanted, plan, plan.units, summary)
-        clear_up(place.layout, plan, [(place.layout, plan.next_unit, listed)])
+        clear_up(place.layout, plan, plan.units, [(place.layout, plan.next_unit, listed)])
         return summary
 
     left = [tmp_path / "text_document/000000.bin.partial", place.layout.records / "a.0123abcd.tmp"]

@@ -135,8 +135,8 @@ OPTIONS = {
         --bad-rows {error,skip} = 'error' | --bad-inputs {fail,skip} = 'fail'
         --tokenizer-model FILE | --max-uncut-bytes N:int = 8388608 | --append-eod = False
         --eod-token TOKEN | --output-prefix P | --output-dir D | --inputs-per-shard K:int = 1 | --split-by KEY
-        --holdout-validation X:float = 0.0 | --holdout-test X:float = 0.0 | --overwrite = False
-        --sample-tokens N | --corpus-tokens N | --seed SEED:int = 1234 | --min-characters N:int = 0
+        --holdout-validation X:float = 0.0 | --holdout-test X:float = 0.0 | --shuffle SEED:int
+        --overwrite = False | --sample-tokens N | --corpus-tokens N | --seed SEED:int = 1234 | --min-characters N:int = 0
         --max-characters N:int | --language CODE [CODE ...] = [] | --language-score X:float = 0.65
         --deduplicate = False | --workers N:int | --num-jobs N:int | --job I:int
         --vocab-file FILE | --merge-file FILE | --tokenizer-type TYPE | --dataset-impl {mmap}
@@ -268,6 +268,7 @@ def test_preprocess_hands_on(preprocess: ModuleType, start: Start, monkeypatch: 
     given = (
         "--dataset d --split s --streaming --json-keys a b --bad-rows skip --bad-inputs skip "
         "--tokenizer-model t --append-eod --eod-token e --output-dir o --inputs-per-shard 3 --split-by k "
+        "--shuffle 9 "
         "--input-format csv --txt-documents blank-line --max-document-bytes 4M --min-characters 5 "
         "--max-characters 6 --language en de --language-score 0.8 --holdout-validation 0.1 "
         "--holdout-test 0.2 --sample-tokens 2K --corpus-tokens 3M --seed 7 --deduplicate "
@@ -284,7 +285,7 @@ def test_preprocess_hands_on(preprocess: ModuleType, start: Start, monkeypatch: 
         "append_eod": True, "eod_token": "e", "split_by": "k", "sample_tokens": 2000,
         "corpus_tokens": 3_000_000, "seed": 7,
         "holdout_validation": 0.1, "holdout_test": 0.2, "deduplicate": True, "bad_rows": "skip",
-        "bad_inputs": "skip", "overwrite": False, "workers": 4, "num_jobs": 5, "job": 2,
+        "bad_inputs": "skip", "shuffle": 9, "overwrite": False, "workers": 4, "num_jobs": 5, "job": 2,
         "chunk_bytes": 1 << 20, "progress": True, "max_uncut_bytes": 8 << 20,
         "input_format": "csv", "txt_documents": "blank-line", "text_template": None,
         "max_document_bytes": 4_000_000, "min_characters": 5, "max_characters": 6,

@@ -1,9 +1,9 @@
 """Exact duplicates: which lines repeat the text of an earlier one.
 
-Two passes. The first writes the 128-bit digest of every document of a unit to ``digests/UNIT.bin``: 16 bytes
-a line, zeros for lines that do not count (defective, empty, outside the sample). When those of all units are
-there, :func:`find_duplicates` compares them all, and the second pass leaves out each line that it marked.
-The first of equal documents, in the order of the inputs and their lines, stays.
+Two passes. The first writes the 128-bit digest of every document of a unit to a file in ``digests/``: 16
+bytes a line, zeros for lines that do not count (defective, empty, outside the sample). When those of all
+units are there, :func:`find_duplicates` compares them all, and the second pass leaves out each line that it
+marked. The first of equal documents, in the order of the inputs and their lines, stays.
 
 Memory: digests are first dealt out to up to 256 files by their leading bits, then each file is sorted by
 itself, which takes about 60 bytes a document of it; besides, one bit a line. 600 million documents need
@@ -13,10 +13,11 @@ itself, which takes about 60 bytes a document of it; besides, one bit a line. 60
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import struct
 import tempfile
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from hashlib import blake2b
 from pathlib import Path
@@ -35,21 +36,21 @@ _ENTRY = np.dtype([("high", "<u8"), ("low", "<u8"), ("position", "<i8")])
 _PARTITION_ENTRIES = 1 << 20
 _MAX_PARTITIONS = 256  # files open at once
 _BLOCK_ENTRIES = 1 << 17
+_DIGEST_FILE = re.compile(r"[0-9a-f]{32}\.bin|\d{6,}\.bin")  # once they had the numbers of units
 
 
 class DigestFiles:
-    """The digests of all units."""
+    """The digests of all units, by the inputs of each as they are now."""
 
     def __init__(self, records: Path) -> None:
         self.folder = records / "digests"
 
-    def path(self, unit: int) -> Path:
+    def path(self, inputs: Sequence[InputFile]) -> Path:
         """File of a unit."""
-        return self.folder / f"{unit:06d}.bin"
+        return self.folder / f"{inputs_digest(inputs).hex()}.bin"
 
     def write(
         self,
-        unit: int,
         inputs: Sequence[InputFile],
         pieces: Iterable[tuple[int, int, bytes]],
         left_out: Mapping[str, str] | None = None,
@@ -57,59 +58,47 @@ class DigestFiles:
         """Write a unit's file from pieces in order: number of the input, first line, digests of lines.
 
         The file: digests | JSON of ``left_out``, paths of inputs that could not be read and why, if there are
-        any | i64 [inputs] lines of each | digest of the inputs.
+        any | i64 [inputs] lines of each.
         """
         self.folder.mkdir(exist_ok=True)
         lines = np.zeros(len(inputs), dtype="<i8")
-        with replacing(self.path(unit)) as file:
+        with replacing(self.path(inputs)) as file:
             for number, first_line, digests in pieces:
                 file.write(bytes((first_line - 1 - int(lines[number])) * DIGEST_BYTES))  # blank lines between
                 file.write(digests)
                 lines[number] = first_line - 1 + len(digests) // DIGEST_BYTES
             file.write(json.dumps(dict(left_out)).encode() if left_out else b"")
-            file.write(lines.tobytes() + inputs_digest(inputs))
+            file.write(lines.tobytes())
 
-    def has(self, unit: int, inputs: Sequence[InputFile], whole: bool = True) -> bool:
-        """Whether a unit's file is there and was made from these inputs as they are now, of all of them if
-        ``whole``."""
-        with suppress(FileNotFoundError), self.path(unit).open("rb") as file:
-            size = file.seek(0, 2)
-            if size >= DIGEST_BYTES:
-                file.seek(size - DIGEST_BYTES)
-                same = file.read() == inputs_digest(inputs)
-                return same and not (whole and self.left_out(unit, len(inputs)))
-        return False
+    def has(self, inputs: Sequence[InputFile], whole: bool = True) -> bool:
+        """Whether a unit's file is there, made of all of these inputs if ``whole``."""
+        return self.path(inputs).exists() and not (whole and self.left_out(inputs))
 
-    def left_out(self, unit: int, num_inputs: int) -> dict[str, str]:
+    def left_out(self, inputs: Sequence[InputFile]) -> dict[str, str]:
         """Inputs of a unit that could not be read, and why."""
-        with suppress(FileNotFoundError), self.path(unit).open("rb") as file:
-            file.seek(int(self.lines(unit, num_inputs).sum()) * DIGEST_BYTES)
-            rest = file.read()[: -DIGEST_BYTES - 8 * num_inputs]
+        with suppress(FileNotFoundError), self.path(inputs).open("rb") as file:
+            file.seek(int(self.lines(inputs).sum()) * DIGEST_BYTES)
+            rest = file.read()[: -8 * len(inputs)]
             return json.loads(rest) if rest else {}
         return {}
 
-    def lines(self, unit: int, num_inputs: int) -> npt.NDArray[np.int64]:
-        """Lines of each input of a unit, int64 [num_inputs]; none of those that could not be read."""
-        with self.path(unit).open("rb") as file:
-            file.seek(-DIGEST_BYTES - 8 * num_inputs, 2)
-            return np.frombuffer(file.read(8 * num_inputs), dtype="<i8")
+    def lines(self, inputs: Sequence[InputFile]) -> npt.NDArray[np.int64]:
+        """Lines of each input of a unit, int64 [inputs]; none of those that could not be read."""
+        with self.path(inputs).open("rb") as file:
+            file.seek(-8 * len(inputs), 2)
+            return np.frombuffer(file.read(), dtype="<i8")
 
-    def rename(self, ids: Mapping[int, int]) -> None:
-        """Give the files of units that bear other numbers now their names."""
-        for before, now in ids.items():
-            with suppress(FileNotFoundError):
-                self.path(before).rename(self.path(now))
-
-    def remove_all(self, but: Container[int] = ()) -> None:
+    def remove_all(self, but: Iterable[Sequence[InputFile]] = ()) -> None:
         """Remove the files of all units but these."""
+        kept = set(map(self.path, but))
         for path in self.folder.glob("*.bin"):
-            if path.stem.isdecimal() and path == self.path(int(path.stem)) and int(path.stem) not in but:
+            if _DIGEST_FILE.fullmatch(path.name) and path not in kept:
                 path.unlink(missing_ok=True)
 
-    def blocks(self, unit: int, num_inputs: int) -> Iterator[npt.NDArray[np.uint64]]:
+    def blocks(self, inputs: Sequence[InputFile]) -> Iterator[npt.NDArray[np.uint64]]:
         """Digests of a unit's lines, uint64 [lines, 2], in blocks."""
-        remaining = int(self.lines(unit, num_inputs).sum())
-        with self.path(unit).open("rb") as file:
+        remaining = int(self.lines(inputs).sum())
+        with self.path(inputs).open("rb") as file:
             while remaining:
                 count = min(remaining, _BLOCK_ENTRIES)
                 yield np.frombuffer(file.read(count * DIGEST_BYTES), dtype="<u8").reshape(count, 2)
@@ -149,7 +138,7 @@ def find_duplicates(records: Path, units: Sequence[Unit]) -> None:
         for stale in records.glob("partitions-????????"):
             shutil.rmtree(stale, ignore_errors=True)
         digests = DigestFiles(records)
-        lines = np.concatenate([digests.lines(unit.id, len(unit.inputs)) for unit in units])
+        lines = np.concatenate([digests.lines(unit.inputs) for unit in units])
         starts = np.zeros(len(lines) + 1, dtype="<i8")
         np.cumsum(lines, out=starts[1:])
         with tempfile.TemporaryDirectory(prefix="partitions-", dir=records) as folder:
@@ -170,7 +159,7 @@ def _deal_out(digests: DigestFiles, units: Sequence[Unit], num_lines: int, folde
     with ExitStack() as stack:
         files = [stack.enter_context(path.open("wb")) for path in paths]
         for unit in units:
-            for block in digests.blocks(unit.id, len(unit.inputs)):
+            for block in digests.blocks(unit.inputs):
                 entries = np.empty(len(block), dtype=_ENTRY)
                 entries["high"], entries["low"] = block[:, 0], block[:, 1]
                 entries["position"] = np.arange(position, position + len(block))

@@ -117,11 +117,15 @@ def _refuse_empty(plan: Plan, summary: Summary) -> None:
 
 
 def clear_up(
-    layout: Layout, plan: Plan, places: Sequence[tuple[Layout, int, Mapping[str, Container[int]]]]
+    layout: Layout,
+    plan: Plan,
+    units: Sequence[Unit],
+    places: Sequence[tuple[Layout, int, Mapping[str, Container[int]]]],
 ) -> None:
     """Remove what of this place's own outputs no list names; nobody is at work any more.
 
     Args:
+        units: the plan's, with the inputs as they are now.
         places: where shards are, which numbers are not yet given, and what is listed of each output.
     """
     claims, known = Claims(layout), {output.name for output in known_outputs(plan.options)}
@@ -136,7 +140,7 @@ def clear_up(
                     path.unlink(missing_ok=True)
         if output not in listed and output not in known:
             claims.release(output)
-    DigestFiles(layout.records).remove_all(but={unit.id for unit in plan.units})
+    DigestFiles(layout.records).remove_all(but=(unit.inputs for unit in units))
     for path in layout.records.rglob("*.tmp"):
         if _TEMPORARY.fullmatch(path.name):
             path.unlink(missing_ok=True)

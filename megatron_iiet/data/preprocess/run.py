@@ -158,7 +158,7 @@ class _Job:
             if failures:
                 return failures
             places.append((layout, next_number(layout), dict(numbers)))
-        clear_up(layout, plan, places)
+        clear_up(layout, plan, self.settled.units, places)
         return []
 
     def _run_shuffle(self, tasks: Sequence[Task], records: JobRecords) -> list[Failure]:
@@ -216,7 +216,7 @@ class _Job:
             EncodeUnit(
                 unit.id,
                 unit.inputs,
-                digests.left_out(unit.id, len(unit.inputs)) if skips else {},
+                digests.left_out(unit.inputs) if skips else {},
                 starts[unit.id],
             )
             for unit in self._pending()
@@ -228,15 +228,13 @@ class _Job:
         wanted, units = self.wanted, self.settled.units
         digests, whole = DigestFiles(wanted.layout.records), wanted.options.bad_inputs == "fail"
         tasks = [
-            DigestUnit(unit.id, unit.inputs)
-            for unit in self._mine()
-            if not digests.has(unit.id, unit.inputs, whole)
+            DigestUnit(unit.id, unit.inputs) for unit in self._mine() if not digests.has(unit.inputs, whole)
         ]
         with Progress("reading", "rows", len(tasks), wanted.options.progress) as progress:
             failures = run(tasks, lambda _: None, progress)
         if failures:
             return failures, ""
-        missing = sum(not digests.has(unit.id, unit.inputs, whole) for unit in units)
+        missing = sum(not digests.has(unit.inputs, whole) for unit in units)
         if missing:
             return [], (
                 f"pass 1 is done; {missing:,} units of other jobs are missing: start the same jobs again "

@@ -146,9 +146,6 @@ def follow(wanted: Wanted, plan: Plan, others: bool) -> Settled:
         # Other jobs look as well before they tokenize, so none works by the plan as it was.
         after = renewed(plan, wanted.inputs, stale)
         _write(layout, after)
-        DigestFiles(layout.records).rename(
-            {old.id: new.id for old, new in zip(plan.units, after.units, strict=True) if old.id != new.id}
-        )
         told.append(
             f"duplicates: {len(stale):,} finished units are made again, as other lines of theirs repeat "
             "earlier ones now"

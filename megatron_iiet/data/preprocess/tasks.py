@@ -361,7 +361,7 @@ class DigestUnit(UnitTask):
     def write(self, recipe: Recipe, results: Iterable[tuple[str, int, bytes]]) -> None:
         numbers = {file.path: number for number, file in enumerate(self.inputs)}
         pieces = ((numbers[path], first_line, digests) for path, first_line, digests in results)
-        DigestFiles(recipe.layout.records).write(self.unit, self.inputs, pieces, self.skipped)
+        DigestFiles(recipe.layout.records).write(self.inputs, pieces, self.skipped)
 
 
 @dataclass(frozen=True)

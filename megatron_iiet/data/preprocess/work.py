@@ -139,13 +139,15 @@ class Workers:
     def __init__(self, number: int, recipe: Any) -> None:
         self._recipe = recipe
         self._context = get_context("spawn")  # not forked: the caller may hold threads and locks
-        self._count: Any = self._context.Value("q", 0)  # of all that was reported
+        # What each reported; without a lock, which one that is killed would hold for ever.
+        self._counts: list[Any] = [self._context.RawValue("q", 0) for _ in range(number)]
         self._seen = 0
         self._theirs, self._ours = self._context.Pipe(duplex=False)  # its end tells them to leave
-        self._pools = [self._start() for _ in range(number)]
+        self._pools = [self._start(worker) for worker in range(number)]
 
-    def _start(self) -> ProcessPoolExecutor:
-        return ProcessPoolExecutor(1, self._context, _begin, (self._recipe, self._count, self._theirs))
+    def _start(self, worker: int) -> ProcessPoolExecutor:
+        known = self._recipe, self._counts[worker], self._theirs
+        return ProcessPoolExecutor(1, self._context, _begin, known)
 
     def __len__(self) -> int:
         return len(self._pools)
@@ -156,7 +158,7 @@ class Workers:
             try:
                 return self._pools[worker].submit(_do, task)
             except BrokenProcessPool:
-                self._pools[worker] = self._start()
+                self._pools[worker] = self._start(worker)
                 return self._pools[worker].submit(_do, task)
 
     def wait(self, futures: Iterable[Future[Any]], report: Report) -> set[Future[Any]]:
@@ -164,8 +166,7 @@ class Workers:
         waiting = set(futures)
         while True:
             done = wait(waiting, _SECONDS_BETWEEN_LOOKS, FIRST_COMPLETED).done
-            # Without its lock, which one that was killed may have held.
-            before, self._seen = self._seen, self._count.get_obj().value
+            before, self._seen = self._seen, sum(count.value for count in self._counts)
             report(self._seen - before)
             if done:
                 return done
@@ -228,8 +229,7 @@ class _Worker:
         self.is_leaving = True
 
     def report(self, number: int) -> None:
-        with self.count.get_lock():
-            self.count.value += number
+        self.count.value += number
 
 
 _worker: _Worker
