@@ -136,7 +136,8 @@ OPTIONS = {
         --tokenizer-model FILE | --max-uncut-bytes N:int = 8388608 | --append-eod = False
         --eod-token TOKEN | --output-prefix P | --output-dir D | --inputs-per-shard K:int = 1 | --split-by KEY
         --holdout-validation X:float = 0.0 | --holdout-test X:float = 0.0 | --shuffle SEED:int
-        --overwrite = False | --sample-tokens N | --corpus-tokens N | --seed SEED:int = 1234 | --min-characters N:int = 0
+        --overwrite = False | --sample-tokens N | --corpus-tokens N | --seed SEED:int = 1234
+        --min-characters N:int = 0
         --max-characters N:int | --language CODE [CODE ...] = [] | --language-score X:float = 0.65
         --deduplicate = False | --workers N:int | --num-jobs N:int | --job I:int
         --vocab-file FILE | --merge-file FILE | --tokenizer-type TYPE | --dataset-impl {mmap}
