@@ -17,6 +17,7 @@ from hashlib import blake2b
 from itertools import chain
 from math import inf
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any, TypeGuard
 
 import numpy as np
@@ -30,7 +31,8 @@ from megatron_iiet.data.preprocess.ownership import Claims
 from megatron_iiet.data.preprocess.records import Counts, OutputRecord, UnitRecord
 from megatron_iiet.data.reading.long_text import LongText, Text, parts_of, strings_of
 from megatron_iiet.data.reading.sources import InputFile
-from megatron_iiet.data.reading.text import Chunk, Row, parse_rows, read_chunks
+from megatron_iiet.data.reading.text import LONG_LINE_BYTES, Chunk, Row, parse_rows, read_chunks
+from megatron_iiet.data.stores import READ_BYTES
 from megatron_iiet.data.tokenizers.base import MAX_PART_CHARACTERS, Tokenizer, UncuttableError
 
 _SPLIT_KEY = b"held-out split"
@@ -119,22 +121,46 @@ class Recipe:
         return token_dtype(self.encoder.vocab_size)
 
 
+class OnDisk:
+    """Tokens of a giant document, which would double what it takes: a bytearray in a file without a name."""
+
+    def __init__(self, folder: Path) -> None:
+        self.file = TemporaryFile(dir=folder)  # noqa: SIM115 closed with the object
+
+    def __len__(self) -> int:
+        return self.file.tell()
+
+    def extend(self, data: memoryview) -> None:
+        """Append bytes."""
+        self.file.write(data)
+
+    def __delitem__(self, place: slice) -> None:
+        self.file.seek(place.start)
+        self.file.truncate()
+
+
 @dataclass
 class Packed:
     """Consecutive documents of one output."""
 
-    tokens: bytearray = field(default_factory=bytearray)  # in the recipe's dtype
+    tokens: bytearray | OnDisk = field(default_factory=bytearray)  # in the recipe's dtype
     lengths: list[int] = field(default_factory=list)  # tokens of each document
 
-    def add(self, recipe: Recipe, pieces: Iterable[TokenArray]) -> bool:
-        """Append a document given in pieces, ids [tokens] each; False if it has no tokens.
+    def blocks(self, dtype: np.dtype[Any]) -> Iterator[TokenArray]:
+        """All tokens in order, [n] each."""
+        if isinstance(self.tokens, bytearray):
+            yield np.frombuffer(self.tokens, dtype)
+            return
+        self.tokens.file.seek(0)
+        while data := self.tokens.file.read(READ_BYTES):
+            yield np.frombuffer(data, dtype)
 
-        A giant one is held once, in the stored type.
-        """
+    def add(self, recipe: Recipe, pieces: Iterable[TokenArray]) -> bool:
+        """Append a document given in pieces, ids [tokens] each; False if it has no tokens."""
         start = len(self.tokens)
         try:
             for ids in pieces:
-                self.tokens += ids.astype(recipe.dtype, copy=False).data
+                self.tokens.extend(ids.astype(recipe.dtype, copy=False).data)
         except UncuttableError:
             del self.tokens[start:]
             raise
@@ -142,7 +168,7 @@ class Packed:
         if not length:
             return False
         if recipe.options.append_eod:
-            self.tokens += np.array([recipe.encoder.eod_id], dtype=recipe.dtype).data
+            self.tokens.extend(np.array([recipe.encoder.eod_id], dtype=recipe.dtype).data)
             length += 1
         self.lengths.append(length)
         return True
@@ -183,7 +209,7 @@ class EncodeChunk:
                 ]
                 pieces = chain.from_iterable(parts)
                 output = Output(row.source, split, key)
-                packed = result.outputs.get(output) or result.outputs.setdefault(output, Packed())
+                packed = result.outputs.get(output) or result.outputs.setdefault(output, self._packed(recipe))
                 try:
                     # Some normalisers leave nothing of a text of white space: an empty document as well.
                     if packed.add(recipe, pieces):
@@ -195,9 +221,16 @@ class EncodeChunk:
                     if recipe.options.bad_rows == "error":
                         raise BadInputError(self.chunk.path, message) from None
                     counts.reject("too long to encode", message)
+        if len(self.chunk.data) > LONG_LINE_BYTES:
+            self.chunk.data = b""  # whoever holds the chunk need not hold the text
         result.outputs = {output: packed for output, packed in result.outputs.items() if packed.lengths}
         report(sum(sum(packed.lengths) for packed in result.outputs.values()))
         return result
+
+    def _packed(self, recipe: Recipe) -> Packed:
+        # A giant chunk stays in the process that read it, and so does what is made of it.
+        giant = len(self.chunk.data) > LONG_LINE_BYTES
+        return Packed(OnDisk(recipe.layout.records)) if giant else Packed()
 
     def _selected(self, recipe: Recipe, counts: Counts) -> Iterator[tuple[Row, str | None]]:
         """Rows that pass the filters, and the split of each."""
@@ -363,8 +396,7 @@ class EncodeUnit(UnitTask):
                 for output, packed in result.outputs.items():
                     if output not in writers:
                         writers[output] = stack.enter_context(self._open(recipe, output, len(writers)))
-                    tokens = np.frombuffer(packed.tokens, dtype=recipe.dtype)
-                    writers[output].add_documents(tokens, packed.lengths)
+                    writers[output].add_blocks(packed.blocks(recipe.dtype), packed.lengths)
             shards = {
                 output: writers[output].close() for output in sorted(writers, key=lambda each: each.name)
             }
