@@ -3,7 +3,8 @@
 
     tokenize   tokens per CPU-second and wall time of tools/preprocess_data.py on one .jsonl.zst file, against
                a bare pool around sentencepiece, datatrove and datasets.map
-    memory     peak memory of the same command, and with one document of 50 MB in the corpus
+    memory     peak memory of the same command, and with one document of 100 MB in the corpus, as lines of
+               JSON and as parquet
     open       opening a corpus for training: 10 MB in one shard against 1 TB (sparse files) in 100,000 shards
     loader     samples per second of the training loader, the share of permutation and blend in it, and
                megatron-core's GPTDataset on the same shard
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
 T, B = 2048, 8
 ROOT = Path(__file__).resolve().parents[1]
 SECTIONS = ("tokenize", "memory", "open", "loader", "scale")
+GIANT_CHARACTERS = 100_000_000
 RANKS, GLOBAL_BATCH, STEP_SECONDS = 64, 4096, 0.5
 MEGATRON = 25_696_542 / 27.6
 """Tokens per CPU-second of Megatron-LM 0.16.1's tools/preprocess_data.py, 32k SentencePiece model, two
@@ -216,20 +218,24 @@ def _fast_tokenizer(model: Path, work: Path) -> Path:
 
 def memory(arguments: argparse.Namespace, work: Path) -> dict[str, object]:
     """Peak memory of our command, without and with a giant document."""
-    giant = work / "giant.jsonl.zst"
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    giant, table = work / "giant.jsonl.zst", work / "giant.parquet"
     with arguments.corpus.open("rb") as file, zstandard.ZstdDecompressor().stream_reader(file) as reader:
         raw = reader.read()
     texts = [json.loads(line)["text"] for line in raw.splitlines()[:20_000]]
     filler = "".join(texts)
-    filler = (filler * (50_000_000 // len(filler) + 1))[:50_000_000]
+    filler = (filler * (GIANT_CHARACTERS // len(filler) + 1))[:GIANT_CHARACTERS]
     rows = [*texts[:2000], filler, *texts[2000:4000]]
     giant.write_bytes(
         zstandard.compress("".join(json.dumps({"text": text}) + "\n" for text in rows).encode())
     )
+    pq.write_table(pa.table({"text": rows}), table)
     del raw, texts, filler, rows
     results = {}
-    print("\nmemory: peak of the process tree, MB (limit 300)")
-    for name, corpus in (("corpus", arguments.corpus), ("with a 50 MB document", giant)):
+    print("\nmemory: peak of the process tree, MB (limits 300, 300, 400)")
+    for name, corpus in (("corpus", arguments.corpus), ("with a giant", giant), ("that in parquet", table)):
         with scratch(work) as folder:
             command = preprocess(corpus, arguments.tokenizer, folder, arguments.workers)
             usage = run(command, sample_memory=True)

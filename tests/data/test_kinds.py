@@ -26,8 +26,15 @@ import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from megatron_iiet.data.preprocess import PreprocessOptions, PreprocessReport, estimate, preprocess, run
-from megatron_iiet.data.reading import compression, kinds, tables
+from megatron_iiet.data.preprocess import (
+    PreprocessOptions,
+    PreprocessReport,
+    estimate,
+    preprocess,
+    run,
+    tasks,
+)
+from megatron_iiet.data.reading import compression, kinds, tables, text
 from megatron_iiet.data.reading.kinds import DEFAULT, Reading, parse_template
 from megatron_iiet.data.reading.rows import escaped
 from megatron_iiet.data.reading.sources import list_inputs
@@ -120,6 +127,18 @@ def test_all_kinds_give_the_same_documents(tmp_path: Path, name: str, block_byte
     memory.rm("/kinds", recursive=True)
 
 
+@pytest.mark.parametrize(("giant", "closing"), [(1 << 20, 1 << 20), (60, 1 << 20), (60, 150), (1, 1)])
+@pytest.mark.parametrize("name", [name for name in FILES if name.endswith((".pq", ".parquet", ".arrow"))])
+def test_giant_rows_of_tables(tmp_path: Path, name: str, giant: int, closing: int) -> None:
+    """By way of the disk, and with the reader closed before, whatever the rows around them."""
+    (tmp_path / name).write_bytes(FILES[name])
+    sizes = {"_GIANT_BYTES": giant, "_CLOSING_BYTES": closing, "_PIECE_BYTES": 3, "_BATCH_BYTES": 200}
+    with patch.multiple(tables, **sizes):
+        found, rejects = rows_of(tmp_path / name)
+    assert rejects == []
+    assert [row.texts[0] for row in found] == TEXTS
+
+
 @pytest.fixture
 def shards(
     tmp_path: Path, sentencepiece_model: Path, monkeypatch: pytest.MonkeyPatch
@@ -149,7 +168,7 @@ def shards(
 
 @pytest.mark.parametrize("options", [{"append_eod": True}, {"deduplicate": True, "holdout_test": 0.3}])
 def test_the_shards_are_the_same_bytes(
-    tmp_path: Path, shards: Callable[..., Any], options: dict[str, Any]
+    tmp_path: Path, shards: Callable[..., Any], options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     results = []
     for name in ("a.jsonl", "a.json", "a.csv", "groups.pq", "stream.arrow"):
@@ -157,6 +176,10 @@ def test_the_shards_are_the_same_bytes(
         made, report = shards(tmp_path / name, chunk_bytes=500, **options)
         assert not report.failures
         results.append(made)
+    for module in (text, tasks):  # what is giant is not held
+        monkeypatch.setattr(module, "LONG_LINE_BYTES", 100)
+    made, report = shards(tmp_path / "groups.pq", **options)
+    results.append(made)
     assert len(results[0]) >= 2
     assert all(result == results[0] for result in results)
 

@@ -177,35 +177,31 @@ class IndexedDatasetWriter(PairWriter):
 
     def add_documents(self, tokens: TokenArray, lengths: npt.ArrayLike) -> None:
         """Append consecutive documents: ids [sum(lengths)] and their lengths in tokens, int [documents]."""
-        ids = np.asarray(tokens)
+        self.add_blocks((np.asarray(tokens),), lengths)
+
+    def add_blocks(self, blocks: Iterable[TokenArray], lengths: npt.ArrayLike) -> None:
+        """The same with the ids in blocks, which are held one at a time. After an error the writer is of no
+        more use."""
         lengths = np.asarray(lengths, dtype=np.int64)
         if lengths.size and (lengths.min() < 1 or lengths.max() >= 2**31):
             raise ValueError(
                 f"A document of {lengths.min()} to {lengths.max()} tokens does not fit {self.prefix}: "
                 "the format holds 1 to 2147483647; skip empty documents, cut giant ones."
             )
-        if lengths.sum() != ids.size:
-            raise ValueError(f"{ids.size} tokens do not fill documents of {lengths.sum()} tokens in all.")
-        self._write(ids)
+        added = 0
+        for ids in blocks:
+            if ids.size and (int(ids.min()) < 0 or int(ids.max()) >= self.vocab_size):
+                raise ValueError(
+                    f"Token ids {ids.min()} to {ids.max()} leave the vocabulary [0, {self.vocab_size}); "
+                    "tokenizer and vocab_size do not belong together."
+                )
+            self.bin.write(np.ascontiguousarray(ids, dtype=self.dtype))
+            added += ids.size
+        if lengths.sum() != added:
+            raise ValueError(f"{added} tokens do not fill documents of {lengths.sum()} tokens in all.")
         self._lengths.write(lengths.astype("<i4").tobytes())
+        self.num_tokens += added
         self.num_documents += lengths.size
-
-    def add_in_pieces(self, pieces: Iterable[TokenArray]) -> None:
-        """Append one document given in pieces, ids [tokens] each."""
-        before = self.num_tokens
-        for ids in pieces:
-            self._write(ids)
-        self._lengths.write(np.array([self.num_tokens - before], dtype="<i4").tobytes())
-        self.num_documents += 1
-
-    def _write(self, ids: TokenArray) -> None:
-        if ids.size and (int(ids.min()) < 0 or int(ids.max()) >= self.vocab_size):
-            raise ValueError(
-                f"Token ids {ids.min()} to {ids.max()} leave the vocabulary [0, {self.vocab_size}); "
-                "tokenizer and vocab_size do not belong together."
-            )
-        self.bin.write(np.ascontiguousarray(ids, dtype=self.dtype))
-        self.num_tokens += ids.size
 
     def close(self) -> Shard:
         """Publish the pair. The caller writes its ``.shards`` (:func:`shard_list.write_shards`) last."""

@@ -40,7 +40,7 @@ from megatron_iiet.data.preprocess.work import (
 from megatron_iiet.data.reading.kinds import TABLES, Reading
 from megatron_iiet.data.reading.long_text import parts_of
 from megatron_iiet.data.reading.sources import Found, InputFile, find_inputs, list_dataset
-from megatron_iiet.data.reading.text import parse_rows, read_chunks
+from megatron_iiet.data.reading.text import LONG_LINE_BYTES, parse_rows, read_chunks
 from megatron_iiet.data.tokenizers.base import Tokenizer
 from megatron_iiet.data.tokenizers.loading import check_eod_token, load_encoder, tokenizer_digest
 
@@ -314,6 +314,8 @@ def _first_documents(inputs: Sequence[InputFile], how: Reading) -> Iterator[str]
                 for row in parse_rows(chunk, how)[0]:
                     for text in row.texts:
                         yield next(parts_of(text))
+                if len(chunk.data) > LONG_LINE_BYTES:
+                    break  # what is behind a giant document would be read beside it
         except (ValueError, OSError):
             continue
 

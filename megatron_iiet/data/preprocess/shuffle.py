@@ -83,7 +83,8 @@ def _copy(corpus: ShardedDataset, documents: Int64Array, writer: IndexedDatasetW
             size = stop - start
         if size > _TOKENS_AT_A_TIME:
             pieces = range(start, stop, _TOKENS_AT_A_TIME)
-            writer.add_in_pieces(corpus.read(at, min(at + _TOKENS_AT_A_TIME, stop)) for at in pieces)
+            blocks = (corpus.read(at, min(at + _TOKENS_AT_A_TIME, stop)) for at in pieces)
+            writer.add_blocks(blocks, [stop - start])
             size = 0
         else:
             held.append(corpus.read(start, stop))

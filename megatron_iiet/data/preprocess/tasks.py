@@ -34,10 +34,10 @@ from megatron_iiet.data.preprocess.records import Counts, OutputRecord, UnitReco
 from megatron_iiet.data.reading.long_text import LongText, Text, parts_of, strings_of
 from megatron_iiet.data.reading.sources import InputFile
 from megatron_iiet.data.reading.text import LONG_LINE_BYTES, Chunk, Row, parse_rows, read_chunks
+from megatron_iiet.data.stores import READ_BYTES
 from megatron_iiet.data.tokenizers.base import MAX_PART_CHARACTERS, Tokenizer, UncuttableError
 
 _SPLIT_KEY = b"held-out split"
-_BLOCK_BYTES = 1 << 20
 _MAX_OUTPUTS = 256  # each holds files open
 _UNREADABLE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.EIO, errno.ELOOP}
 
@@ -157,12 +157,9 @@ class Packed:
 
     def write(self, writer: IndexedDatasetWriter) -> None:
         """Hand all documents to a writer."""
-        if isinstance(self.tokens, BytesIO):
-            writer.add_documents(np.frombuffer(self.tokens.getbuffer(), writer.dtype), self.lengths)
-            return
         self.tokens.seek(0)
-        blocks = iter(lambda: self.tokens.read(_BLOCK_BYTES), b"")
-        writer.add_in_pieces(np.frombuffer(block, writer.dtype) for block in blocks)
+        blocks = iter(lambda: self.tokens.read(READ_BYTES), b"")
+        writer.add_blocks((np.frombuffer(block, writer.dtype) for block in blocks), self.lengths)
         self.tokens.close()
 
 
@@ -215,6 +212,8 @@ class EncodeChunk:
                     if recipe.options.bad_rows == "error":
                         raise BadInputError(self.chunk.path, message) from None
                     counts.reject("too long to encode", message)
+        if len(self.chunk.data) > LONG_LINE_BYTES:
+            self.chunk.data = b""  # whoever holds the chunk need not hold the text
         result.outputs = {output: packed for output, packed in result.outputs.items() if packed.lengths}
         report(sum(sum(packed.lengths) for packed in result.outputs.values()))
         return result

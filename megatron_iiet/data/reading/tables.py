@@ -5,8 +5,10 @@ from __future__ import annotations
 import csv
 import itertools
 import json
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from tempfile import TemporaryFile
 from typing import IO, TYPE_CHECKING, Any
 
 from megatron_iiet.data.reading.rows import DefectError, escaped
@@ -17,8 +19,14 @@ if TYPE_CHECKING:
 _BATCH_BYTES = 1 << 20
 _BATCH_ROWS = 1 << 10
 _BUFFER_BYTES = 1 << 18
+_GIANT_BYTES = 8 << 20  # of a row that is held once
+_CLOSING_BYTES = 32 << 20  # of one that is worth reading the row group anew, for what its reader keeps
+_PIECE_BYTES = 1 << 20
 _MARK = b"\xff\xff\xff\xff"
 _END = _MARK + bytes(4)
+
+# Read when pyarrow is loaded. Arrow would keep what a giant document took, else.
+os.environ.setdefault("MIMALLOC_PURGE_DELAY", "0")
 
 
 def parquet_rows(file: IO[bytes], path: str, columns: Sequence[str]) -> Iterator[bytes]:
@@ -27,27 +35,52 @@ def parquet_rows(file: IO[bytes], path: str, columns: Sequence[str]) -> Iterator
     Raises:
         ValueError: it is damaged or cut short, or lacks a column.
     """
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
-    pa.set_memory_pool(pa.system_memory_pool())  # the others keep what a giant document took
     with _damage(path, "parquet"):
-        table = pq.ParquetFile(file, buffer_size=_BUFFER_BYTES, pre_buffer=False)
+        table = pq.ParquetFile(file)
     names = present(path, columns, table.schema_arrow.names)
     for group in range(table.num_row_groups):
         with _damage(f"{path}, row group {group}", "parquet"):
-            about = table.metadata.row_group(group)
-            chunks = [about.column(number) for number in range(about.num_columns)]
-            size = sum(
-                chunk.total_uncompressed_size
-                for chunk in chunks
-                if chunk.path_in_schema.split(".")[0] in names or chunk.path_in_schema in names
-            )
-            rows = min(_BATCH_ROWS, max(1, about.num_rows * _BATCH_BYTES // max(1, size)))
-            for columns_of_batch in map(
-                _columns, table.iter_batches(rows, [group], names, use_threads=False)
+            yield from _lines(_batches(file, table.metadata, group, names))
+
+
+def _batches(file: IO[bytes], metadata: Any, group: int, names: list[str]) -> Iterator[pa.RecordBatch]:
+    """Batches of a row group. A reader keeps the pages that it reads, and its last batch: before a giant one
+    is handed out it is closed, and another one goes on behind."""
+    import pyarrow.parquet as pq
+
+    rows = _rows_at_once(metadata.row_group(group), names)
+    done, more = 0, True
+    while more:
+        table = pq.ParquetFile(file, metadata=metadata, buffer_size=_BUFFER_BYTES, pre_buffer=False)
+        batches = table.iter_batches(rows, [group], names, use_threads=False)
+        behind, more = done, False
+        while not more and (batch := next(batches, None)) is not None:
+            if behind:  # the same batches as before
+                behind -= batch.num_rows
+                continue
+            done += batch.num_rows
+            held = [batch]
+            del batch
+            if more := held[0].nbytes > _CLOSING_BYTES:
+                del table, batches
+            yield held.pop()
+
+
+def _rows_at_once(group: Any, names: Sequence[str]) -> int:
+    """Rows of a row group, as pyarrow describes it, that are about a megabyte."""
+    size = 0
+    for chunk in map(group.column, range(group.num_columns)):
+        if chunk.path_in_schema in names or chunk.path_in_schema.split(".")[0] in names:
+            size += chunk.total_uncompressed_size
+            # Where a document of the dictionary is giant, a batch of several rows grows to twice its size.
+            if (
+                chunk.has_dictionary_page
+                and chunk.data_page_offset - chunk.dictionary_page_offset > _GIANT_BYTES
             ):
-                yield from _lines(columns_of_batch)
+                return 1
+    return _some_rows(group.num_rows, size)
 
 
 def parquet_row_count(file: IO[bytes], path: str) -> int:
@@ -89,9 +122,7 @@ def arrow_rows(file: IO[bytes], path: str, columns: Sequence[str]) -> Iterator[b
         )
         reader = open_it(file, options=options)
         batches = reader if is_stream else map(reader.get_batch, range(reader.num_record_batches))
-        for batch in batches:
-            for start in range(0, batch.num_rows, _BATCH_ROWS):
-                yield from _lines(_columns(batch.slice(start, _BATCH_ROWS)))
+        yield from _lines(iter(batches))
 
 
 @contextmanager
@@ -129,16 +160,71 @@ def present(path: str, columns: Iterable[str], names: Sequence[str]) -> list[str
     return list(dict.fromkeys(found))
 
 
-def _columns(batch: pa.RecordBatch) -> dict[bytes, list[bytes]]:
-    """JSON of a batch's values by their keys, last row first."""
-    names = batch.schema.names
-    return {_key(name): _values(column)[::-1] for name, column in zip(names, batch.columns, strict=True)}
+def _lines(batches: Iterator[pa.RecordBatch]) -> Iterator[bytes]:
+    """Rows of batches. A batch with a giant row is forgotten before its rows are handed out."""
+    while (batch := next(batches, None)) is not None:
+        step = _some_rows(batch.num_rows, batch.nbytes)
+        parts = [batch.slice(start, step) for start in range(0, batch.num_rows, step)][::-1]
+        del batch
+        if any(part.nbytes > _GIANT_BYTES for part in parts):
+            yield from _by_way_of_disk(parts)
+        while parts:
+            yield from _rows(parts.pop())
 
 
-def _lines(columns: dict[bytes, list[bytes]]) -> Iterator[bytes]:
-    """Rows of a batch, which is forgotten by and by: it may hold a giant one."""
-    for _ in range(len(next(iter(columns.values())))):
-        yield _object(columns, [column.pop() for column in columns.values()])
+def _some_rows(rows: int, size: int) -> int:
+    """How many of some rows are about a megabyte."""
+    return min(_BATCH_ROWS, max(1, rows * _BATCH_BYTES // max(1, size)))
+
+
+def _rows(batch: pa.RecordBatch) -> list[bytes]:
+    values = map(_values, batch.columns)
+    keys = [_key(name) for name in batch.schema.names]
+    return [_object(keys, row) for row in zip(*values, strict=True)]
+
+
+def _by_way_of_disk(parts: list[pa.RecordBatch]) -> Iterator[bytes]:
+    """Rows of a batch, whose parts, the last one first, are forgotten before the first row is made."""
+    lengths = []
+    with TemporaryFile() as file:
+        while parts:
+            part = parts.pop()
+            for row in _in_pieces(part) if part.nbytes > _GIANT_BYTES else ([row] for row in _rows(part)):
+                start = file.tell()
+                file.writelines(row)
+                lengths.append(file.tell() - start)
+            del part, row
+        file.seek(0)
+        yield from map(file.read, lengths)
+
+
+def _in_pieces(batch: pa.RecordBatch) -> Iterator[Iterator[bytes]]:
+    """Rows of a batch, each in pieces."""
+    keys = [_key(name) for name in batch.schema.names]
+
+    def pieces(number: int) -> Iterator[bytes]:
+        word = b"{"
+        for key, column in zip(keys, batch.columns, strict=True):
+            yield word + key
+            yield from _value_in_pieces(column.slice(number, 1))
+            word = b", "
+        yield b"}"
+
+    return map(pieces, range(batch.num_rows))
+
+
+def _value_in_pieces(array: pa.Array) -> Iterator[bytes]:
+    """JSON of the only value."""
+    from pyarrow import types
+
+    if array.null_count or not (types.is_string(array.type) or types.is_large_string(array.type)):
+        yield from _values(array)
+        return
+    text = memoryview(array[0].as_buffer())
+    yield b'"'
+    for start in range(0, len(text), _PIECE_BYTES):
+        yield escaped(bytes(text[start : start + _PIECE_BYTES]))
+    yield b'"'
 
 
 def _values(array: pa.Array) -> list[bytes]:

@@ -34,7 +34,7 @@ _BOM = b"\xef\xbb\xbf"
 _SOURCE = re.compile(r"\w[\w.+ -]{0,99}")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Chunk:
     """Whole rows of one file."""
 
@@ -125,6 +125,7 @@ def chunks_of(file: IO[bytes], path: str, how: Reading, chunk_bytes: int) -> Ite
                 yield Chunk(path, first, b"", word, defect)
             first += 1
             waiting, content, size = [], 0, 0
+            line = b""  # what comes next may be as giant
             continue
         waiting.append(line)
         if not is_blank:
