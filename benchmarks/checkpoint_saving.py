@@ -47,6 +47,7 @@ def main() -> None:
     }
     config = config_from_dict({"model": shape, "training": {"micro_batch_size": 1, "global_batch_size": 1}})
     ds_config = reconcile({"zero_optimization": {"stage": 1}}, config, 1, source="the benchmark")
+    Path(arguments.output).mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(dir=arguments.output))
     try:
         with ParallelContext.start(config.parallel) as context:

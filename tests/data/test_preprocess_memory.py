@@ -86,7 +86,7 @@ def test_tokens_on_disk_are_as_in_memory(tmp_path: Path) -> None:
         raise UncuttableError("no place")
 
     held = []
-    for number, file in enumerate((BytesIO(), TemporaryFile(dir=tmp_path))):
+    for number, file in enumerate((BytesIO(), TemporaryFile(dir=tmp_path))):  # noqa: SIM115 closed by write
         packed = Packed(file)
         assert packed.add(recipe, [np.arange(3), np.arange(40_000, 40_002)])
         assert not packed.add(recipe, [np.arange(0)])
