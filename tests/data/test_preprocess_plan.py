@@ -237,10 +237,10 @@ def test_the_last_run_lists_the_shards_and_clears_up(tmp_path: Path) -> None:
     assert "bad_inputs" not in shards.info
     assert not any(path.exists() for path in left)
     assert all(path.exists() for path in foreign)
-    written = shards.path.stat().st_mtime_ns
+    written = Path(shards.path).stat().st_mtime_ns
     write()
-    assert shards.path.stat().st_mtime_ns == written
-    shards.path.write_text("damaged")
+    assert Path(shards.path).stat().st_mtime_ns == written
+    Path(shards.path).write_text("damaged")
     write()
     assert ShardList(shards.path).num_tokens == 10
 
