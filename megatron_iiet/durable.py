@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import secrets
 import shutil
 import signal
@@ -133,8 +134,12 @@ def check_output(path: Path) -> None:
     obstacle, see :func:`make_parent`.
 
     Raises:
-        ValueError: a part of its path is a file, or no folder may be made there.
+        ValueError: it is a url, a part of its path is a file, or no folder may be made there.
     """
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(path)):
+        raise ValueError(
+            f"{path} is a url, but outputs are written to local folders; write there, then copy."
+        )
     above = next(folder for folder in path.absolute().parents if folder.exists())
     if not above.is_dir():
         raise ValueError(f"{path} cannot be written: {above} is a file, not a folder; choose another output.")

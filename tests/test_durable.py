@@ -31,6 +31,14 @@ def test_no_folder_below_a_file(tmp_path: Path, place: str) -> None:
             function(tmp_path / place)
 
 
+@pytest.mark.parametrize("url", ["s3://bucket/x", "file:///tmp/x", "gs://b/x"])
+def test_a_url_is_no_place(url: str) -> None:
+    """It would be a folder of the name ``s3:``."""
+    for function in (check_output, make_parent):
+        with pytest.raises(ValueError, match="is a url, but outputs are written to local folders"):
+            function(Path(url))
+
+
 def test_a_relative_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     make_parent(Path("x"))

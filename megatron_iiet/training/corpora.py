@@ -52,7 +52,10 @@ def open_corpora(data: DataConfig, vocab_size: int) -> Corpora:
     """
 
     def opened(prefix: str, split: list[float]) -> Splits:
-        return build_splits(prefix, data.sequence_length, split, data.documents, vocab_size=vocab_size)
+        # In a blend the other corpora make up for what one lacks.
+        may_lack = ("validation",) if len(data.weights) > 1 and split == data.split else ()
+        length, kind = data.sequence_length, data.documents
+        return build_splits(prefix, length, split, kind, vocab_size=vocab_size, may_lack=may_lack)
 
     split = [1.0, 0.0, 0.0] if data.validation_prefix else data.split
     splits = [opened(prefix, split) for prefix in data.weights]
@@ -63,6 +66,11 @@ def open_corpora(data: DataConfig, vocab_size: int) -> Corpora:
         validation, validation_weights = [opened(data.validation_prefix, [0.0, 1.0, 0.0]).validation], [1.0]
     elif not data.split[1]:
         validation, validation_weights = [], []
+    elif not any(map(len, validation)):
+        raise ValueError(
+            f"No corpus of data.blend has a window of {data.sequence_length + 1} tokens in its validation "
+            f"split; data.split is {data.split}: give validation a larger share (or 0), or use more text."
+        )
     Blend(weights)  # refuses what cannot be blended before anything expensive is built
     check_tokenizers([*train, *validation], data.tokenizer)
     return Corpora(list(data.weights), weights, train, validation, validation_weights)

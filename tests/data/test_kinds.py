@@ -93,6 +93,7 @@ FILES = {
     "view.parquet": parquet(stored("string_view")),
     "a.arrow": arrow(pa.ipc.new_file),
     "stream.arrow": arrow(pa.ipc.new_stream),
+    "streams.arrow": arrow(pa.ipc.new_stream, TABLE[:9]) + arrow(pa.ipc.new_stream, TABLE[9:]),
     "dictionary.arrow": arrow(
         pa.ipc.new_file, TABLE.set_column(1, "text", TABLE["text"].dictionary_encode())
     ),
@@ -261,6 +262,12 @@ FAULTS: list[tuple[str, bytes, str, str]] = [
         arrow(pa.ipc.new_file)[:-8],
         "text",
         r"cut2\.arrow: no arrow file, or damaged or cut short",
+    ),
+    (
+        "two.arrow",
+        STREAM + arrow(pa.ipc.new_stream, TABLE.select(["text"])),
+        "text",
+        rf"two\.arrow holds several Arrow streams, from byte {len(STREAM):,} on with other columns or types",
     ),
     ("tiny.arrow", b"abc", "text", r"tiny\.arrow is cut short"),
     ("a.arrow", STREAM, "txt", r"a\.arrow has no column 'txt' among"),

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
+import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,9 +15,12 @@ import pytest
 
 from megatron_iiet.data.corpora.mmididx import shards_path
 from megatron_iiet.data.corpora.shard_list import ShardList
-from megatron_iiet.data.preprocess import PreprocessOptions, PreprocessReport, preprocess
+from megatron_iiet.data.corpora.verification import verify
+from megatron_iiet.data.preprocess import PreprocessOptions, PreprocessReport, preprocess, tasks
 from megatron_iiet.data.preprocess import run as running
 from megatron_iiet.data.preprocess.plan import Plan
+from megatron_iiet.data.reading.sources import InputFile
+from megatron_iiet.data.reading.text import Chunk
 from tests.data.crash import run_until_killed
 from tests.data.inputs import listing
 from tests.data.preprocess_runs import documents, leftovers, published, write_rows
@@ -364,3 +369,58 @@ def test_killed_while_inputs_changed(corpus: Corpus) -> None:
         assert published(corpus.place / "out") == expected, step
         assert leftovers(corpus.place / "out") == []
         step += 29
+
+
+@pytest.mark.parametrize("how", ["cut", "appended", "rewritten", "removed"])
+def test_an_input_that_changes_while_it_is_read(
+    corpus: Corpus, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    """It has the size and time that it had when it was listed, or no shard is made of it."""
+    path = corpus.write("a", *WORDS)
+    corpus.write("b", "whole")
+    content, read_chunks = path.read_bytes(), tasks.read_chunks
+
+    def read_and_change(file: InputFile, *others: object) -> Iterator[Chunk]:
+        for number, chunk in enumerate(read_chunks(file, *others)):  # type: ignore[arg-type]
+            if number == 0 and file.path == str(path):
+                if how == "removed":
+                    path.unlink()
+                else:
+                    lines = content.splitlines(keepends=True)
+                    new = {"cut": lines[:-2], "appended": [*lines, lines[0]], "rewritten": lines[::-1]}[how]
+                    path.write_bytes(b"".join(new))
+            yield chunk
+
+    monkeypatch.setattr(tasks, "read_chunks", read_and_change)
+    report = corpus.run(bad_inputs="skip")
+    words = "is missing" if how == "removed" else "changed while it was read: .* run the same command again"
+    assert report.exit_code == 1
+    assert re.search(rf"a\.jsonl {words}", str(report.failures[0]))
+    assert not shards_path(corpus.options.output_dir + "/text_document").exists()
+    monkeypatch.undo()
+    path.write_bytes(content)
+    assert corpus.run().exit_code == 0
+    assert corpus.documents() == corpus.fresh()
+
+
+def test_a_shard_that_was_made_again_is_listed(corpus: Corpus) -> None:
+    """Its input has another content, but the size and time that it had; the shard was lost."""
+    path = corpus.write("a", "ba ce di", "fo")
+    assert corpus.run().exit_code == 0
+    times = path.stat().st_atime_ns, path.stat().st_mtime_ns
+    for texts in (("ba ce di", "gu"), ("zz !! qq", "fo")):
+        corpus.write("a", *texts)
+        os.utime(path, ns=times)
+        (corpus.place / "out/text_document/000000.bin").unlink()
+        for _ in range(2):
+            assert corpus.run().exit_code == 0
+            assert corpus.documents() == corpus.fresh()
+            assert verify(corpus.place / "out/text_document").defects == []
+
+
+def test_several_keys_share_a_fate_and_this_is_told(corpus: Corpus) -> None:
+    write_rows(corpus.folder / "a.jsonl", [{"text": "ba", "b": "ce"}, {"text": "ba", "b": "di"}])
+    told = "decided for a whole row, by its first text of text, b that is not empty"
+    for changes, is_told in (({}, False), ({"deduplicate": True}, True)):
+        corpus.run(json_keys=("text", "b"), output_dir=f"{corpus.place}/{is_told}", **changes)
+        assert any(told in line for line in corpus.told) == is_told

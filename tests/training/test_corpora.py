@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from megatron_iiet.config import ConfigError, LoadedConfig, RunConfig, config_fr
 from megatron_iiet.data.corpora.indexed_writer import IndexedDatasetWriter
 from megatron_iiet.data.corpora.shard_list import write_shards
 from megatron_iiet.data.loader.samples import KINDS
+from megatron_iiet.data.loader.validation import ValidationBatches
 from megatron_iiet.data.tokenizers.loading import load_tokenizer, tokenizer_digest
 from megatron_iiet.parallel import ParallelContext
 from megatron_iiet.parallel.launch import launch_environment
@@ -224,6 +226,35 @@ def test_documents_that_nothing_parts(
     assert open_ended == (expected if documents == "ignore" else [])
     if documents == "ignore" and appended is None:
         assert f"(32 of 32 looked at do not end with the id {eod})" in told[-1]
+
+
+def test_a_corpus_of_a_blend_without_a_window_to_validate_on(data: dict[str, str], tmp_path: Path) -> None:
+    """The others make up for it; without any the sentence says so."""
+    of_repeated(tmp_path / "tiny", 2)
+    of_repeated(tmp_path / "large", 400)
+    blend = {str(tmp_path / "tiny"): 9.0, str(tmp_path / "large"): 1.0}
+    own = {"blend": blend, "split": [0.9, 0.1, 0.0]}
+    config = tiny_config({"tokenizer": data["tokenizer"]}, tmp_path / "run", data=own)
+    corpora = open_corpora(config.data, VOCABULARY)
+    assert [len(part) > 0 for part in corpora.validation] == [False, True]
+    batches = ValidationBatches(
+        corpora.validation, corpora.validation_weights, samples=7, micro_batch_size=1, dp_rank=0, dp_size=1
+    )
+    assert batches.counts == [0, 7]
+    assert "0 of 0 of" in describe_validation(batches, 7)
+    less = replace(
+        config.data, blend={str(tmp_path / "tiny"): 1.0, str(of_repeated(tmp_path / "other", 2)): 1.0}
+    )
+    with pytest.raises(ValueError, match=r"No corpus of data.blend has a window of \d+ tokens in its valid"):
+        open_corpora(less, VOCABULARY)
+
+
+def of_repeated(prefix: Path, documents: int) -> Path:
+    """A corpus of documents of 40 tokens."""
+    with IndexedDatasetWriter(prefix, 300) as writer:
+        for _ in range(documents):
+            writer.add_document(np.arange(40))
+    return prefix
 
 
 def test_a_weight_too_small_to_deal(configured: Callable[..., RunConfig]) -> None:

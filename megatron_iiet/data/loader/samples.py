@@ -19,7 +19,7 @@ from __future__ import annotations
 import os
 from abc import ABC, abstractmethod
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
@@ -224,6 +224,7 @@ def build_splits(
     documents: str = "ignore",
     *,
     vocab_size: int,
+    may_lack: Collection[str] = (),
 ) -> Splits:
     """Cut the corpus ``prefix`` into train, validation and test by shares of its documents.
 
@@ -233,6 +234,7 @@ def build_splits(
         split: shares of the documents.
         documents: how samples treat their borders, a key of :data:`KINDS`.
         vocab_size: ids that the model knows; reading another one raises :class:`UnknownTokenError`.
+        may_lack: parts that may be too small for a sample though they have a share.
 
     Raises:
         ValueError: the corpus is unreadable, ``split`` is not three shares summing to 1, or a part with a
@@ -251,7 +253,7 @@ def build_splits(
     parts = []
     for i, name in enumerate(Splits._fields):
         part = KINDS[documents](stream, starts[i], starts[i + 1], sequence_length, vocab_size)
-        if shares[i] > 0 and len(part) == 0:
+        if shares[i] > 0 and len(part) == 0 and name not in may_lack:
             raise ValueError(
                 f"The {name} split of {stream.prefix} has {bounds[i + 1] - bounds[i]} documents with "
                 f"{part.num_tokens} tokens, too few for a window of {sequence_length + 1}; give it a larger "

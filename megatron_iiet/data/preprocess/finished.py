@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from megatron_iiet.data.corpora.mmididx import bin_path, idx_path
+from megatron_iiet.data.corpora.mmididx import bin_path, file_digest, idx_path
 from megatron_iiet.data.preprocess.layout import Layout
 from megatron_iiet.data.preprocess.plan import Plan, Wanted
 from megatron_iiet.data.preprocess.records import Total, Unit, UnitRecord, identities, read_records
@@ -25,13 +25,23 @@ def finished_records(wanted: Wanted, units: Sequence[Unit], seen: bool = False) 
     Args:
         seen: the shards were looked at a moment ago; a file system of many servers takes long to do so.
     """
-    missing = {unit.id: unit for unit in units}
-    for record in read_records(wanted.layout.records):
-        unit = missing.get(record.unit)
-        if unit is None or not is_of(wanted, record, unit):
+    by_id = {unit.id: unit for unit in units}
+
+    def records() -> Iterator[UnitRecord]:
+        for record in read_records(wanted.layout.records):
+            if record.unit in by_id and is_of(wanted, record, by_id[record.unit]):
+                yield record
+
+    made: dict[int, set[tuple[str, ...]]] = {}
+    for record in records():
+        made.setdefault(record.unit, set()).add(tuple(o.bin_digest for o in record.outputs.values()))
+    for record in records():
+        if record.unit not in by_id:
             continue
-        if seen or shards_exist(wanted.layout.units, record):
-            del missing[record.unit]
+        # Lost shards were made again of other text: one of the records is of those that are there.
+        again = len(made[record.unit]) > 1
+        if (seen and not again) or shards_exist(wanted.layout.units, record, content=again):
+            del by_id[record.unit]
             yield record
 
 
@@ -54,11 +64,16 @@ def finished_work(wanted: Wanted, plan: Plan) -> str:
     return f"{count:,} finished shards of {total.documents:,} documents, {total.tokens:,} tokens"
 
 
-def shards_exist(layout: Layout, record: UnitRecord) -> bool:
-    """Whether the shards of a record are there in full size."""
+def shards_exist(layout: Layout, record: UnitRecord, content: bool = False) -> bool:
+    """Whether the shards of a record are there in full size; with ``content`` every byte is compared."""
     for output, shard in record.outputs.items():
         prefix = layout.shard_prefix(output, record.unit)
-        for path, size in ((bin_path(prefix), shard.bin_bytes), (idx_path(prefix), shard.idx_bytes)):
+        for path, size, digest in (
+            (bin_path(prefix), shard.bin_bytes, shard.bin_digest),
+            (idx_path(prefix), shard.idx_bytes, shard.idx_digest),
+        ):
             if not path.exists() or path.stat().st_size != size:
+                return False
+            if content and file_digest(path).hex() != digest:
                 return False
     return True

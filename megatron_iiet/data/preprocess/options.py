@@ -70,6 +70,13 @@ class PreprocessOptions:
                     raise ValueError(problem)
         _ = self.reading  # a bad template is told at once
 
+    @property
+    def chooses(self) -> bool:
+        """Whether documents are left out or held out."""
+        held_out = self.holdout_validation or self.holdout_test
+        by_length = self.min_characters or self.max_characters is not None
+        return bool(self.deduplicate or held_out or by_length or self.language or self.sample_tokens)
+
     @cached_property
     def reading(self) -> Reading:
         """How rows are read."""

@@ -75,6 +75,11 @@ def preprocess(options: PreprocessOptions, log: Log = print) -> PreprocessReport
         language_model=language_model(options.language) if options.language else None,
     )
     check_place(wanted)
+    if options.chooses and len(options.json_keys) > 1:
+        log(
+            "note: what is left out or held out is decided for a whole row, by its first text of "
+            f"{', '.join(options.json_keys)} that is not empty"
+        )
     if options.eod_token is not None:
         in_a_process_of_its_own(check_eod_token, options.tokenizer_model, options.eod_token)
     if not layout.plan.exists():

@@ -32,7 +32,7 @@ from megatron_iiet.data.preprocess.options import PreprocessOptions
 from megatron_iiet.data.preprocess.ownership import Claims
 from megatron_iiet.data.preprocess.records import Counts, OutputRecord, UnitRecord
 from megatron_iiet.data.reading.long_text import LongText, Text, parts_of, strings_of
-from megatron_iiet.data.reading.sources import InputFile
+from megatron_iiet.data.reading.sources import InputFile, refuse_changed
 from megatron_iiet.data.reading.text import LONG_LINE_BYTES, Chunk, Row, parse_rows, read_chunks
 from megatron_iiet.data.stores import READ_BYTES
 from megatron_iiet.data.tokenizers.base import MAX_PART_CHARACTERS, Tokenizer, UncuttableError
@@ -336,6 +336,7 @@ class UnitTask(Task):
                 raise BadInputError(file.path, str(error)) from error
             except ValueError as error:
                 raise BadInputError(file.path, str(error)) from error
+            refuse_changed(file)
 
     @abstractmethod
     def chunks(self, recipe: Recipe) -> Iterator[EncodeChunk | DigestChunk]:

@@ -78,6 +78,23 @@ class Found:
         return introduction + ", ".join(phrases) if phrases else ""
 
 
+def refuse_changed(file: InputFile) -> None:
+    """Refuse a local file that is no longer what it was when it was listed.
+
+    Raises:
+        ValueError: it has another size or time, or is gone.
+    """
+    if is_url(file.path) or file.is_stream:
+        return
+    (now,) = _describe([file.path])
+    if now.identity != file.identity:
+        raise ValueError(
+            f"The input {file.path} changed while it was read: {file.size:,} bytes when it was listed, "
+            f"{now.size:,} now{'' if now.size != file.size else ', but of another time'}; once nobody "
+            "writes to it, run the same command again."
+        )
+
+
 def list_inputs(patterns: Iterable[str], input_format: str | None = None) -> list[InputFile]:
     """The files of :func:`find_inputs`."""
     return find_inputs(patterns, input_format).files

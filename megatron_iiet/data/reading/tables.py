@@ -103,10 +103,10 @@ def arrow_rows(file: IO[bytes], path: str, columns: Sequence[str]) -> Iterator[b
     """
     import pyarrow as pa
 
-    head = file.read(6)
+    head, size = file.read(6), file.seek(0, 2)
     is_stream = head != b"ARROW1"
     if is_stream:
-        file.seek(max(0, file.seek(0, 2) - 8))
+        file.seek(max(0, size - 8))
         # Streams of Arrow before 0.15 have no mark before each length.
         if not file.read().endswith(_END if head.startswith(_MARK) else _END[4:]):
             raise ValueError(f"{path} is cut short: its Arrow stream has no end; fetch the file again.")
@@ -123,6 +123,17 @@ def arrow_rows(file: IO[bytes], path: str, columns: Sequence[str]) -> Iterator[b
         reader = open_it(file, options=options)
         batches = reader if is_stream else map(reader.get_batch, range(reader.num_record_batches))
         yield from _lines(iter(batches))
+    while is_stream and file.tell() < size:  # several streams, one behind the other
+        start = file.tell()
+        with _damage(path, "arrow"):
+            more = open_it(file)
+        if not more.schema.equals(schema):
+            raise ValueError(
+                f"{path} holds several Arrow streams, from byte {start:,} on with other columns or types; "
+                "write one file of each."
+            )
+        with _damage(path, "arrow"):
+            yield from _lines(batch.select(names) for batch in more)
 
 
 @contextmanager
