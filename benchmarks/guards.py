@@ -1,5 +1,6 @@
 #!/usr/bin/env python
-"""What do the guards cost? Steps judged and gated against steps of the same engine that are not.
+"""What do the guards cost? Steps judged and gated against steps of the same engine that are not; and the
+checksums of ``guards.replicas``.
 
     guards.py [--hidden-size 256 --layers 6 --vocabulary 8192 --length 256 --batch 2 --rounds 40]
 
@@ -26,6 +27,7 @@ from megatron_iiet.ops import resolve_backend
 from megatron_iiet.parallel import ParallelContext
 from megatron_iiet.training.engine import Engine, engine_class
 from megatron_iiet.training.pretrain import reconciled_ds_config
+from megatron_iiet.training.replicas import checksum
 
 
 class NoGate:
@@ -105,12 +107,22 @@ def main() -> None:
                 result.read()
                 if number >= 0:
                     seconds[which].append(clock() - started)
+        looks = []
+        for _ in range(arguments.rounds):
+            started = clock()
+            torch.stack([checksum(parameter) for parameter in engine.model.parameters()]).tolist()
+            looks.append(clock() - started)
     medians = {which: statistics.median(times) for which, times in seconds.items()}
     low, _, high = statistics.quantiles(
         (on / off for on, off in zip(seconds["on"], seconds["off"], strict=True)), n=4
     )
     for which, median in medians.items():
         print(f"guards {which:<3}  {1000 * median:8.2f} ms a step (median of {arguments.rounds})")
+    look = statistics.median(looks)
+    print(
+        f"replicas    {1000 * look:8.2f} ms for the checksums of a comparison, without its gathering: "
+        f"{look / medians['on']:.2%} of a step, {look / medians['on'] / 100:.4%} at guards.replicas 100"
+    )
     print(f"on / off    {medians['on'] / medians['off']:.4f} (half of the pairs: {low:.4f} to {high:.4f})")
 
 

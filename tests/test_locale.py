@@ -39,6 +39,7 @@ def without_encoding(source: str) -> Iterator[int]:
             yield node.lineno
 
 
+@pytest.mark.slow
 def test_no_text_depends_on_the_locale() -> None:
     files = [ROOT / "pretrain_iiet.py", ROOT / "distill_iiet.py"]
     files += [file for place in PLACES for file in (ROOT / place).rglob("*.py")]

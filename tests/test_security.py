@@ -85,6 +85,7 @@ def _of_call(call: ast.Call, safe_loaders: set[str]) -> Iterator[str]:
         yield f"{called} runs code that it loads"
 
 
+@pytest.mark.slow
 def test_files_are_data() -> None:
     files = sorted(ROOT.glob("*.py")) + [file for place in PLACES for file in (ROOT / place).rglob("*.py")]
     found = [

@@ -65,6 +65,7 @@ def script(reader: TrainBatches) -> list[Batch]:
     return read
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 3])
 @pytest.mark.parametrize("documents", ["reset", "pack"])
 def test_sums_are_those_of_one_who_counts_all(documents: str, workers: int) -> None:

@@ -140,6 +140,7 @@ def in_parts(tokenizer: Tokenizer, text: str, size: int) -> list[int]:
         return tokenizer.encode_parts([text]).tolist()
 
 
+@pytest.mark.slow
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=200)
 @given(text=TEXTS, size=st.integers(3, 40))
 def test_parts_have_the_ids_of_the_whole(exact: Tokenizer, text: str, size: int) -> None:
@@ -147,6 +148,7 @@ def test_parts_have_the_ids_of_the_whole(exact: Tokenizer, text: str, size: int)
     assert in_parts(exact, text, size) == whole
 
 
+@pytest.mark.slow
 def test_every_place_of_real_texts(exact: Tokenizer) -> None:
     """Many cuts in each; hard ones, and those of this project and the standard library."""
     for text in (*HARD_TEXTS, *(text[:20_000] for text in real_texts()[::8])):

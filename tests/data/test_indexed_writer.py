@@ -37,6 +37,7 @@ class TestWriter:
             pass
         assert listing(tmp_path) == []
 
+    @pytest.mark.slow
     def test_killed_at_any_step(self, tmp_path: Path) -> None:
         """Whatever the moment: the old corpus, the new one, or nothing that opens; and the next run works."""
 

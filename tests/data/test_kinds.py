@@ -82,6 +82,7 @@ FILES = {
     "bom.JSONL": BOM + lines(),
     "a.ndjson.bz2": bz2.compress(lines()),
     "a.JsonL.XZ": lzma.compress(lines()),
+    "padded.jsonl.xz": lzma.compress(lines()[:500]) + bytes(300) + lzma.compress(lines()[500:]) + bytes(8),
     "a.jsonl.zstd": zstd(lines()),
     "a.json": json.dumps(ROWS).encode(),
     "pretty.json.gz": gzip.compress(BOM + b"\n " + json.dumps(ROWS, indent=2, ensure_ascii=False).encode()),
@@ -255,6 +256,16 @@ FAULTS: list[tuple[str, bytes, str, str]] = [
         "text",
         r"invalid UTF-8 \| .*row 2: byte b'\\xff'",
     ),
+    (
+        "g.jsonl",
+        gzip.compress(lines()),
+        "text",
+        r"g\.jsonl holds gzip by its first bytes; give it the ending \.gz",
+    ),
+    ("z.txt", zstd(b"text"), "text", r"z\.txt holds zstd by its first bytes; .*\.zst, or decompress it"),
+    ("x.csv", lzma.compress(b"text"), "text", r"x\.csv holds xz by its first bytes"),
+    ("u.csv", "text\na\n".encode("utf-16"), "text", r"u\.csv holds UTF-16 by its first bytes; convert it"),
+    ("nul.xz", bytes(400), "text", r"nul\.xz"),
     ("cut.arrow", STREAM[:-8], "text", r"cut\.arrow is cut short: its Arrow stream has no end; fetch"),
     ("middle.arrow", STREAM[:900] + STREAM[-8:], "text", r"middle\.arrow: no arrow file, or damaged or cut"),
     (
@@ -585,6 +596,7 @@ def test_standard_input(tmp_path: Path, sentencepiece_model: Path) -> None:
     assert first == second
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.json", "groups.pq", "stream.arrow", "a.txt"])
 def test_a_corpus_is_estimated_by_the_starts_of_its_files(
     tmp_path: Path, sentencepiece_model: Path, monkeypatch: pytest.MonkeyPatch, name: str

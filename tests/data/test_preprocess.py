@@ -59,6 +59,7 @@ def run(options: PreprocessOptions) -> PreprocessReport:
     return report
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["sentencepiece_model", "tokenizer_json"])
 @pytest.mark.parametrize("append_eod", [True, False])
 def test_contents(
@@ -243,6 +244,7 @@ def test_bad_places_leave_nothing(options: PreprocessOptions, tmp_path: Path) ->
     assert list((tmp_path / "out").iterdir()) == []
 
 
+@pytest.mark.slow
 def test_tool(options: PreprocessOptions, tmp_path: Path) -> None:
     arguments = ["--input", *options.inputs, "--tokenizer-model", options.tokenizer_model, "--append-eod"]
     done = run_tool(*arguments, "--output-prefix", options.output_prefix, "--workers", 2)

@@ -371,6 +371,7 @@ def test_killed_while_inputs_changed(corpus: Corpus) -> None:
         step += 29
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["cut", "appended", "rewritten", "removed"])
 def test_an_input_that_changes_while_it_is_read(
     corpus: Corpus, monkeypatch: pytest.MonkeyPatch, how: str

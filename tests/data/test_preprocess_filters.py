@@ -180,6 +180,7 @@ def test_a_smaller_sample_is_part_of_a_larger_one() -> None:
 # Duplicates
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2])
 def test_duplicates(options: PreprocessOptions, tmp_path: Path, tokenizer: Tokenizer, workers: int) -> None:
     rows = [

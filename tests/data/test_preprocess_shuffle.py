@@ -180,6 +180,7 @@ def test_overwriting_a_shuffled_output_leaves_nothing_of_it(
     assert list((tmp_path / "out" / "preprocess").rglob("*.bin")) == []
 
 
+@pytest.mark.slow
 def test_memory_is_that_of_some_documents(tmp_path: Path) -> None:
     """Neither a long document nor all of them are held: 24 MB of tokens, 96 as they are read."""
     lengths = [6_000_000, *[2_000] * 3_000]

@@ -95,6 +95,7 @@ def test_bad_rows_can_be_errors(tmp_path: Path, case: InputCase) -> None:
         assert list(iter_documents(list_inputs([str(path)]))) == list(case.texts)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PACK)
 def test_files_larger_than_a_chunk(tmp_path: Path, name: str) -> None:
     texts = make_texts(10_000)
@@ -228,6 +229,7 @@ def test_blocks_stay_small_however_well_they_are_packed(tmp_path: Path) -> None:
     assert max(sizes) <= 1 << 18
 
 
+@pytest.mark.slow
 def test_a_giant_line_is_a_chunk_of_its_own(tmp_path: Path) -> None:
     giant = "é\n" * (LONG_LINE_BYTES // 8)  # eight bytes each in JSON
     texts = [*GOOD_TEXTS, giant, giant, *GOOD_TEXTS, "", giant + "end"]

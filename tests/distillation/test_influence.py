@@ -134,6 +134,7 @@ def losses_of(model: Transformer, inputs: Inputs, iterations: list[int]) -> floa
 # --- against plain torch ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["paper", "euler predictor"])
 def test_influence_is_that_of_shortened_layers(name: str, folders: dict[str, Path], tmp_path: Path) -> None:
     """The i-th iterate of a layer is what the layer puts out with i iterations, everything before it the
@@ -175,6 +176,7 @@ def test_ablation_is_the_loss_of_shortened_models(folders: dict[str, Path], tmp_
     assert result.plan.loss_increase == ablation.increase
 
 
+@pytest.mark.slow
 def test_micro_batches_do_not_matter(folders: dict[str, Path], tmp_path: Path) -> None:
     found = [
         analyse(options(folders["released"], tmp_path, micro_batch_size=size)).measured for size in (3, 7)

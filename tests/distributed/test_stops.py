@@ -56,6 +56,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return make_data(tmp_path_factory.mktemp("data"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seam", SEAMS)
 def test_a_rank_that_is_asked_in_the_start_ends_all(seam: str, data: dict[str, str], tmp_path: Path) -> None:
     config = as_data(tiny_config(data, tmp_path / "run"))

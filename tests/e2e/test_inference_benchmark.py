@@ -150,6 +150,7 @@ def two_systems(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(script, "systems", lambda *of: [s for s in real(*of) if s.name in kept])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_another_text_ends_in_status_1(
     two_systems: None, precision: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -312,6 +313,7 @@ def toy_subjects(*caches: str) -> list[Any]:
     ]
 
 
+@pytest.mark.slow
 def test_everything_is_made_on_the_models_device() -> None:
     """Meta stands for CUDA: torch refuses to compute with a tensor there and one on the CPU."""
     meta, systems = torch.device("meta"), module("inference_systems")
@@ -390,6 +392,7 @@ def test_peak_on_a_gpu_is_of_one_kind_of_cache(monkeypatch: pytest.MonkeyPatch) 
     }
 
 
+@pytest.mark.slow
 def test_alone_means_alone(two_systems: None, monkeypatch: pytest.MonkeyPatch) -> None:
     system, built = module("inference_systems").System, []
     real = system.build

@@ -96,6 +96,7 @@ def ours(path: Path, folder: Path, name: str = "own_words", **options: Any) -> l
         return texts(HarnessModel(prepared.load(context, True), prepared.codec), folder, name)
 
 
+@pytest.mark.slow
 def test_texts_are_those_of_the_harness_own_model_class(iiet: Path, export: Path, tmp_path: Path) -> None:
     """Of the export and of the portable folder: prompts cut at the left, texts cut at what ends them."""
     folder = write_task(tmp_path / "tasks")

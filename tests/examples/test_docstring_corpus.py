@@ -167,6 +167,7 @@ def test_unreadable_sources_give_nothing(tmp_path: Path) -> None:
     assert extract(str(tmp_path / "half.py"), "half", 20) == []
 
 
+@pytest.mark.slow
 def test_a_real_package(tmp_path: Path) -> None:
     report = build_corpus(tmp_path / "c.jsonl.zst", packages=["pytest", "tqdm"])
     texts = list(iter_documents([tmp_path / "c.jsonl.zst"]))

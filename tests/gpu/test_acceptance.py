@@ -329,6 +329,7 @@ found = {"status": status, "reason": "", "figures": figures if status == "FAILED
 """
 
 
+@pytest.mark.slow
 def test_no_check_stops_another(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

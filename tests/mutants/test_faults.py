@@ -18,6 +18,7 @@ from tests.processes import marked
 ROOT = Path(__file__).resolve().parents[2]
 
 
+@pytest.mark.slow
 def test_every_fault_fits_the_source_once() -> None:
     for fault in read_faults():
         text = fault.locate(ROOT).read_text()
@@ -194,6 +195,7 @@ def test_fresh_faults_are_of_what_runs() -> None:
     }
 
 
+@pytest.mark.slow
 def test_fresh_faults_are_a_list_that_can_be_tried(tmp_path: Path) -> None:
     drawn = [tmp_path / "a.toml", tmp_path / "b.toml"]
     for path in drawn:

@@ -82,6 +82,7 @@ def loss_and_gradients(model: Transformer, tokens: Tensor) -> dict[str, Tensor |
 TOKENS = torch.randint(61, (2, 17), generator=torch.Generator().manual_seed(1))
 
 
+@pytest.mark.slow
 @needs_extension
 @some_solvers
 def test_whole_models(solver: dict[str, Any]) -> None:

@@ -166,6 +166,7 @@ def test_greedy_is_what_generate_makes() -> None:
         assert each.of.tokens == one[0, len(rows[n]) :].tolist() == made[n, 11:].tolist()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "sampling", [Sampling(0.7, 0, 1.0), Sampling(1.3, 5, 1.0), Sampling(1.0, 0, 0.6), Sampling(1e-30, 0, 1.0)]
 )

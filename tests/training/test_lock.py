@@ -201,6 +201,7 @@ def _start(folder: str, ready: Any, results: Any) -> None:
     own.release()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stale", [False, True], ids=["free", "of a dead process"])
 def test_of_simultaneous_starts_one_has_it(stale: bool, tmp_path: Path) -> None:
     """Four processes, three times."""

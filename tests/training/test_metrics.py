@@ -360,6 +360,7 @@ def test_the_log_is_json_whatever_happens(tmp_path: Path) -> None:
     assert values.keys() == {"time", "lr"}
 
 
+@pytest.mark.slow
 def test_events_of_repeated_steps_are_replaced(tmp_path: Path) -> None:
     """Eight steps; then a start from a checkpoint of step 5, whose steps 6 to 8 have other losses."""
     for first, loss in ((0, 5.0), (5, 4.0)):
