@@ -135,6 +135,7 @@ def test_an_output_folder_that_takes_nothing_is_refused(locked: Path, tmp_path: 
     assert "model:" not in done.stdout  # what a built engine says first
 
 
+@pytest.mark.slow
 @needs_namespace
 @pytest.mark.skipif(os.getuid() != 0 or not shutil.which("mount"), reason="only root makes a file system")
 def test_no_temporary_folder_at_all_is_a_sentence(locked: Path, tmp_path: Path) -> None:

@@ -289,6 +289,7 @@ def test_what_corrects_is_observed() -> None:
     assert Euler().is_llama
 
 
+@pytest.mark.slow
 def test_nobody_asks_for_a_kind_by_name() -> None:
     """Outside the declarations, their modules and the file that travels alone."""
     names = {name for solver in SOLVERS for name in name_fields(solver).values()}

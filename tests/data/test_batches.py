@@ -402,6 +402,7 @@ class TestFailures:
         ):
             take(reader, 200)
 
+    @pytest.mark.slow
     def test_a_file_system_that_hangs(self) -> None:
         released = threading.Event()
         hang = numbered(40, read=lambda start: start == 7 * T and released.wait(60))

@@ -33,6 +33,7 @@ def deviations(weights: list[float], samples: int) -> tuple[int, int]:
     return worst, sum(parts)
 
 
+@pytest.mark.slow
 @settings(max_examples=60)
 @given(weights=st.lists(DECIMALS, min_size=1, max_size=8))
 def test_less_than_one_sample_from_the_weights_in_every_prefix(weights: list[float]) -> None:
@@ -94,6 +95,7 @@ def test_any_run_of_samples_is_less_than_two_from_its_share(
         assert np.abs(np.cumsum(own) - np.arange(1, 501) * share).max() < 2
 
 
+@pytest.mark.slow
 @given(
     samples=st.lists(st.integers(0, 10**13), min_size=1, max_size=30),
     weights=st.sampled_from([SLIMPAJAMA, [1, 1], [3], [0.1, 0.2, 0.70001], [123_456_789, 987_654_321]]),

@@ -206,6 +206,7 @@ def test_a_text_without_a_place_is_refused(exact: Tokenizer) -> None:
         exact.max_uncut_bytes = base.MAX_UNCUT_BYTES
 
 
+@pytest.mark.slow
 def test_the_fast_encoder_cuts_as_well(exact: Tokenizer) -> None:
     fast = load_encoder(exact.path)
     for text in (*HARD_TEXTS, *make_texts(10), "word " * 300):

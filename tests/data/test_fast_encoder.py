@@ -63,6 +63,7 @@ def train(folder: Path, more_text: str = "", **options: Any) -> Path:
 
 
 class TestEquality:
+    @pytest.mark.slow
     def test_real_texts(self, llama: tuple[Tokenizer, Tokenizer]) -> None:
         exact, fast = llama
         texts = real_texts()
@@ -70,6 +71,7 @@ class TestEquality:
         for text in texts:
             assert fast.encode(text).tolist() == exact.encode(text).tolist()
 
+    @pytest.mark.slow
     @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=300)
     @given(
         text=st.text(max_size=200)
@@ -193,6 +195,7 @@ class TestFallback:
         with pytest.raises(NotSupportedError, match=r"it failed with|its ids differ"):
             fast_encoder(_Redefined(sentencepiece_model, definition), [])
 
+    @pytest.mark.slow
     def test_other_ids_on_hard_texts(self, llama_model: Path) -> None:
         definition = json.loads(SentencePieceTokenizer(llama_model).gigatoken_definition()[0])
         merges = definition["model"]["merges"]

@@ -122,6 +122,7 @@ def test_pointers_beyond_32_bits(tmp_path: Path) -> None:
     assert shard.read(3 * half - 4, 3 * half).tolist() == [0, 7, 8, 9]
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     documents=st.lists(st.lists(st.integers(0, 4), max_size=3), min_size=1, max_size=8),

@@ -168,6 +168,7 @@ def shards(
     return shards
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{"append_eod": True}, {"deduplicate": True, "holdout_test": 0.3}])
 def test_the_shards_are_the_same_bytes(
     tmp_path: Path, shards: Callable[..., Any], options: dict[str, Any], monkeypatch: pytest.MonkeyPatch

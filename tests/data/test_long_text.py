@@ -56,6 +56,7 @@ def test_every_place_of_a_cut(unit: str, piece_bytes: int) -> None:
         assert "".join(scan(raw, piece_bytes).parts(piece_bytes)) == text
 
 
+@pytest.mark.slow
 @settings(max_examples=400)
 @given(pieces=st.lists(PROPER | HALVES, max_size=60), piece_bytes=st.integers(16, 40))
 @example(pieces=["\ud800"] * 50, piece_bytes=16)

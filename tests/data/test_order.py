@@ -28,6 +28,7 @@ def test_order_is_frozen() -> None:
     assert windows.tolist() == [473, 642, 15, 927, 159, 11, 922, 0]
 
 
+@pytest.mark.slow
 @settings(max_examples=40)
 @given(
     lengths=st.lists(st.integers(1, 60), min_size=2, max_size=4),

@@ -39,6 +39,7 @@ def test_pieces_end_where_documents_do(data: st.DataObject, start: int, size: in
         assert starts[piece] in documents or lengths[piece - 1] == capacity
 
 
+@pytest.mark.slow
 @settings(max_examples=200)
 @given(data=st.data(), capacity=st.integers(1, 40), spare=st.integers(0, 3))
 def test_every_token_has_one_place(data: st.DataObject, capacity: int, spare: int) -> None:

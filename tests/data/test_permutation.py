@@ -51,6 +51,7 @@ def inverse(n: int, seed: int, epoch: int, image: int) -> int:
             return value
 
 
+@pytest.mark.slow
 @settings(max_examples=150)
 @given(bits=st.integers(0, 40), seed=INT64, epoch=st.integers(0, 10**6), data=st.data())
 def test_bijection_of_every_size(bits: int, seed: int, epoch: int, data: st.DataObject) -> None:

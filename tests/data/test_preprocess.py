@@ -156,6 +156,7 @@ def test_inputs_per_shard(many: PreprocessOptions, tmp_path: Path) -> None:
     assert documents(tmp_path / "out" / "one_text_document") == every_document
 
 
+@pytest.mark.slow
 def test_split_by_source(many: PreprocessOptions, tmp_path: Path) -> None:
     run(many)
     mixed = documents(tmp_path / "out" / "text_document")
@@ -208,6 +209,7 @@ def test_a_giant_document_gets_the_same_tokens(
     assert found == [[*tokenizer.encode(text).tolist(), tokenizer.eod_id] for text in texts]
 
 
+@pytest.mark.slow
 def test_only_empty_documents(options: PreprocessOptions, tmp_path: Path) -> None:
     path = write_rows(tmp_path / "empty.jsonl", [{"text": ""}] * 5)
     with pytest.raises(ValueError, match="hold no documents: every text under 'text' is empty"):

@@ -197,6 +197,7 @@ def copies(corpus: Corpus) -> None:
     corpus.write("c", "own b", "ba", "own c")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", ["first gone", "copy gone", "new first", "first changed"])
 def test_duplicates_of_changed_inputs(corpus: Corpus, change: str) -> None:
     """A document whose first copy is gone comes back where the next one is."""

@@ -94,6 +94,7 @@ def test_estimated_rate(options: PreprocessOptions, tokenizer: Tokenizer) -> Non
     assert run(replace(options, num_jobs=2, job=1)).rate == report.rate
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("append_eod", [True, False])
 def test_an_estimate_counts_ends_of_documents(
     append_eod: bool, options: PreprocessOptions, tokenizer: Tokenizer
@@ -146,6 +147,7 @@ def test_a_sample_of_more_than_all(options: PreprocessOptions) -> None:
 # Held-out splits
 
 
+@pytest.mark.slow
 def test_held_out_splits(options: PreprocessOptions, tmp_path: Path, tokenizer: Tokenizer) -> None:
     options = replace(options, holdout_validation=0.2, holdout_test=0.1)
     run(options)

@@ -92,6 +92,7 @@ def run(tmp_path: Path, sentencepiece_model: Path) -> Callable[..., PreprocessRe
     return run
 
 
+@pytest.mark.slow
 def test_documents_in_other_languages_are_left_out_and_counted(
     run: Callable[..., PreprocessReport], tmp_path: Path, sentencepiece_model: Path
 ) -> None:

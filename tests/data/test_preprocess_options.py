@@ -187,6 +187,7 @@ def test_every_unit_belongs_to_one_job(num_jobs: int) -> None:
         assert max(loads) - min(loads) < 1000  # no more than one unit apart
 
 
+@pytest.mark.slow
 def test_tool_reads_the_environment(tmp_path: Path, sentencepiece_model: Path) -> None:
     arguments = ["--input", tmp_path / "a.jsonl", "--tokenizer-model", sentencepiece_model]
     (tmp_path / "a.jsonl").write_text('{"text": "ba"}\n')

@@ -46,6 +46,7 @@ def write_corpus(tmp_path: Path) -> WriteCorpus:
     return write
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     shards=st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=5), min_size=1, max_size=6),
@@ -151,6 +152,7 @@ def test_absolute_names_and_moved_folders(write_corpus: WriteCorpus, tmp_path: P
     assert open_corpus(tmp_path / "moved" / "corpus").read(2, 5).tolist() == [2, 3, 4]
 
 
+@pytest.mark.slow
 def test_opening_touches_no_shard(write_corpus: WriteCorpus, tmp_path: Path) -> None:
     """100,000 entries without files open; only what is read must be there."""
     shards = [Shard(f"nowhere/{i}", 10**7, 10**4, bytes(16), bytes(16)) for i in range(100_000)]
@@ -195,6 +197,7 @@ def test_ranges_outside_raise(write_corpus: WriteCorpus, start: int, stop: int) 
         corpus.document(2)
 
 
+@pytest.mark.slow
 def test_many_threads_and_few_open_files(write_corpus: WriteCorpus) -> None:
     """Shards are dropped by one thread while another reads them."""
     corpus, wrong = ShardedDataset(write_corpus([[40, 60]] * 20), max_open_shards=2), []

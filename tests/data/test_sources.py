@@ -363,6 +363,7 @@ def test_a_dataset_of_the_hub(dataset: Path, tmp_path: Path) -> None:
     assert len(list(cached)) == 6
 
 
+@pytest.mark.slow
 def test_no_hub_in_reach(tmp_path: Path) -> None:
     """One sentence, at once: nothing listens at this address."""
     question = ("me/slim", "train", True)

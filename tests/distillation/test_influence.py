@@ -158,6 +158,7 @@ def test_influence_is_that_of_shortened_layers(name: str, folders: dict[str, Pat
     assert found.loss is None
 
 
+@pytest.mark.slow
 def test_ablation_is_the_loss_of_shortened_models(folders: dict[str, Path], tmp_path: Path) -> None:
     asked = options(folders["paper"], tmp_path, ablation=True, request=PlanRequest(budget=3, ranking="loss"))
     result = analyse(asked)
@@ -396,6 +397,7 @@ def run_tool(*arguments: str) -> tuple[int, str, str]:
     return 0, out.getvalue(), error.getvalue()
 
 
+@pytest.mark.slow
 def test_the_tool(folders: dict[str, Path], data: dict[str, str], tmp_path: Path) -> None:
     """A portable folder finds its own tokenizer; all files are there, and training takes the plan."""
     text = Path(data["tokenizer"]).with_name("corpus.jsonl")
@@ -455,6 +457,7 @@ def test_a_correlation_that_is_none_and_the_names_of_iterates(
     assert [label.get_text() for label in heat_map.get_xticklabels()] == ["predictor", "1", "2"]
 
 
+@pytest.mark.slow
 def test_what_the_pictures_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every number, label and line; a layer that changes nothing has a colour too."""
     from matplotlib.figure import Figure

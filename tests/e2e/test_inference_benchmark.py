@@ -171,6 +171,7 @@ def test_another_text_ends_in_status_1(
     assert all("UNEQUAL: " in line for line in rows)
 
 
+@pytest.mark.slow
 def test_what_fails_is_refused_and_the_rest_measured(
     two_systems: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -109,6 +109,7 @@ def test_texts_are_those_of_the_harness_own_model_class(iiet: Path, export: Path
     assert ours(iiet, longer) == texts(harness_class(export), longer) != expected
 
 
+@pytest.mark.slow
 def test_draws(iiet: Path, tmp_path: Path) -> None:
     """The same every time, and others for other questions; whatever the size of the batch."""
     drawn = {**KWARGS, "until": ["never"], "do_sample": True, "temperature": 1.5}
@@ -193,6 +194,7 @@ def test_folders_of_tasks(tmp_path: Path) -> None:
         load_tasks(["own_words"], include_path=tmp_path)
 
 
+@pytest.mark.slow
 def test_a_misspelt_task_is_known_before_its_data_and_the_model(tmp_path: Path) -> None:
     """Neither is there to be loaded. (The harness's index, which takes a minute, isn't made either.)"""
     folder = write_task(tmp_path / "tasks")

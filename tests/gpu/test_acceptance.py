@@ -412,6 +412,7 @@ def test_what_there_was_no_time_for_is_named_and_what_was_found_is_kept(
     assert ("the second is late" in outcome.reason) == bool(end)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["kernels", "documents", "bandwidth", "step"])
 def test_checks_without_time_name_all_they_skipped(name: str, setting: Setting) -> None:
     """No figure of anything that took part of the time, no exception, and what is missing by name."""

@@ -236,6 +236,7 @@ def layouts(lengths: list[list[int]] = LONG) -> tuple[AttentionLayout, Attention
     return AttentionLayout(none, none, masks[0]), AttentionLayout(none, none, masks[1])
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("kv_heads", [4, 2])
 def test_flex_attention_is_sdpa(kv_heads: int, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -186,6 +186,7 @@ def test_a_draw_does_not_depend_on_the_company(sampling: Sampling) -> None:
         assert len({each.text for each in others}) > 1
 
 
+@pytest.mark.slow
 def test_draws_follow_the_distribution() -> None:
     """The first token of many draws, against softmax at the temperature among the k likeliest."""
     model, [prompt] = any_model("iiet-r0"), prompts(5)

@@ -113,6 +113,7 @@ def test_who_is_cancelled_leaves_at_the_next_token() -> None:
     engine.stop()
 
 
+@pytest.mark.slow
 def test_a_prompt_that_fails_is_alone_in_that(engine: Engine, capfd: pytest.CaptureFixture[str]) -> None:
     good, bad = Heard(prompts(3)[0], 40), Heard([10**6], 3)
     engine.submit([good.of])

@@ -452,6 +452,7 @@ def naming(key: str, path: Path | str, folder: Path, **training: Any) -> RunConf
     return with_value(config, key, str(path))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key", OTHER_MODELS)
 def test_a_model_is_known_by_what_it_computes(key: str, saved: Path, tmp_path: Path) -> None:
     """And by its path, however that is written, where the checkpoint does not say more."""
