@@ -175,6 +175,11 @@ def _check_unsupported(ds: dict[str, Any], source: str) -> None:
             f"fp16.enabled is true in {source}, but fp16 is not supported; remove the section and set "
             "training.precision to 'bf16' or 'fp32'"
         )
+    if ds.get("bf16", {}).get("check_grad_overflow", False) not in (False, AUTO):
+        raise ConfigError(
+            f"bf16.check_grad_overflow is true in {source}, but every step is judged here without waiting "
+            "for the device (guards.nonfinite says what happens then); remove it"
+        )
     stage = ds.get("zero_optimization", {}).get("stage", 0)
     if type(stage) is not int or stage not in (0, 1, 2, 3):
         raise ConfigError(
@@ -231,6 +236,8 @@ def _fill_own_defaults(ds: dict[str, Any], config: RunConfig) -> None:
         if stage == 1 and ds["data_types"]["grad_accum_dtype"] == "fp32":
             # ... and then round that sum to bf16 to add it up over the ranks, once a step.
             ds.setdefault("communication_data_type", "fp32")
+    if config.training.precision == "bf16":
+        ds["bf16"]["check_grad_overflow"] = False  # DeepSpeed's own, which waits for the device in each step
     if config.parallel.pipeline > 1:
         ds["pipeline"] = _PIPELINE | ds.get("pipeline", {})
     if "optimizer" not in ds:  # ours, of whatever kind, which DeepSpeed's authors may not have tested

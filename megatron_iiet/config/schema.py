@@ -291,6 +291,9 @@ class LoggingConfig:
     peak_tflops: float | None = key(None, FREE, POSITIVE)
     """Peak dense TFLOP/s of one device at the run's precision, the base of MFU and HFU.
     null: known GPUs from a table, CPUs from a matmul timed at start-up."""
+    profile: list[int] | None = key(None, FREE)
+    """[first, last] step to profile: a trace of every rank and a table of a step's phases in
+    output_dir/profile. Such steps are slower, and their traces large: a few say enough."""
 
 
 @dataclass

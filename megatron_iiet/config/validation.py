@@ -28,6 +28,7 @@ def validate(config: RunConfig) -> None:
     read_timeouts(config.parallel.timeouts)
     _check_data(config)
     _check_skipped(config)
+    _check_profile(config)
     config.solver.check(config.model.num_layers)
     _check_schedule(config)
     _check_batch(config)
@@ -109,6 +110,14 @@ def _check_skipped(config: RunConfig) -> None:
                 f"data.skip_steps has {each}, but must have steps or pairs [first, last] of the steps 1 to "
                 f"training.steps = {steps}"
             )
+
+
+def _check_profile(config: RunConfig) -> None:
+    pair, steps = config.logging.profile, config.training.steps
+    if pair is not None and (len(pair) != 2 or not 1 <= pair[0] <= pair[1] <= steps):
+        raise ConfigError(
+            f"logging.profile is {pair}, but must be [first, last] of the steps 1 to training.steps = {steps}"
+        )
 
 
 def _check_blend(config: RunConfig) -> None:

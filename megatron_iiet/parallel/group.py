@@ -34,6 +34,11 @@ class Group:
             return None
         return dist.all_reduce(x, group=self.handle, async_op=asynchronous)
 
+    def maximum(self, x: Tensor) -> None:
+        """The largest of the group's, element by element, in place."""
+        if self.size > 1:
+            dist.all_reduce(x, dist.ReduceOp.MAX, group=self.handle)
+
     def all_gather(self, x: Tensor) -> Tensor:
         """The tensors of all ranks, [size, *x.shape]."""
         out = x.new_empty((self.size, *x.shape))

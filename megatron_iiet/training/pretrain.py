@@ -38,6 +38,7 @@ from megatron_iiet.training.layout import describe_layout, layout_of
 from megatron_iiet.training.lock import RunLock
 from megatron_iiet.training.loop import train
 from megatron_iiet.training.mirror import Mirror
+from megatron_iiet.training.profiling import Profiling
 from megatron_iiet.training.progress import Progress
 from megatron_iiet.training.replicas import Replicas
 from megatron_iiet.training.run import Run
@@ -305,6 +306,8 @@ def build_callbacks(
 ) -> list[callbacks.Callback]:
     """What happens around a step, in order; ``held_out``: what is validated on."""
     chosen: list[callbacks.Callback] = [callbacks.MetricLogger()]
+    if config.logging.profile:
+        chosen.append(Profiling(*config.logging.profile))
     if held_out is not None:
         if config.guidance.interval:  # before validation, which is of the plan in force
             guiding = validation_batches(config, corpora, context, config.guidance.samples, held_out.rule)

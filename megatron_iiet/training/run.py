@@ -30,7 +30,7 @@ from megatron_iiet.training.progress import Activity, Progress
 from megatron_iiet.training.record import copy_starts, write_configurations
 from megatron_iiet.training.resume import CONTENTS
 from megatron_iiet.training.saving import HostCopies, Saving, has_room
-from megatron_iiet.training.stopping import failing_together, stop_if_asked
+from megatron_iiet.training.stopping import Poll, failing_together, stop_if_asked
 from megatron_iiet.training.utilisation import RankReport, memory_bytes
 
 Measured = TypeVar("Measured")
@@ -134,20 +134,22 @@ class Run:
             if self._writer is not None:
                 self._writer.write(step, ({} if result is None else _numbers_of(result)) | values)
 
-    def stop_if_asked(self) -> None:
+    def stop_if_asked(self, poll: Poll | None = None) -> None:
         """Where training may end, if it is to; every rank calls it at the same place. Not in its last step,
-        after which nobody would make up for what is left out.
+        after which nobody would make up for what is left out. ``poll``: what found that it is time to.
 
         Raises:
             Stopped: on all ranks.
         """
         if self.step < self.last_step:
-            stop_if_asked(self.context, self.lock)
+            stop_if_asked(self.context, self.lock, poll)
 
     def stoppable(self, batches: Iterable[Measured]) -> Iterator[Measured]:
         """The batches of a measurement, between which training may end."""
+        poll = Poll(self.context.world)
         for batch in batches:
-            self.stop_if_asked()
+            if poll.due():
+                self.stop_if_asked(poll)
             yield batch
 
     def close(self) -> None:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 
 from megatron_iiet import signals
 from megatron_iiet.config import RunConfig
-from megatron_iiet.parallel import ParallelContext
+from megatron_iiet.parallel import Group, ParallelContext
 from megatron_iiet.signals import Phase, StopRequests
 from megatron_iiet.storage.integrity import DamagedError
 from megatron_iiet.training.lock import RunLock
+
+POLL_SECONDS = 2.0
+"""How long a run of several ranks trains on at most after one of them was asked to stop, or one step."""
 
 
 class Stopped(BaseException):
@@ -29,18 +34,46 @@ def heard(config: RunConfig, phase: Phase) -> Iterator[StopRequests]:
         yield requests
 
 
-def stop_if_asked(context: ParallelContext, lock: RunLock | None = None) -> None:
+class Poll:
+    """When the ranks ask each other next. That waits for the device and for the slowest rank, so they do it
+    every POLL_SECONDS rather than at every place where they could; and at the same place, so it is counted in
+    places, by how far apart those were of late."""
+
+    def __init__(self, world: Group, clock: Callable[[], float] = time.monotonic) -> None:
+        self._world, self._clock = world, clock
+        self._places = self._next = 0
+        """Passed since the ranks asked last; and at which they do again, 0: the first one."""
+        self._asked_at = 0.0
+
+    def due(self) -> bool:
+        """Whether to ask at this place; called at every one. A rank alone always does."""
+        self._places += 1
+        return self._places >= self._next or self._world.size == 1
+
+    def apart(self) -> float:
+        """Seconds from place to place since the ranks asked last, on this one; infinite the first time."""
+        return (self._clock() - self._asked_at) / self._places if self._next else math.inf
+
+    def asked(self, apart: float) -> None:
+        """The ranks have asked; ``apart``: the longest :meth:`apart` of them."""
+        self._places, self._next = 0, max(1, int(POLL_SECONDS / max(apart, 1e-6)))
+        self._asked_at = self._clock()
+
+
+def stop_if_asked(context: ParallelContext, lock: RunLock | None = None, poll: Poll | None = None) -> None:
     """End training on all ranks if one was asked to stop, be it by a signal that the others never saw. Every
-    rank calls it at the same place.
+    rank calls it at the same place; ``poll``: what found that it is time to.
 
     Raises:
         Stopped: one was.
         ValueError: the run's folder is another's by now; ``lock`` is the main rank's.
     """
-    flags = [signals.requests.ask(), lock is not None and lock.lost]
-    noted = torch.tensor(flags, dtype=torch.int32, device=context.device)
-    context.world.all_reduce(noted)
-    asked, lost = noted.tolist()
+    own = [signals.requests.ask(), lock is not None and lock.lost, 0.0 if poll is None else poll.apart()]
+    noted = torch.tensor(own, dtype=torch.float64, device=context.device)
+    context.world.maximum(noted)
+    asked, lost, apart = noted.tolist()
+    if poll is not None:
+        poll.asked(apart)
     if lost:
         with failing_together(context):
             if lock is not None:

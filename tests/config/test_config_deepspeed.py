@@ -29,7 +29,7 @@ def test_everything_shared_is_filled_in() -> None:
         "train_micro_batch_size_per_gpu": 8,
         "gradient_accumulation_steps": 4,
         "gradient_clipping": 1.0,
-        "bf16": {"enabled": True},
+        "bf16": {"enabled": True, "check_grad_overflow": False},
         "data_types": {"grad_accum_dtype": "fp32"},
         "communication_data_type": "fp32",
         "zero_optimization": {"stage": 1},
@@ -188,6 +188,11 @@ RECONCILE_ERRORS: list[tuple[dict[str, Any], str]] = [
         {**Z1, "fp16": {"enabled": True}},
         "fp16.enabled is true in ds.json, but fp16 is not supported; remove the section and set "
         "training.precision to 'bf16' or 'fp32'",
+    ),
+    (
+        {**Z1, "bf16": {"check_grad_overflow": True}},
+        "bf16.check_grad_overflow is true in ds.json, but every step is judged here without waiting for the "
+        "device (guards.nonfinite says what happens then); remove it",
     ),
     (
         {"zero_optimization": {"stage": 4}},

@@ -109,7 +109,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "tasks_data_dir": "", "tasks_include_path": "",
     },
     "checkpoint": {"interval": 500, "keep": 2, "keep_every": 0, "mirror": "", "mode": "auto", "resume": True},
-    "logging": {"interval": 10, "tensorboard": True, "solver_interval": 200, "peak_tflops": None},
+    "logging": {"interval": 10, "tensorboard": True, "solver_interval": 200, "peak_tflops": None, "profile": None},
     "guards": {
         "nonfinite": "stop",
         "spike": "off",

@@ -288,6 +288,13 @@ COMBINATION_ERRORS: list[tuple[dict[str, Any], str]] = [
         {"data__skip_steps": [1001]},
         "data.skip_steps has 1001, but must have steps or pairs [first, last] of the steps 1 to training.steps = 1000",
     ),
+    *(
+        (
+            {"logging__profile": pair},
+            f"logging.profile is {pair}, but must be [first, last] of the steps 1 to training.steps = 1000",
+        )
+        for pair in ([3], [0, 4], [5, 4], [1000, 1001])
+    ),
     (
         {"data__blend": {"a": 0.5, "b": 1.0}, "data__prefix": "c"},
         "data.prefix is c, but data.blend names corpora too; keep one of them (--data.prefix= unsets the first)",

@@ -117,6 +117,7 @@ OTHER: dict[str, Any] = {
     "logging.tensorboard": False,
     "logging.solver_interval": 5,
     "logging.peak_tflops": 5.0,
+    "logging.profile": [2, 3],
     "guards.nonfinite": "skip",
     "guards.spike": "rewind",
     "guards.window": 5,

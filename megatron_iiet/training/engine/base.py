@@ -108,6 +108,7 @@ class Engine(ABC):
         stop_if_asked(context)
         self._names = {parameter: name for name, parameter in self.model.named_parameters()}
         self.own_time = OwnTime(context.device)
+        self._copies = torch.cuda.Stream(context.device) if context.device.type == "cuda" else None
         with groups_with_timeout(config.parallel.resolved_timeouts.longest):
             self._engine = self._start(config, ds_config)
         self.ring = Ring(at_once=context.device.type == "cpu")
@@ -271,4 +272,14 @@ class Engine(ABC):
         return self.ring.put(numbers, _TERMS if self.teacher is not None else (), lr)
 
     def _inputs(self, batch: Batch | ValidationBatch) -> Inputs:
-        return inputs_of(batch, self.context.device)
+        """On the device before they are needed: copied beside what it still computes of the batch before."""
+        if self._copies is None:
+            return inputs_of(batch, self.context.device)
+        computing = torch.cuda.current_stream(self.context.device)
+        with torch.cuda.stream(self._copies):
+            inputs = inputs_of(batch, self.context.device)
+        computing.wait_stream(self._copies)
+        for each in inputs:
+            if isinstance(each, Tensor):
+                each.record_stream(computing)  # its memory is not the copies' again before that is done
+        return inputs

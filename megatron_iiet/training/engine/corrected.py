@@ -22,10 +22,10 @@ from megatron_iiet.training.engine.deepspeed_internals import (
     DeepSpeedEngine,
     check_classes,
     check_engine,
-    drop_gradients_left_behind,
     kind_of,
     lasting_gradients,
     norm_of,
+    without_waits,
 )
 from megatron_iiet.training.engine.gate import Gate
 from megatron_iiet.training.optimizers import prepare_optimizer
@@ -109,9 +109,9 @@ class CorrectedEngine(DeepSpeedEngine):
     def _take_model_step(self, *args: Any, **kwargs: Any) -> None:
         if kind_of(self) is PLAIN:
             self._global_grad_norm = global_norm(self.module, self.context)
-        super()._take_model_step(*args, **kwargs)
-        drop_gradients_left_behind(self)
-        self.gate.decide(norm_of(self))  # where DeepSpeed did not ask the optimizer: some norms make it stop
+        with without_waits(self):
+            super()._take_model_step(*args, **kwargs)
+        self.gate.decide(norm_of(self))  # where DeepSpeed did not ask the optimizer
 
     def clip_fp32_gradients(self) -> None:
         torch.nn.utils.clip_grads_with_norm_(

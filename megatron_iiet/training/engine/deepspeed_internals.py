@@ -6,7 +6,9 @@ from ``deepspeed.runtime``; a test compares the tables with what is used.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -96,6 +98,7 @@ PIPELINE_ENGINE = (
         "gives every stage the mean loss after the optimizer's step; called before it instead",
         (),
     ),
+    Internal("_INSTRUCTION_MAP", "what carries out each instruction of a schedule; labelled for profiles"),
 )
 PIPELINE_MODULE = (
     Internal("forward_funcs", "the layers of this stage; there is one, and our forward calls it"),
@@ -148,7 +151,18 @@ class OptimizerKind:
     steps if the optimizer is offloaded, and none otherwise."""
     gradients: Internal | None = None
     """Tensor, or list of tensors, that holds gradients between steps."""
+    asks: tuple[Internal, ...] = ()
+    """Functions of the wrapper's module, called in a step, that wait for the device; replaced meanwhile."""
 
+
+_INVALID = Internal(
+    "is_invalid_grad_norm", "whether a norm is no number; answered by our gate instead", ("norm",)
+)
+_CLIPS = Internal(
+    "clip_tensors_by_global_norm",
+    "scales gradients if the norm is above the limit; ours scales by 1 else",
+    ("input_tensors", "max_norm", "global_norm", "mpu"),
+)
 
 PLAIN = OptimizerKind("", "without ZeRO")
 BF16 = OptimizerKind(
@@ -158,19 +172,15 @@ BF16 = OptimizerKind(
     FLAT_PARAMETER,
     Internal("fp32_groups_flat_partition", "this rank's part of the masters; read and filled"),
     Internal("fp32_groups_gradients_flat", "sums of gradients; zeroed when iterations change"),
+    (_INVALID, _CLIPS),
 )
 ZERO_1_2 = OptimizerKind(
     "DeepSpeedZeroOptimizer",
     "under ZeRO-1 and ZeRO-2",
-    (
-        _UPDATE,
-        Internal("overflow", "whether it left the last step out; what that leaves behind is dropped"),
-        Internal(
-            "averaged_gradients", "sums of gradients by group, None between steps; also after such a step"
-        ),
-    ),
+    (_UPDATE,),
     FLAT_PARAMETER,
     Internal("single_partition_of_fp32_groups", "this rank's part of the masters; read and filled"),
+    asks=(_INVALID,),
 )
 ZERO_3 = OptimizerKind(
     "DeepSpeedZeroOptimizer_Stage3",
@@ -192,6 +202,7 @@ ZERO_3 = OptimizerKind(
     CUT_PARAMETER,
     Internal("fp32_partitioned_groups_flat", "this rank's part of the masters; read and filled"),
     Internal("grad_partitions_flat_buffer", "sums of gradients; zeroed when iterations change"),
+    (_INVALID,),
 )
 KINDS = (PLAIN, BF16, ZERO_1_2, ZERO_3)
 
@@ -249,11 +260,42 @@ def norm_of(engine: DeepSpeedEngine) -> Tensor | float:
     return norm
 
 
-def drop_gradients_left_behind(engine: DeepSpeedEngine) -> None:
-    """After a step: DeepSpeed keeps the sums of an offloaded one that it left out, and adds to them."""
-    wrapper = engine.optimizer
-    if kind_of(engine) is ZERO_1_2 and wrapper.overflow:
-        wrapper.averaged_gradients = dict.fromkeys(wrapper.averaged_gradients)
+@contextmanager
+def without_waits(engine: DeepSpeedEngine) -> Iterator[None]:
+    """Inside the block DeepSpeed's step does not wait for the device to hear whether the gradient norm is a
+    number or is to be clipped: it goes on as if it were one, and the optimizer's gate leaves the step out."""
+    module = sys.modules[type(engine.optimizer).__module__]
+    own = {
+        internal.name: (getattr(module, internal.name), _ANSWERS[internal.name])
+        for internal in kind_of(engine).asks
+    }
+    for name, (_, ours) in own.items():
+        setattr(module, name, ours)
+    try:
+        yield
+    finally:
+        for name, (theirs, _) in own.items():
+            setattr(module, name, theirs)
+
+
+def _clip(
+    input_tensors: Sequence[Tensor],
+    max_norm: float = 1.0,
+    global_norm: Any = None,
+    mpu: Any = None,
+    eps: float = 1e-6,
+) -> Any:
+    """As DeepSpeed's, which does not multiply where the factor is 1."""
+    factor = (max_norm / (global_norm + eps)).clamp(max=1.0)
+    for tensor in input_tensors:
+        tensor.detach().mul_(factor)
+    return global_norm
+
+
+_ANSWERS: dict[str, Callable[..., Any]] = {
+    "is_invalid_grad_norm": lambda norm: False,
+    "clip_tensors_by_global_norm": _clip,
+}
 
 
 def lasting_gradients(engine: DeepSpeedEngine, *, offloaded: bool) -> list[Tensor]:
@@ -303,9 +345,22 @@ def check_engine(engine: DeepSpeedEngine, trained: nn.Module) -> None:
     kind = kind_of(engine)
     needed = (*kind.internals, *filter(None, (kind.masters, kind.gradients)))
     _check(engine.optimizer, kind.wrapper, needed, f"a run {kind.description}")
+    _check_functions(sys.modules[type(engine.optimizer).__module__], kind)
     for parameter in trained.parameters():
         if parameter.requires_grad:
             _check_parameter(parameter, kind)
+
+
+def _check_functions(module: Any, kind: OptimizerKind) -> None:
+    for internal in kind.asks:
+        function = getattr(module, internal.name, None)
+        if function is None:
+            refuse(f"has no {module.__name__}.{internal.name} ({internal.use})")
+        if list(inspect.signature(function).parameters)[: len(internal.takes or ())] != list(
+            internal.takes or ()
+        ):
+            wanted = ", ".join(internal.takes or ())
+            refuse(f"has a {module.__name__}.{internal.name} ({internal.use}) that does not take {wanted}")
 
 
 def _check_parameter(parameter: Any, kind: OptimizerKind) -> None:

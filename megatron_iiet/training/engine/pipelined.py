@@ -5,8 +5,8 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import redirect_stdout
-from functools import partial
-from typing import Any, cast
+from functools import partial, wraps
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ from megatron_iiet.training.engine.deepspeed_internals import (
     PipelineModule,
     PipeModelDataParallelTopology,
 )
+from megatron_iiet.training.engine.phases import phase
 from megatron_iiet.training.engine.results import OwnTime, StepResult
 
 Labels = Tensor | tuple[Tensor, Tensor]
@@ -94,6 +95,28 @@ class PipelinedEngine(Engine):
             self._engine.reset_activation_shape()
 
 
+_PHASE_OF = {
+    "LoadMicroBatch": "data",
+    "ForwardPass": "forward",
+    "BackwardPass": "backward",
+    "ReduceGrads": "optimizer",
+    "ReduceTiedGrads": "optimizer",
+    "OptimizerStep": "optimizer",
+}
+"""Of DeepSpeed's instructions; the others send or receive."""
+
+
+def _labelled(name: str, carry_out: Callable[..., None]) -> Callable[..., None]:
+    """What carries out an instruction, as a phase of the step."""
+
+    @wraps(carry_out)
+    def labelled(*args: Any, **kwargs: Any) -> None:
+        with phase(name):
+            carry_out(*args, **kwargs)
+
+    return labelled
+
+
 class _CorrectedPipelineEngine(CorrectedEngine, PipelineEngine):
     """DeepSpeed's pipeline engine with the corrections that every engine here has."""
 
@@ -101,6 +124,11 @@ class _CorrectedPipelineEngine(CorrectedEngine, PipelineEngine):
     """What a step is judged by, from its loss; every stage calls it."""
     step_loss: Tensor
     """Mean over the replicas of the step in progress, known before the optimizer steps."""
+
+    _INSTRUCTION_MAP: ClassVar = {
+        instruction: _labelled(_PHASE_OF.get(instruction.__name__, "exchange"), carry_out)
+        for instruction, carry_out in PipelineEngine._INSTRUCTION_MAP.items()
+    }
 
     def _take_model_step(self, *args: Any, **kwargs: Any) -> None:
         with torch.no_grad():

@@ -13,6 +13,7 @@ from megatron_iiet.data.loader.validation import ValidationBatch, ValidationBatc
 from megatron_iiet.models.distilled import Distilled
 from megatron_iiet.training.engine.base import Engine
 from megatron_iiet.training.engine.corrected import CorrectedEngine, model_parallel_unit
+from megatron_iiet.training.engine.phases import phase
 from megatron_iiet.training.engine.results import StepResult
 
 
@@ -34,12 +35,17 @@ class PlainEngine(Engine):
         parts = module.parts if isinstance(module, Distilled) else None
         for micro_step in range(1, self.accumulation + 1):
             with self.own_time.counted():
-                loss = engine(*self._inputs(next(micro_batches)))
-            engine.backward(loss)
+                with phase("data"):
+                    inputs = self._inputs(next(micro_batches))
+                with phase("forward"):
+                    loss = engine(*inputs)
+            with phase("backward"):
+                engine.backward(loss)
             total += loss.detach()
             if micro_step == self.accumulation:  # the optimizer is next
                 engine.gate.begin(self._numbers(self.context.data.mean(total / self.accumulation), parts))
-            engine.step()
+            with phase("optimizer"):
+                engine.step()
         return self._step_result(lr)
 
     @torch.no_grad()
