@@ -156,6 +156,16 @@ def _replicas_problem(setup: Setup) -> str | None:
     )
 
 
+def _compile_problem(setup: Setup) -> str | None:
+    compiled = setup.config.training.compile
+    if compiled == "off" or setup.setting(STAGE) != 3:
+        return None
+    return (
+        f"training.compile is {compiled}, but with ZeRO stage 3 ({setup.source}) the parameters of F are gathered "
+        "within it, which a graph cannot do; set it to off, or zero_optimization.stage to 2"
+    )
+
+
 LAYOUT_RULES = (
     Rule(
         "`parallel.tensor` that does not divide query heads, key/value heads, feed-forward width and padded "
@@ -200,6 +210,12 @@ COMBINATIONS: tuple[Rule, ...] = (
         "every rank holds a part of the parameters, and there is nothing to compare",
         "set it to 0, or the stage to 2",
         _replicas_problem,
+    ),
+    Rule(
+        "`training.compile` `layer` with `zero_optimization.stage` 3",
+        "the parameters of F are gathered within it, which a graph cannot do",
+        "set it to `off`, or the stage to 2",
+        _compile_problem,
     ),
     *DEEPSPEED_RULES,
 )

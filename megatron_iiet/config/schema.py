@@ -197,6 +197,9 @@ class TrainingConfig:
     """Arithmetic of the layers; master weights, merges' accumulation and the loss are fp32 in both."""
     recompute: Literal["off", "layer", "evaluation"] = key("off", COURSE)
     """Activation recomputation: off, once per layer (all its iterations), or per F evaluation."""
+    compile: Literal["off", "layer"] = key("off", COURSE)
+    """layer: torch.compile runs F, one graph for all layers and evaluations; the first step takes a minute
+    more, once (what was compiled is kept in output_dir/compiled, or in TORCHINDUCTOR_CACHE_DIR)."""
     seed: int = key(1234, ORDER, NOT_NEGATIVE)
     """Seed of initial weights and of the sample order."""
     initial_weights: str = key("", FUNCTION)

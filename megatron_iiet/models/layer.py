@@ -140,6 +140,13 @@ class DecoderLayer(nn.Module):
         """
         if normed_BTD is None:
             normed_BTD = self.input_norm(y_BTD)
+        return self.of_normed(y_BTD, normed_BTD, layout, keys_values)
+
+    def of_normed(
+        self, y_BTD: Tensor, normed_BTD: Tensor, layout: AttentionLayout, keys_values: KeysValues | None
+    ) -> tuple[Tensor, KeysValues | None]:
+        """As :meth:`forward`, of an input that is normed already; the same code for all evaluations, which
+        is what training.compile compiles."""
         a_BTD, keys_values = self.attention(normed_BTD, layout, keys_values)
         norm = self.post_attention_norm
         normed_BTD = merge_norm(y_BTD, (a_BTD,), None, norm.weight, eps=norm.eps, backend=self.backend).normed

@@ -6,22 +6,18 @@ AVX2). Both sum in fp32 and round once, so the result is the same to the roundin
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
-@cache
-def _slow_in_bf16() -> bool:
-    supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
-    return supported is None or not supported()
+_bf16_instructions = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
+_SLOW_IN_BF16 = _bf16_instructions is None or not _bf16_instructions()
+"""Of this CPU; a constant, which torch.compile can read."""
 
 
 def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """What to multiply tensors of ``dtype`` in: fp32 for bf16 on a CPU that has no instructions for it."""
-    slow = dtype == torch.bfloat16 and device.type == "cpu" and _slow_in_bf16()
+    slow = dtype == torch.bfloat16 and device.type == "cpu" and _SLOW_IN_BF16
     return torch.float32 if slow else dtype
 
 

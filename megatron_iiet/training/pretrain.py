@@ -24,6 +24,7 @@ from megatron_iiet.storage.integrity import DamagedError
 from megatron_iiet.storage.source import Source
 from megatron_iiet.training import callbacks, record, resume
 from megatron_iiet.training.agreement import Succession, check_shared
+from megatron_iiet.training.compiling import CompileTime, prepare_compiling
 from megatron_iiet.training.corpora import (
     Corpora,
     contents_of,
@@ -161,6 +162,9 @@ def prepare(
     if found is not None and config.training.initial_weights and not contents["initial_weights"]:
         contents["initial_weights"] = (found.state.data.get(resume.CONTENTS) or {}).get("initial_weights")
 
+    if config.training.compile != "off":
+        with failing_together(context):
+            prepare_compiling(config, context.device)
     stop_if_asked(context, lock)
     engine = engine_class(context)(
         config, ds_config, context, backend, initialise=found is None, warm=warm, teacher=teacher
@@ -306,6 +310,8 @@ def build_callbacks(
 ) -> list[callbacks.Callback]:
     """What happens around a step, in order; ``held_out``: what is validated on."""
     chosen: list[callbacks.Callback] = [callbacks.MetricLogger()]
+    if config.training.compile != "off":
+        chosen.append(CompileTime())
     if config.logging.profile:
         chosen.append(Profiling(*config.logging.profile))
     if held_out is not None:

@@ -70,6 +70,12 @@ ERRORS: list[tuple[dict[str, Any], dict[str, Any], int, str]] = [
         4,
         "guards.replicas is 10, but with ZeRO stage 3 (ds.json) every rank holds a part of the parameters and there is nothing to compare; set it to 0, or zero_optimization.stage to 2",
     ),
+    (
+        {"training__compile": "layer"},
+        zero(3),
+        4,
+        "training.compile is layer, but with ZeRO stage 3 (ds.json) the parameters of F are gathered within it, which a graph cannot do; set it to off, or zero_optimization.stage to 2",
+    ),
     # --- number of processes ---
     (
         {"parallel__tensor": 4, "parallel__pipeline": 2},

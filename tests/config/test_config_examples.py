@@ -179,7 +179,7 @@ def test_the_estimate_of_activations_is_what_autograd_keeps(
     system: System, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Counted on a small model, as the difference of two depths. On CPU norms keep a little more."""
-    monkeypatch.setattr(products, "_slow_in_bf16", lambda: False)  # no CPU's detour through fp32
+    monkeypatch.setattr(products, "_SLOW_IN_BF16", False)  # no CPU's detour through fp32
     kept = {layers: saved_bytes(layers, system.solver) for layers in (5, 8)}
     per_layer = (kept[8] - kept[5]) / 3
     assert 0.9 < per_layer / activation_bytes(system, 64, 176) < 1.12

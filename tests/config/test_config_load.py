@@ -101,7 +101,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     },
     "training": {
         "steps": 1000, "global_batch_size": 128, "micro_batch_size": 8, "precision": "bf16",
-        "recompute": "off", "seed": 1234, "initial_weights": "", "stop_after": None,
+        "recompute": "off", "compile": "off", "seed": 1234, "initial_weights": "", "stop_after": None,
         "stop_signals": ["USR1", "TERM"], "max_wall_time": None,
     },
     "evaluation": {

@@ -24,7 +24,7 @@ def layout(length: int, dtype: torch.dtype, positions: Tensor | None = None) -> 
 @pytest.fixture(autouse=True)
 def bf16_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whether this machine has them or not."""
-    monkeypatch.setattr(products, "_slow_in_bf16", lambda: False)
+    monkeypatch.setattr(products, "_SLOW_IN_BF16", False)
 
 
 def test_written_out_where_it_is_faster() -> None:

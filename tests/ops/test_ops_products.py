@@ -13,7 +13,7 @@ from megatron_iiet.ops.products import linear, matmul, product_dtype
 
 @pytest.fixture(params=[False, True], ids=["native", "in fp32"])
 def slow(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    monkeypatch.setattr(products, "_slow_in_bf16", lambda: request.param)
+    monkeypatch.setattr(products, "_SLOW_IN_BF16", request.param)
     return bool(request.param)
 
 

@@ -95,6 +95,7 @@ OTHER: dict[str, Any] = {
     "training.micro_batch_size": 1,
     "training.precision": "bf16",
     "training.recompute": "layer",
+    "training.compile": "layer",
     "training.seed": 5,
     "training.initial_weights": "runs/other",
     "training.stop_after": 5,

@@ -21,6 +21,7 @@ from megatron_iiet.config.deepspeed import zero_stage
 from megatron_iiet.data.loader.batches import Batch
 from megatron_iiet.data.loader.inputs import Inputs, inputs_of
 from megatron_iiet.data.loader.validation import ValidationBatch, ValidationBatches
+from megatron_iiet.models.compiled import compile_layers
 from megatron_iiet.models.diagnostics import IterateStatistics, observe_iterates
 from megatron_iiet.models.distilled import LossParts, teacher_config
 from megatron_iiet.models.pipeline import stage_plan
@@ -134,6 +135,8 @@ class Engine(ABC):
                 layers=self.plan.stages[self.context.pipeline.rank],
             )
         model.parameters_in_parts = self.zero_stage == 3
+        if config.training.compile == "layer":
+            compile_layers(model)
         return model
 
     @abstractmethod
