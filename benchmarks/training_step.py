@@ -309,8 +309,8 @@ def compare(spec: dict[str, Any], rounds: int, litgpt_python: str | None) -> Non
     size = f"{spec['batch']} x {spec['length']} tokens"
     print(f"{spec['precision']}, {spec['threads']} threads, {size}, {rounds} rounds")
     for name, worker in workers.items():
-        seconds, memory = statistics.median(worker.seconds), statistics.median(worker.bytes)
-        print(f"{name:<22} {seconds:8.3f} s a step, {memory / 2**20:7.0f} MB beyond what stays")
+        seconds, most = statistics.median(worker.seconds), statistics.median(worker.bytes)
+        print(f"{name:<22} {seconds:8.3f} s a step, {most / 2**20:7.0f} MB beyond what stays")
     base, iterated, _, peer = list(workers.values())[:4]
     flops, more = step_flops(spec), step_flops(spec | {"iterations": 3})
     print(f"LlamaForCausalLM / Transformer++   {ratio(peer, base)}")

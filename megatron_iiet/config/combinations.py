@@ -161,8 +161,8 @@ def _compile_problem(setup: Setup) -> str | None:
     if compiled == "off" or setup.setting(STAGE) != 3:
         return None
     return (
-        f"training.compile is {compiled}, but with ZeRO stage 3 ({setup.source}) the parameters of F are gathered "
-        "within it, which a graph cannot do; set it to off, or zero_optimization.stage to 2"
+        f"training.compile is {compiled}, but with ZeRO stage 3 ({setup.source}) the parameters of F are "
+        "gathered within it, which a graph cannot do; set it to off, or zero_optimization.stage to 2"
     )
 
 
