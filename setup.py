@@ -1,9 +1,9 @@
 """Builds and installs the package: ``pip install --no-build-isolation -e .``. Metadata is in pyproject.toml.
 
-The extension ``megatron_iiet/_extension`` has the CPU kernels and, where nvcc and a CUDA build of torch are
-found, the CUDA kernels. Environment variables:
+The extension ``megatron_iiet/_extension`` has the CPU kernels, the packing of documents and, where nvcc and a
+CUDA build of torch are found, the CUDA kernels. Environment variables:
 
-    MEGATRON_IIET_EXTENSION=0    do not build it; merge_norm then runs on plain torch
+    MEGATRON_IIET_EXTENSION=0    do not build it; merge_norm then runs on plain torch, packing in Python
     MEGATRON_IIET_CUDA=0|1       leave the CUDA kernels out, or fail without them (default: if possible)
     TORCH_CUDA_ARCH_LIST         targets of the CUDA kernels (default: 8.0;9.0;10.0;12.0)
     MAX_JOBS                     compilers at a time
@@ -133,7 +133,7 @@ def extension_options() -> dict[str, Any]:
             super().copy_extensions_to_source()
             shutil.copy(self.note, "megatron_iiet")
 
-    sources = [CSRC / "schema.cpp", CSRC / "cpu" / "torch_cpu.cpp"]
+    sources = [CSRC / "schema.cpp", CSRC / "cpu" / "torch_cpu.cpp", CSRC / "cpu" / "packing.cpp"]
     if cuda:
         sources += [*sorted((CSRC / "cuda").glob("*.cu")), CSRC / "cuda" / "torch_cuda.cpp"]
     kind = CUDAExtension if cuda else CppExtension

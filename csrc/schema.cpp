@@ -13,6 +13,7 @@
 // transposed_merge     what one increment receives from all that merged it:
 //                      direct + Σ_m coefficients[m] · gradients[m], and ⟨increment, gradients[m]⟩ from the same
 //                      reading.
+// pack_documents       documents in bins, on the CPU only: csrc/cpu/packing.cpp.
 #include <torch/library.h>
 
 TORCH_LIBRARY(megatron_iiet, m) {
@@ -27,4 +28,5 @@ TORCH_LIBRARY(megatron_iiet, m) {
   m.def(
       "transposed_merge(Tensor? direct, Tensor increment, Tensor[] gradients, Tensor coefficients,"
       " bool want_coefficients) -> (Tensor grad_increment, Tensor grad_coefficients)");
+  m.def("pack_documents(Tensor documents, int start, int stop, int bins, int capacity) -> Tensor packing");
 }

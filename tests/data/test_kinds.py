@@ -134,7 +134,7 @@ def test_all_kinds_give_the_same_documents(tmp_path: Path, name: str, block_byte
 def test_giant_rows_of_tables(tmp_path: Path, name: str, giant: int, closing: int) -> None:
     """By way of the disk, and with the reader closed before, whatever the rows around them."""
     (tmp_path / name).write_bytes(FILES[name])
-    sizes = {"_GIANT_BYTES": giant, "_CLOSING_BYTES": closing, "_PIECE_BYTES": 3, "_BATCH_BYTES": 200}
+    sizes = {"GIANT_BYTES": giant, "_CLOSING_BYTES": closing, "_PIECE_BYTES": 3, "_BATCH_BYTES": 200}
     with patch.multiple(tables, **sizes):
         found, rejects = rows_of(tmp_path / name)
     assert rejects == []

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_iiet.data.loader.packing import Packing, cut, pack
+from megatron_iiet.data.loader.packing import Packing, cut, operator, pack, pack_documents
+from tests.ops.inputs import needs_extension
 
 
 def bins_of(packing: Packing) -> list[list[tuple[int, int]]]:
@@ -94,3 +95,45 @@ def test_usual_mixtures_of_lengths_are_hardly_cut(mean: int, most: int) -> None:
         pieces = cut(starts[starts < stop], 0, stop, capacity)
         cuts.append(len(pack(*pieces, 65, capacity).starts) - len(pieces[0]))
     assert sum(cuts) <= most * len(cuts)
+
+
+@needs_extension
+@pytest.mark.parametrize("mean", [1, 3, 30, 300, 3000])
+def test_the_extension_packs_alike(mean: int) -> None:
+    """Bit for bit, whatever the lengths: runs resume by them."""
+    assert operator() is not None, "the extension was built before it could pack: build it again"
+    rng = np.random.default_rng(mean)
+    for _ in range(200):
+        capacity, size = int(rng.integers(1, 300)), int(rng.integers(1, 5000))
+        start = int(rng.integers(0, 2**40))
+        documents = start - int(rng.integers(0, 9)) + np.cumsum(1 + rng.geometric(1 / mean, size) // 2)
+        documents = documents[(documents >= start) & (documents < start + size)]
+        bins = -(-size // capacity) + int(rng.integers(0, 3))
+        native = pack_documents(documents, start, start + size, bins, capacity)
+        expected = pack(*cut(documents, start, start + size, capacity), bins, capacity)
+        for field, found, wanted in zip(Packing._fields, native, expected, strict=True):
+            assert found.dtype == wanted.dtype
+            assert np.array_equal(found, wanted), field
+
+
+@needs_extension
+@pytest.mark.parametrize(
+    ("documents", "bins", "said"),
+    [
+        ([7, 5], 9, r"documents\[1\] starts at 5, expected from 8 to below 20"),
+        ([7, 7], 9, r"documents\[1\] starts at 7"),
+        ([3], 9, r"documents\[0\] starts at 3, expected from 4"),
+        ([20], 9, r"documents\[0\] starts at 20"),
+        ([], 3, r"the tokens \[4, 20\) do not fill or do not fit 3 bins of 5"),
+    ],
+)
+def test_what_the_extension_refuses(documents: list[int], bins: int, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        pack_documents(np.array(documents, dtype=np.int64), 4, 20, bins, 5)
+
+
+def test_without_the_extension(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or with one that was built before it had the operator."""
+    monkeypatch.setattr("megatron_iiet.data.loader.packing.operator", lambda: None)
+    documents = np.array([2, 8, 12, 19, 22])
+    assert bins_of(pack_documents(documents, 0, 23, 4, 10)) == packed([2, 6, 4, 7, 3, 1], 4, 10)

@@ -1,17 +1,22 @@
 """Best-fit packing of pieces of documents into bins of equal size.
 
 Best-fit decreasing: the longest pieces first, each into the fullest bin that still has room for it, of
-several the one filled last. A rank packs a block for nearly every sample that it reads, so it must be fast.
+several the one filled last. A rank packs a block for nearly every sample that it reads, so the extension has
+it in C++; :func:`cut` and :func:`pack` say what comes of it, and do it where the extension is not built.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
-from typing import NamedTuple
+from collections.abc import Callable
+from functools import cache
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
 from megatron_iiet.data.corpora.mmididx import Int64Array
+from megatron_iiet.ops.extension import load_extension
 
 
 class Packing(NamedTuple):
@@ -20,6 +25,26 @@ class Packing(NamedTuple):
     starts: Int64Array  # first token of each piece, [pieces]
     lengths: Int64Array  # tokens of each piece, [pieces]
     bounds: Int64Array  # [bins + 1]
+
+
+def pack_documents(documents: Int64Array, start: int, stop: int, bins: int, capacity: int) -> Packing:
+    """Tokens [start, stop) in ``bins`` bins; ``documents``: those that start inside, int64 [documents],
+    ascending, each once."""
+    native = operator()
+    if native is None:
+        return pack(*cut(documents, start, stop, capacity), bins, capacity)
+    found: Int64Array = native(torch.from_numpy(documents), start, stop, bins, capacity).numpy()
+    middle = (bins + 1 + len(found)) // 2
+    return Packing(found[bins + 1 : middle], found[middle:], found[: bins + 1])
+
+
+@cache
+def operator() -> Callable[..., Any] | None:
+    """The extension's, which gives the same pieces in the same order; None: it is not built, or too old."""
+    if not load_extension().loaded:
+        return None
+    found: Callable[..., Any] | None = getattr(torch.ops.megatron_iiet, "pack_documents", None)
+    return found
 
 
 def cut(starts: Int64Array, start: int, stop: int, capacity: int) -> tuple[Int64Array, Int64Array]:

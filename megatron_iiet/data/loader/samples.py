@@ -29,7 +29,7 @@ import numpy as np
 
 from megatron_iiet.data.corpora.mmididx import Int64Array
 from megatron_iiet.data.corpora.streams import TokenStream, open_corpus
-from megatron_iiet.data.loader.packing import Packing, cut, pack
+from megatron_iiet.data.loader.packing import Packing, pack_documents
 
 
 class UnknownTokenError(ValueError):
@@ -185,9 +185,9 @@ class PackedSamples(Samples):
     def _pack(self, number: int) -> Packing:
         first = self.start + number * self._block_tokens
         stop = min(self.stop, first + self._block_tokens)
-        capacity = self.sequence_length + 1
-        pieces = cut(self.stream.document_starts(first, stop), first, stop, capacity)
-        return pack(*pieces, self._samples_of(stop - first), capacity)
+        documents = self.stream.document_starts(first, stop)
+        bins = self._samples_of(stop - first)
+        return pack_documents(documents, first, stop, bins, self.sequence_length + 1)
 
     def _samples_of(self, tokens: int) -> int:
         """Samples of a block of so many tokens, the last of a split: its share; one token predicts

@@ -129,6 +129,11 @@ class Recipe:
         return token_dtype(self.encoder.vocab_size)
 
 
+def rest(recipe: Recipe, report: Report) -> None:
+    """Task: give back the memory that the tokenizer can do without."""
+    recipe.encoder.rest()
+
+
 @dataclass
 class Packed:
     """Consecutive documents of one output."""

@@ -25,7 +25,7 @@ from threading import Thread
 from typing import Any, ParamSpec, TypeVar, cast
 
 from megatron_iiet.data.preprocess.records import UnitRecord
-from megatron_iiet.data.preprocess.tasks import DigestChunk, EncodeChunk, Recipe, Report, Task, UnitTask
+from megatron_iiet.data.preprocess.tasks import DigestChunk, EncodeChunk, Recipe, Report, Task, UnitTask, rest
 from megatron_iiet.data.reading.sources import InputFile
 from megatron_iiet.data.reading.text import LONG_LINE_BYTES
 
@@ -38,6 +38,7 @@ _SECONDS_BETWEEN_LOOKS = 0.5
 _SECONDS_TO_LEAVE = 5.0
 _CHUNKS_PER_WORKER = 3  # one at work, one that waits, and a result that does
 _FULL_DISK = {errno.ENOSPC, errno.EDQUOT}
+_GIANT_BYTES = 32 << 20
 _M_MMAP_THRESHOLD = -3
 _LARGE_BLOCK = 4 << 20
 _DIED = (
@@ -187,11 +188,22 @@ class Workers:
         for number, task in enumerate(tasks):
             if len(task.chunk.data) > LONG_LINE_BYTES:  # too large to send around
                 yield from finished(most_left=0)
-                yield task(self._recipe, report)
+                yield self._alone(task, report)
                 continue
             order.append(self.submit(number % len(self), task))
             yield from finished(most_left=_CHUNKS_PER_WORKER * len(self))
         yield from finished(most_left=0)
+
+    def _alone(self, task: EncodeChunk | DigestChunk, report: Report) -> Any:
+        """Do a task in this process; where its line is giant, nobody holds more than must be meanwhile."""
+        if len(task.chunk.data) <= _GIANT_BYTES:
+            return task(self._recipe, report)
+        for future in [self.submit(worker, rest) for worker in range(len(self))]:
+            _result(future)
+        try:
+            return task(self._recipe, report)
+        finally:
+            rest(self._recipe, report)
 
     def __enter__(self) -> Workers:
         return self

@@ -6,11 +6,13 @@ import csv
 import itertools
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Container, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from functools import partial
 from tempfile import TemporaryFile
 from typing import IO, TYPE_CHECKING, Any
 
+from megatron_iiet.data.reading.dictionaries import GIANT_BYTES, Slimmed, dictionary_bytes
 from megatron_iiet.data.reading.rows import DefectError, escaped
 
 if TYPE_CHECKING:
@@ -19,7 +21,6 @@ if TYPE_CHECKING:
 _BATCH_BYTES = 1 << 20
 _BATCH_ROWS = 1 << 10
 _BUFFER_BYTES = 1 << 18
-_GIANT_BYTES = 8 << 20  # of a row that is held once
 _CLOSING_BYTES = 32 << 20  # of one that is worth reading the row group anew, for what its reader keeps
 _PIECE_BYTES = 1 << 20
 _MARK = b"\xff\xff\xff\xff"
@@ -40,17 +41,50 @@ def parquet_rows(file: IO[bytes], path: str, columns: Sequence[str]) -> Iterator
     with _damage(path, "parquet"):
         table = pq.ParquetFile(file)
     names = present(path, columns, table.schema_arrow.names)
-    for group in range(table.num_row_groups):
-        with _damage(f"{path}, row group {group}", "parquet"):
-            yield from _lines(_batches(file, table.metadata, group, names))
+    texts = {field.name for field in table.schema_arrow if _is_text(field.type)}
+    for number in range(table.num_row_groups):
+        with _damage(f"{path}, row group {number}", "parquet"):
+            yield from _rows_of_group(file, table.metadata, number, names, texts)
 
 
-def _batches(file: IO[bytes], metadata: Any, group: int, names: list[str]) -> Iterator[pa.RecordBatch]:
+def _rows_of_group(
+    file: IO[bytes], metadata: Any, number: int, names: list[str], texts: Container[str]
+) -> Iterator[bytes]:
+    """Rows of a row group; ``texts``: the columns that hold nothing but strings."""
+    group = metadata.row_group(number)
+    chunks = [
+        chunk
+        for chunk in map(group.column, range(group.num_columns))
+        if chunk.path_in_schema in names or chunk.path_in_schema.split(".")[0] in names
+    ]
+    read = partial(_batches, metadata=metadata, group=number, names=names)
+    rows = _some_rows(group.num_rows, sum(chunk.total_uncompressed_size for chunk in chunks))
+    giants = [
+        chunk
+        for chunk in chunks
+        if chunk.total_uncompressed_size > GIANT_BYTES and dictionary_bytes(file, chunk) > GIANT_BYTES
+    ]
+    if not giants:
+        yield from _lines(read(file, rows=rows))
+        return
+    with closing(Slimmed(file)) as slimmed:
+        if all(chunk.path_in_schema in texts and slimmed.slim(chunk) for chunk in giants):
+            yield from slimmed.filled(_lines(read(slimmed, rows=rows)))
+        else:  # a batch of several rows, of which one is giant, grows to twice its size
+            yield from _lines(read(file, rows=1))
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    from pyarrow import types
+
+    return bool(types.is_string(kind) or types.is_large_string(kind))
+
+
+def _batches(file: Any, metadata: Any, group: int, names: list[str], rows: int) -> Iterator[pa.RecordBatch]:
     """Batches of a row group. A reader keeps the pages that it reads, and its last batch: before a giant one
     is handed out it is closed, and another one goes on behind."""
     import pyarrow.parquet as pq
 
-    rows = _rows_at_once(metadata.row_group(group), names)
     done, more = 0, True
     while more:
         table = pq.ParquetFile(file, metadata=metadata, buffer_size=_BUFFER_BYTES, pre_buffer=False)
@@ -66,21 +100,6 @@ def _batches(file: IO[bytes], metadata: Any, group: int, names: list[str]) -> It
             if more := held[0].nbytes > _CLOSING_BYTES:
                 del table, batches
             yield held.pop()
-
-
-def _rows_at_once(group: Any, names: Sequence[str]) -> int:
-    """Rows of a row group, as pyarrow describes it, that are about a megabyte."""
-    size = 0
-    for chunk in map(group.column, range(group.num_columns)):
-        if chunk.path_in_schema in names or chunk.path_in_schema.split(".")[0] in names:
-            size += chunk.total_uncompressed_size
-            # Where a document of the dictionary is giant, a batch of several rows grows to twice its size.
-            if (
-                chunk.has_dictionary_page
-                and chunk.data_page_offset - chunk.dictionary_page_offset > _GIANT_BYTES
-            ):
-                return 1
-    return _some_rows(group.num_rows, size)
 
 
 def parquet_row_count(file: IO[bytes], path: str) -> int:
@@ -177,7 +196,7 @@ def _lines(batches: Iterator[pa.RecordBatch]) -> Iterator[bytes]:
         step = _some_rows(batch.num_rows, batch.nbytes)
         parts = [batch.slice(start, step) for start in range(0, batch.num_rows, step)][::-1]
         del batch
-        if any(part.nbytes > _GIANT_BYTES for part in parts):
+        if any(part.nbytes > GIANT_BYTES for part in parts):
             yield from _by_way_of_disk(parts)
         while parts:
             yield from _rows(parts.pop())
@@ -200,7 +219,7 @@ def _by_way_of_disk(parts: list[pa.RecordBatch]) -> Iterator[bytes]:
     with TemporaryFile() as file:
         while parts:
             part = parts.pop()
-            for row in _in_pieces(part) if part.nbytes > _GIANT_BYTES else ([row] for row in _rows(part)):
+            for row in _in_pieces(part) if part.nbytes > GIANT_BYTES else ([row] for row in _rows(part)):
                 start = file.tell()
                 file.writelines(row)
                 lengths.append(file.tell() - start)
@@ -226,9 +245,7 @@ def _in_pieces(batch: pa.RecordBatch) -> Iterator[Iterator[bytes]]:
 
 def _value_in_pieces(array: pa.Array) -> Iterator[bytes]:
     """JSON of the only value."""
-    from pyarrow import types
-
-    if array.null_count or not (types.is_string(array.type) or types.is_large_string(array.type)):
+    if array.null_count or not _is_text(array.type):
         yield from _values(array)
         return
     text = memoryview(array[0].as_buffer())

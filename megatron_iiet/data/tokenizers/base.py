@@ -15,7 +15,7 @@ from megatron_iiet.data.tokenizers.cutting import Cutting
 
 TokenIds = npt.NDArray[np.int32]
 
-MAX_PART_CHARACTERS = 1_000_000
+MAX_PART_CHARACTERS = 250_000
 """Longer texts are encoded in parts of about so many."""
 MAX_UNCUT_BYTES = 8 << 20
 """Most bytes of a part, where a text has no place to be cut at before."""
@@ -60,6 +60,9 @@ class Tokenizer(ABC):
     @abstractmethod
     def decode(self, ids: npt.ArrayLike) -> str:
         """Text of ids [tokens]; control ids give nothing."""
+
+    def rest(self) -> None:  # noqa: B027 most have nothing to give
+        """Give memory back; what is needed is loaded again."""
 
     def gigatoken_definition(self) -> tuple[bytes, tuple[str, ...]]:
         """A tokenizer.json that gigatoken encodes alike, for texts without the symbols given with it.

@@ -105,7 +105,6 @@ class FastEncoder(Tokenizer):
         return self.exact.decode(ids)
 
     def rest(self) -> None:
-        """Give memory back; everything is loaded again when it is needed."""
         self._exact = None
         self._fast.unload()
 

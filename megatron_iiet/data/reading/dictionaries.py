@@ -1,0 +1,214 @@
+"""Giant texts in the dictionary pages of parquet files, which pyarrow would hold three times.
+
+Before a row group is read its giant texts go to a file, as JSON has them, and short unique stand-ins are in
+their places in what pyarrow reads; rows get them back one by one. What is not understood for certain (a page
+of another form, a codec, a type) is left to pyarrow.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterable, Iterator
+from tempfile import TemporaryFile
+from typing import IO, Any, NamedTuple
+
+from megatron_iiet.data.reading.rows import escaped
+
+GIANT_BYTES = 8 << 20
+"""Of a page: smaller ones are left as they are."""
+_TEXT_BYTES = 1 << 20  # of a text that goes to the file
+_PIECE_BYTES = 1 << 20
+_HEADER_BYTES = 1 << 10
+_CODECS = {"UNCOMPRESSED": None, "SNAPPY": "snappy", "GZIP": "gzip", "ZSTD": "zstd", "BROTLI": "brotli"}
+_DICTIONARY_PAGE, _PLAIN, _PLAIN_DICTIONARY = 2, 0, 2
+_TRUE, _FALSE, _INTEGERS, _STRUCT = 1, 2, (4, 5, 6), 12  # kinds of fields in Thrift's compact form
+
+
+class _Page(NamedTuple):
+    """A page that stands for bytes [start, end) of a file; up to ``stop`` what is behind it moves up."""
+
+    start: int
+    end: int
+    stop: int
+    content: bytes
+
+
+class _Header(NamedTuple):
+    """What is said of a dictionary page."""
+
+    start: int
+    """Where its content starts."""
+    num_bytes: int
+    stored_bytes: int
+    values: int
+    encoding: int
+
+
+def dictionary_bytes(file: IO[bytes], chunk: Any) -> int:
+    """Size of the dictionary of a column, as pyarrow describes it; 0 where that is not understood."""
+    header = _header(file, chunk)
+    return header.num_bytes if header else 0
+
+
+def _header(file: IO[bytes], chunk: Any) -> _Header | None:
+    if not chunk.has_dictionary_page or not 0 < chunk.dictionary_page_offset < chunk.data_page_offset:
+        return None
+    file.seek(chunk.dictionary_page_offset)
+    try:
+        page, size = _struct(file.read(_HEADER_BYTES), 0)
+        start = chunk.dictionary_page_offset + size
+        header = _Header(start, page[2], page[3], page[7][1], page[7][2])
+    except (KeyError, IndexError, TypeError, ValueError):
+        return None
+    known = page[1] == _DICTIONARY_PAGE and header.encoding in (_PLAIN, _PLAIN_DICTIONARY)
+    return header if known and start + header.stored_bytes == chunk.data_page_offset else None
+
+
+class Slimmed:
+    """A parquet file, open for reading, without the giant texts of a row group's dictionaries."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file, self._at = file, 0
+        self._pages: list[_Page] = []
+        self._texts = TemporaryFile()  # noqa: SIM115 closed by close
+        self._places: list[tuple[int, int]] = []  # where each text begins and ends there
+        self._token = secrets.token_hex(16).encode()
+        self.closed = False
+
+    def slim(self, chunk: Any) -> bool:
+        """Take the giant texts out of the dictionary of a column; False: that is not understood."""
+        import pyarrow as pa
+
+        header = _header(self._file, chunk)
+        if header is None or chunk.compression not in _CODECS:
+            return False
+        codec = _CODECS[chunk.compression]
+        self._file.seek(header.start)
+        stored: Any = self._file.read(header.stored_bytes)
+        if codec:
+            stored = pa.Codec(codec).decompress(stored, header.num_bytes)
+        slim = self._without_giants(memoryview(stored), header.values)
+        del stored
+        if slim is None:
+            return False
+        body = pa.Codec(codec).compress(slim, asbytes=True) if codec else slim
+        sizes = _integer(_DICTIONARY_PAGE) + _integer(len(slim)) + _integer(len(body))
+        end = b"\x4c" + _integer(header.values) + _integer(header.encoding) + b"\0\0"
+        start, stop = chunk.dictionary_page_offset, chunk.dictionary_page_offset + chunk.total_compressed_size
+        self._pages.append(_Page(start, chunk.data_page_offset, stop, sizes + end + body))
+        return True
+
+    def _without_giants(self, values: memoryview, number: int) -> bytes | None:
+        """Values of a dictionary, each behind its length, with stand-ins; None: they are something else."""
+        parts: list[bytes] = []
+        at = 0
+        while at < len(values):
+            begin, at = at + 4, at + 4 + int.from_bytes(values[at : at + 4], "little")
+            if at > len(values):
+                break
+            if at - begin <= _TEXT_BYTES:
+                value = bytes(values[begin:at])
+            else:
+                value = b"%b-%d." % (self._token, len(self._places))
+                place = self._texts.tell()
+                for piece in range(begin, at, _PIECE_BYTES):
+                    self._texts.write(escaped(bytes(values[piece : min(at, piece + _PIECE_BYTES)])))
+                self._places.append((place, self._texts.tell()))
+            parts += [len(value).to_bytes(4, "little"), value]
+        return b"".join(parts) if (at, len(parts)) == (len(values), 2 * number) else None
+
+    def filled(self, rows: Iterable[bytes]) -> Iterator[bytes]:
+        """Rows as lines of JSON, with the texts in the places of their stand-ins."""
+        for row in rows:
+            if self._token not in row:
+                yield row
+                continue
+            with TemporaryFile() as file:  # so that it is held once
+                head, *others = row.split(self._token + b"-")
+                file.write(head)
+                for other in others:
+                    name, rest = other.split(b".", 1)
+                    file.writelines(self._pieces(*self._places[int(name)]))
+                    file.write(rest)
+                size = file.tell()
+                file.seek(0)
+                yield file.read(size)
+
+    def _pieces(self, start: int, end: int) -> Iterator[bytes]:
+        self._texts.seek(start)
+        for at in range(start, end, _PIECE_BYTES):
+            yield self._texts.read(min(_PIECE_BYTES, end - at))
+
+    def read(self, size: int = -1) -> bytes:
+        """Bytes from here on; fewer at the end alone."""
+        assert size >= 0, "pyarrow asks for some bytes"
+        parts = []
+        while size and (part := self._part(size)):
+            parts.append(part)
+            size -= len(part)
+            self._at += len(part)
+        return b"".join(parts)
+
+    def _part(self, size: int) -> bytes:
+        """Bytes that are in one place."""
+        moved = 0
+        for page in self._pages:
+            if self._at < page.start:
+                size = min(size, page.start - self._at)
+            elif self._at < page.start + len(page.content):
+                return page.content[self._at - page.start :][:size]
+            elif self._at < page.stop:
+                moved = page.end - page.start - len(page.content)
+                size = min(size, page.stop - self._at)
+        self._file.seek(self._at + moved)
+        return self._file.read(size)
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        self._at = self._file.seek(0, whence) + offset if whence == 2 else offset + self._at * whence
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def close(self) -> None:
+        self._texts.close()
+        self.closed = True
+
+
+def _struct(data: bytes, at: int) -> tuple[dict[int, Any], int]:
+    """A struct of integers, booleans and such structs in Thrift's compact form, by the fields' numbers; and
+    where it ends.
+
+    Raises:
+        ValueError: there is something else in it.
+    """
+    found: dict[int, Any] = {}
+    number = 0
+    while head := data[at]:
+        at, number, kind = at + 1, number + (head >> 4), head & 15
+        if not head >> 4:
+            raise ValueError("a field's number in full")
+        if kind in (_TRUE, _FALSE):
+            found[number] = kind == _TRUE
+        elif kind in _INTEGERS:
+            value = shift = 0
+            while True:
+                value |= (data[at] & 127) << shift
+                at, shift = at + 1, shift + 7
+                if data[at - 1] < 128:
+                    break
+            found[number] = value >> 1 ^ -(value & 1)
+        elif kind == _STRUCT:
+            found[number], at = _struct(data, at)
+        else:
+            raise ValueError("a field of another kind")
+    return found, at + 1
+
+
+def _integer(value: int) -> bytes:
+    """A field behind another one, with an integer that is not negative."""
+    content, value = bytearray(b"\x15"), 2 * value
+    while value > 127:
+        content.append(value & 127 | 128)
+        value >>= 7
+    return bytes([*content, value])
