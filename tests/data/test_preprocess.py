@@ -218,9 +218,15 @@ def test_only_empty_documents(options: PreprocessOptions, tmp_path: Path) -> Non
     rows = [{"text": "ba", "title": ""}]
     path = write_rows(tmp_path / "title.jsonl", rows)
     options = replace(options, output_prefix=f"{tmp_path}/out/two")
-    with pytest.raises(ValueError, match="hold no documents: every text under 'title' is empty"):
-        preprocess(replace(options, inputs=[str(path)], json_keys=["text", "title"]), log=lambda _: None)
-    assert not list((tmp_path / "out").glob("*.shards"))
+    options = replace(options, inputs=[str(path)], json_keys=["text", "title"])
+    for _ in range(2):
+        with pytest.raises(
+            ValueError, match=r"no document for .*two_title_document: every text under 'title'"
+        ):
+            preprocess(options, log=lambda _: None)
+        assert list(published(tmp_path / "out")) == [
+            f"two_text_document.{x}" for x in ("bin", "idx", "shards")
+        ]
 
 
 def test_a_source_without_documents_is_absent(many: PreprocessOptions, tmp_path: Path) -> None:
