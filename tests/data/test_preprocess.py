@@ -6,12 +6,13 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 
 from megatron_iiet.data.corpora.streams import IndexedDataset, ShardedDataset, open_corpus
-from megatron_iiet.data.preprocess import PreprocessOptions, PreprocessReport, preprocess
+from megatron_iiet.data.preprocess import PreprocessOptions, PreprocessReport, finished, preprocess
 from megatron_iiet.data.tokenizers.loading import load_tokenizer, tokenizer_digest
 from tests.data.inputs import make_texts
 from tests.data.preprocess_runs import ROOT, documents, leftovers, published, run_tool, write_rows
@@ -227,6 +228,21 @@ def test_only_empty_documents(options: PreprocessOptions, tmp_path: Path) -> Non
         assert list(published(tmp_path / "out")) == [
             f"two_text_document.{x}" for x in ("bin", "idx", "shards")
         ]
+
+
+def test_records_are_read_once_an_output(
+    options: PreprocessOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_rows(tmp_path / "in" / "b.jsonl.zst", [])
+    write_rows(tmp_path / "in" / "a.jsonl", [{"text": "ba", "a": "ra", "b": "ba ra"}])
+    times = []
+    for keys in (["text"], ["text", "a", "b"]):
+        count = Mock(side_effect=finished.read_records)
+        monkeypatch.setattr("megatron_iiet.data.preprocess.finished.read_records", count)
+        run(replace(options, json_keys=keys, output_prefix=f"{tmp_path}/out/{len(keys)}"))
+        monkeypatch.undo()
+        times.append(count.call_count)
+    assert times[1] - times[0] == 2
 
 
 def test_a_source_without_documents_is_absent(many: PreprocessOptions, tmp_path: Path) -> None:

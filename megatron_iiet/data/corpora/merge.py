@@ -179,7 +179,11 @@ def _named(output: str) -> set[Path]:
     except (ValueError, OSError):
         return set()
     names = {os.path.basename(output), os.path.abspath(output)}
-    pair = {bin_path(output), idx_path(output)} if any(shard.name in names for shard in shards) else set()
+    pair = (
+        {bin_path(output), idx_path(output)}
+        if any(shards[at].name in names for at in range(len(shards)))
+        else set()
+    )
     return {shards_path(output), *pair}
 
 

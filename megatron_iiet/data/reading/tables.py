@@ -318,8 +318,8 @@ def _values(array: pa.Array) -> list[bytes]:
         return [b"null" if value is None else b'"%b"' % escaped(value) for value in binary.to_pylist()]
     if types.is_float32(kind) or types.is_float16(kind):  # by the digits that tell it from others of its type
         narrow = kind.to_pandas_dtype()
-        values = [None if value is None else float(str(narrow(value))) for value in array.to_pylist()]
-        return [json.dumps(value).encode() for value in values]
+        shown = [None if value is None else float(str(narrow(value))) for value in array.to_pylist()]
+        return [json.dumps(value).encode() for value in shown]
     if types.is_decimal(kind):
         return [b"null" if value is None else str(value).encode() for value in array.to_pylist()]
     if types.is_struct(kind):
