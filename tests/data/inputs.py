@@ -134,7 +134,7 @@ INPUT_CASES = [
         "nested.jsonl",
         b'{"text": "a", "n": ' + b"[" * 3000 + b"]" * 3000 + b"}",
         "nested too deeply",
-        r"some 1,000 deep in one another, which is not read whatever else it holds: '\{\"text.*; flatten",
+        r"about 1,000 deep in one another, which is not read whatever else it holds: '\{\"text.*; flatten",
     ),
     _line("same_key.jsonl", b'{"text": "a", "text": "a"}', "repeated key", "'text' is there more than once"),
     _line("raw_control.jsonl", b'{"text": "a\x01b"}', "invalid JSON", r"not valid JSON \(Invalid control"),

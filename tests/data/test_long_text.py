@@ -178,7 +178,7 @@ def reject_of(line: bytes) -> tuple[str, str]:
         (f'["{GIANT}"]', "not an object", "a JSON list instead of an object"),
         (f'"{GIANT}"', "not an object", "a JSON str instead of an object"),
         (f'\ufeff{{"text": "{GIANT}", "set": "C4"}}', "byte-order mark", "save it as UTF-8 without BOM"),
-        ("[" * LONG_LINE_BYTES + "[", "nested too deeply", "some 1,000 deep"),
+        ("[" * LONG_LINE_BYTES + "[", "nested too deeply", "about 1,000 deep"),
     ],
 )
 def test_defects_of_giant_lines(line: str, reason: str, message: str) -> None:

@@ -230,6 +230,7 @@ def test_only_empty_documents(options: PreprocessOptions, tmp_path: Path) -> Non
         ]
 
 
+@pytest.mark.slow
 def test_records_are_read_once_an_output(
     options: PreprocessOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -298,8 +298,7 @@ def _expand_url(pattern: str, found: Found, input_format: str | None) -> list[st
     if pattern.lower().startswith(("http://", "https://")):
         raise ValueError(
             f"The input {pattern} is on a web server, which lists no files and need not tell when one has "
-            "changed; download it and give the file, or pipe it in, as curl -L ... | zcat | "
-            "tools/preprocess_data.py --input - does."
+            "changed; download it and give the file, or pipe its text in (curl -L ... | zcat) with --input -."
         )
     with _listing(pattern):
         store, path = stores.store_of(pattern)

@@ -197,8 +197,8 @@ def _parse_line(line: bytes) -> dict[str, Any]:
     except RecursionError:
         raise DefectError(
             "nested too deeply",
-            f"lists and objects lie some {sys.getrecursionlimit():,} deep in one another, which is not read "
-            f"whatever else it holds: {_excerpt(line)}; flatten or remove them.",
+            f"lists and objects lie more than about {sys.getrecursionlimit():,} deep in one another, which "
+            f"is not read whatever else it holds: {_excerpt(line)}; flatten or remove them.",
         ) from None
     except ValueError as error:
         raise _json_error(line, error) from None
