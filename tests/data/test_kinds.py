@@ -556,6 +556,12 @@ def test_templates(tmp_path: Path, template: str, row: dict[str, Any], outcome: 
         assert [row.texts for row in found] == [(outcome,)]
 
 
+def test_a_damaged_length_of_a_table_is_told() -> None:
+    with pytest.raises(ValueError, match=r"p: no arrow file, or damaged .*\(Negative size\)"):  # noqa: SIM117
+        with tables._damage("p", "arrow"):
+            raise SystemError("Negative size")
+
+
 NUMBERS = ("1e400", "-0", "1.50", "12345678901234567890.10", "9" * 5000)
 
 

@@ -94,7 +94,7 @@ def _rows_at_once(group: Any, names: Sequence[str]) -> int:
 def _parquet_end(metadata: Any) -> int:
     """Where the data of the last row group ends."""
     group = metadata.num_row_groups and metadata.row_group(metadata.num_row_groups - 1)
-    chunks = [group.column(number) for number in range(metadata.num_columns)] if group else []
+    chunks = map(group.column, range(group.num_columns)) if group else ()
     ends = [
         (chunk.dictionary_page_offset or chunk.data_page_offset) + chunk.total_compressed_size
         for chunk in chunks
@@ -208,7 +208,8 @@ def _damage(place: str, kind: str) -> Iterator[None]:
 
     try:
         yield
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+    # A damaged length makes pyarrow ask Python for a negative number of bytes: SystemError.
+    except (pa.ArrowException, OSError, UnicodeDecodeError, SystemError) as error:
         if isinstance(error, OSError) and (type(error) is not OSError or error.errno):
             raise
         text = " ".join(str(error).split())[:200]
