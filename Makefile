@@ -168,16 +168,16 @@ test-versions: setup
 
 # Exports of every solver in a real vLLM, text for text; in an environment of its own, 4 GB that go again.
 test-vllm: setup
-	$(BIN)/python tests/vllm/check.py
+	$(BIN)/python -m tests.vllm.check
 
 # Corpora in a bucket, by a real client of S3 and a server of this machine; in an environment of its own, 160 MB
 # that go again.
 test-remote: setup
-	$(BIN)/python tests/data/remote.py
+	$(BIN)/python -m tests.data.remote
 
 # examples/cleaning with datatrove, beside the locked packages, in an environment of its own: 230 MB that go again.
 test-cleaning: setup
-	$(BIN)/python tests/cleaning/check.py
+	$(BIN)/python -m tests.cleaning.check
 
 # Exports of every solver in other releases of transformers, each in a folder of its own; an hour for all:
 #   make test-transformers TRANSFORMERS="5.24.0 4.57.6"

@@ -9,7 +9,6 @@ import secrets
 import shutil
 import signal
 import stat
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -176,14 +175,19 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+class Terminated(SystemExit):
+    """SIGTERM has come."""
+
+
 def leave_cleanly_on_sigterm() -> None:
-    """From now on SIGTERM leaves this process through the clean-up of what it had begun, with status 143.
+    """From now on SIGTERM leaves this process through the clean-up of what it had begun, with status 143:
+    by :class:`Terminated`.
 
     A second signal, a parent's after that to the whole group, does not cut the clean-up short.
     """
 
     def leave(*_: object) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        sys.exit(143)
+        raise Terminated(143)
 
     signal.signal(signal.SIGTERM, leave)

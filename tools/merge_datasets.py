@@ -7,7 +7,7 @@ import argparse
 import sys
 
 from megatron_iiet.data.corpora.merge import merge
-from megatron_iiet.durable import leave_cleanly_on_sigterm
+from megatron_iiet.durable import Terminated, leave_cleanly_on_sigterm
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -37,9 +37,9 @@ def main() -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Terminated) as signal:
         print("error: interrupted; nothing was written.", file=sys.stderr)
-        return 130
+        return 143 if isinstance(signal, Terminated) else 130
     return 0
 
 

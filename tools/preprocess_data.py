@@ -13,7 +13,7 @@ from megatron_iiet.data.preprocess.options import parse_count, share_of_work
 from megatron_iiet.data.preprocess.work import give_back_large_blocks
 from megatron_iiet.data.reading.kinds import ALL_KINDS, FORMATS
 from megatron_iiet.data.tokenizers.base import MAX_UNCUT_BYTES
-from megatron_iiet.durable import leave_cleanly_on_sigterm
+from megatron_iiet.durable import Terminated, leave_cleanly_on_sigterm
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -164,12 +164,12 @@ def main() -> int:
     except (ValueError, RuntimeError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Terminated) as signal:
         print(
             "error: interrupted; finished shards stay, run the same command again for the rest.",
             file=sys.stderr,
         )
-        return 130
+        return 143 if isinstance(signal, Terminated) else 130
     print(report, flush=True)
     if report.waiting:
         print(report.waiting, file=sys.stderr)

@@ -56,10 +56,16 @@ def reason_of(error: Exception) -> str:
     return text if len(text) <= 300 else text[:297] + "..."
 
 
-def tag_of(entry: Mapping[str, Any]) -> str:
-    """A file's tag in its store's words: Hugging Face's, S3's and others', else a time."""
+def stamp_of(url: str, entry: Mapping[str, Any]) -> Stamp:
+    """A file's size and its tag in its store's words: Hugging Face's, S3's and others', else a time.
+
+    Raises:
+        ValueError: the store does not tell the size.
+    """
+    if entry.get("size") is None:
+        raise ValueError(f"the size of {url} is not told by its server; copy it to a local folder")
     names = ("blob_id", "ETag", "etag", "md5Hash", "mtime", "LastModified", "last_modified", "created")
-    return next((str(entry[name]) for name in names if entry.get(name)), "unknown")
+    return int(entry["size"]), next((str(entry[name]) for name in names if entry.get(name)), "unknown")
 
 
 @contextmanager
@@ -232,9 +238,9 @@ def _stamp(url: str) -> Stamp | None:
             store, path = store_of(url)
             store.invalidate_cache(store._parent(path))
             entry = store.info(path)
+            return None if entry["type"] == "directory" else stamp_of(url, entry)
     except FileNotFoundError:
         return None
-    return None if entry["type"] == "directory" else (int(entry["size"]), tag_of(entry))
 
 
 def _require(url: str, before: Stamp, now: Stamp | None) -> None:

@@ -119,7 +119,8 @@ INPUT_CASES = [
     _proper_line("control.jsonl", b'{"text": "a\\u0000b </s> <s>"}', "a\0b </s> <s>"),
     _proper_line("separators.jsonl", '{"text": "a\u2028b\u0085c"}'.encode(), "a\u2028b\u0085c"),
     _proper_line("pair.jsonl", b'{"text": "\\ud83d\\ude00"}', "😀"),
-    _proper_line("twice.jsonl", b'{"text": "a", "text": "b"}', "b"),
+    _proper_line("twice.jsonl", b'{"other": 1, "text": "b", "other": {"a": [], "a": 2}}', "b"),
+    _proper_line("digits.jsonl", b'{"n": ' + b"9" * 5000 + b', "text": "a"}', "a"),
     _proper_line("nan.jsonl", b'{"score": NaN, "limit": -Infinity, "text": "a"}', "a"),
     _proper_line("spaces.jsonl", b' \t{ "text" :\r"a" } ', "a"),
     _proper_line("other_half.jsonl", b'{"meta": "\\ud800", "text": "a"}', "a"),
@@ -129,10 +130,13 @@ INPUT_CASES = [
     _line(
         "two_objects.jsonl", b'{"text": "a"} {"text": "b"}', "invalid JSON", r"not valid JSON \(Extra data"
     ),
-    _line("nested.jsonl", b"[" * 100_000, "invalid JSON", r"not valid JSON \("),
     _line(
-        "digits.jsonl", b'{"n": ' + b"9" * 5000 + b"}", "invalid JSON", r"not valid JSON \(Exceeds the limit"
+        "nested.jsonl",
+        b'{"text": "a", "n": ' + b"[" * 3000 + b"]" * 3000 + b"}",
+        "nested too deeply",
+        r"about 1,000 deep in one another, which is not read whatever else it holds: '\{\"text.*; flatten",
     ),
+    _line("same_key.jsonl", b'{"text": "a", "text": "a"}', "repeated key", "'text' is there more than once"),
     _line("raw_control.jsonl", b'{"text": "a\x01b"}', "invalid JSON", r"not valid JSON \(Invalid control"),
     _line("escape.jsonl", b'{"text": "a\\x41"}', "invalid JSON", r"not valid JSON \(Invalid \\escape"),
     _line("zeros.jsonl", bytes(9), "invalid JSON", r"not valid JSON \("),
@@ -140,10 +144,10 @@ INPUT_CASES = [
     _line("null_line.jsonl", b"null", "not an object", "a JSON NoneType instead of an object"),
     _line("no_key.jsonl", b'{"txt": "no text"}', "missing key", r"no key 'text', only \['txt'\]; check"),
     _line("null.jsonl", b'{"text": null}', "not a string", "'text' is null, not a string; repair or remove"),
-    _line("int.jsonl", b'{"text": 5}', "not a string", r"'text' is '5' \(int\), not a string"),
+    _line("int.jsonl", b'{"text": 5}', "not a string", r"'text' is '5' \(Number\), not a string"),
     _line("nan_text.jsonl", b'{"text": NaN}', "not a string", r"'text' is 'NaN' \(float\), not a string"),
     _line(
-        "list_of.jsonl", b'{"text": ["a", 5]}', "not a string", r"'text\[1\]' is '5' \(int\), not a string"
+        "list_of.jsonl", b'{"text": ["a", 5]}', "not a string", r"'text\[1\]' is '5' \(Number\), not a string"
     ),
     _line(
         "utf8.jsonl", b'{"text": "bad \xff\xfe bytes"}', "invalid UTF-8", r"byte b'\\xff' is not valid UTF-8"

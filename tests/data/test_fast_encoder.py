@@ -340,16 +340,6 @@ class TestMemory:
             assert encoder.encode(text).tolist() == expected
             assert encoder._encode is None
 
-    def test_where_memory_cannot_be_measured(
-        self, llama: tuple[Tokenizer, Tokenizer], monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        from megatron_iiet.data.tokenizers import fast as module
-
-        monkeypatch.setattr(module, "_private_memory", lambda: None)
-        encoder = BoundedEncoder(llama[0].gigatoken_definition()[0])
-        unloaded = [encoder.encode("a word " * 150_000).size and encoder._encode is None for _ in range(18)]
-        assert unloaded.count(True) == 2
-
 
 def test_hard_texts_hold_every_control_piece(llama_model: Path) -> None:
     texts = list(hard_texts(SentencePieceTokenizer(llama_model)))

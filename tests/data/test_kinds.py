@@ -14,6 +14,7 @@ import threading
 import tracemalloc
 from collections.abc import Callable, Sequence
 from datetime import datetime
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -38,7 +39,7 @@ from megatron_iiet.data.reading import compression, kinds, tables, text
 from megatron_iiet.data.reading.kinds import DEFAULT, Reading, parse_template
 from megatron_iiet.data.reading.rows import escaped
 from megatron_iiet.data.reading.sources import list_inputs
-from megatron_iiet.data.reading.text import Row, iter_documents, parse_rows, read_chunks
+from megatron_iiet.data.reading.text import LONG_LINE_BYTES, Row, iter_documents, parse_rows, read_chunks
 from megatron_iiet.data.tokenizers.loading import load_tokenizer
 from tests.data.inputs import BOM, make_texts, zstd
 from tests.data.preprocess_runs import documents, published, run_tool
@@ -90,6 +91,7 @@ FILES = {
     "a.tsv.xz": lzma.compress(BOM + delimited("\t")),
     "a.parquet": parquet(),
     "groups.pq": parquet(row_group_size=7, compression="zstd", data_page_size=100),
+    "indexed.parquet": parquet(write_page_index=True, row_group_size=9),
     "large.parquet": parquet(stored("large_string"), use_dictionary=False),
     "view.parquet": parquet(stored("string_view")),
     "a.arrow": arrow(pa.ipc.new_file),
@@ -249,7 +251,7 @@ FAULTS: list[tuple[str, bytes, str, str]] = [
         "number.parquet",
         parquet(pa.table(OTHER)),
         "n",
-        r"not a string \| .*row 1: 'n' is '1' \(int\), not a string",
+        r"not a string \| .*row 1: 'n' is '1' \(Number\), not a string",
     ),
     (
         "utf8.parquet",
@@ -306,7 +308,7 @@ FAULTS: list[tuple[str, bytes, str, str]] = [
         "item.json",
         b'[{"text": "a"}, 5, {"text": "b"}]',
         "text",
-        r"not an object \| .*item\.json, row 2: a JSON int",
+        r"not an object \| .*item\.json, row 2: a JSON Number",
     ),
     ("comma.json", b'[{"text": "a"},, {"text": "b"}]', "text", r"blank line \| .*comma\.json, row 2: blank"),
     ("raw.json", b'[{"text": "a\nb"}]', "text", r"invalid JSON \| .*row 1: not valid JSON \(Invalid control"),
@@ -340,6 +342,22 @@ FAULTS: list[tuple[str, bytes, str, str]] = [
         r"quote\.csv, row 2, from line 3 on: no end can be told",
     ),
     ("utf8.csv", b"text,b\n\xff,2\n", "text", r"invalid UTF-8 \| .*utf8\.csv, row 1: byte b'\\xff'"),
+    ("mac.csv", b'text,b\r"a\rb",2\r', "text", r"mac\.csv: its lines end with carriage returns alone; have"),
+    ("joined.parquet", parquet() + parquet(), "text", r"joined\.parquet holds several files, one behind"),
+    (
+        "indexed.parquet",
+        parquet(TABLE[:3]) + parquet(TABLE, write_page_index=True, row_group_size=5),
+        "text",
+        "holds several files",
+    ),
+    (
+        "joined.arrow",
+        arrow(pa.ipc.new_file) + arrow(pa.ipc.new_file, TABLE[:9]),
+        "text",
+        "holds several files",
+    ),
+    ("empties.parquet", parquet(TABLE) + parquet(TABLE[:0]), "text", "holds several files"),
+    ("empties.arrow", arrow(pa.ipc.new_file) + arrow(pa.ipc.new_file, TABLE[:0]), "text", "holds several"),
     ("blank.csv", b"text\na\n\nb\n", "text", r"blank line \| .*blank\.csv, row 2"),
     ("a.txt", b"a", "body", r"a\.txt has no column 'body' among \['text'\]; check --json-keys"),
     ("utf8.txt", b"a\xff", "text", r"invalid UTF-8 \| .*utf8\.txt, row 1: byte b'\\xff' is not valid UTF-8"),
@@ -522,6 +540,7 @@ def test_lists_of_strings(tmp_path: Path, sentencepiece_model: Path, shards: Cal
         (r"{title}\n\n{text}", {"title": "T", "text": "x"}, "T\n\nx"),
         (r"{{{meta.n}}}\t{b}\\n", {"meta": {"n": 1.5}, "b": True}, "{1.5}\ttrue\\n"),
         ("{a} is {a}.", {"a": "x"}, "x is x."),
+        ("{a}, {b}", {"a": -1e999, "b": 1}, r"not a string \| .*'a' is '-Infinity' \(float\), not a string"),
         ("{a}", {"a": None}, r"not a string \| .*'a' is null"),
         ("{a}", {"b": 1}, r"missing key \| .*no key 'a', only \['b'\]; check --text-template"),
         ("{a}", {"a": {"b": 1}}, r"not a string \| .*\(dict\)"),
@@ -535,6 +554,43 @@ def test_templates(tmp_path: Path, template: str, row: dict[str, Any], outcome: 
         assert re.search(outcome, rejects[0])
     else:
         assert [row.texts for row in found] == [(outcome,)]
+
+
+def test_a_damaged_length_of_a_table_is_told() -> None:
+    with pytest.raises(ValueError, match=r"p: no arrow file, or damaged .*\(Negative size\)"):  # noqa: SIM117
+        with tables._damage("p", "arrow"):
+            raise SystemError("Negative size")
+
+
+NUMBERS = ("1e400", "-0", "1.50", "12345678901234567890.10", "9" * 5000)
+
+
+@pytest.mark.parametrize("longest_line", [100, LONG_LINE_BYTES])
+def test_templates_take_numbers_as_the_file_has_them(tmp_path: Path, longest_line: int) -> None:
+    row = ", ".join(f'"{at}": {number}' for at, number in enumerate(NUMBERS)).join("{}")
+    (tmp_path / "a.jsonl").write_text(row)
+    how = Reading(template=parse_template("{0} {1} {2} {3} {4}"))
+    with patch("megatron_iiet.data.reading.text.LONG_LINE_BYTES", longest_line):
+        ((found,), rejects) = rows_of(tmp_path / "a.jsonl", how)
+    assert (found.texts, rejects) == ((" ".join(NUMBERS),), [])
+
+
+def test_templates_take_the_numbers_of_columns_by_their_own_type(tmp_path: Path) -> None:
+    columns = {
+        "a": pa.array([0.1, 1e20, float("nan")], pa.float32()),
+        "b": pa.array([0.1, 3, 0], pa.float16()),
+        "c": pa.array([0.1, 1e300, 0]),
+        "d": pa.array([Decimal("1.10"), Decimal("-7"), Decimal("0")], pa.decimal128(4, 2)),
+        "e": pa.array([2**64 - 1, 0, 0], pa.uint64()),
+    }
+    pq.write_table(
+        pa.table({"x": pa.StructArray.from_arrays(columns.values(), [*columns])}), tmp_path / "a.pq"
+    )
+    how = Reading(template=parse_template("{x.a} {x.b} {x.c} {x.d} {x.e}"))
+    found, rejects = rows_of(tmp_path / "a.pq", how)
+    texts = [row.texts[0] for row in found]
+    assert texts == ["0.1 0.1 0.1 1.10 18446744073709551615", "1e+20 3.0 1e+300 -7.00 0"]
+    assert "'x.a' is 'NaN' (float), not a string" in rejects[0]
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -213,13 +214,33 @@ class TestInputs:
     @pytest.mark.parametrize("suffix", ["bin", "idx", "shards"])
     def test_existing_output_needs_overwrite(self, tmp_path: Path, suffix: str) -> None:
         inputs = [write(tmp_path / "a", [2])]
+        write(tmp_path / "out", [9])
         path = tmp_path / f"out.{suffix}"
-        path.write_bytes(b"precious")
+        for other in listing(tmp_path):
+            if other.startswith("out.") and other != path.name:
+                (tmp_path / other).unlink()
+        content = path.read_bytes()
         with pytest.raises(ValueError, match=rf"out\.{suffix} exists; .*--overwrite"):
             join(inputs, tmp_path / "out")
-        assert path.read_bytes() == b"precious"
+        assert path.read_bytes() == content
+        (tmp_path / "out.merging").touch()  # a merge was killed
         join(inputs, tmp_path / "out", overwrite=True)
         assert open_corpus(tmp_path / "out").num_tokens == 2
+        assert "out.merging" not in listing(tmp_path)
+
+    @pytest.mark.parametrize("by_reference", [False, True])
+    def test_what_no_list_names_is_never_replaced(self, tmp_path: Path, by_reference: bool) -> None:
+        """A bare pair, a pair beside a list of others, and a file that is no list."""
+        inputs = [write(tmp_path / "a", [2])]
+        write(tmp_path / "bare", [9], listed=False)
+        write(tmp_path / "beside", [9], listed=False)
+        shutil.copy(tmp_path / "a.shards", tmp_path / "beside.shards")
+        (tmp_path / "foreign.shards").write_bytes(b"precious")
+        before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+        for name, file in (("bare", "bare.bin"), ("beside", "beside.bin"), ("foreign", "foreign.shards")):
+            with pytest.raises(ValueError, match=f"{file} is there already, and no shard list .* names it"):
+                join(inputs, tmp_path / name, by_reference=by_reference, overwrite=True)
+        assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
     def test_a_list_takes_the_place_of_a_pair(self, tmp_path: Path) -> None:
         write(tmp_path / "out", [9])

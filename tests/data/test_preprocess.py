@@ -6,12 +6,13 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 
 from megatron_iiet.data.corpora.streams import IndexedDataset, ShardedDataset, open_corpus
-from megatron_iiet.data.preprocess import PreprocessOptions, PreprocessReport, preprocess
+from megatron_iiet.data.preprocess import PreprocessOptions, PreprocessReport, finished, preprocess
 from megatron_iiet.data.tokenizers.loading import load_tokenizer, tokenizer_digest
 from tests.data.inputs import make_texts
 from tests.data.preprocess_runs import ROOT, documents, leftovers, published, run_tool, write_rows
@@ -218,9 +219,31 @@ def test_only_empty_documents(options: PreprocessOptions, tmp_path: Path) -> Non
     rows = [{"text": "ba", "title": ""}]
     path = write_rows(tmp_path / "title.jsonl", rows)
     options = replace(options, output_prefix=f"{tmp_path}/out/two")
-    with pytest.raises(ValueError, match="hold no documents: every text under 'title' is empty"):
-        preprocess(replace(options, inputs=[str(path)], json_keys=["text", "title"]), log=lambda _: None)
-    assert not list((tmp_path / "out").glob("*.shards"))
+    options = replace(options, inputs=[str(path)], json_keys=["text", "title"])
+    for _ in range(2):
+        with pytest.raises(
+            ValueError, match=r"no document for .*two_title_document: every text under 'title'"
+        ):
+            preprocess(options, log=lambda _: None)
+        assert list(published(tmp_path / "out")) == [
+            f"two_text_document.{x}" for x in ("bin", "idx", "shards")
+        ]
+
+
+@pytest.mark.slow
+def test_records_are_read_once_an_output(
+    options: PreprocessOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_rows(tmp_path / "in" / "b.jsonl.zst", [])
+    write_rows(tmp_path / "in" / "a.jsonl", [{"text": "ba", "a": "ra", "b": "ba ra"}])
+    times = []
+    for keys in (["text"], ["text", "a", "b"]):
+        count = Mock(side_effect=finished.read_records)
+        monkeypatch.setattr("megatron_iiet.data.preprocess.finished.read_records", count)
+        run(replace(options, json_keys=keys, output_prefix=f"{tmp_path}/out/{len(keys)}"))
+        monkeypatch.undo()
+        times.append(count.call_count)
+    assert times[1] - times[0] == 2
 
 
 def test_a_source_without_documents_is_absent(many: PreprocessOptions, tmp_path: Path) -> None:

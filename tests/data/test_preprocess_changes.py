@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import re
 import shutil
@@ -18,7 +17,6 @@ from megatron_iiet.data.corpora.shard_list import ShardList
 from megatron_iiet.data.corpora.verification import verify
 from megatron_iiet.data.preprocess import PreprocessOptions, PreprocessReport, preprocess, tasks
 from megatron_iiet.data.preprocess import run as running
-from megatron_iiet.data.preprocess.plan import Plan
 from megatron_iiet.data.reading.sources import InputFile
 from megatron_iiet.data.reading.text import Chunk
 from tests.data.crash import run_until_killed
@@ -220,32 +218,6 @@ def test_duplicates_of_changed_inputs(corpus: Corpus, change: str) -> None:
     assert corpus.documents() == corpus.fresh(deduplicate=True)
     assert corpus.run(deduplicate=True).this_run.units == 0
     assert corpus.told[0].startswith("nothing to do: ")
-
-
-def test_a_plan_of_the_first_format(corpus: Corpus) -> None:
-    """Its inputs are numbered through; outputs are claimed by what it and its records say."""
-    corpus.run(deduplicate=True)
-    records = corpus.place / "out" / "preprocess"
-    plan = Plan.read(records / "plan.json")
-    old = {"format": 1, "options": plan.options, "tokenizer": plan.tokenizer, "sampling": None}
-    old["inputs"] = [file.identity for file in plan.inputs]
-    (records / "plan.json").write_text(json.dumps(old))
-    shutil.rmtree(records / "outputs")
-    lines = [json.loads(line) for line in (records / "job-00000-of-00001.jsonl").open()]
-    (records / "job-00000-of-00001.jsonl").write_text(
-        "".join(
-            json.dumps({k: v for k, v in line.items() if k not in ("skipped", "marks")}) + "\n"
-            for line in lines
-        )
-    )
-    (records / "duplicates.bin").write_bytes(b"IIETDUPL" + bytes(16))
-    assert corpus.run(deduplicate=True).this_run.units == 0
-    assert corpus.told == ["nothing to do: all 4 shards are finished"]
-    assert listing(records / "outputs") == ["text_document"]
-    corpus.write("e", "ba", "ra")
-    assert corpus.run(deduplicate=True).exit_code == 0
-    assert corpus.documents() == corpus.fresh(deduplicate=True)
-    assert corpus.run(deduplicate=True, overwrite=True).this_run.units == 5
 
 
 # Inputs that cannot be read

@@ -12,7 +12,7 @@ import pytest
 from megatron_iiet.data.preprocess import PreprocessOptions, PreprocessReport, preprocess
 from megatron_iiet.data.preprocess import run as running
 from megatron_iiet.data.preprocess.layout import Layout, Output
-from megatron_iiet.data.preprocess.ownership import Claims, parse_name
+from megatron_iiet.data.preprocess.ownership import Claims
 from tests.data.inputs import listing
 from tests.data.preprocess_runs import write_rows
 
@@ -164,10 +164,3 @@ def test_claims_of_several_at_once(tmp_path: Path) -> None:
     claims.release(output.name)
     assert claims.names() == set()
     assert listing(tmp_path) == ["preprocess"]
-
-
-def test_names_tell_outputs() -> None:
-    options = {"json_keys": ["text", "b_text"], "holdout_validation": 0.1, "holdout_test": 0.0}
-    assert parse_name("C4_train_text_document", options) == Output("C4", "train", "text")
-    assert parse_name("test_b_text_document", options) == Output(None, "test", "b_text")
-    assert parse_name("text_document", options) is None

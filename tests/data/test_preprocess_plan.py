@@ -15,7 +15,7 @@ from megatron_iiet.data.preprocess.finished import shards_exist
 from megatron_iiet.data.preprocess.layout import Layout, Output
 from megatron_iiet.data.preprocess.lists import Summary, clear_up, summarize, write_lists
 from megatron_iiet.data.preprocess.options import PreprocessOptions
-from megatron_iiet.data.preprocess.ownership import Claims, parse_name
+from megatron_iiet.data.preprocess.ownership import Claims
 from megatron_iiet.data.preprocess.plan import Plan, Wanted, deciding_options, grouped
 from megatron_iiet.data.preprocess.records import (
     Counts,
@@ -198,8 +198,6 @@ def test_files_of_a_place(tmp_path: Path) -> None:
 )
 def test_names_of_outputs(source: str | None, split: str | None, name: str) -> None:
     assert Output(source, split, "text").name == name
-    options = deciding_options(options_of(holdout_test=0.1 if split else 0), "d")
-    assert parse_name(name, options) == Output(source, split, "text")
 
 
 def test_the_last_run_lists_the_shards_and_clears_up(tmp_path: Path) -> None:

@@ -199,7 +199,12 @@ def test_bad_urls(store: str, pattern: str, message: str) -> None:
 
 @pytest.mark.parametrize(
     ("url", "message"),
-    [("nothing://a/b.jsonl", "cannot be listed: Protocol not known"), ("s3://a/b.jsonl", "cannot be listed")],
+    [
+        ("nothing://a/b.jsonl", "cannot be listed: Protocol not known"),
+        ("s3://a/b.jsonl", "cannot be listed"),
+        ("https://a/b.jsonl", "is on a web server, .*; download it"),
+        ("HTTP://a/b.gz", "is on a web server"),
+    ],
 )
 def test_stores_out_of_reach(url: str, message: str) -> None:
     with pytest.raises(ValueError, match=f"^The input {url} {message}"):

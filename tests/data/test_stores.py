@@ -46,6 +46,12 @@ T = 15
 NAMES = ("000", "001", "002")
 
 
+def test_a_store_that_does_not_tell_sizes() -> None:
+    with pytest.raises(ValueError, match="the size of http://a/b is not told by its server; copy it"):
+        stores.stamp_of("http://a/b", {"name": "b", "size": None, "ETag": "1"})
+    assert stores.stamp_of("x", {"size": 0, "etag": "e"}) == (0, "e")
+
+
 def write_corpora(folder: Path) -> Path:
     """The list ``all`` of three pairs, and the bare pair ``bare``; documents of 1 to 40 tokens."""
     (folder / "all").mkdir(parents=True)

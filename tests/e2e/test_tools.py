@@ -30,6 +30,7 @@ import megatron_iiet.training.pretrain
 import megatron_iiet.training.summary
 from megatron_iiet.config.schema import ParallelConfig
 from megatron_iiet.distillation.plans import PlanRequest
+from megatron_iiet.durable import Terminated
 from megatron_iiet.hf.generation import Sampling
 from megatron_iiet.training.lock import Holder
 from tests.storage.saves import FILE, Saves, flip_a_bit
@@ -326,15 +327,15 @@ def test_preprocess_says_how_it_ended(preprocess: ModuleType, start: Start) -> N
     assert start(preprocess, *arguments) == (3, *told)
 
 
-@pytest.mark.parametrize("kind", [ValueError, RuntimeError, OSError, KeyboardInterrupt])
+@pytest.mark.parametrize("kind", [ValueError, RuntimeError, OSError, KeyboardInterrupt, Terminated])
 def test_preprocess_says_what_stopped_it(
     preprocess: ModuleType, start: Start, monkeypatch: pytest.MonkeyPatch, kind: type[BaseException]
 ) -> None:
     monkeypatch.setattr(preprocess, "preprocess", fail(kind("it went wrong")))
     status, out, error = start(preprocess, "--input", "a", "--tokenizer-model", "t", "--output-prefix", "p")
-    if kind is KeyboardInterrupt:
+    if kind in (KeyboardInterrupt, Terminated):
         said = "error: interrupted; finished shards stay, run the same command again for the rest.\n"
-        assert (status, out, error) == (130, "", said)
+        assert (status, out, error) == (130 if kind is KeyboardInterrupt else 143, "", said)
     else:
         assert (status, out, error) == (1, "", "error: it went wrong\n")
 
@@ -367,8 +368,9 @@ def test_merge_datasets(
     assert called == ["it"]
     monkeypatch.setattr(tool, "merge", fail(OSError("the disk is full")))
     assert start(tool, *arguments) == (1, "", "error: the disk is full\n")
-    monkeypatch.setattr(tool, "merge", fail(KeyboardInterrupt()))
-    assert start(tool, *arguments) == (130, "", "error: interrupted; nothing was written.\n")
+    for signal, status in ((KeyboardInterrupt(), 130), (Terminated(143), 143)):
+        monkeypatch.setattr(tool, "merge", fail(signal))
+        assert start(tool, *arguments) == (status, "", "error: interrupted; nothing was written.\n")
 
 
 def test_inspect_dataset(

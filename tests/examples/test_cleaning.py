@@ -228,7 +228,7 @@ def test_outputs_that_are_there(
     (tmp_path / "mine").touch()
     assert "holds other things" in refusal("--input", corpus[0], "--output", tmp_path)
     bad = refusal("--input", corpus[0], "--output", tmp_path / "bad", "--tasks", 1, "--workers", 1)
-    assert re.search(r"a\.jsonl\.zst, line \d+: 'text' is '1' \(int\), not a string", bad)
+    assert re.search(r"a\.jsonl\.zst, line \d+: 'text' is '1' \(Number\), not a string", bad)
     other = refusal("--input", corpus[0], "--output", tmp_path / "bad", "--tasks", 2)
     assert "settings.json tells of other inputs, options or datatrove" in other
 

@@ -1,8 +1,8 @@
 """The plugin megatron_iiet/hf/vllm_plugin in a real vLLM: exports of every solver write what they write here.
 
-    python tests/vllm/check.py                                 # make test-vllm
-    python tests/vllm/check.py --only iiet-plan refused        # cases whose names begin so
-    python tests/vllm/check.py --environment FOLDER            # made there, if it is not there yet, and kept
+    python -m tests.vllm.check                                 # make test-vllm
+    python -m tests.vllm.check --only iiet-plan refused        # cases whose names begin so
+    python -m tests.vllm.check --environment FOLDER            # made there, if it is not there yet, and kept
 
 vLLM gets an environment of its own (4 GB, removed again), with the plugin installed from its folder.
 Texts are greedy and have to be those of full forward passes without a cache (tests/vllm/models.py), token by
@@ -18,10 +18,11 @@ import os
 import subprocess
 import sys
 import tempfile
-import venv
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from tests.environments import add_environment, environment, pip
 
 ROOT = Path(__file__).resolve().parents[2]
 PLUGIN = ROOT / "megatron_iiet" / "hf" / "vllm_plugin"
@@ -75,20 +76,6 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "embeddings": ({"runner": "pooling"}, "runner is 'pooling', which the plugin"),
 }
 """Arguments of LLM, and what the refusal says."""
-
-
-def prepare(environment: Path) -> Path:
-    """The environment's Python, with vLLM, made if it is not there, and the plugin as it is now."""
-    python = environment / "bin" / "python"
-    pip = [python, "-m", "pip", "--disable-pip-version-check", "--quiet"]
-    if not python.exists():
-        print(f"installing {VLLM} in {environment}", file=sys.stderr, flush=True)
-        venv.create(environment, with_pip=True)
-        subprocess.run([*pip, "install", "--no-compile", VLLM], check=True, stdout=sys.stderr)
-        subprocess.run([*pip, "uninstall", "--yes", *UNUSED], check=True, stdout=sys.stderr)
-    install = ["install", "--no-deps", "--no-build-isolation", "--force-reinstall", PLUGIN]
-    subprocess.run([*pip, *install], check=True, stdout=sys.stderr)
-    return python
 
 
 def cases_of(folder: Path, texts: dict[str, list[dict[str, Any]]]) -> Iterator[dict[str, Any]]:
@@ -180,12 +167,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--environment", type=Path, help="folder of vLLM's environment, which is kept")
+    add_environment(parser)
     parser.add_argument("--models", type=Path, help="folder of exports and references, which is kept")
     parser.add_argument("--only", nargs="+", default=[""], metavar="NAME", help="cases that begin so")
     options = parser.parse_args()
     failed = 0
-    with tempfile.TemporaryDirectory(prefix="vllm-") as name:
+    with (
+        tempfile.TemporaryDirectory(prefix="vllm-") as name,
+        environment(options.environment, [VLLM], beside=False, without=UNUSED) as python,
+    ):
         folder = Path(name)
         models = options.models or folder / "models"
         if not (models / "references.json").exists():
@@ -193,7 +183,7 @@ def main() -> int:
             print("making exports and references", file=sys.stderr, flush=True)
             subprocess.run([sys.executable, "-m", "tests.vllm.models", models], cwd=ROOT, check=True)
         texts = json.loads((models / "references.json").read_text())
-        python = prepare(options.environment or folder / "environment")
+        pip(python, "install", "--no-deps", "--no-build-isolation", "--force-reinstall", PLUGIN)
         cases = [case for case in cases_of(models, texts) if case["name"].startswith(tuple(options.only))]
         # vLLM's drafts on CPUs work once a process.
         alone = [case for case in cases if "speculative_config" in case["engine"] and "refused" not in case]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import glob
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,11 +30,11 @@ from megatron_iiet.data.corpora.mmididx import (
     new_digest,
     shards_path,
 )
-from megatron_iiet.data.corpora.shard_list import write_shards
+from megatron_iiet.data.corpora.shard_list import ShardList, write_shards
 from megatron_iiet.data.corpora.streams import IndexedDataset, OpenShard, open_corpus
 from megatron_iiet.data.preprocess.ownership import claims_to
 from megatron_iiet.data.stores import is_url
-from megatron_iiet.durable import check_output, make_parent
+from megatron_iiet.durable import check_output, make_parent, open_own
 
 _MADE_BY = "tools/merge_datasets.py"
 _SUFFIXES = (".shards", ".idx", ".bin")
@@ -67,11 +68,11 @@ def merge(
         inputs: prefixes of corpora (pairs or shard lists) or globs of prefixes; joined in this order.
         output_prefix: prefix of the joined corpus.
         by_reference: write a list of the inputs' pairs and copy no token.
-        overwrite: replace a corpus of that prefix.
+        overwrite: replace a corpus of that prefix: the list, and the pair that it names.
 
     Raises:
         ValueError: an input is missing or damaged, inputs have different token types or tokenizers, one is
-            given twice, or the output is there already. Nothing is left behind.
+            given twice, or the output is there already and may not be replaced. Nothing is left behind.
         OSError: the disk is full, or the like. Nothing is left behind.
     """
     prefixes = expand_corpora(inputs)
@@ -80,22 +81,39 @@ def merge(
     report = MergeReport(shards_path(output_prefix), len(prefixes), notes)
     _check_pairs(output_prefix, prefixes, report)
     make_parent(Path(output_prefix))
-    if by_reference:
-        shards = _refer(output_prefix, prefixes)
-    else:
-        shards = [_copy(output_prefix, prefixes, dtype, report)]
-    pair = [idx_path(output_prefix), bin_path(output_prefix)]
-    try:
-        write_shards(output_prefix, shards, dtype, info)
-    except BaseException:
-        if not by_reference:  # without its list the pair does not stay
+    with _marked(output_prefix):
+        shards = (
+            _refer(output_prefix, prefixes)
+            if by_reference
+            else [_copy(output_prefix, prefixes, dtype, report)]
+        )
+        pair = [idx_path(output_prefix), bin_path(output_prefix)]
+        try:
+            write_shards(output_prefix, shards, dtype, info)
+        except BaseException:
+            if not by_reference:  # without its list the pair does not stay
+                for file in pair:
+                    file.unlink(missing_ok=True)
+            raise
+        if by_reference and overwrite:  # the pair of that name is no part of the new corpus
             for file in pair:
                 file.unlink(missing_ok=True)
-        raise
-    if by_reference and overwrite:  # the pair of that name is no part of the new corpus
-        for file in pair:
-            file.unlink(missing_ok=True)
     return report
+
+
+def _marker(output_prefix: str) -> Path:
+    """A file that is there while a merge writes, and stays behind one that was killed: what is there of that
+    prefix is a merge's, list or not."""
+    return Path(f"{output_prefix}.merging")
+
+
+@contextmanager
+def _marked(output_prefix: str) -> Iterator[None]:
+    os.close(open_own(_marker(output_prefix), os.O_CREAT))
+    try:
+        yield
+    finally:
+        _marker(output_prefix).unlink(missing_ok=True)
 
 
 def expand_corpora(patterns: Sequence[str]) -> list[str]:
@@ -145,6 +163,28 @@ def _check_output(output: str, overwrite: bool, prefixes: Sequence[str]) -> None
         raise ValueError(
             f"{there[0]} exists; choose another --output-prefix, or give --overwrite to replace it."
         )
+    if there and not _marker(output).exists():
+        ours = _named(output)
+        if foreign := next((path for path in there if path not in ours), None):
+            raise ValueError(
+                f"{foreign} is there already, and no shard list {output}.shards names it; choose another "
+                "--output-prefix, or remove it yourself if nobody needs it."
+            )
+
+
+def _named(output: str) -> set[Path]:
+    """The list of that prefix, if it is one, and the pair if the list names it."""
+    try:
+        shards = ShardList(shards_path(output))
+    except (ValueError, OSError):
+        return set()
+    names = {os.path.basename(output), os.path.abspath(output)}
+    pair = (
+        {bin_path(output), idx_path(output)}
+        if any(shards[at].name in names for at in range(len(shards)))
+        else set()
+    )
+    return {shards_path(output), *pair}
 
 
 def _common(prefixes: Sequence[str]) -> tuple[np.dtype[Any], dict[str, Any], list[str]]:

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field, replace
 
 from megatron_iiet.data.preprocess.dedup import Duplicates
 from megatron_iiet.data.preprocess.finished import as_now, finished_records, is_of
-from megatron_iiet.data.preprocess.plan import FORMAT, Plan, Wanted, first_inputs, grouped
-from megatron_iiet.data.preprocess.records import Unit, identities, read_records
+from megatron_iiet.data.preprocess.plan import Plan, Wanted, first_inputs, grouped
+from megatron_iiet.data.preprocess.records import Unit, read_records
 from megatron_iiet.data.reading.sources import InputFile
 
 
@@ -71,7 +71,7 @@ def renewed(plan: Plan, inputs: Sequence[InputFile], stale: set[int]) -> Plan:
         units = grouped(inputs, plan.options, next_unit)
     units.sort(key=lambda unit: min(place[file.path] for file in unit.inputs))
     next_unit = max([next_unit, *(unit.id + 1 for unit in units)])
-    return replace(plan, units=units, next_unit=next_unit, format=FORMAT)
+    return replace(plan, units=units, next_unit=next_unit)
 
 
 def with_other_marks(wanted: Wanted, plan: Plan) -> set[int]:
@@ -80,8 +80,6 @@ def with_other_marks(wanted: Wanted, plan: Plan) -> set[int]:
     inputs = [file for unit in units for file in unit.inputs]
     if not wanted.options.deduplicate or not Duplicates.are_of(records, inputs):
         return set()
-    if plan.format == 1 and identities(plan.inputs) == identities(inputs):
-        return set()  # records of that time do not say, but nothing has changed
     marks = Duplicates(records)
     starts = first_inputs(units)
     counts = {unit.id: len(unit.inputs) for unit in units}

@@ -36,7 +36,7 @@ _ENTRY = np.dtype([("high", "<u8"), ("low", "<u8"), ("position", "<i8")])
 _PARTITION_ENTRIES = 1 << 20
 _MAX_PARTITIONS = 256  # files open at once
 _BLOCK_ENTRIES = 1 << 17
-_DIGEST_FILE = re.compile(r"[0-9a-f]{32}\.bin|\d{6,}\.bin")  # once they had the numbers of units
+_DIGEST_FILE = re.compile(r"[0-9a-f]{32}\.bin")
 
 
 class DigestFiles:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 
 from megatron_iiet.data.corpora.mmididx import bin_path, file_digest, idx_path
 from megatron_iiet.data.preprocess.layout import Layout
@@ -19,29 +19,39 @@ def as_now(plan: Plan, inputs: Sequence[InputFile]) -> list[Unit]:
     ]
 
 
-def finished_records(wanted: Wanted, units: Sequence[Unit], seen: bool = False) -> Iterator[UnitRecord]:
+def finished_records(
+    wanted: Wanted, units: Sequence[Unit], remade: Container[int] | None = None
+) -> Iterator[UnitRecord]:
     """The record of each unit that is finished, of these very inputs, in no order.
 
     Args:
-        seen: the shards were looked at a moment ago; a file system of many servers takes long to do so.
+        remade: what :func:`remade_units` gives, where the shards of all units were looked at a moment ago; a
+            file system of many servers takes long to do so.
     """
-    by_id = {unit.id: unit for unit in units}
+    left, seen = {unit.id: unit for unit in units}, remade is not None
+    again = remade_units(wanted, units) if remade is None else remade
+    for record in _records_of(wanted, left):
+        is_again = record.unit in again
+        if (seen and not is_again) or shards_exist(wanted.layout.units, record, content=is_again):
+            del left[record.unit]
+            yield record
 
-    def records() -> Iterator[UnitRecord]:
-        for record in read_records(wanted.layout.records):
-            if record.unit in by_id and is_of(wanted, record, by_id[record.unit]):
-                yield record
 
-    made: dict[int, set[tuple[str, ...]]] = {}
-    for record in records():
-        made.setdefault(record.unit, set()).add(tuple(o.bin_digest for o in record.outputs.values()))
-    for record in records():
-        if record.unit not in by_id:
-            continue
-        # Lost shards were made again of other text: one of the records is of those that are there.
-        again = len(made[record.unit]) > 1
-        if (seen and not again) or shards_exist(wanted.layout.units, record, content=again):
-            del by_id[record.unit]
+def remade_units(wanted: Wanted, units: Sequence[Unit]) -> set[int]:
+    """Units with several records: lost shards were made again of other text, and one of the records is of
+    those that are there."""
+    made: dict[int, tuple[str, ...]] = {}
+    again = set()
+    for record in _records_of(wanted, {unit.id: unit for unit in units}):
+        digests = tuple(output.bin_digest for output in record.outputs.values())
+        if made.setdefault(record.unit, digests) != digests:
+            again.add(record.unit)
+    return again
+
+
+def _records_of(wanted: Wanted, units: Mapping[int, Unit]) -> Iterator[UnitRecord]:
+    for record in read_records(wanted.layout.records):
+        if record.unit in units and is_of(wanted, record, units[record.unit]):
             yield record
 
 

@@ -34,13 +34,9 @@ def known_outputs(options: Mapping[str, Any]) -> list[Output]:
     """Outputs that are known before any text is read, by a plan's options."""
     if options["split_by"] is not None:
         return []
-    return [Output(None, split, key) for split in splits_of(options) for key in options["json_keys"]]
-
-
-def splits_of(options: Mapping[str, Any]) -> list[str] | list[None]:
-    """Splits of the outputs, by a plan's options."""
     held_out = options["holdout_validation"] > 0 or options["holdout_test"] > 0
-    return ["train", "validation", "test"] if held_out else [None]
+    splits = ["train", "validation", "test"] if held_out else [None]
+    return [Output(None, split, key) for split in splits for key in options["json_keys"]]
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Any
 from megatron_iiet.data.corpora.mmididx import Shard, shards_path, token_dtype
 from megatron_iiet.data.corpora.shard_list import write_shards
 from megatron_iiet.data.preprocess.dedup import DigestFiles
-from megatron_iiet.data.preprocess.finished import finished_records
+from megatron_iiet.data.preprocess.finished import finished_records, remade_units
 from megatron_iiet.data.preprocess.layout import Layout, Output, known_outputs
 from megatron_iiet.data.preprocess.ownership import Claims
 from megatron_iiet.data.preprocess.plan import Plan, Wanted
@@ -63,25 +63,26 @@ def write_lists(
     list that is there as it should be stays.
 
     Raises:
-        ValueError: an output that is not one of several sources has no document.
+        ValueError: there is no document at all.
     """
     place = wanted.layout.units
-    _refuse_empty(plan, summary)
+    _refuse_none(plan, summary)
     dtype = token_dtype(plan.tokenizer["vocab_size"])
     listed: dict[str, Container[int]] = {}
+    remade = remade_units(wanted, units)
     for output in sorted(summary.outputs):
-        shards = _shards(wanted, units, output)
+        shards = _shards(wanted, units, output, remade)
         in_order = [shards[unit.id] for unit in units if unit.id in shards]
         write_shards(place.list_prefix(output), in_order, dtype, list_info(plan, summary))
         listed[output] = set(shards)
     return listed
 
 
-def _shards(wanted: Wanted, units: Sequence[Unit], output: str) -> dict[int, Shard]:
+def _shards(wanted: Wanted, units: Sequence[Unit], output: str, remade: Container[int]) -> dict[int, Shard]:
     """Shards of an output by their units. Records are read for each, so that memory holds one at a time."""
     return {
         record.unit: shard.listed(wanted.layout.units.shard_name(output, record.unit))
-        for record in finished_records(wanted, units, seen=True)
+        for record in finished_records(wanted, units, remade)
         if (shard := record.outputs.get(output)) is not None
     }
 
@@ -98,7 +99,7 @@ def list_info(plan: Plan, summary: Summary) -> dict[str, Any]:
     }
 
 
-def _refuse_empty(plan: Plan, summary: Summary) -> None:
+def _refuse_none(plan: Plan, summary: Summary) -> None:
     if not summary.outputs and summary.skipped:
         path, reason = next(iter(sorted(summary.skipped.items())))
         raise ValueError(
@@ -108,12 +109,23 @@ def _refuse_empty(plan: Plan, summary: Summary) -> None:
     if not summary.outputs:
         keys = " and ".join(map(repr, plan.options["json_keys"]))
         raise ValueError(f"The inputs hold no documents: every text under {keys} is empty or left out.")
+
+
+def refuse_empty(layout: Layout, plan: Plan, summary: Summary) -> None:
+    """Refuse an output, of others that are listed, which is not one of several sources and has no document.
+
+    Raises:
+        ValueError: there is one.
+    """
     if plan.options["split_by"] is not None:
         return
     split = "train" if plan.options["holdout_validation"] or plan.options["holdout_test"] else None
     for key in plan.options["json_keys"]:
-        if Output(None, split, key).name not in summary.outputs:
-            raise ValueError(f"The inputs hold no documents: every text under {key!r} is empty or left out.")
+        if (name := Output(None, split, key).name) not in summary.outputs:
+            raise ValueError(
+                f"There is no document for {layout.list_prefix(name)}: every text under {key!r} is empty, "
+                "left out or held out; the other outputs are whole."
+            )
 
 
 def clear_up(

@@ -1,7 +1,6 @@
 """Whose an output is: a file ``outputs/NAME`` in the records, made before anything of the output is written.
 
-Nothing is removed or replaced that is named neither by such a file nor by a plan of the time before there
-were any: a fitting name alone tells nothing.
+Nothing is removed or replaced that no such file names: a fitting name alone tells nothing.
 """
 
 from __future__ import annotations
@@ -9,12 +8,11 @@ from __future__ import annotations
 import json
 import os
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
-from megatron_iiet.data.preprocess.layout import Layout, Output, splits_of
+from megatron_iiet.data.preprocess.layout import Layout, Output
 from megatron_iiet.durable import sync_folder, write_text
 
 _FOLDER = "outputs"
@@ -59,11 +57,8 @@ class Claims:
                     "another output."
                 )
 
-    def take(self, output: Output, found_is_ours: bool = False) -> None:
+    def take(self, output: Output) -> None:
         """Make an output this place's, or see that it is.
-
-        Args:
-            found_is_ours: what is there of it was made here before outputs were claimed.
 
         Raises:
             ValueError: somebody else's files are there, or another output of this run has the name.
@@ -71,15 +66,14 @@ class Claims:
         claim = self.folder / output.name
         if (holder := _read(claim)) is None:
             try:
-                if not found_is_ours:
-                    self.refuse_foreign(output.name)
+                self.refuse_foreign(output.name)
             except ValueError:
                 if not claim.exists():  # else another process of this run was faster, and it is that one's
                     raise
             self.folder.mkdir(exist_ok=True)
             _place(claim, json.dumps(asdict(output)))
             others = (other for other in claims_to(self._layout.list_prefix(output.name)) if other != claim)
-            if not found_is_ours and any(other.exists() for other in others):
+            if any(other.exists() for other in others):
                 # Of two places that claim at the same moment one sees the other, or both do.
                 if self.found(output.name) is None:
                     claim.unlink(missing_ok=True)
@@ -140,14 +134,3 @@ def claims_to(prefix: str) -> Iterator[Path]:
     for at, letter in enumerate(name):
         if letter == "_":
             yield Path(folder, f"{name[:at]}.preprocess", _FOLDER, name[at + 1 :])
-
-
-def parse_name(name: str, options: Mapping[str, Any]) -> Output | None:
-    """The output of a name, by a plan's options; None if they make none such."""
-    for split in splits_of(options):
-        for key in options["json_keys"]:
-            ending = Output(None, split, key).name
-            source = name.removesuffix(ending).removesuffix("_")
-            if name == Output(source or None, split, key).name:
-                return Output(source or None, split, key)
-    return None

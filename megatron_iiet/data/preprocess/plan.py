@@ -15,7 +15,12 @@ from megatron_iiet.data.preprocess.records import Unit, identities
 from megatron_iiet.data.reading.sources import InputFile
 from megatron_iiet.data.tokenizers.base import Tokenizer
 
-FORMAT = 2  # 1 had a list of inputs, whose units were numbered through
+FORMAT = 2
+_AS_GIVEN = (
+    *("text_template", "input_format", "max_document_bytes", "max_characters", "append_eod", "split_by"),
+    *("sample_tokens", "corpus_tokens", "holdout_validation", "holdout_test", "deduplicate", "bad_rows"),
+    "shuffle",
+)
 
 
 @dataclass(frozen=True)
@@ -27,7 +32,6 @@ class Plan:
     sampling: dict[str, Any] | None  # rate, corpus_tokens, and how they are known; None without a sample
     units: list[Unit]  # in the order of the lists; inputs as they were when the plan was made
     next_unit: int  # id of the next new unit
-    format: int = FORMAT
 
     @property
     def rate(self) -> float | None:
@@ -57,16 +61,12 @@ class Plan:
         """
         try:
             content = json.loads(path.read_bytes())
-            if content["format"] not in (1, FORMAT):
-                raise ValueError(f"its format is {content['format']}, only {FORMAT} is known")
-            fixed = content["options"], content["tokenizer"], content["sampling"]
-            if content["format"] == 1:
-                units = grouped([InputFile(*entry) for entry in content["inputs"]], fixed[0])
-                return cls(*fixed, units, len(units), 1)
-            units = [
-                Unit(number, [InputFile(*entry) for entry in entries]) for number, entries in content["units"]
+            if (number := content.pop("format")) != FORMAT:
+                raise ValueError(f"its format is {number}, only {FORMAT} is known")
+            content["units"] = [
+                Unit(unit, [InputFile(*entry) for entry in entries]) for unit, entries in content["units"]
             ]
-            return cls(*fixed, units, content["next_unit"])
+            return cls(**content)
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is no plan ({error}); use another output or --overwrite.") from None
 
@@ -85,12 +85,9 @@ def deciding_options(
     return {
         "tokenizer": tokenizer_digest,
         "json_keys": list(options.json_keys),
-        "text_template": options.text_template,
-        "input_format": options.input_format,
+        **{name: getattr(options, name) for name in _AS_GIVEN},
         "txt_documents": None if options.txt_documents == "file" else options.txt_documents,
-        "max_document_bytes": options.max_document_bytes,
         "min_characters": options.min_characters or None,
-        "max_characters": options.max_characters,
         "languages": {
             "kept": sorted(set(options.language)),
             "score": options.language_score,
@@ -98,16 +95,7 @@ def deciding_options(
         }
         if options.language
         else None,
-        "append_eod": options.append_eod,
-        "split_by": options.split_by,
-        "sample_tokens": options.sample_tokens,
-        "corpus_tokens": options.corpus_tokens,
         "seed": None if options.sample_tokens is None else options.seed,
-        "holdout_validation": options.holdout_validation,
-        "holdout_test": options.holdout_test,
-        "deduplicate": options.deduplicate,
-        "bad_rows": options.bad_rows,
-        "shuffle": options.shuffle,
         # One shard holds all inputs of a prefix.
         "inputs_per_shard": options.inputs_per_shard if options.output_dir is not None else None,
     }

@@ -113,14 +113,10 @@ class UnitRecord:
     def from_json(cls, line: bytes | str) -> UnitRecord:
         """The inverse of :meth:`to_json`."""
         content: dict[str, Any] = json.loads(line)
-        return cls(
-            unit=content["unit"],
-            inputs=[InputFile(*entry) for entry in content["inputs"]],
-            outputs={name: OutputRecord(**values) for name, values in content["outputs"].items()},
-            counts=Counts(**content["counts"]),
-            skipped=content.get("skipped", {}),
-            marks=content.get("marks", ""),
-        )
+        content["inputs"] = [InputFile(*entry) for entry in content["inputs"]]
+        content["outputs"] = {name: OutputRecord(**values) for name, values in content["outputs"].items()}
+        content["counts"] = Counts(**content["counts"])
+        return cls(**content)
 
 
 def identities(inputs: Sequence[InputFile]) -> list[list[str | int]]:

@@ -20,6 +20,7 @@ from megatron_iiet.data.preprocess.lists import (
     Summary,
     clear_up,
     list_info,
+    refuse_empty,
     summarize,
     write_lists,
 )
@@ -164,6 +165,7 @@ class _Job:
                 return failures
             places.append((layout, next_number(layout), dict(numbers)))
         clear_up(layout, plan, self.settled.units, places)
+        refuse_empty(layout, plan, summary)
         return []
 
     def _run_shuffle(self, tasks: Sequence[Task], records: JobRecords) -> list[Failure]:

@@ -18,11 +18,10 @@ from megatron_iiet.data.preprocess.dedup import DigestFiles, Duplicates, duplica
 from megatron_iiet.data.preprocess.estimate import sampling
 from megatron_iiet.data.preprocess.finished import as_now, finished_records, finished_work, shards_exist
 from megatron_iiet.data.preprocess.layout import Layout, known_outputs
-from megatron_iiet.data.preprocess.ownership import Claims, parse_name
+from megatron_iiet.data.preprocess.ownership import Claims
 from megatron_iiet.data.preprocess.plan import Plan, Wanted, differences, grouped
 from megatron_iiet.data.preprocess.records import JobRecords, Unit, read_records
 from megatron_iiet.data.preprocess.shuffle import forget, next_number
-from megatron_iiet.data.reading.sources import InputFile
 from megatron_iiet.durable import replacing
 
 _RECORD = re.compile(
@@ -41,12 +40,8 @@ class Settled:
 
     def marks_due(self, wanted: Wanted) -> bool:
         """Whether duplicates are to be looked for before anything is listed."""
-        if not wanted.options.deduplicate or Duplicates.are_of(wanted.layout.records, self._inputs()):
-            return False
-        return self.plan.format > 1 or len(self.finished) < len(self.units)
-
-    def _inputs(self) -> list[InputFile]:
-        return [file for unit in self.units for file in unit.inputs]
+        inputs = [file for unit in self.units for file in unit.inputs]
+        return wanted.options.deduplicate and not Duplicates.are_of(wanted.layout.records, inputs)
 
 
 def check_place(wanted: Wanted) -> None:
@@ -77,9 +72,8 @@ def check_place(wanted: Wanted) -> None:
                     f"{path} is not of this tool, whose records belong in {layout.records}; choose another "
                     "output, or move it away."
                 )
-    ours = claims.names() | _outputs_of_old(layout)
     for output in known_outputs(wanted.deciding):
-        if output.name not in ours:
+        if output.name not in claims.names():
             claims.refuse_foreign(output.name)
 
 
@@ -113,10 +107,6 @@ def settle(wanted: Wanted, records: JobRecords) -> Settled:
             f"another output: --overwrite would remove {finished_work(wanted, plan)}."
         )
     _refuse_streams(wanted, plan)
-    if plan.format == 1:
-        for name in _outputs_of_old(layout):
-            if (output := parse_name(name, plan.options)) is not None:
-                Claims(layout).take(output, found_is_ours=True)
     return follow(wanted, plan, others)
 
 
@@ -189,7 +179,7 @@ def remove_everything(wanted: Wanted, records: JobRecords) -> None:
     layout, claims = wanted.layout, Claims(wanted.layout)
     if records.others_running():
         raise ValueError(f"Other jobs of {layout.records} are running; stop them before --overwrite.")
-    outputs = claims.names() | _outputs_of_old(layout)
+    outputs = claims.names()
     units = {record.unit for record in read_records(layout.records)}
     with suppress(ValueError, FileNotFoundError):  # a damaged plan is no reason not to replace it
         units.update(range(Plan.read(layout.plan).next_unit))
@@ -208,18 +198,6 @@ def remove_everything(wanted: Wanted, records: JobRecords) -> None:
     for output in outputs:
         claims.release(output)
     layout.plan.unlink(missing_ok=True)
-
-
-def _outputs_of_old(layout: Layout) -> set[str]:
-    """Outputs that a plan of the first format and its records name; claims came later."""
-    try:
-        plan = Plan.read(layout.plan)
-    except (ValueError, FileNotFoundError):
-        return set()
-    if plan.format > 1:
-        return set()
-    names = {output.name for output in known_outputs(plan.options)}
-    return names.union(*(record.outputs for record in read_records(layout.records)))
 
 
 def _start(wanted: Wanted, records: JobRecords) -> Settled:

@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from megatron_iiet.data.reading.rows import Number, object_of
+
 LONG_LITERAL_BYTES = 1 << 20
 _PIECE_BYTES = 1 << 18
 _LITERAL = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
@@ -75,7 +77,7 @@ def parts_of(text: Text) -> Iterator[str]:
 
 
 def parse_long_line(line: bytes, min_bytes: int = LONG_LITERAL_BYTES) -> Any:
-    """``json.loads`` of a line, but with :class:`LongText` for long values of objects and of lists in them.
+    """The value of a line, but with :class:`LongText` for long values of objects and of lists in them.
 
     String literals of ``min_bytes`` or more are checked where they are. The rest of the line is parsed with
     short unique stand-ins in their places; those elsewhere, in a key or a list of lists, stay.
@@ -101,10 +103,11 @@ def parse_long_line(line: bytes, min_bytes: int = LONG_LITERAL_BYTES) -> Any:
             return [texts.get(item, item) if isinstance(item, str) else item for item in value]
         return texts.get(value, value) if isinstance(value, str) else value
 
-    def put_back_all(row: dict[str, Any]) -> dict[str, Any]:
-        return {key: put_back(value) for key, value in row.items()}
+    def put_back_all(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        return object_of([(key, put_back(value)) for key, value in pairs])
 
-    return json.loads(b"".join(rest).decode("utf-8"), object_hook=put_back_all)
+    text = b"".join(rest).decode("utf-8")
+    return json.loads(text, object_pairs_hook=put_back_all, parse_int=Number, parse_float=Number)
 
 
 def _literals(line: bytes) -> Iterator[tuple[int, int]]:

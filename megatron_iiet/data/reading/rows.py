@@ -6,8 +6,10 @@ A row is held once, and one that is too long not at all.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from io import BytesIO
+from typing import Any
 
 _BOM = b"\xef\xbb\xbf"
 _START_BYTES = 1 << 16
@@ -26,6 +28,25 @@ class DefectError(ValueError):
 
     def __str__(self) -> str:
         return self.message
+
+
+class Number(str):
+    """A number as the text has it: it is no text of a document, and none is too large or too exact."""
+
+    __slots__ = ()
+
+
+REPEATED = object()
+"""What stands under a key that an object has several times."""
+
+
+def object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object by its keys and values."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        times = Counter(key for key, _ in pairs)
+        found |= {key: REPEATED for key in found if times[key] > 1}
+    return found
 
 
 def too_long(size: int, limit: int) -> DefectError:

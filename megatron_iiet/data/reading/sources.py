@@ -295,6 +295,11 @@ def _describe(paths: Iterable[str]) -> list[InputFile]:
 
 
 def _expand_url(pattern: str, found: Found, input_format: str | None) -> list[str]:
+    if pattern.lower().startswith(("http://", "https://")):
+        raise ValueError(
+            f"The input {pattern} is on a web server, which lists no files and need not tell when one has "
+            "changed; download it and give the file, or pipe its text in (curl -L ... | zcat) with --input -."
+        )
     with _listing(pattern):
         store, path = stores.store_of(pattern)
         paths, fixed = None, len(path)  # only what comes behind the fixed part may be hidden
@@ -330,7 +335,7 @@ def _describe_urls(urls: Iterable[str]) -> list[InputFile]:
                     entry["name"]: entry for entry in store.ls(store._parent(path), detail=True)
                 }
             entry = folders[parent].get(path) or store.info(path)
-        files.append(InputFile(url, int(entry["size"]), stores.tag_of(entry)))
+            files.append(InputFile(url, *stores.stamp_of(url, entry)))
     return files
 
 

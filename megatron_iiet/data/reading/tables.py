@@ -6,11 +6,14 @@ import csv
 import itertools
 import json
 import os
+import struct
 from collections.abc import Container, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from functools import partial
 from tempfile import TemporaryFile
 from typing import IO, TYPE_CHECKING, Any
+
+import numpy as np
 
 from megatron_iiet.data.reading.dictionaries import GIANT_BYTES, Slimmed, dictionary_bytes
 from megatron_iiet.data.reading.rows import DefectError, escaped
@@ -25,6 +28,8 @@ _CLOSING_BYTES = 32 << 20  # of one that is worth reading the row group anew, fo
 _PIECE_BYTES = 1 << 20
 _MARK = b"\xff\xff\xff\xff"
 _END = _MARK + bytes(4)
+_PARQUET, _ARROW = b"PAR1", b"ARROW1"  # how files begin and end
+_LENGTH_BYTES = 4  # of the footer's length, behind it
 
 # Read when pyarrow is loaded. Arrow would keep what a giant document took, else.
 os.environ.setdefault("MIMALLOC_PURGE_DELAY", "0")
@@ -40,6 +45,9 @@ def parquet_rows(file: IO[bytes], path: str, columns: Sequence[str]) -> Iterator
 
     with _damage(path, "parquet"):
         table = pq.ParquetFile(file)
+    _refuse_joined(
+        file, path, _PARQUET, _parquet_end(table.metadata), table.metadata.serialized_size + _LENGTH_BYTES
+    )
     names = present(path, columns, table.schema_arrow.names)
     texts = {field.name for field in table.schema_arrow if _is_text(field.type)}
     for number in range(table.num_row_groups):
@@ -102,6 +110,58 @@ def _batches(file: Any, metadata: Any, group: int, names: list[str], rows: int) 
             yield held.pop()
 
 
+def _parquet_end(metadata: Any) -> int:
+    """Where the data of the last row group ends."""
+    group = metadata.num_row_groups and metadata.row_group(metadata.num_row_groups - 1)
+    chunks = map(group.column, range(group.num_columns)) if group else ()
+    ends = [
+        (chunk.dictionary_page_offset or chunk.data_page_offset) + chunk.total_compressed_size
+        for chunk in chunks
+    ]
+    return max(ends, default=len(_PARQUET))
+
+
+def _arrow_end(footer: bytes) -> int:
+    """Where the last record batch ends, by the fourth field of the footer's table, a flatbuffer."""
+
+    def number(kind: str, at: int) -> int:
+        return int(struct.unpack_from(kind, footer, at)[0])
+
+    table = number("<I", 0)
+    fields = table - number("<i", table)
+    if number("<H", fields) < 12 or not (place := number("<H", fields + 10)):
+        return 0
+    blocks = table + place + number("<I", table + place)
+    kind = np.dtype([("at", "<i8"), ("head", "<i4"), ("_", "<i4"), ("body", "<i8")])
+    found = np.frombuffer(footer, kind, number("<I", blocks), blocks + 4)
+    return int((found["at"] + found["head"] + found["body"]).max(initial=0))
+
+
+def _refuse_joined(file: IO[bytes], path: str, mark: bytes, end: int, footer: int) -> None:
+    """Refuse several files one behind the other: only the last one's rows would be found.
+
+    Where its data ends is counted from its own beginning. Between there and its footer are indexes, or as
+    many bytes as there are in front of it: the others, with their marks at both ends.
+
+    Args:
+        end: where the data ends.
+        footer: bytes of what follows the data, without the mark.
+
+    Raises:
+        ValueError: this is such a file.
+    """
+    left, behind = file.seek(0, 2) - footer - len(mark) - end, b""
+    file.seek(0)
+    while left > 0 and (block := file.read(min(left, _PIECE_BYTES) + 2 * len(mark))):
+        if 2 * mark in behind + block:
+            raise ValueError(
+                f"{path} holds several files, one behind the other, of which only the last one would be "
+                "read; give each by itself."
+            )
+        left, behind = left - len(block), block[-2 * len(mark) :]
+    file.seek(0)
+
+
 def parquet_row_count(file: IO[bytes], path: str) -> int:
     """Rows of a parquet file.
 
@@ -123,7 +183,7 @@ def arrow_rows(file: IO[bytes], path: str, columns: Sequence[str]) -> Iterator[b
     import pyarrow as pa
 
     head, size = file.read(6), file.seek(0, 2)
-    is_stream = head != b"ARROW1"
+    is_stream = head != _ARROW
     if is_stream:
         file.seek(max(0, size - 8))
         # Streams of Arrow before 0.15 have no mark before each length.
@@ -133,6 +193,11 @@ def arrow_rows(file: IO[bytes], path: str, columns: Sequence[str]) -> Iterator[b
     open_it = pa.ipc.open_stream if is_stream else pa.ipc.open_file
     with _damage(path, "arrow"):
         schema = open_it(file).schema
+    if not is_stream:
+        file.seek(-_LENGTH_BYTES - len(_ARROW), 2)
+        length = int.from_bytes(file.read(_LENGTH_BYTES), "little") + _LENGTH_BYTES
+        file.seek(-length - len(_ARROW), 2)
+        _refuse_joined(file, path, _ARROW, _arrow_end(file.read(length)), length)
     names = present(path, columns, schema.names)
     file.seek(0)
     with _damage(path, "arrow"):
@@ -162,7 +227,8 @@ def _damage(place: str, kind: str) -> Iterator[None]:
 
     try:
         yield
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+    # A damaged length makes pyarrow ask Python for a negative number of bytes: SystemError.
+    except (pa.ArrowException, OSError, UnicodeDecodeError, SystemError) as error:
         if isinstance(error, OSError) and (type(error) is not OSError or error.errno):
             raise
         text = " ".join(str(error).split())[:200]
@@ -268,6 +334,12 @@ def _values(array: pa.Array) -> list[bytes]:
     if types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind):
         binary = array.cast(pa.large_binary() if types.is_large_string(kind) else pa.binary())
         return [b"null" if value is None else b'"%b"' % escaped(value) for value in binary.to_pylist()]
+    if types.is_float32(kind) or types.is_float16(kind):  # by the digits that tell it from others of its type
+        narrow = kind.to_pandas_dtype()
+        shown = [None if value is None else float(str(narrow(value))) for value in array.to_pylist()]
+        return [json.dumps(value).encode() for value in shown]
+    if types.is_decimal(kind):
+        return [b"null" if value is None else str(value).encode() for value in array.to_pylist()]
     if types.is_struct(kind):
         keys = [_key(field.name) for field in kind]
         rows = zip(*map(_values, array.flatten()), strict=True) if keys else [()] * len(array)
@@ -319,6 +391,11 @@ def csv_rows(
         except StopIteration:
             return
         except csv.Error as error:
+            if not header and "new-line" in str(error):
+                raise ValueError(
+                    f"{path}: its lines end with carriage returns alone; have them end with line feeds, as "
+                    r"tr '\r' '\n' does."
+                ) from None
             if not header or reader.line_num > begin or "limit" in str(error):
                 raise ValueError(
                     f"{path}, row {number}, from line {begin} on: no end can be told ({error}); repair its "

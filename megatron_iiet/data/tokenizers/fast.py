@@ -6,13 +6,13 @@ define the ids, and its memory would grow with the corpus: here it is started af
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import psutil
 
 from megatron_iiet.data.tokenizers.base import NotSupportedError, Tokenizer, lone_surrogate
 from megatron_iiet.data.tokenizers.hard_texts import hard_texts
@@ -23,7 +23,6 @@ SAMPLE_CHARACTERS = 1_000_000
 # What the memory of words may take. Loading again costs 0.06 CPU-seconds, as much as 4 MB of text.
 MEMORY_LIMIT = 40 << 20
 _CHARACTERS_BETWEEN_LOOKS = 1 << 18
-_CHARACTERS_UNSEEN = 8 << 20  # where memory cannot be measured
 
 # Every symbol is searched for in every text; with many that takes longer than encoding.
 _MOST_SYMBOLS = 32
@@ -123,7 +122,7 @@ class BoundedEncoder:
         self.limit = limit
         self._encode: Callable[[str], npt.NDArray[np.uint32]] | None = None
         self._characters = 0  # since memory was last looked at
-        self._base: int | None = None
+        self._base = 0
 
     def encode(self, text: str) -> npt.NDArray[np.uint32]:
         if self._encode is None:
@@ -132,18 +131,10 @@ class BoundedEncoder:
         ids = self._encode(text)
         self._characters += len(text)
         if self._characters >= _CHARACTERS_BETWEEN_LOOKS:
-            self._look()
-        return ids
-
-    def _look(self) -> None:
-        memory = _private_memory()
-        if self._base is None or memory is None:
-            if self._characters >= _CHARACTERS_UNSEEN:
+            self._characters = 0
+            if _private_memory() - self._base > self.limit:
                 self.unload()
-            return
-        self._characters = 0
-        if memory - self._base > self.limit:
-            self.unload()
+        return ids
 
     def _load(self) -> None:
         import gigatoken
@@ -160,14 +151,10 @@ class BoundedEncoder:
         return BoundedEncoder, (self.definition, self.limit)
 
 
-def _private_memory() -> int | None:
-    """Bytes of this process's memory that no file backs; None where Linux does not tell."""
-    try:
-        with open("/proc/self/statm", "rb") as status:
-            _, resident, shared = status.read().split()[:3]
-    except OSError:
-        return None
-    return (int(resident) - int(shared)) * os.sysconf("SC_PAGE_SIZE")
+def _private_memory() -> int:
+    """Bytes of this process's memory that no file backs."""
+    memory = psutil.Process().memory_info()
+    return int(memory.rss - memory.shared)
 
 
 def _return_free_memory() -> None:

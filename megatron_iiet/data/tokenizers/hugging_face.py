@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,15 +32,15 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def __init__(self, path: Path) -> None:
         declared = declared_tokens(path.with_name("tokenizer_config.json"))
-        eod, bos = declared.get("eos_token"), declared.get("bos_token")
-        definition = path.read_text(encoding="utf-8", errors="replace")
-        self._set_up(path, definition, [eod] if eod else EOD_NAMES, [bos] if bos else BOS_NAMES)
+        self._set_up(path, path.read_text(encoding="utf-8", errors="replace"), declared)
 
-    def _set_up(
-        self, path: Path, definition: str, eod_names: Sequence[str], bos_names: Sequence[str]
-    ) -> None:
+    def _set_up(self, path: Path, definition: str, declared: Mapping[str, str]) -> None:
         import tokenizers  # only where it is used: workers start faster
 
+        eod_names, bos_names = (
+            [declared[name]] if name in declared else customary
+            for name, customary in (("eos_token", EOD_NAMES), ("bos_token", BOS_NAMES))
+        )
         self.path = path
         self.eod_named_in = path.with_name("tokenizer_config.json")
         try:
@@ -136,9 +136,7 @@ class VocabularyAndMergesTokenizer(HuggingFaceTokenizer):
             "decoder": byte_level,
             "model": {"type": "BPE", "vocab": vocabulary, "merges": merges},
         }
-        eod, bos = declared.get("eos_token"), declared.get("bos_token")
-        eod_names, bos_names = [eod] if eod else EOD_NAMES, [bos] if bos else BOS_NAMES
-        self._set_up(path, json.dumps(definition), eod_names, bos_names)
+        self._set_up(path, json.dumps(definition), declared)
 
 
 def merges_file(vocabulary: Path) -> Path:

@@ -94,17 +94,16 @@ class TiktokenTokenizer(HuggingFaceTokenizer):
                     f"{side_file} gives the special token {name!r} the id {number}, which is "
                     f"{'a rank' if number in taken else 'negative'} in {path}; give it a free one."
                 )
-        if not set(special_tokens) & ({eod} if eod else set(EOD_NAMES)):
+        declared = {
+            kind: next((name for name in names if name in special_tokens), "")
+            for kind, names in (("eos_token", [eod] if eod else EOD_NAMES), ("bos_token", BOS_NAMES))
+        }
+        if not declared["eos_token"]:
             raise ValueError(
                 f"{side_file} has no end-of-document token among its special_tokens {list(special_tokens)}; "
                 f"add {eod or 'one of ' + ', '.join(EOD_NAMES)}."
             )
-        definition = json.dumps(_definition(ranks, pattern, special_tokens))
-        eod_names, bos_names = (
-            [name for name in names if name in special_tokens]
-            for names in ([eod] if eod else EOD_NAMES, BOS_NAMES)
-        )
-        self._set_up(path, definition, eod_names, bos_names)
+        self._set_up(path, json.dumps(_definition(ranks, pattern, special_tokens)), declared)
         self.eod_named_in = side_file
         self.vocab_size = max(self.vocab_size, vocab_size)
 
@@ -133,7 +132,8 @@ class TekkenTokenizer(HuggingFaceTokenizer):
             number: named.get(number, _TEKKEN.get(number, f"<SPECIAL_{number}>")) for number in range(first)
         }
         special_tokens = {name: number for number, name in names.items()}
-        self._set_up(path, json.dumps(_definition(ranks, pattern, special_tokens)), ["</s>"], ["<s>"])
+        declared = {"eos_token": "</s>", "bos_token": "<s>"}
+        self._set_up(path, json.dumps(_definition(ranks, pattern, special_tokens)), declared)
         self.eod_named_in = path
 
 
@@ -184,14 +184,14 @@ def _read_side_file(path: Path, side_file: Path) -> tuple[str, dict[str, int], i
         content = json.loads(side_file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{side_file} is not valid JSON ({error}); write {wanted}.") from None
-    if isinstance(content, dict) and "preset" in content:
+    content = content if isinstance(content, dict) else {}
+    if "preset" in content:
         if content["preset"] not in PRESETS:
             raise ValueError(
                 f"{side_file} asks for preset {content['preset']!r}; there are {', '.join(PRESETS)}."
             )
         content = {**PRESETS[content["preset"]], **content}
-    pattern = content.get("pattern") if isinstance(content, dict) else None
-    special_tokens = content.get("special_tokens") if isinstance(content, dict) else None
+    pattern, special_tokens = content.get("pattern"), content.get("special_tokens")
     if not isinstance(pattern, str) or not isinstance(special_tokens, dict):
         raise ValueError(f"{side_file} lacks a pattern or special_tokens; write {wanted}.")
     for name, number in special_tokens.items():
