@@ -149,8 +149,8 @@ class DecoderLayer(nn.Module):
         is what training.compile compiles."""
         a_BTD, keys_values = self.attention(normed_BTD, layout, keys_values)
         norm = self.post_attention_norm
-        normed_BTD = merge_norm(y_BTD, (a_BTD,), None, norm.weight, eps=norm.eps, backend=self.backend).normed
-        return a_BTD + self.mlp(normed_BTD), keys_values if self.keeps_keys else None
+        again_BTD = merge_norm(y_BTD, (a_BTD,), None, norm.weight, eps=norm.eps, backend=self.backend).normed
+        return a_BTD + self.mlp(again_BTD), keys_values if self.keeps_keys else None
 
     def forward_flops(self, length: int, evaluations: float = 1) -> float:
         """FLOPs of ``evaluations`` of F on one sequence; norms and other elementwise work are not counted."""
