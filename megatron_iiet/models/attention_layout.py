@@ -22,6 +22,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from megatron_iiet.config.schema import ModelConfig
 from megatron_iiet.models.rope import rotary_frequencies
+from megatron_iiet.ops.pointwise import rotate
 from megatron_iiet.ops.products import product_dtype
 
 FLEX_BLOCK = 128
@@ -84,7 +85,7 @@ class AttentionLayout:
 
     def rotate(self, x_BHTK: Tensor) -> Tensor:
         """Apply the rotary tables to queries or keys."""
-        return torch.addcmul(x_BHTK * self.cos, x_BHTK.roll(x_BHTK.shape[-1] // 2, -1), self.signed_sin)
+        return rotate(x_BHTK, self.cos, self.signed_sin)
 
     def attend(self, q_BHTK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor) -> Tensor:
         """Masked attention of rotated queries and keys, [B, H, T, K]."""

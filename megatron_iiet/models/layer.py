@@ -15,12 +15,12 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_iiet.config.schema import ModelConfig
 from megatron_iiet.models.attention_layout import AttentionLayout
 from megatron_iiet.ops import merge_norm
+from megatron_iiet.ops.pointwise import swiglu
 from megatron_iiet.parallel import TensorParallel
 from megatron_iiet.parallel.tensor import mark_shared_by_heads
 
@@ -103,8 +103,7 @@ class SwiGLU(nn.Module):
         self.weights = 3 * config.hidden_size * width
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        gate_BTM, up_BTM = self.gate_up(x_BTD).chunk(2, dim=-1)
-        return self.down(F.silu(gate_BTM) * up_BTM)
+        return self.down(swiglu(self.gate_up(x_BTD)))
 
     def forward_flops(self, length: int) -> int:
         """FLOPs of one sequence of ``length`` tokens over all ranks."""
