@@ -86,7 +86,7 @@ def test_less_is_written() -> None:
 
 
 def test_only_the_input_is_kept() -> None:
-    """SwiGLU's formula keeps the gate's sigmoid unit too; of the rotation nothing that it was given is kept."""
+    """SwiGLU's formula keeps the gate's sigmoid unit too; the rotation keeps nothing it was given."""
     kept: dict[int, int] = {}
 
     def keep(tensor: Tensor) -> Tensor:
