@@ -1,8 +1,8 @@
 """SwiGLU's product and the rotary embedding in fewer passes over memory than their parts' gradients take.
 
-Both keep their input alone for the backward pass and write each gradient once, where autograd would make one
-of every operator, fill halves up with zeros and add them. torch.compile fuses the plain formulas, so it gets
-those.
+For the backward pass one keeps its input, the other nothing, and both write each gradient once, where
+autograd would make one of every operator and put halves together. torch.compile fuses the plain formulas, so
+it gets those, and so do torch.func's transforms.
 
 Shapes: M feed-forward width, K head width.
 """
@@ -17,9 +17,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 
+def _looked_into() -> bool:
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+
+
 def swiglu(gate_up: Tensor) -> Tensor:
     """``silu(gate) · up`` of [gate; up], [..., 2M] → [..., M] (Shazeer 2020)."""
-    if torch.compiler.is_compiling():
+    if _looked_into():
         gate, up = gate_up.chunk(2, dim=-1)
         return F.silu(gate) * up
     return cast(Tensor, _SwiGLU.apply(gate_up))
@@ -47,7 +51,7 @@ class _SwiGLU(torch.autograd.Function):
 def rotate(x: Tensor, cos: Tensor, signed_sin: Tensor) -> Tensor:
     """``x · cos + swap(x) · signed_sin``, [..., K], where swap exchanges the halves of the last dimension:
     the rotary embedding (Su et al. 2021), half-split, if the sines of the first half are negated."""
-    if torch.compiler.is_compiling():
+    if _looked_into():
         return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), signed_sin)
     return cast(Tensor, _Rotate.apply(x, cos, signed_sin))
 
