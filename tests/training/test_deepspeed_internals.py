@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import deepspeed.runtime.utils as deepspeed_utils
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -347,6 +348,16 @@ def test_a_step_waits_for_nothing(of_engine: Seen) -> None:
     """An optimizer in another memory steps with numbers that are there."""
     name, *_, waits = of_engine
     assert waits == 0 or "offload" in name
+
+
+@pytest.mark.parametrize("norm", [0.5, 1.0, 5.0])
+def test_gradients_are_clipped_as_deepspeed_clips(norm: float) -> None:
+    """To the bit; also where there is nothing to clip."""
+    ours, theirs = ([torch.arange(1.0, 6.0), torch.tensor([[3.0]])] for _ in range(2))
+    assert internals._clip(ours, 1.0, torch.tensor(norm)) == norm
+    deepspeed_utils.clip_tensors_by_global_norm(theirs, 1.0, torch.tensor(norm))
+    assert all(torch.equal(*pair) for pair in zip(ours, theirs, strict=True))
+    assert (ours[1].item() < 3.0) is (norm >= 1.0)
 
 
 def test_a_method_that_asks_for_more_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,12 +10,14 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from megatron_iiet.parallel import Group
+from megatron_iiet.config import RunConfig
+from megatron_iiet.parallel import Group, ParallelContext
 from megatron_iiet.training.callbacks import Callback
 from megatron_iiet.training.engine import StepResult
 from megatron_iiet.training.loop import GARBAGE_EVERY, train
 from megatron_iiet.training.run import Run
-from megatron_iiet.training.stopping import POLL_SECONDS, Poll
+from megatron_iiet.training.stopping import POLL_SECONDS, Poll, stop_if_asked
+from tests.distributed.harness import run_ranks
 from tests.training.bare_run import bare_run
 
 
@@ -71,6 +73,25 @@ def test_a_rank_alone_asks_at_every_place() -> None:
     clock = Clock()
     poll = Poll(Group(), clock)
     assert len(asked_at(poll, clock, [0.001] * 50)) == 50
+
+
+def places_asked_at() -> list[int]:
+    """Of a rank whose steps take as long as its number says."""
+    with ParallelContext.start(RunConfig().parallel) as context:
+        clock = Clock()
+        poll, places = Poll(context.world, clock), []
+        for place in range(60):
+            clock.now += 0.125 * (1 + context.rank)
+            if poll.due():
+                stop_if_asked(context, None, poll)
+                places.append(place)
+        return places
+
+
+@pytest.mark.slow
+def test_ranks_of_different_speed_ask_at_the_same_places() -> None:
+    """Eight of the slower one's steps are within the bound."""
+    assert run_ranks(places_asked_at, 2) == [[0, 1, 9, 17, 25, 33, 41, 49, 57]] * 2
 
 
 class Watched(Callback):
