@@ -27,7 +27,6 @@ from torch.profiler import ProfilerActivity, profile
 
 from megatron_iiet.parallel import TensorParallel
 from megatron_iiet.parallel.distillation_loss import prediction_loss
-from megatron_iiet.parallel.vocabulary import CHUNK_ELEMENTS
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 Losses = Callable[[], tuple[Tensor, Tensor, Tensor]]
@@ -46,7 +45,7 @@ class Case:
         )
         self.targets = torch.randint(vocabulary, (1, tokens), device=arguments.device)
         self.temperature = arguments.temperature
-        self.chunk_elements = arguments.chunk_elements
+        self.chunk_tokens = arguments.chunk_tokens
         self.leaves = [self.student.requires_grad_(), self.weight.requires_grad_()]
 
     def ours(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -60,7 +59,7 @@ class Case:
             kl_weight=1.0,
             temperature=self.temperature,
             parallel=TensorParallel(),
-            chunk_elements=self.chunk_elements,
+            chunk_tokens=self.chunk_tokens,
         )
 
     def plain(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -118,14 +117,16 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=768, help="of both models' states")
     parser.add_argument("--vocabulary", type=int, default=32000)
     parser.add_argument("--temperature", type=float, default=1.0)
-    parser.add_argument("--chunk-elements", type=int, default=CHUNK_ELEMENTS, help="logits made at once")
+    parser.add_argument(
+        "--chunk-tokens", type=int, help="whose logits are made at once (default: its own choice)"
+    )
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", help="write the numbers here too")
     arguments = parser.parse_args()
-    for name in ("tokens", "width", "vocabulary", "chunk_elements", "rounds", "temperature"):
-        if not getattr(arguments, name) > 0:
+    for name in ("tokens", "width", "vocabulary", "chunk_tokens", "rounds", "temperature"):
+        if getattr(arguments, name) is not None and not getattr(arguments, name) > 0:
             flag = f"--{name.replace('_', '-')}"
             sys.exit(f"error: {flag} is {getattr(arguments, name)}; give a number above 0")
     case = Case(arguments)

@@ -96,7 +96,7 @@ class ForwardModel:
             packed = self._stage.pack(y_BTD, history)
             dist.send(packed, pipeline.ranks[pipeline.rank + 1], group=pipeline.handle)
         elif with_loss:
-            return self.model.loss(self.model.project(y_BTD), inputs.targets, 1.0)
+            return self.model.loss(y_BTD, inputs.targets, 1.0)
         return None
 
     def observe(self, inputs: Inputs, *, with_loss: bool = False) -> tuple[InfluenceSums, Tensor | None]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple, Protocol
 
@@ -12,7 +12,8 @@ from torch import Tensor
 from megatron_iiet.models.transformer import Transformer
 from megatron_iiet.parallel import ParallelContext
 from megatron_iiet.parallel.group import Group
-from megatron_iiet.parallel.vocabulary import cross_entropy
+from megatron_iiet.parallel.head_loss import Columns, Head, Targets, chunks_of, cross_entropy
+from megatron_iiet.parallel.tensor import gather_sequence
 
 
 class TokenScores(NamedTuple):
@@ -48,18 +49,49 @@ class Scorer(Protocol):
 def score_tokens(logits_BTV: Tensor, targets_BT: Tensor, vocab_size: int, group: Group) -> TokenScores:
     """Scores of ``targets`` from each rank's columns of the logits; five numbers a token are gathered,
     whatever the vocabulary. Columns from ``vocab_size`` on are padding."""
-    losses_BT = cross_entropy(logits_BTV, targets_BT, vocab_size, group)
-    width = logits_BTV.shape[-1]
-    first = group.rank * width
-    valid = max(0, min(width, vocab_size - first))
+    logits_nV = logits_BTV.flatten(0, -2)
+    columns = Columns.of(logits_nV.shape[1], vocab_size, group)
+
+    def logits_of(rows: slice) -> Tensor:
+        return logits_nV[rows, : columns.valid].to(torch.float32, copy=True)
+
+    return _scores(logits_of, targets_BT, columns, chunks_of(len(logits_nV), 0, logits_nV.shape[1]), group)
+
+
+@torch.no_grad()
+def score_stream(model: Transformer, y_BTD: Tensor, targets_BT: Tensor) -> TokenScores:
+    """Scores of ``targets`` from the final stream of a model, whose logits are never whole."""
+    assert model.norm is not None
+    group, weight, states_BTD = model.parallel.group, model.head_weight, model.norm(y_BTD)
+    if model.parallel.cuts_sequence:
+        states_BTD = gather_sequence(states_BTD, group)
+    head = Head(states_BTD.flatten(0, -2), weight, model.config.model.vocab_size, group)
+    chunks = chunks_of(targets_BT.numel(), weight.shape[1], len(weight))
+    return _scores(head.logits, targets_BT, head.columns, chunks, group)
+
+
+def _scores(
+    logits_of: Callable[[slice], Tensor],
+    targets_BT: Tensor,
+    columns: Columns,
+    chunks: list[slice],
+    group: Group,
+) -> TokenScores:
+    """``logits_of``: a chunk's, fp32, to be written over."""
+    targets_n = targets_BT.flatten()
+    losses_n = targets_n.new_empty(targets_n.shape, dtype=torch.float32)
     # fp64 holds every id, and every logit exactly.
-    best_2BT = torch.full((2, *targets_BT.shape), -torch.inf, dtype=torch.float64, device=targets_BT.device)
-    if valid:
-        best, index = logits_BTV[..., :valid].max(-1)
-        best_2BT[0], best_2BT[1] = best, index + first
-    maxima, ids = group.all_gather(best_2BT).unbind(1)
-    likeliest_BT = ids.masked_fill(maxima != maxima.amax(0), torch.inf).amin(0)
-    return TokenScores(-losses_BT.cpu(), (likeliest_BT == targets_BT).cpu())
+    best_2n = targets_n.new_full((2, len(targets_n)), -torch.inf, dtype=torch.float64)
+    for rows in chunks:
+        logits_nV = logits_of(rows)
+        if columns.valid:
+            best, index = logits_nV.max(-1)
+            best_2n[0, rows], best_2n[1, rows] = best, index + columns.first
+        losses_n[rows], _ = cross_entropy(logits_nV, Targets(targets_n[rows], columns), group)
+    maxima, ids = group.all_gather(best_2n).unbind(1)
+    likeliest_n = ids.masked_fill(maxima != maxima.amax(0), torch.inf).amin(0)
+    greedy_BT = (likeliest_n == targets_n).view_as(targets_BT)
+    return TokenScores(-losses_n.view_as(targets_BT).cpu(), greedy_BT.cpu())
 
 
 @contextmanager
@@ -67,15 +99,14 @@ def noting_scores(model: Transformer) -> Iterator[list[TokenScores]]:
     """Inside the block the scores of every batch whose loss ``model`` computes are added to the list.
 
     An engine's forward pass ends in the loss in every layout (ZeRO-3, pipeline stages), and hands out no
-    logits; this is where they are. Ranks without the head compute no loss and note nothing.
+    stream; this is where it is. Ranks without the head compute no loss and note nothing.
     """
     found: list[TokenScores] = []
-    vocab_size, group = model.config.model.vocab_size, model.parallel.group
 
-    def loss(logits_BTV: Tensor, targets_BT: Tensor, divisor: float | Tensor | None = None) -> Tensor:
-        scores = score_tokens(logits_BTV, targets_BT, vocab_size, group)
+    def loss(y_BTD: Tensor, targets_BT: Tensor, divisor: float | Tensor | None = None) -> Tensor:
+        scores = score_stream(model, y_BTD, targets_BT)
         found.append(scores)
-        losses = -scores.log_probs.to(logits_BTV.device)
+        losses = -scores.log_probs.to(y_BTD.device)
         return losses.mean() if divisor is None else losses.sum() / divisor
 
     model.loss = loss  # type: ignore[method-assign]

@@ -21,7 +21,7 @@ from megatron_iiet.parallel.stages import StagePlan, plan_stages
 
 class PipelineStage(nn.Module):
     """A stage as a function of one tensor: token ids in the first, packed stream elsewhere; the last one
-    returns logits of its part of the vocabulary."""
+    returns its stream, which the loss is made of."""
 
     def __init__(self, model: Transformer, sequence_length: int) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class PipelineStage(nn.Module):
         """``positions_BT``: of the micro-batch's tokens, see :meth:`Transformer.forward`."""
         y_BTD, history = self.unpack(x)
         y_BTD = self.model.integrate(y_BTD, history, self.sequence_length, positions_BT)
-        return self.model.project(y_BTD) if self.model.is_last else self.pack(y_BTD, history)
+        return y_BTD if self.model.is_last else self.pack(y_BTD, history)
 
     def unpack(self, x: Tensor) -> tuple[Tensor, History]:
         """Stream and history before this stage's first layer."""

@@ -21,8 +21,9 @@ from megatron_iiet.models.history import History
 from megatron_iiet.models.layer import DecoderLayer, KeysValues, RMSNorm
 from megatron_iiet.models.solvers import Solver, build_solver
 from megatron_iiet.parallel import TensorParallel
+from megatron_iiet.parallel.head_loss import head_cross_entropy
 from megatron_iiet.parallel.tensor import column_parallel, shard_of
-from megatron_iiet.parallel.vocabulary import VocabularyEmbedding, cross_entropy
+from megatron_iiet.parallel.vocabulary import VocabularyEmbedding
 
 VOCABULARY_WEIGHTS = ("embedding.weight", "head.weight")
 """Parameters with a row a token, padded to ``config.model.padded_vocab_size``."""
@@ -140,11 +141,11 @@ class Transformer(nn.Module):
             ValueError: the sequence is longer than the rotary table.
         """
         y_BTD, history = self.embed(tokens_BT)
-        logits = self.project(self.integrate(y_BTD, history, tokens_BT.shape[1], positions_BT))
+        y_BTD = self.integrate(y_BTD, history, tokens_BT.shape[1], positions_BT)
         if targets_BT is None:
             assert self.parallel.group.size == 1, "logits are never gathered"
-            return logits[..., : self.config.model.vocab_size]
-        return self.loss(logits, targets_BT, divisor)
+            return self.project(y_BTD)[..., : self.config.model.vocab_size]
+        return self.loss(y_BTD, targets_BT, divisor)
 
     def embed(self, tokens_BT: Tensor) -> tuple[Tensor, History]:
         """y_0, [B, T, D] (T: this rank's part of the sequence), and the history it starts."""
@@ -200,11 +201,19 @@ class Transformer(nn.Module):
         assert head is not None
         return head.weight
 
-    def loss(self, logits_BTV: Tensor, targets_BT: Tensor, divisor: float | Tensor | None = None) -> Tensor:
-        """Cross-entropy in nats from :meth:`project`'s logits: the mean over all targets; or, with a divisor,
-        the sum over those that are not IGNORED, divided by it (fp32 scalar)."""
-        losses_BT = cross_entropy(logits_BTV, targets_BT, self.config.model.vocab_size, self.parallel.group)
-        return losses_BT.mean() if divisor is None else losses_BT.sum() / divisor
+    def loss(self, y_BTD: Tensor, targets_BT: Tensor, divisor: float | Tensor | None = None) -> Tensor:
+        """Cross-entropy in nats of what norm and head make of the final stream: the mean over all targets;
+        or, with a divisor, the sum over those that are not IGNORED, divided by it (fp32 scalar). Logits are
+        never whole."""
+        assert self.norm is not None
+        total = head_cross_entropy(
+            self.norm(y_BTD),
+            self.head_weight,
+            targets_BT,
+            vocab_size=self.config.model.vocab_size,
+            parallel=self.parallel,
+        )
+        return total / (targets_BT.numel() if divisor is None else divisor)
 
     def set_iterations(self, iterations: list[int], *, merging: bool = True) -> None:
         """Change the corrector iterations r_n of every layer from the next forward pass on.

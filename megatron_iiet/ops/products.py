@@ -31,3 +31,13 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
     """``a b``."""
     dtype = product_dtype(a.dtype, a.device)
     return (a.to(dtype) @ b.to(dtype)).to(a.dtype)
+
+
+def write_product(out: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """``a b`` in an fp32 matrix; ``a`` and ``b`` of their :func:`product_dtype`."""
+    return torch.mm(a, b, out=out) if a.dtype == out.dtype else out.copy_(a @ b)
+
+
+def add_product(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """``total + a b`` in place, as :func:`write_product`."""
+    return total.addmm_(a, b) if a.dtype == total.dtype else total.add_(a @ b)

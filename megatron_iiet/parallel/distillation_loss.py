@@ -1,10 +1,10 @@
 """The losses of distillation, with the vocabulary or the sequence split over the tensor-parallel ranks.
 
-Logits are made a chunk of tokens at a time, of this rank's part of the vocabulary, and turned into losses and
-gradients at once: none of them is kept or made again. Every rank contributes its maxima and sums of
-exponentials: one all-gather of seven numbers a token for each chunk, whatever the vocabulary.
+Neither model's logits are ever whole, see :mod:`megatron_iiet.parallel.head_loss`; of every token a rank
+contributes seven numbers.
 
-Shapes: B batch, T sequence, S this rank's part of it or T, D hidden, V padded vocabulary of a rank, n tokens.
+Shapes: B batch, T sequence, S this rank's part of it or T, D hidden, V vocabulary of a rank without padding,
+n tokens.
 """
 
 from __future__ import annotations
@@ -15,10 +15,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_iiet.ops.products import matmul
 from megatron_iiet.parallel.group import Group
-from megatron_iiet.parallel.tensor import TensorParallel, gather_sequence, split_sequence
-from megatron_iiet.parallel.vocabulary import CHUNK_ELEMENTS, IGNORED
+from megatron_iiet.parallel.head_loss import Head, Targets, head_loss
+from megatron_iiet.parallel.tensor import TensorParallel, gather_sequence
 
 
 class PredictionLoss(NamedTuple):
@@ -41,29 +40,36 @@ def prediction_loss(
     kl_weight: float,
     temperature: float,
     parallel: TensorParallel,
-    chunk_elements: int = CHUNK_ELEMENTS,
+    chunk_tokens: int | None = None,
 ) -> PredictionLoss:
     """Cross-entropy of the student, and temperature² · KL(teacher || student) of their
     softmax(logits / temperature).
 
-    Hidden states are what the heads multiply, weights this rank's rows of the heads [V, D]; columns of the
+    Hidden states are what the heads multiply, weights this rank's rows of the heads; columns of the
     logits from ``vocab_size`` on are padding and count nothing. The cross-entropy knows no temperature. The
-    teacher gets no gradient, and a token whose target is IGNORED does not count. ``chunk_elements``: logits
-    of one model made at once.
+    teacher gets no gradient, and a token whose target is IGNORED does not count. ``chunk_tokens``: whose
+    logits are made at once.
     """
-    sums = _PredictionLoss.apply(
+    group = parallel.group
+    with torch.no_grad():
+        if parallel.cuts_sequence:
+            teacher_BSD = gather_sequence(teacher_BSD, group)
+        teacher = Head(teacher_BSD.flatten(0, -2), teacher_weight, vocab_size, group)
+
+    def of_chunk(rows: slice, mine_nV: Tensor, targets: Targets) -> tuple[Tensor, Tensor]:
+        losses, gradient_nV = _chunk(mine_nV, teacher.logits(rows), targets, kl_weight, temperature, group)
+        return torch.cat(((losses[0] + kl_weight * losses[1]).unsqueeze(0), losses)), gradient_nV
+
+    total, parts = head_loss(
         student_BSD,
         student_weight,
-        teacher_BSD,
-        teacher_weight,
         targets_BT,
-        vocab_size,
-        kl_weight,
-        temperature,
-        parallel,
-        chunk_elements,
+        of_chunk,
+        vocab_size=vocab_size,
+        parallel=parallel,
+        chunk_tokens=chunk_tokens,
     )
-    return PredictionLoss(*cast(tuple[Tensor, Tensor, Tensor], sums))
+    return PredictionLoss(total, *parts.unbind())
 
 
 def hidden_mse(
@@ -79,92 +85,25 @@ def hidden_mse(
     return cast(Tensor, _HiddenMSE.apply(student_BSD, teacher_BSD, counts_BT, parallel))
 
 
-class _PredictionLoss(torch.autograd.Function):
-    """The gradient is computed beside the loss, for an upstream gradient of 1, and scaled later."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        student_BSD: Tensor,
-        student_weight: Tensor,
-        teacher_BSD: Tensor,
-        teacher_weight: Tensor,
-        targets_BT: Tensor,
-        vocab_size: int,
-        kl_weight: float,
-        temperature: float,
-        parallel: TensorParallel,
-        chunk_elements: int,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        group = parallel.group
-        if parallel.cuts_sequence:
-            student_BSD, teacher_BSD = (gather_sequence(x, group) for x in (student_BSD, teacher_BSD))
-        student_nD, teacher_nD = student_BSD.flatten(0, -2), teacher_BSD.flatten(0, -2)
-        targets_n = targets_BT.flatten()
-        width = len(student_weight)
-        valid = max(0, min(width, vocab_size - group.rank * width))
-        rows_of_heads = student_weight[:valid], teacher_weight[:valid]
-        for_student = torch.zeros_like(student_nD)
-        for_weight = torch.zeros(student_weight.shape, dtype=torch.float32, device=student_weight.device)
-        sums = torch.zeros(2, dtype=torch.float32, device=student_nD.device)
-        step = max(1, chunk_elements // width)
-        for start in range(0, len(targets_n), step):
-            rows = slice(start, start + step)
-            mine_nV = matmul(student_nD[rows], rows_of_heads[0].t()).float()
-            taught_nV = matmul(teacher_nD[rows], rows_of_heads[1].t()).float()
-            local_n = targets_n[rows] - group.rank * width
-            counts_n = targets_n[rows] != IGNORED
-            losses, gradient = _chunk(mine_nV, taught_nV, local_n, counts_n, kl_weight, temperature, group)
-            sums += losses
-            gradient = gradient.to(student_nD.dtype)
-            for_student[rows] = matmul(gradient, rows_of_heads[0])
-            for_weight[:valid] += matmul(gradient.t(), student_nD[rows])
-        ctx.save_for_backward(for_student.view(student_BSD.shape), for_weight)
-        ctx.parallel, ctx.dtype = parallel, student_weight.dtype
-        ce, kl = sums.unbind()
-        ce, kl = ce.clone(), kl.clone()
-        ctx.mark_non_differentiable(ce, kl)
-        return ce + kl_weight * kl, ce, kl
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        for_student_BTD, for_weight = ctx.saved_tensors
-        group = ctx.parallel.group
-        # In fp32: a rounded factor would be a bias of the whole gradient.
-        for_student_BTD = (for_student_BTD.float() * upstream).to(for_student_BTD.dtype)
-        if ctx.parallel.cuts_sequence:
-            for_student_BTD, _ = group.reduce_scatter(split_sequence(for_student_BTD, group))
-        else:
-            group.all_reduce(for_student_BTD)
-        return for_student_BTD, (for_weight * upstream).to(ctx.dtype), *(None,) * 8
-
-
 def _chunk(
     mine_nV: Tensor,
     taught_nV: Tensor,
-    local_n: Tensor,
-    counts_n: Tensor,
+    targets: Targets,
     kl_weight: float,
     temperature: float,
     group: Group,
 ) -> tuple[Tensor, Tensor]:
     """Sums of cross-entropy and divergence over the tokens that count, [2], and the gradient of cross-entropy
-    + kl_weight · divergence by ``mine_nV``, [n, V]; both logits are overwritten.
-
-    ``local_n``: the targets' columns, outside [0, V) on other ranks.
-    """
+    + kl_weight · divergence by ``mine_nV``, [n, V]; both logits are overwritten."""
     t, n, valid = temperature, *mine_nV.shape
-    here_n = (local_n >= 0) & (local_n < valid)
-    local_n1 = local_n.masked_fill(~here_n, 0).unsqueeze(-1)
     # Maxima of both models; sums of exponentials, the student's without temperature and with it, the
     # teacher's; the target's logit; the teacher's exponentials times how far its logits are above, summed.
     parts = mine_nV.new_zeros(7, n)
     parts[:2] = -torch.inf
+    parts[5] = targets.logits_of(mine_nV)
     if valid:
         top_n1, taught_top_n1 = mine_nV.amax(-1, keepdim=True), taught_nV.amax(-1, keepdim=True)
         parts[0], parts[1] = top_n1.squeeze(-1), taught_top_n1.squeeze(-1)
-        parts[5] = mine_nV.gather(-1, local_n1).squeeze(-1).masked_fill(~here_n, 0.0)
         above_nV = taught_nV - mine_nV
         taught_nV = taught_nV.sub_(taught_top_n1).div_(t).exp_()
         parts[4] = taught_nV.sum(-1)
@@ -174,16 +113,16 @@ def _chunk(
         mine_nV.exp_()
         parts[2], parts[3] = mine_nV.sum(-1), cooled_nV.sum(-1)
 
-    tops, taught_tops, sums, cooled_sums, taught_sums, targets, aboves = group.all_gather(parts).unbind(1)
+    tops, taught_tops, sums, cooled_sums, taught_sums, of_targets, aboves = group.all_gather(parts).unbind(1)
     top_n, taught_top_n = tops.amax(0), taught_tops.amax(0)
     shrink = ((taught_tops - taught_top_n) / t).exp()
     sum_n = (sums * (tops - top_n).exp()).sum(0)
     cooled_sum_n = (cooled_sums * ((tops - top_n) / t).exp()).sum(0)
     taught_sum_n = (taught_sums * shrink).sum(0)
-    ce_n = top_n + sum_n.log() - targets.sum(0)
+    ce_n = top_n + sum_n.log() - of_targets.sum(0)
     log_ratio_n = (top_n - taught_top_n) / t + cooled_sum_n.log() - taught_sum_n.log()
     kl_n = ((aboves * shrink).sum(0) / taught_sum_n + log_ratio_n) * t**2
-    losses = torch.stack([x.masked_fill(~counts_n, 0.0).sum() for x in (ce_n, kl_n)])
+    losses = torch.stack([x.masked_fill(~targets.counts_n, 0.0).sum() for x in (ce_n, kl_n)])
     if not valid:
         return losses, mine_nV
 
@@ -192,15 +131,14 @@ def _chunk(
     cooled_factor_n = kl_weight * t * ((parts[0] - top_n) / t).exp() / cooled_sum_n
     taught_factor_n = kl_weight * t * ((parts[1] - taught_top_n) / t).exp() / taught_sum_n
     factors = [
-        x.masked_fill(~counts_n, 0.0).unsqueeze(-1) for x in (factor_n, cooled_factor_n, taught_factor_n)
+        x.masked_fill(~targets.counts_n, 0.0).unsqueeze(-1)
+        for x in (factor_n, cooled_factor_n, taught_factor_n)
     ]
     if t == 1:
         gradient_nV = mine_nV.mul_(factors[0] + factors[1])
     else:
         gradient_nV = mine_nV.mul_(factors[0]).addcmul_(cooled_nV, factors[1])
-    gradient_nV.addcmul_(taught_nV, factors[2], value=-1.0)
-    hit_n = (here_n & counts_n).to(gradient_nV.dtype)
-    return losses, gradient_nV.scatter_add_(-1, local_n1, -hit_n.unsqueeze(-1))
+    return losses, targets.subtract_from(gradient_nV.addcmul_(taught_nV, factors[2], value=-1.0))
 
 
 class _HiddenMSE(torch.autograd.Function):

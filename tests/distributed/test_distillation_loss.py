@@ -16,6 +16,7 @@ from torch import Tensor
 from megatron_iiet.config.schema import ParallelConfig
 from megatron_iiet.parallel import ParallelContext, TensorParallel
 from megatron_iiet.parallel.distillation_loss import hidden_mse, prediction_loss
+from megatron_iiet.parallel.head_loss import head_cross_entropy
 from megatron_iiet.parallel.vocabulary import IGNORED
 from tests.distributed.harness import run_ranks
 from tests.distributed.test_collectives import CollectivesOfTorch
@@ -81,10 +82,12 @@ def plain(setting: Setting) -> dict[str, Tensor]:
     kl = F.kl_div(of_mine, of_taught, reduction="sum", log_target=True) * setting.temperature**2
     total = ce + KL_WEIGHT * kl
     squares = ((student - inputs["other"]).square().mean(-1) * counts).sum()
-    gradients = torch.autograd.grad(UPSTREAM * total, (student, weight))
+    gradients = torch.autograd.grad(UPSTREAM * total, (student, weight), retain_graph=True)
+    of_ce = torch.autograd.grad(UPSTREAM * ce, (student, weight))
     (of_states,) = torch.autograd.grad(UPSTREAM * squares, student)
-    results = {"total": total, "ce": ce, "kl": kl, "mse": squares}
+    results = {"total": total, "ce": ce, "kl": kl, "mse": squares, "ce alone": ce}
     results |= {"for student": gradients[0], "for weight": gradients[1], "for states": of_states}
+    results |= {"for student, ce alone": of_ce[0], "for weight, ce alone": of_ce[1]}
     return {key: value.detach() for key, value in results.items()}
 
 
@@ -127,12 +130,23 @@ def ours(setting: Setting, parallel: TensorParallel) -> tuple[dict[str, Tensor],
             kl_weight=KL_WEIGHT,
             temperature=setting.temperature,
             parallel=parallel,
-            chunk_elements=setting.chunk * len(weight),
+            chunk_tokens=setting.chunk,
         )
         note("forward")
         leaves = student, weight, teacher, teacher_weight
         gradients = torch.autograd.grad(UPSTREAM * loss.total, leaves, allow_unused=True)
         note("backward")
+        alone = head_cross_entropy(
+            student,
+            weight,
+            inputs["targets"],
+            vocab_size=VOCABULARY,
+            parallel=parallel,
+            chunk_tokens=setting.chunk,
+        )
+        note("ce forward")
+        of_ce = torch.autograd.grad(UPSTREAM * alone, leaves[:2])
+        note("ce backward")
         squares = hidden_mse(student, other, inputs["targets"] != IGNORED, parallel)
         note("mse forward")
         of_states = torch.autograd.grad(UPSTREAM * squares, (student, other), allow_unused=True)
@@ -141,6 +155,7 @@ def ours(setting: Setting, parallel: TensorParallel) -> tuple[dict[str, Tensor],
     assert of_states[1] is None, "the teacher got a gradient"
     results = {"total": loss.total, "ce": loss.cross_entropy, "kl": loss.kl_divergence, "mse": squares}
     results |= {"for student": gradients[0], "for weight": gradients[1], "for states": of_states[0]}
+    results |= {"ce alone": alone, "for student, ce alone": of_ce[0], "for weight, ce alone": of_ce[1]}
     return {key: value.detach() for key, value in results.items()}, sent
 
 
@@ -156,17 +171,18 @@ def compare(size: int, settings: list[Setting], tolerance: float) -> None:
                 assert all(torch.equal(value, values[0]) for value in values), f"{key} differs between ranks"
             else:
                 assert all(value.dtype == setting.dtype for value in values)
-            if key == "for weight":
+            of_weight = key.startswith("for weight")
+            if of_weight:
                 values = [torch.cat(values)]
             elif key.startswith("for ") and setting.sequence:
                 values = [torch.cat(values, dim=1)]
             for value in values:
                 error = ((value.float() - whole).norm() / whole.norm()).item()
                 assert error <= tolerance, f"{key}, {setting}: {error:.1e}"
-                if key in ("for student", "for states"):
-                    assert not value[ignored].any()
-                if key == "for weight":
+                if of_weight:
                     assert not value[VOCABULARY:].any()
+                elif key.startswith("for "):
+                    assert not value[ignored].any()
 
 
 @pytest.mark.slow
@@ -184,12 +200,17 @@ def test_bf16_is_close_to_fp32(size: int) -> None:
 
 @pytest.mark.slow
 def test_collectives() -> None:
-    """An all-gather of seven numbers a token for each chunk, and of states what entering a block costs."""
+    """An all-gather of seven numbers a token for each chunk, three without a teacher, and of states what
+    entering a block costs."""
     chunks = {1: 24, 5: 5, 1000: 1}
     settings = [Setting(sequence, chunk=chunk) for sequence in (False, True) for chunk in chunks]
     for rank in run_ranks(losses_of_rank, 2, 2, settings):
         for setting, (_, sent) in zip(settings, rank, strict=True):
             numbers, states = 2 * 7 * B * T, B * T * STUDENT_D
+            alone = {"all_gather": 2 * 3 * B * T + states * setting.sequence}
+            assert sent["ce forward"] == {"all_gather": chunks[setting.chunk] + setting.sequence}
+            assert sent["ce forward elements"] == alone
+            assert sent["ce backward elements"] == sent["backward elements"]
             if setting.sequence:
                 assert sent["forward"] == {"all_gather": chunks[setting.chunk] + 2}  # and both models' states
                 assert sent["forward elements"] == {"all_gather": numbers + states + B * T * TEACHER_D}

@@ -30,7 +30,7 @@ def through_stages(
         x = stage(x, positions)
         if not model.is_last:
             assert len(x) == 1 + len(stage.entries_handed_on)
-    return x[..., : whole.config.model.vocab_size]
+    return model.project(x)[..., : whole.config.model.vocab_size]
 
 
 @pytest.mark.slow

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import redirect_stdout
+from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from functools import partial, wraps
 from typing import Any, ClassVar, cast
 
@@ -194,17 +194,18 @@ class _StageModule(PipelineModule):
                 # It takes the one at this rank's place.
                 layers=[stage if distilled is None else distilled] * context.pipeline.size,
                 topology=topology,
-                loss_fn=partial(_loss, stage.model, distilled) if stage.model.is_last else None,
+                loss_fn=partial(self._loss, distilled) if stage.model.is_last else None,
                 partition_method="uniform",
             )
         if self._tied_weight() is not None and not stage.model.is_first:
             self._tied_weight().ds_pipe_replicated = True  # counts once in the gradient norm
 
     def forward(self, x: Any) -> Any:
-        if not self.training:
+        with self._counted():
             return self._forward(x)
-        with self._own_time.counted():
-            return self._forward(x)
+
+    def _counted(self) -> AbstractContextManager[None]:
+        return self._own_time.counted() if self.training else nullcontext()
 
     def _forward(self, x: Any) -> Any:
         stage, inputs = self.forward_funcs[0], self.feed.begin()
@@ -213,6 +214,15 @@ class _StageModule(PipelineModule):
         if not self.training:
             return stage.student(x, inputs.positions)
         return stage(x, inputs.targets, inputs.positions, inputs.divisor)
+
+    def _loss(self, distilled: DistilledStage | None, output: Tensor | Prediction, labels: Labels) -> Tensor:
+        """Of what the last stage puts out: its stream, or in distillation both."""
+        targets, divisor = (labels, None) if isinstance(labels, Tensor) else labels
+        with self._counted():
+            if isinstance(output, Tensor):
+                return self._model.loss(output, targets, divisor)
+            assert distilled is not None
+            return distilled.loss(output, targets, divisor)
 
     def get_tied_weights_and_groups(self) -> list[tuple[Any, Any]]:
         """What DeepSpeed sums the gradient of over the first and last stage."""
@@ -223,14 +233,3 @@ class _StageModule(PipelineModule):
         model = self._model
         tied = model.config.model.tie_embeddings and model.embedding is not None
         return cast(Any, model.embedding).weight if tied else None
-
-
-def _loss(
-    model: Transformer, distilled: DistilledStage | None, output: Tensor | Prediction, labels: Labels
-) -> Tensor:
-    """Of what the last stage puts out: logits, or in distillation the two streams."""
-    targets, divisor = (labels, None) if isinstance(labels, Tensor) else labels
-    if isinstance(output, Tensor):
-        return model.loss(output, targets, divisor)
-    assert distilled is not None
-    return distilled.loss(output, targets, divisor)

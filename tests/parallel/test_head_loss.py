@@ -1,0 +1,86 @@
+"""The head's loss on one rank against torch's on whole logits; several ranks are in
+tests/distributed/test_distillation_loss.py and the parity matrix."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megatron_iiet.parallel import TensorParallel
+from megatron_iiet.parallel.head_loss import chunks_of, head_cross_entropy
+from megatron_iiet.parallel.vocabulary import IGNORED
+
+B, T, D, VOCABULARY = 3, 5, 16, 40
+
+
+def drawn(dtype: torch.dtype, padded: int = VOCABULARY) -> tuple[Tensor, Tensor, Tensor]:
+    """States, head and targets, of which some do not count."""
+    generator = torch.Generator().manual_seed(0)
+    states, weight = (torch.randn(n, D, generator=generator).to(dtype) for n in (B * T, padded))
+    targets = torch.randint(VOCABULARY, (B, T), generator=generator)
+    targets[0, 3:] = IGNORED
+    return states.view(B, T, D).requires_grad_(), weight.requires_grad_(), targets
+
+
+def ours(states: Tensor, weight: Tensor, targets: Tensor, chunk: int | None = None) -> Tensor:
+    return head_cross_entropy(
+        states, weight, targets, vocab_size=VOCABULARY, parallel=TensorParallel(), chunk_tokens=chunk
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("padded", [40, 64])
+@pytest.mark.parametrize("chunk", [1, 4, 1000, None])
+def test_loss_and_gradients_are_torchs(dtype: torch.dtype, padded: int, chunk: int | None) -> None:
+    states, weight, targets = drawn(dtype, padded)
+    kept = states.detach().clone(), weight.detach().clone()
+    loss = ours(states, weight, targets, chunk)
+    found = torch.autograd.grad(0.3 * loss, (states, weight))
+    leaves = [x.detach().float().requires_grad_() for x in (states, weight)]
+    logits = (leaves[0] @ leaves[1].t())[..., :VOCABULARY].flatten(0, 1)
+    expected = F.cross_entropy(logits, targets.flatten(), reduction="sum", ignore_index=IGNORED)
+    wanted = torch.autograd.grad(0.3 * expected, leaves)
+    tolerance = 2e-6 if dtype == torch.float32 else 4e-3
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(expected.item(), rel=tolerance)
+    for mine, theirs in zip(found, wanted, strict=True):
+        assert mine.dtype == dtype
+        assert (mine.float() - theirs).norm() < tolerance * theirs.norm()
+    assert not found[0][targets == IGNORED].any()
+    assert not found[1][VOCABULARY:].any()
+    assert torch.equal(states, kept[0])
+    assert torch.equal(weight, kept[1])
+
+
+def test_what_gets_no_gradient() -> None:
+    states, weight, targets = drawn(torch.float32)
+    loss = ours(states, weight, targets)
+    with torch.no_grad():
+        assert torch.equal(ours(states, weight, targets), loss)
+        assert not ours(states, weight, targets).requires_grad
+    whole = torch.autograd.grad(loss, (states, weight))
+    for n, leaves in enumerate([(states, weight.detach()), (states.detach(), weight)]):
+        (alone,) = torch.autograd.grad(ours(*leaves, targets), leaves[n])
+        assert torch.equal(alone, whole[n])
+
+
+def test_gradients_are_handed_out_once() -> None:
+    """They are scaled where they are: a second time would scale them again."""
+    states, weight, targets = drawn(torch.float32)
+    loss = ours(states, weight, targets)
+    loss.backward(retain_graph=True)
+    with pytest.raises(AssertionError, match="taken already"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 7, 512, 2048, 8192])
+@pytest.mark.parametrize(("hidden", "width"), [(512, 32000), (16, 1 << 25), (4096, 128256), (64, 300)])
+def test_chunks(tokens: int, hidden: int, width: int) -> None:
+    chunks = chunks_of(tokens, hidden, width)
+    assert [n for rows in chunks for n in range(rows.start, rows.stop)] == list(range(tokens))
+    sizes = [rows.stop - rows.start for rows in chunks]
+    assert max(sizes) <= max(hidden, (1 << 24) // width)
+    assert len(chunks) >= 2 or tokens == 1
+    assert max(sizes) - min(sizes) < len(sizes)
