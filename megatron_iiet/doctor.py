@@ -130,8 +130,11 @@ def building(torch: Any, torch_is: str) -> Iterator[Check]:
 
 def optional(torch: Any, torch_is: str) -> Iterator[Check]:
     """What training does without."""
-    need = "not needed; apex on PyPI is another project, NVIDIA's is built from github.com/NVIDIA/apex"
-    yield line("apex", "found, not used" if find_spec("apex") else "", need)
+    need = (
+        "only optimizer.implementation: apex needs NVIDIA's, built from github.com/NVIDIA/apex; PyPI's is "
+        "another project"
+    )
+    yield line("apex", "found" if find_spec("apex") else "", need)
     yield line("triton", version("triton"), "only ops.backend: triton needs it; pip install triton")
     yield line("tensorboard", version("tensorboard"), "draws the curves of runs; make setup")
     yield program("numactl", "only deepspeed --bind_cores_to_rank needs it; install the system's numactl")

@@ -333,7 +333,7 @@ building | C++ compiler | -- | builds the extension, in C++20; install GCC 10 or
 building | ninja | -- | builds the extension; pip install ninja
 building | nvcc | -- | builds CUDA kernels only, with a CUDA build of torch and toolkit 12.9
 building | CUDA_HOME | -- | builds CUDA kernels only, with a CUDA build of torch and toolkit 12.9
-optional | apex | -- | not needed; apex on PyPI is another project, NVIDIA's is built from github.com/NVIDIA/apex
+optional | apex | -- | only optimizer.implementation: apex needs NVIDIA's, built from github.com/NVIDIA/apex; PyPI's is another project
 optional | triton | -- | only ops.backend: triton needs it; pip install triton
 optional | tensorboard | -- | draws the curves of runs; make setup
 optional | numactl | -- | only deepspeed --bind_cores_to_rank needs it; install the system's numactl
@@ -452,7 +452,7 @@ def test_where_everything_is_there(
     assert found["building | nvcc"] == "13.1; torch's CUDA is 13.0"
     assert found["building | CUDA_HOME"] == "/opt/cuda"
     assert set(asked) == {"clang", "/opt/cuda/bin/nvcc", "2 on cuda"}
-    assert found["optional | apex"] == "found, not used"
+    assert found["optional | apex"] == "found"
     assert found["optional | triton"] == "1.0 of triton"
     assert found["optional | libaio"] == "libaio.so"
     assert found["launching | mpi"] == "available"

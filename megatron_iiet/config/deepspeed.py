@@ -12,7 +12,7 @@ from typing import Any
 from megatron_iiet.config.combinations import gradient_accumulation_steps
 from megatron_iiet.config.errors import ConfigError
 from megatron_iiet.config.keys import did_you_mean, join_words
-from megatron_iiet.config.rules import AUTO
+from megatron_iiet.config.rules import AUTO, Setup
 from megatron_iiet.config.schema import RunConfig
 
 NEVER_PRINT = 1_000_000_000
@@ -100,6 +100,8 @@ def reconcile(
         ("gradient_clipping", "optimizer.gradient_clipping", config.optimizer.gradient_clipping),
         ("bf16.enabled", "training.precision == 'bf16'", config.training.precision == "bf16"),
     ]
+    if Setup(config, ds, 0, source).implementation == "deepspeed":
+        ds.setdefault("optimizer", {})
     if "optimizer" in ds:
         of_optimizer = config.optimizer.in_deepspeed()
         if of_optimizer is None:

@@ -6,10 +6,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from megatron_iiet.config.changes import BELOW_ONE, FRACTION, NOT_NEGATIVE, POSITIVE, Change, key
+from megatron_iiet.config.changes import BELOW_ONE, FRACTION, NOT_NEGATIVE, POSITIVE, Change, Range, key
 from megatron_iiet.config.kinds import Declaration, Kinds, name_of_kind
 
 COURSE = Change.COURSE
+FEW = Range("lie between 1 and 20", least=1, most=20)
 
 
 @dataclass
@@ -40,16 +41,26 @@ class OptimizerConfig(Declaration):
 
 
 @dataclass
-class AdamW(OptimizerConfig):
+class WithAdamW(OptimizerConfig):
+    """What moves some parameters, or all, by AdamW."""
+
+    beta1: float = key(0.9, COURSE, BELOW_ONE)
+    """First-moment decay of AdamW."""
+    beta2: float = key(0.95, COURSE, BELOW_ONE)
+    """Second-moment decay of AdamW."""
+    eps: float = key(1.0e-8, COURSE, POSITIVE)
+    """Denominator epsilon of AdamW."""
+
+
+@dataclass
+class AdamW(WithAdamW):
     """Adam with decoupled weight decay (Loshchilov and Hutter 2019)."""
 
     kind: str = name_of_kind("adamw")
-    beta1: float = key(0.9, COURSE, BELOW_ONE)
-    """First-moment decay."""
-    beta2: float = key(0.95, COURSE, BELOW_ONE)
-    """Second-moment decay."""
-    eps: float = key(1.0e-8, COURSE, POSITIVE)
-    """Denominator epsilon."""
+    implementation: Literal["auto", "torch", "apex", "deepspeed"] = key("auto", COURSE)
+    """Whose AdamW: torch's fused one, apex.optimizers.FusedAdam (NVIDIA's apex, which is not on PyPI), or
+    DeepSpeed's (FusedAdam, or its CPU Adam if it is offloaded; compiled at first use). auto: DeepSpeed's if
+    the DeepSpeed JSON has an optimizer section, else torch's. A start says which it is."""
 
     def in_deepspeed(self) -> list[tuple[str, str, Any]]:
         return [
@@ -61,4 +72,22 @@ class AdamW(OptimizerConfig):
         ]
 
 
-OPTIMIZERS = Kinds("optimizer", "an optimizer", (AdamW,), default=AdamW)
+@dataclass
+class Muon(WithAdamW):
+    """Momentum, orthogonalised by Newton-Schulz iterations (Jordan et al. 2024), for the layers' matrices:
+    q, k, v, gate and up each on its own. Embedding, head, norms, biases and merge coefficients have AdamW."""
+
+    kind: str = name_of_kind("muon")
+    momentum: float = key(0.95, COURSE, BELOW_ONE)
+    """Decay of the running mean of gradients (Nesterov's, as torch.optim.Muon has it)."""
+    newton_schulz_steps: int = key(5, COURSE, FEW)
+    """Iterations that orthogonalise, each three matrix products."""
+    adjust_lr: Literal["match_rms_adamw", "original"] = key("match_rms_adamw", COURSE)
+    """What the rate of an m x n matrix is multiplied by: 0.2 sqrt(max(m, n)), with which its steps are as
+    large as AdamW's and one rate and weight decay serve both (Liu et al. 2025), or sqrt(max(1, m / n)), which
+    asks for a matrix_lr_ratio."""
+    matrix_lr_ratio: float = key(1.0, COURSE, POSITIVE)
+    """Learning rate of the matrices of the layers over optimizer.lr, which is that of all else."""
+
+
+OPTIMIZERS = Kinds("optimizer", "an optimizer", (AdamW, Muon), default=AdamW)

@@ -41,6 +41,16 @@ class Setup:
         value = None if value == AUTO else value
         return 0 if key == STAGE and value is None else value
 
+    @property
+    def implementation(self) -> str:
+        """Whose AdamW is asked for; "auto" of an optimizer that has one implementation."""
+        return str(getattr(self.config.optimizer, "implementation", "auto"))
+
+    @property
+    def deepspeed_optimizer(self) -> bool:
+        """Whether DeepSpeed is to bring its own optimizer."""
+        return self.setting("optimizer") is not None or self.implementation == "deepspeed"
+
 
 @dataclass(frozen=True)
 class Rule:
@@ -145,6 +155,14 @@ def _stage(*stages: int) -> With:
         f"ZeRO stage {join_words(list(map(str, stages)))}",
         lambda setup: setup.setting(STAGE) in stages,
         "zero_optimization.stage = {stage}",
+    )
+
+
+def _implementation(*names: str) -> With:
+    return With(
+        f"`optimizer.implementation: {join_words(list(names))}`",
+        lambda setup: setup.implementation in names,
+        "optimizer.implementation = '{config.optimizer.implementation}'",
     )
 
 
@@ -267,7 +285,7 @@ DEEPSPEED_RULES = (
         TRUE,
         With(
             "`offload_optimizer` and no `optimizer` section",
-            lambda setup: setup.setting(OFFLOAD) == "cpu" and setup.setting("optimizer") is None,
+            lambda setup: setup.setting(OFFLOAD) == "cpu" and not setup.deepspeed_optimizer,
             "zero_optimization.offload_optimizer and no optimizer section",
         ),
         why="AdamW is then torch's",
@@ -286,6 +304,28 @@ DEEPSPEED_RULES = (
         TRUE,
         why="it is an old name",
         instead='write "offload_optimizer": {"device": "cpu"} or "offload_param": {"device": "cpu"}',
+    ),
+    # Whose optimizer.
+    refuse(
+        "optimizer",
+        PRESENT,
+        _implementation("torch", "apex"),
+        why="that section asks for DeepSpeed's AdamW",
+        instead="remove it, or set optimizer.implementation to 'auto'",
+    ),
+    refuse(
+        STAGE,
+        _one_of(3),
+        _implementation("apex"),
+        why="apex counts the steps of a group, of which ZeRO-3 steps parts, or none",
+        instead="set optimizer.implementation to 'auto', or the stage to 2",
+    ),
+    refuse(
+        OFFLOAD,
+        _one_of("cpu"),
+        _implementation("apex"),
+        why="apex steps on GPUs only",
+        instead="remove the section, or set optimizer.implementation to 'auto'",
     ),
     # Training.
     refuse("gradient_allreduce_op", _one_of("sum"), why="the gradient is the mean over data-parallel ranks"),

@@ -39,6 +39,7 @@ from megatron_iiet.training.layout import describe_layout, layout_of
 from megatron_iiet.training.lock import RunLock
 from megatron_iiet.training.loop import train
 from megatron_iiet.training.mirror import Mirror
+from megatron_iiet.training.optimizers import check_optimizer
 from megatron_iiet.training.profiling import Profiling
 from megatron_iiet.training.progress import Progress
 from megatron_iiet.training.replicas import Replicas
@@ -124,6 +125,7 @@ def prepare(
     """
     check_paths(config)
     backend, reason = resolve_backend(config.ops.backend, context.device)
+    check_optimizer(config.optimizer, context.device)
     with failing_together(context):
         if (
             lock is not None and lock.path.exists()
@@ -176,7 +178,7 @@ def prepare(
     contents[resume.RULE] = rule = SPREAD if found is None else found.validation_rule
     held_out = validation_batches(config, corpora, context, config.evaluation.samples, rule)
     say_start(run, corpora, held_out, [*doubts, *outside_bounds()])
-    run.say(f"merge_norm backend: {backend} ({reason})")
+    run.say(f"merge_norm backend: {backend} ({reason}); optimizer: {engine.optimizer_class}")
     if warm is not None:
         run.say(warm.describe())
     if teacher is not None:

@@ -236,6 +236,25 @@ ERRORS: list[tuple[dict[str, Any], dict[str, Any], int, str]] = [
         2,
         "zero_force_ds_cpu_optimizer is true in ds.json with zero_optimization.offload_optimizer and no optimizer section, but AdamW is then torch's; remove it, or add an optimizer section to get DeepSpeed's (compiled at first use)",
     ),
+    # --- DeepSpeed: whose optimizer ---
+    (
+        {"optimizer__implementation": "torch"},
+        Z1 | {"optimizer": {"type": "AdamW"}},
+        2,
+        "optimizer is set in ds.json with optimizer.implementation = 'torch', but that section asks for DeepSpeed's AdamW; remove it, or set optimizer.implementation to 'auto'",
+    ),
+    (
+        {"optimizer__implementation": "apex"},
+        zero(3),
+        2,
+        "zero_optimization.stage is 3 in ds.json with optimizer.implementation = 'apex', but apex counts the steps of a group, of which ZeRO-3 steps parts, or none; set optimizer.implementation to 'auto', or the stage to 2",
+    ),
+    (
+        {"optimizer__implementation": "apex"},
+        offload(2),
+        2,
+        "zero_optimization.offload_optimizer.device is \"cpu\" in ds.json with optimizer.implementation = 'apex', but apex steps on GPUs only; remove the section, or set optimizer.implementation to 'auto'",
+    ),
     (
         {},
         offload(3, ratio=0.5),
@@ -361,6 +380,18 @@ def test_layout_is_validated_without_a_number_of_processes(
         (P2 | {"model__tie_embeddings": False}, offload(1), 2, 1),
         (P2 | {"training__precision": "fp32"}, offload(1), 2, 1),
         ({}, offload(2) | {"zero_force_ds_cpu_optimizer": True, "optimizer": {"type": "AdamW"}}, 2, 2),
+        (
+            {"optimizer__implementation": "deepspeed"},
+            offload(2) | {"zero_force_ds_cpu_optimizer": True, "optimizer": {"params": {"torch_adam": True}}},
+            2,
+            2,
+        ),
+        (
+            {"optimizer__implementation": "deepspeed"},
+            offload(2) | {"zero_force_ds_cpu_optimizer": True},
+            2,
+            2,
+        ),
         ({}, Z1 | {"data_types": {"grad_accum_dtype": "bf16"}, "communication_data_type": "bf16"}, 2, 2),
         ({}, Z1 | {"gradient_predivide_factor": 1, "sequence_parallel_size": 1}, 2, 2),
         # "auto" is as good as absent, and what is no object is left to reconcile()

@@ -95,7 +95,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "num_workers": 1, "timeout": 300.0,
     },
     "optimizer": {
-        "kind": "adamw", "lr": 3e-4, "min_lr_ratio": 0.1, "warmup_fraction": 0.05, "schedule": "cosine",
+        "kind": "adamw", "implementation": "auto", "lr": 3e-4, "min_lr_ratio": 0.1, "warmup_fraction": 0.05, "schedule": "cosine",
         "decay_fraction": 0.1, "weight_decay": 0.01, "gradient_clipping": 1.0, "beta1": 0.9, "beta2": 0.95,
         "eps": 1e-8,
     },
@@ -247,17 +247,17 @@ COMMAND_LINE_ERRORS = [
         "--deepspeed_config names b on the command line, but a is given too; keep one",
     ),
     (
-        ["--optimizer.momentum", "0.9", "--optimizer.kind", "muon"],
-        "optimizer.kind is 'muon' on the command line, but must be 'adamw'",
+        ["--optimizer.velocity", "0.9", "--optimizer.kind", "lion"],
+        "optimizer.kind is 'lion' on the command line, but must be 'adamw' or 'muon'",
     ),
     (
-        ["--optimizer.momentum=0.9", "--optimizer.kind=muon"],
-        "optimizer.kind is 'muon' on the command line, but must be 'adamw'",
+        ["--optimizer.velocity=0.9", "--optimizer.kind=lion"],
+        "optimizer.kind is 'lion' on the command line, but must be 'adamw' or 'muon'",
     ),
     (
-        ["--optimizer.momentum", "0.9", "--optimizer.kind", "adamw", "--solver.kind", "muon"],
-        "unknown key '--optimizer.momentum' on the command line; did you mean '--optimizer.beta1', "
-        "'--optimizer.beta2' or '--optimizer.eps'?",
+        ["--optimizer.velocity", "0.9", "--optimizer.kind", "adamw", "--solver.kind", "lion"],
+        "unknown key '--optimizer.velocity' on the command line; did you mean '--optimizer.lr', "
+        "'--optimizer.beta1' or '--optimizer.beta2'?",
     ),
     (["--optimizer.lr", "abc"], "optimizer.lr is 'abc' on the command line, but must be a number"),
     (["--training.steps", "1.5"], "training.steps is 1.5 on the command line, but must be an integer"),
@@ -309,8 +309,8 @@ FILE_ERRORS = [
         "unknown key 'model.hidden_sise' in run.yaml (line 2); did you mean 'model.hidden_size'?",
     ),
     (
-        "optimizer: {momentum: 0.9, kind: muon}\n",
-        "optimizer.kind is 'muon' in run.yaml (line 1), but must be 'adamw'",
+        "optimizer: {velocity: 0.9, kind: lion}\n",
+        "optimizer.kind is 'lion' in run.yaml (line 1), but must be 'adamw' or 'muon'",
     ),
     ("lr: 1\n", "unknown key 'lr' in run.yaml (line 1); did you mean 'optimizer.lr'?"),
     ("\nmodle:\n  a: 1\n", "unknown key 'modle' in run.yaml (line 2); did you mean 'checkpoint.mode' or 'model'?"),

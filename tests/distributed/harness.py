@@ -36,6 +36,7 @@ _PRELOAD = [
     "numpy.ma",
     "torch.profiler._cupti_monitor",
     "megatron_iiet.training.optimizers.adamw",
+    "megatron_iiet.training.optimizers.muon",
     "megatron_iiet.training.pretrain",
     "tests.distributed.preloaded",
 ]

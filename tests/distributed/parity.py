@@ -29,6 +29,7 @@ from megatron_iiet.storage.integrity import SaveIdentity
 from megatron_iiet.training.engine import Engine, StepResult, engine_class
 from megatron_iiet.training.schedules import learning_rate
 from megatron_iiet.training.warm_start import open_teacher
+from tests.distributed.muon_alone import MuonAlone
 from tests.tiny import read_full
 
 STEPS = 3
@@ -119,6 +120,7 @@ class Case:
     """Whether the optimizer is in the memory of the CPU, as DeepSpeed means it."""
     guards: tuple[tuple[str, Any], ...] = ()
     """Keys of the section guards with their values."""
+    optimizer: str = "adamw"
 
     @property
     def grid(self) -> tuple[int, int, int]:
@@ -146,6 +148,7 @@ class Case:
             f"t{self.tensor}{sequence}p{self.pipeline}d{self.data}-zero{self.stage}-{self.recompute}-"
             f"{self.solver}-{tied}-acc{self.accumulation}-{documents}{self.backend}-{self.history}-"
             f"{self.precision}{self.shape and '-' + self.shape}{self.teacher and '-from-' + self.teacher}"
+            f"{self.optimizer if self.optimizer != 'adamw' else ''}{'-offload' if self.offload else ''}"
         )
 
     def config(self, paths: dict[str, str], steps: int = STEPS) -> RunConfig:
@@ -176,7 +179,13 @@ class Case:
                 },
                 "data": {**paths, "sequence_length": LENGTH, "split": [1.0, 0.0, 0.0]},
                 # A larger epsilon: where a gradient is all rounding, AdamW would turn it into a full step.
-                "optimizer": {"lr": 1e-2, "eps": 1e-4, "weight_decay": 0.1, "gradient_clipping": 0.5},
+                "optimizer": {
+                    "kind": self.optimizer,
+                    "lr": 1e-2,
+                    "eps": 1e-4,
+                    "weight_decay": 0.1,
+                    "gradient_clipping": 0.5,
+                },
                 "training": {
                     "steps": steps,
                     "global_batch_size": GLOBAL_BATCH,
@@ -554,8 +563,10 @@ def train_alone(
     model = Transformer(config, backend="reference")
     model.initialise(config.training.seed)
     named = dict(model.named_parameters())
-    decayed = [p for n, p in named.items() if p.dim() == 2 and ".solver." not in n]
-    others = [p for p in named.values() if all(p is not q for q in decayed)]
+    muon = MuonAlone(named, config) if case.optimizer == "muon" else None
+    left = {n: p for n, p in named.items() if muon is None or n not in muon.named}
+    decayed = [p for n, p in left.items() if p.dim() == 2 and ".solver." not in n]
+    others = [p for p in left.values() if all(p is not q for q in decayed)]
     optimizer = torch.optim.AdamW(
         [
             {"params": decayed, "weight_decay": config.optimizer.weight_decay},
@@ -577,6 +588,8 @@ def train_alone(
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(config.optimizer, step, config.training.steps)
         optimizer.step()
+        if muon is not None:
+            muon.step(optimizer.param_groups[0]["lr"])
         losses.append(loss)
         norms.append(norm.item())
     return losses, norms, first, {n: p.detach() for n, p in named.items()}
@@ -629,8 +642,9 @@ def differences(
 
     yield from compare("losses", torch.tensor(losses), torch.tensor(expected.losses), for_losses)
     yield from compare("gradient norms", torch.tensor(norms), torch.tensor(expected.norms), for_norms)
-    # The first moment after one step is (1 - beta1) times the clipped gradient: what the optimizer saw.
-    factor = (1 - config.optimizer.beta1) * min(1.0, config.optimizer.gradient_clipping / expected.norms[0])
+    # The first moment after one step is (1 - its decay) times the clipped gradient: what the optimizer saw.
+    decays = {"exp_avg": "beta1", "momentum_buffer": "momentum"}
+    clipped = min(1.0, config.optimizer.gradient_clipping / expected.norms[0])
     with FragmentReader(folder / "0", SAVE) as first, FragmentReader(folder / str(STEPS - 1), SAVE) as last:
         assert set(first.parameters) == set(expected.gradients)
         for name, gradient in expected.gradients.items():
@@ -643,7 +657,9 @@ def differences(
             )
             if case.precision == "fp32":
                 floor = max(4 * expected.noise[name], for_tensors * expected.largest_of_matrix(name))
-                found = read_full(first, name, "exp_avg") / factor
+                moment = first.parameters[name].kinds[1]
+                found = read_full(first, name, moment)
+                found /= (1 - getattr(config.optimizer, decays[moment])) * clipped
                 yield from compare(
                     f"gradient of {name}", found, gradient, for_tensors, lambda floor=floor: floor
                 )

@@ -18,7 +18,7 @@ from megatron_iiet.parallel import ParallelContext
 from megatron_iiet.parallel.tensor import shard_of
 from megatron_iiet.storage.fragments import FragmentReader
 from megatron_iiet.training.engine import Engine, NotFinite, Verdict
-from megatron_iiet.training.engine.optimizer_state import _prepared_parts
+from megatron_iiet.training.engine.optimizer_state import _prepared_parts, _tensors
 from tests.distributed.harness import run_ranks
 from tests.distributed.parity import SAVE, Case, open_engine, step_once, train_alone
 from tests.tiny import read_full, write_shard
@@ -37,6 +37,7 @@ CASES = [
     Case(data=2, stage=3, accumulation=3),
     Case(pipeline=2, stage=1, accumulation=3),
     Case(tensor=2, stage=1),
+    Case(data=2, stage=1, optimizer="muon"),
 ]
 MORE_CASES = [
     Case(data=2, stage=0, accumulation=3),
@@ -51,6 +52,11 @@ MORE_CASES = [
     Case(tensor=2, stage=1, precision="bf16"),
     Case(tensor=2, stage=2),
     Case(tensor=2, stage=3),
+    Case(data=2, stage=0, optimizer="muon"),
+    Case(data=2, stage=2, optimizer="muon", offload=True),
+    Case(data=2, stage=3, optimizer="muon", precision="bf16"),
+    Case(pipeline=2, stage=0, optimizer="muon", accumulation=3, precision="bf16"),
+    Case(tensor=2, stage=3, optimizer="muon"),
 ]
 
 
@@ -84,8 +90,8 @@ def state_of(engine: Engine) -> list[torch.Tensor]:
     """All that a step may move: working copies, masters, moments and step counts of this rank."""
     wrapped, tensors = engine._engine, [tensor for _, tensor in engine.gathered_parameters()]
     for part in _prepared_parts(wrapped, engine._names):  # not the padding of flat tensors, which is anything
-        tensors += part.tensors(wrapped).values()
-    tensors += [torch.as_tensor(state["step"]) for state in wrapped.basic_optimizer.state.values()]
+        tensors += _tensors(part, wrapped).values()
+        tensors.append(torch.as_tensor(wrapped.basic_optimizer.state[part.flat]["step"]))
     return [tensor.detach().clone() for tensor in tensors]
 
 

@@ -96,6 +96,28 @@ LARGER_FAMILIES = [
     Case(tensor=2, data=2, stage=3, shape="normed-heads", precision="bf16"),
     Case(tensor=2, sequence=True, pipeline=2, shape="biased", accumulation=3, precision="bf16"),
 ]
+MUON = [
+    Case(optimizer="muon", data=2, stage=0),
+    Case(optimizer="muon", data=2, stage=1, accumulation=3),
+    Case(optimizer="muon", data=2, stage=2, offload=True),
+    Case(optimizer="muon", data=2, stage=3),
+    Case(optimizer="muon", tensor=2, sequence=True, pipeline=2, accumulation=3),
+]
+MORE_MUON = [
+    Case(optimizer="muon", stage=0, shape="biased"),
+    Case(optimizer="muon", data=2, stage=3, offload=True),
+    Case(optimizer="muon", data=3, stage=1),
+    Case(optimizer="muon", tensor=2, stage=0, shape="biased"),
+    Case(optimizer="muon", tensor=2, sequence=True, stage=2),
+    Case(optimizer="muon", pipeline=2, stage=0, accumulation=3),
+    Case(optimizer="muon", pipeline=2, stage=1, accumulation=3, tied=False),
+    Case(optimizer="muon", tensor=2, data=2, stage=1),
+    Case(optimizer="muon", tensor=2, data=2, stage=3, shape="biased"),
+    Case(optimizer="muon", tensor=2, data=2, stage=1, precision="bf16"),
+    Case(optimizer="muon", tensor=2, data=2, stage=3, precision="bf16"),
+    Case(optimizer="muon", pipeline=2, data=2, stage=0, accumulation=3, precision="bf16"),
+    Case(optimizer="muon", pipeline=2, data=2, stage=1, accumulation=3),
+]
 EVALUATION = [
     {"data": 2, "accumulation": 3},
     {"tensor": 2, "stage": 3},
@@ -119,15 +141,20 @@ def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 @cache
-def expected_of(solver: str, tied: bool, documents: bool, shape: str, prefix: str) -> Reference:
-    return reference(Case(solver=solver, tied=tied, documents=documents, shape=shape), {"prefix": prefix})
+def expected_of(
+    solver: str, tied: bool, documents: bool, shape: str, optimizer: str, prefix: str
+) -> Reference:
+    case = Case(solver=solver, tied=tied, documents=documents, shape=shape, optimizer=optimizer)
+    return reference(case, {"prefix": prefix})
 
 
 def check(cases: list[Case], paths: dict[str, str], folder: Path) -> None:
     results = run_ranks(train_cases, cases[0].world_size, cases, paths, folder, timeout=400.0)
     wrong = []
     for case, (losses, norms) in zip(cases, results[0], strict=True):
-        expected = expected_of(case.solver, case.tied, case.documents, case.shape, paths["prefix"])
+        expected = expected_of(
+            case.solver, case.tied, case.documents, case.shape, case.optimizer, paths["prefix"]
+        )
         assert max(expected.norms) > 0.5, "clipping was never in force"
         wrong += differences(case, expected, losses, norms, folder / str(case))
     assert not wrong, "\n".join(wrong)
@@ -153,7 +180,7 @@ def test_weights_are_excused_by_rounding_only_where_it_is_large(
     paths: dict[str, str], tmp_path: Path
 ) -> None:
     """A one-number gradient near 0, seen 2.7e-5; everything else stays within the plain tolerance."""
-    expected = expected_of("rk2-gated", False, False, "", paths["prefix"])
+    expected = expected_of("rk2-gated", False, False, "", "adamw", paths["prefix"])
     noise = expected.weight_noise()
     loud = {n for n, w in expected.weights.items() if 4 * noise[n] > 1e-5 * w.abs().max().item()}
     assert loud <= {"layers.0.solver.gate_bias"}
@@ -211,6 +238,19 @@ def test_families(cases: list[Case], paths: dict[str, str], tmp_path: Path) -> N
 @pytest.mark.long
 @pytest.mark.parametrize("cases", by_grid(LARGER_FAMILIES), ids=name_of)
 def test_families_in_larger_grids(cases: list[Case], paths: dict[str, str], tmp_path: Path) -> None:
+    check(cases, paths, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cases", by_grid(MUON), ids=name_of)
+def test_muon(cases: list[Case], paths: dict[str, str], tmp_path: Path) -> None:
+    """Matrices that ranks hold parts of take the steps of whole ones."""
+    check(cases, paths, tmp_path)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("cases", by_grid(MORE_MUON), ids=name_of)
+def test_muon_in_more_layouts(cases: list[Case], paths: dict[str, str], tmp_path: Path) -> None:
     check(cases, paths, tmp_path)
 
 

@@ -17,6 +17,7 @@ from megatron_iiet.config import ConfigError, RunConfig, config_from_dict, confi
 from megatron_iiet.config.changes import Change, change_of_field, key
 from megatron_iiet.config.keys import key_changes, key_types
 from megatron_iiet.config.kinds import own_keys
+from megatron_iiet.config.optimizers import OPTIMIZERS
 from megatron_iiet.config.solvers import IIET, SOLVERS, PCformer, ReleasedIIET, SolverConfig
 from megatron_iiet.storage import checkpoint
 from megatron_iiet.storage.selection import find_candidates
@@ -80,6 +81,11 @@ OTHER: dict[str, Any] = {
     "data.num_workers": 3,
     "data.timeout": 1.0,
     "optimizer.kind": "momentum",
+    "optimizer.implementation": "torch",
+    "optimizer.momentum": 0.5,
+    "optimizer.newton_schulz_steps": 3,
+    "optimizer.adjust_lr": "original",
+    "optimizer.matrix_lr_ratio": 2.0,
     "optimizer.lr": 1.0,
     "optimizer.min_lr_ratio": 0.5,
     "optimizer.warmup_fraction": 0.5,
@@ -155,6 +161,8 @@ def everything_in_force(name: str = "solver.iterations") -> RunConfig:
     section, _, leaf = name.rpartition(".")
     if section == "solver" and leaf not in ("kind", "variant"):
         config.solver = solver_with(leaf)
+    if section == "optimizer":
+        config.optimizer = next(each for each in OPTIMIZERS if leaf == "kind" or leaf in own_keys(each))()
     config.guidance.interval = 2
     config.guards.spike = "skip"
     config.distillation.teacher = "runs/teacher"

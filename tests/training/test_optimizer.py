@@ -1,14 +1,18 @@
-"""What AdamW is given: which parameters decay, and its settings."""
+"""What optimizers are given: which parameters decay, and their settings; and what cannot run here."""
 
 from __future__ import annotations
 
+import importlib
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from megatron_iiet.config import config_from_dict
+from megatron_iiet.config.optimizers import AdamW
 from megatron_iiet.models import Transformer
-from megatron_iiet.training.optimizers import prepare_optimizer
+from megatron_iiet.training.optimizers import check_optimizer, prepare_optimizer
 
 MATRICES = ("embedding.weight", "head.weight", "qkv.weight", "output.weight", "gate_up.weight", "down.weight")
 
@@ -23,15 +27,22 @@ MATRICES = ("embedding.weight", "head.weight", "qkv.weight", "output.weight", "g
     ],
     ids=lambda solver: solver.get("variant", solver["kind"]),
 )
-@pytest.mark.parametrize("tied", [True, False])
-def test_matrices_decay_and_nothing_else(solver: dict[str, Any], tied: bool) -> None:
+@pytest.mark.parametrize(("tied", "kind"), [(True, "adamw"), (False, "adamw"), (False, "muon")])
+def test_matrices_decay_and_nothing_else(solver: dict[str, Any], tied: bool, kind: str) -> None:
     sizes = {"hidden_size": 16, "ffn_hidden_size": 24, "num_layers": 2, "num_attention_heads": 2}
     family = {"attention_bias": "qkvo", "qk_norm": True}
     config = config_from_dict(
         {
             "model": {**sizes, "vocab_size": 60, "tie_embeddings": tied, **family},
             "solver": solver,
-            "optimizer": {"lr": 3e-3, "beta1": 0.8, "beta2": 0.99, "eps": 1e-7, "weight_decay": 0.25},
+            "optimizer": {
+                "kind": kind,
+                "lr": 3e-3,
+                "weight_decay": 0.25,
+                "beta1": 0.8,
+                "beta2": 0.99,
+                "eps": 1e-7,
+            },
         }
     )
     model = Transformer(config)
@@ -44,3 +55,34 @@ def test_matrices_decay_and_nothing_else(solver: dict[str, Any], tied: bool) -> 
     for group in optimizer.param_groups:
         assert (group["lr"], group["betas"], group["eps"]) == (3e-3, (0.8, 0.99), 1e-7)
         assert len({getattr(p, "keep_fp32", False) for p in group["params"]}) == 1, "a group has one type"
+        assert len({prepared.moments[p] for p in group["params"]}) == 1, (
+            "DeepSpeed makes one tensor of a group"
+        )
+    hidden = {names[p] for p, moments in prepared.moments.items() if "momentum_buffer" in moments}
+    ends = MATRICES[2:] if kind == "muon" else ()
+    assert hidden == {name for name in names.values() if name.endswith(ends)}
+
+
+def test_an_apex_that_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NVIDIA's needs a GPU, which tests do not have; a folder of its shape stands for it."""
+    config, cpu = AdamW(implementation="apex"), torch.device("cpu")
+
+    def refusal() -> str:
+        importlib.invalidate_caches()
+        with pytest.raises(
+            ValueError, match=r"^optimizer\.implementation is 'apex', .*; set it to 'auto', or"
+        ) as e:
+            check_optimizer(config, cpu)
+        return str(e.value).partition("but ")[2].partition(";")[0]
+
+    check_optimizer(AdamW(), cpu)
+    assert refusal() == "there is no apex"
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for file, expected in (
+        ("apex/__init__.py", "the apex installed is another project of that name, as PyPI has one"),
+        ("apex/optimizers/fused_adam.py", "it was built without its CUDA extensions"),
+        ("amp_C.py", "it steps on NVIDIA GPUs only, and this run is on cpu"),
+    ):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).write_text("print 'of Python 2'")
+        assert refusal() == expected

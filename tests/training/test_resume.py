@@ -48,6 +48,7 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "zero3": (3, {}),
     "bf16": (1, {"training": {"precision": "bf16"}}),
     "json optimizer": (2, {}),
+    "muon": (1, {"optimizer": {"kind": "muon"}, "training": {"precision": "bf16"}}),
     "readers": (1, {"data": {"num_workers": 2}}),
 }
 

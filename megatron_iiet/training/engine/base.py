@@ -183,6 +183,12 @@ class Engine(ABC):
         parts = self.context.pipeline.gather_objects(own)
         return {name: norm for part in parts for name, norm in part.items()}
 
+    @property
+    def optimizer_class(self) -> str:
+        """What steps, by its full name."""
+        kind = type(self._engine.basic_optimizer)
+        return f"{kind.__module__}.{kind.__qualname__}"
+
     def fragments(self) -> list[Fragment]:
         """What this rank writes of a checkpoint: views of masters and moments, which a step changes."""
         return own_fragments(self._engine, self._names)

@@ -24,10 +24,12 @@ from megatron_iiet.training.engine.deepspeed_internals import (
     check_engine,
     kind_of,
     lasting_gradients,
+    masters,
     norm_of,
     without_waits,
 )
 from megatron_iiet.training.engine.gate import Gate
+from megatron_iiet.training.engine.master_parts import master_parts
 from megatron_iiet.training.optimizers import prepare_optimizer
 
 
@@ -84,6 +86,9 @@ class CorrectedEngine(DeepSpeedEngine):
         engine.context = context
         engine.offloaded = offloads_optimizer(ds_config)
         engine.moments = prepared.moments
+        if ours:
+            parts = master_parts(engine, trained.parameters())
+            prepared.connect(engine.basic_optimizer, masters(engine), parts, context)
         engine.gate = Gate(config.guards, context.world, context.device)
         if context.tensor.rank:
             engine.gate.watch(p for p in trained.parameters() if p.requires_grad and shard_of(p) is None)

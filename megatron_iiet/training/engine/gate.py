@@ -113,7 +113,7 @@ class Gate:
         called, which waits for the device in every step.
         """
         step = optimizer.step
-        reads_flag = type(optimizer).__module__.startswith("torch.optim") and optimizer.defaults.get("fused")
+        reads_flag = bool(optimizer.defaults.get("fused"))
 
         def guarded(*args: Any, **kwargs: Any) -> Any:
             left_out = self.decide(norm())[2].gt(0).to(torch.float32)
