@@ -216,6 +216,12 @@ def test_only_empty_documents(options: PreprocessOptions, tmp_path: Path) -> Non
     with pytest.raises(ValueError, match="hold no documents: every text under 'text' is empty"):
         preprocess(replace(options, inputs=[str(path)]), log=lambda _: None)
     assert published(tmp_path / "out") == {}
+    path = write_rows(tmp_path / "null.jsonl", [{"text": None}])
+    bad = replace(options, inputs=[str(path)], bad_rows="skip", output_prefix=f"{tmp_path}/null")
+    with pytest.raises(
+        ValueError, match=r"hold no documents: .* such as .*null\.jsonl, line 1: 'text' is null"
+    ):
+        preprocess(bad, log=lambda _: None)
     rows = [{"text": "ba", "title": ""}]
     path = write_rows(tmp_path / "title.jsonl", rows)
     options = replace(options, output_prefix=f"{tmp_path}/out/two")

@@ -108,7 +108,11 @@ def _refuse_none(plan: Plan, summary: Summary) -> None:
         )
     if not summary.outputs:
         keys = " and ".join(map(repr, plan.options["json_keys"]))
-        raise ValueError(f"The inputs hold no documents: every text under {keys} is empty or left out.")
+        told = [offender for some in summary.counts.offenders.values() for offender in some[:1]]
+        such_as = f", such as {told[0]}" if told else "."
+        raise ValueError(
+            f"The inputs hold no documents: every text under {keys} is empty or left out{such_as}"
+        )
 
 
 def refuse_empty(layout: Layout, plan: Plan, summary: Summary) -> None:
