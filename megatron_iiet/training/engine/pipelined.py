@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, nullcontext, redirect_stdout
+from contextlib import nullcontext, redirect_stdout
 from functools import partial, wraps
 from typing import Any, ClassVar, cast
 
@@ -15,7 +15,7 @@ from megatron_iiet.config import RunConfig
 from megatron_iiet.data.loader.batches import Batch
 from megatron_iiet.data.loader.inputs import Inputs
 from megatron_iiet.data.loader.validation import ValidationBatch, ValidationBatches
-from megatron_iiet.models.distilled import DistilledStage, Prediction
+from megatron_iiet.models.distilled import DistilledStage
 from megatron_iiet.models.pipeline import PipelineStage
 from megatron_iiet.models.transformer import Transformer
 from megatron_iiet.parallel import ParallelContext
@@ -194,35 +194,25 @@ class _StageModule(PipelineModule):
                 # It takes the one at this rank's place.
                 layers=[stage if distilled is None else distilled] * context.pipeline.size,
                 topology=topology,
-                loss_fn=partial(self._loss, distilled) if stage.model.is_last else None,
+                loss_fn=_as_it_is if stage.model.is_last else None,
                 partition_method="uniform",
             )
         if self._tied_weight() is not None and not stage.model.is_first:
             self._tied_weight().ds_pipe_replicated = True  # counts once in the gradient norm
 
     def forward(self, x: Any) -> Any:
-        with self._counted():
+        """What goes to the next stage; in the last one the loss, for what a backward pass has reached before
+        this module's output, DeepSpeed forgets in bf16."""
+        with self._own_time.counted() if self.training else nullcontext():
             return self._forward(x)
-
-    def _counted(self) -> AbstractContextManager[None]:
-        return self._own_time.counted() if self.training else nullcontext()
 
     def _forward(self, x: Any) -> Any:
         stage, inputs = self.forward_funcs[0], self.feed.begin()
-        if not isinstance(stage, DistilledStage):
-            return stage(x, inputs.positions)
-        if not self.training:
-            return stage.student(x, inputs.positions)
-        return stage(x, inputs.targets, inputs.positions, inputs.divisor)
-
-    def _loss(self, distilled: DistilledStage | None, output: Tensor | Prediction, labels: Labels) -> Tensor:
-        """Of what the last stage puts out: its stream, or in distillation both."""
-        targets, divisor = (labels, None) if isinstance(labels, Tensor) else labels
-        with self._counted():
-            if isinstance(output, Tensor):
-                return self._model.loss(output, targets, divisor)
-            assert distilled is not None
-            return distilled.loss(output, targets, divisor)
+        if isinstance(stage, DistilledStage) and self.training:
+            output = stage(x, inputs.targets, inputs.positions, inputs.divisor)
+            return stage.loss(output, inputs.targets, inputs.divisor) if self._model.is_last else output
+        output = (stage.student if isinstance(stage, DistilledStage) else stage)(x, inputs.positions)
+        return self._model.loss(output, inputs.targets, inputs.divisor) if self._model.is_last else output
 
     def get_tied_weights_and_groups(self) -> list[tuple[Any, Any]]:
         """What DeepSpeed sums the gradient of over the first and last stage."""
@@ -233,3 +223,7 @@ class _StageModule(PipelineModule):
         model = self._model
         tied = model.config.model.tie_embeddings and model.embedding is not None
         return cast(Any, model.embedding).weight if tied else None
+
+
+def _as_it_is(loss: Tensor, labels: Labels) -> Tensor:
+    return loss
