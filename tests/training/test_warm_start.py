@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
@@ -138,10 +139,11 @@ def loss_of(theirs: PreTrainedModel, config: RunConfig) -> float:
     """What a run logs as validation loss, of a model of transformers."""
 
     class Wrapped(Transformer):
-        """Their logits, our loss."""
+        """Their logits, torch's loss."""
 
-        def project(self, y_BTD: Tensor) -> Tensor:
-            return y_BTD
+        def loss(self, logits_BTV: Tensor, targets_BT: Tensor, divisor: Any = None) -> Tensor:
+            losses_n = F.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten(), reduction="none")
+            return losses_n.mean() if divisor is None else losses_n.sum() / divisor
 
         def integrate(self, y_BTD: Tensor, *args: Any) -> Tensor:
             return theirs.float()(self.tokens).logits  # type: ignore[no-any-return]
