@@ -173,8 +173,8 @@ def pretrain_short_of_room(config: dict[str, Any], ds_path: Path, victim: int) -
         if os.environ["RANK"] == str(victim) and run.step == 3:
             resource.setrlimit(resource.RLIMIT_FSIZE, (2048, resource.RLIM_INFINITY))
 
-    go_on = Run.continue_saving
-    Run.continue_saving = lambda run: (limit(run), go_on(run))[1]  # type: ignore[method-assign]
+    enter = Run.enter_stage  # before every step
+    Run.enter_stage = lambda run: (limit(run), enter(run))[1]  # type: ignore[method-assign]
     pretrain_rank(config, ds_path)
 
 
