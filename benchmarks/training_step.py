@@ -3,9 +3,9 @@
 
     training_step.py                                   # 55 M parameters, 2 x 1,024 tokens, ZeRO-1
     training_step.py --litgpt-python VENV/bin/python   # and litgpt's model, from an environment of its own
-    training_step.py growth                            # exponents of depth, width, length, iterations
+    training_step.py growth                            # exponents of depth, width, length, evaluations, ranks
 
-Every system trains in a process of its own, whose steps are asked for in turn: the order of a round is turned
+Every system trains in processes of its own, whose steps are asked for in turn: the order of a round is turned
 round in the next one, and ratios are of rounds. The peer is transformers' LlamaForCausalLM under the same
 DeepSpeed settings with the same optimizer. --precision: bf16 where the CPU multiplies it, else fp32, as torch
 takes bf16 element by element on other CPUs, in every library but this one.
@@ -19,6 +19,7 @@ import itertools
 import json
 import math
 import os
+import socket
 import statistics
 import subprocess
 import sys
@@ -64,7 +65,7 @@ def ours(spec: dict[str, Any], stack: ExitStack) -> Step:
             "solver": {"kind": "iiet", "iterations": r} if r else {"kind": "euler"},
             "data": {"sequence_length": spec["length"]},
             "training": {
-                "global_batch_size": spec["batch"],
+                "global_batch_size": spec["batch"] * spec["ranks"],
                 "micro_batch_size": spec["batch"],
                 "precision": spec["precision"],
                 "recompute": spec["recompute"],
@@ -73,7 +74,7 @@ def ours(spec: dict[str, Any], stack: ExitStack) -> Step:
         }
     )
     context = stack.enter_context(ParallelContext.start(config.parallel))
-    ds_config = reconciled_ds_config(LoadedConfig(config=config, ds_config_path=None), 1)
+    ds_config = reconciled_ds_config(LoadedConfig(config=config, ds_config_path=None), spec["ranks"])
     backend, _ = resolve_backend(config.ops.backend, context.device)
     engine = engine_class(context)(config, ds_config, context, backend)
     batches = itertools.repeat(Batch(tokens_of(spec, 1)))
@@ -200,44 +201,71 @@ def resident(name: str) -> int:
 
 
 class Worker:
-    """A process that trains one system."""
+    """The processes that train one system: one, or as many data-parallel ranks as the specification says."""
 
     def __init__(self, system: str, spec: dict[str, Any], python: str = sys.executable) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(spec["ranks"])}
+        ranks = [place | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(spec["ranks"])]
+        self.ranks = [Process(system, spec, python, rank if len(ranks) > 1 else {}) for rank in ranks]
+        self.seconds: list[float] = []
+        self.bytes: list[int] = []
+
+    def step(self, *, counts: bool = True) -> None:
+        """One training step; the slowest rank's time and the largest rank's memory are noted if it counts."""
+        for rank in self.ranks:
+            rank.ask()
+        answers = [rank.answer() for rank in self.ranks]
+        if counts:
+            self.seconds.append(max(seconds for seconds, _ in answers))
+            self.bytes.append(max(memory for _, memory in answers))
+
+    def close(self) -> None:
+        """End the processes."""
+        for rank in self.ranks:
+            rank.close()
+
+
+class Process:
+    """One of them."""
+
+    def __init__(self, system: str, spec: dict[str, Any], python: str, place: dict[str, str]) -> None:
         read, write = os.pipe()
         self.errors = tempfile.TemporaryFile()  # noqa: SIM115
         command = [python, "-W", "ignore", __file__, "--serve", str(write)]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(spec["threads"])}
+        threads = str(spec["threads"])
         self.process = subprocess.Popen(
             [*command, json.dumps(spec | {"system": system})],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=self.errors,
             encoding="utf-8",
-            env=environment,
+            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": threads} | place,
             pass_fds=[write],
         )
         os.close(write)
         self.answers = os.fdopen(read, encoding="utf-8")
-        self.seconds: list[float] = []
-        self.bytes: list[int] = []
 
-    def step(self, *, counts: bool = True) -> None:
-        """One training step; noted if it counts."""
+    def ask(self) -> None:
+        """Have it take a step."""
         assert self.process.stdin is not None
         with suppress(BrokenPipeError):
             self.process.stdin.write("\n")
             self.process.stdin.flush()
+
+    def answer(self) -> tuple[float, int]:
+        """Seconds of the step and bytes of memory, when it is taken."""
         line = self.answers.readline()
         if not line:
             self.errors.seek(0)
             raise RuntimeError(f"a worker has ended: {self.errors.read()[-2000:].decode(errors='replace')}")
         seconds, memory = json.loads(line)
-        if counts:
-            self.seconds.append(seconds)
-            self.bytes.append(memory)
+        return seconds, memory
 
     def close(self) -> None:
-        """End the process."""
+        """End it."""
         self.process.kill()
         self.process.wait()
         self.answers.close()
@@ -332,11 +360,13 @@ GROWTH = {
     "hidden_size": (256, 512, 1024),
     "length": (256, 512, 1024, 2048),
     "evaluations": (1, 2, 5, 9),
+    "ranks": (1, 2),
 }
 
 
 def growth(spec: dict[str, Any], rounds: int) -> None:
-    """Exponents of the step's time, fitted over a range of sizes, beside those of the FLOPs."""
+    """Exponents of the step's time, fitted over a range of sizes, beside those of the FLOPs. More
+    data-parallel ranks, a thread each, share as many times the tokens: at best in the same time, exponent 0."""
     print(f"{'what grows':<14} {'range':<14} {'time':>6} {'FLOPs':>6} {'ratio':>6}")
     for name, values in GROWTH.items():
         specs = [grown(spec, name, value) for value in values]
@@ -344,14 +374,16 @@ def growth(spec: dict[str, Any], rounds: int) -> None:
         in_turn(workers, rounds)
         seconds = [statistics.median(worker.seconds) for worker in workers]
         of_time, of_flops = exponent(values, seconds), exponent(values, [step_flops(each) for each in specs])
-        of = f"{of_time:>6.3f} {of_flops:>6.3f} {of_time / of_flops:>6.3f}"
-        print(f"{name:<14} {values[0]:>5} to {values[-1]:<5} {of}")
+        of = f"{of_time:>6.3f} {of_flops:>6.3f}" + (f" {of_time / of_flops:>6.3f}" if of_flops else "")
+        print(f"{name:<14} {values[0]:>5} to {values[-1]:<5} {of}", flush=True)
 
 
 def grown(spec: dict[str, Any], name: str, value: int) -> dict[str, Any]:
     """The specification with one size changed; a wider model has a wider feed-forward part."""
     if name == "evaluations":
         return spec | {"iterations": value - 1}
+    if name == "ranks":
+        return spec | {"ranks": value, "threads": 1}
     more = (
         {"ffn_hidden_size": 2.75 * value, "num_attention_heads": value // 128}
         if name == "hidden_size"
@@ -382,7 +414,7 @@ def main() -> None:
     parser.add_argument("--litgpt-python", help="Python of an environment with litgpt (pip install litgpt)")
     arguments = parser.parse_args()
     spec = {name: getattr(arguments, name) for name in (*SIZES, "precision", "threads", "compile")}
-    spec |= {"iterations": 0, "recompute": "off"}
+    spec |= {"iterations": 0, "recompute": "off", "ranks": 1}
     torch.set_num_threads(arguments.threads)
     if arguments.what == "growth":
         growth(spec, arguments.rounds)
