@@ -365,8 +365,8 @@ GROWTH = {
 
 
 def growth(spec: dict[str, Any], rounds: int) -> None:
-    """Exponents of the step's time, fitted over a range of sizes, beside those of the FLOPs. More
-    data-parallel ranks, a thread each, share as many times the tokens: at best in the same time, exponent 0."""
+    """Exponents of the step's time, fitted over a range of sizes, beside those of the FLOPs.
+    Data-parallel ranks, a thread each, share as many times the tokens: exponent 0 at best."""
     print(f"{'what grows':<14} {'range':<14} {'time':>6} {'FLOPs':>6} {'ratio':>6}")
     for name, values in GROWTH.items():
         specs = [grown(spec, name, value) for value in values]

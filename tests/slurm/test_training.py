@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Iterable
 
 import pytest
 
@@ -15,7 +16,7 @@ from tests.slurm.training import SIZE, STEPS, STOPPED_BEFORE, Training
 pytestmark = pytest.mark.slurm
 
 
-def check_went_on(training: Training, job: Job, undisturbed: Training, *steps: int) -> None:
+def check_went_on(training: Training, job: Job, undisturbed: Training, steps: Iterable[int]) -> None:
     """To its end, from one of ``steps``, as if nothing had been."""
     assert job.wait() == "COMPLETED", training.said
     first, second = training.starts
@@ -42,7 +43,7 @@ def test_usr1(sent_by: str, training: Training, undisturbed: Training) -> None:
     training.wait_for(f"requeueing job {job.id}, to go on from its checkpoint")
     training.cluster.call("scontrol", "update", f"JobId={job.id}", "TimeLimit=60")
     job.restart()
-    check_went_on(training, job, undisturbed, STOPPED_BEFORE - 1, STOPPED_BEFORE)
+    check_went_on(training, job, undisturbed, range(STOPPED_BEFORE - 1, STEPS))
 
 
 @pytest.mark.parametrize("partition", ["low", "grace"])
@@ -55,7 +56,7 @@ def test_preemption(partition: str, training: Training, undisturbed: Training) -
     )
     assert other.wait() == "COMPLETED"
     job.restart()
-    check_went_on(training, job, undisturbed, STOPPED_BEFORE - 1, STOPPED_BEFORE)
+    check_went_on(training, job, undisturbed, range(STOPPED_BEFORE - 1, STEPS))
     by_script = f"requeueing job {job.id}" if partition == "grace" else f"SLURM ends job {job.id}"
     assert by_script in training.said
 
@@ -89,7 +90,7 @@ def test_a_node_that_dies(
     training.cluster.settle()
     training.cluster.start_node(dead)
     job.restart()
-    check_went_on(training, job, undisturbed, STOPPED_BEFORE - 1)
+    check_went_on(training, job, undisturbed, [STOPPED_BEFORE - 1])
     assert ("a node has failed" in training.said) == by_script
     assert (f"it is of an earlier start of SLURM job {job.id}" in training.said) == first
 

@@ -15,7 +15,8 @@ from tests.tiny import tiny_config
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "examples/slurm/pretrain_multinode.sbatch"
-STEPS = 10
+STEPS = 100
+"""Of less than a tenth of a second: far more than are trained between two questions whether to stop."""
 STOPPED_BEFORE = 5
 SIZE = ("--nodes=2", "--ntasks-per-node=2", "--cpus-per-task=1", "--gpus-per-node=0")
 
@@ -37,7 +38,7 @@ class Training:
         """Have it trained; ``options``: of sbatch; ``interval``: between checkpoints."""
         sections: dict[str, Any] = {
             "training": {"steps": STEPS},
-            "evaluation": {"interval": 4},
+            "evaluation": {"interval": STEPS // 2},
             "checkpoint": {"interval": interval, "mode": "sync"},
             "debug": {"inject": list(inject)},
         }
