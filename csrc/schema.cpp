@@ -13,6 +13,8 @@
 // transposed_merge     what one increment receives from all that merged it:
 //                      direct + Σ_m coefficients[m] · gradients[m], and ⟨increment, gradients[m]⟩ from the same
 //                      reading.
+// swiglu               silu(gate) · up of [gate; up], and swiglu_backward the gradient of [gate; up]; rotated_heads
+//                      [q; k; v] of its parts, the first two rotated. On the CPU only: csrc/cpu/pointwise.cpp.
 // pack_documents       documents in bins, on the CPU only: csrc/cpu/packing.cpp.
 #include <torch/library.h>
 
@@ -28,5 +30,8 @@ TORCH_LIBRARY(megatron_iiet, m) {
   m.def(
       "transposed_merge(Tensor? direct, Tensor increment, Tensor[] gradients, Tensor coefficients,"
       " bool want_coefficients) -> (Tensor grad_increment, Tensor grad_coefficients)");
+  m.def("swiglu(Tensor gate_up) -> Tensor");
+  m.def("swiglu_backward(Tensor gradient, Tensor gate_up) -> Tensor");
+  m.def("rotated_heads(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor signed_sin) -> Tensor");
   m.def("pack_documents(Tensor documents, int start, int stop, int bins, int capacity) -> Tensor packing");
 }

@@ -1,7 +1,7 @@
 // The CPU kernels, compiled once per instruction set: isa_*.cpp defines MERGE_NORM_NAMESPACE and
 // MERGE_NORM_TABLE and includes this file. The compiler flags of each are in setup.py.
 //
-// Every kernel walks through its slabs tile by tile. A tile is long enough, some kilobytes of each slab, that the
+// Those that merge walk through their slabs tile by tile. A tile is long enough, some kilobytes of each slab, that the
 // memory system sees a few long reads and not one short read from each of dozens of slabs, and short enough that
 // the sums and the row being normed stay in the first-level cache.
 #include <ATen/Parallel.h>
@@ -23,6 +23,7 @@ namespace MERGE_NORM_NAMESPACE {
 #include "forward.h"
 #include "backward.h"
 #include "transposed.h"
+#include "pointwise.h"
 
 template <typename Args, void (*kFloat)(const Args&), void (*kBf16)(const Args&), void (*kHalf)(const Args&)>
 void by_storage(const Args& a) {
@@ -42,6 +43,8 @@ const Kernels& MERGE_NORM_TABLE() {
       by_storage<ForwardArgs, forward<float>, forward<BFloat16>, forward<Half>>,
       by_storage<BackwardArgs, backward<float>, backward<BFloat16>, backward<Half>>,
       by_storage<TransposedArgs, transposed<float>, transposed<BFloat16>, transposed<Half>>,
+      by_storage<SwigluArgs, swiglu<float>, swiglu<BFloat16>, swiglu<Half>>,
+      by_storage<HeadsArgs, rotated_heads<float>, rotated_heads<BFloat16>, rotated_heads<Half>>,
   };
   return table;
 }

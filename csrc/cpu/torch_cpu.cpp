@@ -6,7 +6,6 @@
 #include "kernels.h"
 
 namespace merge_norm::cpu {
-namespace {
 
 // torch's own choice, which ATEN_CPU_CAPABILITY=default|avx2 lowers.
 const Kernels& kernels() {
@@ -22,6 +21,8 @@ const Kernels& kernels() {
   return kernels_default();
 #endif
 }
+
+namespace {
 
 struct Cpu {
   static constexpr bool kFloatWeights = true;

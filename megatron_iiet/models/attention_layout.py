@@ -22,7 +22,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from megatron_iiet.config.schema import ModelConfig
 from megatron_iiet.models.rope import rotary_frequencies
-from megatron_iiet.ops.pointwise import rotate
+from megatron_iiet.ops.pointwise import rotate, rotated_heads
 from megatron_iiet.ops.products import product_dtype
 
 FLEX_BLOCK = 128
@@ -86,6 +86,12 @@ class AttentionLayout:
     def rotate(self, x_BHTK: Tensor) -> Tensor:
         """Apply the rotary tables to queries or keys."""
         return rotate(x_BHTK, self.cos, self.signed_sin)
+
+    def rotated_heads(
+        self, qkv_BTW: Tensor, heads: tuple[int, int], backend: str
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of one product, the first two rotated; ``heads``: H and G."""
+        return rotated_heads(qkv_BTW, heads, self.cos, self.signed_sin, backend)
 
     def attend(self, q_BHTK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor) -> Tensor:
         """Masked attention of rotated queries and keys, [B, H, T, K]."""

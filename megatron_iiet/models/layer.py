@@ -52,9 +52,10 @@ class Attention(nn.Module):
 
     def __init__(self, config: ModelConfig, backend: str, parallel: TensorParallel) -> None:
         super().__init__()
-        self.head_width = config.head_width
+        self.head_width, self.backend = config.head_width, backend
         query, kv = (heads * config.head_width for heads in (config.num_attention_heads, config.num_kv_heads))
         self.local_widths = [width // parallel.group.size for width in (query, kv, kv)]
+        self.local_heads = self.local_widths[0] // self.head_width, self.local_widths[1] // self.head_width
         biases = config.attention_bias
         self.qkv = parallel.column_linear(config.hidden_size, (query, kv, kv), bias=biases != "none")
         self.output = parallel.row_linear(query, config.hidden_size, bias=biases == "qkvo")
@@ -72,13 +73,16 @@ class Attention(nn.Module):
         self, x_BTD: Tensor, layout: AttentionLayout, keys_values: KeysValues | None = None
     ) -> tuple[Tensor, KeysValues]:
         """``([B, T, D], the keys and values attended to)``; those given are used instead of x's own."""
-        if keys_values is None:
-            q, k, v = self.qkv(x_BTD).split(self.local_widths, dim=-1)
-            keys_values = KeysValues(layout.rotate(self._heads(k, self.k_norm)), self._heads(v))
+        if keys_values is not None:
+            q = layout.rotate(self._heads(self.qkv(x_BTD, self.local_widths[0]), self.q_norm))
+        elif self.q_norm is None:
+            q, *kv = layout.rotated_heads(self.qkv(x_BTD), self.local_heads, self.backend)
+            keys_values = KeysValues(*kv)
         else:
-            q = self.qkv(x_BTD, self.local_widths[0])
-        out_BHTK = layout.attend(layout.rotate(self._heads(q, self.q_norm)), *keys_values)
-        return self.output(out_BHTK.transpose(1, 2).flatten(2)), keys_values
+            q, k, v = self.qkv(x_BTD).split(self.local_widths, dim=-1)
+            q = layout.rotate(self._heads(q, self.q_norm))
+            keys_values = KeysValues(layout.rotate(self._heads(k, self.k_norm)), self._heads(v))
+        return self.output(layout.attend(q, *keys_values).transpose(1, 2).flatten(2)), keys_values
 
     def _heads(self, x_BTW: Tensor, norm: RMSNorm | None = None) -> Tensor:
         """[B, T, heads · K] → [B, heads, T, K], each head normed if there is a norm."""
@@ -95,15 +99,16 @@ class Attention(nn.Module):
 class SwiGLU(nn.Module):
     """Feed-forward ``down(silu(gate x) · up x)`` (Shazeer 2020); gate and up from one matrix [gate; up]."""
 
-    def __init__(self, config: ModelConfig, parallel: TensorParallel) -> None:
+    def __init__(self, config: ModelConfig, backend: str, parallel: TensorParallel) -> None:
         super().__init__()
+        self.backend = backend
         width = config.ffn_hidden_size
         self.gate_up = parallel.column_linear(config.hidden_size, (width, width))
         self.down = parallel.row_linear(width, config.hidden_size)
         self.weights = 3 * config.hidden_size * width
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        return self.down(swiglu(self.gate_up(x_BTD)))
+        return self.down(swiglu(self.gate_up(x_BTD), self.backend))
 
     def forward_flops(self, length: int) -> int:
         """FLOPs of one sequence of ``length`` tokens over all ranks."""
@@ -121,7 +126,7 @@ class DecoderLayer(nn.Module):
         self.input_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, backend)
         self.attention = Attention(config, backend, parallel)
         self.post_attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, backend)
-        self.mlp = SwiGLU(config, parallel)
+        self.mlp = SwiGLU(config, backend, parallel)
         self.backend = backend
         self.keeps_keys = keeps_keys
 

@@ -232,12 +232,15 @@ def _unsupported_reason(name: str, kind: str) -> str | None:
 
 @cache
 def self_check(name: str, kind: str) -> str | None:
-    """Run a small merge and its gradients on ``name`` and on the reference; the difference if there is
-    one."""
+    """Run a small merge, a SwiGLU and a rotation with their gradients on ``name`` and on the reference; the
+    difference if there is one."""
+    from megatron_iiet.ops.pointwise import rotated_heads, swiglu
+
     if name == "reference":
         return None
 
-    def results(backend: Backend) -> list[Tensor]:
+    def results(name: str) -> list[Tensor]:
+        backend = get_backend(name)
         generator = torch.Generator().manual_seed(0)
 
         def draw(*shape: int) -> Tensor:
@@ -251,10 +254,14 @@ def self_check(name: str, kind: str) -> str | None:
         gradients = torch.autograd.grad((merged * draw(3, 256)).sum() + (normed * draw(3, 256)).sum(), leaves)
         with torch.no_grad():
             transposed = backend.transposed_merge(residual, increments[0], increments, coefficients, True)
-        return [merged.detach(), normed.detach(), *gradients, *transposed]
+        rows, cos, sin = draw(1, 3, 256), draw(3, 64).detach(), draw(3, 64).detach()
+        parts = [swiglu(rows, name).flatten(), *rotated_heads(rows, (2, 1), cos, sin, name)]
+        flat = torch.cat([part.flatten() for part in parts])
+        gradients += torch.autograd.grad((flat * draw(len(flat))).sum(), rows)
+        return [merged.detach(), normed.detach(), *gradients, *transposed, flat.detach()]
 
     try:
-        pairs = zip(results(get_backend(name)), results(get_backend("reference")), strict=True)
+        pairs = zip(results(name), results("reference"), strict=True)
         errors = [((a - b).abs().max() / b.abs().max()).item() for a, b in pairs]
     except Exception as failure:  # whatever a kernel that does not fit this device raises
         return f"its self-check on this device failed: {failure}"
