@@ -8,7 +8,8 @@ The kept lists beside this file hold faults that tests were written for. How man
 find is the measure of them. The same seed draws the same faults of the same sources. Files that run only with
 a package that is not installed here are left out. The tests an entry names are a proposal: those that kept
 faults of its file name, those that import it, those of its room. A fault that they miss is tried with others
-by hand. A person sets aside what changes nothing that a user sees. The rest want a test, and join a kept list.
+by hand. A person sets aside what changes nothing that a user sees; the rest want a test, and join a kept
+list.
 """
 
 from __future__ import annotations
