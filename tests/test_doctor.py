@@ -104,6 +104,20 @@ def test_a_torch_that_does_not_import_is_reported(tmp_path: Path) -> None:
     assert found.stdout.splitlines()[-1] == "Not ready; see to torch."
 
 
+def test_a_torch_that_ends_the_process_says_where(tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("import os\nos.abort()\n")
+    found = subprocess.run(
+        [sys.executable, "-m", "megatron_iiet.doctor"],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert found.returncode < 0
+    assert "Fatal Python error: Aborted" in found.stderr
+    assert f'File "{tmp_path}/torch.py", line 2 in <module>' in found.stderr
+
+
 def test_a_good_extension(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     use_extension(monkeypatch, ExtensionStatus(True, "built and loaded", BUILD))
     code, lines, verdict = diagnose(capsys)

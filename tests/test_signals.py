@@ -148,6 +148,19 @@ def test_what_is_heard_before_torch_is_there(kept: str, sent: str, status: int) 
         assert child.wait(60) == status
 
 
+QUIET = """
+from megatron_iiet import signals
+signals._TICK_SECONDS = 1e6
+with signals.heard():
+    pass
+"""
+
+
+def test_the_thread_that_hears_is_woken_for_its_end() -> None:
+    """And not waited for until its next look at the clock."""
+    subprocess.run([sys.executable, "-c", QUIET], cwd=ROOT, check=True, timeout=60)
+
+
 UNREAD = """
 import sys
 from megatron_iiet import signals

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 _FIRST_PORT = 10_000
 _PORTS = 20_000  # up to 29,999: below Linux's ephemeral ports (32768 and up), above well-known services
-_BACKLOG = 2048  # as torch's own; the kernel may have less
 _STEPS_PER_JOB = 101  # steps of one job, and jobs started one after another, get ports of their own
 
 
@@ -87,7 +86,8 @@ def listening_socket(address: str, port: int) -> socket.socket | None:
         if ipaddress.ip_address(numeric).is_loopback and address not in (numeric, "localhost"):
             return None
         try:
-            return socket.create_server(place, family=family, backlog=_BACKLOG)
+            # All ranks may come at once; the kernel caps how many may wait.
+            return socket.create_server(place, family=family, backlog=socket.SOMAXCONN)
         except OSError:
             continue
     return None

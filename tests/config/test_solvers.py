@@ -171,6 +171,7 @@ def test_a_note_is_a_warning_where_no_script_prints_it(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="without effect") as told:
         assert config_from_file(path, ["--solver.kind", "euler"]).solver == Euler()
     assert [str(one.message) for one in told] == [f"{path}: without effect for kind euler: solver.iterations"]
+    assert told[0].filename == __file__, "whoever reads it learns which call it is of"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         config_from_file(path)

@@ -13,13 +13,14 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from megatron_iiet.data.tokenizers.base import NotSupportedError, Tokenizer
 from megatron_iiet.data.tokenizers.fast import BoundedEncoder, FastEncoder, fast_encoder
-from megatron_iiet.data.tokenizers.hard_texts import hard_texts
+from megatron_iiet.data.tokenizers.hard_texts import HARD_TEXTS, hard_texts
 from megatron_iiet.data.tokenizers.loading import load_encoder, load_tokenizer
 from megatron_iiet.data.tokenizers.sentencepiece import SentencePieceTokenizer
 from tests.data.inputs import make_texts
@@ -345,4 +346,23 @@ def test_hard_texts_hold_every_control_piece(llama_model: Path) -> None:
     texts = list(hard_texts(SentencePieceTokenizer(llama_model)))
     for piece in ("<unk>", "<s>", "</s>"):
         assert piece in texts
+        for around in (f"a{piece}b", f" {piece} {piece[:-1]} {piece[1:]}{piece}{piece}\n{piece}"):
+            assert around in texts
     assert len(set(islice(texts, 2000))) > 1000
+
+
+def test_hard_texts_hold_runs_and_the_vocabulary(llama_model: Path) -> None:
+    tokenizer = SentencePieceTokenizer(llama_model)
+    texts = list(hard_texts(tokenizer))
+    assert texts[: len(HARD_TEXTS)] == list(HARD_TEXTS)
+    for character in (" ", "\t", "\n", "\\", "0", "a", "▁", "é", "世", "🙂"):
+        runs = [text for text in texts if text and set(text) == {character}]
+        assert {1, 7, 73, 79} <= set(map(len, runs))
+        assert any(f"{character * 39}a{character * 39}" in text for text in texts)
+        assert any(text.startswith(f"{character}a{character}\n{character * 2}a") for text in texts)
+    size = tokenizer.vocab_size
+    pieces = {tokenizer.decode(np.array([i])) for i in range(size) if i not in tokenizer.control_ids}
+    whole, together = set(texts), "\0".join(texts)
+    assert sum(piece in together for piece in pieces) > min(7900, 0.95 * size), "of 8,000 and fewer, each"
+    assert 900 < sum(piece * 7 in whole for piece in pieces) <= 1000 + len(runs)
+    assert texts == list(hard_texts(tokenizer)), "the same every time"

@@ -193,6 +193,17 @@ def test_leaving_by_an_exception_ends_busy_workers(tmp_path: Path) -> None:
     assert time.monotonic() - begin < 30
 
 
+def test_nothing_stays_open(workers: Workers) -> None:
+    """Also while somebody keeps what has ended."""
+    kept: list[Workers] = []
+    for _ in range(2):
+        before = len(os.listdir("/proc/self/fd"))
+        with Workers(1, "recipe") as found:
+            assert found.submit(0, Act("recipe", None)).result() == "recipe"
+        kept.append(found)
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
 IDLE = """
 import time
 from megatron_iiet.data.preprocess.work import Workers

@@ -103,6 +103,10 @@ def test_what_would_be_another_dataset_is_refused(saved: Path, message: str) -> 
     with pytest.raises(ValueError, match=message) as error:
         list_inputs([str(saved / name)])
     assert "\n" not in str(error.value)
+    memory = fsspec.filesystem("memory")
+    memory.put(str(saved), f"/{saved.name}", recursive=True)
+    with pytest.raises(ValueError, match=f"^(The input )?/.*{message}"):  # and not that it cannot be listed
+        list_inputs([f"memory:///{saved.name}/{name}"])
 
 
 def test_another_state_has_no_say(saved: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -14,6 +14,7 @@ from megatron_iiet.evaluation import harness
 from megatron_iiet.evaluation.harness import HarnessModel, TextCodec
 from megatron_iiet.evaluation.scoring import Scorer, TokenScores, score_tokens
 from megatron_iiet.parallel.group import Group
+from megatron_iiet.serving.continuation import Order, Update
 
 END = 0
 
@@ -60,6 +61,44 @@ def ask(lengths: Sequence[int], replicas: int, batch_size: int, max_length: int)
         answers.append(found)
     assert answers[-1] == [(-float(row + 1), True) for row in range(len(lengths))]
     return scorers
+
+
+def test_long_work_says_how_far_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of all replicas together, twice in a minute, and what cannot be made ends it."""
+    now, said = 0.0, list[str]()
+    monkeypatch.setattr(harness, "time", SimpleNamespace(monotonic=lambda: now))
+    scorer = Noting(0, 2, 1, 4)
+
+    def passing(batches: Sequence[Tensor]) -> Iterator[TokenScores]:
+        nonlocal now
+        for scores in Noting.score(scorer, batches):
+            now += 20.0
+            yield scores
+
+    scorer.score = passing  # type: ignore[method-assign]
+    scorer.answers.append(dict.fromkeys(range(8)))
+    codec = TextCodec(lambda text: [3], END, END)
+    model = HarnessModel(cast(Scorer, scorer), codec, said.append)
+    model._loglikelihood_tokens([(None, [1] * 3, [1])] * 8)
+    assert said == ["  4 of about 8 sequences", "  8 of about 8 sequences"]
+
+    def write(orders: Sequence[Order], tell: Callable[[Update], None]) -> list[str]:
+        nonlocal now
+        for _ in orders:
+            now += 16.0
+            tell(Update("te"))
+            tell(Update("xt", finish="stop"))
+        return ["text"] * len(orders)
+
+    said.clear()
+    scorer.max_length = 999
+    scorer.continued = write  # type: ignore[attr-defined]
+    scorer.answers[:] = [dict.fromkeys(range(8), "theirs")]
+    assert model.generate_until([SimpleNamespace(args=("a", {"until": ["x"]}))] * 8) == ["te", "theirs"] * 4
+    assert said == ["  2 of about 8 texts", "  6 of about 8 texts"]
+    scorer.continued = lambda orders, tell: tell(Update(error="no room"))  # type: ignore[attr-defined]
+    with pytest.raises(ValueError, match=r"^a text could not be made: no room$"):
+        model.generate_until([SimpleNamespace(args=("a", {"until": ["x"]}))] * 8)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 7, 11])

@@ -230,6 +230,9 @@ def test_deepspeed_judges_what_runs_log(
     assert outcome.status == (FAILED if fault else OK)
     for name in red:
         assert any(name in figure for figure in broken(outcome)), outcome
+    if fault == "wrong ZeRO":
+        (apart,) = (figure.value for figure in outcome.figures if "losses of ZeRO-2" in figure.name)
+        assert apart == pytest.approx(0.1 / 5.8)
 
 
 @pytest.mark.parametrize(("end", "status"), [(5.0, OK), (6.5, FAILED), (math.nan, FAILED)])
@@ -256,6 +259,50 @@ def test_training_needs_two_steps_for_a_curve(
     assert outcome.status == (OK if steps == 2 else FAILED)
     assert (f"logged {steps} steps in" in outcome.reason) == (steps < 2)
     assert outcome.reason.endswith("it says why") == (steps < 2)
+
+
+@pytest.mark.parametrize(
+    ("left", "expected", "skipped"),
+    [
+        (300.0, {"Transformer++": 94, "IIET r = 1": 143, "IIET r = 3": 290}, []),
+        (30.0, {"IIET r = 1": 8, "IIET r = 3": 20}, ["Transformer++"]),
+        (24.0, {"IIET r = 3": 14}, ["Transformer++", "IIET r = 1"]),
+    ],
+)
+def test_systems_share_the_time_that_is_left(
+    left: float, expected: dict[str, float], skipped: list[str], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Each stops early enough to end in order; one for which there is not enough is named."""
+    given: dict[str, float] = {}
+    rows = [{"loss": loss, "flops": 1, "step_seconds": 1.0} for loss in (6.0, 5.0)]
+
+    def train(setting: Setting, label: str, *rest: Any) -> Rows:
+        given[label] = rest[-1]
+        return rows
+
+    monkeypatch.setattr(Setting, "left", property(lambda _: left))
+    monkeypatch.setattr(training, "_train", train)
+    monkeypatch.setattr(training, "_draw", lambda *_: None)
+    setting = Setting("cpu", False, tmp_path, left, shard="corpus", tokenizer="tokenizer.json")
+    figures = list(training.check(setting))
+    assert given == expected
+    assert setting.skipped == skipped
+    assert [f.value for f in figures] == [2, 5.0] * len(expected) + [5.5] * len(expected)
+    assert "loss at step 2, mean of 2" in figures[-1].name
+
+
+@needs_extension
+def test_of_kernels_one_shape_is_tried_whatever_the_time(
+    setting: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = 0.0
+    monkeypatch.setattr(Setting, "left", property(lambda _: left))
+    worst, differ, tried = kernels._compare(setting, "cpu", torch.float32)
+    assert (worst < 1e-5, differ, tried) == (True, 0, 1)
+    assert setting.skipped == [f"{kernels.TOY_SHAPES - 1} of {kernels.TOY_SHAPES} shapes, cpu, torch.float32"]
+    left = 4.0
+    assert kernels._compare(setting, "cpu", torch.float32)[2] == kernels.TOY_SHAPES
 
 
 def test_what_the_sanitizer_counts() -> None:
@@ -287,6 +334,9 @@ def test_reports_are_json(setting: Setting) -> None:
         (0.5, True, ""),
     ]
     assert [f.holds for f in Outcome.from_dict(stored).figures] == [False, True]
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        Outcome(OK, seconds=math.inf).write(setting.folder / "outcome.json")
+    assert list(setting.folder.iterdir()) == [], "and nothing else is written"
 
 
 def test_reasons(setting: Setting, capsys: pytest.CaptureFixture[str]) -> None:

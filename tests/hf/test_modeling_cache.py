@@ -252,6 +252,23 @@ def test_cache_of_another_model_is_refused() -> None:
     draft = hf.with_iterations(0)
     with pytest.raises(ValueError, match="holds 5 sets of keys and values, but this model has 11"):
         hf(tokens(1, 3), past_key_values=DynamicCache(config=draft.config))
+    one = DynamicCache()
+    one.update(torch.zeros(1, 2, 1, 8), torch.zeros(1, 2, 1, 8), 0)
+    with pytest.raises(ValueError, match="holds 1 sets of keys and values, but this model has 11"):
+        hf(tokens(1, 3), past_key_values=one)
+    window = DynamicCache(config=hf.config)
+    window.layers[3].is_sliding = True
+    with pytest.raises(ValueError, match="forgets tokens outside a sliding window"):
+        hf(tokens(1, 3), past_key_values=window)
+
+
+def test_an_empty_cache_that_knows_no_model_is_filled() -> None:
+    """As people write it: DynamicCache()."""
+    hf, ids, cache = hf_model(our_model("iiet-plan")), tokens(2, 6), DynamicCache()
+    with torch.no_grad():
+        hf(ids[:, :4], past_key_values=cache)
+        assert len(cache.layers) == 11
+        assert largest(hf(ids[:, 4:], past_key_values=cache).logits, full(hf, ids)[:, 4:]) < EXACT
 
 
 @pytest.mark.slow

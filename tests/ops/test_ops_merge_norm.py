@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from megatron_iiet.ops import merge_norm, resolve_backend
+from megatron_iiet.ops import backends, merge_norm, resolve_backend
 from megatron_iiet.ops.backends import FusedMergeNorm, unavailable
+from megatron_iiet.ops.extension import ExtensionStatus
 from tests.ops.inputs import (
     EPS,
     TOLERANCE,
@@ -359,6 +360,30 @@ def test_an_unavailable_backend_says_why() -> None:
         with pytest.raises(ValueError) as caught:
             merge_norm(X, (), backend=name)
         assert str(caught.value) == f"merge_norm: backend '{name}' is not available here: {reason}"
+
+
+def test_why_a_backend_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On machines that this one is not."""
+    status = ExtensionStatus(True, "", {"cuda": "13.0"})
+    monkeypatch.setattr(backends, "load_extension", lambda: status)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: None)
+    assert unavailable("triton") == "triton is not installed (pip install triton)"
+    monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: name)
+    assert unavailable("triton") == unavailable("cuda") == "there is no GPU"
+    assert unavailable("cpu") is unavailable("reference") is None
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert unavailable("triton") is None
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert unavailable("triton") is unavailable("cuda") is None
+    status = ExtensionStatus(True, "", {"cuda": None, "no_cuda_because": "no nvcc"})
+    assert unavailable("cuda") == "the extension was built without CUDA kernels: no nvcc"
+    assert unavailable("cpu") is None
+    status = ExtensionStatus(False, "it is of another torch")
+    assert unavailable("cuda") == unavailable("cpu") == "it is of another torch"
+    assert unavailable("reference") is None
 
 
 @needs_extension

@@ -7,6 +7,7 @@ import socket
 from collections.abc import Sequence
 from datetime import timedelta
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -61,6 +62,28 @@ def test_groups_of_a_grid(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(made) == 6 + 6 + 4 + 4 + 6, "every rank makes every group"
     assert timeouts == {timedelta(seconds=70)}, "any of them may wait for the longest"
     assert names == ["tensor"] * 6 + ["data"] * 6 + ["pipeline"] * 4 + ["tied"] * 4 + ["counting"] * 6
+
+
+def test_of_groups_of_one_only_the_data_parallel_one_has_a_handle(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DeepSpeed asks for it; another one would cost a group, and threads, for nothing."""
+    made: list[tuple[str, list[int]]] = []
+
+    def new_group(ranks: list[int], group_desc: str, **_: Any) -> str:
+        made.append((group_desc, ranks))
+        return group_desc
+
+    monkeypatch.setattr(
+        context_module, "dist", SimpleNamespace(new_group=new_group, group=SimpleNamespace(WORLD="all"))
+    )
+    context = ParallelContext.on_grid(ParallelConfig(), 0, 1, 0, torch.device("cpu"), counting=True)
+    assert made == [("data", [0])]
+    assert context.data.handle == "data"
+    for group in (context.tensor, context.pipeline, context.tied, context.counting):
+        assert (group.ranks, group.handle) == ((0,), None)
+    assert (context.world.handle, context.rank, context.world_size) == ("all", 0, 1)
+    without = ParallelContext.on_grid(ParallelConfig(tensor=2), 1, 2, 1, torch.device("cpu"))
+    assert without.counting.ranks == (0,)
+    assert [name for name, _ in made[1:]] == ["tensor", "data", "data"]
 
 
 @pytest.mark.parametrize(

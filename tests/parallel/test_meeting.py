@@ -6,6 +6,7 @@ import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -107,7 +108,8 @@ def test_the_others_hear_why_a_rank_ended(meetings: list[Meeting]) -> None:
 def test_whoever_waits_in_vain_names_the_silent(
     meetings: list[Meeting], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(meeting_module, "_PAUSE_SECONDS", 0.0)
+    slept: list[float] = []
+    monkeypatch.setattr(meeting_module, "time", SimpleNamespace(sleep=slept.append))
     error = (
         "[/gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 3000ms for recv operation to complete"
     )
@@ -116,6 +118,10 @@ def test_whoever_waits_in_vain_names_the_silent(
         "rank 2 on host-b: it hangs"
     )
     assert "heard of rank 1 on host-a, rank 2 on host-b: " in said(meetings[0], RuntimeError(error))
+    assert slept == [meeting_module._PAUSE_SECONDS] * 2
+    late = SimpleNamespace(sleep=lambda _: said(meetings[1], MemoryError("no room")))
+    monkeypatch.setattr(meeting_module, "time", late)
+    assert "nothing is heard of rank 2 on host-b: " in said(meetings[3], RuntimeError(error)), "1 has left"
 
 
 def test_what_is_no_lost_connection_stays_what_it_was(meetings: list[Meeting]) -> None:

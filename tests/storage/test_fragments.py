@@ -28,7 +28,7 @@ from megatron_iiet.parallel.shard import Shard
 from megatron_iiet.storage import fragments as store
 from megatron_iiet.storage import integrity
 from megatron_iiet.storage.fragments import Fragment, FragmentReader, Place, write_fragments, write_index
-from megatron_iiet.storage.integrity import SaveIdentity
+from megatron_iiet.storage.integrity import DamagedError, SaveIdentity
 from megatron_iiet.storage.safetensors_stream import SafetensorsFile
 from tests.tiny import read_full
 
@@ -348,6 +348,42 @@ def test_a_block_that_is_not_as_it_was_written(place: str, damage: str, tmp_path
                 interval(reader, start, numel)
         for start, numel in ((0, 4), (8, 4), (9, 1)):
             assert same_bits(interval(reader, start, numel), values[start : start + numel])
+
+
+@pytest.mark.parametrize("digests", [True, False])
+def test_verifying_reads_everything_once(tmp_path: Path, digests: bool) -> None:
+    """A chunk at a time, the last one shorter."""
+    write(tmp_path, {"v": (None, {"fp32": random_bits((12,), 5)}), "w": WEIGHTS["w"]}, 1, lambda n: [0, n])
+    path, read = tmp_path / "0_0.safetensors", mock.patch("os.preadv", wraps=os.preadv)
+    if not digests:
+        edit_index(tmp_path, downgrade, seal=False)
+    with (
+        mock.patch.object(store, "_VERIFIED", 8),
+        FragmentReader(tmp_path, SAVE if digests else None) as reader,
+        read as preadv,
+    ):
+        assert reader.verify() == 4 * (12 + 48)
+        sizes = [len(call.args[1][0]) for call in preadv.mock_calls]
+        assert sizes == ([48, 48, *[192] * 6] if digests else [32, 16, *[32] * 6])
+        os.truncate(path, path.stat().st_size - 1)
+        with pytest.raises(DamagedError, match=r"0_0\.safetensors is damaged: it ends at byte"):
+            reader.verify()
+
+
+@pytest.mark.parametrize("left", ["", "0" * 32])
+def test_a_tensor_without_a_digest_of_every_block(folder: Path, left: str) -> None:
+    """Of an index that a program with a fault wrote."""
+
+    def edit(index: dict[str, Any]) -> None:
+        digests = index["files"]["0_1.safetensors"]["digests"]
+        digests.update({"fp32/gain": left}) if left else digests.pop("fp32/gain")
+
+    edit_index(folder, edit)
+    with FragmentReader(folder, SAVE) as reader:
+        for read in (reader.check_headers, reader.verify, lambda: read_full(reader, "gain")):
+            with pytest.raises(DamagedError, match=r"index\.json has no digests of fp32/gain in 0_1\.safe"):
+                read()
+        assert same_bits(read_full(reader, "w"), MATRIX)
 
 
 def interval(reader: FragmentReader, start: int, numel: int) -> Tensor:

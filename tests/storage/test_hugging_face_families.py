@@ -182,8 +182,9 @@ def test_every_field_that_transformers_knows_is_known_here(tmp_path: Path, famil
     unknown = {**fields, "head_scale": 2.0, "gate": {}, "nothing": None}
     with pytest.warns(
         UserWarning, match=rf"\(model_type {family}\): nothing reads gate and head_scale, which"
-    ):
+    ) as told:
         model_of_fields(unknown, path)
+    assert told[0].filename == __file__, "whoever reads it learns which call it is of"
 
 
 LLAMA_3_2: dict[str, Any] = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from megatron_iiet import models
+from megatron_iiet.config.hugging_face import _NEUTRAL, model_of_fields
 from megatron_iiet.storage.hugging_face import import_llama, tokenizer_files, weights
 
 torch.set_num_threads(1)
@@ -247,7 +249,30 @@ NEUTRAL: list[dict[str, Any]] = [
     {"sliding_window": 64, "use_sliding_window": False, "rope_interleaved": False, "no_rope_layers": []},
     {"architectures": ["LLaMAForCausalLM"], "torch_dtype": "float16", "dtype": ..., "auto_map": {}},
     {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "factor": None}, "qk_norm": False},
-]
+    {
+        "attention_dropout": 0, "hidden_dropout": 0.0, "resid_pdrop": 0, "embd_pdrop": 0, "pretraining_tp": 1,
+        "partial_rotary_factor": 1, "rotary_pct": 1.0, "rope_traditional": False, "alibi": False,
+        "use_mrope": False, "embedding_multiplier": 1, "logit_scale": 1.0, "num_experts": 0,
+    },
+    {
+        "n_routed_experts": 0, "use_parallel_residual": False, "parallel_attn": False, "is_causal": True,
+        "is_encoder_decoder": False, "add_cross_attention": False, "use_bidirectional_attention": False,
+        "pruned_heads": {}, "hidden_activation": "silu", "mlp_bias": False,
+    },
+    {"num_experts": 1, "num_local_experts": 1, "n_routed_experts": 1, "hidden_activation": "swish"},
+]  # fmt: skip
+NEVER: dict[str, Any] = {
+    "hidden_act": "gelu", "hidden_activation": "gelu", "mlp_bias": True, "attention_dropout": 0.1,
+    "hidden_dropout": 0.1, "resid_pdrop": 1, "embd_pdrop": 0.1, "pretraining_tp": 2,
+    "partial_rotary_factor": 0.5, "rotary_pct": 0.25, "rope_interleaved": True, "rope_traditional": True,
+    "no_rope_layers": [1], "alibi": True, "use_mrope": True, "attn_logit_softcapping": 50.0,
+    "final_logit_softcapping": 0, "attention_chunk_size": 64, "embedding_multiplier": 2,
+    "residual_multiplier": 0, "logits_scaling": 2, "logit_scale": 0.5, "num_experts": 2,
+    "num_local_experts": 2, "n_routed_experts": 2, "use_parallel_residual": True, "parallel_attn": True,
+    "is_encoder_decoder": True, "add_cross_attention": True, "use_bidirectional_attention": True,
+    "is_causal": False, "pruned_heads": {"0": [1]},
+}  # fmt: skip
+"""Of every field that must have a neutral value one that is not."""
 
 
 @pytest.mark.parametrize("fields", NEUTRAL, ids=str)
@@ -265,6 +290,14 @@ def test_refuses_what_the_model_cannot_be(
         import_llama(folder)
     named = "" if "model_type" in fields else " (model_type llama)"
     assert str(caught.value) == f"{folder / 'config.json'}{named}: {message}"
+
+
+def test_no_field_that_changes_the_function_passes(tmp_path: Path, llama_folder: Path) -> None:
+    fields = json.loads((llama_folder / "config.json").read_text())
+    assert set(NEVER) == set(_NEUTRAL)
+    for name, value in NEVER.items():
+        with pytest.raises(ValueError, match=rf": {name} is {re.escape(repr(value))}; supported is .+: .+"):
+            model_of_fields({**fields, name: value}, tmp_path / "config.json")
 
 
 def test_refuses_what_is_not_a_checkpoint(tmp_path: Path, llama_folder: Path) -> None:

@@ -267,6 +267,10 @@ def test_steps_ahead_may_be_left_out_and_no_longer_left_out() -> None:
     note = ", which differ in step 3 of the 4 that are done"
     assert told(skipping(3), skipping()) == [f"ORDER data.skip_steps: [3] → []{note}"]
     assert told(skipping(), skipping([3, 5])) == [f"ORDER data.skip_steps: [] → [[3, 5]]{note}"]
+    at_the_border = "ORDER data.skip_steps: {}, which differ in step 4 of the 4 that are done"
+    assert told(skipping(), skipping(4)) == [at_the_border.format("[] → [4]")]
+    assert told(skipping(4, 8), skipping(8)) == [at_the_border.format("[4, 8] → [8]")]
+    assert told(skipping(), skipping(5)) == ["COURSE data.skip_steps: [] → [5]"]
     assert told(skipping([2, 4]), skipping(2, 3, [4, 4])) == []
 
 

@@ -226,8 +226,9 @@ class Duplicates:
         stop = start + lines
         if stop > self._starts[index + 1]:
             raise ValueError("the input changed between the two passes of --deduplicate; start again.")
+        first, last = start // 8, -(-stop // 8)
         with self._path.open("rb") as file:
-            file.seek(self._first_byte + start // 8)
-            content = np.frombuffer(file.read(stop // 8 - start // 8 + 1), dtype=np.uint8)
+            file.seek(self._first_byte + first)
+            content = np.frombuffer(file.read(last - first), dtype=np.uint8)
         bits = np.unpackbits(content, bitorder="little")[start % 8 :][:lines]
         return bits.tobytes()
