@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
+import numpy as np
 import pytest
 
 from megatron_iiet.data.preprocess import PreprocessOptions, PreprocessReport, preprocess
@@ -236,6 +237,23 @@ def test_a_pair_without_a_record_is_the_killed_runs(
     shard.write_bytes(content)
     assert run(append_eod=True).exit_code == 0
     assert "making" not in listing(tmp_path / "out" / "preprocess")
+
+
+@pytest.mark.parametrize("ending", [".bin", ".idx", ".shards"])
+def test_what_comes_while_a_shard_is_made(tmp_path: Path, ending: str) -> None:
+    layout = Layout(f"{tmp_path}/p", None)
+    claims, output = Claims(layout), Output(None, None, "text")
+    layout.records.mkdir()
+    claims.take(output)
+    foreign = tmp_path / f"p_text_document{ending}"
+    writer = claims.open_shard(layout, output.name, 0, 100)
+    writer.add_document(np.arange(3))
+    plant(foreign)
+    with pytest.raises(ValueError, match=f"p_text_document{ending} is there already, and by its content"):
+        writer.close()
+    writer.discard()
+    assert listing(tmp_path) == ["p.preprocess", foreign.name]
+    assert foreign.read_text() == "precious"
 
 
 def test_records_that_are_somebodys_of_fitting_names(run: Run, tmp_path: Path) -> None:
