@@ -8,6 +8,7 @@ import json
 import sys
 from typing import Any
 
+from megatron_iiet.config.errors import ArgumentParser
 from megatron_iiet.data.corpora.inspection import Summary, summarize
 from megatron_iiet.data.corpora.streams import corpus_prefix
 from megatron_iiet.data.corpora.verification import verify
@@ -15,7 +16,7 @@ from megatron_iiet.data.tokenizers.loading import load_tokenizer
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument("prefixes", nargs="+", metavar="PREFIX", help="of corpora, or names of their files")
     parser.add_argument(
         "--verify",

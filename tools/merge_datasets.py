@@ -6,12 +6,13 @@ from __future__ import annotations
 import argparse
 import sys
 
+from megatron_iiet.config.errors import ArgumentParser
 from megatron_iiet.data.corpora.merge import merge
 from megatron_iiet.durable import Terminated, leave_cleanly_on_sigterm
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument(
         "--inputs",
         nargs="+",

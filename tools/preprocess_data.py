@@ -3,10 +3,10 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 
+from megatron_iiet.config.errors import ArgumentParser
 from megatron_iiet.data.preprocess import PreprocessOptions, megatron_flags, preprocess
 from megatron_iiet.data.preprocess.language import LANGUAGE_SCORE
 from megatron_iiet.data.preprocess.options import parse_count, share_of_work
@@ -16,8 +16,8 @@ from megatron_iiet.data.tokenizers.base import MAX_UNCUT_BYTES
 from megatron_iiet.durable import Terminated, leave_cleanly_on_sigterm
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+def build_parser() -> ArgumentParser:
+    parser = ArgumentParser(description=__doc__, allow_abbrev=False)
     add = parser.add_argument_group("inputs").add_argument
     add(
         "--input",
@@ -28,12 +28,12 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add(
         "--input-format",
-        choices=sorted({*FORMATS.values()}),
+        metavar="{" + ",".join(sorted({*FORMATS.values()})) + "}",
         help="what standard input, FIFOs and files without a suffix are (default: jsonl)",
     )
     add(
         "--txt-documents",
-        choices=["file", "blank-line"],
+        metavar="{file,blank-line}",
         default="file",
         help="a document of a .txt: all of it, or what stands between blank lines",
     )
@@ -55,10 +55,10 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="a longer line or row is a bad one, never held in memory (default: a sixteenth of the memory)",
     )
-    add("--bad-rows", choices=["error", "skip"], default="error", help="fail, or count and leave out")
+    add("--bad-rows", metavar="{error,skip}", default="error", help="fail, or count and leave out")
     add(
         "--bad-inputs",
-        choices=["fail", "skip"],
+        metavar="{fail,skip}",
         default="fail",
         help="an input that cannot be read to its end: fail its shard, or leave it out and say so",
     )
@@ -146,7 +146,10 @@ def parse_arguments() -> PreprocessOptions:
     Raises:
         ValueError: values that are out of range or contradict each other.
     """
-    values = vars(build_parser().parse_args())
+    parser = build_parser()
+    known, rest = parser.parse_known_args()
+    megatron_flags.refuse_unknown(rest, parser._option_string_actions)
+    values = vars(known)
     megatron_flags.translate(values, log=print)
     for name in ("sample_tokens", "corpus_tokens", "max_document_bytes"):
         values[name] = None if values[name] is None else parse_count(values[name])

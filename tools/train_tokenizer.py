@@ -3,15 +3,15 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 
+from megatron_iiet.config.errors import ArgumentParser
 from megatron_iiet.data.reading.kinds import ALL_KINDS
 from megatron_iiet.data.tokenizers.training import train_tokenizer
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument(
         "--input", nargs="+", required=True, help=f"files, folders or quoted globs of {ALL_KINDS}"
     )

@@ -15,10 +15,10 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from importlib import metadata
@@ -31,6 +31,12 @@ from megatron_iiet.data.reading.sources import InputFile, find_inputs
 from megatron_iiet.data.reading.text import parse_rows, raise_first, read_chunks
 
 FILTERS = ("gopher-repetition", "gopher-quality", "c4", "fineweb")
+_HANDED_ON = (
+    "filtered/*.jsonl.zst",
+    "signatures/bucket_*/*.minhash.sig",
+    "buckets/*.dups",
+    "groups/*.remove",
+)
 Stages = dict[str, tuple[int, list[Any]]]  # by name: number of tasks, and steps
 
 
@@ -143,6 +149,18 @@ def claim(files: Sequence[InputFile], options: argparse.Namespace) -> None:
     settings.write_text(text, encoding="utf-8")
 
 
+def clear_up(work: Path) -> None:
+    """Remove what the stages handed on, by the names that datatrove gives; what else is there stays."""
+    for pattern in _HANDED_ON:
+        for path in work.glob(pattern):
+            path.unlink()
+    for folder in sorted((path for path in work.rglob("*") if path.is_dir()), reverse=True):
+        with suppress(OSError):  # something is left in it
+            folder.rmdir()
+    with suppress(OSError):
+        work.rmdir()
+
+
 def counts_of(logs: Path) -> list[Counter[str]]:
     """What each step of a stage counted, over all its tasks."""
     tasks = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((logs / "stats").glob("*.json"))]
@@ -197,7 +215,7 @@ def clean(options: argparse.Namespace) -> None:
         elif name == "minhash":
             tell("minhash", counts[1])
     (options.output / "work" / "documents").rename(options.output / "documents")
-    shutil.rmtree(options.output / "work")
+    clear_up(options.output / "work")
     print(f"left: {counts[-1]['total']:,} documents in {options.output}/documents")
 
 

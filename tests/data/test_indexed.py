@@ -16,8 +16,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from megatron_iiet.data.corpora import mmididx
-from megatron_iiet.data.corpora.indexed_writer import DigestedFile, IndexedDatasetWriter, write_index
-from megatron_iiet.data.corpora.mmididx import MAGIC, DocumentIndex, Shard, bin_path, idx_path
+from megatron_iiet.data.corpora.indexed_writer import IndexedDatasetWriter, write_index
+from megatron_iiet.data.corpora.mmididx import MAGIC, DigestedFile, DocumentIndex, Shard, bin_path, idx_path
 from megatron_iiet.data.corpora.streams import IndexedDataset
 from tests.data.inputs import write_pair
 

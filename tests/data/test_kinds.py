@@ -189,6 +189,14 @@ def test_the_shards_are_the_same_bytes(
     assert all(result == results[0] for result in results)
 
 
+@pytest.mark.parametrize("pack", [gzip.compress, bz2.compress, lzma.compress, zstd])
+def test_a_name_that_tells_nothing_of_a_compression(tmp_path: Path, pack: Callable[[bytes], bytes]) -> None:
+    """As those of standard input and FIFOs: the first bytes tell."""
+    (tmp_path / "packed").write_bytes(pack(lines()))
+    found, rejects = rows_of(tmp_path / "packed")
+    assert (rejects, [row.texts[0] for row in found]) == ([], TEXTS)
+
+
 @pytest.mark.parametrize(
     ("documents_are", "content", "texts"),
     [
@@ -268,6 +276,19 @@ FAULTS: list[tuple[str, bytes, str, str]] = [
     ("z.txt", zstd(b"text"), "text", r"z\.txt holds zstd by its first bytes; .*\.zst, or decompress it"),
     ("x.csv", lzma.compress(b"text"), "text", r"x\.csv holds xz by its first bytes"),
     ("u.csv", "text\na\n".encode("utf-16"), "text", r"u\.csv holds UTF-16 by its first bytes; convert it"),
+    (
+        "p.jsonl",
+        parquet(),
+        "text",
+        r"p\.jsonl holds parquet by its first bytes; give it as a file whose name",
+    ),
+    ("nameless", parquet(), "text", r"nameless holds parquet by its first bytes; give it as a file"),
+    ("nameless", gzip.compress(parquet()), "text", r"nameless holds parquet by its first bytes; give it"),
+    ("nameless", STREAM, "text", r"nameless holds Arrow by its first bytes; give it as a file whose"),
+    ("nameless", arrow(pa.ipc.new_file), "text", r"nameless holds Arrow by its first bytes; give it as"),
+    ("nameless", gzip.compress(lines())[:-9], "text", r"nameless is cut short: its gzip stream has no end"),
+    ("twice.gz", gzip.compress(bz2.compress(lines())), "text", r"twice\.gz holds bzip2 by its first bytes"),
+    ("a.txt", b"PK\3\4...", "text", r"a\.txt holds a zip archive by its first bytes; unpack it"),
     ("nul.xz", bytes(400), "text", r"nul\.xz"),
     ("cut.arrow", STREAM[:-8], "text", r"cut\.arrow is cut short: its Arrow stream has no end; fetch"),
     ("middle.arrow", STREAM[:900] + STREAM[-8:], "text", r"middle\.arrow: no arrow file, or damaged or cut"),

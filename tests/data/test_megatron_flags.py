@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from megatron_iiet.data.preprocess import megatron_flags
+from tests.tool_runs import run_here
 
 
 def translated(*flags: str) -> tuple[dict[str, Any], list[str]]:
@@ -65,3 +66,36 @@ def test_what_has_no_effect_is_told(vocabulary: Path) -> None:
 def test_refusals(flags: tuple[str, ...], sentence: str, vocabulary: Path) -> None:
     with pytest.raises(ValueError, match=sentence):
         translated(*(flag.format(vocabulary) for flag in flags))
+
+
+@pytest.mark.parametrize(
+    ("line", "sentence"),
+    [
+        ("--zzzz 3", "There is no option --zzzz; see --help."),
+        ("--output-prefx p", "There is no option --output-prefx; did you mean '--output-prefix'?"),
+        ("a.jsonl", "'a.jsonl' belongs to no option; give inputs behind --input, or see --help."),
+        (
+            "--vocab-size=9",
+            "--vocab-size is Megatron-LM's and has no place here: the tokenizer's file",
+        ),
+        (
+            "--tokenizer-hf-no-use-fast",
+            "--tokenizer-hf-no-use-fast is Megatron-LM's and has no",
+        ),
+        ("--dataset-impl lazy", "--dataset-impl is 'lazy'; give mmap, the only kind, or leave it out."),
+        ("--bad-rows maybe --input a --output-prefix p --tokenizer-model t", "--bad-rows is 'maybe'; give"),
+        (
+            "--input-format doc --input a --output-prefix p --tokenizer-model t",
+            "--input-format is 'doc'",
+        ),
+        ("--workers many", "argument --workers: invalid int value: 'many'"),
+        ("--input", "argument --input: expected at least one argument"),
+    ],
+)
+def test_a_command_line_that_is_wrong(line: str, sentence: str) -> None:
+    """One sentence, without a list of all options."""
+    ended = run_here("tools/preprocess_data.py", *line.split())
+    assert ended.code in (1, 2)
+    assert ended.out == ""
+    [said] = ended.err.splitlines()
+    assert said.startswith(f"error: {sentence}")

@@ -16,9 +16,17 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from megatron_iiet.data.corpora.indexed_writer import DigestedFile, IndexedDatasetWriter, write_index
+from megatron_iiet.data.corpora.indexed_writer import IndexedDatasetWriter, write_index
+from megatron_iiet.data.corpora.making import Identity, Making
 from megatron_iiet.data.corpora.merge import expand_corpora, merge, shifted
-from megatron_iiet.data.corpora.mmididx import DocumentIndex, bin_path, idx_path, shards_path
+from megatron_iiet.data.corpora.mmididx import (
+    DigestedFile,
+    DocumentIndex,
+    bin_path,
+    file_digest,
+    idx_path,
+    shards_path,
+)
 from megatron_iiet.data.corpora.shard_list import write_shards
 from megatron_iiet.data.corpora.streams import IndexedDataset, ShardedDataset, open_corpus
 from megatron_iiet.data.corpora.verification import verify
@@ -223,7 +231,13 @@ class TestInputs:
         with pytest.raises(ValueError, match=rf"out\.{suffix} exists; .*--overwrite"):
             join(inputs, tmp_path / "out")
         assert path.read_bytes() == content
-        (tmp_path / "out.merging").touch()  # a merge was killed
+        known = [Identity(len(content), file_digest(path).hex())] if suffix != "shards" else []
+        Making(tmp_path / "out.merging").note(path, known)  # a merge was killed
+        if known:  # and somebody put another file there since
+            path.write_bytes(content[::-1])
+            with pytest.raises(ValueError, match=rf"out\.{suffix} is there .*, and no shard list .* as it"):
+                join(inputs, tmp_path / "out", overwrite=True)
+            path.write_bytes(content)
         join(inputs, tmp_path / "out", overwrite=True)
         assert open_corpus(tmp_path / "out").num_tokens == 2
         assert "out.merging" not in listing(tmp_path)
@@ -236,8 +250,11 @@ class TestInputs:
         write(tmp_path / "beside", [9], listed=False)
         shutil.copy(tmp_path / "a.shards", tmp_path / "beside.shards")
         (tmp_path / "foreign.shards").write_bytes(b"precious")
+        over = bin_path(write(tmp_path / "over", [9]))  # and one that took the place of a listed one
+        over.write_bytes(over.read_bytes()[::-1])
         before = {path: path.read_bytes() for path in tmp_path.iterdir()}
-        for name, file in (("bare", "bare.bin"), ("beside", "beside.bin"), ("foreign", "foreign.shards")):
+        names = (("bare", "bare.bin"), ("beside", "beside.bin"), ("over", "over.bin"))
+        for name, file in (*names, ("foreign", "foreign.shards")):
             with pytest.raises(ValueError, match=f"{file} is there already, and no shard list .* names it"):
                 join(inputs, tmp_path / name, by_reference=by_reference, overwrite=True)
         assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before

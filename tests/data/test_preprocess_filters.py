@@ -20,7 +20,7 @@ from megatron_iiet.data.preprocess.tasks import Filters, text_digest
 from megatron_iiet.data.reading.sources import InputFile, list_inputs
 from megatron_iiet.data.tokenizers.base import Tokenizer
 from megatron_iiet.data.tokenizers.loading import load_tokenizer
-from tests.data.inputs import make_texts
+from tests.data.inputs import listing, make_texts
 from tests.data.preprocess_runs import documents, write_rows
 
 TEXTS = make_texts(400, seed=5)
@@ -248,19 +248,16 @@ def test_find_duplicates(
         assert list(map(bool, marks.marks(number, 1, len(unit_lines)))) == expected
         if unit_lines:
             assert list(map(bool, marks.marks(number, len(unit_lines), 1))) == expected[-1:]
-    assert not list(records.glob("partitions-*"))
     with pytest.raises(ValueError, match="changed between the two passes"):
         marks.marks(0, 1, len(lines[0]) + 1)
 
 
 def test_duplicates_are_looked_for_once(tmp_path: Path) -> None:
-    """What a killed search left goes; the marks of one that ended stay, whatever the digests are by then."""
+    """The marks of a search that ended stay, whatever the digests are by then."""
     digests, inputs = DigestFiles(tmp_path), [InputFile("a", 1, "")]
     digests.write(inputs, [(0, 1, b"1" * 16 + b"2" * 16 + b"1" * 16 + bytes(32))])
-    (tmp_path / "partitions-killed00").mkdir()
-    (tmp_path / "partitions-killed00" / "000.bin").write_bytes(b"x")
     find_duplicates(tmp_path, [Unit(0, inputs)])
-    assert not list(tmp_path.glob("partitions-*"))
+    assert listing(tmp_path) == ["digests", "duplicates.bin", "duplicates.lock"]
     assert list(Duplicates(tmp_path).marks(0, 1, 5)) == [0, 0, 1, 0, 0]
     assert [list(Duplicates(tmp_path).marks(0, line, 1)) for line in range(1, 6)] == [[0], [0], [1], [0], [0]]
     digests.write(inputs, [(0, 1, b"1" * 32)])

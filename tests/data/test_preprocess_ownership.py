@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
+import numpy as np
 import pytest
 
 from megatron_iiet.data.preprocess import PreprocessOptions, PreprocessReport, preprocess
 from megatron_iiet.data.preprocess import run as running
 from megatron_iiet.data.preprocess.layout import Layout, Output
 from megatron_iiet.data.preprocess.ownership import Claims
+from megatron_iiet.data.preprocess.records import JobRecords
 from tests.data.inputs import listing
 from tests.data.preprocess_runs import write_rows
 
@@ -34,6 +38,14 @@ def run(tmp_path: Path, sentencepiece_model: Path, monkeypatch: pytest.MonkeyPat
         return preprocess(options, log=lambda _: None)
 
     return run
+
+
+def refusal(run: Run, **options: Any) -> str:
+    """What a run says that does not end well."""
+    try:
+        return str(run(**options).failures[0])
+    except ValueError as error:
+        return str(error)
 
 
 def plant(*paths: Path) -> None:
@@ -129,8 +141,9 @@ def test_nothing_is_written_through_what_is_planted(run: Run, tmp_path: Path, en
     target = tmp_path / "target"
     plant(target)
     run()
-    planted = tmp_path / "out" / "text_document" / f"000000.{ending}"
-    (planted.parent / "000000.bin").unlink()
+    planted = tmp_path / "out" / "preprocess" / "making" / f"text_document-000000.{ending}"
+    planted.parent.mkdir()
+    (tmp_path / "out" / "text_document" / "000000.bin").unlink()
     if kind == "symlink":
         planted.symlink_to(target)
     elif kind == "hard link":
@@ -152,6 +165,7 @@ def test_claims_of_several_at_once(tmp_path: Path) -> None:
     layout.records.mkdir()
     claims, output = Claims(layout), Output("a", None, "text")
     claims.take(output)
+    claims.open_shard(layout, output.name, 7, 100).discard()
     plant(tmp_path / "a_text_document" / "000000.bin")
     claims.take(output)
     with pytest.raises(
@@ -164,3 +178,92 @@ def test_claims_of_several_at_once(tmp_path: Path) -> None:
     claims.release(output.name)
     assert claims.names() == set()
     assert listing(tmp_path) == ["preprocess"]
+
+
+ENDINGS = (".bin", ".idx", ".shards", ".bin.partial")
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("place", ["p_text_document", "out/text_document/000000", "out/text_document"])
+def test_what_takes_a_claimed_name_after_a_failure(
+    run: Run, tmp_path: Path, place: str, overwrite: bool
+) -> None:
+    """A claim alone owns no file, nor does what failed behind its first shard's beginning."""
+    prefix = {"output_prefix": f"{tmp_path}/p"} if place.startswith("p_") else {}
+    for failing in ({"bad_rows": "error", "max_document_bytes": 5}, {"text_template": "{nokey}"}):
+        assert run(**prefix, **failing).exit_code == 1
+    foreign = [tmp_path / (place + ending) for ending in ENDINGS]
+    plant(*foreign)
+    said = r"(text_document|000000)\.\w+ is there already"
+    assert re.search(said, refusal(run, **prefix, overwrite=overwrite))
+    assert all(path.read_text() == "precious" for path in foreign)
+    for path in foreign:
+        path.unlink()
+    assert run(**prefix, overwrite=overwrite).exit_code == 0
+
+
+@pytest.mark.parametrize("ending", [".bin", ".idx", ".shards"])
+@pytest.mark.parametrize("place", ["p_text_document", "out/text_document"])
+def test_what_takes_the_place_of_what_was_made(run: Run, tmp_path: Path, place: str, ending: str) -> None:
+    """With as many bytes, and the time of the former file; the same file with another time is still ours."""
+    prefix = {"output_prefix": f"{tmp_path}/p"} if place.startswith("p_") else {}
+    run(**prefix)
+    is_shard = ending != ".shards" and not prefix
+    path = tmp_path / (f"{place}/000000{ending}" if is_shard else place + ending)
+    content = path.read_bytes()
+    os.utime(path, (1, 1))
+    run(**prefix, overwrite=True)
+    assert path.read_bytes() == content
+    path.write_bytes(content[::-1])
+    for changes in ({"overwrite": True}, {"overwrite": True, "append_eod": True}):
+        said = f"{path} is there already, and by its content was not made for this"
+        assert said in refusal(run, **prefix, **changes)
+        assert path.read_bytes() == content[::-1]
+
+
+def test_a_pair_without_a_record_is_the_killed_runs(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed between its publication and its record; unless another one took its place since."""
+    with monkeypatch.context() as killed:
+        killed.setattr(JobRecords, "append", Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            run()
+    shard = tmp_path / "out" / "text_document" / "000000.bin"
+    content = shard.read_bytes()
+    shard.write_bytes(content[::-1])
+    assert "000000.bin is there already, and by its content" in str(run().failures[0])
+    assert shard.read_bytes() == content[::-1]
+    shard.write_bytes(content)
+    assert run(append_eod=True).exit_code == 0
+    assert "making" not in listing(tmp_path / "out" / "preprocess")
+
+
+@pytest.mark.parametrize("ending", [".bin", ".idx", ".shards"])
+def test_what_comes_while_a_shard_is_made(tmp_path: Path, ending: str) -> None:
+    layout = Layout(f"{tmp_path}/p", None)
+    claims, output = Claims(layout), Output(None, None, "text")
+    layout.records.mkdir()
+    claims.take(output)
+    foreign = tmp_path / f"p_text_document{ending}"
+    writer = claims.open_shard(layout, output.name, 0, 100)
+    writer.add_document(np.arange(3))
+    plant(foreign)
+    with pytest.raises(ValueError, match=f"p_text_document{ending} is there already, and by its content"):
+        writer.close()
+    writer.discard()
+    assert listing(tmp_path) == ["p.preprocess", foreign.name]
+    assert foreign.read_text() == "precious"
+
+
+def test_records_that_are_somebodys_of_fitting_names(run: Run, tmp_path: Path) -> None:
+    records = tmp_path / "out" / "preprocess"
+    for name in ("job-00000-of-00001.jsonl", "job-00003-of-00004.jsonl", "duplicates.bin"):
+        plant(records / name)
+        for overwrite in (False, True):
+            if name == "duplicates.bin" and not overwrite:
+                continue  # it is looked for with --deduplicate only
+            with pytest.raises(ValueError, match=rf"{name} (holds b'precious', which is no record|was not)"):
+                run(overwrite=overwrite)
+            assert (records / name).read_text() == "precious"
+        (records / name).unlink()

@@ -160,11 +160,11 @@ def test_a_plan_may_change_while_nothing_is_finished_and_nobody_is_at_it(tmp_pat
 
 
 def test_files_of_a_place(tmp_path: Path) -> None:
-    """Finished or not, an index before its tokens, and the unit of each; no other file of fitting names."""
+    """An index before its tokens, and the unit of each; no other file of fitting names."""
     one, many = Layout(str(tmp_path / "p"), None), Layout(None, str(tmp_path / "d"))
     for name in ("p_a_document", "p_b_document", "d/a_document/000001", "d/a_document/1000000"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        for ending in (".bin", ".idx", ".bin.partial", ".idx.partial", ".shards", ".txt"):
+        for ending in (".bin", ".idx", ".bin.partial", ".shards", ".txt"):
             (tmp_path / (name + ending)).write_text("")
     for name in ("00000.bin", "0000001.bin", "000001.bin.old"):
         (tmp_path / "d/a_document" / name).write_text("")
@@ -172,13 +172,12 @@ def test_files_of_a_place(tmp_path: Path) -> None:
     def found(layout: Layout, output: str) -> list[tuple[int | None, str]]:
         return [(unit, str(path.relative_to(tmp_path))) for unit, path in layout.files(output)]
 
-    endings = (".idx", ".bin", ".idx.partial", ".bin.partial")
+    endings = (".idx", ".bin")
     assert found(one, "a_document") == [(None, f"p_a_document{ending}") for ending in endings]
     assert found(one, "x_document") == found(many, "x_document") == []
-    latest_first = (".idx.partial", ".idx", ".bin.partial", ".bin")
     units = ((1000000, "1000000"), (1, "000001"))
     assert found(many, "a_document") == [
-        (unit, f"d/a_document/{name}{ending}") for unit, name in units for ending in latest_first
+        (unit, f"d/a_document/{name}{ending}") for unit, name in units for ending in endings
     ]
     assert one.records == tmp_path / "p.preprocess"
     assert many.records == tmp_path / "d" / "preprocess"
@@ -208,11 +207,13 @@ def test_the_last_run_lists_the_shards_and_clears_up(tmp_path: Path) -> None:
     def write() -> Summary:
         summary = summarize(wanted, plan.units)
         listed = write_lists(wanted, plan, plan.units, summary)
-        clear_up(place.layout, plan, plan.units, [(place.layout, plan.next_unit, listed)])
+        clear_up(place.layout, plan, plan.units, [(place.layout, listed)])
         return summary
 
-    left = [tmp_path / "text_document/000000.bin.partial", place.layout.records / "a.0123abcd.tmp"]
-    foreign = [tmp_path / name for name in ("x_document/000000.idx.partial", "text_document/000002.bin")]
+    records = place.layout.records
+    left = [records / "making/text_document-000000.bin.partial", records / "a.0123abcd.tmp"]
+    names = ("x_document/000000.idx", "text_document/000002.bin", "text_document/000000.bin.partial")
+    foreign = [tmp_path / name for name in names]
     foreign += [place.layout.records / "mine.tmp"]
     place.finish(1)
     for path in left + foreign:
@@ -220,9 +221,9 @@ def test_the_last_run_lists_the_shards_and_clears_up(tmp_path: Path) -> None:
         path.write_text("")
     assert summarize(wanted, plan.units).units == 1
     place.finish(0)
-    records = JobRecords(place.layout.records, 1, 2)  # another job made the same unit again
-    records.append(record_of(0, [place.inputs[0]]))
-    records.close()
+    job = JobRecords(records, 1, 2)  # another job made the same unit again
+    job.append(record_of(0, [place.inputs[0]]))
+    job.close()
     summary = write()
     assert summary.units == 2
     assert (summary.total.documents, summary.total.tokens, summary.total.bin_bytes) == (2, 10, 20)
@@ -238,7 +239,10 @@ def test_the_last_run_lists_the_shards_and_clears_up(tmp_path: Path) -> None:
     written = Path(shards.path).stat().st_mtime_ns
     write()
     assert Path(shards.path).stat().st_mtime_ns == written
-    Path(shards.path).write_text("damaged")
+    Path(shards.path).write_text("damaged, or somebody's")
+    with pytest.raises(ValueError, match=r"text_document\.shards is there already, and by its content was"):
+        write()
+    Path(shards.path).unlink()
     write()
     assert ShardList(shards.path).num_tokens == 10
 

@@ -53,7 +53,19 @@ IN_TREE = ["chunk10/c.jsonl", "chunk2/a.json.gz", "chunk2/b.jsonl.zst", "d.ndjso
 LEFT_OUT = [
     ("README.md", "licences, readmes and the like"),
     ("License-MIT.txt", "licences, readmes and the like"),
+    ("of.licenses.json", "licences, readmes and the like"),
+    ("licences.txt", "licences, readmes and the like"),
+    ("bundle.js.LICENSE.txt", "licences, readmes and the like"),
+    ("requirements.txt", "files of packages, sites, models and tokenizers"),
+    ("requirements-cpu.txt", "files of packages, sites, models and tokenizers"),
+    ("robots.txt", "files of packages, sites, models and tokenizers"),
+    ("SHA256SUMS.txt", "files of packages, sites, models and tokenizers"),
+    ("package.json", "files of packages, sites, models and tokenizers"),
+    ("tokenizer_config.json", "files of packages, sites, models and tokenizers"),
+    ("model.safetensors.index.json", "files of packages, sites, models and tokenizers"),
+    ("merges.txt", "files of packages, sites, models and tokenizers"),
     ("dataset_info.json", "files about datasets or caches of them"),
+    ("dataset_infos.json", "files about datasets or caches of them"),
     ("saved/state.json", "files about datasets or caches of them"),
     ("saved/cache-1f.arrow", "files about datasets or caches of them"),
     ("a.pdf", "of unknown kinds"),
@@ -64,6 +76,11 @@ LEFT_OUT = [
     ("out/preprocess/job-00000-of-00001.jsonl", "records of preprocessing"),
     ("p.preprocess/digests/deep/x.jsonl", "records of preprocessing"),
 ]
+
+
+READ = ["licensed.txt", "licenses.jsonl", "my-requirements.txt", "robots2.txt", "security-2.txt"]
+READ += ["configuration.json", "the copying.txt"]
+"""Data, whatever part of their names says."""
 
 
 def test_folders(tree: Path) -> None:
@@ -104,16 +121,16 @@ def test_what_a_folder_leaves_out_is_named(tree: Path, scheme: str) -> None:
         (tree / name).write_bytes(GOOD)
     for name in ("out/preprocess/plan.json", "p.preprocess/plan.json"):
         (tree / name).write_text("{}")
+    for name in READ:
+        (tree / name).write_bytes(GOOD)
     (tree / "preprocess").mkdir()
     (tree / "preprocess" / "mine.jsonl").write_bytes(GOOD)
     found = find_inputs([f"{scheme}{tree}"])
-    assert names(found.files, f"{scheme}{tree}") == [*IN_TREE, "preprocess/mine.jsonl"]
+    assert names(found.files, f"{scheme}{tree}") == sorted([*IN_TREE, *READ, "preprocess/mine.jsonl"])
     left_out = {path: reason for reason, paths in found.left_out.items() for path in paths}
     assert {str(tree / name): reason for name, reason in LEFT_OUT}.items() <= left_out.items()
     assert sorted(left_out.values()).count("hidden") == 2
-    assert str(found).startswith(
-        "inputs: 2 .jsonl, 1 .json.gz, 1 .jsonl.zst, 1 .ndjson, 1 .parquet, 1 .txt; left"
-    )
+    assert str(found).startswith(f"inputs: {1 + len(READ) - 2} .txt, 3 .jsonl, 1 .json.gz, 1")
     assert "3 of unknown kinds (a.pdf, b.parquet.gz, part-00000)" in str(found)
     part = f"{scheme}{tree}/part-00000"
     assert part in [file.path for file in find_inputs([f"{scheme}{tree}"], "jsonl").files]

@@ -235,11 +235,10 @@ class TestTiktoken:
         path = tmp_path / "tokenizer.model"  # LLaMA-3's name for it
         unreachable = base64.b64encode(b"zqxj") + b" 498\n"  # no two tokens make it up
         path.write_bytes(ranks_file.read_bytes() + unreachable)
-        side_file: dict[str, Any] = {"preset": preset} if preset else {"pattern": r"\p{L}+|\P{L}"}
-        if not preset:
-            side_file["special_tokens"] = {"<eos>": 1000}
-        (tmp_path / "tokenizer.model.json").write_text(json.dumps(side_file))
-        used = {**PRESETS[preset], **side_file} if preset else side_file
+        used: dict[str, Any] = {"pattern": r"\p{L}+|\P{L}", "special_tokens": {"<eos>": 1000}}
+        if preset:  # whose own ranks are many more
+            used = PRESETS[preset]
+        (tmp_path / "tokenizer.model.json").write_text(json.dumps(used))
         theirs = tiktoken.Encoding(
             "theirs",
             pat_str=used["pattern"],
@@ -308,6 +307,33 @@ class TestTiktoken:
             },
         }
 
+    def test_ranks_of_presets(self) -> None:
+        """What tells the published files apart; LLaMA-3's begins with all of cl100k's."""
+        ranks = {name: preset["ranks"] for name, preset in PRESETS.items()}
+        assert ranks == {"cl100k": 100256, "o200k": 199998, "llama3": 128000, "llama4": 200000}
+        for preset in PRESETS.values():
+            assert preset["ranks"] <= min(preset["special_tokens"].values())
+
+    def test_a_preset_wants_its_own_ranks(
+        self, ranks_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Whole: not cut, not more, not another preset's, whatever of the preset is overridden."""
+        path, lines = tmp_path / "a.tiktoken", ranks_file.read_bytes().splitlines(keepends=True)
+        (tmp_path / "a.tiktoken.json").write_text('{"preset": "small", "special_tokens": {"<eos>": 600}}')
+        monkeypatch.setitem(PRESETS, "small", {**PRESETS["cl100k"], "ranks": len(lines)})
+        monkeypatch.setitem(PRESETS, "smaller", {**PRESETS["cl100k"], "ranks": len(lines) - 20})
+        path.write_bytes(b"".join(lines))
+        assert load_tokenizer(path).eod_id == 600
+        for content, said in (
+            (lines[:-1], f"has {len(lines) - 1} ranks, but the preset 'small' of .* has {len(lines)}; fetch"),
+            ([*lines, base64.b64encode(b"zqxj") + b" 498\n"], f"has {len(lines) + 1} ranks, but"),
+            (lines[:-20], "as smaller has; give that preset, or write pattern"),
+            ([*lines[:-1], lines[-1].replace(b" 497", b" 498")], "no token for 1 ids below 498, such as 497"),
+        ):
+            path.write_bytes(b"".join(content))
+            with pytest.raises(ValueError, match=said):
+                load_tokenizer(path)
+
     def test_fast(self, ranks_file: Path) -> None:
         name = "gigatoken (checked against tokenizers (tiktoken ranks))"
         assert load_encoder(ranks_file).name == name
@@ -354,6 +380,119 @@ class TestTiktoken:
         side_file = {"pattern": r"\p{L}+|[*+]+|\?+|[^\s]", "special_tokens": {"<eos>": 999}}
         (tmp_path / "a.tiktoken.json").write_text(json.dumps(side_file))
         assert load_tokenizer(tmp_path / "a.tiktoken").decode([999, *b"A"]) is not None
+
+
+class TestCutAndMixedFiles:
+    """Of every kind: what is not whole, or of two models, is refused, and not read as something else."""
+
+    def test_a_sentencepiece_model_cut_anywhere(self, sentencepiece_model: Path, tmp_path: Path) -> None:
+        """Behind a piece it is a model still, of other pieces and another kind."""
+        from sentencepiece import sentencepiece_model_pb2 as definitions
+
+        content, path = sentencepiece_model.read_bytes(), tmp_path / "a.model"
+        whole = definitions.ModelProto.FromString(content)  # type: ignore[attr-defined]
+        pieces = definitions.ModelProto(pieces=whole.pieces[3:])  # type: ignore[attr-defined]
+        pieces.pieces.extend(whole.pieces[:3])
+        for piece in pieces.pieces:
+            piece.type = 1 if piece.type == 6 else piece.type  # those of bytes are refused by the library
+        for cut in (pieces.SerializeToString(), *(content[:at] for at in range(0, len(content), 97))):
+            path.write_bytes(cut)
+            with pytest.raises(ValueError, match=r"a\.model (is not a|ends behind its 500 pieces)"):
+                load_tokenizer(path)
+
+    def test_a_hole_in_the_ids(self, tokenizer_json: Path, tmp_path: Path) -> None:
+        """Above the last id of a text ids may be in reserve."""
+        content, path = json.loads(tokenizer_json.read_text()), tmp_path / "tokenizer.json"
+        vocabulary = content["model"]["vocab"]
+        content["added_tokens"].append({**content["added_tokens"][-1], "id": 900, "content": "<|reserve|>"})
+        path.write_text(json.dumps(content))
+        with pytest.raises(ValueError, match=r"'<\|reserve\|>' the id 900, but the library reads it as 500"):
+            load_tokenizer(path)
+        vocabulary["<|reserve|>"] = 900
+        path.write_text(json.dumps(content))
+        assert load_tokenizer(path).vocab_size == 901
+        vocabulary[next(text for text, number in vocabulary.items() if number == 499)] = 520
+        path.write_text(json.dumps(content))
+        with pytest.raises(ValueError, match="has no token for 21 ids below 520, such as 499; fetch"):
+            load_tokenizer(path)
+
+    def test_a_byte_without_a_token(self, tokenizer_json: Path, tmp_path: Path) -> None:
+        content, path = json.loads(tokenizer_json.read_text()), tmp_path / "tokenizer.json"
+        vocabulary, merges = content["model"]["vocab"], content["model"]["merges"]
+        number = vocabulary.pop("ÿ")
+        vocabulary["spare"] = number
+        content["model"]["merges"] = [merge for merge in merges if "ÿ" not in "".join(merge)]
+        path.write_text(json.dumps(content))
+        with pytest.raises(ValueError, match="no token for 1 of the 256 single bytes, such as 0xff, "):
+            load_tokenizer(path)
+
+    def test_merges_of_another_vocabulary(self, tokenizer_json: Path, tmp_path: Path) -> None:
+        model = json.loads(tokenizer_json.read_text())["model"]
+        merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+        vocabulary = model["vocab"]
+
+        def load(merges: list[str], vocabulary: dict[str, int]) -> Tokenizer:
+            (tmp_path / "vocab.json").write_text(json.dumps(vocabulary))
+            (tmp_path / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n")
+            return load_tokenizer(tmp_path / "vocab.json")
+
+        text = make_texts(1, seed=3)[0]
+        expected = load_tokenizer(tokenizer_json).encode(text).tolist()
+        assert load(merges, vocabulary).encode(text).tolist() == expected
+        last, line = merges[-1].replace(" ", ""), len(merges) + 1
+        other = {**vocabulary, "other": vocabulary[last]}
+        del other[last]
+        for merges_given, vocabulary_given, said in (
+            (
+                merges[:-1],
+                vocabulary,
+                f"merges.txt has no merge that makes the token {last!r} of",
+            ),
+            (merges[:-20], vocabulary, "merges.txt has no merge that makes the token"),
+            (
+                merges,
+                other,
+                f"merges.txt, line {line}: the token {last!r} is not in .*; fetch both",
+            ),
+            ([*merges, "a"], vocabulary, f"merges.txt, line {line + 1}: 'a' is no two tokens"),
+            (
+                merges,
+                {**vocabulary, "<gap>": 502},
+                "vocab.json has no token for 2 ids below 502",
+            ),
+        ):
+            with pytest.raises(ValueError, match=said):
+                load(merges_given, vocabulary_given)
+
+    @pytest.mark.parametrize(
+        ("change", "said"),
+        [
+            ({"vocab": slice(None, -1)}, "has 499 tokens and 10 special ones, but its config tells of 500"),
+            ({"vocab": slice(7, None)}, "has 493 tokens"),
+            ({"config": {"default_num_special_tokens": "ten"}}, r"is no tekken\.json \(TypeError"),
+        ],
+    )
+    def test_tekken(self, tmp_path: Path, change: dict[str, Any], said: str) -> None:
+        words = [bytes([byte]) for byte in range(256)] + [b"%d" % number for number in range(10, 254)]
+        entries = [
+            {"rank": rank, "token_bytes": base64.b64encode(word).decode()} for rank, word in enumerate(words)
+        ]
+        content: dict[str, Any] = {
+            "config": {
+                "default_num_special_tokens": 10,
+                "default_vocab_size": 510,
+                "pattern": PRESETS["o200k"]["pattern"],
+            },
+            "vocab": entries,
+        }
+        path = tmp_path / "tekken.json"
+        path.write_text(json.dumps(content))
+        assert load_tokenizer(path).vocab_size == 510
+        for key, value in change.items():
+            content[key] = content[key][value] if key == "vocab" else content[key] | value
+        path.write_text(json.dumps(content))
+        with pytest.raises(ValueError, match=said):
+            load_tokenizer(path)
 
 
 class TestDigest:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import runpy
 import signal
 import subprocess
 import sys
@@ -36,6 +37,20 @@ def command(*arguments: object) -> list[str]:
 def run(*arguments: object) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     return subprocess.run(command(*arguments), capture_output=True, text=True, env=environment, timeout=500)
+
+
+def test_what_is_left_in_its_folder_stays(tmp_path: Path) -> None:
+    clear_up = runpy.run_path(str(ROOT / "examples" / "cleaning" / "clean.py"))["clear_up"]
+    theirs = ("filtered/00000.jsonl.zst", "signatures/bucket_003/00001.minhash.sig", "groups/000000.remove")
+    for name in (*theirs, "signatures/mine", "mine/of.dups"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    clear_up(tmp_path)
+    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()) == [
+        "mine/of.dups",
+        "signatures/mine",
+    ]
+    assert not (tmp_path / "filtered").exists()
 
 
 def refusal(*arguments: object) -> str:

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from megatron_iiet.data.tokenizers.base import Tokenizer
+from megatron_iiet.data.tokenizers.cutting import CL100K
 from megatron_iiet.data.tokenizers.hard_texts import hard_texts
 from megatron_iiet.data.tokenizers.loading import load_tokenizer
 from megatron_iiet.hf import folders
@@ -231,7 +232,7 @@ def test_tiktoken_ranks_become_a_tokenizer_json(tmp_path: Path) -> None:
     pieces = [bytes([byte]) for byte in range(256)] + [b"th", b"the", b" t", b" the", b"  "]
     lines = [f"{b64encode(piece).decode()} {rank}" for rank, piece in enumerate(pieces)]
     (tmp_path / "mine.model").write_text("\n".join(lines))
-    side = {"preset": "cl100k", "special_tokens": {"<|endoftext|>": 300}}
+    side = {"pattern": CL100K, "special_tokens": {"<|endoftext|>": 300}}
     (tmp_path / "mine.model.json").write_text(json.dumps(side))
     exported = extras_of_tokenizer(tmp_path / "mine.model")
     assert (*exported.token_ids.values(), exported.note) == (300, 300, 300, "")

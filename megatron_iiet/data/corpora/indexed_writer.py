@@ -13,17 +13,18 @@ from typing import IO, Any, Self
 import numpy as np
 import numpy.typing as npt
 
+from megatron_iiet.data.corpora.making import Identity, Making
 from megatron_iiet.data.corpora.mmididx import (
     BLOCK_ENTRIES,
     CODES,
     HEADER,
     MAGIC,
     VERSION,
+    DigestedFile,
     Shard,
     bin_path,
     check_prefix,
     idx_path,
-    new_digest,
     shards_path,
     token_dtype,
 )
@@ -34,44 +35,32 @@ _SPOOL_BYTES = 1 << 20  # lengths beyond this go to disk
 TokenArray = npt.NDArray[np.integer[Any]]
 
 
-class DigestedFile:
-    """A file written from its beginning to its end, with the digest of what was written."""
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self.file = file
-        self.num_bytes = 0
-        self._hash = new_digest()
-
-    @property
-    def digest(self) -> bytes:
-        """Digest of everything written so far."""
-        return self._hash.digest()
-
-    def write(self, data: bytes | memoryview | npt.NDArray[Any]) -> None:
-        """Append bytes, or an array's bytes."""
-        raw = data.reshape(-1).view(np.uint8).data if isinstance(data, np.ndarray) else data
-        self.file.write(raw)
-        self._hash.update(raw)
-        self.num_bytes += len(raw)
-
-
 class PairWriter:
-    """The two files of a pair under temporary names: ``PREFIX.bin.partial`` and ``PREFIX.idx.partial``.
+    """The two files of a pair under temporary names: in the folder of ``making`` or, without one,
+    ``PREFIX.bin.partial`` and ``PREFIX.idx.partial``.
 
     A context manager: leaving it removes every trace of what was not published. A killed run leaves those
     files, no reader looks at them, and the next run overwrites them.
 
     Raises:
-        ValueError: the prefix is a folder's name or has no place, or another process writes it.
+        ValueError: the prefix is a folder's name or has no place, another process writes it, or what is there
+            was not made by ``making``; without one it is replaced whosever it is.
     """
 
-    def __init__(self, prefix: str | os.PathLike[str], dtype: np.dtype[Any]) -> None:
+    def __init__(
+        self, prefix: str | os.PathLike[str], dtype: np.dtype[Any], making: Making | None = None
+    ) -> None:
         self.prefix = os.fspath(prefix)
-        self.dtype = dtype
+        self.dtype, self._making = dtype, making
         check_prefix(self.prefix)
         self._targets = [bin_path(prefix), idx_path(prefix)]
-        self._partials = [path.with_name(path.name + ".partial") for path in self._targets]
         make_parent(self._targets[0])
+        if making is not None:
+            making.refuse_foreign(*self._targets, shards_path(prefix))
+        self._partials = [
+            path.with_name(path.name + ".partial") if making is None else making.partial(path)
+            for path in self._targets
+        ]
         self.bin = DigestedFile(_open_locked(self._partials[0]))
         try:
             index = open_own(self._partials[1], os.O_CREAT)
@@ -89,6 +78,10 @@ class PairWriter:
         sync_file(self.bin.file)
         sync_file(self.idx.file)
         folder, stale = self._targets[0].parent, [shards_path(self.prefix), self._targets[1]]
+        if self._making is not None:
+            files = (Identity(file.num_bytes, file.digest.hex()) for file in (self.bin, self.idx))
+            self._making.note(self._targets[0], files)
+            self._making.refuse_foreign(*self._targets, *stale)
         if any(path.exists() for path in stale):
             for path in stale:
                 path.unlink(missing_ok=True)
@@ -162,8 +155,8 @@ class IndexedDatasetWriter(PairWriter):
             [0, vocab_size), or no document was added.
     """
 
-    def __init__(self, prefix: str | os.PathLike[str], vocab_size: int) -> None:
-        super().__init__(prefix, token_dtype(vocab_size))
+    def __init__(self, prefix: str | os.PathLike[str], vocab_size: int, making: Making | None = None) -> None:
+        super().__init__(prefix, token_dtype(vocab_size), making)
         self.vocab_size = vocab_size
         self.num_tokens = 0
         self.num_documents = 0

@@ -9,7 +9,6 @@ from __future__ import annotations
 import glob
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from megatron_iiet.data.corpora.indexed_writer import PairWriter, write_index
+from megatron_iiet.data.corpora.making import Identity, Making, listed
 from megatron_iiet.data.corpora.mmididx import (
     BLOCK_ENTRIES,
     Shard,
@@ -30,11 +30,11 @@ from megatron_iiet.data.corpora.mmididx import (
     new_digest,
     shards_path,
 )
-from megatron_iiet.data.corpora.shard_list import ShardList, write_shards
+from megatron_iiet.data.corpora.shard_list import write_shards
 from megatron_iiet.data.corpora.streams import IndexedDataset, OpenShard, open_corpus
 from megatron_iiet.data.preprocess.ownership import claims_to
 from megatron_iiet.data.stores import is_url
-from megatron_iiet.durable import check_output, make_parent, open_own
+from megatron_iiet.durable import check_output, make_parent
 
 _MADE_BY = "tools/merge_datasets.py"
 _SUFFIXES = (".shards", ".idx", ".bin")
@@ -76,18 +76,19 @@ def merge(
         OSError: the disk is full, or the like. Nothing is left behind.
     """
     prefixes = expand_corpora(inputs)
-    _check_output(output_prefix, overwrite, prefixes)
+    making, old = _check_output(output_prefix, overwrite, prefixes)
     dtype, info, notes = _common(prefixes)
     report = MergeReport(shards_path(output_prefix), len(prefixes), notes)
     _check_pairs(output_prefix, prefixes, report)
     make_parent(Path(output_prefix))
-    with _marked(output_prefix):
+    pair = [idx_path(output_prefix), bin_path(output_prefix)]
+    making.note(shards_path(output_prefix), old)  # what a merge that is killed leaves without its list
+    try:
         shards = (
             _refer(output_prefix, prefixes)
             if by_reference
-            else [_copy(output_prefix, prefixes, dtype, report)]
+            else [_copy(output_prefix, prefixes, dtype, report, making)]
         )
-        pair = [idx_path(output_prefix), bin_path(output_prefix)]
         try:
             write_shards(output_prefix, shards, dtype, info)
         except BaseException:
@@ -95,25 +96,12 @@ def merge(
                 for file in pair:
                     file.unlink(missing_ok=True)
             raise
-        if by_reference and overwrite:  # the pair of that name is no part of the new corpus
+        if by_reference:  # the pair of that name is no part of the new corpus
             for file in pair:
-                file.unlink(missing_ok=True)
-    return report
-
-
-def _marker(output_prefix: str) -> Path:
-    """A file that is there while a merge writes, and stays behind one that was killed: what is there of that
-    prefix is a merge's, list or not."""
-    return Path(f"{output_prefix}.merging")
-
-
-@contextmanager
-def _marked(output_prefix: str) -> Iterator[None]:
-    os.close(open_own(_marker(output_prefix), os.O_CREAT))
-    try:
-        yield
+                making.remove(file)
     finally:
-        _marker(output_prefix).unlink(missing_ok=True)
+        making.clear()
+    return report
 
 
 def expand_corpora(patterns: Sequence[str]) -> list[str]:
@@ -147,7 +135,8 @@ def _expand(pattern: str) -> list[str]:
     return sorted(found)
 
 
-def _check_output(output: str, overwrite: bool, prefixes: Sequence[str]) -> None:
+def _check_output(output: str, overwrite: bool, prefixes: Sequence[str]) -> tuple[Making, list[Identity]]:
+    """Where the pair is made, and what is known of what may be replaced."""
     check_prefix(output)
     check_output(Path(output))
     if os.path.abspath(output) in map(os.path.abspath, prefixes):
@@ -158,33 +147,22 @@ def _check_output(output: str, overwrite: bool, prefixes: Sequence[str]) -> None
             f"{output} is an output of preprocessing, which claimed it by {claim}; choose another "
             "--output-prefix."
         )
-    there = [path for path in (shards_path(output), bin_path(output), idx_path(output)) if path.exists()]
+    files = shards_path(output), bin_path(output), idx_path(output)
+    there = [path for path in files if os.path.lexists(path)]
     if there and not overwrite:
         raise ValueError(
             f"{there[0]} exists; choose another --output-prefix, or give --overwrite to replace it."
         )
-    if there and not _marker(output).exists():
-        ours = _named(output)
-        if foreign := next((path for path in there if path not in ours), None):
-            raise ValueError(
-                f"{foreign} is there already, and no shard list {output}.shards names it; choose another "
-                "--output-prefix, or remove it yourself if nobody needs it."
-            )
-
-
-def _named(output: str) -> set[Path]:
-    """The list of that prefix, if it is one, and the pair if the list names it."""
-    try:
-        shards = ShardList(shards_path(output))
-    except (ValueError, OSError):
-        return set()
-    names = {os.path.basename(output), os.path.abspath(output)}
-    pair = (
-        {bin_path(output), idx_path(output)}
-        if any(shards[at].name in names for at in range(len(shards)))
-        else set()
-    )
-    return {shards_path(output), *pair}
+    folder = Path(f"{output}.merging")
+    if os.path.lexists(folder) and not folder.is_dir():
+        raise ValueError(f"{folder} is no folder of a merge that was killed; move it away.")
+    making = Making(folder, lambda: listed(shards_path(output)))
+    if (path := next((path for path in there if not making.made(path)), None)) is not None:
+        raise ValueError(
+            f"{path} is there already, and no shard list {output}.shards names it as it is; choose another "
+            "--output-prefix, or remove it yourself if nobody needs it."
+        )
+    return making, [*making.known]
 
 
 def _common(prefixes: Sequence[str]) -> tuple[np.dtype[Any], dict[str, Any], list[str]]:
@@ -252,10 +230,12 @@ def _open_pairs(prefixes: Iterable[str]) -> Iterator[IndexedDataset | OpenShard]
         yield from open_corpus(prefix).pairs()
 
 
-def _copy(output_prefix: str, prefixes: Sequence[str], dtype: np.dtype[Any], report: MergeReport) -> Shard:
+def _copy(
+    output_prefix: str, prefixes: Sequence[str], dtype: np.dtype[Any], report: MergeReport, making: Making
+) -> Shard:
     total = report.tokens * dtype.itemsize
     with (
-        PairWriter(output_prefix, dtype) as output,
+        PairWriter(output_prefix, dtype, making) as output,
         tqdm(
             total=total, unit="B", unit_scale=True, desc="merging", disable=None
         ) as bar,  # on a terminal only

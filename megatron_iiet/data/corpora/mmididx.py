@@ -19,7 +19,7 @@ from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -83,6 +83,27 @@ def file_digest(path: str | os.PathLike[str]) -> bytes:
 def new_digest(data: bytes | memoryview = b"") -> hashlib.blake2b:
     """The digest of shard lists (16 bytes), of ``data`` so far."""
     return hashlib.blake2b(data, digest_size=DIGEST_BYTES)
+
+
+class DigestedFile:
+    """A file written from its beginning to its end, with the digest of what was written."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file = file
+        self.num_bytes = 0
+        self._hash = new_digest()
+
+    @property
+    def digest(self) -> bytes:
+        """Digest of everything written so far."""
+        return self._hash.digest()
+
+    def write(self, data: bytes | memoryview | npt.NDArray[Any]) -> None:
+        """Append bytes, or an array's bytes."""
+        raw = data.reshape(-1).view(np.uint8).data if isinstance(data, np.ndarray) else data
+        self.file.write(raw)
+        self._hash.update(raw)
+        self.num_bytes += len(raw)
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:

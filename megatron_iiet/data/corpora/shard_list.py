@@ -25,8 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_iiet.data.corpora.indexed_writer import DigestedFile
-from megatron_iiet.data.corpora.mmididx import DIGEST_BYTES, Shard, new_digest, shards_path
+from megatron_iiet.data.corpora.mmididx import DIGEST_BYTES, DigestedFile, Shard, new_digest, shards_path
 from megatron_iiet.data.stores import is_url, open_file
 from megatron_iiet.durable import write_bytes
 

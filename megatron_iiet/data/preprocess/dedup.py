@@ -14,13 +14,13 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import struct
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from hashlib import blake2b
 from pathlib import Path
+from tempfile import TemporaryFile
+from typing import IO
 
 import numpy as np
 import numpy.typing as npt
@@ -116,6 +116,20 @@ def duplicates_path(records: Path) -> Path:
     return records / "duplicates.bin"
 
 
+def remove_marks(records: Path) -> None:
+    """Remove that file.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    path = duplicates_path(records)
+    with suppress(FileNotFoundError):
+        with path.open("rb") as file:
+            if file.read(len(_MAGIC)) != _MAGIC:
+                raise ValueError(f"{path} was not written by this tool; move it away.")
+        path.unlink()
+
+
 def find_duplicates(records: Path, units: Sequence[Unit]) -> None:
     """Mark all lines that repeat an earlier one; where another job is at it, wait for that.
 
@@ -135,50 +149,52 @@ def find_duplicates(records: Path, units: Sequence[Unit]) -> None:
                 f"{target} is of other inputs: they changed while jobs were "
                 "starting; start again when none runs."
             )
-        for stale in records.glob("partitions-????????"):
-            shutil.rmtree(stale, ignore_errors=True)
         digests = DigestFiles(records)
         lines = np.concatenate([digests.lines(unit.inputs) for unit in units])
         starts = np.zeros(len(lines) + 1, dtype="<i8")
         np.cumsum(lines, out=starts[1:])
-        with tempfile.TemporaryDirectory(prefix="partitions-", dir=records) as folder:
-            partitions = _deal_out(digests, units, int(starts[-1]), Path(folder))
+        with ExitStack() as stack:
+            number = _number_of_partitions(int(starts[-1]))
+            partitions = [stack.enter_context(TemporaryFile(dir=records)) for _ in range(number)]
+            _deal_out(digests, units, partitions)
             marks = _mark(partitions, int(starts[-1]))
         with replacing(target) as file:
             file.write(_HEADER.pack(_MAGIC, len(lines), inputs_digest(inputs)) + starts.tobytes())
             file.write(marks.tobytes())
 
 
-def _deal_out(digests: DigestFiles, units: Sequence[Unit], num_lines: int, folder: Path) -> list[Path]:
-    """Files of entries with the same leading bits, each in the order of the lines."""
-    bits = 0
-    while num_lines >> bits > _PARTITION_ENTRIES and 1 << bits < _MAX_PARTITIONS:
-        bits += 1
-    paths = [folder / f"{number:03d}.bin" for number in range(1 << bits)]
-    position = 0
-    with ExitStack() as stack:
-        files = [stack.enter_context(path.open("wb")) for path in paths]
-        for unit in units:
-            for block in digests.blocks(unit.inputs):
-                entries = np.empty(len(block), dtype=_ENTRY)
-                entries["high"], entries["low"] = block[:, 0], block[:, 1]
-                entries["position"] = np.arange(position, position + len(block))
-                position += len(block)
-                entries = entries[block.any(axis=1)]
-                partition = (entries["high"] >> np.uint64(64 - bits)) if bits else np.zeros(len(entries))
-                order = np.argsort(partition, kind="stable")
-                cuts = np.searchsorted(partition[order], np.arange(1, len(files)))
-                for file, part in zip(files, np.split(entries[order], cuts), strict=True):
-                    file.write(part.tobytes())
-    return paths
+def _number_of_partitions(num_lines: int) -> int:
+    """A power of two."""
+    number = 1
+    while num_lines // number > _PARTITION_ENTRIES and number < _MAX_PARTITIONS:
+        number *= 2
+    return number
 
 
-def _mark(partitions: Sequence[Path], num_lines: int) -> npt.NDArray[np.uint8]:
+def _deal_out(digests: DigestFiles, units: Sequence[Unit], files: Sequence[IO[bytes]]) -> None:
+    """Write entries with the same leading bits to one file, in the order of the lines."""
+    bits, position = len(files).bit_length() - 1, 0
+    for unit in units:
+        for block in digests.blocks(unit.inputs):
+            entries = np.empty(len(block), dtype=_ENTRY)
+            entries["high"], entries["low"] = block[:, 0], block[:, 1]
+            entries["position"] = np.arange(position, position + len(block))
+            position += len(block)
+            entries = entries[block.any(axis=1)]
+            partition = (entries["high"] >> np.uint64(64 - bits)) if bits else np.zeros(len(entries))
+            order = np.argsort(partition, kind="stable")
+            cuts = np.searchsorted(partition[order], np.arange(1, len(files)))
+            for file, part in zip(files, np.split(entries[order], cuts), strict=True):
+                file.write(part.tobytes())
+
+
+def _mark(partitions: Sequence[IO[bytes]], num_lines: int) -> npt.NDArray[np.uint8]:
     """A bit a line, set where the digest occurred before: uint8 [ceil(num_lines / 8)]."""
     marks = np.zeros((num_lines + 7) // 8, dtype=np.uint8)
-    for path in partitions:
-        entries = np.fromfile(path, dtype=_ENTRY)
-        path.unlink()
+    for file in partitions:
+        file.seek(0)
+        entries = np.frombuffer(file.read(), dtype=_ENTRY)
+        file.close()
         entries = entries[np.lexsort((entries["low"], entries["high"]))]  # stable: the first line comes first
         same = (entries["high"][1:] == entries["high"][:-1]) & (entries["low"][1:] == entries["low"][:-1])
         repeated = entries["position"][1:][same]

@@ -12,8 +12,7 @@ from typing import Any
 from megatron_iiet.data.corpora.mmididx import check_prefix
 from megatron_iiet.durable import check_output
 
-_ENDINGS = (".idx", ".bin", ".idx.partial", ".bin.partial")
-_SHARD_FILE = re.compile(r"(\d{6}|[1-9]\d{6,})\.(?:bin|idx)(?:\.partial)?")
+_SHARD_FILE = re.compile(r"(\d{6}|[1-9]\d{6,})\.(?:bin|idx)")
 
 
 @dataclass(frozen=True)
@@ -96,11 +95,11 @@ class Layout:
         return os.path.join(os.path.dirname(self.list_prefix(output)), self.shard_name(output, unit))
 
     def files(self, output: str) -> Iterator[tuple[int | None, Path]]:
-        """Files of an output's shards, finished or not, and the number of the unit that each is of, which a
+        """Files with the names of an output's shards, and the number of the unit that each is of, which a
         single shard's does not tell; an index before its tokens."""
         prefix = Path(self.list_prefix(output))
         if self.folder is None:
-            paths = (prefix.with_name(prefix.name + ending) for ending in _ENDINGS)
+            paths = (prefix.with_name(prefix.name + ending) for ending in (".idx", ".bin"))
             yield from ((None, path) for path in paths if os.path.lexists(path))
         elif prefix.is_dir():
             for path in sorted(prefix.iterdir(), reverse=True):

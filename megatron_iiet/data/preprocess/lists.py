@@ -11,7 +11,7 @@ from megatron_iiet.data.corpora.mmididx import Shard, shards_path, token_dtype
 from megatron_iiet.data.corpora.shard_list import write_shards
 from megatron_iiet.data.preprocess.dedup import DigestFiles
 from megatron_iiet.data.preprocess.finished import finished_records, remade_units
-from megatron_iiet.data.preprocess.layout import Layout, Output, known_outputs
+from megatron_iiet.data.preprocess.layout import Layout, known_outputs
 from megatron_iiet.data.preprocess.ownership import Claims
 from megatron_iiet.data.preprocess.plan import Plan, Wanted
 from megatron_iiet.data.preprocess.records import Counts, Total, Unit, UnitRecord
@@ -70,6 +70,7 @@ def write_lists(
     dtype = token_dtype(plan.tokenizer["vocab_size"])
     listed: dict[str, Container[int]] = {}
     remade = remade_units(wanted, units)
+    Claims(wanted.layout).refuse_foreign_lists(place, summary.outputs)
     for output in sorted(summary.outputs):
         shards = _shards(wanted, units, output, remade)
         in_order = [shards[unit.id] for unit in units if unit.id in shards]
@@ -109,26 +110,40 @@ def _refuse_none(plan: Plan, summary: Summary) -> None:
     if not summary.outputs:
         keys = " and ".join(map(repr, plan.options["json_keys"]))
         told = [offender for some in summary.counts.offenders.values() for offender in some[:1]]
-        such_as = f", such as {told[0]}" if told else "."
+        such_as = f", such as {told[0]}" if told else ""
+        found = [f"{number:,} {what}" for number, what in _numbers(summary.counts) if number]
         raise ValueError(
-            f"The inputs hold no documents: every text under {keys} is empty or left out{such_as}"
+            f"The inputs hold no documents: every text under {keys} is empty or left out"
+            f" ({', '.join(found) or 'there is none'}){such_as}; give others, or change what leaves them out."
         )
 
 
+def _numbers(counts: Counts) -> list[tuple[int, str]]:
+    return [
+        (counts.empty, "empty documents"),
+        (counts.duplicates, "duplicates"),
+        (counts.wrong_length, "documents shorter or longer than wanted"),
+        (counts.other_language, "documents in other languages, or in none that can be told"),
+        (counts.sampled_out, "documents outside the sample"),
+    ]
+
+
 def refuse_empty(layout: Layout, plan: Plan, summary: Summary) -> None:
-    """Refuse an output, of others that are listed, which is not one of several sources and has no document.
+    """Refuse an output, of others that are listed, which was asked for and has no document; of sources nobody
+    knows which there are.
 
     Raises:
         ValueError: there is one.
     """
     if plan.options["split_by"] is not None:
         return
-    split = "train" if plan.options["holdout_validation"] or plan.options["holdout_test"] else None
-    for key in plan.options["json_keys"]:
-        if (name := Output(None, split, key).name) not in summary.outputs:
+    asked = {split for split in ("validation", "test") if plan.options[f"holdout_{split}"]}
+    for output in known_outputs(plan.options):
+        is_asked = output.split in (None, "train") or output.split in asked
+        if is_asked and output.name not in summary.outputs:
             raise ValueError(
-                f"There is no document for {layout.list_prefix(name)}: every text under {key!r} is empty, "
-                "left out or held out; the other outputs are whole."
+                f"There is no document for {layout.list_prefix(output.name)}: every text under "
+                f"{output.key!r} is empty, left out or of another split; the other outputs are whole."
             )
 
 
@@ -136,26 +151,25 @@ def clear_up(
     layout: Layout,
     plan: Plan,
     units: Sequence[Unit],
-    places: Sequence[tuple[Layout, int, Mapping[str, Container[int]]]],
+    places: Sequence[tuple[Layout, Mapping[str, Container[int]]]],
 ) -> None:
     """Remove what of this place's own outputs no list names; nobody is at work any more.
 
     Args:
         units: the plan's, with the inputs as they are now.
-        places: where shards are, which numbers are not yet given, and what is listed of each output.
+        places: where shards are, and what is listed of each output.
     """
     claims, known = Claims(layout), {output.name for output in known_outputs(plan.options)}
     for output in claims.names():
-        for place, next_number, listed in places:
+        for place, listed in places:
             if output not in listed:
-                shards_path(place.list_prefix(output)).unlink(missing_ok=True)
+                claims.making.remove(shards_path(place.list_prefix(output)))
             for unit, path in place.files(output):
-                is_listed = output in listed if unit is None else unit in listed.get(output, ())
-                is_ours = unit is None or unit < next_number
-                if is_ours and (path.suffix == ".partial" or not is_listed):
-                    path.unlink(missing_ok=True)
+                if not (output in listed if unit is None else unit in listed.get(output, ())):
+                    claims.making.remove(path)
         if output not in listed and output not in known:
             claims.release(output)
+    claims.making.clear()
     DigestFiles(layout.records).remove_all(but=(unit.inputs for unit in units))
     for path in layout.records.rglob("*.tmp"):
         if _TEMPORARY.fullmatch(path.name):
@@ -224,14 +238,7 @@ class PreprocessReport:
     @staticmethod
     def _left_out(summary: Summary) -> list[str]:
         counts = summary.counts
-        numbers = [
-            (counts.empty, "empty documents"),
-            (counts.duplicates, "duplicates"),
-            (counts.wrong_length, "documents shorter or longer than wanted"),
-            (counts.other_language, "documents in other languages, or in none that can be told"),
-            (counts.sampled_out, "documents outside the sample"),
-        ]
-        lines = [f"left out: {number:,} {what}" for number, what in numbers if number]
+        lines = [f"left out: {number:,} {what}" for number, what in _numbers(counts) if number]
         for reason, number in sorted(counts.rejected.items()):
             lines.append(f"left out: {number:,} rows, {reason}, such as")
             lines += [f"    {offender}" for offender in counts.offenders[reason]]

@@ -4,10 +4,11 @@ answered in one sentence."""
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_iiet.config.keys import did_you_mean
 from megatron_iiet.data.tokenizers.hugging_face import merges_file
 from megatron_iiet.data.tokenizers.loading import kind_of_tokenizer
 
@@ -30,6 +31,50 @@ _REFUSED = {
     "lang": "it is the language of --split-sentences, which a GPT does not need; leave it out",
     "partitions": "inputs are shared by --num-jobs and --job, or by a SLURM array; give those",
 }
+_SIZES = "the tokenizer's file says how many ids there are, and model.vocab_size how many a model has"
+_FILES = "the tokenizer's own files decide, and no text becomes a special token"
+_CHATS = "a text is encoded as it stands; there are no chats and no pictures"
+_WORKERS = "a worker takes one core, whatever the text; give --workers"
+_NOT_HERE = {
+    **dict.fromkeys(
+        ("vocab-size", "padded-vocab-size", "vocab-extra-ids", "make-vocab-size-divisible-by"), _SIZES
+    ),
+    **dict.fromkeys(("tokenizer-metadata", "metadata-path", "legacy-tokenizer"), _FILES),
+    **dict.fromkeys(("special-tokens", "tokenizer-special-tokens", "trust-remote-code"), _FILES),
+    **dict.fromkeys(("tokenizer-sentencepiece-legacy", "tokenizer-hf-use-fast"), _FILES),
+    **dict.fromkeys(("tokenizer-hf-no-use-fast", "tokenizer-hf-include-special-tokens"), _FILES),
+    "tokenizer-hf-no-include-special-tokens": _FILES,
+    **dict.fromkeys(
+        ("tiktoken-pattern", "tiktoken-num-special-tokens", "tiktoken-special-tokens"),
+        "tekken.json, or a FILE.json beside tiktoken's ranks, says so",
+    ),
+    **dict.fromkeys(("tokenizer-prompt-format", "sft-tokenizer-prompt-format", "chat-template"), _CHATS),
+    **dict.fromkeys(("image-tag-type", "force-system-message"), _CHATS),
+    **dict.fromkeys(("null-tokenizer-eod-id", "null-tokenizer-pad-id"), "every tokenizer has a file"),
+    **dict.fromkeys(("find-optimal-num-workers", "workers-to-check", "performance-dir"), _WORKERS),
+    **dict.fromkeys(("max-documents", "chunk-size"), _WORKERS),
+    "use-gigatoken": "it is used where it is proven to give the same ids",
+}
+"""Other flags of its tool, of this and earlier years, and why they are not here."""
+
+
+def refuse_unknown(rest: Sequence[str], known: Iterable[str]) -> None:
+    """Refuse what no option took of a command line.
+
+    Args:
+        known: the options.
+
+    Raises:
+        ValueError: there is something; the message answers the first.
+    """
+    if not rest:
+        return
+    flag = rest[0].partition("=")[0]
+    if not flag.startswith("-"):
+        raise ValueError(f"{flag!r} belongs to no option; give inputs behind --input, or see --help.")
+    if why := _NOT_HERE.get(flag.lstrip("-")):
+        raise ValueError(f"{flag} is Megatron-LM's and has no place here: {why}; leave it out.")
+    raise ValueError(f"There is no option {flag}{did_you_mean(flag, known) or '; see --help.'}")
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -38,7 +83,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--vocab-file", metavar="FILE", help="GPT-2's vocab.json, in place of --tokenizer-model")
     add("--merge-file", metavar="FILE", help="its merges.txt; beside it")
     add("--tokenizer-type", metavar="TYPE", help="checked against the file, which tells by itself")
-    add("--dataset-impl", choices=["mmap"], help="the only kind")
+    add("--dataset-impl", metavar="mmap", help="the only kind")
     for name in ("keep_newlines", "keep_sequential_samples"):
         add(_flag(name), action="store_true", help=f"without effect: {_WITHOUT_EFFECT[name]}")
     add("--log-interval", type=int, metavar="N", help=f"without effect: {_WITHOUT_EFFECT['log_interval']}")
@@ -60,7 +105,8 @@ def translate(values: dict[str, Any], log: Callable[[str], None]) -> None:
     for name, why in _WITHOUT_EFFECT.items():
         if given[name]:
             log(f"note: {_flag(name)} has no effect: {why}")
-    values.pop("dataset_impl")
+    if (kind := values.pop("dataset_impl")) not in (None, "mmap"):
+        raise ValueError(f"--dataset-impl is {kind!r}; give mmap, the only kind, or leave it out.")
     vocabulary, merges = values.pop("vocab_file"), values.pop("merge_file")
     if (vocabulary is None) == (values["tokenizer_model"] is None):
         raise ValueError("Give either --tokenizer-model or --vocab-file.")

@@ -1,6 +1,7 @@
 """Whose an output is: a file ``outputs/NAME`` in the records, made before anything of the output is written.
 
-Nothing is removed or replaced that no such file names: a fitting name alone tells nothing.
+A claim keeps other runs away. Removed or replaced under its name is only what was made here, by its content
+(:mod:`megatron_iiet.data.corpora.making`): a fitting name alone tells nothing.
 """
 
 from __future__ import annotations
@@ -8,15 +9,20 @@ from __future__ import annotations
 import json
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 
+from megatron_iiet.data.corpora.indexed_writer import IndexedDatasetWriter
+from megatron_iiet.data.corpora.making import Identity, Making, listed
+from megatron_iiet.data.corpora.mmididx import bin_path, shards_path
 from megatron_iiet.data.preprocess.layout import Layout, Output
+from megatron_iiet.data.preprocess.records import UnitRecord, read_records
 from megatron_iiet.durable import sync_folder, write_text
 
 _FOLDER = "outputs"
-_ENDINGS = (".shards", ".idx", ".bin", ".idx.partial", ".bin.partial")
+_BEGUN = ".begun"
+_ENDINGS = (".shards", ".idx", ".bin")
 
 
 class Claims:
@@ -25,6 +31,7 @@ class Claims:
     def __init__(self, layout: Layout) -> None:
         self._layout = layout
         self.folder = layout.records / _FOLDER
+        self.making = Making(layout.records / "making", self._recorded)
 
     def names(self) -> set[str]:
         """Names of the outputs."""
@@ -41,15 +48,26 @@ class Claims:
             return None
         return next(iter(sorted(folder.iterdir())), None) if folder.is_dir() else folder
 
+    def _begun(self, name: str) -> bool:
+        """Whether anything of a claimed output was ever made."""
+        marker = self.folder / f"{name}{_BEGUN}"
+        records = read_records(self._layout.records)
+        if not marker.exists() and any(name in record.outputs for record in records):
+            marker.touch()  # older runs left none
+        return marker.exists()
+
     def refuse_foreign(self, name: str) -> None:
-        """Raise a ValueError where an output cannot be this place's: something is there, or another place,
-        whose outputs have such names, has claimed it."""
-        if (path := self.found(name)) is not None:
+        """Raise a ValueError where an output cannot be this place's: something is there that was not made
+        here, or another place, whose outputs have such names, has claimed it."""
+        prefix = self._layout.list_prefix(name)
+        if self._begun(name):
+            endings = _ENDINGS if self._layout.folder is None else _ENDINGS[:1]
+            self.making.refuse_foreign(*(Path(prefix + ending) for ending in endings))
+        elif (path := self.found(name)) is not None and not self._begun(name):  # nor by a faster process
             raise ValueError(
                 f"{path} is there already, and no plan in {self._layout.records} names it; choose another "
                 "output, or remove it yourself if nobody needs it."
             )
-        prefix = self._layout.list_prefix(name)
         for claim in claims_to(prefix):
             if claim != self.folder / name and claim.exists():
                 raise ValueError(
@@ -64,12 +82,9 @@ class Claims:
             ValueError: somebody else's files are there, or another output of this run has the name.
         """
         claim = self.folder / output.name
-        if (holder := _read(claim)) is None:
-            try:
-                self.refuse_foreign(output.name)
-            except ValueError:
-                if not claim.exists():  # else another process of this run was faster, and it is that one's
-                    raise
+        if (holder := _read(claim)) is None or not self._begun(output.name):
+            self.refuse_foreign(output.name)
+        if holder is None:
             self.folder.mkdir(exist_ok=True)
             _place(claim, json.dumps(asdict(output)))
             others = (other for other in claims_to(self._layout.list_prefix(output.name)) if other != claim)
@@ -86,13 +101,51 @@ class Claims:
             )
 
     def release(self, name: str) -> None:
-        """Give an output back, unless something is left there that is not of this tool: then what follows may
-        still write beside it."""
-        if self.found(name) is None:
-            folder = Path(self._layout.list_prefix(name))
-            if self._layout.folder is not None and folder.is_dir() and not folder.is_symlink():
-                folder.rmdir()
-            (self.folder / name).unlink(missing_ok=True)
+        """Give an output back, unless it is a folder in which something is left that is not of this tool:
+        then what follows may still write beside it."""
+        folder, marker = Path(self._layout.list_prefix(name)), self.folder / f"{name}{_BEGUN}"
+        is_ours = self._layout.folder is not None and marker.exists()
+        if is_ours and folder.is_dir() and not folder.is_symlink():
+            if any(folder.iterdir()):
+                return
+            folder.rmdir()
+        for path in (marker, self.folder / name):
+            path.unlink(missing_ok=True)
+
+    def open_shard(self, place: Layout, output: str, number: int, vocab_size: int) -> IndexedDatasetWriter:
+        """A writer for a shard of a claimed output.
+
+        Raises:
+            ValueError: there is a file of its name that was not made here.
+        """
+        prefix = Path(place.shard_prefix(output, number))
+        (self.folder / f"{output}{_BEGUN}").touch()
+        prefix.parent.mkdir(parents=True, exist_ok=True)
+        return IndexedDatasetWriter(prefix, vocab_size, self.making)
+
+    def _recorded(self) -> Iterator[Identity]:
+        """Every file of finished shards, of units and shuffled; also of lists: records may be lost."""
+        digests = set()
+        for folder in (self._layout.records, self._layout.records / "shuffled"):
+            for record in read_records(folder):
+                for shard in record.outputs.values():
+                    digests.add(shard.bin_digest)
+                    yield Identity(shard.bin_bytes, shard.bin_digest, shard.bin_changed)
+                    yield Identity(shard.idx_bytes, shard.idx_digest, shard.idx_changed)
+        for place in (self._layout, self._layout.unshuffled):
+            for output in self.names():
+                entries = list(listed(shards_path(place.list_prefix(output))))
+                if any(entry.digest in digests for entry in entries):
+                    yield from entries
+
+    def refuse_foreign_lists(self, place: Layout, outputs: Iterable[str]) -> None:
+        """Raise a ValueError where the list of one of some outputs was not made here."""
+        self.making.refuse_foreign(*(shards_path(place.list_prefix(output)) for output in outputs))
+
+    def recorded(self, place: Layout, record: UnitRecord) -> None:
+        """What a record tells need not be noted any more."""
+        for output in record.outputs:
+            self.making.forget(bin_path(place.shard_prefix(output, record.unit)))
 
 
 def _say(output: Output | None) -> str:

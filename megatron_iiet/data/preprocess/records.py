@@ -22,6 +22,7 @@ from megatron_iiet.data.reading.sources import InputFile
 from megatron_iiet.durable import open_own, sync_folder
 
 _OFFENDERS = 5
+_START = b'{"unit":'
 _RECORD_FILE = re.compile(r"job-\d{5,}-of-\d{5,}\.jsonl")
 
 
@@ -78,6 +79,8 @@ class OutputRecord(Total):
     idx_bytes: int
     bin_digest: str
     idx_digest: str
+    bin_changed: int = 0  # nanoseconds, as file systems tell; 0 in older records
+    idx_changed: int = 0
 
     def listed(self, name: str) -> Shard:
         """The entry of a list."""
@@ -151,6 +154,7 @@ class JobRecords:
         with self.path.open("rb") as file:
             intact = sum(len(line) for line in file if line.endswith(b"\n"))
         if intact < self.path.stat().st_size:
+            _refuse_foreign([self.path])
             self._file.truncate(intact)
 
     def append(self, record: UnitRecord) -> None:
@@ -176,8 +180,14 @@ class JobRecords:
         return False
 
     def remove_all(self) -> None:
-        """Forget every job's finished units."""
-        for path in _record_files(self.folder):
+        """Forget every job's finished units.
+
+        Raises:
+            ValueError: a file of such a name is something else.
+        """
+        files = _record_files(self.folder)
+        _refuse_foreign(files)
+        for path in files:
             if path != self.path:
                 path.unlink(missing_ok=True)
         self._file.truncate(0)
@@ -207,6 +217,14 @@ def read_records(folder: Path) -> Iterator[UnitRecord]:
                         "again."
                     ) from None
                 yield record
+
+
+def _refuse_foreign(files: Sequence[Path]) -> None:
+    for path in files:
+        with path.open("rb") as file:
+            for line in file:
+                if not line.startswith(_START[: len(line)]):
+                    raise ValueError(f"{path} holds {line[:40]!r}, which is no record; move it away.")
 
 
 def _record_files(folder: Path) -> list[Path]:

@@ -25,10 +25,11 @@ from megatron_iiet.data.preprocess.lists import (
     write_lists,
 )
 from megatron_iiet.data.preprocess.options import PreprocessOptions
+from megatron_iiet.data.preprocess.ownership import Claims
 from megatron_iiet.data.preprocess.plan import Wanted, first_inputs, share
 from megatron_iiet.data.preprocess.records import JobRecords, Unit, UnitRecord, exclusive
 from megatron_iiet.data.preprocess.settle import Settled, check_place, remove_everything, settle
-from megatron_iiet.data.preprocess.shuffle import next_number, shuffle
+from megatron_iiet.data.preprocess.shuffle import shuffle
 from megatron_iiet.data.preprocess.tasks import DigestUnit, EncodeUnit, Filters, Recipe, Task
 from megatron_iiet.data.preprocess.work import (
     Failure,
@@ -151,7 +152,7 @@ class _Job:
     def _list(self, summary: Summary) -> list[Failure]:
         """Write the lists, after the shuffle where one is wanted, and remove what they do not name."""
         layout, plan = self.wanted.layout, self.settled.plan
-        places = [(layout.units, plan.next_unit, write_lists(self.wanted, plan, self.settled.units, summary))]
+        places = [(layout.units, write_lists(self.wanted, plan, self.settled.units, summary))]
         if (seed := self.wanted.options.shuffle) is not None:
             failures, numbers = shuffle(
                 layout,
@@ -163,7 +164,7 @@ class _Job:
             )
             if failures:
                 return failures
-            places.append((layout, next_number(layout), dict(numbers)))
+            places.append((layout, dict(numbers)))
         clear_up(layout, plan, self.settled.units, places)
         refuse_empty(layout, plan, summary)
         return []
@@ -171,12 +172,14 @@ class _Job:
     def _run_shuffle(self, tasks: Sequence[Task], records: JobRecords) -> list[Failure]:
         if not tasks:
             return []
-        options = self.wanted.options
+        options, layout = self.wanted.options, self.wanted.layout
+        claims = Claims(layout)
         self.log(f"shuffling: {len(tasks):,} shards to make")
 
         def finish(record: UnitRecord | None) -> None:
             assert record is not None
             records.append(record)
+            claims.recorded(layout, record)
 
         with (
             Workers(options.workers, None) if options.workers > 1 else nullcontext() as workers,
@@ -257,6 +260,7 @@ class _Job:
     def _finish(self, record: UnitRecord | None) -> None:
         assert record is not None
         self.records.append(record)
+        Claims(self.wanted.layout).recorded(self.wanted.layout.units, record)
         self.settled.finished.add(record.unit)
         self.this_run.add(record)
 

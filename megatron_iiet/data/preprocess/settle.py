@@ -8,24 +8,23 @@ from __future__ import annotations
 import json
 import os
 import re
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_iiet.data.corpora.mmididx import shards_path
 from megatron_iiet.data.preprocess.changes import find_changes, renewed, with_other_marks
-from megatron_iiet.data.preprocess.dedup import DigestFiles, Duplicates, duplicates_path
+from megatron_iiet.data.preprocess.dedup import DigestFiles, Duplicates, duplicates_path, remove_marks
 from megatron_iiet.data.preprocess.estimate import sampling
 from megatron_iiet.data.preprocess.finished import as_now, finished_records, finished_work, shards_exist
 from megatron_iiet.data.preprocess.layout import Layout, known_outputs
 from megatron_iiet.data.preprocess.ownership import Claims
 from megatron_iiet.data.preprocess.plan import Plan, Wanted, differences, grouped
 from megatron_iiet.data.preprocess.records import JobRecords, Unit, read_records
-from megatron_iiet.data.preprocess.shuffle import forget, next_number
+from megatron_iiet.data.preprocess.shuffle import forget
 from megatron_iiet.durable import replacing
 
 _RECORD = re.compile(
-    r"lock|job-\d{5,}-of-\d{5,}\.jsonl|outputs|digests|unshuffled|shuffled|duplicates\.(bin|lock)|partitions-.{8}|.*\.tmp"
+    r"lock|job-\d{5,}-of-\d{5,}\.jsonl|outputs|making|digests|unshuffled|shuffled|duplicates\.(bin|lock)|.*\.tmp"
 )
 
 
@@ -52,20 +51,12 @@ def check_place(wanted: Wanted) -> None:
             something else's.
     """
     layout, claims = wanted.layout, Claims(wanted.layout)
-    if layout.plan.exists():
-        if not _looks_like_plan(layout.plan):
-            raise ValueError(
-                f"{layout.plan} was not written by this tool; choose another output, or remove it yourself."
-            )
-        if not wanted.options.overwrite:
-            return
-    elif not wanted.options.overwrite:
-        for name in claims.names():
-            if (path := claims.found(name)) is not None:
-                raise ValueError(
-                    f"{path} is there already, but no {layout.plan}; use another output or --overwrite."
-                )
-    if not layout.plan.exists() and layout.records.is_dir():
+    has_plan = layout.plan.exists()
+    if has_plan and not _looks_like_plan(layout.plan):
+        raise ValueError(
+            f"{layout.plan} was not written by this tool; choose another output, or remove it yourself."
+        )
+    if not has_plan and layout.records.is_dir():
         for path in sorted(layout.records.iterdir()):
             if not _RECORD.fullmatch(path.name):
                 raise ValueError(
@@ -73,14 +64,19 @@ def check_place(wanted: Wanted) -> None:
                     "output, or move it away."
                 )
     for output in known_outputs(wanted.deciding):
-        if output.name not in claims.names():
-            claims.refuse_foreign(output.name)
+        claims.refuse_foreign(output.name)
+    if not has_plan and not wanted.options.overwrite:
+        for name in claims.names():
+            if (path := claims.found(name)) is not None:
+                raise ValueError(
+                    f"{path} is there already, but no {layout.plan}; use another output or --overwrite."
+                )
 
 
 def _looks_like_plan(path: Path) -> bool:
     try:
-        return "format" in json.loads(path.read_bytes())
-    except (ValueError, TypeError):
+        return {"format", "options", "units"} <= json.loads(path.read_bytes()).keys()
+    except (ValueError, AttributeError):
         return False
 
 
@@ -149,7 +145,7 @@ def follow(wanted: Wanted, plan: Plan, others: bool) -> Settled:
                 f"The inputs changed since other jobs of {layout.records}, which are running, looked for "
                 "duplicates; wait for them or stop them, then start again."
             )
-        duplicates_path(layout.records).unlink()
+        remove_marks(layout.records)
     return settled
 
 
@@ -180,19 +176,15 @@ def remove_everything(wanted: Wanted, records: JobRecords) -> None:
     if records.others_running():
         raise ValueError(f"Other jobs of {layout.records} are running; stop them before --overwrite.")
     outputs = claims.names()
-    units = {record.unit for record in read_records(layout.records)}
-    with suppress(ValueError, FileNotFoundError):  # a damaged plan is no reason not to replace it
-        units.update(range(Plan.read(layout.plan).next_unit))
-    units.update(range(next_number(layout) + len(units)))
     for place in (layout, layout.unshuffled):
         for output in outputs:
-            shards_path(place.list_prefix(output)).unlink(missing_ok=True)
+            claims.making.remove(shards_path(place.list_prefix(output)))
         for output in outputs:
-            for unit, path in place.files(output):
-                if unit is None or unit in units:
-                    path.unlink(missing_ok=True)
+            for _, path in place.files(output):
+                claims.making.remove(path)
+    claims.making.clear()
     forget(layout)
-    duplicates_path(layout.records).unlink(missing_ok=True)
+    remove_marks(layout.records)
     DigestFiles(layout.records).remove_all()
     records.remove_all()
     for output in outputs:

@@ -23,6 +23,7 @@ from megatron_iiet.data.corpora.streams import ShardedDataset
 from megatron_iiet.data.loader.order import EpochPermutations
 from megatron_iiet.data.preprocess.finished import shards_exist
 from megatron_iiet.data.preprocess.layout import Layout
+from megatron_iiet.data.preprocess.ownership import Claims
 from megatron_iiet.data.preprocess.records import Counts, JobRecords, UnitRecord, exclusive, read_records
 from megatron_iiet.data.preprocess.tasks import Recipe, Report, Task, output_record
 from megatron_iiet.data.preprocess.work import Failure
@@ -40,7 +41,7 @@ class ShuffleShard(Task):
     """Task: one shuffled shard."""
 
     output: str
-    target: str  # prefix of the shard
+    layout: Layout
     places: tuple[int, int]  # the first in the new order, and the one behind the last
     seed: int
     vocab_size: int
@@ -54,14 +55,14 @@ class ShuffleShard(Task):
     def __call__(self, recipe: Recipe | None, report: Report) -> UnitRecord:
         corpus = ShardedDataset(self.inputs[0].path)
         order = EpochPermutations(corpus.num_documents, self.seed)
-        Path(self.target).parent.mkdir(exist_ok=True)
-        with IndexedDatasetWriter(self.target, self.vocab_size) as writer:
+        claims = Claims(self.layout)
+        with claims.open_shard(self.layout, self.output, self.unit, self.vocab_size) as writer:
             for first in range(*self.places, _DOCUMENTS_AT_A_TIME):
                 numbers = np.arange(first, min(first + _DOCUMENTS_AT_A_TIME, self.places[1]))
                 _copy(corpus, order(numbers), writer)
                 report(len(numbers))
             shard = writer.close()
-        record = output_record(self.target, shard)
+        record = output_record(writer.prefix, shard)
         return UnitRecord(self.unit, [], {self.output: record}, Counts(), marks=self.marks)
 
 
@@ -112,6 +113,7 @@ def shuffle(
         if failures:
             return failures, {}
         made, numbers = _made(layout), {}
+        Claims(layout).refuse_foreign_lists(layout, outputs)
         for output in outputs:
             found = [made[task.key] for task in tasks if task.output == output]
             numbers[output] = range(found[0].unit, found[-1].unit + 1)
@@ -120,11 +122,6 @@ def shuffle(
             ]
             write_shards(layout.list_prefix(output), shards, token_dtype(vocab_size), info)
         return [], numbers
-
-
-def next_number(layout: Layout) -> int:
-    """The first number that no shuffled shard was given."""
-    return 1 + max((record.unit for record in read_records(_folder(layout))), default=-1)
 
 
 def forget(layout: Layout) -> None:
@@ -167,7 +164,7 @@ def _tasks(layout: Layout, seed: int, vocab_size: int, output: str) -> Iterator[
             unit=first + number,
             inputs=[InputFile(source, 0, "")],
             output=output,
-            target=layout.shard_prefix(output, first + number),
+            layout=layout,
             places=(corpus.num_documents * number // count, corpus.num_documents * (number + 1) // count),
             seed=seed,
             vocab_size=vocab_size,

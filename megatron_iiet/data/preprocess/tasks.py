@@ -17,7 +17,6 @@ from hashlib import blake2b
 from io import BytesIO
 from itertools import chain
 from math import inf
-from pathlib import Path
 from tempfile import TemporaryFile
 from typing import IO, Any, TypeGuard
 
@@ -426,19 +425,21 @@ class EncodeUnit(UnitTask):
                 f"{self.inputs[0].path} and what follows have more than {_MAX_OUTPUTS} outputs; does "
                 f"{recipe.options.split_by!r} name sources?"
             )
-        Claims(recipe.layout).take(output)
-        prefix = Path(recipe.layout.units.shard_prefix(output.name, self.unit))
-        prefix.parent.mkdir(parents=True, exist_ok=True)
-        return IndexedDatasetWriter(prefix, recipe.encoder.vocab_size)
+        claims = Claims(recipe.layout)
+        claims.take(output)
+        return claims.open_shard(recipe.layout.units, output.name, self.unit, recipe.encoder.vocab_size)
 
 
 def output_record(prefix: str, shard: Shard) -> OutputRecord:
     """What is recorded of a shard that was published."""
+    tokens, index = bin_path(prefix).stat(), idx_path(prefix).stat()
     return OutputRecord(
         documents=shard.documents,
         tokens=shard.tokens,
-        bin_bytes=bin_path(prefix).stat().st_size,
-        idx_bytes=idx_path(prefix).stat().st_size,
+        bin_bytes=tokens.st_size,
+        idx_bytes=index.st_size,
         bin_digest=shard.bin_digest.hex(),
         idx_digest=shard.idx_digest.hex(),
+        bin_changed=tokens.st_mtime_ns,
+        idx_changed=index.st_mtime_ns,
     )

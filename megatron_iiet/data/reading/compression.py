@@ -5,11 +5,14 @@ from __future__ import annotations
 import bz2
 import gzip
 import lzma
+import re
 import zlib
 from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import chain
 from typing import IO, Any
 
-from megatron_iiet.data.reading.kinds import packing_of
+from megatron_iiet.data.reading.kinds import packing_of, tells_nothing
 
 READ_BYTES = 1 << 18
 """Read at a time."""
@@ -17,26 +20,70 @@ READ_BYTES = 1 << 18
 _PACKED_READ_BYTES = 1 << 12  # little: how far a file was read tells what its text takes on disk
 _CRUMB_BYTES = 1 << 8
 
-# How files begin that a name may hide; no text in UTF-8 begins so.
-_NO_TEXT = {
-    b"\x1f\x8b": ("gzip", "give it the ending .gz, or decompress it"),
-    b"\x28\xb5\x2f\xfd": ("zstd", "give it the ending .zst, or decompress it"),
-    b"\xfd7zXZ\0": ("xz", "give it the ending .xz, or decompress it"),
-    b"\xff\xfe": ("UTF-16", "convert it to UTF-8"),
-    b"\xfe\xff": ("UTF-16", "convert it to UTF-8"),
+# How files begin that a name may hide; no text begins so.
+_PACKED = {
+    "gzip": re.compile(rb"\x1f\x8b\x08"),
+    "zstd": re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18", re.DOTALL),
+    "xz": re.compile(rb"\xfd7zXZ\0"),
+    "bzip2": re.compile(rb"BZh[1-9](?:1AY&SY|\x17rE8P\x90)"),
 }
-_HEAD_BYTES = 8
+_ENDINGS = {"gzip": ".gz", "zstd": ".zst", "xz": ".xz", "bzip2": ".bz2"}
+_NO_TEXT = {
+    "parquet": (rb"PAR1\x15|PARE", "give it as a file whose name ends in .parquet"),
+    "Arrow": (rb"ARROW1\0\0|\xff\xff\xff\xff", "give it as a file whose name ends in .arrow"),
+    "UTF-16": (rb"\xff\xfe|\xfe\xff", "convert it to UTF-8"),
+    "a zip archive": (rb"PK\x03\x04", "unpack it"),
+    "lz4": (rb"\x04\x22\x4d\x18", "decompress it"),
+    "SQLite": (rb"SQLite format 3\0", "export its text"),
+    "HDF5": (rb"\x89HDF\r\n\x1a\n", "export its text"),
+}
+_HEAD_BYTES = 16
 
 
 def decompressed_blocks(file: IO[bytes], name: str) -> Iterator[bytes]:
-    """Content of a file in blocks of at most 256 KiB, decompressed as the ending of its ``name`` says.
+    """Content of a file in blocks of at most 256 KiB, decompressed as the ending of its ``name`` says or,
+    where that tells nothing (standard input), as its first bytes do.
 
     Raises:
-        ValueError: the compression is damaged, cut short, or followed by something else.
+        ValueError: the compression is damaged, cut short, or followed by something else; or the content is
+            no text.
     """
-    match packing_of(name):
+    packing = packing_of(name)
+    if packing is None and tells_nothing(name):
+        file = _Begun(file)
+        packing = next((kind for kind, magic in _PACKED.items() if magic.match(file.head)), None)
+    blocks = _content(file, name, packing)
+    head = b""
+    while len(head) < _HEAD_BYTES and (block := next(blocks, b"")):
+        head += block
+    for kind, magic in _PACKED.items():
+        if magic.match(head):
+            raise ValueError(
+                f"{name} holds {kind} by its first bytes; give it the ending {_ENDINGS[kind]}, or decompress "
+                "it."
+            )
+    for kind, (beginning, remedy) in _NO_TEXT.items():
+        if re.match(beginning, head):
+            raise ValueError(f"{name} holds {kind} by its first bytes; {remedy}.")
+    return chain([head] if head else [], blocks)
+
+
+class _Begun:
+    """A file whose beginning is known, to be read from there."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self.head = self._left = file.read(_HEAD_BYTES)
+
+    def read(self, size: int) -> bytes:
+        given, self._left = self._left[:size], self._left[size:]
+        return given or self._file.read(size)
+
+
+def _content(file: IO[bytes] | _Begun, name: str, packing: str | None) -> Iterator[bytes]:
+    match packing:
         case None:
-            return _plain_blocks(file, name)
+            return iter(partial(file.read, READ_BYTES), b"")
         case "gzip":
             return _gzip_blocks(file, name)
         case "zstd":
@@ -55,17 +102,7 @@ def _xz_stream() -> lzma.LZMADecompressor:
     return lzma.LZMADecompressor(lzma.FORMAT_XZ)  # zeros are a valid stream of the older format
 
 
-def _plain_blocks(file: IO[bytes], name: str) -> Iterator[bytes]:
-    block = file.read(_HEAD_BYTES)
-    for magic, (kind, remedy) in _NO_TEXT.items():
-        if block.startswith(magic):
-            raise ValueError(f"{name} holds {kind} by its first bytes; {remedy}.")
-    while block:
-        yield block
-        block = file.read(READ_BYTES)
-
-
-def _gzip_blocks(file: IO[bytes], name: str) -> Iterator[bytes]:
+def _gzip_blocks(file: Any, name: str) -> Iterator[bytes]:
     try:
         with gzip.GzipFile(fileobj=file, mode="rb") as content:
             while block := content.read(READ_BYTES):
@@ -77,7 +114,7 @@ def _gzip_blocks(file: IO[bytes], name: str) -> Iterator[bytes]:
 
 
 def _blocks(
-    file: IO[bytes],
+    file: IO[bytes] | _Begun,
     name: str,
     packing: str,
     frame_of: Callable[[], Any],

@@ -20,11 +20,22 @@ from megatron_iiet.data.reading.kinds import ALL_KINDS, format_of, kind_name, te
 from megatron_iiet.data.stores import is_url, reason_of
 
 _UNFINISHED = (".partial", ".tmp", ".incomplete", ".part")
-_PAPERS = re.compile(
-    r"(licen[cs]e|readme|notice|copying|changelog|authors|contributors|contributing|citation)\b.*",
-    re.IGNORECASE,
-)
-_DATASET_FILES = re.compile(r"(dataset_infos?|dataset_dict|state)\.json|cache-.*\.arrow")
+_LEFT_OUT = {
+    "licences, readmes and the like": re.compile(
+        r"((.*\.)?licen[cs]es?|readme|notices?|copying|changelog|authors|contributors|contributing|citation)"
+        r"(\b.*)?",
+        re.IGNORECASE,
+    ),
+    "files of packages, sites, models and tokenizers": re.compile(
+        r"(requirements|constraints)([-_.].*)?\.txt|(robots|humans|ads|security|cmakelists)\.txt"
+        r"|(check|md5|sha\d+)[-_]?sums?\.txt|(package(-lock)?|composer|tsconfig|manifest)\.json"
+        r"|(vocab|merges)\.txt|(vocab|tokenizer|tekken|special_tokens_map|added_tokens|.*\.index)\.json"
+        r"|(.*_)?config\.json",
+        re.IGNORECASE,
+    ),
+}
+"""Names that tell what is no corpus, of files without a suffix, of text or JSON."""
+_DATASET_FILES = re.compile(r"(dataset_infos?|dataset_dict|state|croissant)\.json|cache-.*\.arrow")
 _STREAM = "stream "
 _STANDARD_INPUT = "/dev/stdin"
 _GLOB_CHARACTERS = frozenset("*?[")
@@ -188,8 +199,9 @@ def _why_not(path: str, input_format: str | None) -> str | None:
         return "hidden"
     if name.lower().endswith(_UNFINISHED):
         return "unfinished"
-    if _PAPERS.fullmatch(name) and format_of(name) in (None, "txt"):
-        return "licences, readmes and the like"
+    for reason, names in _LEFT_OUT.items():
+        if names.fullmatch(name) and format_of(name) in (None, "txt", "json"):
+            return reason
     if _DATASET_FILES.fullmatch(name):
         return "files about datasets or caches of them"
     if not format_of(name) and not (input_format and tells_nothing(name)):

@@ -48,11 +48,31 @@ def parquet_rows(file: IO[bytes], path: str, columns: Sequence[str]) -> Iterator
     _refuse_joined(
         file, path, _PARQUET, _parquet_end(table.metadata), table.metadata.serialized_size + _LENGTH_BYTES
     )
+    _refuse_lost_rows(path, table.metadata)
     names = present(path, columns, table.schema_arrow.names)
     texts = {field.name for field in table.schema_arrow if _is_text(field.type)}
     for number in range(table.num_row_groups):
         with _damage(f"{path}, row group {number}", "parquet"):
             yield from _rows_of_group(file, table.metadata, number, names, texts)
+
+
+def _refuse_lost_rows(path: str, metadata: Any) -> None:
+    """Refuse a footer whose numbers of rows contradict each other: readers go by one, and say nothing."""
+    groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
+    if (found := sum(group.num_rows for group in groups)) != metadata.num_rows:
+        raise ValueError(
+            f"{path} is damaged: its footer tells of {metadata.num_rows:,} rows, and of {found:,} in row "
+            "groups; fetch it again."
+        )
+    for column in range(metadata.num_columns):
+        if metadata.schema.column(column).max_repetition_level:
+            continue
+        for number, group in enumerate(groups):
+            if (values := group.column(column).num_values) != group.num_rows:
+                raise ValueError(
+                    f"{path}, row group {number} is damaged: {group.num_rows:,} rows, but {values:,} values "
+                    "in a column; fetch it again."
+                )
 
 
 def _rows_of_group(
@@ -95,7 +115,13 @@ def _batches(file: Any, metadata: Any, group: int, names: list[str], rows: int) 
 
     done, more = 0, True
     while more:
-        table = pq.ParquetFile(file, metadata=metadata, buffer_size=_BUFFER_BYTES, pre_buffer=False)
+        table = pq.ParquetFile(
+            file,
+            metadata=metadata,
+            buffer_size=_BUFFER_BYTES,
+            pre_buffer=False,
+            page_checksum_verification=True,  # of pages that have one
+        )
         batches = table.iter_batches(rows, [group], names, use_threads=False)
         behind, more = done, False
         while not more and (batch := next(batches, None)) is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,13 @@ from megatron_iiet.data.tokenizers.cutting import (
     BetweenWords,
     Cutting,
 )
+
+_PRINTABLE = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+_OTHERS = iter(range(0x100, 0x200))
+BYTE_CHARACTERS = [chr(byte if byte in _PRINTABLE else next(_OTHERS)) for byte in range(256)]
+"""The character that stands for each byte in byte-level vocabularies: printable ones for themselves."""
+
+_NAME = re.compile(r"<.*>|\[.*\]")
 
 
 class HuggingFaceTokenizer(Tokenizer):
@@ -49,7 +57,8 @@ class HuggingFaceTokenizer(Tokenizer):
             raise ValueError(
                 f"{path} is not a Hugging Face tokenizer file ({error}); give the tokenizer.json itself."
             ) from None
-        self.cutting = cutting_of(json.loads(self._model.to_str()))
+        content = json.loads(self._model.to_str())
+        self.cutting = cutting_of(content)
         self._model.encode_special_tokens = True  # text never yields control ids
         self._model.no_truncation()
         self._model.no_padding()
@@ -66,6 +75,14 @@ class HuggingFaceTokenizer(Tokenizer):
         added = self._model.get_added_tokens_decoder()
         special = {number for number, token in added.items() if token.special}
         self.control_ids = frozenset({eod, *special, eod if self.bos_id is None else self.bos_id})
+        for token in json.loads(definition).get("added_tokens") or []:
+            if (given := ids.get(token["content"])) != token["id"]:
+                raise ValueError(
+                    f"{path} gives the added token {token['content']!r} the id {token['id']}, but the "
+                    f"library reads it as {given}; put it into the model's vocab as well."
+                )
+        _refuse_holes(path, {*ids.values()}, special)
+        _refuse_lost_bytes(path, content)
         self._refuse_leaks()
 
     @property
@@ -119,8 +136,7 @@ class VocabularyAndMergesTokenizer(HuggingFaceTokenizer):
         file = merges_file(path)
         if not file.is_file():
             raise ValueError(f"{path} is a vocabulary whose merges, {file}, are missing; put them beside it.")
-        lines = [line.rstrip("\r") for line in file.read_text(encoding="utf-8").split("\n")]
-        merges = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
+        merges = _read_merges(file, path, vocabulary)
         declared = declared_tokens(path.with_name("tokenizer_config.json"))
         names = [name for name in vocabulary if name in {*declared.values(), *EOD_NAMES, *BOS_NAMES}]
         byte_level = {
@@ -137,6 +153,61 @@ class VocabularyAndMergesTokenizer(HuggingFaceTokenizer):
             "model": {"type": "BPE", "vocab": vocabulary, "merges": merges},
         }
         self._set_up(path, json.dumps(definition), declared)
+
+
+def _refuse_holes(path: Path, ids: set[int], special: set[int]) -> None:
+    """Refuse ids without a token below one that text yields; above those, models keep ids in reserve."""
+    last = max(ids - special, default=0)
+    if holes := [number for number in range(last) if number not in ids]:
+        raise ValueError(
+            f"{path} has no token for {len(holes):,} ids below {last:,}, such as {holes[0]:,}; fetch it "
+            "again, or name them as added tokens."
+        )
+
+
+def _refuse_lost_bytes(path: Path, definition: dict[str, Any]) -> None:
+    """Refuse a byte-level vocabulary that lacks bytes: the library drops those of a text and says nothing."""
+    model, words = definition["model"], definition.get("pre_tokenizer") or {}
+    steps = [step["type"] for step in words.get("pretokenizers", [words]) if step]
+    if model["type"] != "BPE" or "ByteLevel" not in steps or model.get("unk_token") is not None:
+        return
+    if missing := [byte for byte, text in enumerate(BYTE_CHARACTERS) if text not in model["vocab"]]:
+        raise ValueError(
+            f"{path} has no token for {len(missing)} of the 256 single bytes, such as {missing[0]:#04x}, "
+            "which would be dropped from texts; fetch it again, or train it with ByteLevel.alphabet()."
+        )
+
+
+def _read_merges(file: Path, path: Path, vocabulary: dict[str, int]) -> list[tuple[str, str]]:
+    """Merges of a vocabulary.
+
+    Raises:
+        ValueError: a line is none, or names a token that the vocabulary does not have; or merges are missing.
+    """
+    merges: list[tuple[str, str]] = []
+    for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), 1):
+        line = line.rstrip("\r")
+        if not line or line.startswith("#version"):
+            continue
+        left, _, right = line.partition(" ")
+        if not right or " " in right:
+            raise ValueError(f"{file}, line {number}: {line[:60]!r} is no two tokens; fetch the file again.")
+        if unknown := next((token for token in (left, right, left + right) if token not in vocabulary), None):
+            raise ValueError(
+                f"{file}, line {number}: the token {unknown!r} is not in {path}; fetch both files of one "
+                "model."
+            )
+        merges.append((left, right))
+    made = {left + right for left, right in merges}
+    for token in vocabulary.keys() - made:
+        if not _NAME.fullmatch(token) and any(
+            token[:at] in vocabulary and token[at:] in vocabulary for at in range(1, len(token))
+        ):
+            raise ValueError(
+                f"{file} has no merge that makes the token {token!r} of {path}: it was cut, or is another "
+                "model's; fetch both files of one model."
+            )
+    return merges
 
 
 def merges_file(vocabulary: Path) -> Path:

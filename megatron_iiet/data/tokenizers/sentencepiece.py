@@ -32,6 +32,12 @@ class SentencePieceTokenizer(Tokenizer):
                 f"{path} is not a SentencePiece model ({error}); give a SentencePiece .model, "
                 "a tokenizer.json or a file of tiktoken ranks."
             ) from None
+        model = read_model(path.read_bytes())
+        if not (model.HasField("trainer_spec") and model.HasField("normalizer_spec")):
+            raise ValueError(
+                f"{path} ends behind its {len(model.pieces):,} pieces, without what says how they are used: "
+                "it was cut short; fetch it again."
+            )
         self.vocab_size = int(self._model.vocab_size())
         self.eod_id = int(self._model.eos_id())
         if self.eod_id < 0:

@@ -16,7 +16,7 @@ from typing import Any
 
 from megatron_iiet.data.tokenizers.base import BOS_NAMES, EOD_NAMES, possible_merges
 from megatron_iiet.data.tokenizers.cutting import CL100K, O200K
-from megatron_iiet.data.tokenizers.hugging_face import HuggingFaceTokenizer, special_token
+from megatron_iiet.data.tokenizers.hugging_face import BYTE_CHARACTERS, HuggingFaceTokenizer, special_token
 
 _LINE = re.compile(rb"[A-Za-z0-9+/]+={0,2} [0-9]+")
 _ESCAPES_AND_SETS = re.compile(r"\\.|\[(?:\\.|[^\]\\])*\]")
@@ -32,10 +32,12 @@ PRESETS: dict[str, dict[str, Any]] = {
             "<|fim_suffix|>": 100260,
             "<|endofprompt|>": 100276,
         },
+        "ranks": 100256,
     },
     "o200k": {
         "pattern": O200K,
         "special_tokens": {"<|endoftext|>": 199999, "<|endofprompt|>": 200018},
+        "ranks": 199998,
     },
     "llama3": {
         "pattern": CL100K,
@@ -46,6 +48,7 @@ PRESETS: dict[str, dict[str, Any]] = {
             "<|end_header_id|>": 128007,
             "<|eot_id|>": 128009,
         },
+        "ranks": 128000,
         "vocab_size": 128256,
     },
     "llama4": {
@@ -57,16 +60,12 @@ PRESETS: dict[str, dict[str, Any]] = {
             "<|header_end|>": 200006,
             "<|eot|>": 200008,
         },
+        "ranks": 200000,
         "vocab_size": 202048,
     },
 }
 """What the published files are used with, by the names that ``FILE.json`` may give as "preset". The models'
 vocabularies have more ids than the files: reserved ones."""
-
-_PRINTABLE = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-_OTHERS = iter(range(0x100, 0x200))
-# The character that stands for each byte in byte-level vocabularies: printable ones for themselves.
-_BYTE_CHARACTERS = [chr(byte if byte in _PRINTABLE else next(_OTHERS)) for byte in range(256)]
 
 
 def looks_like_ranks(content: bytes) -> bool:
@@ -86,7 +85,8 @@ class TiktokenTokenizer(HuggingFaceTokenizer):
     def __init__(self, path: Path) -> None:
         ranks = read_ranks(path)
         side_file = ranks_side_file(path)
-        pattern, special_tokens, vocab_size, eod = _read_side_file(path, side_file)
+        pattern, special_tokens, vocab_size, eod, preset = _read_side_file(path, side_file)
+        _refuse_other_ranks(path, ranks, side_file, preset)
         taken = {rank: token for token, rank in ranks.items()}
         for name, number in special_tokens.items():
             if number in taken or number < 0:
@@ -119,19 +119,22 @@ class TekkenTokenizer(HuggingFaceTokenizer):
             config = content["config"]
             first, size = config["default_num_special_tokens"], config["default_vocab_size"]
             named = {token["rank"]: token["token_str"] for token in content.get("special_tokens") or []}
-            ranks = {
-                base64.b64decode(token["token_bytes"]): first + token["rank"]
-                for token in content["vocab"][: size - first]
-            }
+            tokens = content["vocab"][: size - first]
+            ranks = {base64.b64decode(token["token_bytes"]): first + token["rank"] for token in tokens}
             pattern = config["pattern"]
+            special_tokens = {
+                named.get(number, _TEKKEN.get(number, f"<SPECIAL_{number}>")): number
+                for number in range(first)
+            }
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(
                 f"{path} is no tekken.json ({type(error).__name__}: {error}); fetch it again."
             ) from None
-        names = {
-            number: named.get(number, _TEKKEN.get(number, f"<SPECIAL_{number}>")) for number in range(first)
-        }
-        special_tokens = {name: number for number, name in names.items()}
+        if (len(ranks), len(special_tokens)) != (size - first, first):
+            raise ValueError(
+                f"{path} has {len(ranks):,} tokens and {len(special_tokens):,} special ones, but its config "
+                f"tells of {size - first:,} and {first:,}; fetch it again."
+            )
         declared = {"eos_token": "</s>", "bos_token": "<s>"}
         self._set_up(path, json.dumps(_definition(ranks, pattern, special_tokens)), declared)
         self.eod_named_in = path
@@ -172,8 +175,20 @@ def read_ranks(path: Path) -> dict[bytes, int]:
     return ranks
 
 
-def _read_side_file(path: Path, side_file: Path) -> tuple[str, dict[str, int], int, str]:
-    """Pattern, special tokens, ids of the model's vocabulary or 0, the token that ends documents or ""."""
+def _refuse_other_ranks(path: Path, ranks: dict[bytes, int], side_file: Path, preset: str) -> None:
+    """Refuse ranks that a preset does not have: of a file that was cut, or of another model."""
+    found = {name for name, known in PRESETS.items() if known["ranks"] == len(ranks)}
+    if preset and preset not in found:
+        whose = f", as {' and '.join(sorted(found))} has; give that preset" if found else "; fetch it again"
+        raise ValueError(
+            f"{path} has {len(ranks):,} ranks, but the preset {preset!r} of {side_file} has "
+            f"{PRESETS[preset]['ranks']:,}{whose}, or write pattern and special_tokens of ranks of your own."
+        )
+
+
+def _read_side_file(path: Path, side_file: Path) -> tuple[str, dict[str, int], int, str, str]:
+    """Pattern, special tokens, ids of the model's vocabulary or 0, the token that ends documents or "", the
+    preset or ""."""
     wanted = f'{{"preset": "{"|".join(PRESETS)}"}} or {{"pattern": REGEX, "special_tokens": {{NAME: ID}}}}'
     if not side_file.is_file():
         raise ValueError(
@@ -211,12 +226,12 @@ def _read_side_file(path: Path, side_file: Path) -> tuple[str, dict[str, int], i
     eod = content.get("eos_token", "")
     if not isinstance(eod, str):
         raise ValueError(f"{side_file} gives the eos_token {eod!r}; give a special token's name, or none.")
-    return pattern, special_tokens, vocab_size, eod
+    return pattern, special_tokens, vocab_size, eod, content.get("preset", "")
 
 
 def _definition(ranks: dict[bytes, int], pattern: str, special_tokens: dict[str, int]) -> dict[str, Any]:
     """tokenizer.json of ranks: tiktoken merges whatever gives the token of lowest rank, leftmost first."""
-    text = {token: "".join(map(_BYTE_CHARACTERS.__getitem__, token)) for token in ranks}
+    text = {token: "".join(map(BYTE_CHARACTERS.__getitem__, token)) for token in ranks}
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
     split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
     return {
