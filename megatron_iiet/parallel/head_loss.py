@@ -1,9 +1,10 @@
 """Losses of logits that are never whole, with the vocabulary split over the tensor-parallel ranks.
 
 They are made a chunk of tokens at a time, of this rank's part of the vocabulary, and turned into a loss and,
-where somebody wants them, its gradients at once: none of them is kept or made again. Of every token each rank contributes a few numbers
-(the cross-entropy its maximum, sum of exponentials and target logit): one all-gather for each chunk, whatever
-the vocabulary. The backward pass only scales, and sends what entering any block does.
+where somebody wants them, its gradients at once: none of them is kept or made again. Of every token each rank
+contributes a few numbers (the cross-entropy its maximum, sum of exponentials and target logit): one
+all-gather for each chunk, whatever the vocabulary. The backward pass only scales, and sends what entering any
+block does.
 
 Shapes: B batch, T sequence, S this rank's part of it or T, D hidden, V vocabulary of a rank without padding,
 n tokens.
@@ -93,9 +94,7 @@ class Head:
         return write_product(self._buffer[: len(states_nD)], states_nD, self.weight.t())
 
 
-def cross_entropy(
-    logits_nV: Tensor, targets: Targets, group: Group
-) -> tuple[Tensor, Callable[[], Tensor]]:
+def cross_entropy(logits_nV: Tensor, targets: Targets, group: Group) -> tuple[Tensor, Callable[[], Tensor]]:
     """Cross-entropy in nats of each token of a chunk, [n], 0 where the target is IGNORED, and what makes the
     gradient of their sum by the logits. They are fp32, and are written over now and then again."""
     parts_3n = logits_nV.new_zeros(3, len(logits_nV))
