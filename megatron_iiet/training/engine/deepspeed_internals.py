@@ -6,10 +6,12 @@ from ``deepspeed.runtime``; a test compares the tables with what is used.
 from __future__ import annotations
 
 import inspect
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NoReturn
 
 import deepspeed
@@ -17,6 +19,7 @@ import deepspeed.ops
 import torch
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
+from torch.utils import cpp_extension
 
 from megatron_iiet.config import ConfigError
 from megatron_iiet.config.deepspeed import offloads_optimizer
@@ -345,6 +348,9 @@ def check_own_adam(ds_config: dict[str, Any]) -> None:
         return
     offloaded = offloads_optimizer(ds_config)
     builder = get_accelerator().create_op_builder("CPUAdamBuilder" if offloaded else "FusedAdamBuilder")
+    folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root())
+    for lock in folder.glob(f"**/{builder.name}/lock"):  # torch waits for it without a word, and for ever
+        print(f"waiting for the compiler that {lock} belongs to; if none runs, remove the file", flush=True)
     try:
         builder.load()
     except Exception as error:  # of the compiler, of torch, of the operating system
