@@ -3,6 +3,7 @@
 
     quality.py prepare --train-text T.jsonl.zst --validation-text V.jsonl.zst   tokenizer and shards
     quality.py train [sweep] [ablations] [main] [--jobs 2] [--minutes 120]      what is not trained yet
+    quality.py train optimizers                                                 AdamW and Muon, 0.66 M tokens
     quality.py speed                                tokens/s of the main table's systems, on a quiet machine
     quality.py report                                                           tables, picture, results.json
 
@@ -41,12 +42,23 @@ from quality_report import (
     sweep_losses,
 )
 from quality_runner import Runner, data_keys, prepare
-from quality_trials import READINGS, SYSTEMS, TOKENS_A_STEP, Trial, ablations, main_table, named, sweep
+from quality_trials import (
+    BRIEF,
+    READINGS,
+    SYSTEMS,
+    TOKENS_A_STEP,
+    Trial,
+    ablations,
+    main_table,
+    named,
+    optimizers,
+    sweep,
+)
 
 from megatron_iiet.config import strict_yaml
 from megatron_iiet.training.metrics import read_log
 
-PHASES = ("sweep", "ablations", "main")
+PHASES = ("sweep", "ablations", "main", "optimizers")
 """Of training, in this order unless the command line says otherwise."""
 
 
@@ -54,6 +66,8 @@ def trials_of(phase: str, results: list[Result], best: str) -> list[Trial]:
     """The trials of a phase, most wanted first."""
     if phase == "sweep":
         return sweep(sweep_losses(results))
+    if phase == "optimizers":
+        return optimizers(sweep_losses(results, BRIEF))
     rates = best_rates(results)
     if "euler" not in rates:
         sys.exit("error: there is no learning rate yet; run `quality.py train sweep` first")

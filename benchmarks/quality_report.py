@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from quality_trials import FULL, SHORT, SYSTEMS, TOKENS_A_STEP, Trial, ablations
+from quality_trials import BRIEF, FULL, SHORT, SYSTEMS, TOKENS_A_STEP, Trial, ablations
 
 from megatron_iiet.training.metrics import incomparable, read_log
 
@@ -83,20 +83,22 @@ def _read_result(folder: Path, given_up: bool) -> Result:
     return Result(trial, curve, means, given_up, cpu_kind())
 
 
-def sweep_losses(results: Iterable[Result]) -> dict[tuple[str, float], float]:
-    """Loss of every trial of the sweep, by system and learning rate: the mean over the kinds of CPU that
-    completed it, infinite where none did."""
+def sweep_losses(results: Iterable[Result], steps: int = SHORT) -> dict[tuple[str, float], float]:
+    """Loss of every trial of a sweep, trials of so many steps and of the first seed, by system and learning
+    rate: the mean over the kinds of CPU that completed it, infinite where none did."""
+    swept = [result for result in results if result.trial.steps == steps]
+    first = min((result.trial.seed for result in swept), default=0)
     losses = defaultdict(list)
-    for result in results:
-        if result.trial.steps == SHORT:
+    for result in swept:
+        if result.trial.seed == first:
             place = result.trial.system, result.trial.lr
             losses[place] += [] if result.given_up else [result.loss]
     return {place: statistics.mean(values) if values else math.inf for place, values in losses.items()}
 
 
-def best_rates(results: Iterable[Result]) -> dict[str, float]:
+def best_rates(results: Iterable[Result], steps: int = SHORT) -> dict[str, float]:
     """The learning rate with the lowest loss, of every system swept."""
-    losses = sweep_losses(results)
+    losses = sweep_losses(results, steps)
     systems = {system for system, _ in losses}
     return {
         system: min((loss, rate) for (name, rate), loss in losses.items() if name == system)[1]
@@ -138,20 +140,24 @@ def report(results: list[Result], speeds: dict[str, float]) -> str:
     names = {trial.name for trial in ablations(rates)} if "euler" in rates else ()
     ablated = [r for r in results if r.trial.name in names]
     most = Counter(r.cpu for r in ablated).most_common(1)  # single runs: compared on one kind of CPU only
+    brief = [r for r in results if r.trial.steps == BRIEF]
+    best = best_rates(brief, BRIEF)
     parts = [
         ("Learning rates", sweep_table([r for r in results if r.trial.steps == SHORT])),
         ("Systems", main_table([r for r in results if r.trial.steps == FULL], speeds)),
         ("Ablations", main_table([r for r in ablated if r.cpu == most[0][0]], speeds)),
+        ("Optimizers: learning rates", sweep_table(brief, BRIEF)),
+        ("Optimizers", main_table([r for r in brief if r.trial.lr == best[r.trial.system]], speeds)),
     ]
     return "\n".join(f"### {title}\n\n{table}\n" for title, table in parts if table)
 
 
-def sweep_table(results: list[Result]) -> str:
-    """Loss by system and learning rate."""
+def sweep_table(results: list[Result], steps: int = SHORT) -> str:
+    """Loss by system and learning rate, of trials of so many steps."""
     if not results:
         return ""
     rates = sorted({result.trial.lr for result in results})
-    by_place = sweep_losses(results)
+    by_place = sweep_losses(results, steps)
     lines = [_row(["system", *(f"{rate:g}" for rate in rates)]), _row(["---"] * (len(rates) + 1))]
     for system in _in_order(results):
         losses = {rate: by_place[system, rate] for rate in rates if (system, rate) in by_place}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -28,6 +28,8 @@ FULL = 2560
 """Steps of a trial of the main table: 10.5 M tokens."""
 SHORT = 640
 """Steps of a trial of a learning-rate sweep and of an ablation: 2.6 M tokens."""
+BRIEF = 160
+"""Steps of a trial of the comparison of optimizers: 0.66 M tokens, which a busy machine has the time for."""
 SEEDS = (1234, 1235, 1236)
 
 PAPER = {"kind": "iiet", "variant": "paper", "history_norm": "none", "coefficient_init": "identity"}
@@ -58,6 +60,10 @@ def _scaled(scale: float) -> tuple[tuple[str, tuple[tuple[str, Any], ...]], ...]
 
 def _guided(budget: float) -> tuple[tuple[str, tuple[tuple[str, Any], ...]], ...]:
     return (("guidance", (("interval", 128), ("budget", budget))),)
+
+
+def _muon(ratio: float) -> tuple[tuple[str, tuple[tuple[str, Any], ...]], ...]:
+    return (("optimizer", (("kind", "muon"), ("matrix_lr_ratio", ratio))),)
 
 
 def _two_stage(solver: dict[str, Any]) -> dict[str, Any]:
@@ -154,6 +160,18 @@ SYSTEMS: dict[str, System] = {
         {**RELEASED, "iterations": 1, "readout": "shared"},
         _scaled(1),
     ),
+    **{
+        f"{name}-muon{'' if ratio == 1 else f'-x{ratio:g}'}": System(
+            f"{label}, Muon{'' if ratio == 1 else f', matrices at {ratio:g} x the rate'}",
+            solver,
+            _muon(ratio),
+        )
+        for name, label, solver in (
+            ("euler", "Transformer++", {"kind": "euler"}),
+            ("rms-r1", f"IIET r = 1, {READINGS['rms'][0]}", {**RMS, "iterations": 1}),
+        )
+        for ratio in (0.25, 0.5, 1, 2, 4)
+    },
 }
 
 
@@ -189,34 +207,60 @@ class Trial:
             sections[name] = {**sections.get(name, {}), **dict(keys)}
         sections["solver"] = dict(system.solver)
         sections["data"] |= data
-        sections["optimizer"] = {"lr": self.lr}
+        sections["optimizer"] = {**sections.get("optimizer", {}), "lr": self.lr}
         sections["training"] |= {"steps": self.steps, "seed": self.seed}
-        eighth = self.steps // 8
-        sections["evaluation"]["interval"] = sections["checkpoint"]["interval"] = eighth
-        sections["logging"]["solver_interval"] = eighth
+        interval = self.steps // (4 if self.steps == BRIEF else 8)
+        sections["evaluation"]["interval"] = sections["checkpoint"]["interval"] = interval
+        sections["logging"]["solver_interval"] = interval
         return {"output_dir": output_dir, **sections}
 
 
 SWEPT = (
     *("euler", "pcformer", "paper-r0", "paper-r1", "paper-r3", "released-r0", "released-r1", "released-r3"),
     *("paper-r3-damped", "euler-scale1", "released-r0-scale1", "released-r1-scale1", "paper-r1-scale1"),
-    *("rms-r0", "rms-r1", "rms-r3", "euler-norm", "rk2-learned"),
+    *("rms-r0", "rms-r1", "rms-r3", "euler-norm", "rk2-learned", "euler-muon", "rms-r1-muon"),
 )
 RATES = (8e-3, 4e-3, 1.6e-2)
 """Where every system's sweep begins; it goes on by factors of 2 while the best rate is at an edge."""
 
 
-def sweep(losses: Mapping[tuple[str, float], float]) -> list[Trial]:
-    """Learning rates, for both sides; ``losses``: of the trials there are, by system and rate."""
-    wanted = [(system, rate) for rate in RATES for system in SWEPT]
-    for system in SWEPT:
+def sweep(
+    losses: Mapping[tuple[str, float], float],
+    systems: Iterable[str] = SWEPT,
+    rates: Sequence[float] = RATES,
+    steps: int | None = None,
+) -> list[Trial]:
+    """Learning rates, for both sides; ``losses``: of the trials there are, by system and rate. ``steps``:
+    SHORT unless given."""
+    systems = list(systems)
+    wanted = [(system, rate) for rate in rates for system in systems]
+    for system in systems:
         known = {rate: loss for (name, rate), loss in losses.items() if name == system}
-        if set(RATES) <= known.keys():
+        if set(rates) <= known.keys():
             best = min(known, key=lambda rate: known[rate])
             wanted += [(system, best * 2)] * (best == max(known)) + [(system, best / 2)] * (
                 best == min(known)
             )
-    return [Trial(system, rate, SEEDS[0], SHORT) for system, rate in wanted]
+    return [Trial(system, rate, SEEDS[0], SHORT if steps is None else steps) for system, rate in wanted]
+
+
+COMPARED = ("euler", "euler-muon", "rms-r1", "rms-r1-muon")
+"""Of the comparison of optimizers, each of which finds its own rate."""
+BRIEF_RATES = (1.6e-2, 8e-3, 3.2e-2)
+
+
+def optimizers(losses: Mapping[tuple[str, float], float]) -> list[Trial]:
+    """AdamW and Muon in BRIEF trials: rates as in :func:`sweep`; at the best, other seeds, and of Muon other
+    rates for its matrices alone."""
+    trials = sweep(losses, COMPARED, BRIEF_RATES, BRIEF)
+    for system in COMPARED:
+        known = {rate: loss for (name, rate), loss in losses.items() if name == system}
+        if set(BRIEF_RATES) <= known.keys():
+            best = min(known, key=lambda rate: known[rate])
+            trials += [Trial(system, best, seed, BRIEF) for seed in SEEDS[1:]]
+            if system.endswith("-muon"):
+                trials += [Trial(f"{system}-x{ratio}", best, SEEDS[0], BRIEF) for ratio in (0.5, 2)]
+    return trials
 
 
 def main_table(lr: dict[str, float], best: str) -> list[Trial]:
@@ -226,7 +270,7 @@ def main_table(lr: dict[str, float], best: str) -> list[Trial]:
     once = (
         *(f"{best}-r0", "rms-two-stage-identity", f"{best}-two-stage", f"{best}-guided"),
         *("paper-r0", "released-r0-scale1", "paper-r1", "released-r1-scale1", "paper-r3"),
-        *("rk2-learned", "rk2-gated", "ws4", f"{best}-r2", "rk4-fixed"),
+        *("rk2-learned", "rk2-gated", "ws4", f"{best}-r2", "rk4-fixed", "euler-muon", "rms-r1-muon"),
     )
     first = [Trial(s, rate_of(lr, s), SEEDS[0], FULL) for s in dict.fromkeys((*thrice, *once))]
     return first + [Trial(s, rate_of(lr, s), seed, FULL) for seed in SEEDS[1:] for s in thrice]

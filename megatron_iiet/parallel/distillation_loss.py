@@ -9,6 +9,7 @@ n tokens.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -56,9 +57,9 @@ def prediction_loss(
             teacher_BSD = gather_sequence(teacher_BSD, group)
         teacher = Head(teacher_BSD.flatten(0, -2), teacher_weight, vocab_size, group)
 
-    def of_chunk(rows: slice, mine_nV: Tensor, targets: Targets) -> tuple[Tensor, Tensor]:
-        losses, gradient_nV = _chunk(mine_nV, teacher.logits(rows), targets, kl_weight, temperature, group)
-        return torch.cat(((losses[0] + kl_weight * losses[1]).unsqueeze(0), losses)), gradient_nV
+    def of_chunk(rows: slice, mine_nV: Tensor, targets: Targets) -> tuple[Tensor, Callable[[], Tensor]]:
+        losses, gradient = _chunk(mine_nV, teacher.logits(rows), targets, kl_weight, temperature, group)
+        return torch.cat(((losses[0] + kl_weight * losses[1]).unsqueeze(0), losses)), gradient
 
     total, parts = head_loss(
         student_BSD,
@@ -92,9 +93,9 @@ def _chunk(
     kl_weight: float,
     temperature: float,
     group: Group,
-) -> tuple[Tensor, Tensor]:
-    """Sums of cross-entropy and divergence over the tokens that count, [2], and the gradient of cross-entropy
-    + kl_weight · divergence by ``mine_nV``, [n, V]; both logits are overwritten."""
+) -> tuple[Tensor, Callable[[], Tensor]]:
+    """Sums of cross-entropy and divergence over the tokens that count, [2], and what makes the gradient of
+    cross-entropy + kl_weight · divergence by ``mine_nV``, [n, V]; both logits are overwritten."""
     t, n, valid = temperature, *mine_nV.shape
     # Maxima of both models; sums of exponentials, the student's without temperature and with it, the
     # teacher's; the target's logit; the teacher's exponentials times how far its logits are above, summed.
@@ -123,22 +124,25 @@ def _chunk(
     log_ratio_n = (top_n - taught_top_n) / t + cooled_sum_n.log() - taught_sum_n.log()
     kl_n = ((aboves * shrink).sum(0) / taught_sum_n + log_ratio_n) * t**2
     losses = torch.stack([x.masked_fill(~targets.counts_n, 0.0).sum() for x in (ce_n, kl_n)])
-    if not valid:
-        return losses, mine_nV
 
-    # Softmaxes are the exponentials above times a number a token.
-    factor_n = (parts[0] - top_n).exp() / sum_n
-    cooled_factor_n = kl_weight * t * ((parts[0] - top_n) / t).exp() / cooled_sum_n
-    taught_factor_n = kl_weight * t * ((parts[1] - taught_top_n) / t).exp() / taught_sum_n
-    factors = [
-        x.masked_fill(~targets.counts_n, 0.0).unsqueeze(-1)
-        for x in (factor_n, cooled_factor_n, taught_factor_n)
-    ]
-    if t == 1:
-        gradient_nV = mine_nV.mul_(factors[0] + factors[1])
-    else:
-        gradient_nV = mine_nV.mul_(factors[0]).addcmul_(cooled_nV, factors[1])
-    return losses, targets.subtract_from(gradient_nV.addcmul_(taught_nV, factors[2], value=-1.0))
+    def gradient() -> Tensor:
+        if not valid:
+            return mine_nV
+        # Softmaxes are the exponentials above times a number a token.
+        factor_n = (parts[0] - top_n).exp() / sum_n
+        cooled_factor_n = kl_weight * t * ((parts[0] - top_n) / t).exp() / cooled_sum_n
+        taught_factor_n = kl_weight * t * ((parts[1] - taught_top_n) / t).exp() / taught_sum_n
+        factors = [
+            x.masked_fill(~targets.counts_n, 0.0).unsqueeze(-1)
+            for x in (factor_n, cooled_factor_n, taught_factor_n)
+        ]
+        if t == 1:
+            gradient_nV = mine_nV.mul_(factors[0] + factors[1])
+        else:
+            gradient_nV = mine_nV.mul_(factors[0]).addcmul_(cooled_nV, factors[1])
+        return targets.subtract_from(gradient_nV.addcmul_(taught_nV, factors[2], value=-1.0))
+
+    return losses, gradient
 
 
 class _HiddenMSE(torch.autograd.Function):

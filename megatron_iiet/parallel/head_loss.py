@@ -1,9 +1,10 @@
 """Losses of logits that are never whole, with the vocabulary split over the tensor-parallel ranks.
 
-They are made a chunk of tokens at a time, of this rank's part of the vocabulary, and turned into a loss and
-its gradients at once: none of them is kept or made again. Of every token each rank contributes a few numbers
-(the cross-entropy its maximum, sum of exponentials and target logit): one all-gather for each chunk, whatever
-the vocabulary. The backward pass only scales, and sends what entering any block does.
+They are made a chunk of tokens at a time, of this rank's part of the vocabulary, and turned into a loss and,
+where somebody wants them, its gradients at once: none of them is kept or made again. Of every token each rank
+contributes a few numbers (the cross-entropy its maximum, sum of exponentials and target logit): one
+all-gather for each chunk, whatever the vocabulary. The backward pass only scales, and sends what entering any
+block does.
 
 Shapes: B batch, T sequence, S this rank's part of it or T, D hidden, V vocabulary of a rank without padding,
 n tokens.
@@ -93,9 +94,9 @@ class Head:
         return write_product(self._buffer[: len(states_nD)], states_nD, self.weight.t())
 
 
-def cross_entropy(logits_nV: Tensor, targets: Targets, group: Group) -> tuple[Tensor, Tensor]:
-    """Cross-entropy in nats of each token of a chunk, [n], 0 where the target is IGNORED, and the gradient of
-    their sum by the logits, which are fp32 and are written over."""
+def cross_entropy(logits_nV: Tensor, targets: Targets, group: Group) -> tuple[Tensor, Callable[[], Tensor]]:
+    """Cross-entropy in nats of each token of a chunk, [n], 0 where the target is IGNORED, and what makes the
+    gradient of their sum by the logits. They are fp32, and are written over now and then again."""
     parts_3n = logits_nV.new_zeros(3, len(logits_nV))
     parts_3n[0] = -torch.inf
     parts_3n[2] = targets.logits_of(logits_nV)
@@ -107,14 +108,18 @@ def cross_entropy(logits_nV: Tensor, targets: Targets, group: Group) -> tuple[Te
     top_n = tops.amax(0)
     sum_n = (sums * (tops - top_n).exp()).sum(0)
     losses_n = top_n + sum_n.log() - of_targets.sum(0)
-    factor_n = ((parts_3n[0] - top_n).exp() / sum_n).masked_fill(~targets.counts_n, 0.0)
-    gradient_nV = targets.subtract_from(logits_nV.mul_(factor_n.unsqueeze(-1)))
-    return losses_n.masked_fill(~targets.counts_n, 0.0), gradient_nV
+
+    def gradient() -> Tensor:
+        factor_n = ((parts_3n[0] - top_n).exp() / sum_n).masked_fill(~targets.counts_n, 0.0)
+        return targets.subtract_from(logits_nV.mul_(factor_n.unsqueeze(-1)))
+
+    return losses_n.masked_fill(~targets.counts_n, 0.0), gradient
 
 
-ChunkLoss = Callable[[slice, Tensor, Targets], tuple[Tensor, Tensor]]
-"""From a chunk's rows, logits (its own to write over) and targets: sums over its tokens, [k] fp32, and the
-gradient of the first by the logits."""
+ChunkLoss = Callable[[slice, Tensor, Targets], tuple[Tensor, Callable[[], Tensor]]]
+"""From a chunk's rows, logits (its own to write over) and targets: sums over its tokens, [k] fp32, and what
+makes the gradient of the first by the logits, which is called at most once, and where nothing is to learn
+(validation) not at all."""
 
 
 def head_loss(
@@ -148,9 +153,9 @@ def head_cross_entropy(
 ) -> Tensor:
     """Cross-entropy in nats, summed over the targets that are not IGNORED; see :func:`head_loss`."""
 
-    def of_chunk(rows: slice, logits_nV: Tensor, targets: Targets) -> tuple[Tensor, Tensor]:
-        losses_n, gradient_nV = cross_entropy(logits_nV, targets, parallel.group)
-        return losses_n.sum().unsqueeze(0), gradient_nV
+    def of_chunk(rows: slice, logits_nV: Tensor, targets: Targets) -> tuple[Tensor, Callable[[], Tensor]]:
+        losses_n, gradient = cross_entropy(logits_nV, targets, parallel.group)
+        return losses_n.sum().unsqueeze(0), gradient
 
     options: dict[str, Any] = {"vocab_size": vocab_size, "parallel": parallel, "chunk_tokens": chunk_tokens}
     return head_loss(states_BSD, weight, targets_BT, of_chunk, **options)[0]
@@ -178,9 +183,11 @@ class _HeadLoss(torch.autograd.Function):
         for_weight = weight.new_zeros(weight.shape, dtype=torch.float32) if wanted[1] else None
         sums = []
         for rows in chunks_of(len(targets_n), weight.shape[1], len(weight), chunk_tokens):
-            of_rows, gradient_nV = of_chunk(rows, head.logits(rows), Targets(targets_n[rows], head.columns))
+            of_rows, gradient = of_chunk(rows, head.logits(rows), Targets(targets_n[rows], head.columns))
             sums.append(of_rows)
-            gradient_nV = gradient_nV.to(head.weight.dtype)
+            if not any(wanted):
+                continue
+            gradient_nV = gradient().to(head.weight.dtype)
             if for_states is not None:
                 torch.mm(gradient_nV, head.weight, out=for_states[rows])
             if for_weight is not None:

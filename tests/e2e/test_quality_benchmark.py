@@ -165,6 +165,9 @@ def test_plans_are_fair(quality: Any) -> None:
                 config[section].pop(key)
             for section in ("solver", "guidance"):
                 config.pop(section, None)
+            if trial.system.endswith("-muon"):
+                assert config.pop("optimizer") == {"kind": "muon", "matrix_lr_ratio": 1}
+                config["optimizer"] = {}
             rest.add(json.dumps(config, sort_keys=True))
         assert len(rest) == 1
     main = phases[2]
@@ -194,6 +197,33 @@ def test_a_sweep_goes_on_while_the_best_rate_is_at_an_edge(quality: Any) -> None
     assert {t.lr for t in quality.sweep(losses) if t.system == "euler"} == {4e-3, 8e-3, 1.6e-2}
     losses["euler", 4e-3] = 0.5
     assert {t.lr for t in quality.sweep(losses) if t.system == "euler"} == {2e-3, 4e-3, 8e-3, 1.6e-2}
+
+
+def test_optimizers_are_compared_each_at_its_best_rate(quality: Any) -> None:
+    """Over all seeds; Muon also with other rates for its matrices alone."""
+    trials = importlib.import_module("quality_trials")
+    losses = {(s, lr): abs(lr - 1.6e-2) for s in trials.COMPARED for lr in trials.BRIEF_RATES}
+    assert len(quality.optimizers({})) == len(losses)
+    wanted = {t.name: t for t in quality.optimizers(losses)}.values()
+    assert {t.steps for t in wanted} == {trials.BRIEF}
+    for system in trials.COMPARED:
+        assert {t.seed for t in wanted if (t.system, t.lr) == (system, 1.6e-2)} == set(trials.SEEDS)
+    ratios = {
+        t.config({}, "x")["optimizer"]["matrix_lr_ratio"] for t in wanted if t.system.startswith("euler-muon")
+    }
+    assert ratios == {0.5, 1, 2}
+    report = importlib.import_module("quality_report")
+    results = [
+        report.Result(quality.Trial(system, lr, seed, report.BRIEF), [(report.BRIEF, 1.0, loss)], [])
+        for system, lr, seed, loss in (
+            *(("euler", 1.0, 1, 4.0), ("euler", 1.0, 2, 9.0), ("euler", 2.0, 1, 5.0)),
+            *(("euler-muon", 2.0, 1, 3.5), ("euler-muon", 2.0, 2, 8.7)),
+        )
+    ]
+    assert report.best_rates(results, report.BRIEF) == {"euler": 1.0, "euler-muon": 2.0}
+    text = report.report(results, {})
+    assert "| Transformer++ | **4.0000** | 5.0000 |" in text
+    assert "| Transformer++, Muon | 2 | 2 | 6.1000 ± 3.6770 | -0.4000 ± 0.1414 |" in text
 
 
 def test_every_system_is_valid(quality: Any) -> None:

@@ -10,6 +10,7 @@ import random
 import re
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -32,12 +33,14 @@ from gpu_checks import (  # noqa: E402
     build,
     deepspeed_runs,
     documents,
+    host_waits,
     kernels,
     pretraining,
     runner,
     sanitizer,
     step,
     training,
+    waits,
 )
 from gpu_checks.base import (  # noqa: E402
     FAILED,
@@ -87,7 +90,7 @@ def test_every_check_runs_at_toy_size(tmp_path: Path) -> None:
     said = {name: (check["status"], check["reason"]) for name, check in stored["checks"].items()}
     assert all(status in (OK, NEEDS) for status, _ in said.values()), said
     assert said["sanitizer"][0] == NEEDS
-    for name in ("kernels", "documents", "bandwidth", "step", "deepspeed", "inference", "training"):
+    for name in ("kernels", "documents", "bandwidth", "step", "deepspeed", "waits", "inference", "training"):
         assert said[name][0] == OK
         assert stored["checks"][name]["figures"], name
     assert done.returncode == 0, done.stderr
@@ -233,6 +236,65 @@ def test_deepspeed_judges_what_runs_log(
     if fault == "wrong ZeRO":
         (apart,) = (figure.value for figure in outcome.figures if "losses of ZeRO-2" in figure.name)
         assert apart == pytest.approx(0.1 / 5.8)
+
+
+@pytest.mark.parametrize(
+    ("waited", "status"),
+    [
+        ([9, 9, 9, *[0] * 12, 3], OK),
+        ([9, 9, 9, 0, 0, 0, 2, *[0] * 8, 3], OK),
+        ([*[0] * 3, *[1] * 12, 0], FAILED),
+        ([], FAILED),
+    ],
+    ids=["none", "now and then", "every step", "nothing counted"],
+)
+def test_waits_of_the_host(
+    waited: list[int], status: str, setting: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But for the first steps and the last, which is logged."""
+
+    def run(folder: Path, arguments: list[str], *_: Any) -> Rows:
+        _, script, counts, device, *options = arguments
+        assert (script, device) == (host_waits.__file__, "cpu")
+        assert "--ds-config" in options
+        Path(counts).write_text(json.dumps([{"loop.py:9": n} for n in waited]))
+        return []
+
+    monkeypatch.setattr(waits, "run", run)
+    outcome = outcome_of(waits.check, setting)
+    assert outcome.status == status
+    if any(waited[3:-1]):
+        assert outcome.figures[0].note.endswith(" at loop.py:9")
+        assert outcome.figures[1].value == max(waited[3:-1])
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_wait_is_counted_where_it_is(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch warns of most of them on GPUs; those it is silent about are asked for by name."""
+    modes: list[str] = []
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    own = torch.cuda.synchronize
+
+    def step(reads: int) -> None:
+        for _ in range(reads):
+            if device == "cpu":
+                torch.ones(2).sum().item()
+            else:
+                warnings.warn(host_waits.SAID, stacklevel=1)
+                torch.cuda.synchronize()
+
+    with host_waits.Waits(device) as counted:
+        for reads in (1, 0, 3):
+            counted.of_steps(step)(reads)
+    each = 1 if device == "cpu" else 2
+    assert [sum(places.values()) for places in counted.steps] == [each, 0, 3 * each]
+    assert all(place.startswith("gpu/test_acceptance.py:") for places in counted.steps for place in places)
+    assert modes == ([] if device == "cpu" else ["warn", "default"])
+    assert torch.cuda.synchronize is own
+    with warnings.catch_warnings(action="ignore"):
+        step(1)
+    assert sum(counted.steps[-1].values()) == 3 * each
 
 
 @pytest.mark.parametrize(("end", "status"), [(5.0, OK), (6.5, FAILED), (math.nan, FAILED)])
@@ -463,7 +525,7 @@ def test_what_there_was_no_time_for_is_named_and_what_was_found_is_kept(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["kernels", "documents", "bandwidth", "step"])
+@pytest.mark.parametrize("name", ["kernels", "documents", "bandwidth", "step", "waits"])
 def test_checks_without_time_name_all_they_skipped(name: str, setting: Setting) -> None:
     """No figure of anything that took part of the time, no exception, and what is missing by name."""
     setting.seconds = 0

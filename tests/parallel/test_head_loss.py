@@ -3,12 +3,17 @@ tests/distributed/test_distillation_loss.py and the parity matrix."""
 
 from __future__ import annotations
 
+from collections import Counter
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_iiet.parallel import TensorParallel
+from megatron_iiet.parallel.distillation_loss import prediction_loss
 from megatron_iiet.parallel.head_loss import chunks_of, head_cross_entropy
 from megatron_iiet.parallel.vocabulary import IGNORED
 
@@ -64,6 +69,49 @@ def test_what_gets_no_gradient() -> None:
     for n, leaves in enumerate([(states, weight.detach()), (states.detach(), weight)]):
         (alone,) = torch.autograd.grad(ours(*leaves, targets), leaves[n])
         assert torch.equal(alone, whole[n])
+
+
+class Counted(TorchDispatchMode):
+    """Products, and passes that write logits of a chunk."""
+
+    def __init__(self, chunk: int) -> None:
+        super().__init__()
+        self.shape, self.found = (chunk, VOCABULARY), Counter[str]()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name, made = function._schema.name.removeprefix("aten::"), function(*args, **(kwargs or {}))
+        if name in ("mm", "addmm", "addmm_"):
+            self.found["products"] += 1
+        elif name.endswith("_") and isinstance(made, Tensor) and made.shape == self.shape:
+            self.found["passes"] += 1
+        return made
+
+
+@pytest.mark.parametrize(("taught", "products", "passes"), [(False, 1, 2), (True, 2, 6)])
+def test_a_loss_that_nobody_learns_from_costs_no_gradient(taught: bool, products: int, passes: int) -> None:
+    """Validation and scoring: the head's product, and what the sum of exponentials takes."""
+    states, weight, targets = drawn(torch.float32)
+    options: dict[str, Any] = {"vocab_size": VOCABULARY, "parallel": TensorParallel(), "chunk_tokens": 5}
+
+    def loss(states: Tensor, weight: Tensor) -> Tensor:
+        if not taught:
+            return head_cross_entropy(states, weight, targets, **options)
+        options.update(kl_weight=0.5, temperature=1.0)
+        return prediction_loss(states, weight, states.detach(), weight.detach(), targets, **options).total
+
+    def counted(*leaves: Tensor) -> Counter[str]:
+        with Counted(options["chunk_tokens"]) as mode:
+            loss(*leaves)
+        return mode.found
+
+    chunks = B * T // options["chunk_tokens"]
+    with torch.no_grad():
+        validated = counted(states, weight)
+    assert validated == {"products": chunks * products, "passes": chunks * passes}
+    assert counted(states.detach(), weight.detach()) == validated
+    learnt = counted(states, weight)
+    assert learnt["products"] == chunks * (products + 2)
+    assert learnt["passes"] > validated["passes"]
 
 
 def test_gradients_are_handed_out_once() -> None:

@@ -22,6 +22,7 @@ from megatron_iiet.training.engine.deepspeed_internals import (
     DeepSpeedEngine,
     check_classes,
     check_engine,
+    check_own_adam,
     kind_of,
     lasting_gradients,
     masters,
@@ -69,6 +70,7 @@ class CorrectedEngine(DeepSpeedEngine):
             ConfigError: this DeepSpeed lacks something that we rely on.
         """
         check_classes()
+        check_own_adam(ds_config)
         prepared = prepare_optimizer(trained, config.optimizer)
         ours = "optimizer" not in ds_config
         with redirect_stdout(io.StringIO()):  # it prints a memory report a parameter group

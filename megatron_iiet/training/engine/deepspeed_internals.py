@@ -6,18 +6,23 @@ from ``deepspeed.runtime``; a test compares the tables with what is used.
 from __future__ import annotations
 
 import inspect
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NoReturn
 
 import deepspeed
 import deepspeed.ops
 import torch
+from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
+from torch.utils import cpp_extension
 
 from megatron_iiet.config import ConfigError
+from megatron_iiet.config.deepspeed import offloads_optimizer
 
 TESTED = "0.19.8"
 """The release that the tests run with, and that pyproject.toml pins."""
@@ -329,6 +334,32 @@ def check_classes() -> None:
     """
     methods = [internal for internal in ENGINE if internal.takes is not None]
     _check(DeepSpeedEngine, "DeepSpeedEngine", methods, "every engine")
+
+
+def check_own_adam(ds_config: dict[str, Any]) -> None:
+    """Before an engine is built: DeepSpeed's AdamW, if it is to be used, is there or can be compiled here,
+    which may take a minute.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    section = ds_config.get("optimizer")
+    if section is None or section.get("params", {}).get("torch_adam"):
+        return
+    offloaded = offloads_optimizer(ds_config)
+    builder = get_accelerator().create_op_builder("CPUAdamBuilder" if offloaded else "FusedAdamBuilder")
+    folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root())
+    for lock in folder.glob(f"**/{builder.name}/lock"):  # torch waits for it without a word, and for ever
+        print(f"waiting for the compiler that {lock} belongs to; if none runs, remove the file", flush=True)
+    try:
+        builder.load()
+    except Exception as error:  # of the compiler, of torch, of the operating system
+        raise ConfigError(
+            f"DeepSpeed's {'CPU Adam' if offloaded else 'FusedAdam'}, which optimizer.implementation "
+            "'deepspeed' or an 'optimizer' section of the DeepSpeed JSON asks for, cannot be compiled here "
+            f"({' '.join(str(error).split())[:300]}); install what it misses, or set "
+            "optimizer.implementation to 'torch' and remove the section"
+        ) from error
 
 
 def check_engine(engine: DeepSpeedEngine, trained: nn.Module) -> None:
