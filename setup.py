@@ -133,7 +133,10 @@ def extension_options() -> dict[str, Any]:
             super().copy_extensions_to_source()
             shutil.copy(self.note, "megatron_iiet")
 
-    sources = [CSRC / "schema.cpp", *(CSRC / "cpu" / f"{name}.cpp" for name in ("torch_cpu", "pointwise", "packing"))]
+    sources = [
+        CSRC / "schema.cpp",
+        *(CSRC / "cpu" / f"{name}.cpp" for name in ("torch_cpu", "pointwise", "packing")),
+    ]
     if cuda:
         sources += [*sorted((CSRC / "cuda").glob("*.cu")), CSRC / "cuda" / "torch_cuda.cpp"]
     kind = CUDAExtension if cuda else CppExtension
