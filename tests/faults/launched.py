@@ -175,10 +175,10 @@ def _signalled(folder: Path, data: dict[str, str], moment: str, launcher: str, t
     expected = (0, REQUEUE) if moment == "last step" else (REQUEUE,)
     if launcher == "none" and process.returncode not in expected:
         return f"exit status {process.returncode}: {said[-300:]}"
-    log = run / "log.jsonl"
-    if moment == "start-up" and not log.exists():
-        return ""
-    taken = max(read_log(run))
+    steps = read_log(run) if (run / "log.jsonl").exists() else {}
+    if not steps:
+        return "" if moment == "start-up" else "nothing is logged"
+    taken = max(steps)
     saved = checkpoint.latest_tag(run)
     return "" if saved == checkpoint.tag_of(taken) else f"took {taken} steps, saved {saved}: {said[-300:]}"
 
