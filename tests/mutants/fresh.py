@@ -5,10 +5,11 @@
     python -m tests.mutants.fresh --number 20 --output fresh.toml hf tools          # rooms or folders
 
 The kept lists beside this file hold faults that tests were written for. How many of *fresh* ones the tests
-find is the measure of them. The same seed draws the same faults of the same sources. The tests an entry names
-are a proposal: those that kept faults of its file name, those that import it, those of its room. A fault that
-they miss is tried with others by hand. A person sets aside what changes nothing that a user sees. The rest
-want a test, and join a kept list.
+find is the measure of them. The same seed draws the same faults of the same sources. Files that run only with
+a package that is not installed here are left out. The tests an entry names are a proposal: those that kept
+faults of its file name, those that import it, those of its room. A fault that they miss is tried with others
+by hand. A person sets aside what changes nothing that a user sees; the rest want a test, and join a kept
+list.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ import functools
 import json
 import random
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,6 +40,8 @@ SWAPPED = {
 RENAMED = {"min": "max", "max": "min", "any": "all", "all": "any", "sum": "max", "sorted": "list"}
 LEFT_ALONE = (ast.Raise, ast.JoinedStr, ast.Assert, ast.Import, ast.ImportFrom)
 MOST_TESTS = 6
+ELSEWHERE = {"ops/triton_kernels.py": "triton", "hf/vllm_plugin/": "vllm"}
+"""What runs only with a package of its own: make gpu-check and make test-vllm have it."""
 
 
 class Change(NamedTuple):
@@ -163,19 +168,20 @@ def sources(places: Sequence[str], root: Path) -> list[Path]:
         if path is None:
             raise ValueError(f"there is no {place} in {PACKAGE} and none in {root}")
         found += sorted(path.rglob("*.py")) if path.is_dir() else [path]
-    return found
+    missing = [place for place, package in ELSEWHERE.items() if find_spec(package) is None]
+    return [path for path in found if not any(place in str(path.relative_to(root)) for place in missing)]
 
 
 @functools.cache
-def tests_of_kept_faults(root: Path) -> dict[str, list[str]]:
-    """What the kept faults of each source file name."""
-    tests: dict[str, list[str]] = {}
+def tests_of_kept_faults(root: Path) -> dict[str, Counter[str]]:
+    """How often the kept faults of each source file name which test file."""
+    tests: dict[str, Counter[str]] = {}
     texts = {path: path.read_text() for path in sources((), root)}
     for fault in read_faults():
         for path, text in texts.items():
             if fault.find in text and str(path).endswith(fault.file):
-                named = tests.setdefault(str(path.relative_to(root)), [])
-                named += [test.partition("::")[0] for test in fault.tests]
+                named = tests.setdefault(str(path.relative_to(root)), Counter())
+                named.update({test.partition("::")[0] for test in fault.tests})
     return tests
 
 
@@ -188,18 +194,22 @@ def test_files(root: Path) -> dict[str, str]:
 
 
 def proposed_tests(file: str, root: Path) -> list[str]:
-    """Test files that kept faults of a source name, that import it, of its room; at most MOST_TESTS."""
+    """Test files that kept faults of a source name most often, that import it and have its names most often,
+    and those of its room; at most MOST_TESTS."""
     module = file.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
     parent, _, name = module.rpartition(".")
     folder = file.split("/")[1] if file.startswith(PACKAGE) else "gpu" if "gpu_" in file else "e2e"
     room = f"tests/{folder}/"
-    importing = [
-        path
+    body = ast.parse((root / file).read_text()).body
+    own = [node.name for node in body if isinstance(node, ast.FunctionDef | ast.ClassDef)]
+    importing = {
+        path: sum(map(text.count, own))
         for path, text in test_files(root).items()
         if module in text or (parent and f"from {parent} import {name}" in text) or Path(file).name in text
-    ]
+    }
     of_room = [path for path in test_files(root) if path.startswith(room)]
-    tests = [*tests_of_kept_faults(root).get(file, ()), *importing, *of_room]
+    kept = [path for path, _ in tests_of_kept_faults(root).get(file, Counter()).most_common(MOST_TESTS - 1)]
+    tests = [*kept, *sorted(importing, key=lambda path: -importing[path]), *of_room]
     return list(dict.fromkeys(tests))[:MOST_TESTS]
 
 
