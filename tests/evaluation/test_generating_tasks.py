@@ -6,6 +6,7 @@ import json
 import socket
 from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
@@ -15,6 +16,7 @@ from lm_eval.evaluator import evaluate
 
 from megatron_iiet.config import ConfigError
 from megatron_iiet.config.schema import ParallelConfig
+from megatron_iiet.evaluation import tasks as tasks_module
 from megatron_iiet.evaluation.evaluate import Options, evaluate_model
 from megatron_iiet.evaluation.harness import HarnessModel
 from megatron_iiet.evaluation.models import ModelOptions, prepare_model
@@ -241,3 +243,21 @@ def test_what_can_be_reached() -> None:
         assert _reachable(f"http://127.0.0.1:{port}")
     assert not _reachable(f"http://127.0.0.1:{port}")
     assert not _reachable("https://no.such.host.invalid")
+
+
+def test_where_a_server_is_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[tuple[Any, float]] = []
+
+    def connect(place: Any, seconds: float) -> Any:
+        tried.append((place, seconds))
+        return SimpleNamespace(close=lambda: None)
+
+    monkeypatch.setattr(tasks_module.socket, "create_connection", connect)
+    monkeypatch.setattr(tasks_module.urllib.request, "getproxies", dict)
+    for address in ("http://a", "https://b", "https://c:8443/path"):
+        assert _reachable(address)
+    assert [place for place, _ in tried] == [("a", 80), ("b", 443), ("c", 8443)]
+    assert {seconds for _, seconds in tried} == {tasks_module._REACH_SECONDS}
+    monkeypatch.setattr(tasks_module.urllib.request, "getproxies", lambda: {"https": "proxy"})
+    assert _reachable("https://behind.a.proxy")
+    assert len(tried) == 3, "which is the proxy's affair"

@@ -6,7 +6,10 @@ import os
 import re
 import shutil
 import socket
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
@@ -36,6 +39,52 @@ def look(folders: list[str]) -> tuple[str, list[str]]:
 
 def views(*folders: Path) -> list[tuple[str, list[str]]]:
     return run_ranks(look, len(folders), [str(folder) for folder in folders])
+
+
+class Other:
+    """A world of two, in which the other rank's view is what it is told to be, and a clock by hand."""
+
+    def __init__(self, view: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now, self.slept = 0.0, list[float]()
+        clock = SimpleNamespace(monotonic=self.monotonic, sleep=self.sleep)
+        monkeypatch.setattr(agreement, "time", clock)
+        gather = lambda own: [own, view(own)]  # noqa: E731
+        world = SimpleNamespace(gather_objects=gather, all_reduce=lambda x: None, size=2)
+        self.context = cast(ParallelContext, replace(alone(2), world=world))  # type: ignore[arg-type]
+
+    def monotonic(self) -> float:
+        self.now += 0.01  # it passes without sleep, too
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.slept.append(seconds)
+        self.now += seconds
+
+
+def test_a_folder_that_is_seen_late_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At rest, and not for ever."""
+    monkeypatch.setattr(agreement, "PATIENCE_SECONDS", 10 * agreement._POLL_SECONDS)
+    other = Other(lambda own: (own[0], {} if other.now < 3 else own[1], *own[2:]), monkeypatch)
+    agreement._compare_views(str(tmp_path), [], other.context)
+    assert other.slept == []
+    views = iter([{"latest": "x"}, {"latest": "x"}, {}])
+    other = Other(lambda own: (own[0], next(views), *own[2:]), monkeypatch)
+    agreement._compare_views(str(tmp_path), [], other.context)
+    assert other.slept == [agreement._POLL_SECONDS] * 2
+    never = Other(lambda own: (own[0], {"latest": "x"}, *own[2:]), monkeypatch)
+    with pytest.raises(
+        ConfigError, match=r"sees no latest there, but rank 1 on .* a 'latest' that names 'x'"
+    ):
+        agreement._compare_views(str(tmp_path), [], never.context)
+    assert 5 < len(never.slept) <= 10
+
+    monkeypatch.setattr(Path, "exists", lambda path, **_: not path.name.startswith(".probe-") or appeared())
+    appearing = iter([False, False, True])
+    appeared = lambda: next(appearing)  # noqa: E731
+    seen = Other(lambda own: own, monkeypatch)
+    check_shared(str(tmp_path), seen.context)
+    assert seen.slept == [agreement._POLL_SECONDS] * 2
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.fixture

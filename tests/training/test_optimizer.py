@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -86,3 +88,21 @@ def test_an_apex_that_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / file).write_text("print 'of Python 2'")
         assert refusal() == expected
+
+
+def test_apex_is_given_what_torch_is_and_counts_from_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in of its interface: NVIDIA's needs a GPU."""
+    given: list[Any] = []
+    stand_in = SimpleNamespace(FusedAdam=lambda groups, **settings: given.append((groups, settings)))
+    monkeypatch.setitem(sys.modules, "apex", SimpleNamespace(optimizers=stand_in))
+    monkeypatch.setitem(sys.modules, "apex.optimizers", stand_in)
+    config = AdamW(implementation="apex", lr=0.5, beta1=0.8, beta2=0.7, eps=1e-3, weight_decay=0.25)
+    model = torch.nn.Linear(2, 3)
+    prepared = prepare_optimizer(model, config)
+    prepared.build(prepared.groups)
+    ((groups, settings),) = given
+    assert settings == {"lr": 0.5, "betas": (0.8, 0.7), "eps": 1e-3}
+    assert [group["step"] for group in groups] == [0] * len(prepared.groups)
+    assert [{**group, "step": None} for group in groups] == [{**g, "step": None} for g in prepared.groups]
+    assert {p.shape for group in groups for p in group["params"]} == {(3, 2), (3,)}
+    assert all("step" not in group for group in prepared.groups)

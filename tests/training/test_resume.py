@@ -304,10 +304,10 @@ def config_at_every_step(config: dict[str, Any], ds_path: Path, accept: list[str
     return seen
 
 
-def pretrain_saying(config: dict[str, Any], ds_path: Path) -> str:
+def pretrain_saying(config: dict[str, Any], ds_path: Path, accept: tuple[str, ...] = ()) -> str:
     """Train as the scripts do; what is printed."""
     with redirect_stdout(io.StringIO()) as said:
-        pretrain(LoadedConfig(config=config_from_dict(config), ds_config_path=ds_path))
+        pretrain(LoadedConfig(config=config_from_dict(config), ds_config_path=ds_path, accept_changes=accept))
     return said.getvalue()
 
 
@@ -334,7 +334,8 @@ def test_a_complete_run_is_left_as_it_is(data: dict[str, str], half: Path, tmp_p
 def test_more_steps_do_not_fall_back_into_an_earlier_stage(data: dict[str, str], tmp_path: Path) -> None:
     sections: dict[str, Any] = {"solver": {"iterations": 1, "schedule": [[0.75, 0], [0.25, 1]]}}
     first = tiny_config(data, tmp_path / "run", training={"steps": 4}, **sections)
-    run_ranks(pretrain_rank, 1, as_data(first), ds_json(tmp_path, 1))
+    said = run_ranks(pretrain_saying, 1, as_data(first), ds_json(tmp_path, 1), ("a.b", "c.d"))[0]
+    assert "\n--checkpoint.accept_changes names a.b, c.d, but there is no checkpoint to differ from\n" in said
     again = tiny_config(data, tmp_path / "run", training={"steps": 8}, **sections)
     message = (
         "training.steps is 4 there and 8 here, which moves step 4 into another stage, from r = 1 to r = 0"
