@@ -122,18 +122,26 @@ class Watchdog:
         """Notes are exchanged without waiting for the next beat."""
         self._watching = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._watching.start()
+        self._exchanging: threading.Thread | None = None
         if context.world_size > 1 and context.store is not None:
             notes = Notes(context.store, context.world_size)
             if context.is_main:
                 notes.lay_out()
             self._tell(notes)  # whoever stops before its first beat is known too
-            threading.Thread(target=self._exchange, args=(notes,), name="notes", daemon=True).start()
+            self._exchanging = threading.Thread(
+                target=self._exchange, args=(notes,), name="notes", daemon=True
+            )
+            self._exchanging.start()
 
     def close(self) -> None:
         """Watch no longer; twice is once."""
         self._over.set()
         self._now.set()
-        self._watching.join()  # the other thread may wait for a store that is gone
+        self._watching.join()
+        if self._exchanging is not None:
+            # A thread that comes back from torch while the interpreter ends would abort the process. But
+            # it may wait for a store that is gone.
+            self._exchanging.join(_FAREWELL_SECONDS)
         faulthandler.cancel_dump_traceback_later()
 
     def _watch(self) -> None:
@@ -213,6 +221,8 @@ class Watchdog:
         while not self._over.is_set():
             self._now.wait(self._beat_seconds)
             self._now.clear()
+            if self._over.is_set():
+                break
             try:
                 self._exchange_once(notes)
                 self._lost_at = None

@@ -9,7 +9,9 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
@@ -82,6 +84,50 @@ def test_pulses_and_verdicts_are_exchanged(pair: Pair) -> None:
     until(lambda: pair.other._verdict)
     assert pair.other._pulses == {0: pair.main._own}
     assert pair.other._judgement(4.0) == pair.other._verdict == pair.main._verdict
+
+
+class SlowStore(dist.Store):
+    """Answers when it is told to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked, self.answer = Event(), Event()
+        self.calls = 0
+
+    def clone(self) -> SlowStore:
+        return self
+
+    def set_timeout(self, timeout: timedelta) -> None: ...
+
+    def set(self, key: str, value: str) -> None:
+        self.calls += 1
+        if self.calls > 1:  # the first one is by the thread that starts the watchdog
+            self.asked.set()
+            self.answer.wait(30)
+
+    def get(self, key: str) -> bytes:
+        return b""
+
+
+def test_no_thread_talks_to_the_store_once_it_is_closed(tmp_path: Path) -> None:
+    """One that came back from torch while the interpreter ends would abort the process."""
+    store = SlowStore()
+    context = replace(alone(2), rank=1, store=store)
+    dog = Watchdog(context, Progress(Timeouts()), tmp_path, beat_seconds=NEVER)
+    dog._now.set()
+    assert store.asked.wait(30)
+    with ThreadPoolExecutor(1) as pool:
+        closing = pool.submit(dog.close)
+        until(dog._over.is_set)
+        assert dog._exchanging is not None
+        assert dog._exchanging.is_alive()
+        store.answer.set()
+        closing.result()
+    assert not dog._exchanging.is_alive()
+    assert store.calls == 2
+    idle = Watchdog(context, Progress(Timeouts()), tmp_path, beat_seconds=NEVER)
+    idle.close()
+    assert store.calls == 3, "the note of its start"
 
 
 def test_the_collectives_of_a_rank_that_is_late_are_told(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
