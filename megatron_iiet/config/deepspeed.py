@@ -12,6 +12,7 @@ from typing import Any
 from megatron_iiet.config.combinations import gradient_accumulation_steps
 from megatron_iiet.config.errors import ConfigError
 from megatron_iiet.config.keys import did_you_mean, join_words
+from megatron_iiet.config.loss_scaling import complete
 from megatron_iiet.config.rules import AUTO, Setup
 from megatron_iiet.config.schema import RunConfig
 
@@ -100,6 +101,10 @@ def reconcile(
         ("gradient_clipping", "optimizer.gradient_clipping", config.optimizer.gradient_clipping),
         ("bf16.enabled", "training.precision == 'bf16'", config.training.precision == "bf16"),
     ]
+    if fp16 := config.training.precision == "fp16":
+        ds["fp16"] = complete(ds.get("fp16", {}), source)
+    if "fp16" in ds:
+        shared.append(("fp16.enabled", "training.precision == 'fp16'", fp16))
     if Setup(config, ds, 0, source).implementation == "deepspeed":
         ds.setdefault("optimizer", {})
     if "optimizer" in ds:
@@ -112,8 +117,6 @@ def reconcile(
         shared += [(f"optimizer.{ds_key}", our_key, value) for ds_key, our_key, value in of_optimizer]
     for ds_key, our_key, our_value in shared:
         _fill(ds, ds_key, our_key, our_value, source)
-    if "fp16" in ds:
-        ds["fp16"]["enabled"] = False
     _drop_auto(ds)
     _fill_own_defaults(ds, config)
     return ds
@@ -172,11 +175,6 @@ def _check_unsupported(ds: dict[str, Any], source: str) -> None:
             "optimizer.warmup_fraction and optimizer.min_lr_ratio of the run configuration; remove the "
             "section"
         )
-    if ds.get("fp16", {}).get("enabled", False) not in (False, AUTO):
-        raise ConfigError(
-            f"fp16.enabled is true in {source}, but fp16 is not supported; remove the section and set "
-            "training.precision to 'bf16' or 'fp32'"
-        )
     if ds.get("bf16", {}).get("check_grad_overflow", False) not in (False, AUTO):
         raise ConfigError(
             f"bf16.check_grad_overflow is true in {source}, but every step is judged here without waiting "
@@ -232,11 +230,11 @@ def _drop_auto(section: dict[str, Any]) -> None:
 def _fill_own_defaults(ds: dict[str, Any], config: RunConfig) -> None:
     """Where DeepSpeed's defaults lose precision or do not fit this trainer."""
     stage = zero_stage(ds)
-    if config.training.precision == "bf16" and stage > 0:
-        # DeepSpeed would sum bf16 gradients over the micro-batches in bf16 and lose small contributions.
+    if config.training.precision != "fp32" and stage > 0:
+        # DeepSpeed would sum 16-bit gradients over the micro-batches in 16 bits and lose small contributions.
         ds.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
         if stage == 1 and ds["data_types"]["grad_accum_dtype"] == "fp32":
-            # ... and then round that sum to bf16 to add it up over the ranks, once a step.
+            # ... and then round that sum to 16 bits to add it up over the ranks, once a step.
             ds.setdefault("communication_data_type", "fp32")
     if config.training.precision == "bf16":
         ds["bf16"]["check_grad_overflow"] = False  # DeepSpeed's own, which waits for the device in each step

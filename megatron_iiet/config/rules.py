@@ -137,16 +137,13 @@ def _split(name: str) -> With:
 
 PIPELINE, TENSOR = _split("pipeline"), _split("tensor")
 ONE_STAGE = With("`parallel.pipeline: 1`", lambda setup: setup.config.parallel.pipeline == 1, "")
-TIED = With(
-    "`model.tie_embeddings`", lambda setup: setup.config.model.tie_embeddings, "model.tie_embeddings = true"
-)
-BF16, FP32 = (
+BF16, FP16, FP32 = (
     With(
         f"`training.precision: {name}`",
         lambda setup, name=name: setup.config.training.precision == name,  # type: ignore[misc]
         f"training.precision = '{name}'",
     )
-    for name in ("bf16", "fp32")
+    for name in ("bf16", "fp16", "fp32")
 )
 
 
@@ -219,6 +216,13 @@ DEEPSPEED_RULES = (
         instead="set it to 1 (it also works on one rank), or training.precision to 'fp32'",
     ),
     refuse(
+        STAGE,
+        _one_of(0),
+        FP16,
+        why="DeepSpeed then takes one extra optimizer step, and waits in every one to hear of an overflow",
+        instead="set it to 1 (it also works on one rank), or training.precision to 'fp32'",
+    ),
+    refuse(
         "data_types.grad_accum_dtype",
         _one_of(*_FP32, description="fp32"),
         BF16,
@@ -239,11 +243,24 @@ DEEPSPEED_RULES = (
         why="gradients are fp32 then",
     ),
     refuse(
-        ("bf16.bf16_master_weights_and_grads", "bf16.bf16_optimizer_states"),
+        "data_types.grad_accum_dtype",
+        _one_of(*_BF16, description="bf16"),
+        FP16,
+        why="gradients are fp16 then, and summed in fp32",
+    ),
+    refuse(
+        (
+            *("bf16.bf16_master_weights_and_grads", "bf16.bf16_optimizer_states"),
+            "fp16.fp16_master_weights_and_grads",
+        ),
         TRUE,
         why="master weights and moments are fp32 here",
     ),
-    refuse("torch_autocast.enabled", TRUE, why="it would change the arithmetic behind training.precision"),
+    refuse(
+        ("torch_autocast.enabled", "fp16.auto_cast"),
+        TRUE,
+        why="it would change the arithmetic behind training.precision",
+    ),
     refuse(
         "communication_data_type",
         _one_of("fp16"),
@@ -270,15 +287,6 @@ DEEPSPEED_RULES = (
         _stage(0, 1, 2),
         why="only stage 3 offloads parameters",
         instead="set zero_optimization.stage to 3, or remove the section",
-    ),
-    refuse(
-        OFFLOAD,
-        _one_of("cpu"),
-        BF16,
-        PIPELINE,
-        TIED,
-        why="DeepSpeed then does not sum the gradients of the tied embedding's two copies, which drift apart",
-        instead="remove the section, or set model.tie_embeddings to false",
     ),
     refuse(
         "zero_force_ds_cpu_optimizer",

@@ -193,8 +193,9 @@ class TrainingConfig:
     """Sequences per optimizer step over all ranks."""
     micro_batch_size: int = key(8, COURSE, POSITIVE)
     """Sequences per forward pass on one rank."""
-    precision: Literal["fp32", "bf16"] = key("bf16", COURSE)
-    """Arithmetic of the layers; master weights, merges' accumulation and the loss are fp32 in both."""
+    precision: Literal["fp32", "bf16", "fp16"] = key("bf16", COURSE)
+    """Arithmetic of the layers; master weights, merges' accumulation and the loss are fp32 in all. In fp16
+    the loss is scaled as the DeepSpeed JSON's section fp16 says (docs/performance.md)."""
     recompute: Literal["off", "layer", "evaluation"] = key("off", COURSE)
     """Activation recomputation: off, once per layer (all its iterations), or per F evaluation."""
     compile: Literal["off", "layer"] = key("off", COURSE)

@@ -121,6 +121,7 @@ class Distilled(nn.Module):
         student, teacher = self.student, self.teacher
         assert student.norm is not None
         assert teacher.norm is not None
+        count = targets_BT.numel() if divisor is None else divisor
         with torch.no_grad():
             taught_BTD = teacher.norm(streams.teacher)
         loss = prediction_loss(
@@ -133,8 +134,8 @@ class Distilled(nn.Module):
             kl_weight=self.weights.beta,
             temperature=self.weights.temperature,
             parallel=student.parallel,
+            upstream=student.gradient_of_sum(count),
         )
-        count = targets_BT.numel() if divisor is None else divisor
         self.parts.append(LossParts(loss.cross_entropy / count, mse.detach(), loss.kl_divergence / count))
         return loss.total / count + self.weights.alpha * mse
 
@@ -158,16 +159,12 @@ class Prediction(NamedTuple):
 class DistilledStage(nn.Module):
     """As :class:`PipelineStage`, in training mode with the teacher beside it."""
 
-    def __init__(
-        self, student: PipelineStage, teacher: Transformer, meta_teacher: Transformer, accumulation: int
-    ) -> None:
-        """``accumulation``: micro-batches a step, over which the loss is averaged."""
+    def __init__(self, student: PipelineStage, teacher: Transformer, meta_teacher: Transformer) -> None:
         super().__init__()
         self.student = student
         self.teacher = PipelineStage(teacher, student.sequence_length)
         self.teacher.resize(meta_teacher)
         self.pair = Distilled(student.model, teacher)
-        self.accumulation = accumulation
 
     def forward(
         self,
@@ -187,7 +184,7 @@ class DistilledStage(nn.Module):
         zero = torch.zeros_like(mse)
         self.pair.parts.append(LossParts(zero, mse.detach(), zero))
         packed = self.student.pack(streams.student, streams.student_history)
-        weight = self.pair.weights.alpha / self.accumulation
+        weight = self.pair.weights.alpha * self.student.model.loss_gradient
         with torch.no_grad():
             taught_packed = self.teacher.pack(streams.teacher, streams.teacher_history)
         return cast(Tensor, _JoinGradient.apply(packed, mse, weight)), taught_packed.view(torch.int32)
@@ -203,7 +200,7 @@ class _JoinGradient(torch.autograd.Function):
     """The stream as it is; in the backward pass a term of the loss gets its weight as gradient."""
 
     @staticmethod
-    def forward(ctx: Any, stream: Tensor, term: Tensor, weight: float) -> Tensor:
+    def forward(ctx: Any, stream: Tensor, term: Tensor, weight: float | Tensor) -> Tensor:
         ctx.save_for_backward(term)
         ctx.weight = weight
         return stream.view_as(stream)
@@ -211,4 +208,4 @@ class _JoinGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
         (term,) = ctx.saved_tensors
-        return gradient, torch.full_like(term, ctx.weight), None
+        return gradient, torch.ones_like(term) * ctx.weight, None

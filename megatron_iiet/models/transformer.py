@@ -101,6 +101,8 @@ class Transformer(nn.Module):
         self.parallel = parallel
         self.parameters_in_parts = False
         """Whether parameters are whole only while their module runs (ZeRO-3)."""
+        self.loss_gradient: float | Tensor = 1.0
+        """What the loss of a micro-batch will get as gradient; a tensor where a loss scale may change it."""
         self.is_first, self.is_last = layers.start == 0, layers.stop == model.num_layers
         self.embedding_scale = model.resolved_embedding_scale
         self.embedding = self.norm = self.head = None
@@ -206,14 +208,21 @@ class Transformer(nn.Module):
         or, with a divisor, the sum over those that are not IGNORED, divided by it (fp32 scalar). Logits are
         never whole."""
         assert self.norm is not None
+        count = targets_BT.numel() if divisor is None else divisor
         total = head_cross_entropy(
             self.norm(y_BTD),
             self.head_weight,
             targets_BT,
             vocab_size=self.config.model.vocab_size,
             parallel=self.parallel,
+            upstream=self.gradient_of_sum(count),
         )
-        return total / (targets_BT.numel() if divisor is None else divisor)
+        return total / count
+
+    def gradient_of_sum(self, count: float | Tensor) -> Tensor | None:
+        """The gradient that a sum of losses will get whose mean over ``count`` is the loss; None where it
+        need not be known before, which is but in fp16."""
+        return self.loss_gradient / count if isinstance(self.loss_gradient, Tensor) else None
 
     def set_iterations(self, iterations: list[int], *, merging: bool = True) -> None:
         """Change the corrector iterations r_n of every layer from the next forward pass on.

@@ -1,4 +1,4 @@
-"""Matrix products whose bf16 a CPU without bf16 instructions computes in fp32.
+"""Matrix products whose 16 bits a CPU without instructions for them computes in fp32.
 
 There torch multiplies bf16 matrices element by element, 10 to 20 times slower than fp32 ones (torch 2.13,
 AVX2). Both sum in fp32 and round once, so the result is the same to the rounding of a sum's order.
@@ -10,15 +10,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_bf16_instructions = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
-_SLOW_IN_BF16 = _bf16_instructions is None or not _bf16_instructions()
-"""Of this CPU; a constant, which torch.compile can read."""
+
+def _has_instructions(question: str) -> bool:
+    asked = getattr(torch.ops.mkldnn, question, None)
+    return asked is not None and bool(asked())
+
+
+_SLOW_IN_BF16 = not _has_instructions("_is_mkldnn_bf16_supported")
+_SLOW_IN_FP16 = not _has_instructions("_is_mkldnn_fp16_supported")
+"""Of this CPU; constants, which torch.compile can read."""
 
 
 def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """What to multiply tensors of ``dtype`` in: fp32 for bf16 on a CPU that has no instructions for it."""
-    slow = dtype == torch.bfloat16 and device.type == "cpu" and _SLOW_IN_BF16
-    return torch.float32 if slow else dtype
+    """What to multiply tensors of ``dtype`` in: fp32 for 16 bits on a CPU without instructions for them."""
+    slow = (dtype == torch.bfloat16 and _SLOW_IN_BF16) or (dtype == torch.float16 and _SLOW_IN_FP16)
+    return torch.float32 if slow and device.type == "cpu" else dtype
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:

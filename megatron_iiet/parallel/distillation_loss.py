@@ -42,6 +42,7 @@ def prediction_loss(
     temperature: float,
     parallel: TensorParallel,
     chunk_tokens: int | None = None,
+    upstream: Tensor | None = None,
 ) -> PredictionLoss:
     """Cross-entropy of the student, and temperature² · KL(teacher || student) of their
     softmax(logits / temperature).
@@ -49,7 +50,7 @@ def prediction_loss(
     Hidden states are what the heads multiply, weights this rank's rows of the heads; columns of the
     logits from ``vocab_size`` on are padding and count nothing. The cross-entropy knows no temperature. The
     teacher gets no gradient, and a token whose target is IGNORED does not count. ``chunk_tokens``: whose
-    logits are made at once.
+    logits are made at once; ``upstream`` as in :func:`head_loss`.
     """
     group = parallel.group
     with torch.no_grad():
@@ -69,6 +70,7 @@ def prediction_loss(
         vocab_size=vocab_size,
         parallel=parallel,
         chunk_tokens=chunk_tokens,
+        upstream=upstream,
     )
     return PredictionLoss(total, *parts.unbind())
 

@@ -131,15 +131,17 @@ def head_loss(
     vocab_size: int,
     parallel: TensorParallel,
     chunk_tokens: int | None = None,
+    upstream: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The sums of all chunks: the first, an fp32 scalar, which has a gradient, and the others, [k - 1].
 
     ``states_BSD`` are what the head multiplies, ``weight`` this rank's rows of it; columns of the logits from
-    ``vocab_size`` on are padding and count nothing.
+    ``vocab_size`` on are padding and count nothing. ``upstream``: about the gradient that the first sum will
+    get, by which a loss scale lifts gradients above what fp16 rounds to zero; they are lifted here already.
     """
     wanted = tuple(x.requires_grad and torch.is_grad_enabled() for x in (states_BSD, weight))
-    arguments = states_BSD, weight, targets_BT, of_chunk, vocab_size, parallel, chunk_tokens, wanted
-    return cast(tuple[Tensor, Tensor], _HeadLoss.apply(*arguments))
+    options = of_chunk, vocab_size, parallel, chunk_tokens, upstream, wanted
+    return cast(tuple[Tensor, Tensor], _HeadLoss.apply(states_BSD, weight, targets_BT, *options))
 
 
 def head_cross_entropy(
@@ -150,6 +152,7 @@ def head_cross_entropy(
     vocab_size: int,
     parallel: TensorParallel,
     chunk_tokens: int | None = None,
+    upstream: Tensor | None = None,
 ) -> Tensor:
     """Cross-entropy in nats, summed over the targets that are not IGNORED; see :func:`head_loss`."""
 
@@ -157,12 +160,14 @@ def head_cross_entropy(
         losses_n, gradient = cross_entropy(logits_nV, targets, parallel.group)
         return losses_n.sum().unsqueeze(0), gradient
 
-    options: dict[str, Any] = {"vocab_size": vocab_size, "parallel": parallel, "chunk_tokens": chunk_tokens}
+    options: dict[str, Any] = {"vocab_size": vocab_size, "parallel": parallel}
+    options |= {"chunk_tokens": chunk_tokens, "upstream": upstream}
     return head_loss(states_BSD, weight, targets_BT, of_chunk, **options)[0]
 
 
 class _HeadLoss(torch.autograd.Function):
-    """The gradients are computed beside the loss, for an upstream gradient of 1, and scaled later."""
+    """The gradients are computed beside the loss, for an upstream gradient of 1 or the one that is expected,
+    and scaled later."""
 
     @staticmethod
     def forward(
@@ -174,6 +179,7 @@ class _HeadLoss(torch.autograd.Function):
         vocab_size: int,
         parallel: TensorParallel,
         chunk_tokens: int | None,
+        expected: Tensor | None,
         wanted: tuple[bool, bool],
     ) -> tuple[Tensor, Tensor]:
         states_BTD = gather_sequence(states_BSD, parallel.group) if parallel.cuts_sequence else states_BSD
@@ -187,14 +193,17 @@ class _HeadLoss(torch.autograd.Function):
             sums.append(of_rows)
             if not any(wanted):
                 continue
-            gradient_nV = gradient().to(head.weight.dtype)
+            gradient_nV = gradient()
+            if expected is not None:
+                gradient_nV = gradient_nV.mul_(expected)
+            gradient_nV = gradient_nV.to(head.weight.dtype)
             if for_states is not None:
                 torch.mm(gradient_nV, head.weight, out=for_states[rows])
             if for_weight is not None:
                 add_product(for_weight[: head.columns.valid], gradient_nV.t(), head.states_nD[rows])
         if for_states is not None:
             for_states = for_states.view(states_BTD.shape)
-        ctx.gradients = for_states, for_weight
+        ctx.gradients, ctx.expected = (for_states, for_weight), expected
         ctx.parallel, ctx.dtypes = parallel, (states_BSD.dtype, weight.dtype)
         total, others = torch.stack(sums).sum(0).split([1, len(sums[0]) - 1])
         total, others = total.squeeze(0).clone(), others.clone()
@@ -208,6 +217,7 @@ class _HeadLoss(torch.autograd.Function):
         # Ours alone from here on: they are scaled in place.
         (for_states, for_weight), ctx.gradients = ctx.gradients, None
         group, work = ctx.parallel.group, None
+        upstream = upstream if ctx.expected is None else upstream / ctx.expected
         if for_states is not None:
             # In fp32: a rounded factor would be a bias of the whole gradient.
             for_states = for_states.float().mul_(upstream).to(ctx.dtypes[0])
@@ -219,4 +229,4 @@ class _HeadLoss(torch.autograd.Function):
             for_weight = for_weight.mul_(upstream).to(ctx.dtypes[1])
         if work is not None:
             work.wait()
-        return for_states, for_weight, *(None,) * 6
+        return for_states, for_weight, *(None,) * 7

@@ -40,6 +40,7 @@ _FORM = {
     "data": dict,
     "layout": {str: int},
     "plan": (None, dict),
+    "loss_scale": (None, {"scale": float, "steady": int, "hysteresis": int}),
     "serial": (None, int),
     "before": (None, [[int, str]]),
 }
@@ -57,6 +58,8 @@ class TrainState:
     """How the writing processes were laid out; only told to the user."""
     plan: dict[str, Any] | None = None
     """The iteration plan in force, as :meth:`IterationPlan.to_data` has it."""
+    loss_scale: dict[str, Any] | None = None
+    """An fp16 run's loss scale and what moves it."""
     serial: int | None = None
     """How many saves of this run there had been, of all its branches, with this one; None of older ones."""
     before: Lineage | None = None

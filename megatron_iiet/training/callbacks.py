@@ -239,7 +239,7 @@ class MetricLogger(Callback):
         run.say(
             f"step {run.step:>6}/{config.training.steps} | loss {result.loss:.4f}{_parts(result)} | "
             f"lr {result.lr:.2e} | "
-            f"grad norm {result.grad_norm:.3f} | {tokens / self.seconds:,.0f} tok/s | "
+            f"grad norm {result.grad_norm:.3f} | {_scale(result)}{tokens / self.seconds:,.0f} tok/s | "
             f"{utilisation} | {now / 2**30:.2f} GiB, peak {most / 2**30:.2f}{others} | {left} left"
         )
 
@@ -248,6 +248,11 @@ def _parts(result: StepResult) -> str:
     """The terms of a loss that has several."""
     terms = ", ".join(f"{name} {value:.4f}" for name, value in result.parts.items())
     return f" ({terms})" if terms else ""
+
+
+def _scale(result: StepResult) -> str:
+    """What an fp16 run multiplied its loss by."""
+    return "" if math.isnan(result.loss_scale) else f"loss scale {result.loss_scale:,.10g} | "
 
 
 def _clock(seconds: float) -> str:

@@ -63,6 +63,10 @@ class Guards:
                 self._in_a_row = 0
             elif verdict is Verdict.LEFT_OUT:
                 _say_left_out(run, each)
+            elif verdict is Verdict.OVERFLOW:
+                run.batches.left_out.add(each.step)
+                scale = f"{each.result.loss_scale:,.10g}"
+                run.say(f"step {each.step:>6} | left out: a gradient overflows fp16 at loss scale {scale}")
             elif verdict is Verdict.SPIKE and run.config.guards.spike == "rewind":
                 self._go_back(run, each)
                 return True

@@ -7,7 +7,7 @@ from megatron_iiet.models.pipeline import entries_crossing
 from megatron_iiet.parallel import ParallelContext
 from megatron_iiet.training.engine import Engine
 
-_BYTES = {"fp32": 4, "bf16": 2}
+_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 
 def layout_of(context: ParallelContext, zero_stage: int) -> dict[str, int]:

@@ -215,10 +215,11 @@ def say_start(run: Run, corpora: Corpora, held_out: ValidationBatches | None, do
     run.say(describe_layout(config, engine))
     if (
         engine.zero_stage == 3
-        and config.training.precision == "bf16"
+        and config.training.precision != "fp32"
         and engine.meta_model.num_solver_parameters()
     ):
-        run.say("merge coefficients: bf16 working copy, fp32 master copy (ZeRO-3 keeps one type)")
+        kept = "fp32 master copy (ZeRO-3 keeps one type)"
+        run.say(f"merge coefficients: {config.training.precision} working copy, {kept}")
 
 
 def resume_from_newest(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import socket
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -211,6 +212,7 @@ class Run:
             data=deepcopy({**self.batches.state_dict(), CONTENTS: self.contents}),
             layout=layout_of(self.context, self.engine.zero_stage),
             plan=None if self.plan is None else self.plan.to_data(),
+            loss_scale=self.engine.loss_scale(),
         )
         fragments = self.engine.fragments()
         copied = self._saves_in_background(fragments)
@@ -330,7 +332,7 @@ class Run:
             reader = checkpoint.open_weights(folder)
         self.batches.load_state_dict(state.data)
         with reader:
-            self.engine.load(reader, self.batches.trained_steps(state.step))
+            self.engine.load(reader, self.batches.trained_steps(state.step), state.loss_scale)
         self.step = self.resumed_step = state.step
         if self.context.is_main:  # which writes
             self.lineage = lineage_to(folder)
@@ -386,5 +388,7 @@ def _numbers_of(result: StepResult) -> dict[str, float]:
     if result.verdict is Verdict.LEFT_OUT:
         return {"lr": result.lr, "skipped": 1.0}
     numbers = {"loss": result.loss, "grad_norm": result.grad_norm, "lr": result.lr}
+    if not math.isnan(result.loss_scale):
+        numbers["loss_scale"] = result.loss_scale
     numbers |= {f"distillation/{name}": value for name, value in result.parts.items()}
     return numbers if result.verdict is Verdict.TRAINED else numbers | {"skipped": 1.0}

@@ -26,10 +26,12 @@ class Peaks(NamedTuple):
     tf32: float | None
     bf16: float | None
     fp8: float | None
+    fp16: float | None = None
+    """Where it is not bf16's."""
 
 
 PEAKS = {
-    "V100": Peaks(15.7, None, None, None),
+    "V100": Peaks(15.7, None, None, None, 125.0),
     "A10": Peaks(31.2, 62.5, 125.0, None),
     "A10G": Peaks(31.5, 35.0, 70.0, None),
     "A30": Peaks(10.3, 82.0, 165.0, None),
@@ -80,7 +82,7 @@ def peak_flops(device: torch.device, precision: str) -> tuple[float | None, str]
     if precision == "fp32" and torch.get_float32_matmul_precision() != "highest":
         kind = "tf32"
     peaks = peaks_of(name)
-    tera_flops = getattr(peaks, kind) if peaks else None
+    tera_flops = (getattr(peaks, kind) or (peaks.bf16 if kind == "fp16" else None)) if peaks else None
     if tera_flops is None:
         return None, f"no {kind} peak known for {name}; set logging.peak_tflops"
     return tera_flops * 1e12, f"data sheet of {name}, dense {kind}"
@@ -129,7 +131,7 @@ def memory_bytes(device: torch.device) -> tuple[int, int]:
 
 
 def _measured_peak(precision: str) -> float:
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
     n = 1024
     a, b = torch.randn(n, n, dtype=dtype), torch.randn(n, n, dtype=dtype)
     best = float("inf")

@@ -170,6 +170,24 @@ ERRORS: list[tuple[dict[str, Any], dict[str, Any], int, str]] = [
         "zero_optimization.stage is 0 in ds.json with training.precision = 'bf16', but DeepSpeed then takes one extra optimizer step; set it to 1 (it also works on one rank), or training.precision to 'fp32'",
     ),
     (
+        P2 | {"training__precision": "fp16"},
+        {},
+        2,
+        "zero_optimization.stage is 0 in ds.json with training.precision = 'fp16', but DeepSpeed then takes one extra optimizer step, and waits in every one to hear of an overflow; set it to 1 (it also works on one rank), or training.precision to 'fp32'",
+    ),
+    (
+        {"training__precision": "fp16"},
+        Z1 | {"data_types": {"grad_accum_dtype": "bf16"}},
+        2,
+        "data_types.grad_accum_dtype is \"bf16\" in ds.json with training.precision = 'fp16', but gradients are fp16 then, and summed in fp32; remove it",
+    ),
+    (
+        {"training__precision": "fp16"},
+        Z1 | {"fp16": {"auto_cast": True}},
+        2,
+        "fp16.auto_cast is true in ds.json, but it would change the arithmetic behind training.precision; remove it",
+    ),
+    (
         P2,
         zero(0) | {"data_types": {"grad_accum_dtype": "fp32"}},
         2,
@@ -223,12 +241,6 @@ ERRORS: list[tuple[dict[str, Any], dict[str, Any], int, str]] = [
         zero(2, offload_param={"device": "cpu"}),
         2,
         'zero_optimization.offload_param.device is "cpu" in ds.json with zero_optimization.stage = 2, but only stage 3 offloads parameters; set zero_optimization.stage to 3, or remove the section',
-    ),
-    (
-        P2,
-        offload(1),
-        2,
-        "zero_optimization.offload_optimizer.device is \"cpu\" in ds.json with training.precision = 'bf16', parallel.pipeline = 2 and model.tie_embeddings = true, but DeepSpeed then does not sum the gradients of the tied embedding's two copies, which drift apart; remove the section, or set model.tie_embeddings to false",
     ),
     (
         {},

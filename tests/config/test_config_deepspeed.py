@@ -12,6 +12,7 @@ import pytest
 
 from megatron_iiet.config import ConfigError, RunConfig
 from megatron_iiet.config.deepspeed import load_ds_config, reconcile, zero_stage
+from megatron_iiet.config.loss_scaling import loss_scaling
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "ds_configs"
 
@@ -186,8 +187,7 @@ RECONCILE_ERRORS: list[tuple[dict[str, Any], str]] = [
     ),
     (
         {**Z1, "fp16": {"enabled": True}},
-        "fp16.enabled is true in ds.json, but fp16 is not supported; remove the section and set "
-        "training.precision to 'bf16' or 'fp32'",
+        f"fp16.enabled is true in ds.json, but training.precision == 'fp16' is false {EQUAL}",
     ),
     (
         {**Z1, "bf16": {"check_grad_overflow": True}},
@@ -239,6 +239,58 @@ RECONCILE_ERRORS: list[tuple[dict[str, Any], str]] = [
 def test_reconcile_errors(ds: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         reconcile(ds, RunConfig(), 2, source="ds.json")
+    assert str(caught.value) == message
+
+
+def fp16() -> RunConfig:
+    config = RunConfig()
+    config.training.precision = "fp16"
+    return config
+
+
+def test_fp16_has_deepspeeds_settings() -> None:
+    """And what of its loss scale is not DeepSpeed's to know."""
+    ds = reconcile({**Z1, "fp16": {"enabled": "auto", "hysteresis": 3, "loss_scale": "auto"}}, fp16(), 1)
+    assert ds["fp16"] == {
+        "enabled": True,
+        "loss_scale": 0,
+        "initial_scale_power": 16,
+        "loss_scale_window": 1000,
+        "hysteresis": 3,
+        "consecutive_hysteresis": False,
+        "min_loss_scale": 1,
+        "auto_cast": False,
+        "fp16_master_weights_and_grads": False,
+    }
+    assert ds["bf16"] == {"enabled": False}
+    assert (ds["data_types"], ds["communication_data_type"]) == ({"grad_accum_dtype": "fp32"}, "fp32")
+    scaling = loss_scaling(ds)
+    assert (scaling.initial, scaling.dynamic, scaling.hysteresis, scaling.least) == (65536.0, True, 3, 1.0)
+    given = loss_scaling(reconcile({**Z1, "fp16": {"loss_scale": 0.5}}, fp16(), 1))
+    assert (given.initial, given.dynamic, given.least) == (0.5, False, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"enabled": False}, f"fp16.enabled is false in ds.json, but training.precision == 'fp16' is true {EQUAL}"),
+        ({"loss_scale_windw": 5}, "unknown key 'fp16.loss_scale_windw' in ds.json; did you mean 'loss_scale_window'?"),
+        ({"window": 5}, "unknown key 'fp16.window' in ds.json; it has enabled, loss_scale, initial_scale_power, loss_scale_window, hysteresis, consecutive_hysteresis, min_loss_scale, auto_cast or fp16_master_weights_and_grads"),
+        ({"initial_scale_power": 33}, "fp16.initial_scale_power is 33 in ds.json, but must be an integer from 0 to 32"),
+        ({"initial_scale_power": 16.0}, "fp16.initial_scale_power is 16.0 in ds.json, but must be an integer from 0 to 32"),
+        ({"loss_scale_window": 0}, "fp16.loss_scale_window is 0 in ds.json, but must be an integer from 1 on"),
+        ({"hysteresis": True}, "fp16.hysteresis is true in ds.json, but must be an integer from 1 on"),
+        ({"min_loss_scale": 0}, "fp16.min_loss_scale is 0 in ds.json, but must be a number above 0, up to 2^32"),
+        ({"loss_scale": -1}, "fp16.loss_scale is -1 in ds.json, but must be 0, for a scale that adapts, or a number up to 2^32"),
+        ({"loss_scale": float("nan")}, "fp16.loss_scale is NaN in ds.json, but must be 0, for a scale that adapts, or a number up to 2^32"),
+        ({"consecutive_hysteresis": 1}, "fp16.consecutive_hysteresis is 1 in ds.json, but must be true or false"),
+        ({"initial_scale_power": 2, "min_loss_scale": 8}, "fp16.initial_scale_power is 2 in ds.json, so that the first scale is 4, but fp16.min_loss_scale is 8; raise the one or lower the other"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_fp16_settings_that_do_not_fit(section: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        reconcile({**Z1, "fp16": section}, fp16(), 2, source="ds.json")
     assert str(caught.value) == message
 
 

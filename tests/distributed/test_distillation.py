@@ -74,3 +74,10 @@ def test_bf16(paths: dict[str, str], tmp_path: Path) -> None:
         Case(tensor=2, data=2, stage=3, solver="mixed", teacher="iiet-3"),
     ):
         check([replace(case, precision="bf16")], paths, tmp_path)
+
+
+@pytest.mark.slow
+def test_fp16(paths: dict[str, str], tmp_path: Path) -> None:
+    """The terms of a pipeline's other stages are scaled as the last one's are."""
+    case = Case(pipeline=2, solver="mixed", teacher="iiet-3", accumulation=3, precision="fp16")
+    check([case], paths, tmp_path)

@@ -131,6 +131,21 @@ BF16 = [
     Case(tensor=2, data=2, stage=2, sequence=True, solver="iiet-3", precision="bf16"),
     Case(tensor=2, sequence=True, pipeline=2, solver="pcformer", accumulation=3, precision="bf16"),
 ]
+FP16 = [
+    Case(tensor=2, sequence=True, pipeline=2, solver="iiet-3", accumulation=3, precision="fp16"),
+    Case(tensor=2, data=2, stage=3, solver="iiet-1", precision="fp16"),
+    Case(tensor=2, data=2, stage=2, sequence=True, solver="mixed", precision="fp16", offload=True),
+]
+MORE_16_BIT = [
+    Case(data=2, stage=1, accumulation=3, precision="fp16"),
+    Case(data=2, stage=2, precision="fp16"),
+    Case(data=2, stage=3, precision="fp16", offload=True),
+    Case(data=2, stage=1, precision="fp16", optimizer="muon"),
+    Case(tensor=2, stage=1, solver="released", precision="fp16", documents=True),
+    Case(pipeline=2, solver="pcformer", accumulation=3, precision="fp16", tied=False),
+    Case(pipeline=2, accumulation=3, precision="fp16", offload=True),
+    Case(pipeline=2, accumulation=3, precision="bf16", offload=True),
+]
 
 
 @pytest.fixture(scope="module")
@@ -262,3 +277,17 @@ def test_bf16(cases: list[Case], paths: dict[str, str], tmp_path: Path) -> None:
     with FragmentReader(tmp_path / str(cases[0]) / str(STEPS - 1), SAVE) as reader:
         coefficients = read_full(reader, "layers.2.solver.coefficients")
     assert not torch.equal(coefficients, coefficients.bfloat16().float()), "coefficients learn in bf16 steps"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cases", by_grid(FP16), ids=name_of)
+def test_fp16(cases: list[Case], paths: dict[str, str], tmp_path: Path) -> None:
+    """With the loss scaled, within a tenth of bf16's tolerances."""
+    check(cases, paths, tmp_path)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("cases", by_grid(MORE_16_BIT), ids=name_of)
+def test_16_bits_in_more_layouts(cases: list[Case], paths: dict[str, str], tmp_path: Path) -> None:
+    """Of a tied embedding in a pipeline DeepSpeed looks for the gradient elsewhere than it sums it."""
+    check(cases, paths, tmp_path)

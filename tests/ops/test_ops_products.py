@@ -1,4 +1,4 @@
-"""bf16 products are those of bf16, with and without the instructions for them, and so are their gradients."""
+"""16-bit products are what they should be, with and without instructions for them; so are their gradients."""
 
 from __future__ import annotations
 
@@ -14,20 +14,21 @@ from megatron_iiet.ops.products import linear, matmul, product_dtype
 @pytest.fixture(params=[False, True], ids=["native", "in fp32"])
 def slow(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     monkeypatch.setattr(products, "_SLOW_IN_BF16", request.param)
+    monkeypatch.setattr(products, "_SLOW_IN_FP16", request.param)
     return bool(request.param)
 
 
-def close(found: Tensor, wanted: Tensor) -> bool:
-    """To the rounding of one bf16 value."""
-    assert found.dtype == torch.bfloat16
-    return bool((found.float() - wanted).norm() < 2**-8 * wanted.norm())
+def close(found: Tensor, wanted: Tensor, dtype: torch.dtype) -> bool:
+    """To the rounding of one value."""
+    assert found.dtype == dtype
+    return bool((found.float() - wanted).norm() < torch.finfo(dtype).eps / 2 * wanted.norm())
 
 
-def test_products(slow: bool) -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_products(dtype: torch.dtype, slow: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     x, weight, upstream = (
-        torch.randn(shape, generator=generator, dtype=torch.bfloat16)
-        for shape in ((2, 5, 24), (16, 24), (2, 5, 16))
+        torch.randn(shape, generator=generator, dtype=dtype) for shape in ((2, 5, 24), (16, 24), (2, 5, 16))
     )
     x.requires_grad_()
     weight.requires_grad_()
@@ -35,10 +36,10 @@ def test_products(slow: bool) -> None:
     out.backward(upstream)
     assert x.grad is not None
     assert weight.grad is not None
-    assert close(out, x.float() @ weight.float().t())
-    assert close(x.grad, upstream.float() @ weight.float())
-    assert close(weight.grad, upstream.flatten(0, 1).float().t() @ x.flatten(0, 1).float())
-    assert close(matmul(upstream, weight), upstream.float() @ weight.float())
+    assert close(out, x.float() @ weight.float().t(), dtype)
+    assert close(x.grad, upstream.float() @ weight.float(), dtype)
+    assert close(weight.grad, upstream.flatten(0, 1).float().t() @ x.flatten(0, 1).float(), dtype)
+    assert close(matmul(upstream, weight), upstream.float() @ weight.float(), dtype)
 
 
 def test_attention(slow: bool) -> None:
@@ -52,8 +53,9 @@ def test_attention(slow: bool) -> None:
 
 
 def test_where(slow: bool) -> None:
-    """Only bf16 on a CPU is ever multiplied in another dtype."""
+    """Only 16 bits on a CPU are ever multiplied in another dtype."""
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    assert product_dtype(torch.bfloat16, cpu) == (torch.float32 if slow else torch.bfloat16)
-    for dtype, device in ((torch.float32, cpu), (torch.float16, cpu), (torch.bfloat16, cuda)):
-        assert product_dtype(dtype, device) == dtype
+    for dtype in (torch.bfloat16, torch.float16):
+        assert product_dtype(dtype, cpu) == (torch.float32 if slow else dtype)
+        assert product_dtype(dtype, cuda) == dtype
+    assert product_dtype(torch.float32, cpu) == torch.float32

@@ -59,6 +59,32 @@ def test_loss_and_gradients_are_torchs(dtype: torch.dtype, padded: int, chunk: i
     assert torch.equal(weight, kept[1])
 
 
+@pytest.mark.parametrize("lifted", [False, True])
+def test_small_gradients_in_fp16(lifted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Told of a loss scale beforehand, it does not round small probabilities away where products are fp16."""
+    monkeypatch.setattr("megatron_iiet.parallel.head_loss.product_dtype", lambda dtype, device: dtype)
+    states, weight, targets = drawn(torch.float16)
+    with torch.no_grad():  # token n of the vocabulary has a probability of about exp(-0.6 n)
+        states.copy_(1 + 0.1 * states)
+        weight.copy_(-0.6 / D * torch.arange(VOCABULARY).unsqueeze(1))
+    targets = targets.clamp(min=IGNORED, max=5)
+    upstream = torch.tensor(2.0**10)
+    parallel, told = TensorParallel(), upstream if lifted else None
+    loss = head_cross_entropy(
+        states, weight, targets, vocab_size=VOCABULARY, parallel=parallel, upstream=told
+    )
+    found = torch.autograd.grad(0.5 * upstream * loss, (states, weight))
+    leaves = [x.detach().double().requires_grad_() for x in (states, weight)]
+    logits = (leaves[0] @ leaves[1].t()).flatten(0, 1)
+    expected = F.cross_entropy(logits, targets.flatten(), reduction="sum", ignore_index=IGNORED)
+    wanted = torch.autograd.grad(0.5 * upstream * expected, leaves)
+    for mine, theirs in zip(found, wanted, strict=True):
+        assert (mine - theirs).norm() < 2e-3 * theirs.norm()
+    rare = slice(24, 30)
+    error = (found[1] - wanted[1])[rare].norm() / wanted[1][rare].norm()
+    assert bool(error < 3e-3) is lifted
+
+
 def test_what_gets_no_gradient() -> None:
     states, weight, targets = drawn(torch.float32)
     loss = ours(states, weight, targets)

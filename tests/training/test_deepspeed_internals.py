@@ -173,6 +173,8 @@ ENGINES: dict[str, tuple[int, int, str, dict[str, Any], dict[str, Any], internal
     "zero 0, fp32": (2, 0, "fp32", {}, {}, internals.PLAIN),
     "zero 1, fp32": (2, 1, "fp32", {}, {}, internals.ZERO_1_2),
     "zero 1, bf16": (2, 1, "bf16", {}, {}, internals.BF16),
+    "zero 1, fp16": (2, 1, "fp16", {}, {}, internals.ZERO_1_2),
+    "zero 3, fp16": (2, 3, "fp16", {}, {}, internals.ZERO_3),
     "zero 1, offload": (2, 1, "bf16", CPU, {}, internals.ZERO_1_2),
     "zero 2, bf16": (2, 2, "bf16", {}, {}, internals.ZERO_1_2),
     "zero 2, offload": (2, 2, "fp32", CPU, {}, internals.ZERO_1_2),
@@ -217,6 +219,7 @@ def without_each(engine: Any) -> dict[str, str]:
     parameters = [p for p in engine.model.parameters() if p.requires_grad]
     mapped = next((p._hp_mapping for p in parameters if getattr(p, "_hp_mapping", None)), None)
     table = [(wrapped, internals.ENGINE), (parameters[-1], kind.parameter)]
+    table += [(wrapped.optimizer, internals.LOSS_SCALE if wrapped.fp16_enabled() else ())]
     table += [(sys.modules[type(wrapped.optimizer).__module__], kind.asks)]
     table += [(wrapped.optimizer, (*kind.internals, *filter(None, (kind.masters, kind.gradients))))]
     if isinstance(wrapped, internals.PipelineEngine):

@@ -202,6 +202,9 @@ def test_the_peak_of_a_cpu_is_its_best_product(monkeypatch: pytest.MonkeyPatch) 
         ("Tesla V100-SXM2-32GB", "fp32", 15.7),
         ("AMD Instinct MI300X", "bf16", 1307.4),
         ("Tesla V100-SXM2-32GB", "bf16", None),
+        ("Tesla V100-SXM2-32GB", "fp16", 125.0),
+        ("NVIDIA A100-SXM4-80GB", "fp16", 312.0),
+        ("NVIDIA A1000", "fp16", None),
         ("NVIDIA A1000", "bf16", None),
         ("Unheard-of 3000", "bf16", None),
     ],
@@ -248,6 +251,7 @@ def test_every_peak_is_that_of_the_data_sheet() -> None:
         if peaks.bf16 and peaks.tf32:
             assert peaks.tf32 == pytest.approx(peaks.bf16 / 2, rel=0.012)
             assert (peaks.tf32 == peaks.fp32) == (name in EQUAL_IN_TF32)
+        assert peaks.fp16 == (125.0 if name == "V100" else None)  # else bf16's
         if peaks.bf16 and peaks.fp8:
             assert peaks.fp8 == pytest.approx(peaks.bf16 * 2, rel=0.026)
 

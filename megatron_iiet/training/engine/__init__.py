@@ -6,7 +6,10 @@ import warnings
 
 from megatron_iiet.parallel import ParallelContext
 from megatron_iiet.training.engine.base import Engine, NotFinite
-from megatron_iiet.training.engine.deepspeed_internals import forbid_shared_memory_collective
+from megatron_iiet.training.engine.deepspeed_internals import (
+    allow_fp16_on_cpus,
+    forbid_shared_memory_collective,
+)
 from megatron_iiet.training.engine.pipelined import PipelinedEngine
 from megatron_iiet.training.engine.plain import PlainEngine
 from megatron_iiet.training.engine.results import StepResult, Verdict
@@ -14,6 +17,7 @@ from megatron_iiet.training.engine.results import StepResult, Verdict
 __all__ = ["Engine", "NotFinite", "StepResult", "Verdict", "engine_class"]
 
 forbid_shared_memory_collective()
+allow_fp16_on_cpus()
 # DeepSpeed calls a collective by the name it had before torch 2.13; users cannot help it.
 warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*", category=FutureWarning)
 

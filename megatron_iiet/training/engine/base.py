@@ -113,6 +113,7 @@ class Engine(ABC):
         with groups_with_timeout(config.parallel.resolved_timeouts.longest):
             self._engine = self._start(config, ds_config)
         self.ring = Ring(at_once=context.device.type == "cpu")
+        self.model.loss_gradient = 1 / self.accumulation
         if warm is not None:
             start_from(self._engine, self._names, warm)
         self.set_iterations(iterations_per_layer(config), merging=True)
@@ -207,13 +208,23 @@ class Engine(ABC):
         ]
         return "" if not found else found[0] if len(found) == 1 else f"{found[0]} and {len(found) - 1} more"
 
-    def load(self, reader: FragmentReader, optimizer_steps: int) -> None:
-        """Restore weights and optimizer from a checkpoint of any layout.
+    def loss_scale(self) -> dict[str, Any] | None:
+        """What a checkpoint has of an fp16 run's loss scale; None in other precisions."""
+        scale = self._engine.own_scale
+        return None if scale is None else scale.state()
+
+    def load(
+        self, reader: FragmentReader, optimizer_steps: int, loss_scale: dict[str, Any] | None = None
+    ) -> None:
+        """Restore weights and optimizer from a checkpoint of any layout. ``loss_scale``: what it has of one;
+        without, an fp16 run starts with a new one.
 
         Raises:
             ValueError: files are missing, damaged, or of another model.
         """
         load_fragments(self._engine, self._names, reader, optimizer_steps)
+        if self._engine.own_scale is not None and loss_scale is not None:
+            self._engine.own_scale.load(loss_scale)
         self._engine.global_steps = optimizer_steps
         self.context.barrier()
 
@@ -274,6 +285,11 @@ class Engine(ABC):
         self.context.pipeline.all_reduce(means)  # a stage knows its own
         total = LossParts(*means.unbind()).total(self.model.config.distillation)
         return torch.cat((total.reshape(1), means)).to(torch.float64)
+
+    def _expect_gradient(self) -> None:
+        """Tell the model by what the gradients of the step that begins are scaled."""
+        if self._engine.own_scale is not None:
+            self.model.loss_gradient = self._engine.own_scale.value / self.accumulation
 
     def _step_result(self, lr: float) -> StepResult:
         """Of the step that ends."""

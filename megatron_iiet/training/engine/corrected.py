@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from megatron_iiet.config import RunConfig
 from megatron_iiet.config.deepspeed import offloads_optimizer
+from megatron_iiet.config.loss_scaling import loss_scaling
 from megatron_iiet.parallel import Group, ParallelContext
 from megatron_iiet.parallel.tensor import shard_of
 from megatron_iiet.training.engine.deepspeed_internals import (
@@ -27,9 +28,12 @@ from megatron_iiet.training.engine.deepspeed_internals import (
     lasting_gradients,
     masters,
     norm_of,
+    scale_loss,
+    without_scaling,
     without_waits,
 )
 from megatron_iiet.training.engine.gate import Gate
+from megatron_iiet.training.engine.loss_scale import LossScale
 from megatron_iiet.training.engine.master_parts import master_parts
 from megatron_iiet.training.optimizers import prepare_optimizer
 
@@ -37,9 +41,9 @@ from megatron_iiet.training.optimizers import prepare_optimizer
 class CorrectedEngine(DeepSpeedEngine):
     """DeepSpeed's engine with fp32 merge coefficients and a right gradient norm in every layout.
 
-    Parameters marked ``keep_fp32`` are not cast to bf16. ZeRO-3 packs all parameters into one buffer of one
-    type and can't keep them apart: there the working copy of a marked parameter is bf16 like the rest (its
-    master copy is fp32 in every stage).
+    Parameters marked ``keep_fp32`` are not cast to 16 bits. ZeRO-3 packs all parameters into one buffer of
+    one type and can't keep them apart: there the working copy of a marked parameter is of the type of the
+    rest (its master copy is fp32 in every stage).
 
     Without ZeRO in fp32, DeepSpeed reports no norm, and with pipeline stages clips by a norm that leaves the
     later stages out; here the norm is over the whole model.
@@ -52,6 +56,8 @@ class CorrectedEngine(DeepSpeedEngine):
     """What the optimizer keeps of each parameter."""
     gate: Gate
     """Decides whether the optimizer steps; begun before every one."""
+    own_scale: LossScale | None
+    """What the loss is multiplied by in fp16."""
 
     @classmethod
     def start(
@@ -73,6 +79,7 @@ class CorrectedEngine(DeepSpeedEngine):
         check_own_adam(ds_config)
         prepared = prepare_optimizer(trained, config.optimizer)
         ours = "optimizer" not in ds_config
+        theirs = without_scaling(ds_config)
         with redirect_stdout(io.StringIO()):  # it prints a memory report a parameter group
             engine = cls(
                 args=None,
@@ -80,8 +87,8 @@ class CorrectedEngine(DeepSpeedEngine):
                 optimizer=prepared.build(prepared.groups) if ours else None,
                 model_parameters=None if ours else prepared.groups,
                 mpu=mpu,
-                config=ds_config,
-                config_class=DeepSpeedConfig(ds_config, mpu),
+                config=theirs,
+                config_class=DeepSpeedConfig(theirs, mpu),
                 dist_init_required=False,
             )
         check_engine(engine, trained)
@@ -91,7 +98,12 @@ class CorrectedEngine(DeepSpeedEngine):
         if ours:
             parts = master_parts(engine, trained.parameters())
             prepared.connect(engine.basic_optimizer, masters(engine), parts, context)
-        engine.gate = Gate(config.guards, context.world, context.device)
+        engine.own_scale = None
+        if config.training.precision == "fp16":
+            settings = loss_scaling(ds_config)
+            engine.own_scale = LossScale(settings, context.device, offloaded=engine.offloaded)
+            scale_loss(engine, engine.own_scale.at_optimizer)
+        engine.gate = Gate(config.guards, context.world, context.device, engine.own_scale)
         if context.tensor.rank:
             engine.gate.watch(p for p in trained.parameters() if p.requires_grad and shard_of(p) is None)
         engine.gate.guard(engine.basic_optimizer, partial(norm_of, engine), offloaded=engine.offloaded)
@@ -119,6 +131,7 @@ class CorrectedEngine(DeepSpeedEngine):
         with without_waits(self):
             super()._take_model_step(*args, **kwargs)
         self.gate.decide(norm_of(self))  # where DeepSpeed did not ask the optimizer
+        self.gate.end()
 
     def clip_fp32_gradients(self) -> None:
         torch.nn.utils.clip_grads_with_norm_(

@@ -6,6 +6,7 @@ from ``deepspeed.runtime``; a test compares the tables with what is used.
 from __future__ import annotations
 
 import inspect
+import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -36,6 +37,7 @@ def refuse(what: str) -> NoReturn:
 
 
 try:
+    from deepspeed.accelerator import get_accelerator
     from deepspeed.runtime.config import DeepSpeedConfig
     from deepspeed.runtime.constants import PIPE_REPLICATED
     from deepspeed.runtime.engine import DeepSpeedEngine
@@ -79,6 +81,7 @@ ENGINE = (
     Internal("device", "where the model is; a parameter kept in fp32 is moved there"),
     Internal("global_steps", "optimizer steps done; set when a checkpoint is loaded"),
     Internal("zero_optimization_stage", "the stage in force; ZeRO-3 keeps no parameter in fp32", ()),
+    Internal("fp16_enabled", "whether gradients are scaled", ()),
     Internal("gradient_clipping", "the norm to clip to; read by our own clipping", ()),
     Internal(
         "_global_grad_norm",
@@ -86,7 +89,7 @@ ENGINE = (
     ),
     Internal(
         "_cast_module_mixed_precision",
-        "casts the model to bf16; overridden to leave merge coefficients out",
+        "casts the model to 16 bits; overridden to leave merge coefficients out",
         ("param_dtype", "buffer_dtype", "is_zero_init_model", "keep_pattern"),
     ),
     Internal("_take_model_step", "clips and steps; overridden to find the norm first", ("lr_kwargs",)),
@@ -115,6 +118,17 @@ PARAMETER_MARKS = (
     Internal("ds_pipe_replicated", "our mark of a tied copy, which DeepSpeed's norm leaves out"),
     Internal("tensor_model_parallel", "our mark of a shard, which DeepSpeed's norm counts on every rank"),
 )
+LOSS_SCALE = (
+    Internal("custom_loss_scaler", "whether the scale is somebody else's; it is ours"),
+    Internal("external_loss_scale", "multiplies the loss and divides gradients; a tensor of ours"),
+    Internal("check_overflow", "asks whether a gradient overflowed; answered by our gate instead", ()),
+    Internal("_muon_update_lacks_loss_scale", "of its own Muon; would wait for our tensor"),
+    Internal("clip_grad", "the norm to clip to; where it is 0, ZeRO-1 and 2 would wait for our tensor"),
+)
+"""Of ``engine.optimizer`` in fp16."""
+ACCELERATOR = (
+    Internal("is_fp16_supported", "whether fp16 is refused; on CPUs products are fp32 instead", ()),
+)
 OPS = (Internal("__compatible_ops__", "what may be compiled; the shared-memory collective is taken out"),)
 
 FRAGMENT_ADDRESS = (
@@ -137,6 +151,9 @@ CUT_PARAMETER = (
 )
 
 _UPDATE = Internal("update_lp_params", "copies masters into working copies; called after a load", ())
+_APART = Internal("use_grad_accum_attribute", "whether gradients are summed beside the parameters' own")
+TIED = (Internal("grad_accum", "that sum; what the copies of a tied embedding add up"),)
+"""Of a parameter."""
 
 
 @dataclass(frozen=True)
@@ -182,7 +199,7 @@ BF16 = OptimizerKind(
 ZERO_1_2 = OptimizerKind(
     "DeepSpeedZeroOptimizer",
     "under ZeRO-1 and ZeRO-2",
-    (_UPDATE,),
+    (_UPDATE, _APART),
     FLAT_PARAMETER,
     Internal("single_partition_of_fp32_groups", "this rank's part of the masters; read and filled"),
     asks=(_INVALID,),
@@ -222,6 +239,32 @@ def forbid_shared_memory_collective() -> None:
     if not known:
         refuse(f"has no deepspeed.ops.{OPS[0].name}['deepspeed_shm_comm'] ({OPS[0].use})")
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def allow_fp16_on_cpus() -> None:
+    """DeepSpeed refuses it where a CPU has no instructions for it; products are computed in fp32 there."""
+    accelerator = get_accelerator()
+    if not hasattr(type(accelerator), ACCELERATOR[0].name):
+        refuse(f"has no accelerator.{ACCELERATOR[0].name} ({ACCELERATOR[0].use})")
+    if accelerator.device_name() == "cpu":
+        accelerator.is_fp16_supported = lambda: True
+
+
+def without_scaling(ds_config: dict[str, Any]) -> dict[str, Any]:
+    """What DeepSpeed is told of a run: of a loss scale nothing."""
+    if not ds_config.get("fp16", {}).get("enabled"):
+        return ds_config
+    return ds_config | {"fp16": {"enabled": True, "loss_scale": 1.0}}
+
+
+def scale_loss(engine: DeepSpeedEngine, scale: Tensor) -> None:
+    """Have DeepSpeed multiply the loss by a tensor and divide gradients by it, without asking whether one
+    overflowed."""
+    wrapper = engine.optimizer
+    wrapper.custom_loss_scaler, wrapper.external_loss_scale = True, scale
+    wrapper.check_overflow = lambda *args, **kwargs: None
+    wrapper._muon_update_lacks_loss_scale = lambda group: False
+    wrapper.clip_grad = wrapper.clip_grad or math.inf
 
 
 def kind_of(engine: DeepSpeedEngine) -> OptimizerKind:
@@ -303,6 +346,11 @@ _ANSWERS: dict[str, Callable[..., Any]] = {
 }
 
 
+def sums_apart(engine: DeepSpeedEngine) -> bool:
+    """Whether gradients of several micro-batches are summed in an attribute of their own, in fp32."""
+    return kind_of(engine) is ZERO_1_2 and bool(engine.optimizer.use_grad_accum_attribute)
+
+
 def lasting_gradients(engine: DeepSpeedEngine, *, offloaded: bool) -> list[Tensor]:
     """Buffers of gradients that outlive a step: the next one reads them where no new gradient was written.
 
@@ -376,6 +424,8 @@ def check_engine(engine: DeepSpeedEngine, trained: nn.Module) -> None:
     kind = kind_of(engine)
     needed = (*kind.internals, *filter(None, (kind.masters, kind.gradients)))
     _check(engine.optimizer, kind.wrapper, needed, f"a run {kind.description}")
+    if engine.fp16_enabled():
+        _check(engine.optimizer, kind.wrapper, LOSS_SCALE, "a run in fp16")
     _check_functions(sys.modules[type(engine.optimizer).__module__], kind)
     for parameter in trained.parameters():
         if parameter.requires_grad:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from megatron_iiet.config.schema import GuardsConfig
 from megatron_iiet.parallel import Group
+from megatron_iiet.training.engine.loss_scale import LossScale
 from megatron_iiet.training.engine.results import Verdict
 
 
@@ -22,8 +23,12 @@ class Gate:
     that ends the run or sends it back, all are, until :meth:`open`: what follows it was not asked for.
     """
 
-    def __init__(self, guards: GuardsConfig, world: Group, device: torch.device) -> None:
+    def __init__(
+        self, guards: GuardsConfig, world: Group, device: torch.device, scale: LossScale | None = None
+    ) -> None:
+        """``scale``: that of an fp16 run, by which its gradients may overflow."""
         self._guards = guards
+        self._scale = scale
         self._world = world
         self._device = device
         self._recent: Tensor | None = None
@@ -53,8 +58,8 @@ class Gate:
 
     @torch.no_grad()
     def decide(self, norm: Tensor | float) -> Tensor:
-        """Loss, norm, verdict and terms of this step, fp64 [3 + terms]; decided the first time. A norm below
-        0 is one that DeepSpeed could not compute. Every rank calls it."""
+        """Loss, norm, verdict, loss scale or NaN, and terms of this step, fp64 [4 + terms]; decided the first
+        time. A norm below 0 is one that DeepSpeed could not compute. Every rank calls it."""
         if self._decided is None:
             assert self._numbers is not None, "no step was begun"
             norm = torch.as_tensor(norm, dtype=torch.float64).to(self._device).reshape(())
@@ -62,8 +67,15 @@ class Gate:
             seen = torch.stack((self._numbers[0], norm))
             verdict = torch.full_like(norm, Verdict.HELD) if self._shut else self._judge(seen)
             self._unseen.zero_()
-            self._decided = torch.cat((seen, verdict.reshape(1), self._numbers[1:]))
+            scale = verdict.new_full((), math.nan) if self._scale is None else self._scale.value.double()
+            self._decided = torch.cat((seen, torch.stack((verdict, scale)), self._numbers[1:]))
         return self._decided
+
+    def end(self) -> None:
+        """The step is over: its gradients were used as they were scaled."""
+        if self._scale is not None:
+            assert self._decided is not None, "no step was decided"
+            self._scale.update(self._decided[2])
 
     def _judge(self, seen: Tensor) -> Tensor:
         """The verdict on loss and norm [2]."""
@@ -73,14 +85,20 @@ class Gate:
             deviation, mean = torch.std_mean(self._recent, dim=0)
             spike = (seen > mean + self._guards.deviations * deviation).any()
         # Replicas could differ in a last bit, and must not in what they do.
-        votes = torch.stack((~finite, spike)).to(torch.float64)
+        votes = torch.stack((~finite, spike, ~seen[0].isfinite())).to(torch.float64)
         self._world.all_reduce(votes)
-        no_number, spike = votes.gt(0).unbind()
+        no_number, spike, no_loss = votes.gt(0).unbind()
+        spike = spike & ~no_number
+        overflow = torch.zeros_like(no_number)
+        if self._scale is not None:  # a loss that is no number is none at any scale
+            overflow = no_number & ~no_loss & self._scale.can_fall
+        no_number = no_number & ~overflow
         ends = no_number if self._guards.nonfinite == "stop" else torch.zeros_like(no_number)
         if self._guards.spike == "rewind":
-            ends = ends | (spike & ~no_number)
+            ends = ends | spike
         verdict = torch.where(spike, Verdict.SPIKE, Verdict.TRAINED)
         verdict = torch.where(no_number, Verdict.NOT_FINITE, verdict)
+        verdict = torch.where(overflow, Verdict.OVERFLOW, verdict)
         verdict = torch.where(self._held, Verdict.HELD, verdict)
         self._held = self._held | ends
         if self._recent is not None:

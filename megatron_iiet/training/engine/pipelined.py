@@ -25,6 +25,7 @@ from megatron_iiet.training.engine.deepspeed_internals import (
     PipelineEngine,
     PipelineModule,
     PipeModelDataParallelTopology,
+    sums_apart,
 )
 from megatron_iiet.training.engine.phases import phase
 from megatron_iiet.training.engine.results import OwnTime, StepResult
@@ -43,11 +44,12 @@ class PipelinedEngine(Engine):
         self.distilled = None
         if self.teacher is not None:
             assert self.meta_teacher is not None
-            self.distilled = DistilledStage(self.stage, self.teacher, self.meta_teacher, self.accumulation)
+            self.distilled = DistilledStage(self.stage, self.teacher, self.meta_teacher)
         self._module = _StageModule(self.stage, self.distilled, self.context, self.own_time)
         engine = _CorrectedPipelineEngine.start(
             self._module, self.model, config, ds_config, self.context, self._module.mpu()
         )
+        self._module.sums_apart = sums_apart(engine)
         parts = None if self.distilled is None else self.distilled.pair.parts
         engine.numbers = partial(self._numbers, parts=parts)
         return engine
@@ -55,6 +57,7 @@ class PipelinedEngine(Engine):
     def train_step(self, micro_batches: Iterator[Batch], lr: float) -> StepResult:
         engine = self._engine
         self._let_payload_change()
+        self._expect_gradient()
         for group in engine.optimizer.param_groups:
             group["lr"] = lr
         engine.train_batch(self._feed(self._inputs(batch) for batch in micro_batches))
@@ -174,6 +177,8 @@ class _StageModule(PipelineModule):
 
     feed: _Feed
     """What the schedule in progress reads."""
+    sums_apart: bool
+    """Whether the optimizer sums gradients beside the parameters' own."""
     _model: Transformer
 
     def __init__(
@@ -217,12 +222,25 @@ class _StageModule(PipelineModule):
     def get_tied_weights_and_groups(self) -> list[tuple[Any, Any]]:
         """What DeepSpeed sums the gradient of over the first and last stage."""
         weight = self._tied_weight()
-        return [] if weight is None else [(weight, self._context.tied.handle)]
+        if weight is None:
+            return []
+        return [(_SummedApart(weight) if self.sums_apart else weight, self._context.tied.handle)]
 
     def _tied_weight(self) -> Any:
         model = self._model
         tied = model.config.model.tie_embeddings and model.embedding is not None
         return cast(Any, model.embedding).weight if tied else None
+
+
+class _SummedApart:
+    """A parameter by the gradient that the optimizer steps with, which DeepSpeed looks for in its own."""
+
+    def __init__(self, weight: Any) -> None:
+        self._weight = weight
+
+    @property
+    def grad(self) -> Tensor | None:
+        return cast("Tensor | None", self._weight.grad_accum)
 
 
 def _as_it_is(loss: Tensor, labels: Labels) -> Tensor:

@@ -28,6 +28,7 @@ class PlainEngine(Engine):
     def train_step(self, micro_batches: Iterator[Batch], lr: float) -> StepResult:
         engine = self._engine
         engine.train()
+        self._expect_gradient()
         for group in engine.optimizer.param_groups:
             group["lr"] = lr
         total = torch.zeros((), device=self.context.device)

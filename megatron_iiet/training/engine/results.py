@@ -28,6 +28,8 @@ class Verdict(IntEnum):
     """An earlier step ends the run, which is not known yet where the numbers are read later."""
     LEFT_OUT = 4
     """Its samples are not trained on: nothing was computed."""
+    OVERFLOW = 5
+    """A gradient was no number at an fp16 run's loss scale, which is lowered."""
 
 
 class StepResult:
@@ -41,6 +43,7 @@ class StepResult:
         parts: Mapping[str, float] | None = None,
         verdict: Verdict = Verdict.TRAINED,
         *,
+        loss_scale: float = math.nan,
         ring: Ring | None = None,
     ) -> None:
         """``ring``: what has the numbers; None where they are given."""
@@ -50,6 +53,7 @@ class StepResult:
         self._loss = loss
         self._grad_norm = grad_norm
         self._verdict = verdict
+        self._loss_scale = loss_scale
         self._parts = dict(parts or {})
 
     @property
@@ -82,9 +86,16 @@ class StepResult:
         self.read()
         return self._verdict
 
+    @property
+    def loss_scale(self) -> float:
+        """What the loss was multiplied by; NaN where it is not fp16's."""
+        self.read()
+        return self._loss_scale
+
     def take(self, numbers: Sequence[float], names: Sequence[str]) -> None:
-        """Have the numbers of the gate: loss, norm, verdict, and the terms of the loss of these names."""
-        self._loss, self._grad_norm, verdict, *parts = numbers
+        """Have the numbers of the gate: loss, norm, verdict, loss scale, and the terms of the loss of these
+        names."""
+        self._loss, self._grad_norm, verdict, self._loss_scale, *parts = numbers
         self._verdict, self._parts = Verdict(int(verdict)), dict(zip(names, parts, strict=True))
         self._ring = None
 
