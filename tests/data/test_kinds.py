@@ -397,6 +397,54 @@ def test_faults(tmp_path: Path, name: str, content: bytes, key: str, message: st
     assert "\n" not in rejects[0]
 
 
+def test_a_footer_that_ends_pyarrow(tmp_path: Path) -> None:
+    """Flips of single bits at which its C++ aborts, and of a number of rows."""
+    content, said = parquet(pa.table({"text": ["a"]})), []
+    for place, bit in ((-328, 2), (-327, 0), (-326, 5), (-246, 4), (-245, 6)):
+        damaged = bytearray(content)
+        damaged[place] ^= 1 << bit
+        (tmp_path / "a.parquet").write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"a\.parquet") as refused:
+            rows_of(tmp_path / "a.parquet")
+        said.append(str(refused.value))
+    assert any("damaged (its footer ends pyarrow by signal 6); fetch it again" in text for text in said)
+
+
+def test_a_name_of_a_column_that_is_no_utf8(tmp_path: Path) -> None:
+    for name in ("a.arrow", "a.parquet"):
+        content = arrow(pa.ipc.new_stream, TABLE.select(["text"])) if name == "a.arrow" else parquet()
+        (tmp_path / name).write_bytes(content.replace(b"text", b"te\xff\xff"))
+        with pytest.raises(ValueError, match=rf"{name}: no (arrow|parquet) file, or damaged or cut short"):
+            rows_of(tmp_path / name)
+
+
+def test_a_row_group_that_lost_rows(tmp_path: Path) -> None:
+    content = parquet(pa.table({"text": [*"abcdefg"]}))
+    end = len(content) - 8
+    footer = content[end - int.from_bytes(content[end:-4], "little") : end]
+    found = []
+    for place in [at for at, byte in enumerate(footer) if byte == 14]:  # 7, as Thrift writes it
+        damaged = bytearray(footer)
+        damaged[place] = 12
+        (tmp_path / "a.parquet").write_bytes(content[: end - len(footer)] + damaged + content[end:])
+        try:
+            found.append([row.texts[0] for row in rows_of(tmp_path / "a.parquet")[0]])
+        except ValueError as error:
+            found.append(str(error).replace(str(tmp_path), ""))
+    assert all(isinstance(text, str) or text == [*"abcdefg"] for text in found)
+    assert any("its footer tells of 7 rows, and of 6 in row groups" in text for text in found)
+    assert any("7 rows, but 6 values in a column" in text for text in found)
+
+
+def test_a_checksum_of_a_page_is_compared(tmp_path: Path) -> None:
+    file = io.BytesIO()
+    texts = pa.table({"text": ["some text", "more text"]})
+    pq.write_table(texts, file, compression="none", use_dictionary=False, write_page_checksum=True)
+    (tmp_path / "a.parquet").write_bytes(file.getvalue().replace(b"\t\0\0\0some", b"\t\0\0\0same"))
+    with pytest.raises(ValueError, match=r"a\.parquet, row group 0: no parquet file, or damaged or cut"):
+        rows_of(tmp_path / "a.parquet")
+
+
 @pytest.mark.parametrize("name", ["a.parquet", "a.arrow", "a.csv", "a.json", "a.txt"])
 def test_a_file_of_no_bytes_has_no_documents(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(b"")

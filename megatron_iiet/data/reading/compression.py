@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import chain
-from typing import IO, Any
+from typing import IO, Any, cast
 
 from megatron_iiet.data.reading.kinds import packing_of, tells_nothing
 
@@ -48,11 +48,11 @@ def decompressed_blocks(file: IO[bytes], name: str) -> Iterator[bytes]:
         ValueError: the compression is damaged, cut short, or followed by something else; or the content is
             no text.
     """
-    packing = packing_of(name)
+    packing, opened = packing_of(name), cast("IO[bytes] | _Begun", file)
     if packing is None and tells_nothing(name):
-        file = _Begun(file)
-        packing = next((kind for kind, magic in _PACKED.items() if magic.match(file.head)), None)
-    blocks = _content(file, name, packing)
+        opened = begun = _Begun(file)
+        packing = next((kind for kind, magic in _PACKED.items() if magic.match(begun.head)), None)
+    blocks = _content(opened, name, packing)
     head = b""
     while len(head) < _HEAD_BYTES and (block := next(blocks, b"")):
         head += block

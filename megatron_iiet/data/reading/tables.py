@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import csv
+import io
 import itertools
 import json
 import os
+import resource
+import signal
 import struct
 from collections.abc import Container, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -45,15 +48,50 @@ def parquet_rows(file: IO[bytes], path: str, columns: Sequence[str]) -> Iterator
 
     with _damage(path, "parquet"):
         table = pq.ParquetFile(file)
+        found = table.schema_arrow.names
+    _refuse_deadly(file, path)
     _refuse_joined(
         file, path, _PARQUET, _parquet_end(table.metadata), table.metadata.serialized_size + _LENGTH_BYTES
     )
     _refuse_lost_rows(path, table.metadata)
-    names = present(path, columns, table.schema_arrow.names)
+    names = present(path, columns, found)
     texts = {field.name for field in table.schema_arrow if _is_text(field.type)}
     for number in range(table.num_row_groups):
         with _damage(f"{path}, row group {number}", "parquet"):
             yield from _rows_of_group(file, table.metadata, number, names, texts)
+
+
+def _refuse_deadly(file: IO[bytes], path: str) -> None:
+    """Refuse a footer at which pyarrow ends the process, as at statistics of another length than their types
+    have: a child, which reads it from memory, looks first.
+
+    Raises:
+        ValueError: this is one.
+    """
+    import pyarrow.parquet as pq
+
+    end = file.seek(0, 2) - _LENGTH_BYTES - len(_PARQUET)
+    file.seek(end)
+    start = end - int.from_bytes(file.read(_LENGTH_BYTES), "little")
+    file.seek(start)
+    footer = io.BytesIO(_PARQUET + file.read())
+    if not (child := os.fork()):
+        try:
+            signal.signal(signal.SIGABRT, signal.SIG_DFL)  # no trace of faulthandler's
+            resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+            metadata = pq.read_metadata(footer)
+            for group in map(metadata.row_group, range(metadata.num_row_groups)):
+                for column in range(group.num_columns):
+                    group.column(column)
+        finally:
+            os._exit(0)  # what is only wrong is said by the parent
+    if os.WIFSIGNALED(status := os.waitpid(child, 0)[1]):
+        raise ValueError(
+            f"{path}: no parquet file, or damaged (its footer ends pyarrow by signal {os.WTERMSIG(status)}); "
+            "fetch it again."
+        )
+    file.seek(0)
 
 
 def _refuse_lost_rows(path: str, metadata: Any) -> None:
@@ -223,17 +261,16 @@ def arrow_rows(file: IO[bytes], path: str, columns: Sequence[str]) -> Iterator[b
     open_it = pa.ipc.open_stream if is_stream else pa.ipc.open_file
     with _damage(path, "arrow"):
         schema = open_it(file).schema
+        found = schema.names
     if not is_stream:
         file.seek(-_LENGTH_BYTES - len(_ARROW), 2)
         length = int.from_bytes(file.read(_LENGTH_BYTES), "little") + _LENGTH_BYTES
         file.seek(-length - len(_ARROW), 2)
         _refuse_joined(file, path, _ARROW, _arrow_end(file.read(length)), length)
-    names = present(path, columns, schema.names)
+    names = present(path, columns, found)
     file.seek(0)
     with _damage(path, "arrow"):
-        options = pa.ipc.IpcReadOptions(
-            included_fields=sorted(map(schema.names.index, names)), use_threads=False
-        )
+        options = pa.ipc.IpcReadOptions(included_fields=sorted(map(found.index, names)), use_threads=False)
         reader = open_it(file, options=options)
         batches = reader if is_stream else map(reader.get_batch, range(reader.num_record_batches))
         yield from _lines(iter(batches))
