@@ -26,7 +26,7 @@ from megatron_iiet.ops import products
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 CONFIGS = sorted(EXAMPLES.glob("configs/*.yaml"))
-PRESETS = [path for path in CONFIGS if path.stem != "demo"]
+PRESETS = [path for path in CONFIGS if not path.stem.startswith("demo")]
 DS_CONFIGS = sorted(EXAMPLES.glob("ds_configs/*.json"))
 
 
