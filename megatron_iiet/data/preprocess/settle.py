@@ -67,9 +67,9 @@ def check_place(wanted: Wanted) -> None:
         claims.refuse_foreign(output.name)
     if not has_plan and not wanted.options.overwrite:
         for name in claims.names():
-            if (path := claims.found(name)) is not None:
+            if (found := claims.found(name)) is not None:
                 raise ValueError(
-                    f"{path} is there already, but no {layout.plan}; use another output or --overwrite."
+                    f"{found} is there already, but no {layout.plan}; use another output or --overwrite."
                 )
 
 
