@@ -11,6 +11,9 @@ from megatron_iiet.config.keys import join_words
 from megatron_iiet.config.rules import DEEPSPEED_RULES, STAGE, Rule, Setup
 from megatron_iiet.config.schema import RunConfig
 
+_FP8_MULTIPLE = 16
+"""Of the sides of matrices that GPUs multiply in fp8."""
+
 
 def check_combination(config: RunConfig, ds: Mapping[str, Any], world_size: int, source: str) -> int:
     """Check that a run can be laid out on ``world_size`` processes; returns its data-parallel size.
@@ -166,6 +169,38 @@ def _compile_problem(setup: Setup) -> str | None:
     )
 
 
+def _fp8_problem(setup: Setup) -> str | None:
+    training, model, size = setup.config.training, setup.config.model, setup.config.parallel.tensor
+    if training.fp8 == "off":
+        return None
+    if training.precision != "bf16":
+        return (
+            f"training.fp8 is {training.fp8}, but training.precision is {training.precision} and fp8 is "
+            "rounded from bf16; set the one to off, or the other to bf16"
+        )
+    if training.compile != "off":
+        return (
+            f"training.fp8 is {training.fp8}, but training.compile is {training.compile}, which was not "
+            "tried with it; set one of them to off"
+        )
+    query, kv = (n * model.head_width for n in (model.num_attention_heads, model.num_kv_heads))
+    widths = {
+        "model.hidden_size": model.hidden_size,
+        "query heads x their width / parallel.tensor": query // size,
+        "query, key and value heads x their width / parallel.tensor": (query + 2 * kv) // size,
+        "model.ffn_hidden_size / parallel.tensor": model.ffn_hidden_size // size,
+        "training.micro_batch_size x data.sequence_length": training.micro_batch_size
+        * setup.config.data.sequence_length,
+    }
+    misfits = [f"{name} is {width}" for name, width in widths.items() if width % _FP8_MULTIPLE]
+    if not misfits:
+        return None
+    return (
+        f"training.fp8 is {training.fp8}, but {join_words(misfits, 'and')}, and GPUs multiply fp8 in "
+        f"multiples of {_FP8_MULTIPLE}; change it, or set training.fp8 to off"
+    )
+
+
 LAYOUT_RULES = (
     Rule(
         "`parallel.tensor` that does not divide query heads, key/value heads, feed-forward width and padded "
@@ -185,6 +220,13 @@ LAYOUT_RULES = (
         "every rank holds an equal part of a sequence",
         "a multiple of `parallel.tensor`",
         _sequence_problem,
+    ),
+    Rule(
+        "`training.fp8` with another `training.precision` than bf16, with `training.compile`, or with "
+        "widths, or tokens of a micro-batch, that are no multiples of 16 on every rank",
+        "GPUs multiply fp8 so, and nothing else was tried",
+        "set it to `off`, or what it does not go with",
+        _fp8_problem,
     ),
 )
 """Rows that the run configuration alone decides."""

@@ -196,6 +196,9 @@ class TrainingConfig:
     precision: Literal["fp32", "bf16", "fp16"] = key("bf16", COURSE)
     """Arithmetic of the layers; master weights, merges' accumulation and the loss are fp32 in all. In fp16
     the loss is scaled as the DeepSpeed JSON's section fp16 says (docs/performance.md)."""
+    fp8: Literal["off", "tensorwise", "rowwise"] = key("off", COURSE)
+    """Linear maps of the layers in fp8, of bf16 inputs, weights and gradients, with a scale for each tensor
+    or row; head, embedding and attention stay bf16 (docs/performance.md)."""
     recompute: Literal["off", "layer", "evaluation"] = key("off", COURSE)
     """Activation recomputation: off, once per layer (all its iterations), or per F evaluation."""
     compile: Literal["off", "layer"] = key("off", COURSE)

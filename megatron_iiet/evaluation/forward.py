@@ -44,7 +44,7 @@ def forward_config(
     config.parallel = parallel
     config.data.sequence_length = length
     config.data.tokenizer = tokenizer
-    config.training.recompute = "off"
+    config.training.recompute = config.training.fp8 = "off"
     config.training.precision = "fp32"  # what training in bf16 must not be combined with does not matter here
     grid = max(1, parallel.tensor * parallel.pipeline)
     config.training.micro_batch_size = micro_batch_size

@@ -20,9 +20,10 @@ from megatron_iiet.models.attention_layout import AttentionLayout, Rotary, atten
 from megatron_iiet.models.history import History
 from megatron_iiet.models.layer import DecoderLayer, KeysValues, RMSNorm
 from megatron_iiet.models.solvers import Solver, build_solver
+from megatron_iiet.ops.fp8 import Products
 from megatron_iiet.parallel import TensorParallel
 from megatron_iiet.parallel.head_loss import head_cross_entropy
-from megatron_iiet.parallel.tensor import column_parallel, shard_of
+from megatron_iiet.parallel.tensor import column_parallel, multiply_in, shard_of
 from megatron_iiet.parallel.vocabulary import VocabularyEmbedding
 
 VOCABULARY_WEIGHTS = ("embedding.weight", "head.weight")
@@ -59,6 +60,7 @@ class IntegratedLayer(nn.Module):
         super().__init__()
         keeps_keys = config.solver.shares_first_keys
         self.increment = DecoderLayer(config.model, backend, parallel, keeps_keys=keeps_keys)
+        multiply_in(self.increment, Products(config.training.fp8))
         self.solver: Solver[Any] = build_solver(config, layer, backend)
         self.recompute = config.training.recompute
 

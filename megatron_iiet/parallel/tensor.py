@@ -22,9 +22,11 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from megatron_iiet.ops.products import linear, matmul
+from megatron_iiet.ops.fp8 import Products
 from megatron_iiet.parallel.group import Group, sum_in_fp32
 from megatron_iiet.parallel.shard import Shard
+
+PRODUCTS = Products()
 
 
 @dataclass(frozen=True)
@@ -102,15 +104,26 @@ def shard_of(parameter: Tensor) -> Shard | None:
     return cast("Shard | None", getattr(parameter, "shard", None))
 
 
-def column_parallel(x: Tensor, weight: Tensor, parallel: TensorParallel) -> Tensor:
+def column_parallel(
+    x: Tensor, weight: Tensor, parallel: TensorParallel, products: Products = PRODUCTS
+) -> Tensor:
     """``enter(x) weightᵀ`` with the weight's rows of this rank: [B, S or T, C] → [B, T, W]."""
     if parallel.group.size == 1:
-        return linear(x, weight)
-    return cast(Tensor, _ColumnLinear.apply(x, weight, parallel.group, parallel.sequence))
+        return products(x, weight)
+    return cast(Tensor, _ColumnLinear.apply(x, weight, parallel.group, parallel.sequence, products))
+
+
+def multiply_in(module: nn.Module, products: Products) -> None:
+    """Have the parallel linear maps of a module multiply so."""
+    for part in module.modules():
+        if isinstance(part, _ParallelLinear):
+            part.products = products
 
 
 class _ParallelLinear(nn.Linear):
     """A rank's part of a linear map; a bias starts at zero."""
+
+    products = PRODUCTS
 
     def __init__(self, in_features: int, out_features: int, parallel: TensorParallel, bias: bool) -> None:
         super().__init__(in_features, out_features, bias=False)
@@ -122,13 +135,14 @@ class _ParallelLinear(nn.Linear):
 class _ColumnParallel(_ParallelLinear):
     def forward(self, x: Tensor, width: int | None = None) -> Tensor:
         """``width``: only so many columns of this rank's output, its first ones."""
-        out = column_parallel(x, self.weight if width is None else self.weight[:width], self.parallel)
+        weight = self.weight if width is None else self.weight[:width]
+        out = column_parallel(x, weight, self.parallel, self.products)
         return out if self.bias is None else out + self.bias[:width]
 
 
 class _RowParallel(_ParallelLinear):
     def forward(self, x: Tensor) -> Tensor:
-        out = self.parallel.leave(linear(x, self.weight))
+        out = self.parallel.leave(self.products(x, self.weight))
         return out if self.bias is None else out + self.bias
 
 
@@ -136,11 +150,13 @@ class _ColumnLinear(torch.autograd.Function):
     """Enter and multiply in one node, so that the backward collective overlaps the weight's gradient."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, group: Group, sequence: bool) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, group: Group, sequence: bool, products: Products
+    ) -> Tensor:
         whole_BTC = gather_sequence(x, group) if sequence else x
         ctx.save_for_backward(whole_BTC, weight)
-        ctx.group, ctx.sequence = group, sequence
-        return linear(whole_BTC, weight)
+        ctx.group, ctx.sequence, ctx.products = group, sequence, products
+        return products.linear(whole_BTC, weight)
 
     @staticmethod
     @once_differentiable
@@ -148,16 +164,16 @@ class _ColumnLinear(torch.autograd.Function):
         whole_BTC, weight = ctx.saved_tensors
         for_x = for_weight = work = None
         if ctx.needs_input_grad[0]:
-            for_x = matmul(gradient_BTW, weight)
+            for_x = ctx.products.for_input(gradient_BTW, weight)
             if ctx.sequence:
                 for_x, work = ctx.group.reduce_scatter(split_sequence(for_x, ctx.group), asynchronous=True)
             else:
                 work = ctx.group.all_reduce(for_x, asynchronous=True)
         if ctx.needs_input_grad[1]:
-            for_weight = matmul(gradient_BTW.flatten(0, -2).t(), whole_BTC.flatten(0, -2))
+            for_weight = ctx.products.for_weight(gradient_BTW, whole_BTC)
         if work is not None:  # there was something to send
             work.wait()
-        return for_x, for_weight, None, None
+        return for_x, for_weight, None, None, None
 
 
 class _Reduce(torch.autograd.Function):

@@ -16,6 +16,7 @@ from megatron_iiet.data.loader.validation import SPREAD, ValidationBatches
 from megatron_iiet.data.tokenizers.loading import load_tokenizer
 from megatron_iiet.installed import outside_bounds
 from megatron_iiet.ops import resolve_backend
+from megatron_iiet.ops.fp8 import Products
 from megatron_iiet.parallel import ParallelContext
 from megatron_iiet.parallel.launch import launch_environment
 from megatron_iiet.signals import REQUEUE, Phase
@@ -126,6 +127,7 @@ def prepare(
     check_paths(config)
     backend, reason = resolve_backend(config.ops.backend, context.device)
     check_optimizer(config.optimizer, context.device)
+    Products(config.training.fp8).check(context.device)
     with failing_together(context):
         if (
             lock is not None and lock.path.exists()

@@ -76,6 +76,29 @@ ERRORS: list[tuple[dict[str, Any], dict[str, Any], int, str]] = [
         4,
         "training.compile is layer, but with ZeRO stage 3 (ds.json) the parameters of F are gathered within it, which a graph cannot do; set it to off, or zero_optimization.stage to 2",
     ),
+    (
+        {"training__fp8": "rowwise", "training__precision": "fp16"},
+        Z1,
+        1,
+        "training.fp8 is rowwise, but training.precision is fp16 and fp8 is rounded from bf16; set the one to off, or the other to bf16",
+    ),
+    (
+        {"training__fp8": "tensorwise", "training__compile": "layer"},
+        Z1,
+        1,
+        "training.fp8 is tensorwise, but training.compile is layer, which was not tried with it; set one of them to off",
+    ),
+    (
+        {
+            "training__fp8": "tensorwise",
+            "model__ffn_hidden_size": 1416,
+            "training__micro_batch_size": 1,
+            "data__sequence_length": 1000,
+        },
+        Z1,
+        1,
+        "training.fp8 is tensorwise, but model.ffn_hidden_size / parallel.tensor is 1416 and training.micro_batch_size x data.sequence_length is 1000, and GPUs multiply fp8 in multiples of 16; change it, or set training.fp8 to off",
+    ),
     # --- number of processes ---
     (
         {"parallel__tensor": 4, "parallel__pipeline": 2},

@@ -100,7 +100,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "eps": 1e-8,
     },
     "training": {
-        "steps": 1000, "global_batch_size": 128, "micro_batch_size": 8, "precision": "bf16",
+        "steps": 1000, "global_batch_size": 128, "micro_batch_size": 8, "precision": "bf16", "fp8": "off",
         "recompute": "off", "compile": "off", "seed": 1234, "initial_weights": "", "stop_after": None,
         "stop_signals": ["USR1", "TERM"], "max_wall_time": None,
     },

@@ -58,6 +58,7 @@ READINGS: dict[str, dict[str, Any]] = {
 }
 """Solvers that are no axis of the matrix."""
 SHAPES: dict[str, dict[str, Any]] = {
+    "wide": {"ffn_hidden_size": 64, "init_std": 0.1},
     "biased": {"attention_bias": "qkvo", "head_dim": 6},
     "normed-heads": {
         "attention_bias": "qkv",
@@ -89,10 +90,15 @@ GLOBAL_BATCH = 12
 LENGTH = 16
 VOCABULARY = 100
 DISTILLATION = {"alpha": 0.7, "beta": 0.3, "temperature": 2.0}
-TOLERANCES = {"fp32": (1e-5, 1e-5, 1e-5), "bf16": (5e-4, 5e-3, 0.1), "fp16": (5e-5, 1e-3, 0.03)}
+TOLERANCES = {
+    "fp32": (1e-5, 1e-5, 1e-5),
+    "bf16": (5e-4, 5e-3, 0.1),
+    "fp16": (5e-5, 1e-3, 0.03),
+    "fp8": (3e-3, 2e-2, 0.2),
+}
 """Of losses, gradient norms and tensors, relative. bf16's are a few times what was seen (6e-5, 1e-3, 0.06):
 AdamW's first steps turn the sign of a gradient into a step, so that weights differ most. fp16 has three bits
-more (seen: 9e-6, 1e-4, 7e-3)."""
+more (seen: 9e-6, 1e-4, 7e-3). fp8 was seen where F matters more: 9e-4 and 6e-3, bf16 3e-4 and 2e-3 there."""
 
 
 @dataclass(frozen=True)
@@ -121,6 +127,7 @@ class Case:
     guards: tuple[tuple[str, Any], ...] = ()
     """Keys of the section guards with their values."""
     optimizer: str = "adamw"
+    fp8: str = "off"
     scaling: tuple[tuple[str, Any], ...] = ()
     """Keys of the section fp16 of the DeepSpeed JSON with their values."""
 
@@ -152,6 +159,7 @@ class Case:
             f"{self.solver}-{tied}-acc{self.accumulation}-{documents}{self.backend}-{self.history}-"
             f"{self.precision}{self.shape and '-' + self.shape}{self.teacher and '-from-' + self.teacher}"
             f"{self.optimizer if self.optimizer != 'adamw' else ''}{'-offload' if self.offload else ''}"
+            f"{'-' + self.fp8 if self.fp8 != 'off' else ''}"
         )
 
     def config(self, paths: dict[str, str], steps: int = STEPS) -> RunConfig:
@@ -194,6 +202,7 @@ class Case:
                     "global_batch_size": GLOBAL_BATCH,
                     "micro_batch_size": GLOBAL_BATCH // (self.data * self.accumulation),
                     "precision": self.precision,
+                    "fp8": self.fp8,
                     "recompute": self.recompute,
                 },
                 "guards": dict(self.guards),
@@ -629,7 +638,7 @@ def differences(
     matrix's. bf16 gradients are not compared: those of coefficients are mostly rounding.
     """
     config = case.config({})
-    for_losses, for_norms, for_tensors = TOLERANCES[case.precision]
+    for_losses, for_norms, for_tensors = TOLERANCES[case.precision if case.fp8 == "off" else "fp8"]
 
     def compare(
         what: str,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -146,6 +147,15 @@ MORE_16_BIT = [
     Case(pipeline=2, accumulation=3, precision="fp16", offload=True),
     Case(pipeline=2, accumulation=3, precision="bf16", offload=True),
 ]
+FP8 = [
+    replace(case, solver="iiet-3", shape="wide", precision="bf16")
+    for case in (
+        Case(tensor=2, sequence=True, pipeline=2, accumulation=3, fp8="tensorwise"),
+        Case(tensor=2, sequence=True, pipeline=2, accumulation=3, fp8="rowwise", recompute="evaluation"),
+        Case(tensor=2, data=2, stage=3, fp8="tensorwise", recompute="layer"),
+        Case(tensor=2, data=2, stage=2, fp8="rowwise"),
+    )
+]
 
 
 @pytest.fixture(scope="module")
@@ -283,6 +293,13 @@ def test_bf16(cases: list[Case], paths: dict[str, str], tmp_path: Path) -> None:
 @pytest.mark.parametrize("cases", by_grid(FP16), ids=name_of)
 def test_fp16(cases: list[Case], paths: dict[str, str], tmp_path: Path) -> None:
     """With the loss scaled, within a tenth of bf16's tolerances."""
+    check(cases, paths, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cases", long_but(by_grid(FP8), by_grid(FP8)[1]), ids=name_of)
+def test_fp8(cases: list[Case], paths: dict[str, str], tmp_path: Path) -> None:
+    """Every rank scales its own parts."""
     check(cases, paths, tmp_path)
 
 

@@ -100,6 +100,7 @@ OTHER: dict[str, Any] = {
     "training.global_batch_size": 16,
     "training.micro_batch_size": 1,
     "training.precision": "bf16",
+    "training.fp8": "tensorwise",
     "training.recompute": "layer",
     "training.compile": "layer",
     "training.seed": 5,
