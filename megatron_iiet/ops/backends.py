@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from megatron_iiet.ops import reference
 from megatron_iiet.ops.extension import load_extension
+from megatron_iiet.ops.pointwise import rotated_heads, swiglu
 
 NAMES = ("reference", "cpu", "cuda", "triton")
 
@@ -234,8 +235,6 @@ def _unsupported_reason(name: str, kind: str) -> str | None:
 def self_check(name: str, kind: str) -> str | None:
     """Run a small merge, a SwiGLU and a rotation with their gradients on ``name`` and on the reference; the
     difference if there is one."""
-    from megatron_iiet.ops.pointwise import rotated_heads, swiglu
-
     if name == "reference":
         return None
 

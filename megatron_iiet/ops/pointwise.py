@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_iiet.ops.backends import get_backend
+from megatron_iiet.ops.extension import load_extension
 
 
 def _looked_into() -> bool:
@@ -25,7 +25,8 @@ def _looked_into() -> bool:
 
 
 def _fused(backend: str) -> bool:
-    get_backend(backend)  # which refuses one that is not there
+    if backend == "cpu" and not (status := load_extension()).loaded:
+        raise ValueError(f"backend 'cpu' is not available here: {status.reason}")
     return backend == "cpu"
 
 
