@@ -14,6 +14,7 @@ import pytest
 from megatron_iiet.data.corpora.indexed_writer import IndexedDatasetWriter
 from megatron_iiet.data.corpora.shard_list import write_shards
 from megatron_iiet.data.preprocess import PreprocessOptions, PreprocessReport, preprocess
+from megatron_iiet.data.preprocess.layout import Layout
 from megatron_iiet.data.preprocess.shuffle import ShuffleShard
 from megatron_iiet.data.reading.sources import InputFile
 from tests.data.crash import run_until_killed
@@ -190,7 +191,9 @@ def test_memory_is_that_of_some_documents(tmp_path: Path) -> None:
         shard = writer.close()
     write_shards(tmp_path / "a", [shard], writer.dtype, {})
     inputs = [InputFile(str(tmp_path / "a"), 0, "")]
-    task = ShuffleShard(0, inputs, "a", str(tmp_path / "b"), (0, len(lengths)), 1, 60_000, "")
+    layout = Layout(str(tmp_path / "b"), None)
+    (layout.records / "outputs").mkdir(parents=True)
+    task = ShuffleShard(0, inputs, "a", layout, (0, len(lengths)), 1, 60_000, "")
     task(None, lambda _: None)  # what is loaded once
     tracemalloc.start()
     record = task(None, lambda _: None)
@@ -198,4 +201,4 @@ def test_memory_is_that_of_some_documents(tmp_path: Path) -> None:
     tracemalloc.stop()
     assert peak < 16e6
     assert (record.outputs["a"].documents, record.outputs["a"].tokens) == (3001, sum(lengths))
-    assert sorted(map(len, documents(tmp_path / "b"))) == sorted(lengths)
+    assert sorted(map(len, documents(tmp_path / "b_a"))) == sorted(lengths)

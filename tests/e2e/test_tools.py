@@ -110,7 +110,7 @@ OPTIONS = {
     "gpu_acceptance": """
         --output FOLDER:Path = PosixPath('gpu-report') | --minutes N:float = 9.0 | --only NAME [NAME ...]
         --device {cuda,cpu} = 'cuda' | --toy = False | --shard PREFIX | --tokenizer FILE
-        --check {build,kernels,documents,bandwidth,step,deepspeed,inference,sanitizer,training} hidden
+        --check {build,kernels,documents,bandwidth,step,deepspeed,waits,inference,sanitizer,training} hidden
         --seconds SECONDS:float hidden""",
     "gpu_bundle": """
         --python X.Y = '3.12' | --output FOLDER:Path = PosixPath('gpu-bundle')
@@ -141,7 +141,7 @@ OPTIONS = {
         --min-characters N:int = 0
         --max-characters N:int | --language CODE [CODE ...] = [] | --language-score X:float = 0.65
         --deduplicate = False | --workers N:int | --num-jobs N:int | --job I:int
-        --vocab-file FILE | --merge-file FILE | --tokenizer-type TYPE | --dataset-impl {mmap}
+        --vocab-file FILE | --merge-file FILE | --tokenizer-type TYPE | --dataset-impl mmap
         --keep-newlines = False | --keep-sequential-samples = False | --log-interval N:int
         --split-sentences = False | --lang NAME | --partitions N:int""",
     "serve": """
@@ -183,7 +183,7 @@ def parser_of(load: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch
 
     def parser_of(name: str) -> argparse.ArgumentParser:
         module = load(name)
-        monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stop)
+        monkeypatch.setattr(argparse.ArgumentParser, "parse_known_args", stop)
         with pytest.raises(MadeError) as made:
             module.main()
         parser: argparse.ArgumentParser = made.value.args[0]

@@ -51,7 +51,7 @@ PROMPTS = [
 
 def write_tokenizer(folder: Path) -> None:
     """A byte-level BPE of ASCII: every token is a text of its own."""
-    tokenizer = Tokenizer(BPE())
+    tokenizer = Tokenizer(BPE(unk_token="<s>"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(

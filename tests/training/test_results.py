@@ -14,7 +14,7 @@ from megatron_iiet.training.engine.results import OwnTime, Ring
 
 
 def put(ring: Ring, step: int) -> StepResult:
-    numbers = torch.tensor([step + 0.5, 10.0 * step, float(step % 3), 100.0 + step])
+    numbers = torch.tensor([step + 0.5, 10.0 * step, float(step % 3), 2.0**step, 100.0 + step])
     return ring.put(numbers, ("mse",), 1e-3 * step)
 
 
@@ -25,13 +25,13 @@ def test_one_that_is_asked_reads_all() -> None:
     assert steps[1].lr == 1e-3, "which the host knows"
     assert steps[2].grad_norm == 20.0
     assert all(step.is_read for step in steps)
-    assert [(step.loss, step.grad_norm, step.verdict, step.parts) for step in steps] == [
-        (0.5, 0.0, Verdict.TRAINED, {"mse": 100.0}),
-        (1.5, 10.0, Verdict.NOT_FINITE, {"mse": 101.0}),
-        (2.5, 20.0, Verdict.SPIKE, {"mse": 102.0}),
-        (3.5, 30.0, Verdict.TRAINED, {"mse": 103.0}),
+    assert [(step.loss, step.grad_norm, step.verdict, step.loss_scale, step.parts) for step in steps] == [
+        (0.5, 0.0, Verdict.TRAINED, 1.0, {"mse": 100.0}),
+        (1.5, 10.0, Verdict.NOT_FINITE, 2.0, {"mse": 101.0}),
+        (2.5, 20.0, Verdict.SPIKE, 4.0, {"mse": 102.0}),
+        (3.5, 30.0, Verdict.TRAINED, 8.0, {"mse": 103.0}),
     ]
-    for ask in ("loss", "grad_norm", "verdict", "parts", "read"):
+    for ask in ("loss", "grad_norm", "verdict", "loss_scale", "parts", "read"):
         step = put(ring, 5)
         found = getattr(step, ask)
         assert (found() if ask == "read" else found) is not step
@@ -56,7 +56,7 @@ def test_a_result_that_is_given() -> None:
     assert (step.loss, step.grad_norm, step.lr, step.parts) == (5.0, 1.0, 0.1, {"kl": 2.0})
     assert step.verdict is Verdict.SPIKE
     empty = StepResult()
-    assert all(map(math.isnan, (empty.loss, empty.grad_norm, empty.lr)))
+    assert all(map(math.isnan, (empty.loss, empty.grad_norm, empty.lr, empty.loss_scale)))
     assert (empty.parts, empty.verdict) == ({}, Verdict.TRAINED)
 
 

@@ -210,7 +210,7 @@ def test_the_end_of_a_run_that_hangs(pair: Pair, capfd: pytest.CaptureFixture[st
         assert lines[2].startswith(f"rank {rank}, process {os.getpid()} on ")
         assert lines[2].endswith(", step of step 7")
         assert lines[3] == "silent: process 12 on elsewhere, last heard at plain.py:9 (f)"
-        assert lines[5:7] == ["last collectives begun, the newest last", "  torch remembers none"]
+        assert lines[5] == "last collectives begun, the newest last"
         assert any("Thread 0x" in line for line in lines[7:]), "the stacks of all threads"
 
 

@@ -20,7 +20,6 @@ import deepspeed.ops
 import torch
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
-from torch.utils import cpp_extension
 
 from megatron_iiet.config import ConfigError
 from megatron_iiet.config.deepspeed import offloads_optimizer
@@ -396,6 +395,8 @@ def check_own_adam(ds_config: dict[str, Any]) -> None:
         return
     offloaded = offloads_optimizer(ds_config)
     builder = get_accelerator().create_op_builder("CPUAdamBuilder" if offloaded else "FusedAdamBuilder")
+    from torch.utils import cpp_extension  # which needs setuptools
+
     folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root())
     for lock in folder.glob(f"**/{builder.name}/lock"):  # torch waits for it without a word, and for ever
         print(f"waiting for the compiler that {lock} belongs to; if none runs, remove the file", flush=True)
