@@ -44,7 +44,9 @@ class Products:
         """The same for who has a backward pass of its own."""
         if self.scaling == "off":
             return products.linear(x, weight)
-        return self._product(x.flatten(0, -2), weight.t(), _VALUES).view(*x.shape[:-1], -1)
+        product = self._product(x.flatten(0, -2), weight.t(), _VALUES)
+        # No view: a row-parallel map sums it over the ranks in place, which autograd forbids of a view.
+        return torch.ops.aten._unsafe_view(product, [*x.shape[:-1], len(weight)])
 
     def for_input(self, gradient: Tensor, weight: Tensor) -> Tensor:
         """[..., W] and [W, C] → [..., C]."""

@@ -18,6 +18,7 @@ from tests.distributed.harness import run_ranks
 from tests.distributed.parity import Case, open_engine, reference, step_once
 from tests.distributed.runs import as_data, ds_json, pretrain_rank
 from tests.distributed.test_guards import multiplied, state_of
+from tests.marks import long_but
 from tests.tiny import make_data, tiny_config, write_shard
 
 STEPS = 12
@@ -57,7 +58,7 @@ def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", long_but(CASES, CASES[0], CASES[-1]), ids=str)
 def test_an_overflow_is_seen_and_left_out_alike(case: Case, paths: dict[str, str]) -> None:
     """From a first scale that is too large; then the scale is doubled until it is again. Numbers that are
     logged know nothing of it."""
