@@ -135,7 +135,7 @@ def extension_options() -> dict[str, Any]:
 
     sources = [
         CSRC / "schema.cpp",
-        *(CSRC / "cpu" / f"{name}.cpp" for name in ("torch_cpu", "pointwise", "packing")),
+        *(CSRC / "cpu" / f"{name}.cpp" for name in ("torch_cpu", "pointwise", "cross_entropy", "packing")),
     ]
     if cuda:
         sources += [*sorted((CSRC / "cuda").glob("*.cu")), CSRC / "cuda" / "torch_cuda.cpp"]

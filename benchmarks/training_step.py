@@ -6,7 +6,8 @@
     training_step.py growth                            # exponents of depth, width, length, evaluations, ranks
 
 Every system trains in processes of its own, whose steps are asked for in turn: the order of a round is turned
-round in the next one, and ratios are of rounds. The peer is transformers' LlamaForCausalLM under the same
+round in the next one, and ratios are of rounds. Memory is of three further steps, each after what is free was
+given back. The peer is transformers' LlamaForCausalLM under the same
 DeepSpeed settings with the same optimizer. --precision: bf16 where the CPU multiplies it, else fp32, as torch
 takes bf16 element by element on other CPUs, in every library but this one.
 """
@@ -178,19 +179,24 @@ def tokens_of(spec: dict[str, Any], more: int = 0) -> torch.Tensor:
 
 
 def serve(spec: dict[str, Any], answers: int) -> None:
-    """Take a step for every line that comes; answer its seconds and the memory it took at most beyond what
-    stays, in bytes."""
+    """Take a step for every line that comes; answer its seconds or, for the line "memory", the bytes it took
+    at most beyond what stays."""
     torch.set_num_threads(spec["threads"])
     torch.manual_seed(0)
     with os.fdopen(answers, "w", encoding="utf-8") as out, ExitStack() as stack:
         step = SYSTEMS[spec["system"]](spec, stack)
-        for _ in sys.stdin:
-            ctypes.CDLL(None).malloc_trim(0)
-            before = resident("VmRSS")
-            Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # forget the peak so far
-            started = time.perf_counter()
-            step()
-            out.write(json.dumps([time.perf_counter() - started, resident("VmHWM") - before]) + "\n")
+        for line in sys.stdin:
+            if line.strip() == "memory":
+                ctypes.CDLL(None).malloc_trim(0)
+                before = resident("VmRSS")
+                Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # forget the peak so far
+                step()
+                answer: float = resident("VmHWM") - before
+            else:
+                started = time.perf_counter()
+                step()
+                answer = time.perf_counter() - started
+            out.write(f"{answer}\n")
             out.flush()
 
 
@@ -211,16 +217,15 @@ class Worker:
         ranks = [place | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(spec["ranks"])]
         self.ranks = [Process(system, spec, python, rank if len(ranks) > 1 else {}) for rank in ranks]
         self.seconds: list[float] = []
-        self.bytes: list[int] = []
+        self.bytes: list[float] = []
 
-    def step(self, *, counts: bool = True) -> None:
-        """One training step; the slowest rank's time and the largest rank's memory are noted if it counts."""
+    def step(self, noted: list[float] | None = None) -> None:
+        """One training step; the slowest rank's time or the largest rank's memory is noted in the list."""
         for rank in self.ranks:
-            rank.ask()
-        answers = [rank.answer() for rank in self.ranks]
-        if counts:
-            self.seconds.append(max(seconds for seconds, _ in answers))
-            self.bytes.append(max(memory for _, memory in answers))
+            rank.ask("memory" if noted is self.bytes else "seconds")
+        answer = max([rank.answer() for rank in self.ranks])
+        if noted is not None:
+            noted.append(answer)
 
     def close(self) -> None:
         """End the processes."""
@@ -248,21 +253,20 @@ class Process:
         os.close(write)
         self.answers = os.fdopen(read, encoding="utf-8")
 
-    def ask(self) -> None:
+    def ask(self, for_what: str) -> None:
         """Have it take a step."""
         assert self.process.stdin is not None
         with suppress(BrokenPipeError):
-            self.process.stdin.write("\n")
+            self.process.stdin.write(f"{for_what}\n")
             self.process.stdin.flush()
 
-    def answer(self) -> tuple[float, int]:
-        """Seconds of the step and bytes of memory, when it is taken."""
+    def answer(self) -> float:
+        """Seconds of the step or bytes of memory, when it is taken."""
         line = self.answers.readline()
         if not line:
             self.errors.seek(0)
             raise RuntimeError(f"a worker has ended: {self.errors.read()[-2000:].decode(errors='replace')}")
-        seconds, memory = json.loads(line)
-        return seconds, memory
+        return float(line)
 
     def close(self) -> None:
         """End it."""
@@ -272,11 +276,14 @@ class Process:
 
 
 def in_turn(workers: Sequence[Worker], rounds: int) -> None:
-    """Rounds of a step of each, after two that warm up."""
+    """Rounds of a step of each, after two that warm up, then three for the memory."""
     try:
         for number in range(-2, rounds):
             for worker in workers if number % 2 else reversed(workers):
-                worker.step(counts=number >= 0)
+                worker.step(worker.seconds if number >= 0 else None)
+        for worker in workers:
+            for _ in range(3):
+                worker.step(worker.bytes)
     finally:
         for worker in workers:
             worker.close()

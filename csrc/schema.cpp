@@ -15,6 +15,9 @@
 //                      reading.
 // swiglu               silu(gate) · up of [gate; up], and swiglu_backward the gradient of [gate; up]; rotated_heads
 //                      [q; k; v] of its parts, the first two rotated. On the CPU only: csrc/cpu/pointwise.cpp.
+// cross_entropy_parts  of rows of logits [n, V] and the targets' columns: maximum, sum of exponentials below it, the
+//                      target's logit (0 where the column is negative), [3, n]; cross_entropy_gradient_ writes
+//                      (exp(logit - log_sum) - [target]) · factor over them. On the CPU only: csrc/cpu/cross_entropy.cpp.
 // pack_documents       documents in bins, on the CPU only: csrc/cpu/packing.cpp.
 #include <torch/library.h>
 
@@ -33,5 +36,8 @@ TORCH_LIBRARY(megatron_iiet, m) {
   m.def("swiglu(Tensor gate_up) -> Tensor");
   m.def("swiglu_backward(Tensor gradient, Tensor gate_up) -> Tensor");
   m.def("rotated_heads(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor signed_sin) -> Tensor");
+  m.def("cross_entropy_parts(Tensor logits, Tensor columns) -> Tensor");
+  m.def(
+      "cross_entropy_gradient_(Tensor(a!) logits, Tensor columns, Tensor log_sums, Tensor factors) -> Tensor(a!)");
   m.def("pack_documents(Tensor documents, int start, int stop, int bins, int capacity) -> Tensor packing");
 }

@@ -27,12 +27,23 @@ struct HeadsArgs {
   void* out = nullptr;
 };
 
+// Rows of logits. Without factors their parts are wanted, with them the gradient in the logits' place.
+struct CrossEntropyArgs {
+  Storage storage = Storage::float32;
+  int64_t rows = 0, width = 0;
+  void* logits = nullptr;
+  const int64_t* columns = nullptr;  // of each row's target; negative: it is not here
+  float* parts = nullptr;            // [3, rows]
+  const float *log_sums = nullptr, *factors = nullptr;
+};
+
 struct Kernels {
   void (*forward)(const ForwardArgs&);
   void (*backward)(const BackwardArgs&);
   void (*transposed)(const TransposedArgs&);
   void (*swiglu)(const SwigluArgs&);
   void (*heads)(const HeadsArgs&);
+  void (*cross_entropy)(const CrossEntropyArgs&);
 };
 
 // The table for this machine.

@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <limits>
 #include <tuple>
 #include <vector>
 
@@ -24,6 +25,7 @@ namespace MERGE_NORM_NAMESPACE {
 #include "backward.h"
 #include "transposed.h"
 #include "pointwise.h"
+#include "cross_entropy.h"
 
 template <typename Args, void (*kFloat)(const Args&), void (*kBf16)(const Args&), void (*kHalf)(const Args&)>
 void by_storage(const Args& a) {
@@ -45,6 +47,7 @@ const Kernels& MERGE_NORM_TABLE() {
       by_storage<TransposedArgs, transposed<float>, transposed<BFloat16>, transposed<Half>>,
       by_storage<SwigluArgs, swiglu<float>, swiglu<BFloat16>, swiglu<Half>>,
       by_storage<HeadsArgs, rotated_heads<float>, rotated_heads<BFloat16>, rotated_heads<Half>>,
+      by_storage<CrossEntropyArgs, cross_entropy<float>, cross_entropy<BFloat16>, cross_entropy<Half>>,
   };
   return table;
 }

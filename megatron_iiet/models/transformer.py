@@ -218,6 +218,7 @@ class Transformer(nn.Module):
             vocab_size=self.config.model.vocab_size,
             parallel=self.parallel,
             upstream=self.gradient_of_sum(count),
+            backend=self.backend,
         )
         return total / count
 

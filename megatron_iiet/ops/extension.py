@@ -17,6 +17,18 @@ from torch import Tensor
 
 REBUILD = "pip install --no-build-isolation -e . builds it"
 _PACKAGE = Path(__file__).parents[1]
+OPERATORS = (
+    "merge_norm",
+    "merge_norm_backward",
+    "transposed_merge",
+    "swiglu",
+    "swiglu_backward",
+    "rotated_heads",
+    "cross_entropy_parts",
+    "cross_entropy_gradient_",
+    "pack_documents",
+)
+"""What csrc/schema.cpp defines."""
 
 
 @dataclass(frozen=True)
@@ -49,8 +61,23 @@ def load_extension() -> ExtensionStatus:
         torch.ops.load_library(libraries[0])
     except OSError as error:
         return ExtensionStatus(False, f"{libraries[0].name} does not load: {error.__cause__ or error}", build)
+    if lacking := [name for name in OPERATORS if not hasattr(torch.ops.megatron_iiet, name)]:
+        return ExtensionStatus(
+            False, f"{libraries[0].name} is of older sources: no {lacking[0]} ({REBUILD} anew)"
+        )
     describe_operators("megatron_iiet")
     return ExtensionStatus(True, "built and loaded", build)
+
+
+def has_cpu_kernels(backend: str) -> bool:
+    """Whether operators that only the CPU has kernels for are to use them.
+
+    Raises:
+        ValueError: the backend is ``cpu``, and the extension is not there.
+    """
+    if backend == "cpu" and not (status := load_extension()).loaded:
+        raise ValueError(f"backend 'cpu' is not available here: {status.reason}")
+    return backend == "cpu"
 
 
 def describe_operators(namespace: str) -> None:

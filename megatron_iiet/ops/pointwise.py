@@ -17,17 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_iiet.ops.extension import load_extension
+from megatron_iiet.ops.extension import has_cpu_kernels
 
 
 def _looked_into() -> bool:
     return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-
-
-def _fused(backend: str) -> bool:
-    if backend == "cpu" and not (status := load_extension()).loaded:
-        raise ValueError(f"backend 'cpu' is not available here: {status.reason}")
-    return backend == "cpu"
 
 
 def swiglu(gate_up: Tensor, backend: str = "reference") -> Tensor:
@@ -39,7 +33,7 @@ def swiglu(gate_up: Tensor, backend: str = "reference") -> Tensor:
     if _looked_into():
         gate, up = gate_up.chunk(2, dim=-1)
         return F.silu(gate) * up
-    return cast(Tensor, _SwiGLU.apply(gate_up, _fused(backend)))
+    return cast(Tensor, _SwiGLU.apply(gate_up, has_cpu_kernels(backend)))
 
 
 class _SwiGLU(torch.autograd.Function):
@@ -104,7 +98,7 @@ def rotated_heads(
         return rotate(q, cos, signed_sin), rotate(k, cos, signed_sin), v
     return cast(
         tuple[Tensor, Tensor, Tensor],
-        _RotatedHeads.apply(qkv, heads, cos, signed_sin, _fused(backend)),
+        _RotatedHeads.apply(qkv, heads, cos, signed_sin, has_cpu_kernels(backend)),
     )
 
 

@@ -9,7 +9,6 @@ n tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -17,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_iiet.parallel.group import Group
-from megatron_iiet.parallel.head_loss import Head, Targets, head_loss
+from megatron_iiet.parallel.head_loss import Gradient, Head, Targets, head_loss
 from megatron_iiet.parallel.tensor import TensorParallel, gather_sequence
 
 
@@ -58,7 +57,7 @@ def prediction_loss(
             teacher_BSD = gather_sequence(teacher_BSD, group)
         teacher = Head(teacher_BSD.flatten(0, -2), teacher_weight, vocab_size, group)
 
-    def of_chunk(rows: slice, mine_nV: Tensor, targets: Targets) -> tuple[Tensor, Callable[[], Tensor]]:
+    def of_chunk(rows: slice, mine_nV: Tensor, targets: Targets) -> tuple[Tensor, Gradient]:
         losses, gradient = _chunk(mine_nV, teacher.logits(rows), targets, kl_weight, temperature, group)
         return torch.cat(((losses[0] + kl_weight * losses[1]).unsqueeze(0), losses)), gradient
 
@@ -95,7 +94,7 @@ def _chunk(
     kl_weight: float,
     temperature: float,
     group: Group,
-) -> tuple[Tensor, Callable[[], Tensor]]:
+) -> tuple[Tensor, Gradient]:
     """Sums of cross-entropy and divergence over the tokens that count, [2], and what makes the gradient of
     cross-entropy + kl_weight · divergence by ``mine_nV``, [n, V]; both logits are overwritten."""
     t, n, valid = temperature, *mine_nV.shape
@@ -127,7 +126,7 @@ def _chunk(
     kl_n = ((aboves * shrink).sum(0) / taught_sum_n + log_ratio_n) * t**2
     losses = torch.stack([x.masked_fill(~targets.counts_n, 0.0).sum() for x in (ce_n, kl_n)])
 
-    def gradient() -> Tensor:
+    def gradient(scale: Tensor | None) -> Tensor:
         if not valid:
             return mine_nV
         # Softmaxes are the exponentials above times a number a token.
@@ -135,14 +134,14 @@ def _chunk(
         cooled_factor_n = kl_weight * t * ((parts[0] - top_n) / t).exp() / cooled_sum_n
         taught_factor_n = kl_weight * t * ((parts[1] - taught_top_n) / t).exp() / taught_sum_n
         factors = [
-            x.masked_fill(~targets.counts_n, 0.0).unsqueeze(-1)
+            x.masked_fill(~targets.counts_n, 0.0).mul(1.0 if scale is None else scale).unsqueeze(-1)
             for x in (factor_n, cooled_factor_n, taught_factor_n)
         ]
         if t == 1:
             gradient_nV = mine_nV.mul_(factors[0] + factors[1])
         else:
             gradient_nV = mine_nV.mul_(factors[0]).addcmul_(cooled_nV, factors[1])
-        return targets.subtract_from(gradient_nV.addcmul_(taught_nV, factors[2], value=-1.0))
+        return targets.subtract_from(gradient_nV.addcmul_(taught_nV, factors[2], value=-1.0), scale)
 
     return losses, gradient
 

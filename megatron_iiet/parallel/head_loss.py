@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megatron_iiet.ops.extension import has_cpu_kernels
 from megatron_iiet.ops.products import add_product, product_dtype, write_product
 from megatron_iiet.parallel.group import Group
 from megatron_iiet.parallel.tensor import TensorParallel, gather_sequence, split_sequence
@@ -61,62 +62,94 @@ class Targets:
         local_n = targets_n - columns.first
         self.counts_n = targets_n != IGNORED
         self._here_n = (local_n >= 0) & (local_n < columns.valid) & self.counts_n
-        self._columns_n1 = local_n.masked_fill(~self._here_n, 0).unsqueeze(-1)
+        self.columns_n = local_n.masked_fill(~self._here_n, -1)
+        """This rank's; -1 where another rank has the target or nothing counts."""
 
     def logits_of(self, logits_nV: Tensor) -> Tensor:
         """The target's logit, 0 where another rank has it, [n]."""
         if not logits_nV.shape[1]:
             return logits_nV.new_zeros(len(logits_nV))
-        return logits_nV.gather(-1, self._columns_n1).squeeze(-1).masked_fill(~self._here_n, 0.0)
+        columns_n1 = self.columns_n.clamp(min=0).unsqueeze(-1)
+        return logits_nV.gather(-1, columns_n1).squeeze(-1).masked_fill(~self._here_n, 0.0)
 
-    def subtract_from(self, softmax_nV: Tensor) -> Tensor:
-        """``softmax - one-hot target``, in place."""
+    def subtract_from(self, softmax_nV: Tensor, scale: Tensor | None) -> Tensor:
+        """``softmax - scale · one-hot target``, in place; scale None is 1."""
         if not softmax_nV.shape[1]:
             return softmax_nV
-        return softmax_nV.scatter_add_(-1, self._columns_n1, -self._here_n.to(softmax_nV.dtype).unsqueeze(-1))
+        ones_n = self._here_n.to(softmax_nV.dtype)
+        columns_n1 = self.columns_n.clamp(min=0).unsqueeze(-1)
+        return softmax_nV.scatter_add_(-1, columns_n1, -_scaled(ones_n, scale).unsqueeze(-1))
+
+
+def _scaled(factor_n: Tensor, scale: Tensor | None) -> Tensor:
+    return factor_n if scale is None else factor_n * scale
 
 
 class Head:
-    """States and a rank's rows of the head, in the type that they are multiplied in."""
+    """States and a rank's rows of the head, in the type that they are multiplied in; ``dtype``: of the logits,
+    if not this one."""
 
-    def __init__(self, states_nD: Tensor, weight: Tensor, vocab_size: int, group: Group) -> None:
+    def __init__(
+        self,
+        states_nD: Tensor,
+        weight: Tensor,
+        vocab_size: int,
+        group: Group,
+        dtype: torch.dtype | None = torch.float32,
+    ) -> None:
         self.columns = Columns.of(len(weight), vocab_size, group)
-        dtype = product_dtype(states_nD.dtype, states_nD.device)
-        self.states_nD = states_nD.to(dtype)
-        self.weight = weight[: self.columns.valid].to(dtype)
-        self._buffer = states_nD.new_empty(0, dtype=torch.float32)
+        products = product_dtype(states_nD.dtype, states_nD.device)
+        self.states_nD = states_nD.to(products)
+        self.weight = weight[: self.columns.valid].to(products)
+        self._buffer = states_nD.new_empty(0, dtype=dtype or products)
 
     def logits(self, rows: slice) -> Tensor:
-        """Of a chunk, [n, V] fp32; to be written over, and the next call's are in the same place."""
+        """Of a chunk, [n, V]; to be written over, and the next call's are in the same place."""
         states_nD = self.states_nD[rows]
         if not len(self._buffer):  # the first chunk is the largest
             self._buffer = self._buffer.new_empty(len(states_nD), self.columns.valid)
         return write_product(self._buffer[: len(states_nD)], states_nD, self.weight.t())
 
 
-def cross_entropy(logits_nV: Tensor, targets: Targets, group: Group) -> tuple[Tensor, Callable[[], Tensor]]:
-    """Cross-entropy in nats of each token of a chunk, [n], 0 where the target is IGNORED, and what makes the
-    gradient of their sum by the logits. They are fp32, and are written over now and then again."""
-    parts_3n = logits_nV.new_zeros(3, len(logits_nV))
-    parts_3n[0] = -torch.inf
-    parts_3n[2] = targets.logits_of(logits_nV)
-    if logits_nV.shape[1]:
+Gradient = Callable[[Tensor | None], Tensor]
+"""Makes the gradient by a chunk's logits, for an upstream gradient, of which None is 1."""
+
+
+def cross_entropy(
+    logits_nV: Tensor, targets: Targets, group: Group, *, fused: bool = False
+) -> tuple[Tensor, Gradient]:
+    """Cross-entropy in nats of each token of a chunk, [n] fp32, 0 where the target is IGNORED, and what makes
+    the gradient of their sum by the logits. These are written over now or then: fp32 ones by torch's
+    operators; ``fused``: those of any type by kernels of the CPU, one for the sums, one for the gradient."""
+    wide = bool(logits_nV.shape[1])
+    if wide and fused:
+        parts_3n = torch.ops.megatron_iiet.cross_entropy_parts(logits_nV, targets.columns_n)
+    else:
+        parts_3n = logits_nV.new_zeros(3, len(logits_nV), dtype=torch.float32)
+        parts_3n[0] = -torch.inf
+        parts_3n[2] = targets.logits_of(logits_nV)
+    if wide and not fused:
         top_n1 = logits_nV.amax(-1, keepdim=True)
         parts_3n[0] = top_n1.squeeze(-1)
         parts_3n[1] = logits_nV.sub_(top_n1).exp_().sum(-1)
     tops, sums, of_targets = group.all_gather(parts_3n).unbind(1)
     top_n = tops.amax(0)
     sum_n = (sums * (tops - top_n).exp()).sum(0)
-    losses_n = top_n + sum_n.log() - of_targets.sum(0)
+    log_sum_n = top_n + sum_n.log()
+    losses_n = log_sum_n - of_targets.sum(0)
 
-    def gradient() -> Tensor:
+    def gradient(scale: Tensor | None) -> Tensor:
+        if fused:
+            factor_n = _scaled(targets.counts_n.float(), scale)
+            kernel = torch.ops.megatron_iiet.cross_entropy_gradient_
+            return kernel(logits_nV, targets.columns_n, log_sum_n, factor_n) if wide else logits_nV
         factor_n = ((parts_3n[0] - top_n).exp() / sum_n).masked_fill(~targets.counts_n, 0.0)
-        return targets.subtract_from(logits_nV.mul_(factor_n.unsqueeze(-1)))
+        return targets.subtract_from(logits_nV.mul_(_scaled(factor_n, scale).unsqueeze(-1)), scale)
 
     return losses_n.masked_fill(~targets.counts_n, 0.0), gradient
 
 
-ChunkLoss = Callable[[slice, Tensor, Targets], tuple[Tensor, Callable[[], Tensor]]]
+ChunkLoss = Callable[[slice, Tensor, Targets], tuple[Tensor, Gradient]]
 """From a chunk's rows, logits (its own to write over) and targets: sums over its tokens, [k] fp32, and what
 makes the gradient of the first by the logits, which is called at most once, and where nothing is to learn
 (validation) not at all."""
@@ -132,15 +165,17 @@ def head_loss(
     parallel: TensorParallel,
     chunk_tokens: int | None = None,
     upstream: Tensor | None = None,
+    logits_dtype: torch.dtype | None = torch.float32,
 ) -> tuple[Tensor, Tensor]:
     """The sums of all chunks: the first, an fp32 scalar, which has a gradient, and the others, [k - 1].
 
     ``states_BSD`` are what the head multiplies, ``weight`` this rank's rows of it; columns of the logits from
     ``vocab_size`` on are padding and count nothing. ``upstream``: about the gradient that the first sum will
     get, by which a loss scale lifts gradients above what fp16 rounds to zero; they are lifted here already.
+    ``logits_dtype``: in which ``of_chunk`` gets them, None for what the products are made in.
     """
     wanted = tuple(x.requires_grad and torch.is_grad_enabled() for x in (states_BSD, weight))
-    options = of_chunk, vocab_size, parallel, chunk_tokens, upstream, wanted
+    options = of_chunk, vocab_size, parallel, chunk_tokens, upstream, logits_dtype, wanted
     return cast(tuple[Tensor, Tensor], _HeadLoss.apply(states_BSD, weight, targets_BT, *options))
 
 
@@ -153,15 +188,23 @@ def head_cross_entropy(
     parallel: TensorParallel,
     chunk_tokens: int | None = None,
     upstream: Tensor | None = None,
+    backend: str = "reference",
 ) -> Tensor:
-    """Cross-entropy in nats, summed over the targets that are not IGNORED; see :func:`head_loss`."""
+    """Cross-entropy in nats, summed over the targets that are not IGNORED; see :func:`head_loss`. Backend
+    ``cpu`` has kernels of its own for it, which leave logits in the type that products are made in.
 
-    def of_chunk(rows: slice, logits_nV: Tensor, targets: Targets) -> tuple[Tensor, Callable[[], Tensor]]:
-        losses_n, gradient = cross_entropy(logits_nV, targets, parallel.group)
+    Raises:
+        ValueError: the backend is not there.
+    """
+    fused = has_cpu_kernels(backend)
+
+    def of_chunk(rows: slice, logits_nV: Tensor, targets: Targets) -> tuple[Tensor, Gradient]:
+        losses_n, gradient = cross_entropy(logits_nV, targets, parallel.group, fused=fused)
         return losses_n.sum().unsqueeze(0), gradient
 
     options: dict[str, Any] = {"vocab_size": vocab_size, "parallel": parallel}
     options |= {"chunk_tokens": chunk_tokens, "upstream": upstream}
+    options |= {"logits_dtype": None if fused else torch.float32}
     return head_loss(states_BSD, weight, targets_BT, of_chunk, **options)[0]
 
 
@@ -180,11 +223,12 @@ class _HeadLoss(torch.autograd.Function):
         parallel: TensorParallel,
         chunk_tokens: int | None,
         expected: Tensor | None,
+        logits_dtype: torch.dtype | None,
         wanted: tuple[bool, bool],
     ) -> tuple[Tensor, Tensor]:
         states_BTD = gather_sequence(states_BSD, parallel.group) if parallel.cuts_sequence else states_BSD
         targets_n = targets_BT.flatten()
-        head = Head(states_BTD.flatten(0, -2), weight, vocab_size, parallel.group)
+        head = Head(states_BTD.flatten(0, -2), weight, vocab_size, parallel.group, logits_dtype)
         for_states = torch.empty_like(head.states_nD) if wanted[0] else None
         for_weight = weight.new_zeros(weight.shape, dtype=torch.float32) if wanted[1] else None
         sums = []
@@ -193,10 +237,7 @@ class _HeadLoss(torch.autograd.Function):
             sums.append(of_rows)
             if not any(wanted):
                 continue
-            gradient_nV = gradient()
-            if expected is not None:
-                gradient_nV = gradient_nV.mul_(expected)
-            gradient_nV = gradient_nV.to(head.weight.dtype)
+            gradient_nV = gradient(expected).to(head.weight.dtype)
             if for_states is not None:
                 torch.mm(gradient_nV, head.weight, out=for_states[rows])
             if for_weight is not None:
@@ -229,4 +270,4 @@ class _HeadLoss(torch.autograd.Function):
             for_weight = for_weight.mul_(upstream).to(ctx.dtypes[1])
         if work is not None:
             work.wait()
-        return for_states, for_weight, *(None,) * 7
+        return for_states, for_weight, *(None,) * 8

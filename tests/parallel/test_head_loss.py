@@ -16,6 +16,7 @@ from megatron_iiet.parallel import TensorParallel
 from megatron_iiet.parallel.distillation_loss import prediction_loss
 from megatron_iiet.parallel.head_loss import chunks_of, head_cross_entropy
 from megatron_iiet.parallel.vocabulary import IGNORED
+from tests.ops.inputs import needs_extension
 
 B, T, D, VOCABULARY = 3, 5, 16, 40
 
@@ -29,19 +30,27 @@ def drawn(dtype: torch.dtype, padded: int = VOCABULARY) -> tuple[Tensor, Tensor,
     return states.view(B, T, D).requires_grad_(), weight.requires_grad_(), targets
 
 
-def ours(states: Tensor, weight: Tensor, targets: Tensor, chunk: int | None = None) -> Tensor:
-    return head_cross_entropy(
-        states, weight, targets, vocab_size=VOCABULARY, parallel=TensorParallel(), chunk_tokens=chunk
-    )
+def ours(
+    states: Tensor, weight: Tensor, targets: Tensor, chunk: int | None = None, backend: str = "reference"
+) -> Tensor:
+    parallel = TensorParallel()
+    options: dict[str, Any] = {"vocab_size": VOCABULARY, "chunk_tokens": chunk, "backend": backend}
+    return head_cross_entropy(states, weight, targets, parallel=parallel, **options)
 
 
+BACKENDS = ["reference", pytest.param("cpu", marks=needs_extension)]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("padded", [40, 64])
 @pytest.mark.parametrize("chunk", [1, 4, 1000, None])
-def test_loss_and_gradients_are_torchs(dtype: torch.dtype, padded: int, chunk: int | None) -> None:
+def test_loss_and_gradients_are_torchs(
+    dtype: torch.dtype, padded: int, chunk: int | None, backend: str
+) -> None:
     states, weight, targets = drawn(dtype, padded)
     kept = states.detach().clone(), weight.detach().clone()
-    loss = ours(states, weight, targets, chunk)
+    loss = ours(states, weight, targets, chunk, backend)
     found = torch.autograd.grad(0.3 * loss, (states, weight))
     leaves = [x.detach().float().requires_grad_() for x in (states, weight)]
     logits = (leaves[0] @ leaves[1].t())[..., :VOCABULARY].flatten(0, 1)
@@ -59,8 +68,9 @@ def test_loss_and_gradients_are_torchs(dtype: torch.dtype, padded: int, chunk: i
     assert torch.equal(weight, kept[1])
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("lifted", [False, True])
-def test_small_gradients_in_fp16(lifted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_small_gradients_in_fp16(lifted: bool, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Told of a loss scale beforehand, it does not round small probabilities away where products are fp16."""
     monkeypatch.setattr("megatron_iiet.parallel.head_loss.product_dtype", lambda dtype, device: dtype)
     states, weight, targets = drawn(torch.float16)
@@ -71,7 +81,7 @@ def test_small_gradients_in_fp16(lifted: bool, monkeypatch: pytest.MonkeyPatch) 
     upstream = torch.tensor(2.0**10)
     parallel, told = TensorParallel(), upstream if lifted else None
     loss = head_cross_entropy(
-        states, weight, targets, vocab_size=VOCABULARY, parallel=parallel, upstream=told
+        states, weight, targets, vocab_size=VOCABULARY, parallel=parallel, upstream=told, backend=backend
     )
     found = torch.autograd.grad(0.5 * upstream * loss, (states, weight))
     leaves = [x.detach().double().requires_grad_() for x in (states, weight)]

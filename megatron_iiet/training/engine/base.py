@@ -34,6 +34,7 @@ from megatron_iiet.storage.source import Source
 from megatron_iiet.training.engine.corrected import CorrectedEngine, model_parallel_unit
 from megatron_iiet.training.engine.optimizer_state import load_fragments, own_fragments, start_from
 from megatron_iiet.training.engine.results import OwnTime, Ring, StepResult
+from megatron_iiet.training.host_memory import keep_freed_memory
 from megatron_iiet.training.saving import Saving
 from megatron_iiet.training.stopping import failing_together, stop_if_asked
 from megatron_iiet.training.warm_start import WarmStart
@@ -89,6 +90,8 @@ class Engine(ABC):
         deepspeed_logger.setLevel(logging.WARNING)
         deepspeed.init_distributed(dist_init_required=False)  # takes over the process group there is
         self.context = context
+        if context.device.type == "cpu":
+            keep_freed_memory()
         self.zero_stage = zero_stage(ds_config)
         self.accumulation: int = ds_config["gradient_accumulation_steps"]
         self.meta_model = Transformer.on_meta(config)
