@@ -26,12 +26,14 @@ CUDA_TARGETS = "8.0;9.0;10.0;12.0"
 FLAGS = ["-O3", "-std=c++20", "-g0", "-fopenmp", "-Wno-unknown-pragmas"]
 X86 = platform.machine() in ("x86_64", "AMD64")
 ISA_FLAGS: dict[str, list[str]] = {"default": ["-DCPU_CAPABILITY=DEFAULT", "-DCPU_CAPABILITY_DEFAULT"]}
+ATTENTION_FLAGS: list[str] = []
 if X86:
     # at::vec chooses its vectors by the macros, the compiler its instructions by the flags: both, or neither.
     common = ["-mfma", "-mf16c"]
     wide = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
     ISA_FLAGS["avx2"] = ["-DCPU_CAPABILITY=AVX2", "-DCPU_CAPABILITY_AVX2", "-mavx2", *common]
     ISA_FLAGS["avx512"] = ["-DCPU_CAPABILITY=AVX512", "-DCPU_CAPABILITY_AVX512", *wide, *common]
+    ATTENTION_FLAGS = [*ISA_FLAGS["avx512"], "-mavx512bf16"]
 
 
 def wanted(variable: str) -> bool | None:
@@ -107,9 +109,10 @@ def extension_options() -> dict[str, Any]:
         """Compiles the kernels once per instruction set, and notes what was built beside the library."""
 
         def build_extension(self, extension: Any) -> None:
-            for isa, flags in ISA_FLAGS.items():
+            flags_of = {f"isa_{isa}": flags for isa, flags in ISA_FLAGS.items()}
+            for name, flags in {**flags_of, "attention_bf16": ATTENTION_FLAGS}.items():
                 extension.extra_objects += self.compiler.compile(
-                    [str(CSRC / "cpu" / f"isa_{isa}.cpp")],
+                    [str(CSRC / "cpu" / f"{name}.cpp")],
                     output_dir=self.build_temp,
                     include_dirs=extension.include_dirs,
                     extra_postargs={"cxx": [*FLAGS, "-fPIC", *flags]},
@@ -135,7 +138,10 @@ def extension_options() -> dict[str, Any]:
 
     sources = [
         CSRC / "schema.cpp",
-        *(CSRC / "cpu" / f"{name}.cpp" for name in ("torch_cpu", "pointwise", "cross_entropy", "packing")),
+        *(
+            CSRC / "cpu" / f"{name}.cpp"
+            for name in ("torch_cpu", "pointwise", "cross_entropy", "attention", "packing")
+        ),
     ]
     if cuda:
         sources += [*sorted((CSRC / "cuda").glob("*.cu")), CSRC / "cuda" / "torch_cuda.cpp"]

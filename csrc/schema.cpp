@@ -18,6 +18,9 @@
 // cross_entropy_parts  of rows of logits [n, V] and the targets' columns: maximum, sum of exponentials below it, the
 //                      target's logit (0 where the column is negative), [3, n]; cross_entropy_gradient_ writes
 //                      (exp(logit - log_sum) - [target]) · factor over them. On the CPU only: csrc/cpu/cross_entropy.cpp.
+// attention            causal, of q [B, H, T, K], k and v [B, G, T, K] in bf16: the output and, for the backward pass,
+//                      the logarithm of each query's sum of exponentials, fp32 [B, H, T]; attention_gradients those of
+//                      q, k and v. Where has_attention: csrc/cpu/attention_bf16.cpp.
 // pack_documents       documents in bins, on the CPU only: csrc/cpu/packing.cpp.
 #include <torch/library.h>
 
@@ -39,5 +42,10 @@ TORCH_LIBRARY(megatron_iiet, m) {
   m.def("cross_entropy_parts(Tensor logits, Tensor columns) -> Tensor");
   m.def(
       "cross_entropy_gradient_(Tensor(a!) logits, Tensor columns, Tensor log_sums, Tensor factors) -> Tensor(a!)");
+  m.def("has_attention() -> bool");
+  m.def("attention(Tensor q, Tensor k, Tensor v) -> (Tensor out, Tensor log_sums)");
+  m.def(
+      "attention_gradients(Tensor gradient, Tensor q, Tensor k, Tensor v, Tensor out, Tensor log_sums)"
+      " -> (Tensor, Tensor, Tensor)");
   m.def("pack_documents(Tensor documents, int start, int stop, int bins, int capacity) -> Tensor packing");
 }

@@ -38,7 +38,11 @@ constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
-__m512 exponential(__m512 x) { return at::vec::Vectorized<float>(x).exp_u20(); }
+// To 20 ulp; of a NaN a NaN.
+__m512 exponential(__m512 x) {
+  const __m512 power = at::vec::Vectorized<float>(x).exp_u20();
+  return _mm512_mask_mov_ps(power, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), x);
+}
 
 __m512 widen(const bf16* p) {
   return _mm512_castsi512_ps(
@@ -142,7 +146,7 @@ void transpose(__m512i (&rows)[16]) {  // 16 x 16 of 32 bits
   }
 }
 
-// [padded / 16 · 16 tokens] as columns: out [width / 2, padded]; zeros behind the last token.
+// Tokens as columns: out [width / 2, padded]; zeros behind the last token.
 void pack_columns(const Rows& rows, int64_t length, int64_t padded, int64_t width, pair* out) {
   for (int64_t t = 0; t < padded; t += kLanes) {
     for (int64_t p = 0; p < width / 2; p += kLanes) {

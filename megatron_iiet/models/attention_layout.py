@@ -22,15 +22,12 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from megatron_iiet.config.schema import ModelConfig
 from megatron_iiet.models.rope import rotary_frequencies
+from megatron_iiet.ops.attention import causal_attention, has_causal_attention
 from megatron_iiet.ops.pointwise import rotate, rotated_heads
 from megatron_iiet.ops.products import product_dtype
 
 FLEX_BLOCK = 128
 """Queries and keys of one block of flex_attention, its default."""
-
-LONGEST_WRITTEN_OUT = 512
-"""Longest sequence whose attention is written out in bf16 on CPUs with instructions for it, where
-that takes half of SDPA's time; an evaluation of a layer keeps its T x T scores for the backward pass."""
 
 NARROWEST_FLEX_HEAD = 16
 """Head width below which the kernels of flex_attention do not compile."""
@@ -80,8 +77,6 @@ class AttentionLayout:
     """As :attr:`cos`."""
     mask: Tensor | BlockMask | None = None
     """None: causal. Else causal within each document, as SDPA or as flex_attention wants it."""
-    written_out: bool = False
-    """Whether attention is plain matrix products and a softmax; there is a mask then, [T, T]."""
 
     def rotate(self, x_BHTK: Tensor) -> Tensor:
         """Apply the rotary tables to queries or keys."""
@@ -93,14 +88,14 @@ class AttentionLayout:
         """Queries, keys and values of one product, the first two rotated; ``heads``: H and G."""
         return rotated_heads(qkv_BTW, heads, self.cos, self.signed_sin, backend)
 
-    def attend(self, q_BHTK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor) -> Tensor:
+    def attend(self, q_BHTK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor, backend: str = "reference") -> Tensor:
         """Masked attention of rotated queries and keys, [B, H, T, K]."""
+        if self.mask is None and has_causal_attention(q_BHTK, k_BGTK, backend):
+            return causal_attention(q_BHTK, k_BGTK, v_BGTK)
         dtype = q_BHTK.dtype
         q, k, v = (x.to(product_dtype(dtype, x.device)) for x in (q_BHTK, k_BGTK, v_BGTK))
         grouped, mask = q_BHTK.shape[1] != k_BGTK.shape[1], self.mask
-        if self.written_out:
-            out_BHTK = _written_out(q, k, v, cast(Tensor, mask))
-        elif isinstance(mask, BlockMask):
+        if isinstance(mask, BlockMask):
             out_BHTK = _compiled_flex_attention()(q, k, v, block_mask=mask, enable_gqa=grouped)
         else:
             out_BHTK = F.scaled_dot_product_attention(
@@ -121,25 +116,12 @@ def attention_layout(
         ValueError: the sequence is longer than the rotary table.
     """
     cos, signed_sin = rotary(length, dtype, positions_BT)
-    dtype = product_dtype(dtype, cos.device)
     if positions_BT is not None:
+        dtype = product_dtype(dtype, cos.device)
         flex = positions_BT.is_cuda and cos.shape[-1] >= NARROWEST_FLEX_HEAD
         mask = document_block_mask(positions_BT) if flex else document_mask(positions_BT, dtype)
         return AttentionLayout(cos, signed_sin, mask)
-    if not cos.is_cuda and dtype == torch.bfloat16 and length <= LONGEST_WRITTEN_OUT:
-        causal_TT = cos.new_full((length, length), -torch.inf).triu_(1)
-        return AttentionLayout(cos, signed_sin, causal_TT, written_out=True)
     return AttentionLayout(cos, signed_sin)
-
-
-def _written_out(q_BHTK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor, mask_TT: Tensor) -> Tensor:
-    B, H, _, K = q_BHTK.shape
-    groups = H // k_BGTK.shape[1]
-    if groups > 1:
-        k_BGTK, v_BGTK = (x.repeat_interleave(groups, dim=1) for x in (k_BGTK, v_BGTK))
-    q, k, v = (x.flatten(0, 1) for x in (q_BHTK * K**-0.5, k_BGTK, v_BGTK))
-    scores = torch.baddbmm(mask_TT, q, k.transpose(1, 2))
-    return torch.bmm(scores.softmax(-1), v).unflatten(0, (B, H))
 
 
 def document_mask(positions_BT: Tensor, dtype: torch.dtype) -> Tensor:

@@ -82,7 +82,9 @@ class Attention(nn.Module):
             q, k, v = self.qkv(x_BTD).split(self.local_widths, dim=-1)
             q = layout.rotate(self._heads(q, self.q_norm))
             keys_values = KeysValues(layout.rotate(self._heads(k, self.k_norm)), self._heads(v))
-        return self.output(layout.attend(q, *keys_values).transpose(1, 2).flatten(2)), keys_values
+        return self.output(
+            layout.attend(q, *keys_values, self.backend).transpose(1, 2).flatten(2)
+        ), keys_values
 
     def _heads(self, x_BTW: Tensor, norm: RMSNorm | None = None) -> Tensor:
         """[B, T, heads · K] → [B, heads, T, K], each head normed if there is a norm."""

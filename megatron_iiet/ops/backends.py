@@ -15,10 +15,12 @@ from functools import cache
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_iiet.ops import reference
+from megatron_iiet.ops.attention import attention_runs_here, causal_attention
 from megatron_iiet.ops.extension import load_extension
 from megatron_iiet.ops.pointwise import rotated_heads, swiglu
 
@@ -231,10 +233,33 @@ def _unsupported_reason(name: str, kind: str) -> str | None:
     return reason or self_check(name, kind)
 
 
+def _of_own_size(difference: Tensor, size: Tensor) -> float:
+    return (difference.abs().max() / size.abs().max()).item()
+
+
+def _cross_entropy(logits_nV: Tensor, columns_n: Tensor, name: str) -> list[Tensor]:
+    """Logarithms of the sums of exponentials, and the gradient by the logits."""
+    if name != "cpu":
+        here_n = columns_n.to(logits_nV.device)
+        one_hot_nV = torch.zeros_like(logits_nV)
+        one_hot_nV[here_n >= 0] = F.one_hot(here_n[here_n >= 0], logits_nV.shape[1]).float()
+        return [logits_nV.logsumexp(-1), logits_nV.softmax(-1) - one_hot_nV]
+    kernels = torch.ops.megatron_iiet
+    tops_n, sums_n, _ = kernels.cross_entropy_parts(logits_nV, columns_n)
+    log_sums_n = tops_n + sums_n.log()
+    ones_n = torch.ones_like(log_sums_n)
+    return [log_sums_n, kernels.cross_entropy_gradient_(logits_nV, columns_n, log_sums_n, ones_n)]
+
+
+def _attention_in_fp32(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    wide = q.float(), k.float(), v.float()
+    return F.scaled_dot_product_attention(*wide, is_causal=True, enable_gqa=True).to(q.dtype)
+
+
 @cache
 def self_check(name: str, kind: str) -> str | None:
-    """Run a small merge, a SwiGLU and a rotation with their gradients on ``name`` and on the reference; the
-    difference if there is one."""
+    """Run small cases of all that ``name`` has kernels for, with their gradients, on it and on the reference;
+    the difference if there is one."""
     if name == "reference":
         return None
 
@@ -257,11 +282,17 @@ def self_check(name: str, kind: str) -> str | None:
         parts = [swiglu(rows, name).flatten(), *rotated_heads(rows, (2, 1), cos, sin, name)]
         flat = torch.cat([part.flatten() for part in parts])
         gradients += torch.autograd.grad((flat * draw(len(flat))).sum(), rows)
-        return [merged.detach(), normed.detach(), *gradients, *transposed, flat.detach()]
+        made = [merged.detach(), normed.detach(), *gradients, *transposed, flat.detach()]
+        made += _cross_entropy(draw(3, 200).detach(), torch.tensor([5, -1, 199]), name)
+        q, k, v = (draw(1, heads, 40, 32).bfloat16() for heads in (2, 1, 1))
+        if kind == "cpu" and attention_runs_here():
+            out = causal_attention(q, k, v) if name == "cpu" else _attention_in_fp32(q, k, v)
+            made += [out.detach(), *torch.autograd.grad((out * draw(40, 32)).sum(), (q, k, v))]
+        return made
 
     try:
         pairs = zip(results(name), results("reference"), strict=True)
-        errors = [((a - b).abs().max() / b.abs().max()).item() for a, b in pairs]
+        errors = [(_of_own_size(a - b, b) / (1000 if a.dtype == torch.bfloat16 else 1)) for a, b in pairs]
     except Exception as failure:  # whatever a kernel that does not fit this device raises
         return f"its self-check on this device failed: {failure}"
     wrong = [error for error in errors if not error < 1e-5]  # NaN is wrong too

@@ -26,6 +26,9 @@ OPERATORS = (
     "rotated_heads",
     "cross_entropy_parts",
     "cross_entropy_gradient_",
+    "has_attention",
+    "attention",
+    "attention_gradients",
     "pack_documents",
 )
 """What csrc/schema.cpp defines."""

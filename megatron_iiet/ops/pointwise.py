@@ -20,7 +20,8 @@ from torch.autograd.function import once_differentiable
 from megatron_iiet.ops.extension import has_cpu_kernels
 
 
-def _looked_into() -> bool:
+def looked_into() -> bool:
+    """Whether torch.compile or a transform of torch.func traces the call: they want plain operators."""
     return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 
 
@@ -30,7 +31,7 @@ def swiglu(gate_up: Tensor, backend: str = "reference") -> Tensor:
     Raises:
         ValueError: the backend is not there.
     """
-    if _looked_into():
+    if looked_into():
         gate, up = gate_up.chunk(2, dim=-1)
         return F.silu(gate) * up
     return cast(Tensor, _SwiGLU.apply(gate_up, has_cpu_kernels(backend)))
@@ -63,7 +64,7 @@ class _SwiGLU(torch.autograd.Function):
 def rotate(x: Tensor, cos: Tensor, signed_sin: Tensor) -> Tensor:
     """``x · cos + swap(x) · signed_sin``, [..., K], where swap exchanges the halves of the last dimension:
     the rotary embedding (Su et al. 2021), half-split, if the sines of the first half are negated."""
-    if _looked_into():
+    if looked_into():
         return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), signed_sin)
     return cast(Tensor, _Rotate.apply(x, cos, signed_sin))
 
@@ -93,7 +94,7 @@ def rotated_heads(
     Raises:
         ValueError: the backend is not there.
     """
-    if _looked_into():
+    if looked_into():
         q, k, v = _parts(qkv, heads)
         return rotate(q, cos, signed_sin), rotate(k, cos, signed_sin), v
     return cast(

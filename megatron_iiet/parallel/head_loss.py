@@ -86,8 +86,8 @@ def _scaled(factor_n: Tensor, scale: Tensor | None) -> Tensor:
 
 
 class Head:
-    """States and a rank's rows of the head, in the type that they are multiplied in; ``dtype``: of the logits,
-    if not this one."""
+    """States and a rank's rows of the head, in the type that they are multiplied in; ``dtype``: of the
+    logits, if not this one."""
 
     def __init__(
         self,

@@ -37,7 +37,8 @@ def positions(length: int, batch: int, documents: int) -> Tensor:
 
 def run(layout: AttentionLayout, qkv: list[Tensor], gradient: Tensor) -> list[Tensor]:
     leaves = [t.detach().requires_grad_() for t in qkv]
-    out = layout.attend(*leaves)
+    q, k, v = leaves
+    out = layout.attend(q, k, v)
     return [out.detach(), *torch.autograd.grad(out, leaves, gradient)]
 
 
