@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -20,6 +20,7 @@ from megatron_iiet.models.attention_layout import AttentionLayout, Rotary, atten
 from megatron_iiet.models.history import History
 from megatron_iiet.models.layer import DecoderLayer, KeysValues, RMSNorm
 from megatron_iiet.models.solvers import Solver, build_solver
+from megatron_iiet.ops import merge_norm
 from megatron_iiet.ops.fp8 import Products
 from megatron_iiet.parallel import TensorParallel
 from megatron_iiet.parallel.head_loss import head_cross_entropy
@@ -41,12 +42,20 @@ class BoundIncrement:
     """Of the step's first evaluation, where the layer keeps them."""
 
     @property
-    def input_norm(self) -> RMSNorm:
-        return self.layer.input_norm
+    def _recomputes(self) -> bool:
+        return self.recompute and torch.is_grad_enabled()
+
+    def input_of(
+        self, residual_BTD: Tensor, increments: Sequence[Tensor], coefficients: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        # An evaluation that is recomputed norms its input again: it need not be kept.
+        norm, backend = self.layer.input_norm, self.layer.backend
+        weight = None if self._recomputes else norm.weight
+        return merge_norm(residual_BTD, increments, coefficients, weight, eps=norm.eps, backend=backend)
 
     def __call__(self, y_BTD: Tensor, normed_BTD: Tensor | None, evaluation: int) -> Tensor:
         arguments = (y_BTD, normed_BTD, self.layout, self.keys_values if evaluation else None)
-        if self.recompute and torch.is_grad_enabled():
+        if self._recomputes:
             f_BTD, self.keys_values = checkpoint(self.layer, *arguments, use_reentrant=False)
         else:
             f_BTD, self.keys_values = self.layer(*arguments)

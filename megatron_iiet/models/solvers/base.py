@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from megatron_iiet.config.solvers import Iterating, SolverConfig
 from megatron_iiet.models.history import History
-from megatron_iiet.models.layer import RMSNorm
 
 LAYER_NORM_EPS = 1e-5
 """Epsilon of the LayerNorms that solvers have, as in the IIET authors' code."""
@@ -23,8 +22,11 @@ IterateObserver = Callable[[int, Tensor, Tensor], None]
 class IncrementFn(Protocol):
     """F as a solver sees it."""
 
-    input_norm: RMSNorm
-    """The norm F applies to its input first; a merge that ends in it saves F a pass over memory."""
+    def input_of(
+        self, residual_BTD: Tensor, increments: Sequence[Tensor], coefficients: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """``(y, normed)`` for an evaluation: the sum of the residual and the increments, times coefficients
+        if there are any, and what F's first norm makes of it where that saves a pass over memory."""
 
     def __call__(self, y_BTD: Tensor, normed_BTD: Tensor | None, evaluation: int) -> Tensor:
         """F(y), [B, T, D]; ``normed_BTD``: ``input_norm(y)`` if known; ``evaluation``: 0 the predictor."""

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 from megatron_iiet.config import solvers
 from megatron_iiet.models.history import History
 from megatron_iiet.models.solvers.base import LAYER_NORM_EPS, IncrementFn, Place, Solver, euler_step
-from megatron_iiet.ops import merge_norm
 
 
 class Euler(Solver[solvers.Euler]):
@@ -40,11 +39,8 @@ class WeightSharing(Solver[solvers.WeightSharing]):
     keeps = False
 
     def step(self, y_BTD: Tensor, increment_fn: IncrementFn, history: History) -> tuple[Tensor, Tensor]:
-        norm = increment_fn.input_norm
         f = increment_fn(y_BTD, None, 0)
         for i in range(1, self.declared.repeats):
-            y_BTD, normed = merge_norm(
-                y_BTD, (f,), None, norm.weight, eps=norm.eps, backend=self.place.backend
-            )
+            y_BTD, normed = increment_fn.input_of(y_BTD, (f,), None)
             f = increment_fn(y_BTD, normed, i)
         return y_BTD + f, f

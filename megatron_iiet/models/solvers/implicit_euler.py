@@ -80,7 +80,6 @@ class ImplicitEuler(DLCL[solvers.IIET]):
                 return super().step(y_BTD, increment_fn, history)
             f = increment_fn(y_BTD, None, 0)
             return y_BTD + f, self.kept(f)  # plain Transformer++: there is no corrector to merge in
-        norm = increment_fn.input_norm
         f = increment_fn(y_BTD, None, 0)
         base, own = y_BTD, None
         if merge:
@@ -89,17 +88,12 @@ class ImplicitEuler(DLCL[solvers.IIET]):
         iterate = y_BTD
         for i in range(self.iterations + 1):
             before = iterate
-            plain = i == 0 and plain_predictor
-            iterate, normed = merge_norm(
-                y_BTD if plain else base,
-                (f,),
-                None if plain else own,
-                norm.weight if i < self.iterations else None,
-                eps=norm.eps,
-                backend=self.place.backend,
-            )
-            self.observe(i, before, iterate)
+            terms = (y_BTD, (f,), None) if i == 0 and plain_predictor else (base, (f,), own)
             if i < self.iterations:
+                iterate, normed = increment_fn.input_of(*terms)
                 new = increment_fn(iterate, normed, i + 1)
                 f = new if damping == 1 else torch.lerp(f, new, damping)
+            else:
+                iterate = merge_norm(*terms, backend=self.place.backend).merged
+            self.observe(i, before, iterate)
         return iterate, self.kept(f)

@@ -9,7 +9,6 @@ from megatron_iiet.config import solvers
 from megatron_iiet.models.history import History
 from megatron_iiet.models.solvers.base import IncrementFn, Place, Solver, fp32_parameter, initial_row
 from megatron_iiet.models.solvers.runge_kutta import evaluate_stages
-from megatron_iiet.ops import merge_norm
 
 KEPT_MERGED = 3
 """Increments of earlier layers in the corrector."""
@@ -46,11 +45,11 @@ class PCformer(Solver[solvers.PCformer]):
         return [self.coefficients]
 
     def step(self, y_BTD: Tensor, increment_fn: IncrementFn, history: History) -> tuple[Tensor, Tensor]:
-        norm, order, backend = increment_fn.input_norm, self.declared.predictor_order, self.place.backend
-        stages = evaluate_stages(order, y_BTD, increment_fn, backend)
+        order = self.declared.predictor_order
+        stages = evaluate_stages(order, y_BTD, increment_fn)
         gamma = self.gamma.float()  # ZeRO-3 in bf16 can't keep it fp32
         weights = torch.cat([gamma * (1 - gamma) ** (order - i) for i in range(1, order + 1)])
-        predicted, normed = merge_norm(y_BTD, stages, weights, norm.weight, eps=norm.eps, backend=backend)
+        predicted, normed = increment_fn.input_of(y_BTD, stages, weights)
         self.observe(0, y_BTD, predicted)
         f = increment_fn(predicted, normed, order)
         (corrected,) = history.merge(

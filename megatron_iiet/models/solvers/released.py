@@ -62,7 +62,6 @@ class ReleasedImplicitEuler(Solver[solvers.ReleasedIIET]):
 
     def step(self, y_BTD: Tensor, increment_fn: IncrementFn, history: History) -> tuple[Tensor, Tensor]:
         n = self.merged_entries
-        norm = increment_fn.input_norm
         stepped = y_BTD + increment_fn(y_BTD, None, 0)
         self.observe(0, y_BTD, stepped)  # before the norm, whose output has another scale than y
         output = self.predictor_norm(stepped)
@@ -73,9 +72,7 @@ class ReleasedImplicitEuler(Solver[solvers.ReleasedIIET]):
         owns = [row.float()[n : n + 1] for row in self.coefficient_rows]
         for i in range(1, self.iterations + 1):
             before = output
-            h_BTD, normed = merge_norm(
-                bases[0], (output,), owns[0], norm.weight, eps=norm.eps, backend=self.place.backend
-            )
+            h_BTD, normed = increment_fn.input_of(bases[0], (output,), owns[0])
             output = self.corrector_norm(h_BTD + increment_fn(h_BTD, normed, i))
             self.observe(i, before, output)
         h_BTD = merge_norm(bases[-1], (output,), owns[-1], backend=self.place.backend).merged

@@ -55,7 +55,7 @@ class RungeKutta(Solver[solvers.RungeKutta2]):
 
     def step(self, y_BTD: Tensor, increment_fn: IncrementFn, history: History) -> tuple[Tensor, Tensor]:
         order, backend = self.declared.order, self.place.backend
-        stages = evaluate_stages(order, y_BTD, increment_fn, backend, self.inner_coefficients)
+        stages = evaluate_stages(order, y_BTD, increment_fn, self.inner_coefficients)
         if self.gate_weight is not None:
             first_BTD, second_BTD = stages
             of_first, of_second = self.gate_weight.chunk(2, dim=1)  # saves a copy of both stages side by side
@@ -80,12 +80,10 @@ def evaluate_stages(
     order: int,
     y_BTD: Tensor,
     increment_fn: IncrementFn,
-    backend: str,
     inner_coefficients: Tensor | None = None,
 ) -> list[Tensor]:
     """The stages F_1 … F_order of a Runge-Kutta step from y, each [B, T, D]; ``inner_coefficients``: β_21,
     β_31, β_32, … instead of the classic ones, each stage from the one before."""
-    norm = increment_fn.input_norm
     stages = [increment_fn(y_BTD, None, 0)]
     for i, length in enumerate(STEP_LENGTHS[order], start=1):
         merged, scale = stages[-1:], None
@@ -94,6 +92,6 @@ def evaluate_stages(
             merged, scale = stages, inner_coefficients.float()[first : first + i]
         elif length != 1.0:
             scale = torch.full((1,), length, dtype=torch.float32, device=y_BTD.device)
-        x_BTD, normed = merge_norm(y_BTD, merged, scale, norm.weight, eps=norm.eps, backend=backend)
+        x_BTD, normed = increment_fn.input_of(y_BTD, merged, scale)
         stages.append(increment_fn(x_BTD, normed, i))
     return stages
