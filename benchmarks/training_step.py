@@ -275,14 +275,14 @@ class Process:
         self.answers.close()
 
 
-def in_turn(workers: Sequence[Worker], rounds: int) -> None:
-    """Rounds of a step of each, after two that warm up, then three for the memory."""
+def in_turn(workers: Sequence[Worker], rounds: int, for_memory: int = 0) -> None:
+    """Rounds of a step of each, after two that warm up, then so many steps of each for the memory."""
     try:
         for number in range(-2, rounds):
             for worker in workers if number % 2 else reversed(workers):
                 worker.step(worker.seconds if number >= 0 else None)
         for worker in workers:
-            for _ in range(3):
+            for _ in range(for_memory):
                 worker.step(worker.bytes)
     finally:
         for worker in workers:
@@ -340,7 +340,7 @@ def compare(spec: dict[str, Any], rounds: int, litgpt_python: str | None) -> Non
     }
     if litgpt_python:
         workers["litgpt"] = Worker("litgpt", spec, litgpt_python)
-    in_turn(list(workers.values()), rounds)
+    in_turn(list(workers.values()), rounds, for_memory=3)
     size = f"{spec['batch']} x {spec['length']} tokens"
     print(f"{spec['precision']}, {spec['threads']} threads, {size}, {rounds} rounds")
     for name, worker in workers.items():

@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from megatron_iiet.parallel import head_loss
 from tests.models.conftest import Build
+from tests.ops.inputs import needs_extension
 
 B, T, VOCABULARY = 4, 32, 5000
 
@@ -56,3 +57,21 @@ def test_logits_are_never_whole(
         level += event.nbytes()
         most = max(most, level)
     assert 2 * head * dtype.itemsize < most < B * T * VOCABULARY * 4
+
+
+@needs_extension
+def test_the_loss_is_the_kernels(build: Build, tokens: torch.Tensor) -> None:
+    """Of the model's backend: they take a chunk's logits as the products give them."""
+    model = build()
+    model.backend = "cpu"
+    seen = []
+
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    with Seen():
+        model(tokens[:, :-1], tokens[:, 1:]).backward()
+    assert seen.count("megatron_iiet.cross_entropy_parts.default") == 2
+    assert seen.count("megatron_iiet.cross_entropy_gradient_.default") == 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -353,3 +354,19 @@ def test_a_backend_that_fails_its_self_check_is_not_chosen(monkeypatch: pytest.M
     assert resolve_backend("auto") == ("reference", f"plain torch; {said}")
     with pytest.raises(ValueError, match=f"'cpu', but {said}; available on this cpu device: reference$"):
         resolve_backend("cpu")
+
+
+def test_an_extension_of_older_sources(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It lacks an operator that this package calls: told as one that is not there, before anything runs."""
+    monkeypatch.setattr(extension, "OPERATORS", (*extension.OPERATORS, "of_tomorrow"))
+    status = extension.load_extension.__wrapped__()
+    assert not status.loaded
+    assert re.search(
+        r"_extension.*\.so is of older sources: no of_tomorrow \(pip install .* anew\)", status.reason
+    )
+
+
+def test_operators_are_those_of_the_schema() -> None:
+    sources = Path(__file__).parents[2] / "csrc" / "schema.cpp"
+    defined = re.findall(r'm\.def\(\s*"(\w+)\(', sources.read_text(encoding="utf-8"))
+    assert tuple(defined) == extension.OPERATORS
