@@ -371,11 +371,11 @@ GROWTH = {
 }
 
 
-def growth(spec: dict[str, Any], rounds: int) -> None:
+def growth(spec: dict[str, Any], rounds: int, only: Sequence[str]) -> None:
     """Exponents of the step's time, fitted over a range of sizes, beside those of the FLOPs.
     Data-parallel ranks, a thread each, share as many times the tokens: exponent 0 at best."""
     print(f"{'what grows':<14} {'range':<14} {'time':>6} {'FLOPs':>6} {'ratio':>6}")
-    for name, values in GROWTH.items():
+    for name, values in ((name, values) for name, values in GROWTH.items() if name in only):
         specs = [grown(spec, name, value) for value in values]
         workers = [Worker("ours", each) for each in specs]
         in_turn(workers, rounds)
@@ -418,13 +418,14 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--compile", default="off", choices=["off", "layer"])
+    parser.add_argument("--only", nargs="+", default=list(GROWTH), choices=GROWTH, help="of growth")
     parser.add_argument("--litgpt-python", help="Python of an environment with litgpt (pip install litgpt)")
     arguments = parser.parse_args()
     spec = {name: getattr(arguments, name) for name in (*SIZES, "precision", "threads", "compile")}
     spec |= {"iterations": 0, "recompute": "off", "ranks": 1}
     torch.set_num_threads(arguments.threads)
     if arguments.what == "growth":
-        growth(spec, arguments.rounds)
+        growth(spec, arguments.rounds, arguments.only)
     else:
         compare(spec, arguments.rounds, arguments.litgpt_python)
 

@@ -11,6 +11,7 @@ import lzma
 import os
 import re
 import threading
+import time
 import tracemalloc
 from collections.abc import Callable, Sequence
 from datetime import datetime
@@ -408,6 +409,17 @@ def test_a_footer_that_ends_pyarrow(tmp_path: Path) -> None:
             rows_of(tmp_path / "a.parquet")
         said.append(str(refused.value))
     assert any("damaged (its footer ends pyarrow by signal 6); fetch it again" in text for text in said)
+
+
+@pytest.mark.slow
+def test_a_footer_at_which_pyarrow_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.parquet").write_bytes(parquet(pa.table({"text": ["a"]})))
+    monkeypatch.setattr(tables, "_SECONDS_TO_LOOK", 1)
+    monkeypatch.setattr(pq, "read_metadata", lambda _: time.sleep(600))
+    with pytest.raises(
+        ValueError, match=r"a\.parquet: a process that looked at its footer did not end within 1 s"
+    ):
+        rows_of(tmp_path / "a.parquet")
 
 
 def test_a_name_of_a_column_that_is_no_utf8(tmp_path: Path) -> None:

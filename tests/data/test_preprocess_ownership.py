@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 
-from megatron_iiet.data.preprocess import PreprocessOptions, PreprocessReport, preprocess
+from megatron_iiet.data.preprocess import PreprocessOptions, PreprocessReport, preprocess, work
 from megatron_iiet.data.preprocess import run as running
 from megatron_iiet.data.preprocess.layout import Layout, Output
 from megatron_iiet.data.preprocess.ownership import Claims
@@ -267,3 +268,31 @@ def test_records_that_are_somebodys_of_fitting_names(run: Run, tmp_path: Path) -
                 run(overwrite=overwrite)
             assert (records / name).read_text() == "precious"
         (records / name).unlink()
+
+
+def test_an_output_on_another_file_system(run: Run, tmp_path: Path) -> None:
+    """What is written in one place could not take its name in the other in one step: told before the work."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as elsewhere:
+        if Path(elsewhere).stat().st_dev == tmp_path.stat().st_dev:
+            pytest.skip("there is but one file system")
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "web_text_document").symlink_to(elsewhere)
+        said = refusal(run, split_by="from")
+        assert re.search(
+            r"out/web_text_document is on another file system than .*/making, where .*\.bin", said
+        )
+        assert not os.listdir(elsewhere)
+
+
+def die(*_: object) -> None:
+    os._exit(1)
+
+
+@pytest.mark.slow
+def test_a_death_at_the_first_look(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It names what was looked at."""
+    monkeypatch.setattr(running, "in_a_process_of_its_own", work.in_a_process_of_its_own)
+    monkeypatch.setattr(running, "_checked_encoder", die)
+    said = refusal(run)
+    assert re.fullmatch(r"At the first look at .*\.model with the start of .*/in\.jsonl: its worker .*", said)
+    assert not (tmp_path / "out" / "ce_document").exists()

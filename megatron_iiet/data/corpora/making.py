@@ -52,8 +52,17 @@ class Making:
         self.folder, self._recorded = folder, recorded
 
     def partial(self, target: Path) -> Path:
-        """Where a file is written that is to become ``target``."""
+        """Where a file is written that is to become ``target``.
+
+        Raises:
+            ValueError: from there it could not take that name in one step.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
+        if self.folder.stat().st_dev != target.parent.stat().st_dev:
+            raise ValueError(
+                f"{target.parent} is on another file system than {self.folder}, where {target.name} is "
+                "written first; choose an output prefix on that file system."
+            )
         return self.folder / f"{target.parent.name}-{target.name}.partial"
 
     def _note(self, target: Path) -> Path:

@@ -32,6 +32,7 @@ from megatron_iiet.data.preprocess.settle import Settled, check_place, remove_ev
 from megatron_iiet.data.preprocess.shuffle import shuffle
 from megatron_iiet.data.preprocess.tasks import DigestUnit, EncodeUnit, Filters, Recipe, Task
 from megatron_iiet.data.preprocess.work import (
+    DiedError,
     Failure,
     Finish,
     Progress,
@@ -307,7 +308,11 @@ def _check_stream(file: InputFile, options: PreprocessOptions) -> None:
 def _load_encoder(wanted: Wanted, log: Log) -> Tokenizer:
     path = wanted.options.tokenizer_model
     inputs = [file for file in wanted.inputs[:_SAMPLE_INPUTS] if not file.is_stream]
-    encoder = in_a_process_of_its_own(_checked_encoder, path, inputs, wanted.options.reading)
+    try:
+        encoder = in_a_process_of_its_own(_checked_encoder, path, inputs, wanted.options.reading)
+    except DiedError as error:
+        seen = ", ".join(file.path for file in inputs) or "no input"
+        raise ValueError(f"At the first look at {path} with the start of {seen}: {error}") from None
     encoder.max_uncut_bytes = wanted.options.max_uncut_bytes
     log(f"tokenizer: {path}, {encoder.vocab_size} ids, by {encoder.name}")
     return encoder

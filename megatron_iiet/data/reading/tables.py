@@ -29,6 +29,7 @@ _BATCH_ROWS = 1 << 10
 _BUFFER_BYTES = 1 << 18
 _CLOSING_BYTES = 32 << 20  # of one that is worth reading the row group anew, for what its reader keeps
 _PIECE_BYTES = 1 << 20
+_SECONDS_TO_LOOK = 60
 _MARK = b"\xff\xff\xff\xff"
 _END = _MARK + bytes(4)
 _PARQUET, _ARROW = b"PAR1", b"ARROW1"  # how files begin and end
@@ -77,7 +78,9 @@ def _refuse_deadly(file: IO[bytes], path: str) -> None:
     footer = io.BytesIO(_PARQUET + file.read())
     if not (child := os.fork()):
         try:
-            signal.signal(signal.SIGABRT, signal.SIG_DFL)  # no trace of faulthandler's
+            for number in (signal.SIGABRT, signal.SIGALRM):  # no trace of faulthandler's
+                signal.signal(number, signal.SIG_DFL)
+            signal.alarm(_SECONDS_TO_LOOK)
             resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
             os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
             metadata = pq.read_metadata(footer)
@@ -86,12 +89,18 @@ def _refuse_deadly(file: IO[bytes], path: str) -> None:
                     group.column(column)
         finally:
             os._exit(0)  # what is only wrong is said by the parent
-    if os.WIFSIGNALED(status := os.waitpid(child, 0)[1]):
+    if not os.WIFSIGNALED(status := os.waitpid(child, 0)[1]):
+        file.seek(0)
+        return
+    if os.WTERMSIG(status) == signal.SIGALRM:
         raise ValueError(
-            f"{path}: no parquet file, or damaged (its footer ends pyarrow by signal {os.WTERMSIG(status)}); "
-            "fetch it again."
+            f"{path}: a process that looked at its footer did not end within {_SECONDS_TO_LOOK} s; run "
+            "the same command again, and fetch the file again if that does not help."
         )
-    file.seek(0)
+    raise ValueError(
+        f"{path}: no parquet file, or damaged (its footer ends pyarrow by signal {os.WTERMSIG(status)}); "
+        "fetch it again."
+    )
 
 
 def _refuse_lost_rows(path: str, metadata: Any) -> None:
