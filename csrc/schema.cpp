@@ -17,7 +17,7 @@
 //                      [q; k; v] of its parts, the first two rotated. On the CPU only: csrc/cpu/pointwise.cpp.
 // cross_entropy_parts  of rows of logits [n, V] and the targets' columns: maximum, sum of exponentials below it, the
 //                      target's logit (0 where the column is negative), [3, n]; cross_entropy_gradient_ writes
-//                      (exp(logit - log_sum) - [target]) · factor over them. On the CPU only: csrc/cpu/cross_entropy.cpp.
+//                      exp(logit - top) · share - [target] · factor over them. On the CPU only: csrc/cpu/cross_entropy.cpp.
 // attention            causal, of q [B, H, T, K], k and v [B, G, T, K] in bf16: the output and, for the backward pass,
 //                      the logarithm of each query's sum of exponentials, fp32 [B, H, T]; attention_gradients those of
 //                      q, k and v. Where has_attention: csrc/cpu/attention_bf16.cpp.
@@ -41,7 +41,8 @@ TORCH_LIBRARY(megatron_iiet, m) {
   m.def("rotated_heads(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor signed_sin) -> Tensor");
   m.def("cross_entropy_parts(Tensor logits, Tensor columns) -> Tensor");
   m.def(
-      "cross_entropy_gradient_(Tensor(a!) logits, Tensor columns, Tensor log_sums, Tensor factors) -> Tensor(a!)");
+      "cross_entropy_gradient_(Tensor(a!) logits, Tensor columns, Tensor tops, Tensor shares, Tensor factors)"
+      " -> Tensor(a!)");
   m.def("has_attention() -> bool");
   m.def("attention(Tensor q, Tensor k, Tensor v) -> (Tensor out, Tensor log_sums)");
   m.def(

@@ -37,16 +37,19 @@ Tensor cross_entropy_parts(const Tensor& logits, const Tensor& columns) {
   return parts;
 }
 
-Tensor& cross_entropy_gradient_(Tensor& logits, const Tensor& columns, const Tensor& log_sums, const Tensor& factors) {
+Tensor& cross_entropy_gradient_(Tensor& logits, const Tensor& columns, const Tensor& tops, const Tensor& shares,
+                                const Tensor& factors) {
   CrossEntropyArgs args = cross_entropy_args(logits, columns);
-  for (const Tensor* given : {&log_sums, &factors}) {
-    TORCH_CHECK_VALUE(given->scalar_type() == at::kFloat && given->sizes() == columns.sizes() &&
-                          given->is_contiguous() && given->device() == logits.device(),
-                      given == &factors ? "factors" : "log_sums", " is ", given->sizes(), " ", given->scalar_type(),
-                      ", expected fp32 [", args.rows, "], contiguous");
-  }
-  args.log_sums = log_sums.const_data_ptr<float>();
-  args.factors = factors.const_data_ptr<float>();
+  const auto floats_of = [&](const Tensor& given, const char* name) {
+    TORCH_CHECK_VALUE(given.scalar_type() == at::kFloat && given.sizes() == columns.sizes() && given.is_contiguous() &&
+                          given.device() == logits.device(),
+                      name, " is ", given.sizes(), " ", given.scalar_type(), ", expected fp32 [", args.rows,
+                      "], contiguous");
+    return given.const_data_ptr<float>();
+  };
+  args.tops = floats_of(tops, "tops");
+  args.shares = floats_of(shares, "shares");
+  args.factors = floats_of(factors, "factors");
   kernels().cross_entropy(args);
   return logits;
 }

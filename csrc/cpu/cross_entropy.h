@@ -42,22 +42,23 @@ inline void cross_entropy_row(const S* logits, int64_t width, int64_t column, fl
   *own = column < 0 ? 0.f : static_cast<float>(logits[column]);
 }
 
-// (exp(logit - log_sum) - [column]) · factor, in place; a row whose factor is 0 does not count.
+// exp(logit - top) · share - [column] · factor, in place, where share is factor / sum: to go by the logarithm of the
+// sum would be wrong by as much in all columns of a row. A row whose factor is 0 does not count.
 template <typename S>
-inline void cross_entropy_gradient_row(S* logits, int64_t width, int64_t column, float log_sum, float factor) {
+inline void cross_entropy_gradient_row(S* logits, int64_t width, int64_t column, float top, float share, float factor) {
   if (factor == 0.f) {
     std::memset(logits, 0, width * sizeof(S));
     return;
   }
-  if (!std::isfinite(log_sum)) factor = std::numeric_limits<float>::quiet_NaN();
-  const float own = column < 0 ? 0.f : std::exp(static_cast<float>(logits[column]) - log_sum) - 1.f;
-  const Vf below(log_sum), times(factor);
+  if (!std::isfinite(top)) share = std::numeric_limits<float>::quiet_NaN();
+  const float own = column < 0 ? 0.f : std::exp(static_cast<float>(logits[column]) - top) * share - factor;
+  const Vf below(top), times(share);
   for_blocks(width, [&](int64_t i, auto extent) MERGE_NORM_ALWAYS {
     Block x = read(logits + i, extent);
     MERGE_NORM_UNROLL for (int j = 0; j < kUnroll; ++j) x.v[j] = exponential<S>(x.v[j] - below) * times;
     write(logits + i, x, extent);
   });
-  if (column >= 0) logits[column] = static_cast<S>(own * factor);
+  if (column >= 0) logits[column] = static_cast<S>(own);
 }
 
 template <typename S>
@@ -68,7 +69,7 @@ void cross_entropy(const CrossEntropyArgs& a) {
     for (int64_t row = begin; row < end; ++row) {
       S* mine = logits + row * a.width;
       if (a.factors) {
-        cross_entropy_gradient_row(mine, a.width, a.columns[row], a.log_sums[row], a.factors[row]);
+        cross_entropy_gradient_row(mine, a.width, a.columns[row], a.tops[row], a.shares[row], a.factors[row]);
       } else {
         float* parts = a.parts + row;
         cross_entropy_row(mine, a.width, a.columns[row], parts, parts + a.rows, parts + 2 * a.rows);

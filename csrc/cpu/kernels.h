@@ -34,7 +34,7 @@ struct CrossEntropyArgs {
   void* logits = nullptr;
   const int64_t* columns = nullptr;  // of each row's target; negative: it is not here
   float* parts = nullptr;            // [3, rows]
-  const float *log_sums = nullptr, *factors = nullptr;
+  const float *tops = nullptr, *shares = nullptr, *factors = nullptr;
 };
 
 struct Kernels {

@@ -41,25 +41,44 @@ class BoundIncrement:
     keys_values: KeysValues | None = None
     """Of the step's first evaluation, where the layer keeps them."""
 
-    @property
-    def _recomputes(self) -> bool:
-        return self.recompute and torch.is_grad_enabled()
-
     def input_of(
         self, residual_BTD: Tensor, increments: Sequence[Tensor], coefficients: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        # An evaluation that is recomputed norms its input again: it need not be kept.
         norm, backend = self.layer.input_norm, self.layer.backend
-        weight = None if self._recomputes else norm.weight
-        return merge_norm(residual_BTD, increments, coefficients, weight, eps=norm.eps, backend=backend)
+        return merge_norm(residual_BTD, increments, coefficients, norm.weight, eps=norm.eps, backend=backend)
 
     def __call__(self, y_BTD: Tensor, normed_BTD: Tensor | None, evaluation: int) -> Tensor:
-        arguments = (y_BTD, normed_BTD, self.layout, self.keys_values if evaluation else None)
-        if self._recomputes:
-            f_BTD, self.keys_values = checkpoint(self.layer, *arguments, use_reentrant=False)
+        keys_values = self.keys_values if evaluation else None
+        if self.recompute and torch.is_grad_enabled():
+            evaluate = _Again(self.layer, normed_BTD)
+            f_BTD, self.keys_values = checkpoint(
+                evaluate, y_BTD, self.layout, keys_values, use_reentrant=False
+            )
         else:
-            f_BTD, self.keys_values = self.layer(*arguments)
+            f_BTD, self.keys_values = self.layer(y_BTD, normed_BTD, self.layout, keys_values)
         return cast(Tensor, f_BTD)
+
+
+class _Again:
+    """F with the normed input there is, once; again, it norms the input anew, which gives the same bits
+    and is cheaper to do than to keep. Gradients take the way of the first time."""
+
+    def __init__(self, layer: DecoderLayer, normed_BTD: Tensor | None) -> None:
+        self._layer, self._normed = layer, [normed_BTD]
+        self._is_normed = normed_BTD is not None
+
+    def __call__(
+        self, y_BTD: Tensor, layout: AttentionLayout, keys_values: KeysValues | None
+    ) -> tuple[Tensor, KeysValues | None]:
+        if self._normed:
+            normed_BTD = self._normed.pop()
+        elif self._is_normed:
+            with torch.no_grad():
+                normed_BTD = self._layer.input_norm(y_BTD)
+            normed_BTD.requires_grad_()  # so that the same is kept as the first time
+        else:
+            normed_BTD = None
+        return cast(tuple[Tensor, KeysValues | None], self._layer(y_BTD, normed_BTD, layout, keys_values))
 
 
 class IntegratedLayer(nn.Module):

@@ -246,9 +246,8 @@ def _cross_entropy(logits_nV: Tensor, columns_n: Tensor, name: str) -> list[Tens
         return [logits_nV.logsumexp(-1), logits_nV.softmax(-1) - one_hot_nV]
     kernels = torch.ops.megatron_iiet
     tops_n, sums_n, _ = kernels.cross_entropy_parts(logits_nV, columns_n)
-    log_sums_n = tops_n + sums_n.log()
-    ones_n = torch.ones_like(log_sums_n)
-    return [log_sums_n, kernels.cross_entropy_gradient_(logits_nV, columns_n, log_sums_n, ones_n)]
+    numbers = columns_n, tops_n, 1 / sums_n, torch.ones_like(sums_n)
+    return [tops_n + sums_n.log(), kernels.cross_entropy_gradient_(logits_nV, *numbers)]
 
 
 def _attention_in_fp32(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -135,14 +135,13 @@ def cross_entropy(
     tops, sums, of_targets = group.all_gather(parts_3n).unbind(1)
     top_n = tops.amax(0)
     sum_n = (sums * (tops - top_n).exp()).sum(0)
-    log_sum_n = top_n + sum_n.log()
-    losses_n = log_sum_n - of_targets.sum(0)
+    losses_n = top_n + sum_n.log() - of_targets.sum(0)
 
     def gradient(scale: Tensor | None) -> Tensor:
         if fused:
             factor_n = _scaled(targets.counts_n.float(), scale)
-            kernel = torch.ops.megatron_iiet.cross_entropy_gradient_
-            return kernel(logits_nV, targets.columns_n, log_sum_n, factor_n) if wide else logits_nV
+            numbers = targets.columns_n, top_n, factor_n / sum_n, factor_n
+            return torch.ops.megatron_iiet.cross_entropy_gradient_(logits_nV, *numbers) if wide else logits_nV
         factor_n = ((parts_3n[0] - top_n).exp() / sum_n).masked_fill(~targets.counts_n, 0.0)
         return targets.subtract_from(logits_nV.mul_(_scaled(factor_n, scale).unsqueeze(-1)), scale)
 

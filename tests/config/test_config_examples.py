@@ -106,7 +106,7 @@ def layouts(preset: Path) -> dict[int, tuple[RunConfig, Path]]:
 def activation_bytes(system: System, width: int, ffn: int) -> int:
     """What the presets' estimate says that a layer keeps of a token for the backward pass, in bf16."""
     history = 2 * width if system.solver["kind"] in ("dlcl", "iiet") else 0  # the normalised increment
-    return system.evaluations * ((36 if system.weighs else 34) * width + 8 * ffn) + history
+    return system.evaluations * ((30 if system.weighs else 28) * width + 6 * ffn) + history
 
 
 def memory(system: System, size: Size, config: RunConfig, world_size: int) -> list[float]:

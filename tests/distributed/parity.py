@@ -543,6 +543,9 @@ def gradients_of(
 
 PORTIONS = (1, 2, 4, 5, 7)
 """Sequences at a time of the trainings that measure rounding."""
+SPREAD = 8
+"""By how much a weight may be further off than these are: of a single number five tell little, and it depends on
+the CPU's vectors (seen: 1 with AVX2, 5 with AVX-512)."""
 
 
 def reference(case: Case, paths: dict[str, str]) -> Reference:
@@ -664,7 +667,7 @@ def differences(
                 read_full(last, name),
                 expected.weights[name],
                 for_tensors,
-                lambda name=name: 4 * expected.weight_noise()[name],
+                lambda name=name: SPREAD * expected.weight_noise()[name],
             )
             if case.precision == "fp32":
                 floor = max(4 * expected.noise[name], for_tensors * expected.largest_of_matrix(name))

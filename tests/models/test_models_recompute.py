@@ -10,6 +10,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from megatron_iiet.models import Transformer
 from tests.models.conftest import Build, randomise_solvers
+from tests.ops.inputs import needs_extension
 
 SOLVERS: dict[str, dict[str, Any]] = {
     "euler": {"kind": "euler"},
@@ -101,6 +102,7 @@ def test_stages_may_change_between_forward_and_backward_passes(
         assert value is plain[name] is None or torch.equal(value, plain[name])  # type: ignore[arg-type]
 
 
+@needs_extension
 @pytest.mark.parametrize("recompute", ["off", "evaluation"])
 @pytest.mark.parametrize("variant", ["paper", "released"])
 def test_what_an_evaluation_keeps(build: Build, variant: str, recompute: str) -> None:
@@ -111,7 +113,9 @@ def test_what_an_evaluation_keeps(build: Build, variant: str, recompute: str) ->
     def kept(iterations: int) -> int:
         """Bytes that a forward pass leaves allocated."""
         solver: dict[str, Any] = {"kind": "iiet", "variant": variant, "iterations": iterations}
-        model = build(model={"hidden_size": D}, training={"recompute": recompute}, **solver)
+        config = build(model={"hidden_size": D}, training={"recompute": recompute}, **solver).config
+        model = Transformer(config, backend="cpu")
+        model.initialise(0)
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
             loss = model(ids, ids)
         results = record.profiler.kineto_results  # type: ignore[union-attr]

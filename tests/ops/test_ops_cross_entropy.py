@@ -57,13 +57,13 @@ def test_parts(width: int, dtype: torch.dtype) -> None:
 def test_gradient_is_rounded_once(width: int, dtype: torch.dtype) -> None:
     logits, columns = drawn(width, dtype), columns_of(width)
     exact, factors = logits.double(), torch.tensor(FACTORS)
-    # As of a vocabulary of which this is half: the sum is of all of it.
-    log_sums = exact.logsumexp(-1) + math.log(2)
-    given = log_sums.float()
-    wanted = (exact - given.double().unsqueeze(1)).exp()
-    wanted[columns >= 0] -= torch.nn.functional.one_hot(columns[columns >= 0], width)
-    wanted *= factors.double().unsqueeze(1)
-    found = kernels().cross_entropy_gradient_(logits, columns, given, factors)
+    # As of a vocabulary of which this is a part: top and sum are of all of it.
+    tops, sums = (exact.amax(-1) + 0.5).float(), torch.full((ROWS,), 3.0 * width)
+    shares = factors / sums
+    wanted = (exact - tops.unsqueeze(1)).exp() * shares.double().unsqueeze(1)
+    here = columns >= 0
+    wanted[here] -= torch.nn.functional.one_hot(columns[here], width) * factors.double()[here].unsqueeze(1)
+    found = kernels().cross_entropy_gradient_(logits, columns, tops, shares, factors)
     assert found.data_ptr() == logits.data_ptr()
     tiny = torch.finfo(dtype).smallest_normal if dtype == torch.float16 else 1e-30
     torch.testing.assert_close(
@@ -81,9 +81,8 @@ def test_what_is_no_number_stays_none(value: float, place: int, dtype: torch.dty
     logits[1, place] = value
     columns = columns_of(201)
     tops, sums, own = kernels().cross_entropy_parts(logits, columns)
-    log_sums = tops + sums.log()
-    assert (log_sums - own).isnan().tolist() == [row == 1 for row in range(ROWS)]
-    found = kernels().cross_entropy_gradient_(logits, columns, log_sums, torch.ones(ROWS))
+    assert (tops + sums.log() - own).isnan().tolist() == [row == 1 for row in range(ROWS)]
+    found = kernels().cross_entropy_gradient_(logits, columns, tops, 1 / sums, torch.ones(ROWS))
     assert found[1].isnan().all()
     assert found[[0, 2, 3, 4, 5]].isfinite().all()
 
@@ -97,8 +96,8 @@ def test_threads_share_the_rows() -> None:
         for count in (1, 3):
             torch.set_num_threads(count)
             parts = kernels().cross_entropy_parts(logits, columns)
-            log_sums = parts[0] + parts[1].log()
-            gradient = kernels().cross_entropy_gradient_(logits.clone(), columns, log_sums, torch.ones(ROWS))
+            numbers = columns, parts[0], 1 / parts[1], torch.ones(ROWS)
+            gradient = kernels().cross_entropy_gradient_(logits.clone(), *numbers)
             found.append((parts, gradient))
     finally:
         torch.set_num_threads(threads)
@@ -116,18 +115,20 @@ def test_threads_share_the_rows() -> None:
         ({"logits": torch.zeros(8, 6).t()}, r"logits is \[6, 8\], expected \[n, V\], contiguous"),
         ({"logits": torch.zeros(6, 0)}, "V > 0"),
         ({"factors": torch.ones(5)}, r"factors is \[5\] Float, expected fp32 \[6\]"),
-        ({"log_sums": torch.ones(6, dtype=torch.float64)}, "log_sums is .* Double, expected fp32"),
+        ({"tops": torch.ones(6, dtype=torch.float64)}, "tops is .* Double, expected fp32"),
+        ({"shares": torch.ones(6, 1)}, r"shares is \[6, 1\] Float, expected fp32 \[6\]"),
     ],
 )
 def test_refusals(changes: dict[str, Tensor], said: str) -> None:
     arguments = {
         "logits": torch.zeros(6, 8),
         "columns": torch.zeros(6, dtype=torch.int64),
-        "log_sums": torch.ones(6),
+        "tops": torch.ones(6),
+        "shares": torch.ones(6),
         "factors": torch.ones(6),
     } | changes
     with pytest.raises((ValueError, IndexError), match=said):
         kernels().cross_entropy_gradient_(*arguments.values())
-    if not changes.keys() & {"factors", "log_sums"}:
+    if not changes.keys() & {"factors", "tops", "shares"}:
         with pytest.raises((ValueError, IndexError), match=said):
             kernels().cross_entropy_parts(arguments["logits"], arguments["columns"])
