@@ -27,7 +27,7 @@ Run = Callable[..., PreprocessReport]
 @pytest.fixture
 def run(tmp_path: Path, sentencepiece_model: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     """Preprocess two rows of two sources into tmp_path/out, unless told otherwise."""
-    monkeypatch.setattr(running, "in_a_process_of_its_own", lambda function, *given: function(*given))
+    monkeypatch.setattr(running, "in_a_process_of_its_own", lambda function, *given, **_: function(*given))
     texts = (("ba", "ce", "a"), ("di", "fo", "web"))
     rows: list[dict[str, object]] = [{"text": a, "content": b, "from": c} for a, b, c in texts]
     path = write_rows(tmp_path / "in.jsonl", rows)
