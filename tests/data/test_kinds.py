@@ -411,6 +411,16 @@ def test_a_footer_that_ends_pyarrow(tmp_path: Path) -> None:
         assert "\n" not in str(refused.value)
 
 
+def test_a_page_that_pyarrow_skips(tmp_path: Path) -> None:
+    """It does so where it does not know the kind of a page, and reads fewer rows without a word."""
+    content = bytearray(parquet(pa.table({"text": ["a", "b"]}), use_dictionary=False))
+    assert content[4:6] == b"\x15\0"  # the first field of the page's header: data
+    content[5] = 2 * 5
+    (tmp_path / "a.parquet").write_bytes(content)
+    with pytest.raises(ValueError, match=r"row group 0: .* 0 rows, but its footer tells of 2\); fetch"):
+        rows_of(tmp_path / "a.parquet")
+
+
 @pytest.mark.parametrize("name", [name for name in FILES if name.endswith((".pq", ".parquet"))])
 def test_column_chunks_are_as_pyarrow_reads_them(name: str) -> None:
     content = FILES[name]

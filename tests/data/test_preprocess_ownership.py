@@ -7,6 +7,7 @@ import re
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 from unittest.mock import Mock
 
@@ -65,6 +66,23 @@ def test_a_run_that_failed_opens_no_door(run: Run, tmp_path: Path) -> None:
             run(output_prefix=f"{tmp_path}/p", json_keys=["content"], overwrite=overwrite)
     assert all(path.read_text() == "precious" for path in foreign)
     assert run(output_prefix=f"{tmp_path}/p").exit_code == 0
+
+
+@pytest.mark.parametrize("link", ["text_document", "preprocess", "web_text_document"])
+def test_an_output_on_another_file_system_than_its_records(run: Run, tmp_path: Path, link: str) -> None:
+    """They cannot be renamed into place: said before anything is made, but of sources when they are met."""
+    shared = Path("/dev/shm")
+    if not shared.is_dir() or shared.stat().st_dev == tmp_path.stat().st_dev:
+        pytest.skip("needs /dev/shm as a file system of its own")
+    with TemporaryDirectory(dir=shared) as elsewhere:
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / link).symlink_to(elsewhere)
+        said = refusal(run, split_by="from" if link.startswith("web") else None)
+        assert re.search(
+            rf"{link} is on another file system than|than \S*{link}, where shards are made", said
+        )
+        assert not list(tmp_path.glob("out/**/*.bin"))
+        assert not os.listdir(elsewhere)
 
 
 @pytest.mark.parametrize("name", ["web_document/000000.bin", "web_document.shards", "web_document/notes"])

@@ -76,7 +76,8 @@ class Slimmed:
         self.closed = False
 
     def slim(self, chunk: ColumnChunk) -> bool:
-        """Take the giant texts out of the dictionary of a column; False: that is not understood."""
+        """Take the giant texts, if there are any, out of the dictionary of a column; False: that is not
+        understood."""
         import pyarrow as pa
 
         header = _header(self._file, chunk)
@@ -87,10 +88,11 @@ class Slimmed:
         stored: Any = self._file.read(header.stored_bytes)
         if codec:
             stored = pa.Codec(codec).decompress(stored, header.num_bytes)
+        known = len(self._places)
         slim = self._without_giants(memoryview(stored), header.values)
         del stored
-        if slim is None:
-            return False
+        if slim is None or len(self._places) == known:  # a page of many small texts is not held
+            return slim is not None
         body = pa.Codec(codec).compress(slim, asbytes=True) if codec else slim
         sizes = _integer(_DICTIONARY_PAGE) + _integer(len(slim)) + _integer(len(body))
         end = b"\x4c" + _integer(header.values) + _integer(header.encoding) + b"\0\0"

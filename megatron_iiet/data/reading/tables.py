@@ -130,6 +130,7 @@ def _is_text(kind: pa.DataType) -> bool:
 def _batches(file: Any, metadata: Any, group: int, names: list[str], rows: int) -> Iterator[pa.RecordBatch]:
     """Batches of a row group. A reader keeps the pages that it reads, and its last batch: before a giant one
     is handed out it is closed, and another one goes on behind."""
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
     done, more = 0, True
@@ -153,6 +154,8 @@ def _batches(file: Any, metadata: Any, group: int, names: list[str], rows: int) 
             if more := held[0].nbytes > _CLOSING_BYTES:
                 del table, batches
             yield held.pop()
+    if done != (expected := metadata.row_group(group).num_rows):  # pyarrow skips pages of unknown kinds
+        raise pa.ArrowInvalid(f"it holds {done:,} rows, but its footer tells of {expected:,}")
 
 
 def _end(chunk: ColumnChunk) -> int:
