@@ -255,13 +255,13 @@ FAULTS: list[tuple[str, bytes, str, str]] = [
         "bytes.parquet",
         parquet(pa.table(OTHER)),
         "b",
-        r"not a string \| .*row 1: 'b' is '{\"bytes\": .*\(dict\)",
+        r"not a string \| .*row 1: 'b' is '{\"bytes\": .*\(object\)",
     ),
     (
         "number.parquet",
         parquet(pa.table(OTHER)),
         "n",
-        r"not a string \| .*row 1: 'n' is '1' \(Number\), not a string",
+        r"not a string \| .*row 1: 'n' is '1' \(number\), not a string",
     ),
     (
         "utf8.parquet",
@@ -331,7 +331,7 @@ FAULTS: list[tuple[str, bytes, str, str]] = [
         "item.json",
         b'[{"text": "a"}, 5, {"text": "b"}]',
         "text",
-        r"not an object \| .*item\.json, row 2: a JSON Number",
+        r"not an object \| .*item\.json, row 2: a JSON number",
     ),
     ("comma.json", b'[{"text": "a"},, {"text": "b"}]', "text", r"blank line \| .*comma\.json, row 2: blank"),
     ("raw.json", b'[{"text": "a\nb"}]', "text", r"invalid JSON \| .*row 1: not valid JSON \(Invalid control"),
@@ -652,10 +652,10 @@ def test_lists_of_strings(tmp_path: Path, sentencepiece_model: Path, shards: Cal
         (r"{title}\n\n{text}", {"title": "T", "text": "x"}, "T\n\nx"),
         (r"{{{meta.n}}}\t{b}\\n", {"meta": {"n": 1.5}, "b": True}, "{1.5}\ttrue\\n"),
         ("{a} is {a}.", {"a": "x"}, "x is x."),
-        ("{a}, {b}", {"a": -1e999, "b": 1}, r"not a string \| .*'a' is '-Infinity' \(float\), not a string"),
+        ("{a}, {b}", {"a": -1e999, "b": 1}, r"not a string \| .*'a' is '-Infinity' \(number\), not a string"),
         ("{a}", {"a": None}, r"not a string \| .*'a' is null"),
         ("{a}", {"b": 1}, r"missing key \| .*no key 'a', only \['b'\]; check --text-template"),
-        ("{a}", {"a": {"b": 1}}, r"not a string \| .*\(dict\)"),
+        ("{a}", {"a": {"b": 1}}, r"not a string \| .*\(object\)"),
         ("{a}", {"a": ["x"]}, r"not a string \| .*\(list\)"),
     ],
 )
@@ -702,7 +702,7 @@ def test_templates_take_the_numbers_of_columns_by_their_own_type(tmp_path: Path)
     found, rejects = rows_of(tmp_path / "a.pq", how)
     texts = [row.texts[0] for row in found]
     assert texts == ["0.1 0.1 0.1 1.10 18446744073709551615", "1e+20 3.0 1e+300 -7.00 0"]
-    assert "'x.a' is 'NaN' (float), not a string" in rejects[0]
+    assert "'x.a' is 'NaN' (number), not a string" in rejects[0]
 
 
 @pytest.mark.parametrize(
