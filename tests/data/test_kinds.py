@@ -11,7 +11,6 @@ import lzma
 import os
 import re
 import threading
-import time
 import tracemalloc
 from collections.abc import Callable, Sequence
 from datetime import datetime
@@ -440,17 +439,6 @@ def test_column_chunks_are_as_pyarrow_reads_them(name: str) -> None:
                 theirs.data_page_offset,
                 theirs.dictionary_page_offset or 0,
             )
-
-
-@pytest.mark.slow
-def test_a_footer_at_which_pyarrow_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "a.parquet").write_bytes(parquet(pa.table({"text": ["a"]})))
-    monkeypatch.setattr(tables, "_SECONDS_TO_LOOK", 1)
-    monkeypatch.setattr(pq, "read_metadata", lambda _: time.sleep(600))
-    with pytest.raises(
-        ValueError, match=r"a\.parquet: a process that looked at its footer did not end within 1 s"
-    ):
-        rows_of(tmp_path / "a.parquet")
 
 
 def test_a_name_of_a_column_that_is_no_utf8(tmp_path: Path) -> None:

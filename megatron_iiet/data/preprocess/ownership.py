@@ -59,14 +59,9 @@ class Claims:
     def refuse_foreign(self, name: str) -> None:
         """Raise a ValueError where an output cannot be this place's: something is there that was not made
         here, another place, whose outputs have such names, has claimed it, or it is on another file system
-        than the records, where shards are made and then renamed."""
+        than the records, where its files are written first."""
         prefix = self._layout.list_prefix(name)
-        folder, made_in = map(_nearest, (Path(self._layout.shard_prefix(name, 0)), self.making.folder))
-        if folder.stat().st_dev != made_in.stat().st_dev:
-            raise ValueError(
-                f"{folder} is on another file system than {made_in}, where shards are made before they are "
-                "renamed; have both on one, or choose another output."
-            )
+        self.making.refuse_elsewhere(bin_path(self._layout.shard_prefix(name, 0)))
         if self._begun(name):
             endings = _ENDINGS if self._layout.folder is None else _ENDINGS[:1]
             self.making.refuse_foreign(*(Path(prefix + ending) for ending in endings))
@@ -153,11 +148,6 @@ class Claims:
         """What a record tells need not be noted any more."""
         for output in record.outputs:
             self.making.forget(bin_path(place.shard_prefix(output, record.unit)))
-
-
-def _nearest(path: Path) -> Path:
-    """The folder around a path, or as much of it as there is."""
-    return next(folder for folder in path.absolute().parents if folder.exists())
 
 
 def _say(output: Output | None) -> str:

@@ -63,17 +63,13 @@ class FailedError(ValueError):
             case FailedError():
                 return error
             case BrokenProcessPool():
-                return DiedError(_DIED)
+                return cls(_DIED)
             case MemoryError():
                 return cls("out of memory; lower --workers.")
             case ValueError() | OSError():
                 return cls(str(error), getattr(error, "errno", None), getattr(error, "bad_input", ""))
         traceback.print_exception(error)  # a defect of this program: the trace is worth seeing
         return cls(f"{type(error).__name__}: {error}")
-
-
-class DiedError(FailedError):
-    """The process of a task died."""
 
 
 @dataclass(frozen=True)
