@@ -141,13 +141,13 @@ INPUT_CASES = [
     _line("escape.jsonl", b'{"text": "a\\x41"}', "invalid JSON", r"not valid JSON \(Invalid \\escape"),
     _line("zeros.jsonl", bytes(9), "invalid JSON", r"not valid JSON \("),
     _line("list.jsonl", b'["text"]', "not an object", "a JSON list instead of an object"),
-    _line("null_line.jsonl", b"null", "not an object", "a JSON NoneType instead of an object"),
+    _line("null_line.jsonl", b"null", "not an object", "a JSON null instead of an object"),
     _line("no_key.jsonl", b'{"txt": "no text"}', "missing key", r"no key 'text', only \['txt'\]; check"),
     _line("null.jsonl", b'{"text": null}', "not a string", "'text' is null, not a string; repair or remove"),
-    _line("int.jsonl", b'{"text": 5}', "not a string", r"'text' is '5' \(Number\), not a string"),
-    _line("nan_text.jsonl", b'{"text": NaN}', "not a string", r"'text' is 'NaN' \(float\), not a string"),
+    _line("int.jsonl", b'{"text": 5}', "not a string", r"'text' is '5' \(number\), not a string"),
+    _line("nan_text.jsonl", b'{"text": NaN}', "not a string", r"'text' is 'NaN' \(number\), not a string"),
     _line(
-        "list_of.jsonl", b'{"text": ["a", 5]}', "not a string", r"'text\[1\]' is '5' \(Number\), not a string"
+        "list_of.jsonl", b'{"text": ["a", 5]}', "not a string", r"'text\[1\]' is '5' \(number\), not a string"
     ),
     _line(
         "utf8.jsonl", b'{"text": "bad \xff\xfe bytes"}', "invalid UTF-8", r"byte b'\\xff' is not valid UTF-8"

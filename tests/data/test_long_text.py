@@ -176,7 +176,7 @@ def reject_of(line: bytes) -> tuple[str, str]:
         (f'{{"set": "C4", "text": [["{GIANT}"]]}}', "not a string", r"'text\[0\]' is .*\(list\)"),
         (f'{{"text": "", "set": "{GIANT}"}}', "not a string", "'set' holds 8,388,608 characters, not a name"),
         (f'["{GIANT}"]', "not an object", "a JSON list instead of an object"),
-        (f'"{GIANT}"', "not an object", "a JSON str instead of an object"),
+        (f'"{GIANT}"', "not an object", "a JSON string instead of an object"),
         (f'\ufeff{{"text": "{GIANT}", "set": "C4"}}', "byte-order mark", "save it as UTF-8 without BOM"),
         ("[" * LONG_LINE_BYTES + "[", "nested too deeply", "about 1,000 deep"),
     ],

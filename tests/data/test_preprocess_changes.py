@@ -76,7 +76,7 @@ class Corpus:
 def corpus(tmp_path: Path, sentencepiece_model: Path, monkeypatch: pytest.MonkeyPatch) -> Corpus:
     """Files a, b, c, d of two texts each."""
     # The tokenizer is checked here, not in a process of its own, which takes most of so small a run.
-    monkeypatch.setattr(running, "in_a_process_of_its_own", lambda function, *given: function(*given))
+    monkeypatch.setattr(running, "in_a_process_of_its_own", lambda function, *given, **_: function(*given))
     made = Corpus(tmp_path, sentencepiece_model)
     for number, name in enumerate("abcd"):
         made.write(name, WORDS[2 * number], WORDS[2 * number + 1])

@@ -16,7 +16,14 @@ from typing import Any, cast
 import psutil
 import pytest
 
-from megatron_iiet.data.preprocess.work import FailedError, Progress, Workers, run_units
+from megatron_iiet.data.preprocess.work import (
+    FailedError,
+    Progress,
+    Workers,
+    in_a_process_of_its_own,
+    run_units,
+    work_on,
+)
 from megatron_iiet.data.reading.sources import InputFile
 from tests.data.preprocess_runs import ENVIRONMENT, ROOT, wait_until
 
@@ -137,6 +144,19 @@ def test_a_dead_worker_costs_its_task_and_is_replaced(workers: Workers) -> None:
     )
     assert busy.result() == 1.0
     assert list(in_order(workers, [Act("recipe", None) for _ in range(4)])) == ["recipe"] * 4
+
+
+def die_at(place: int) -> None:
+    for number in range(place + 1):
+        work_on(number)
+    os._exit(3)
+
+
+@pytest.mark.parametrize("place", [0, 2])
+def test_a_process_of_its_own_that_dies_names_what_it_read(place: int) -> None:
+    names = ["tokenizer.model", "a.jsonl", "b.jsonl"]
+    with pytest.raises(ValueError, match=f"^{names[place]}: its worker process died"):
+        in_a_process_of_its_own(die_at, place, places=names)
 
 
 class BadStart:

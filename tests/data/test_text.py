@@ -282,7 +282,7 @@ def test_a_key_that_is_there_with_its_dots_comes_first() -> None:
         ('"C4"', "missing key", r"no key 'meta\.set', only '\"C4\"'"),
         ("null", "missing key", r"no key 'meta\.set', only 'null'"),
         ('{"set": null}', "not a string", r"'meta\.set' is null, not a string"),
-        ('{"set": 3}', "not a string", r"'meta\.set' is '3' \(Number\), not a string"),
+        ('{"set": 3}', "not a string", r"'meta\.set' is '3' \(number\), not a string"),
         ('{"set": "\\udc00"}', "lone surrogate", r"'meta\.set' holds half a surrogate pair, \\udc00"),
     ],
 )
@@ -300,9 +300,9 @@ def test_bad_sources(meta: str, reason: str, message: str) -> None:
         ("[" + "1" * 59 + "]", "a JSON list instead of an object: '[" + "1" * 56 + "...'."),
         (
             '{"text": ' + "1" * 60 + "}",
-            "'text' is '" + "1" * 60 + "' (Number), not a string; repair or remove",
+            "'text' is '" + "1" * 60 + "' (number), not a string; repair or remove",
         ),
-        ('{"text": ' + "1" * 61 + "}", "'text' is '" + "1" * 57 + "...' (Number), not a string"),
+        ('{"text": ' + "1" * 61 + "}", "'text' is '" + "1" * 57 + "...' (number), not a string"),
         ("[" + "é" * 300, "(Expecting value: line 1 column 2 (char 1)): '[" + "é" * 56 + "...'; repair or"),
         ("[" + "é" * 57, "(Expecting value: line 1 column 2 (char 1)): '[" + "é" * 57 + "'; repair or"),
         (

@@ -41,6 +41,10 @@ def listed(path: Path) -> Iterator[Identity]:
             yield Identity(index or 0, shard.idx_digest.hex())
 
 
+def _nearest_folder(path: Path) -> Path:
+    return next(folder for folder in path.absolute().parents if folder.exists())
+
+
 class Making:
     """A folder of files that are being made, with a note of each pair from before it gets its names.
 
@@ -58,12 +62,17 @@ class Making:
             ValueError: from there it could not take that name in one step.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        if self.folder.stat().st_dev != target.parent.stat().st_dev:
-            raise ValueError(
-                f"{target.parent} is on another file system than {self.folder}, where {target.name} is "
-                "written first; choose an output prefix on that file system."
-            )
+        self.refuse_elsewhere(target)
         return self.folder / f"{target.parent.name}-{target.name}.partial"
+
+    def refuse_elsewhere(self, target: Path) -> None:
+        """Raise a ValueError where ``target`` is on another file system, as far as its folders are there."""
+        folder, made_in = map(_nearest_folder, (target, self.folder / target.name))
+        if folder.stat().st_dev != made_in.stat().st_dev:
+            raise ValueError(
+                f"{folder} is on another file system than {made_in}, where {target.name} is written first; "
+                "have both on one, or choose another output."
+            )
 
     def _note(self, target: Path) -> Path:
         return self.folder / f"{target.parent.name}-{target.name}{_NOTE}"

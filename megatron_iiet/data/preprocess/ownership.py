@@ -58,8 +58,10 @@ class Claims:
 
     def refuse_foreign(self, name: str) -> None:
         """Raise a ValueError where an output cannot be this place's: something is there that was not made
-        here, or another place, whose outputs have such names, has claimed it."""
+        here, another place, whose outputs have such names, has claimed it, or it is on another file system
+        than the records, where its files are written first."""
         prefix = self._layout.list_prefix(name)
+        self.making.refuse_elsewhere(bin_path(self._layout.shard_prefix(name, 0)))
         if self._begun(name):
             endings = _ENDINGS if self._layout.folder is None else _ENDINGS[:1]
             self.making.refuse_foreign(*(Path(prefix + ending) for ending in endings))

@@ -32,13 +32,13 @@ from megatron_iiet.data.preprocess.settle import Settled, check_place, remove_ev
 from megatron_iiet.data.preprocess.shuffle import shuffle
 from megatron_iiet.data.preprocess.tasks import DigestUnit, EncodeUnit, Filters, Recipe, Task
 from megatron_iiet.data.preprocess.work import (
-    DiedError,
     Failure,
     Finish,
     Progress,
     Workers,
     in_a_process_of_its_own,
     run_units,
+    work_on,
 )
 from megatron_iiet.data.reading.kinds import TABLES, Reading
 from megatron_iiet.data.reading.long_text import parts_of
@@ -308,11 +308,8 @@ def _check_stream(file: InputFile, options: PreprocessOptions) -> None:
 def _load_encoder(wanted: Wanted, log: Log) -> Tokenizer:
     path = wanted.options.tokenizer_model
     inputs = [file for file in wanted.inputs[:_SAMPLE_INPUTS] if not file.is_stream]
-    try:
-        encoder = in_a_process_of_its_own(_checked_encoder, path, inputs, wanted.options.reading)
-    except DiedError as error:
-        seen = ", ".join(file.path for file in inputs) or "no input"
-        raise ValueError(f"At the first look at {path} with the start of {seen}: {error}") from None
+    places = [path, *(file.path for file in inputs)]
+    encoder = in_a_process_of_its_own(_checked_encoder, path, inputs, wanted.options.reading, places=places)
     encoder.max_uncut_bytes = wanted.options.max_uncut_bytes
     log(f"tokenizer: {path}, {encoder.vocab_size} ids, by {encoder.name}")
     return encoder
@@ -324,7 +321,8 @@ def _checked_encoder(path: str, inputs: Sequence[InputFile], how: Reading) -> To
 
 def _first_documents(inputs: Sequence[InputFile], how: Reading) -> Iterator[str]:
     """Texts from the start of the corpus; what is wrong with it is told later."""
-    for file in inputs:
+    for place, file in enumerate(inputs, start=1):
+        work_on(place)
         try:
             for chunk in islice(read_chunks(file, how, _SAMPLE_CHUNK_BYTES), _SAMPLE_CHUNKS):
                 for row in parse_rows(chunk, how)[0]:

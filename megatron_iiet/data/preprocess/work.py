@@ -22,14 +22,13 @@ from functools import partial
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from threading import Thread
-from typing import Any, ParamSpec, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 from megatron_iiet.data.preprocess.records import UnitRecord
 from megatron_iiet.data.preprocess.tasks import DigestChunk, EncodeChunk, Recipe, Report, Task, UnitTask, rest
 from megatron_iiet.data.reading.sources import InputFile
 from megatron_iiet.data.reading.text import LONG_LINE_BYTES
 
-P = ParamSpec("P")
 R = TypeVar("R")
 Finish = Callable[[UnitRecord | None], None]
 
@@ -64,17 +63,13 @@ class FailedError(ValueError):
             case FailedError():
                 return error
             case BrokenProcessPool():
-                return DiedError(_DIED)
+                return cls(_DIED)
             case MemoryError():
                 return cls("out of memory; lower --workers.")
             case ValueError() | OSError():
                 return cls(str(error), getattr(error, "errno", None), getattr(error, "bad_input", ""))
         traceback.print_exception(error)  # a defect of this program: the trace is worth seeing
         return cls(f"{type(error).__name__}: {error}")
-
-
-class DiedError(FailedError):
-    """The process of a task died."""
 
 
 @dataclass(frozen=True)
@@ -156,6 +151,10 @@ class Workers:
 
     def __len__(self) -> int:
         return len(self._pools)
+
+    def counted(self, worker: int) -> int:
+        """What a worker has counted."""
+        return int(self._counts[worker].value)
 
     def submit(self, worker: int, task: Callable[[Recipe, Report], Any]) -> Future[Any]:
         """Give a task to a worker, or to the one that takes the place of one that died."""
@@ -248,7 +247,7 @@ class _Worker:
         self.count.value += number
 
 
-_worker: _Worker
+_worker: _Worker | None = None
 
 
 def _begin(recipe: Recipe, count: Any, parent: Connection) -> None:
@@ -271,6 +270,7 @@ def _leave_with(parent: Connection) -> None:
 
 
 def _do(task: Callable[[Recipe, Report], Any]) -> Any:
+    assert _worker is not None
     _worker.is_busy = True
     try:
         if _worker.is_leaving:
@@ -284,14 +284,28 @@ def _do(task: Callable[[Recipe, Report], Any]) -> Any:
         _worker.is_busy = False
 
 
-def in_a_process_of_its_own(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+def in_a_process_of_its_own(function: Callable[..., R], *args: Any, places: Sequence[str] = ()) -> R:
     """Call a function in a process that ends with it, and with it all that it imported and remembers.
+
+    Args:
+        places: what it works on, one after another, as :func:`work_on` tells.
 
     Raises:
         ValueError: the function raised something, or its process died.
     """
     with Workers(1, None) as workers:
-        return cast(R, _result(workers.submit(0, partial(_call, partial(function, *args, **kwargs)))))
+        try:
+            return cast(R, _result(workers.submit(0, partial(_call, partial(function, *args)))))
+        except FailedError as error:
+            if not places or error.message != _DIED:
+                raise
+            raise FailedError(f"{places[workers.counted(0)]}: {error}") from None
+
+
+def work_on(place: int) -> None:
+    """Tell which of its places a process of its own works on, for the case that it dies."""
+    if _worker is not None:
+        _worker.count.value = place
 
 
 def _call(function: Callable[[], R], recipe: None, report: Report) -> R:

@@ -13,6 +13,7 @@ from tempfile import TemporaryFile
 from typing import IO, Any, NamedTuple
 
 from megatron_iiet.data.reading.rows import escaped
+from megatron_iiet.data.reading.thrift import ColumnChunk, read_struct
 
 GIANT_BYTES = 8 << 20
 """Of a page: smaller ones are left as they are."""
@@ -21,7 +22,6 @@ _PIECE_BYTES = 1 << 20
 _HEADER_BYTES = 1 << 10
 _CODECS = {"UNCOMPRESSED": None, "SNAPPY": "snappy", "GZIP": "gzip", "ZSTD": "zstd", "BROTLI": "brotli"}
 _DICTIONARY_PAGE, _PLAIN, _PLAIN_DICTIONARY = 2, 0, 2
-_TRUE, _FALSE, _INTEGERS, _STRUCT = 1, 2, (4, 5, 6), 12  # kinds of fields in Thrift's compact form
 
 
 class _Page(NamedTuple):
@@ -44,24 +44,24 @@ class _Header(NamedTuple):
     encoding: int
 
 
-def dictionary_bytes(file: IO[bytes], chunk: Any) -> int:
-    """Size of the dictionary of a column, as pyarrow describes it; 0 where that is not understood."""
+def dictionary_bytes(file: IO[bytes], chunk: ColumnChunk) -> int:
+    """Size of the dictionary of a column; 0 where its page is not understood."""
     header = _header(file, chunk)
     return header.num_bytes if header else 0
 
 
-def _header(file: IO[bytes], chunk: Any) -> _Header | None:
-    if not chunk.has_dictionary_page or not 0 < chunk.dictionary_page_offset < chunk.data_page_offset:
+def _header(file: IO[bytes], chunk: ColumnChunk) -> _Header | None:
+    if not 0 < chunk.dictionary_at < chunk.data_at:
         return None
-    file.seek(chunk.dictionary_page_offset)
+    file.seek(chunk.dictionary_at)
     try:
-        page, size = _struct(file.read(_HEADER_BYTES), 0)
-        start = chunk.dictionary_page_offset + size
+        page, size = read_struct(file.read(_HEADER_BYTES), 0)
+        start = chunk.dictionary_at + size
         header = _Header(start, page[2], page[3], page[7][1], page[7][2])
     except (KeyError, IndexError, TypeError, ValueError):
         return None
     known = page[1] == _DICTIONARY_PAGE and header.encoding in (_PLAIN, _PLAIN_DICTIONARY)
-    return header if known and start + header.stored_bytes == chunk.data_page_offset else None
+    return header if known and start + header.stored_bytes == chunk.data_at else None
 
 
 class Slimmed:
@@ -75,27 +75,29 @@ class Slimmed:
         self._token = secrets.token_hex(16).encode()
         self.closed = False
 
-    def slim(self, chunk: Any) -> bool:
-        """Take the giant texts out of the dictionary of a column; False: that is not understood."""
+    def slim(self, chunk: ColumnChunk) -> bool:
+        """Take the giant texts, if there are any, out of the dictionary of a column; False: that is not
+        understood."""
         import pyarrow as pa
 
         header = _header(self._file, chunk)
-        if header is None or chunk.compression not in _CODECS:
+        if header is None or chunk.codec not in _CODECS:
             return False
-        codec = _CODECS[chunk.compression]
+        codec = _CODECS[chunk.codec]
         self._file.seek(header.start)
         stored: Any = self._file.read(header.stored_bytes)
         if codec:
             stored = pa.Codec(codec).decompress(stored, header.num_bytes)
+        known = len(self._places)
         slim = self._without_giants(memoryview(stored), header.values)
         del stored
-        if slim is None:
-            return False
+        if slim is None or len(self._places) == known:  # a page of many small texts is not held
+            return slim is not None
         body = pa.Codec(codec).compress(slim, asbytes=True) if codec else slim
         sizes = _integer(_DICTIONARY_PAGE) + _integer(len(slim)) + _integer(len(body))
         end = b"\x4c" + _integer(header.values) + _integer(header.encoding) + b"\0\0"
-        start, stop = chunk.dictionary_page_offset, chunk.dictionary_page_offset + chunk.total_compressed_size
-        self._pages.append(_Page(start, chunk.data_page_offset, stop, sizes + end + body))
+        start, stop = chunk.dictionary_at, chunk.dictionary_at + chunk.stored_bytes
+        self._pages.append(_Page(start, chunk.data_at, stop, sizes + end + body))
         return True
 
     def _without_giants(self, values: memoryview, number: int) -> bytes | None:
@@ -173,36 +175,6 @@ class Slimmed:
     def close(self) -> None:
         self._texts.close()
         self.closed = True
-
-
-def _struct(data: bytes, at: int) -> tuple[dict[int, Any], int]:
-    """A struct of integers, booleans and such structs in Thrift's compact form, by the fields' numbers; and
-    where it ends.
-
-    Raises:
-        ValueError: there is something else in it.
-    """
-    found: dict[int, Any] = {}
-    number = 0
-    while head := data[at]:
-        at, number, kind = at + 1, number + (head >> 4), head & 15
-        if not head >> 4:
-            raise ValueError("a field's number in full")
-        if kind in (_TRUE, _FALSE):
-            found[number] = kind == _TRUE
-        elif kind in _INTEGERS:
-            value = shift = 0
-            while True:
-                value |= (data[at] & 127) << shift
-                at, shift = at + 1, shift + 7
-                if data[at - 1] < 128:
-                    break
-            found[number] = value >> 1 ^ -(value & 1)
-        elif kind == _STRUCT:
-            found[number], at = _struct(data, at)
-        else:
-            raise ValueError("a field of another kind")
-    return found, at + 1
 
 
 def _integer(value: int) -> bytes:

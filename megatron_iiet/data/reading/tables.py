@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import csv
-import io
 import itertools
 import json
 import os
-import resource
-import signal
 import struct
 from collections.abc import Container, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -20,6 +17,7 @@ import numpy as np
 
 from megatron_iiet.data.reading.dictionaries import GIANT_BYTES, Slimmed, dictionary_bytes
 from megatron_iiet.data.reading.rows import DefectError, escaped
+from megatron_iiet.data.reading.thrift import ColumnChunk, column_chunks
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -29,7 +27,6 @@ _BATCH_ROWS = 1 << 10
 _BUFFER_BYTES = 1 << 18
 _CLOSING_BYTES = 32 << 20  # of one that is worth reading the row group anew, for what its reader keeps
 _PIECE_BYTES = 1 << 20
-_SECONDS_TO_LOOK = 60
 _MARK = b"\xff\xff\xff\xff"
 _END = _MARK + bytes(4)
 _PARQUET, _ARROW = b"PAR1", b"ARROW1"  # how files begin and end
@@ -50,100 +47,75 @@ def parquet_rows(file: IO[bytes], path: str, columns: Sequence[str]) -> Iterator
     with _damage(path, "parquet"):
         table = pq.ParquetFile(file)
         found = table.schema_arrow.names
-    _refuse_deadly(file, path)
-    _refuse_joined(
-        file, path, _PARQUET, _parquet_end(table.metadata), table.metadata.serialized_size + _LENGTH_BYTES
-    )
-    _refuse_lost_rows(path, table.metadata)
+    footer = _footer(file)
+    try:
+        groups = column_chunks(footer)
+    except ValueError as error:
+        raise ValueError(f"{path}: its footer is damaged ({error}); fetch it again.") from None
+    _refuse_lost_rows(path, table.metadata, groups)
+    end = max((_end(chunk) for chunk in groups[-1]), default=0) if groups else 0
+    _refuse_joined(file, path, _PARQUET, end or len(_PARQUET), len(footer) + _LENGTH_BYTES)
     names = present(path, columns, found)
     texts = {field.name for field in table.schema_arrow if _is_text(field.type)}
-    for number in range(table.num_row_groups):
+    for number, chunks in enumerate(groups):
+        chunks = [chunk for chunk in chunks if not {chunk.path, chunk.path.split(".")[0]}.isdisjoint(names)]
         with _damage(f"{path}, row group {number}", "parquet"):
-            yield from _rows_of_group(file, table.metadata, number, names, texts)
+            yield from _rows_of_group(file, table.metadata, number, chunks, names, texts)
 
 
-def _refuse_deadly(file: IO[bytes], path: str) -> None:
-    """Refuse a footer at which pyarrow ends the process, as at statistics of another length than their types
-    have: a child, which reads it from memory, looks first.
-
-    Raises:
-        ValueError: this is one.
-    """
-    import pyarrow.parquet as pq
-
-    end = file.seek(0, 2) - _LENGTH_BYTES - len(_PARQUET)
-    file.seek(end)
-    start = end - int.from_bytes(file.read(_LENGTH_BYTES), "little")
-    file.seek(start)
-    footer = io.BytesIO(_PARQUET + file.read())
-    if not (child := os.fork()):
-        try:
-            for number in (signal.SIGABRT, signal.SIGALRM):  # no trace of faulthandler's
-                signal.signal(number, signal.SIG_DFL)
-            signal.alarm(_SECONDS_TO_LOOK)
-            resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-            metadata = pq.read_metadata(footer)
-            for group in map(metadata.row_group, range(metadata.num_row_groups)):
-                for column in range(group.num_columns):
-                    group.column(column)
-        finally:
-            os._exit(0)  # what is only wrong is said by the parent
-    if not os.WIFSIGNALED(status := os.waitpid(child, 0)[1]):
-        file.seek(0)
-        return
-    if os.WTERMSIG(status) == signal.SIGALRM:
-        raise ValueError(
-            f"{path}: a process that looked at its footer did not end within {_SECONDS_TO_LOOK} s; run "
-            "the same command again, and fetch the file again if that does not help."
-        )
-    raise ValueError(
-        f"{path}: no parquet file, or damaged (its footer ends pyarrow by signal {os.WTERMSIG(status)}); "
-        "fetch it again."
-    )
+def _footer(file: IO[bytes]) -> bytes:
+    end = file.seek(-_LENGTH_BYTES - len(_PARQUET), 2)
+    length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
+    file.seek(end - length)
+    return file.read(length)
 
 
-def _refuse_lost_rows(path: str, metadata: Any) -> None:
+def _refuse_lost_rows(path: str, metadata: Any, chunks: list[list[ColumnChunk]]) -> None:
     """Refuse a footer whose numbers of rows contradict each other: readers go by one, and say nothing."""
-    groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
-    if (found := sum(group.num_rows for group in groups)) != metadata.num_rows:
+    rows = [metadata.row_group(number).num_rows for number in range(metadata.num_row_groups)]
+    if sum(rows) != metadata.num_rows:
         raise ValueError(
-            f"{path} is damaged: its footer tells of {metadata.num_rows:,} rows, and of {found:,} in row "
+            f"{path} is damaged: its footer tells of {metadata.num_rows:,} rows, and of {sum(rows):,} in row "
             "groups; fetch it again."
         )
-    for column in range(metadata.num_columns):
-        if metadata.schema.column(column).max_repetition_level:
-            continue
-        for number, group in enumerate(groups):
-            if (values := group.column(column).num_values) != group.num_rows:
+    columns = map(metadata.schema.column, range(metadata.num_columns))
+    is_list = [column.max_repetition_level > 0 for column in columns]
+    for number, (expected, group) in enumerate(zip(rows, chunks, strict=True)):
+        if len(group) != len(is_list):
+            raise ValueError(
+                f"{path}, row group {number} is damaged: {len(group):,} columns, but the schema has "
+                f"{len(is_list):,}; fetch it again."
+            )
+        for chunk, skip in zip(group, is_list, strict=True):
+            if not skip and chunk.values != expected:
                 raise ValueError(
-                    f"{path}, row group {number} is damaged: {group.num_rows:,} rows, but {values:,} values "
+                    f"{path}, row group {number} is damaged: {expected:,} rows, but {chunk.values:,} values "
                     "in a column; fetch it again."
                 )
 
 
 def _rows_of_group(
-    file: IO[bytes], metadata: Any, number: int, names: list[str], texts: Container[str]
+    file: IO[bytes],
+    metadata: Any,
+    number: int,
+    chunks: list[ColumnChunk],
+    names: list[str],
+    texts: Container[str],
 ) -> Iterator[bytes]:
-    """Rows of a row group; ``texts``: the columns that hold nothing but strings."""
-    group = metadata.row_group(number)
-    chunks = [
-        chunk
-        for chunk in map(group.column, range(group.num_columns))
-        if chunk.path_in_schema in names or chunk.path_in_schema.split(".")[0] in names
-    ]
+    """Rows of a row group; ``chunks``: of the columns that are read, ``texts``: those that hold nothing but
+    strings."""
     read = partial(_batches, metadata=metadata, group=number, names=names)
-    rows = _some_rows(group.num_rows, sum(chunk.total_uncompressed_size for chunk in chunks))
+    rows = _some_rows(metadata.row_group(number).num_rows, sum(chunk.num_bytes for chunk in chunks))
     giants = [
         chunk
         for chunk in chunks
-        if chunk.total_uncompressed_size > GIANT_BYTES and dictionary_bytes(file, chunk) > GIANT_BYTES
+        if chunk.num_bytes > GIANT_BYTES and dictionary_bytes(file, chunk) > GIANT_BYTES
     ]
     if not giants:
         yield from _lines(read(file, rows=rows))
         return
     with closing(Slimmed(file)) as slimmed:
-        if all(chunk.path_in_schema in texts and slimmed.slim(chunk) for chunk in giants):
+        if all(chunk.path in texts and slimmed.slim(chunk) for chunk in giants):
             yield from slimmed.filled(_lines(read(slimmed, rows=rows)))
         else:  # a batch of several rows, of which one is giant, grows to twice its size
             yield from _lines(read(file, rows=1))
@@ -158,6 +130,7 @@ def _is_text(kind: pa.DataType) -> bool:
 def _batches(file: Any, metadata: Any, group: int, names: list[str], rows: int) -> Iterator[pa.RecordBatch]:
     """Batches of a row group. A reader keeps the pages that it reads, and its last batch: before a giant one
     is handed out it is closed, and another one goes on behind."""
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
     done, more = 0, True
@@ -181,17 +154,12 @@ def _batches(file: Any, metadata: Any, group: int, names: list[str], rows: int) 
             if more := held[0].nbytes > _CLOSING_BYTES:
                 del table, batches
             yield held.pop()
+    if done != (expected := metadata.row_group(group).num_rows):  # pyarrow skips pages of unknown kinds
+        raise pa.ArrowInvalid(f"it holds {done:,} rows, but its footer tells of {expected:,}")
 
 
-def _parquet_end(metadata: Any) -> int:
-    """Where the data of the last row group ends."""
-    group = metadata.num_row_groups and metadata.row_group(metadata.num_row_groups - 1)
-    chunks = map(group.column, range(group.num_columns)) if group else ()
-    ends = [
-        (chunk.dictionary_page_offset or chunk.data_page_offset) + chunk.total_compressed_size
-        for chunk in chunks
-    ]
-    return max(ends, default=len(_PARQUET))
+def _end(chunk: ColumnChunk) -> int:
+    return (chunk.dictionary_at or chunk.data_at) + chunk.stored_bytes
 
 
 def _arrow_end(footer: bytes) -> int:

@@ -203,9 +203,7 @@ def _parse_line(line: bytes) -> dict[str, Any]:
     except ValueError as error:
         raise _json_error(line, error) from None
     if not isinstance(value, dict):
-        raise DefectError(
-            "not an object", f"a JSON {type(value).__name__} instead of an object: {_excerpt(line)}."
-        )
+        raise DefectError("not an object", f"a JSON {_kind(value)} instead of an object: {_excerpt(line)}.")
     return value
 
 
@@ -276,6 +274,13 @@ def _filled(row: dict[str, Any], template: Template) -> str:
     return "".join(parts)
 
 
+def _kind(value: Any) -> str:
+    """What JSON calls a value."""
+    names = {"Number": "number", "float": "number", "bool": "boolean", "NoneType": "null", "dict": "object"}
+    name = type(value).__name__
+    return "string" if isinstance(value, str | LongText) and name not in names else names.get(name, name)
+
+
 def _checked(text: Any, key: str) -> str | LongText:
     """What is found under a key, if it is a proper text."""
     half = None
@@ -285,7 +290,7 @@ def _checked(text: Any, key: str) -> str | LongText:
         if not text.isascii() and (at := lone_surrogate(text)) is not None:
             half = text[at]
     else:
-        found = "null" if text is None else f"{_json_excerpt(text)} ({type(text).__name__})"
+        found = "null" if text is None else f"{_json_excerpt(text)} ({_kind(text)})"
         raise DefectError("not a string", f"{key!r} is {found}, not a string; repair or remove it.")
     if half:
         raise DefectError(
