@@ -1,4 +1,4 @@
-"""What the paper (arXiv 2509.22463) prints of its models' quality: Tables 1, 2 and 5, digit by digit.
+"""What the paper (arXiv 2509.22463) prints of its models: Tables 1, 2 and 5, and what is legible of Figure 5.
 
 Data alone; whatever shows or compares them reads them here.
 """
@@ -86,3 +86,25 @@ TABLES = {
         IIET r = 8    | ?     32.02 ?     65.61 36.52 79.40 22.61 51.14 ?
     """),
 }
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    return tuple(map(float, text.split()))
+
+
+FIGURE_5_INITIAL = _numbers("""
+    0.29 0.19 0.11 0.23 0.21 0.18 0.21 0.17 0.18 0.18 0.22
+    0.25 0.30 0.22 0.24 0.19 0.39 0.27 0.23 0.26 0.15 0.31
+""")
+"""Iteration influence of iterate 0: 22 of 24 layers, the other two are not legible."""
+FIGURE_5_FIRST = _numbers("""
+    0.20 0.06 0.03 0.02 0.07 0.07 0.04 0.05 0.05 0.06 0.08 0.11
+    0.04 0.13 0.07 0.03 0.03 0.01 0.04 0.00 0.02 0.03 0.05 0.06
+""")
+"""Of iteration 1: 24 layers."""
+FIGURE_5_LATER = _numbers("""
+    0.02 0.03 0.06 0.06 0.03 0.07 0.10 0.16 0.12 0.07 0.15 0.04 0.01 0.01 0.02 0.03
+    0.10 0.01 0.02 0.00 0.02 0.01 0.03 0.05 0.07 0.01 0.00 0.01 0.00 0.11 0.01 0.01 0.00 0.02 0.03
+    0.02 0.02 0.01 0.00
+""")
+"""Of iterations 2 and 3: 39 of 48 cells, which of the two and of what layer is not legible."""
