@@ -4,6 +4,7 @@
     tools/evaluate.py --model runs/iiet-340m --tasks paper
     tools/evaluate.py --model exported --tasks lambada_openai,piqa --data-dir eval-data --limit 500
     torchrun --nproc-per-node 4 tools/evaluate.py --model runs/iiet-7b --tasks paper --parallel.tensor 4
+    tools/evaluate.py --compare paper --results runs/iiet-340m runs/pcformer-340m --table table1
 
 Prints the paper's table beside the paper's figures; writes results.json and results.md.
 """
@@ -12,9 +13,12 @@ from __future__ import annotations
 
 import argparse
 import os
+from pathlib import Path
 
 from megatron_iiet.config import ArgumentParser, exit_with_error
 from megatron_iiet.config.schema import ParallelConfig
+from megatron_iiet.evaluation.comparison import FORMATS, compare, read_results
+from megatron_iiet.evaluation.paper_results import TABLES
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -24,7 +28,6 @@ def parse_arguments() -> argparse.Namespace:
     add = parser.add_argument
     add(
         "--model",
-        required=True,
         metavar="DIR",
         help="output_dir of a run, a checkpoint, a model folder, or a Hugging Face folder",
     )
@@ -66,13 +69,33 @@ def parse_arguments() -> argparse.Namespace:
     add("--parallel.tensor", type=int, default=1, metavar="t", help="tensor-parallel size")
     add("--parallel.pipeline", type=int, default=1, metavar="p", help="pipeline-parallel size")
     add("--parallel.sequence", action="store_true", help="with tensor: cut the streams along the sequence")
+    add(
+        "--compare",
+        choices=("paper",),
+        help="load no model: models evaluated before, above a table of the paper",
+    )
+    add("--results", nargs="+", metavar="DIR", help="with --compare: evaluated models, or results.json files")
+    add("--table", choices=tuple(TABLES), default="table1", help="with --compare (default: table1)")
+    add("--format", choices=FORMATS, default="markdown", help="with --compare (default: markdown)")
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if arguments.compare and (arguments.model or not arguments.results):
+        parser.error("--compare takes --results with one or more evaluated models, and no --model")
+    if not arguments.compare and (arguments.results or not arguments.model):
+        parser.error("give a --model to evaluate, or --compare paper with --results of evaluated ones")
+    return arguments
 
 
 def main() -> None:
     """Parse, evaluate."""
     arguments = parse_arguments()
+    if arguments.compare:
+        try:
+            results = [read_results(Path(path)) for path in arguments.results]
+        except (ValueError, OSError) as error:
+            exit_with_error(str(error))
+        print(compare(results, arguments.table, arguments.format), end="")
+        return
     values = vars(arguments)
     if arguments.data_dir:  # read as the libraries are imported
         os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TRANSFORMERS_OFFLINE="1")

@@ -22,6 +22,7 @@ from megatron_iiet.distillation.influence import Ablation, Measurement, ablate, 
 from megatron_iiet.distillation.plans import PlanRequest, rank_correlation
 from megatron_iiet.distillation.texts import TextSet, open_text_set
 from megatron_iiet.evaluation.forward import ForwardModel, forward_config
+from megatron_iiet.models.iterations import above_threshold, auto_threshold
 from megatron_iiet.ops import chosen_backend
 from megatron_iiet.parallel import ParallelContext
 from megatron_iiet.parallel.launch import launch_environment
@@ -197,6 +198,8 @@ def _report(
 ) -> None:
     """Print and write everything."""
     say(figures.table(measured, plan))
+    tau_of_paper = auto_threshold(measured.influence)
+    by_rule = above_threshold(measured.influence, len(measured.block_influence), tau_of_paper)
     data: dict[str, Any] = {
         "version": VERSION,
         **(plan.measured_on or {}),
@@ -205,6 +208,7 @@ def _report(
         "influence": figures.as_rows(measured.influence),
         "block_influence": measured.block_influence,
         "plan": list(plan.iterations),
+        "paper_rule": {"threshold": tau_of_paper, "iterations": by_rule},
         "ablation": None,
     }
     if ablation is not None:
@@ -228,5 +232,7 @@ def _report(
         f"plan by {plan.method}{tau}{by_loss}: r = {list(plan.iterations)}, {plan.evaluations} of "
         f"{plan.full_evaluations} evaluations ({plan.evaluations / plan.full_evaluations:.1%})"
     )
+    kept = f"{sum(by_rule)} of {len(by_rule) * plan.full} iterations"
+    say(f"paper's rule, threshold {tau_of_paper:.6g}: r = {by_rule}, {kept}")
     written = [folder / INFLUENCE, folder / PLAN, *pictures]
     say(f"wrote {', '.join(str(path) for path in written)}")

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from megatron_iiet.evaluation.paper_results import TABLES, PrintedRow
 from megatron_iiet.evaluation.tasks import PAPER_TASKS
 
 _ACCURACIES = PAPER_TASKS[1:]  # the first one is measured by its perplexity
@@ -34,37 +35,22 @@ class PaperSize:
     rows: tuple[PaperRow, ...]
 
 
+def _summary(row: PrintedRow, name: str = "") -> PaperRow:
+    """Perplexity and mean of a printed row, under its own name or another."""
+    perplexity, mean = (None if cell is None else float(cell) for cell in (row.cells[0], row.cells[-1]))
+    return PaperRow(name or row.system, perplexity, mean)
+
+
+_340M, _740M = (
+    [_summary(row) for row in TABLES["table1"] if row.group.startswith(size)] for size in ("340M", "740M")
+)
+_EQUAL_FLOPS = {row.system: row for row in TABLES["table2"]}
+_TRANS_WS = _summary(_EQUAL_FLOPS["Trans WS"], "Trans WS (4×)")
+_LARGE = _summary(_EQUAL_FLOPS["Transformer++ 1.3B"], "Transformer++")
 PAPER_SIZES = (
-    PaperSize(
-        "340M",
-        "16 B",
-        1024,
-        24,
-        (
-            PaperRow("Transformer++", 28.2, 46.5),
-            PaperRow("Trans WS (4×)", None, 46.3),
-            PaperRow("PCformer", 25.7, 48.3),
-            PaperRow("IIET", 25.0, 48.9),
-            PaperRow("Distil PCformer", 27.2, 47.6),
-            PaperRow("Lower Bound", 27.0, 48.4),
-            PaperRow("E-IIET", 25.7, 48.9),
-        ),
-    ),
-    PaperSize(
-        "740M",
-        "30 B",
-        1536,
-        24,
-        (
-            PaperRow("Transformer++", 23.3, 49.0),
-            PaperRow("PCformer", 21.2, 50.9),
-            PaperRow("IIET", 20.7, 51.9),
-            PaperRow("Distil PCformer", 22.5, 49.6),
-            PaperRow("Lower Bound", 23.0, 50.3),
-            PaperRow("E-IIET", 21.2, 51.3),
-        ),
-    ),
-    PaperSize("1.3B", "16 B", 2048, 24, (PaperRow("Transformer++", None, 49.0),)),
+    PaperSize("340M", "16 B", 1024, 24, (_340M[0], _TRANS_WS, *_340M[1:])),
+    PaperSize("740M", "30 B", 1536, 24, tuple(_740M)),
+    PaperSize("1.3B", "16 B", 2048, 24, (_LARGE,)),
 )
 
 

@@ -27,6 +27,8 @@ from megatron_iiet.ops import products
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 CONFIGS = sorted(EXAMPLES.glob("configs/*.yaml"))
 PRESETS = [path for path in CONFIGS if not path.stem.startswith("demo")]
+EXACT = [*sorted(EXAMPLES.glob("configs/paper/*.yaml")), *sorted(EXAMPLES.glob("configs/released/*.yaml"))]
+"""The paper's systems to the letter, and the authors' code's, each on top of a preset."""
 DS_CONFIGS = sorted(EXAMPLES.glob("ds_configs/*.json"))
 
 
@@ -150,7 +152,9 @@ def test_ds_example_runs_in_fp32(ds_path: Path) -> None:
 
 def test_presets_are_the_systems_at_the_sizes() -> None:
     compared = {f"{system}-{size}" for system in SYSTEMS for size in ("55m", "340m", "740m")}
-    larger = {"transformer-pp-1.3b", "iiet-1.3b", "iiet-3b", "iiet-7b", "iiet-13b"}
+    larger = {
+        f"{system}-{size}" for system in ("transformer-pp", "iiet") for size in ("1.3b", "3b", "7b", "13b")
+    }
     assert {preset.stem for preset in PRESETS} == compared | larger
     bases = {path.stem for path in EXAMPLES.glob("configs/sizes/*.yaml")}
     assert bases == {*SIZES, "common"}
@@ -213,6 +217,7 @@ def saved_bytes(layers: int, solver: dict[str, int | str]) -> float:
 def test_model_of_a_preset(preset: Path) -> None:
     (system, size), config = parts(preset), config_of(preset)
     solver = config_to_dict(config)["solver"]
+    assert solver.get("history_norm", "rms") == "rms"
     assert {key: solver[key] for key in system.solver} == system.solver
     layer = 4 * size.width**2 + 3 * size.width * size.ffn  # weights
     tables = 32000 * size.width * (1 if size.tied else 2)
@@ -277,6 +282,56 @@ def test_distillation_is_a_third_of_pretraining(path: Path) -> None:
 def test_every_system_has_a_folder_of_its_own() -> None:
     """A run goes on from the checkpoints of its folder, whoever made them."""
     paths = [*CONFIGS, *sorted(EXAMPLES.glob("configs/distillation/*.yaml"))]
-    folders = [config_from_file(path).output_dir for path in paths]
+    folders = [config_from_file(path).output_dir for path in [*paths, *EXACT]]
     assert len(paths) > 30
-    assert folders == [f"runs/{path.stem}" for path in paths]
+    assert folders == [
+        *(f"runs/{path.stem}" for path in paths),
+        *(f"runs/{path.parent.name}/{path.stem}" for path in EXACT),
+    ]
+
+
+def test_exact_presets_are_the_papers_systems_and_the_released_code() -> None:
+    sizes = ("55m", "340m", "740m")
+    printed = {f"{system}-{size}" for system in SYSTEMS if system != "rk4" for size in sizes}
+    found = {f"{path.parent.name}/{path.stem}" for path in EXACT}
+    paper = {f"paper/{name}" for name in printed | {"transformer-pp-1.3b"}}
+    assert found == paper | {f"released/iiet-{size}" for size in sizes}
+
+
+@pytest.mark.parametrize("path", EXACT, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_an_exact_preset_is_ours_but_for_what_the_paper_says(path: Path) -> None:
+    """LLaMA's embedding and raw increments, or the released variant, and nothing else."""
+    (system, size), exact, ours = parts(path), config_from_file(path), config_of(path.parents[1] / path.name)
+    assert (exact.model.embedding_scale, ours.model.embedding_scale) == (1, "unit")
+    assert replace(exact.model, embedding_scale="unit") == ours.model
+    assert (exact.optimizer, exact.data) == (ours.optimizer, ours.data)
+    assert exact.training == ours.training
+    solver, released = config_to_dict(exact)["solver"], path.parent.name == "released"
+    expected = {"variant": "released", "coefficient_init": "average"} if released else {}
+    if not released and system.solver["kind"] in ("dlcl", "iiet"):
+        expected = {"history_norm": "none", "coefficient_init": "identity"}
+    assert {key: solver[key] for key in {**system.solver, **expected}} == {**system.solver, **expected}
+    assert released or "history_norm" not in solver or solver["history_norm"] == "none"
+    model = Transformer.on_meta(exact)
+    assert model.num_parameters() - model.num_solver_parameters() == size.parameters
+    if released:
+        extra = 2 * (size.layers + 1) ** 2 + 4 * size.layers * size.width
+        assert model.num_solver_parameters() == extra
+
+
+@pytest.mark.parametrize("path", PRESETS, ids=stem)
+def test_our_presets_say_where_they_are_not_the_papers(path: Path) -> None:
+    text, (system, _) = path.read_text(), parts(path)
+    assert ("# Not the paper's: history_norm" in text) == (system.solver["kind"] in ("dlcl", "iiet"))
+    exact = path.parent / "paper" / path.name
+    assert (f"To the letter: paper/{path.name}" in text) == exact.exists()
+
+
+def test_lines_that_the_paper_does_not_print_are_marked() -> None:
+    common, shape = ((EXAMPLES / f"configs/sizes/{name}.yaml").read_text() for name in ("common", "1.3b"))
+    for key in ("min_lr_ratio", "beta1", "beta2", "eps", "split"):
+        assert re.search(rf"^  {key}: .*# a choice$", common, re.MULTILINE), key
+    for key in ("hidden_size", "ffn_hidden_size", "num_layers", "num_attention_heads"):
+        assert re.search(rf"^  {key}: .*# a choice$", shape, re.MULTILINE), key
+    for key in ("weight_decay", "gradient_clipping", "vocab_size", "sequence_length"):  # Table of settings
+        assert re.search(rf"^  {key}: \S+$", common, re.MULTILINE), key

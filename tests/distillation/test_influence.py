@@ -457,6 +457,17 @@ def test_a_correlation_that_is_none_and_the_names_of_iterates(
     assert [label.get_text() for label in heat_map.get_xticklabels()] == ["predictor", "1", "2"]
 
 
+def test_the_papers_rule_is_reported_beside_another(tmp_path: Path) -> None:
+    influence = {(0, 0): 0.5, (0, 1): 0.5, (0, 2): 0.6, (1, 0): 0.7, (1, 1): 0.25, (1, 2): 0.5}
+    plan = IterationPlan((1, 2), 2, "budget", influence=influence)
+    said: list[str] = []
+    _report(tmp_path, Measurement(influence, [0.1, 0.2], 3, 48, 2.0), None, plan, "fp32", said.append)
+    found = json.loads((tmp_path / "influence.json").read_text())
+    assert found["plan"] == [1, 2]
+    assert found["paper_rule"] == {"threshold": 0.5, "iterations": [2, 1]}
+    assert "paper's rule, threshold 0.5: r = [2, 1], 3 of 4 iterations" in said
+
+
 @pytest.mark.slow
 def test_what_the_pictures_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every number, label and line; a layer that changes nothing has a colour too."""

@@ -27,6 +27,7 @@ from megatron_iiet.config.solvers import DLCL
 from megatron_iiet.distillation.analysis import full_iterations
 from megatron_iiet.distillation.influence import Ablation, Measurement, Values
 from megatron_iiet.distillation.plans import PlanRequest, rank_correlation, within_flops
+from megatron_iiet.evaluation.paper_results import FIGURE_5_FIRST, FIGURE_5_INITIAL, FIGURE_5_LATER
 from megatron_iiet.models import Transformer
 from megatron_iiet.models.iterations import above_threshold, auto_threshold
 from megatron_iiet.storage.source import Source
@@ -62,6 +63,18 @@ def test_the_papers_threshold() -> None:
     assert plan.iterations == (2, 0, 2)
     assert (plan.method, plan.ranking, plan.full, plan.budget) == ("threshold", "cosine", 3, None)
     assert (plan.influence, plan.measured_on) == (INFLUENCE, {"model": "m", "sequences": 4})
+
+
+def test_the_threshold_on_what_is_legible_of_figure_5() -> None:
+    """How many cells stay does not depend on where they stand."""
+    grid = {(n, 0): value for n, value in enumerate(FIGURE_5_INITIAL)}
+    grid |= {(n, 1): value for n, value in enumerate(FIGURE_5_FIRST)}
+    grid |= {(n % 24, 2 + n // 24): value for n, value in enumerate(FIGURE_5_LATER)}
+    assert len(grid) == 22 + 24 + 39
+    assert auto_threshold(grid) == 0.11
+    assert sum(above_threshold(grid, 24, auto_threshold(grid))) == 7
+    assert sum(above_threshold(grid, 24, 0.07)) == 16
+    assert sum(above_threshold(grid, 24, 0.08)) == 10
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from transformers.cache_utils import StaticLayer
 from transformers.generation import GenerationMixin
 
 from megatron_iiet.config.iteration_plan import IterationPlan
+from megatron_iiet.models import Transformer
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 CPU = ["--toy", "--device", "cpu"]
@@ -290,6 +291,8 @@ def test_what_e_iiet_keeps_and_what_has_no_file() -> None:
         e_iiet = found[f"E-IIET, {some} of {all_of_them}"]
         assert sum(e_iiet.iterations) == some
         assert max(e_iiet.iterations) == 1
+        printed = {"340m": "0.60", "740m": "1.52"}.get(size)  # Table 3, TFLOPs of 512 tokens
+        assert printed in (None, f"{Transformer.on_meta(e_iiet.config).forward_flops(512) / 1e12:.2f}")
         assert len({system.config.model.hidden_size for system in found.values()}) == 1
     assert found["PCformer"].note == (
         "PCformer: from iiet-1.3b.yaml with --solver.kind pcformer --solver.predictor_order 2"

@@ -96,11 +96,13 @@ OPTIONS = {
         --targets TARGETS [TARGETS ...] = ('80', '90', '100', '120') | --jobs JOBS:int = 2
         --kernels-only = False""",
     "evaluate": """
-        --model DIR ! | --tasks paper|NAME,NAME = 'paper' | --data-dir DIR = '' | --include-path DIR = ''
+        --model DIR | --tasks paper|NAME,NAME = 'paper' | --data-dir DIR = '' | --include-path DIR = ''
         --limit N:int | --output DIR = '' | --step N:int | --batch-size B:int = 8 | --max-length T:int
         --precision {fp32,bf16} = 'fp32' | --tokenizer FILE = '' | --start {auto,bos,eos} = 'auto'
         --trust-remote-code = False | --parallel.tensor t:int = 1 | --parallel.pipeline p:int = 1
-        --parallel.sequence = False | --local_rank/--local-rank LOCAL_RANK:int hidden""",
+        --parallel.sequence = False | --compare {paper} | --results DIR [DIR ...]
+        --table {table1,table2,table5} = 'table1' | --format {markdown,latex,csv} = 'markdown'
+        --local_rank/--local-rank LOCAL_RANK:int hidden""",
     "generate": """
         --model DIR ! | --step STEP:int | --tokenizer FILE | --prompt TEXT | --interactive = False
         --max-new-tokens MAX_NEW_TOKENS:int = 128 - | --temperature TEMPERATURE:float = 0.8
