@@ -1,8 +1,9 @@
 #!/usr/bin/env python
 """How fast and how frugal is the data path, against its peers in the same run?
 
-    tokenize   tokens per CPU-second and wall time of tools/preprocess_data.py on one .jsonl.zst file, against
-               a bare pool around sentencepiece, datatrove and datasets.map
+    tokenize   tokens per CPU-second and wall time of tools/preprocess_data.py on one .jsonl.zst file and on
+               the same as parquet, against a bare pool around sentencepiece, datatrove, datasets.map and,
+               with --megatron, Megatron-LM's tools/preprocess_data.py (on the same lines, not compressed)
     memory     peak memory of the same command, and with one document of 100 MB in the corpus, as lines of
                JSON and as parquet
     open       opening a corpus for training: 10 MB in one shard against 1 TB (sparse files) in 100,000 shards
@@ -17,12 +18,14 @@ it down), ratios say how many times better ours is, CPU time and memory are thos
     python benchmarks/data.py [SECTION...] --corpus text.jsonl.zst --tokenizer tokenizer.model
 
 Without --corpus the demo's corpus is made. Peers that are not installed are named and left out; they need not
-share our environment: --peer-python /path/to/python.
+share our environment: --peer-python /path/to/python. Megatron-LM's tool is not on PyPI: --megatron is a
+checkout of it, which --megatron-python can import.
 """
 
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import shutil
@@ -51,9 +54,6 @@ ROOT = Path(__file__).resolve().parents[1]
 SECTIONS = ("tokenize", "memory", "open", "loader", "scale")
 GIANT_CHARACTERS = 100_000_000
 RANKS, GLOBAL_BATCH, STEP_SECONDS = 64, 4096, 0.5
-MEGATRON = 25_696_542 / 27.6
-"""Tokens per CPU-second of Megatron-LM 0.16.1's tools/preprocess_data.py, 32k SentencePiece model, two
-workers, 100 MB of English jsonl, measured once on two cores of the same kind: the tool is not on PyPI."""
 
 
 @dataclass
@@ -156,12 +156,25 @@ def tokenize(arguments: argparse.Namespace, work: Path) -> dict[str, object]:
         else:
             print(f"{name}: not installed for {arguments.peer_python}, left out")
     parts = _split(arguments.corpus, work / "parts", arguments.workers)
+    ours_reads = {"ours": arguments.corpus, "ours, parquet": _as_parquet(arguments.corpus, work)}
+    lines = work / "lines.jsonl"
+    if arguments.megatron:
+        with lines.open("wb") as file, arguments.corpus.open("rb") as packed:
+            zstandard.ZstdDecompressor().copy_stream(packed, file)
+    else:
+        print("Megatron-LM: no checkout of it is named (--megatron), left out")
 
     best: dict[str, tuple[Usage, int]] = {}
     for _ in range(arguments.rounds):
-        with scratch(work) as folder:
-            usage = run(preprocess(arguments.corpus, arguments.tokenizer, folder, arguments.workers))
-            _keep_best(best, "ours", usage, tokens_of(folder))
+        for name, corpus in ours_reads.items():
+            with scratch(work) as folder:
+                usage = run(preprocess(corpus, arguments.tokenizer, folder, arguments.workers))
+                _keep_best(best, name, usage, tokens_of(folder))
+        if arguments.megatron:
+            with scratch(work) as folder:
+                usage = run(_megatrons(arguments, lines, folder))
+                size = (folder / "theirs_text_document.bin").stat().st_size
+                _keep_best(best, "Megatron-LM", usage, size // (2 if _vocabulary(arguments) < 65_500 else 4))
         for name, tokenizer in peers.items():
             with scratch(work) as folder:
                 source = parts if name == "datatrove" else arguments.corpus
@@ -178,9 +191,35 @@ def tokenize(arguments: argparse.Namespace, work: Path) -> dict[str, object]:
         times = f"{tokens / ours.cpu_s / rate:.2f}"
         wall = f"{ours.wall_s / usage.wall_s:.2f}"
         print(f"{name:22}{usage.cpu_s:8.2f}{rate / 1e6:12.3f}{times:>8}{usage.wall_s:8.2f}{wall:>11}")
-    against = tokens / ours.cpu_s / MEGATRON
-    print(f"{'Megatron-LM (quoted)':22}{'':8}{MEGATRON / 1e6:12.3f}{against:8.2f}")
     return {name: {**asdict(usage), "tokens": count} for name, (usage, count) in best.items()}
+
+
+def _as_parquet(corpus: Path, work: Path) -> Path:
+    """The rows' texts, in row groups of 10,000."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    with corpus.open("rb") as packed, zstandard.ZstdDecompressor().stream_reader(packed) as file:
+        texts = [json.loads(line)["text"] for line in io.TextIOWrapper(file, "utf-8", newline="\n")]
+    path = work / "corpus.parquet"
+    pq.write_table(pa.table({"text": texts}), path, row_group_size=10_000, compression="zstd")
+    return path
+
+
+def _vocabulary(arguments: argparse.Namespace) -> int:
+    from sentencepiece import SentencePieceProcessor
+
+    return int(SentencePieceProcessor(str(arguments.tokenizer)).vocab_size())
+
+
+def _megatrons(arguments: argparse.Namespace, lines: Path, folder: Path) -> list[str | Path]:
+    """Megatron-LM's command for the same."""
+    return [
+        *("env", f"PYTHONPATH={arguments.megatron}", arguments.megatron_python, "-W", "ignore"),
+        *(arguments.megatron / "tools" / "preprocess_data.py", "--input", lines),
+        *("--output-prefix", folder / "theirs", "--tokenizer-type", "SentencePieceTokenizer"),
+        *("--tokenizer-model", arguments.tokenizer, "--workers", str(arguments.workers)),
+    ]
 
 
 def _keep_best(best: dict[str, tuple[Usage, int]], name: str, usage: Usage, tokens: int) -> None:
@@ -469,6 +508,8 @@ def main() -> None:
     parser.add_argument(
         "--peer-python", default=sys.executable, help="interpreter that has datatrove, datasets"
     )
+    parser.add_argument("--megatron", type=Path, help="a checkout of Megatron-LM")
+    parser.add_argument("--megatron-python", default=sys.executable, help="interpreter that can import it")
     parser.add_argument("--work-dir", type=Path, help="for temporary files (default: the system's)")
     parser.add_argument("--json", type=Path, help="write the results here")
     parser.add_argument("--open", type=Path, help=argparse.SUPPRESS)

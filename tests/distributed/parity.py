@@ -544,8 +544,8 @@ def gradients_of(
 PORTIONS = (1, 2, 4, 5, 7)
 """Sequences at a time of the trainings that measure rounding."""
 SPREAD = 8
-"""By how much a weight may be further off than these are: of a single number five tell little, and it depends on
-the CPU's vectors (seen: 1 with AVX2, 5 with AVX-512)."""
+"""By how much a weight may be further off than these are: of a single number five tell little, and it
+depends on the CPU's vectors (seen: 1 with AVX2, 5 with AVX-512)."""
 
 
 def reference(case: Case, paths: dict[str, str]) -> Reference:
